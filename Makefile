@@ -1,0 +1,51 @@
+# Every target makes its own .venv first; a fresh machine needs Python 3.11+, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS ?= runs
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install quickstart test test-fast check format bench clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: $(STAMP)  ## Make .venv with the tested versions
+
+# torch comes first and alone: the pinned build satisfies every later range, so nothing else
+# can pull in another one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable '.[simulations]'
+	touch $@
+
+quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)
+	$(BIN)/crafts-sim run quickstart --out $(RUNS)/quickstart
+
+test: $(STAMP)  ## The whole suite (under twelve minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## Without the slow tests (under two minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(STAMP)  ## Format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Format and sort in place
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## Benchmarks that print ratios
+	$(BIN)/python benchmarks/private_step.py
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

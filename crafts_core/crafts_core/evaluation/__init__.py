@@ -1,0 +1,1 @@
+"""How good the generator is: fidelity, alignment, drift."""

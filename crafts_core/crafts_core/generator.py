@@ -1,0 +1,119 @@
+"""The diffusers parts of a text-to-image generator as one object.
+
+Shape letters: B batch, C H W channels and latent (or image) pixels, L tokens, D text width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, cast
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from crafts_core.aligner import tokenize
+from crafts_core.foundation_manifest import FoundationError
+
+PredictionType = Literal["epsilon", "v_prediction"]
+"""What the denoiser predicts: the noise (diffusers says ``epsilon``) or the velocity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generator:
+    """UNet, VAE, text encoder, tokenizer and noise schedule. All weights frozen."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler
+
+    @classmethod
+    def from_directory(cls, path: Path, *, device: torch.device | str = "cpu") -> Self:
+        """Load a diffusers layout (``unet/ vae/ text_encoder/ tokenizer/ scheduler/``).
+
+        Half-precision files are widened to float32: norms and noise are computed there.
+
+        Raises:
+            FoundationError: the denoiser predicts something that the losses do not know.
+        """
+        kwargs = {"use_safetensors": True, "local_files_only": True}
+        unet = UNet2DConditionModel.from_pretrained(
+            path / "unet", torch_dtype=torch.float32, **kwargs
+        )
+        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch.float32, **kwargs)
+        text_encoder = CLIPTextModel.from_pretrained(
+            path / "text_encoder", dtype=torch.float32, **kwargs
+        )
+        generator = cls(
+            unet=unet.to(device).eval().requires_grad_(False),
+            vae=vae.to(device).eval().requires_grad_(False),
+            text_encoder=text_encoder.to(device).eval().requires_grad_(False),
+            tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
+            scheduler=DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True),
+        )
+        if generator.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise FoundationError(
+                "scheduler: expected prediction_type 'epsilon' or 'v_prediction', "
+                f"got {generator.scheduler.config.prediction_type!r}"
+            )
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.unet.device
+        return device
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        return cast(PredictionType, self.scheduler.config.prediction_type)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """a_t squared for every timestep, float32, on the generator's device."""
+        alphas_T: Tensor = self.scheduler.alphas_cumprod
+        return alphas_T.to(self.device, torch.float32)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the UNet's own size."""
+        config = self.unet.config
+        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+    @property
+    def tile_px(self) -> int:
+        """Side of an image, in pixels."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(self.unet.config.sample_size) * factor
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """Scaled latent means of float images in [-1, 1]."""
+        posterior = self.vae.encode(images_BCHW.to(self.device, torch.float32)).latent_dist
+        scale, shift = self._latent_scale()
+        latents_BCHW: Tensor = (posterior.mean - shift) * scale
+        return latents_BCHW
+
+    @torch.no_grad()
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        """Float images, clamped to [-1, 1], of scaled latents."""
+        scale, shift = self._latent_scale()
+        decoded: Tensor = self.vae.decode(latents_BCHW / scale + shift).sample
+        return decoded.clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """Hidden states (B, L, D) that condition the UNet. ``""`` is the empty prompt."""
+        max_tokens = int(self.text_encoder.config.max_position_embeddings)
+        ids_BL = tokenize(self.tokenizer, captions, max_tokens).to(self.device)
+        hidden_BLD: Tensor = self.text_encoder(input_ids=ids_BL).last_hidden_state
+        return hidden_BLD
+
+    def _latent_scale(self) -> tuple[float, float]:
+        config = self.vae.config
+        return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)

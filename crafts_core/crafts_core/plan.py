@@ -1,0 +1,216 @@
+"""The plan: what the coordinator asks the sites to do. Public, hashed, signed.
+
+Both sides parse the same file with the same model, so a site reads exactly what the coordinator
+signed. The hash covers everything that changes the mechanism; how fast it is done (``transport``)
+does not enter.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from crafts_core.errors import CraftsError
+
+StageName = Literal["pretraining", "alignment"]
+Factor = Literal["first", "second", "both", "all"]
+"""What trains in a round: LoRA factor A (first), B (second), both; all weights if ``full``."""
+
+
+class PlanError(CraftsError):
+    """The plan file is missing, is not TOML, or asks for something impossible."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StudyConfig(_Section):
+    """Which study this is and which public foundation it starts from."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    foundation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the foundation's manifest."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    """Public randomness only (probe draws, samples). Never privacy noise or patient sampling."""
+
+
+class AdapterConfig(_Section):
+    """The weights that travel."""
+
+    kind: Literal["lora", "full"]
+    rank: Annotated[int, Field(ge=1, le=256)] = 4
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Suffixes of UNet module names (Linear or Conv2d)."""
+    schedule: Literal["alternate", "second_only", "both"] = "alternate"
+    """Which LoRA factor trains: B and A in turn (exact averaging), B only, or both (FedIT)."""
+    first_factor: Literal["public", "random"] = "public"
+    """Where the first A comes from: the public update's singular directions, or noise."""
+
+
+class StageConfig(_Section):
+    """One training stage: its loss and how long it runs."""
+
+    name: StageName
+    rounds: Annotated[int, Field(ge=1, le=10_000)]
+    local_steps: Annotated[int, Field(ge=1, le=10_000)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    lambda_align: Annotated[float, Field(ge=0)] = 0.0
+    lambda_drift: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _alignment_terms_belong_to_alignment(self) -> Self:
+        if self.name == "pretraining" and (self.lambda_align or self.lambda_drift):
+            raise ValueError("lambda_align and lambda_drift belong to stage alignment only")
+        return self
+
+
+class PrivacyConfig(_Section):
+    """What every site promises its patients. Public: safe to log and to sign."""
+
+    mechanism: Literal["patient_dp", "none"]
+    """``none`` is a baseline on public or synthetic data; a site's policy must allow it."""
+    unit: Literal["patient"] = "patient"
+    target_epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1e-2)] | None = None
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    tiles_per_patient: Annotated[int, Field(ge=1, le=4096)]
+    draws_per_tile: Annotated[int, Field(ge=1, le=256)]
+    trust: Literal["site", "distributed"] = "site"
+
+    @model_validator(mode="after")
+    def _epsilon_and_delta_come_with_privacy(self) -> Self:
+        private = self.mechanism == "patient_dp"
+        if private != (self.target_epsilon is not None and self.delta is not None):
+            raise ValueError("patient_dp needs target_epsilon and delta; none must not name them")
+        if self.trust == "distributed":
+            raise ValueError("trust = 'distributed' is not available yet; use 'site'")
+        return self
+
+
+class AggregationConfig(_Section):
+    """How site updates become one global adapter. Constants of design section 6."""
+
+    rule: Literal["alignment_regularized", "uniform", "by_patients"]
+    min_sites: Annotated[int, Field(ge=1, le=1000)]
+    deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    precision_floor: Annotated[float, Field(gt=0)] = 1e-12
+    """tau^2 in p_k = 1 / (tau^2 + v_k); v_k is the declared noise variance per coordinate."""
+    max_weight: Annotated[float, Field(gt=0, le=1)] = 0.6
+    gate_temperature: Annotated[float, Field(gt=0)] = 0.05
+    """Softness of the alignment gate a_k, in units of alignment margin."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    trust_radius: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """rho: the probe's alignment steps may move at most rho * |Delta|."""
+    trust_steps: Annotated[int, Field(ge=0, le=100)] = 2
+    margin_tolerance: Annotated[float, Field(ge=0)] = 0.02
+    max_halvings: Annotated[int, Field(ge=0, le=16)] = 3
+    secure_aggregation: bool = False
+
+    @model_validator(mode="after")
+    def _not_yet(self) -> Self:
+        if self.secure_aggregation:
+            raise ValueError("secure_aggregation is not available yet; set it to false")
+        return self
+
+
+class TransportConfig(_Section):
+    """Speed only: outside the hash."""
+
+    wire_dtype: Literal["float16", "float32"] = "float16"
+
+
+class RoundOfPlan(NamedTuple):
+    """One round of the plan: its place, its stage, and which factor trains."""
+
+    round: int
+    stage_index: int
+    stage: StageConfig
+    factor: Factor
+    starts_stage: bool
+
+
+class Plan(_Section):
+    """A whole study. ``Plan.load`` is the only way in from a file."""
+
+    study: StudyConfig
+    adapter: AdapterConfig
+    stage: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    privacy: PrivacyConfig
+    aggregation: AggregationConfig
+    transport: TransportConfig = TransportConfig()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a ``plan.toml``.
+
+        Raises:
+            PlanError: with the first offending key and what it should be.
+        """
+        try:
+            return cls.parse(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise PlanError(f"cannot read plan {path}: {error}") from error
+
+    @classmethod
+    def parse(cls, values: object) -> Self:
+        """Check values that were parsed from TOML or JSON."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise PlanError(f"plan: {describe_first_error(error)}") from error
+
+    def to_json(self) -> str:
+        """The whole plan as canonical JSON, transport included."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over everything that changes the mechanism (not ``transport``)."""
+        values = self.model_dump(mode="json", exclude={"transport"})
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def num_rounds(self) -> int:
+        return sum(stage.rounds for stage in self.stage)
+
+    @property
+    def total_steps(self) -> int:
+        """Private steps a site takes if it takes part in every round."""
+        return sum(stage.rounds * stage.local_steps for stage in self.stage)
+
+    def rounds(self) -> Iterator[RoundOfPlan]:
+        """Every round in order, numbered from 1."""
+        number = 0
+        for stage_index, stage in enumerate(self.stage):
+            for index in range(stage.rounds):
+                number += 1
+                yield RoundOfPlan(number, stage_index, stage, self._factor(number), index == 0)
+
+    def _factor(self, number: int) -> Factor:
+        if self.adapter.kind == "full":
+            return "all"
+        if self.adapter.schedule == "both":
+            return "both"
+        if self.adapter.schedule == "second_only" or number % 2 == 1:
+            return "second"
+        return "first"
+
+
+def describe_first_error(error: ValidationError) -> str:
+    """One line for the first thing that is wrong: where, what, and how many more."""
+    first, *rest = error.errors()
+    where = ".".join(str(part) for part in first["loc"]) or "whole file"
+    what = "unknown key; remove it" if first["type"] == "extra_forbidden" else first["msg"]
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{where}: {what}{more}"

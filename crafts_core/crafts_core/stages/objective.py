@@ -1,0 +1,168 @@
+"""One stage's loss as training sees it: an adapter, a stage, and the loss of each tile.
+
+``assert_per_tile`` guards the privacy claim: a loss in which one tile's value depends on another
+tile has no per-patient sensitivity, and clipping its gradients promises nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crafts_core.adapters import Adapter, AdapterError, State
+from crafts_core.errors import CraftsError
+from crafts_core.foundation import Foundation
+from crafts_core.plan import StageConfig
+from crafts_core.stages.alignment import (
+    alignment_target,
+    alignment_term,
+    denoised_correlation,
+    drift_term,
+)
+from crafts_core.stages.batch import Draws, TileBatch, draw
+from crafts_core.stages.pretraining import pretraining_loss
+from crafts_core.stages.schedule import NoiseSchedule
+
+LossPerTile = Callable[[TileBatch, Draws], Tensor]
+
+
+class BatchCoupledLossError(CraftsError):
+    """A loss mixes tiles, so no patient's influence on the gradient is bounded."""
+
+
+class Objective:
+    """The loss of one stage for one adapter.
+
+    Args:
+        foundation: Public, frozen parts.
+        adapter: Attached to a UNet of this foundation; its weights may change between calls.
+        stage: Which loss and its weights.
+        stage_start: Adapter weights that the stage began with (theta1); needed when the stage has
+            ``lambda_drift``.
+
+    Raises:
+        AdapterError: the stage needs ``stage_start`` and none was given.
+    """
+
+    def __init__(
+        self,
+        foundation: Foundation,
+        adapter: Adapter,
+        stage: StageConfig,
+        stage_start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if stage.lambda_drift > 0 and stage_start is None:
+            raise AdapterError("lambda_drift needs the adapter weights that the stage began with")
+        self._foundation = foundation
+        self._adapter = adapter
+        self._stage = stage
+        self._schedule = NoiseSchedule.of(foundation.generator)
+        self._stage_start: State = {
+            name: tensor.to(foundation.device) for name, tensor in (stage_start or {}).items()
+        }
+
+    def draw(self, batch: TileBatch, generator: torch.Generator) -> Draws:
+        """The draws this stage trains with: uniform timesteps, its caption dropout."""
+        return draw(
+            batch,
+            num_timesteps=self._schedule.num_timesteps,
+            caption_dropout=self._stage.caption_dropout,
+            generator=generator,
+        )
+
+    def loss_per_tile(self, batch: TileBatch, draws: Draws) -> Tensor:
+        """L1 or L2 of each tile, shape (B,), differentiable in the trainable factor.
+
+        Raises:
+            ValueError: stage alignment was given a batch without profiles.
+        """
+        schedule, stage, timesteps_B = self._schedule, self._stage, draws.timesteps_B
+        noisy_BCHW = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
+        text_BLD = draws.text(batch)
+        prediction_BCHW = self._adapter.predict(noisy_BCHW, timesteps_B, text_BLD)
+        loss_B = pretraining_loss(
+            prediction_BCHW, batch, draws, schedule=schedule, min_snr_gamma=stage.min_snr_gamma
+        )
+        if stage.lambda_align > 0:
+            denoised_BCHW = schedule.denoised(noisy_BCHW, prediction_BCHW, timesteps_B)
+            correlation_B = self._correlation(denoised_BCHW, batch)
+            term_B = alignment_term(correlation_B, timesteps_B, schedule)
+            loss_B = loss_B + stage.lambda_align * term_B
+        if stage.lambda_drift > 0:
+            with torch.no_grad():
+                start_BCHW = self._adapter.predict_with(
+                    self._stage_start, noisy_BCHW, timesteps_B, text_BLD
+                )
+            term_B = drift_term(
+                prediction_BCHW,
+                start_BCHW,
+                timesteps_B,
+                schedule=schedule,
+                min_snr_gamma=stage.min_snr_gamma,
+            )
+            loss_B = loss_B + stage.lambda_drift * term_B
+        return loss_B
+
+    def _correlation(self, denoised_BCHW: Tensor, batch: TileBatch) -> Tensor:
+        """r(u, q) of each tile."""
+        if batch.tile_profile_BK is None or batch.caption_profile_BK is None:
+            raise ValueError("stage alignment needs tile and caption profiles in the batch")
+        foundation = self._foundation
+        target_BK = alignment_target(
+            batch.tile_profile_BK, batch.caption_profile_BK, foundation.manifest.alignment
+        )
+        return denoised_correlation(
+            denoised_BCHW,
+            target_BK,
+            latent_aligner=foundation.latent_aligner,
+            anchors_KD=foundation.anchors_KD,
+        )
+
+
+@torch.no_grad()
+def assert_per_tile(loss_per_tile: LossPerTile, batch: TileBatch, draws: Draws) -> None:
+    """Refuse a loss in which one tile's value depends on another tile.
+
+    Everything about the first tile is changed (latent, text, profiles, noise); the losses of all
+    other tiles must stay what they were. Run it once before training under privacy.
+
+    Raises:
+        BatchCoupledLossError: the loss has another shape than one value per tile, or values moved.
+        ValueError: the batch holds fewer than two tiles.
+    """
+    if len(batch) < 2:
+        raise ValueError(f"expected at least two tiles to compare, got {len(batch)}")
+    before_B = loss_per_tile(batch, draws)
+    if before_B.shape != (len(batch),):
+        raise BatchCoupledLossError(
+            f"expected one loss per tile, shape ({len(batch)},), got {tuple(before_B.shape)}"
+        )
+    after_B = loss_per_tile(*_with_another_first_tile(batch, draws))
+    scale = before_B.abs().max().clamp(min=1e-6)
+    moved = float(((after_B - before_B)[1:].abs() / scale).max())
+    if not moved <= 1e-4:
+        raise BatchCoupledLossError(
+            f"changing one tile moved another tile's loss by {moved:.1e} of its size; losses that "
+            "compare tiles within a batch are refused under privacy"
+        )
+
+
+def _with_another_first_tile(batch: TileBatch, draws: Draws) -> tuple[TileBatch, Draws]:
+    def change(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed[0] = -2.0 * tensor[0] + 1.0
+        return changed
+
+    profiles = {
+        name: change(tensor)
+        for name in ("tile_profile_BK", "caption_profile_BK")
+        if (tensor := getattr(batch, name)) is not None
+    }
+    other = replace(
+        batch,
+        latents_BCHW=change(batch.latents_BCHW),
+        text_BLD=change(batch.text_BLD),
+        **profiles,
+    )
+    return other, replace(draws, noise_BCHW=change(draws.noise_BCHW))

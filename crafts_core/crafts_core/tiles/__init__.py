@@ -1,0 +1,1 @@
+"""The tile store: tiles on disk, indexed by patient, and the caches that feed training."""

@@ -1,0 +1,89 @@
+"""What one tile is, and how its pixels become bytes.
+
+Shape letters: N tiles, H and W pixels.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from crafts_core.errors import CraftsError
+
+JPEG_QUALITY = 95
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("tile_id", pa.string()),
+        ("patient", pa.string()),
+        ("case", pa.string()),
+        ("slide", pa.string()),
+        ("x", pa.int64()),
+        ("y", pa.int64()),
+        ("level0_width", pa.float64()),
+        ("level0_height", pa.float64()),
+        ("mpp", pa.float64()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int32()),
+        ("caption_id", pa.int32()),
+        ("label", pa.string()),
+        ("tissue_fraction", pa.float32()),
+        ("sharpness", pa.float32()),
+    ]
+)
+"""One row per tile; rows of one patient follow each other. ``shard`` is the shard's number."""
+
+
+class TileStoreError(CraftsError):
+    """A tile store or its cache is missing, unfinished, damaged or made for something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileRecord:
+    """One tile without its pixels. Every id is a pseudonym; nothing here names a slide.
+
+    ``x`` and ``y`` are the top left corner in the slide's level-0 pixels, ``level0_width`` and
+    ``level0_height`` the exact (fractional) extent there.
+    """
+
+    tile_id: str
+    patient: str
+    case: str
+    slide: str
+    x: int
+    y: int
+    level0_width: float
+    level0_height: float
+    mpp: float
+    caption: str
+    label: str
+    tissue_fraction: float
+    sharpness: float
+
+
+def encode_tile(image_HWC: npt.NDArray[np.uint8]) -> bytes:
+    """JPEG bytes at quality 95 with full-resolution colour: small tiles cannot spare any."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def decode_tile(jpeg: bytes, tile_px: int) -> npt.NDArray[np.uint8]:
+    """The (tile_px, tile_px, 3) pixels of one tile.
+
+    Raises:
+        TileStoreError: the bytes are not a JPEG of that size.
+    """
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
+            pixels_HWC = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise TileStoreError(f"a stored tile is not a readable JPEG: {error}") from error
+    if pixels_HWC.shape != (tile_px, tile_px, 3):
+        got = "x".join(str(size) for size in pixels_HWC.shape[:2])
+        raise TileStoreError(f"a stored tile has {got} pixels, expected {tile_px}x{tile_px}")
+    return pixels_HWC

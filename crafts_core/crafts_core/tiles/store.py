@@ -1,0 +1,170 @@
+"""Reading a tile store: any patient's tiles, directly.
+
+The primary access is by patient, because Poisson sampling draws patients; a shuffled stream of
+tiles is not that and is not offered. A store object holds no open file, so it can be used in any
+process or thread.
+
+Shape letters: N tiles, H and W pixels, C channels.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from crafts_core.plan import describe_first_error
+from crafts_core.tiles.records import INDEX_SCHEMA, TileStoreError, decode_tile
+from crafts_core.tiles.writer import (
+    CAPTIONS_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    StoreManifest,
+    describe_file,
+    shard_name,
+)
+
+Rows = Sequence[int] | npt.NDArray[np.int64]
+
+
+class TileStore:
+    """A finished store. ``TileStore.open`` is the only way in."""
+
+    def __init__(
+        self, path: Path, manifest: StoreManifest, index: pa.Table, captions: Sequence[str]
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.index = index
+        """Every column of the index, one row per tile."""
+        self.captions = tuple(captions)
+        """The distinct captions; a row's ``caption_id`` points here."""
+        patients = index.column("patient").combine_chunks().dictionary_encode()
+        self.patients: tuple[str, ...] = tuple(patients.dictionary.to_pylist())
+        """Pseudonyms, in the order of their rows."""
+        self._patient_N = _numpy(patients.indices, np.int64)
+        if np.any(np.diff(self._patient_N) < 0):
+            raise TileStoreError(f"{path}: rows of a patient do not follow each other; build anew")
+        self._starts = np.searchsorted(self._patient_N, np.arange(len(self.patients) + 1))
+        self._shard_N = _numpy(index.column("shard"), np.int64)
+        self._offset_N = _numpy(index.column("offset"), np.int64)
+        self._length_N = _numpy(index.column("length"), np.int64)
+        self._caption_N = _numpy(index.column("caption_id"), np.int64)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a finished store after checking its manifest, index and file sizes.
+
+        Raises:
+            TileStoreError: there is no store, it is unfinished, or a file is not what it was.
+        """
+        manifest = _read_manifest(path)
+        for name, expected in manifest.files.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != expected.num_bytes:
+                raise TileStoreError(f"{path}: {name} is missing or torn; build the store again")
+        for name in (INDEX_NAME, CAPTIONS_NAME):
+            if describe_file(path / name) != manifest.files.get(name):
+                raise TileStoreError(f"{path}: {name} was changed; build the store again")
+        index = pq.read_table(path / INDEX_NAME)
+        captions = pq.read_table(path / CAPTIONS_NAME).column("caption").to_pylist()
+        if not index.schema.equals(INDEX_SCHEMA) or index.num_rows != manifest.num_tiles:
+            raise TileStoreError(f"{path}: the index is of another format; build the store again")
+        return cls(path, manifest, index, captions)
+
+    def verify(self) -> None:
+        """Read every file and compare its hash, pixels included.
+
+        Raises:
+            TileStoreError: names the first file that changed.
+        """
+        for name, expected in self.manifest.files.items():
+            if describe_file(self.path / name) != expected:
+                raise TileStoreError(f"{self.path}: {name} was changed; build the store again")
+
+    @property
+    def num_tiles(self) -> int:
+        return self.index.num_rows
+
+    @property
+    def num_patients(self) -> int:
+        return len(self.patients)
+
+    @property
+    def tile_px(self) -> int:
+        return self.manifest.tile_px
+
+    @property
+    def mpp(self) -> float | None:
+        return self.manifest.mpp
+
+    @property
+    def cohort(self) -> str:
+        return self.manifest.cohort
+
+    @property
+    def index_hash(self) -> str:
+        """SHA-256 of the index: what caches of this store are keyed by."""
+        return self.manifest.files[INDEX_NAME].sha256
+
+    @property
+    def labels(self) -> npt.NDArray[np.object_]:
+        """The label of every row, as the site's table had it (may be empty)."""
+        return np.asarray(self.index.column("label").to_pylist(), dtype=object)
+
+    def tile_rows_of(self, patient_index: int) -> npt.NDArray[np.int64]:
+        """Rows of one patient, by the patient's place in ``patients``."""
+        if not 0 <= patient_index < self.num_patients:
+            raise IndexError(f"patient {patient_index} of {self.num_patients}")
+        start, stop = self._starts[patient_index : patient_index + 2]
+        return np.arange(start, stop, dtype=np.int64)
+
+    def patient_indices(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """For each row the place of its patient in ``patients``."""
+        return self._patient_N[np.asarray(rows, dtype=np.int64)]
+
+    def caption_ids(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """For each row the place of its caption in ``captions``."""
+        return self._caption_N[np.asarray(rows, dtype=np.int64)]
+
+    def read_images(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """Pixels of the given rows in their order, shape (N, tile_px, tile_px, 3).
+
+        Raises:
+            TileStoreError: a stored tile cannot be read; build the store again.
+        """
+        row_N = np.asarray(rows, dtype=np.int64)
+        image_NHWC = np.empty((len(row_N), self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        for shard in np.unique(self._shard_N[row_N]):
+            places = np.flatnonzero(self._shard_N[row_N] == shard)
+            with (self.path / shard_name(int(shard))).open("rb", buffering=0) as file:
+                for place in places:
+                    file.seek(self._offset_N[row_N[place]])
+                    jpeg = file.read(self._length_N[row_N[place]])
+                    image_NHWC[place] = decode_tile(jpeg, self.tile_px)
+        return image_NHWC
+
+
+def _read_manifest(path: Path) -> StoreManifest:
+    try:
+        values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        return StoreManifest.model_validate(values)
+    except FileNotFoundError as error:
+        state = "an unfinished store" if path.is_dir() else "not a folder"
+        raise TileStoreError(
+            f"no tile store at {path} ({state}); make one with crafts-client ingest"
+        ) from error
+    except ValidationError as error:
+        raise TileStoreError(f"{path}/{MANIFEST_NAME}: {describe_first_error(error)}") from error
+    except (OSError, ValueError) as error:
+        raise TileStoreError(f"cannot read {path}/{MANIFEST_NAME}: {error}") from error
+
+
+def _numpy(column: Any, dtype: type[np.int64]) -> npt.NDArray[np.int64]:
+    """An arrow column as a numpy array of ``dtype``."""
+    return np.asarray(column.to_numpy(zero_copy_only=False), dtype=dtype)

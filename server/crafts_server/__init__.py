@@ -1,0 +1,1 @@
+"""The coordinator: plans, rounds, aggregation, checkpoints. It never sees a tile."""

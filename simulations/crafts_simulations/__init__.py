@@ -1,0 +1,1 @@
+"""Synthetic hospitals and local federations, for knowing beforehand what a study would give."""
