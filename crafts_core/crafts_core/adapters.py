@@ -21,7 +21,9 @@ from torch.func import functional_call
 
 from crafts_core.errors import CraftsError
 from crafts_core.exchange import ExchangeError, check_tensors
+from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig, Factor
+from crafts_core.public_update import PublicUpdateConfig, leading_right_directions, public_update
 
 State = dict[str, Tensor]
 _PEFT_NAME = "crafts"
@@ -92,17 +94,16 @@ class Adapter:
 
         The base weights are shared, so theta1 costs no second model.
         """
-        weights = {self._paths[name]: tensor for name, tensor in state.items()}
+        weights = {
+            self._paths[name]: tensor.to(self._parameters[name]) for name, tensor in state.items()
+        }
         output = functional_call(self.unet, weights, (noisy_BCHW, timesteps_B, text_BLD))
         prediction: Tensor = output.sample
         return prediction
 
     def state(self) -> State:
         """Float32 copies of all factors on the CPU."""
-        return {
-            name: parameter.detach().to("cpu", torch.float32, copy=True)
-            for name, parameter in self._parameters.items()
-        }
+        return {name: _copied(parameter) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -121,19 +122,14 @@ class Adapter:
     def merged(self) -> UNet2DConditionModel:
         """A plain UNet with the adapter added into its weights. This adapter is untouched."""
         unet = copy.deepcopy(self.unet)
-        for name, layer in _lora_layers(unet).items():
+        for layer in _lora_layers(unet).values():
             layer.merge()
-            unet.set_submodule(name, layer.get_base_layer())
-        plain: UNet2DConditionModel = unet.requires_grad_(False)
-        return plain
+        return _without_lora(unet)
 
     def detach(self) -> UNet2DConditionModel:
         """Take the factors out again. The UNet computes what it did before ``attach``."""
-        for name, layer in _lora_layers(self.unet).items():
-            self.unet.set_submodule(name, layer.get_base_layer())
         self._parameters, self._paths = {}, {}
-        self.unet.requires_grad_(False)
-        return self.unet
+        return _without_lora(self.unet)
 
 
 def target_layers(
@@ -166,6 +162,44 @@ def target_layers(
     return dict(sorted(chosen.items()))
 
 
+def initial_state(
+    foundation: Foundation,
+    config: AdapterConfig,
+    seed: int,
+    *,
+    public_work: PublicUpdateConfig | None = None,
+) -> State:
+    """Where a study starts: an adapter that changes nothing yet.
+
+    The second factor is zero. The first has orthonormal rows from the foundation's public update,
+    or, if the plan says ``random``, normal rows of unit expected norm. Full weights start at the
+    foundation's own. Everything follows from public files and the seed.
+
+    Raises:
+        AdapterError: the config does not fit the foundation's UNet.
+    """
+    unet = foundation.generator.unet
+    if config.kind == "full":
+        return {name: _copied(weight) for name, weight in unet.named_parameters()}
+    layers = target_layers(unet, config)
+    updates: Mapping[str, Tensor] = {}
+    if config.first_factor == "public":
+        updates = public_update(foundation, list(layers), seed=seed, config=public_work)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, layer in layers.items():
+        shape = layer.weight.shape
+        num_inputs = shape[1:].numel()
+        if name in updates:
+            first = leading_right_directions(updates[name], config.rank, seed=seed)
+        else:
+            first = torch.randn(config.rank, num_inputs, generator=generator) / num_inputs**0.5
+        ones = [1] * (len(shape) - 2)
+        state[name + _FIRST] = first.reshape(config.rank, *shape[1:])
+        state[name + _SECOND] = torch.zeros(shape[0], config.rank, *ones)
+    return state
+
+
 def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:
     """The sorted names of one factor's tensors.
 
@@ -180,7 +214,9 @@ def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:
     return sorted(name for name in state if name.endswith(endings[factor]))
 
 
-def add_delta(state: Mapping[str, Tensor], delta: Mapping[str, Tensor], scale: float = 1.0) -> State:
+def add_delta(
+    state: Mapping[str, Tensor], delta: Mapping[str, Tensor], scale: float = 1.0
+) -> State:
     """``state + scale * delta`` in float32; tensors that ``delta`` does not name are copied.
 
     Raises:
@@ -219,5 +255,18 @@ def lora_tensors(state: Mapping[str, Tensor]) -> State:
     return renamed
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
 def _lora_layers(unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Put the base layers back, and forget what peft noted on the model."""
+    for name, layer in _lora_layers(unet).items():
+        unet.set_submodule(name, layer.get_base_layer())
+    if hasattr(unet, "peft_config"):
+        del unet.peft_config
+    return unet.requires_grad_(False)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
+from crafts_core.quiet import quiet_transformers
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 """What CLIP weights expect when their directory does not say otherwise."""
@@ -35,10 +37,11 @@ class Aligner:
     @classmethod
     def from_directory(cls, path: Path, *, device: torch.device | str = "cpu") -> Self:
         """Load safetensors weights, tokenizer and pixel preparation from a local directory."""
-        model = CLIPModel.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        with quiet_transformers():
+            model = CLIPModel.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, dtype=torch.float32
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
         preparation: dict[str, list[float]] = {}
         if (path / _PREPARATION).exists():
             preparation = json.loads((path / _PREPARATION).read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ study starts from the same bytes and no file can run code.
 
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -15,38 +14,33 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crafts_core.aligner import Aligner, LatentAligner
+from crafts_core.foundation_import import import_diffusers
 from crafts_core.foundation_manifest import (
     FoundationError,
     FoundationManifest,
+    embedded_path,
     read_manifest,
     verify,
     write_manifest,
 )
 from crafts_core.generator import Generator
 from crafts_core.probe import Probe, correlation_range, load_probe, save_probe
+from crafts_core.vocabulary import Prompt
 
 __all__ = [
-    "AnchorPrompt",
     "Foundation",
     "FoundationError",
     "FoundationManifest",
     "Probe",
     "correlation_range",
     "embedded_path",
+    "import_diffusers",
     "load",
     "read_manifest",
     "save_probe",
     "verify",
     "write_manifest",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnchorPrompt:
-    """One caption of the prompt bank and the cancer type it is about."""
-
-    text: str
-    cancer_code: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +56,7 @@ class Foundation:
     generator: Generator
     aligner: Aligner
     latent_aligner: LatentAligner
-    prompt_bank: tuple[AnchorPrompt, ...]
+    prompt_bank: tuple[Prompt, ...]
     probe: Probe
     anchors_KD: Tensor
     null_text_LD: Tensor
@@ -70,11 +64,6 @@ class Foundation:
     @property
     def device(self) -> torch.device:
         return self.generator.device
-
-
-def embedded_path() -> Path:
-    """Where the foundation that ships with the package lies."""
-    return Path(str(resources.files("crafts_core"))) / "assets" / "embedded"
 
 
 def load(directory: Path, *, device: torch.device | str = "cpu") -> Foundation:
@@ -118,7 +107,7 @@ def load_latent_aligner(directory: Path, manifest: FoundationManifest) -> Latent
     return head.eval().requires_grad_(False)
 
 
-def load_prompt_bank(directory: Path) -> tuple[AnchorPrompt, ...]:
+def load_prompt_bank(directory: Path) -> tuple[Prompt, ...]:
     """The public captions of ``prompt_bank.json``.
 
     Raises:
@@ -128,7 +117,7 @@ def load_prompt_bank(directory: Path) -> tuple[AnchorPrompt, ...]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         bank = tuple(
-            AnchorPrompt(text=str(record["text"]), cancer_code=str(record["cancer_code"]))
+            Prompt(text=str(record["text"]), cancer_code=str(record["cancer_code"]))
             for record in records
         )
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -6,7 +6,7 @@ The hash of the manifest is the identity of a foundation: plans name it, sites c
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -162,6 +162,11 @@ def verify(directory: Path) -> FoundationManifest:
                 f"foundation {directory}: {path} does not match its SHA-256; copy it again"
             )
     return manifest
+
+
+def embedded_path() -> Path:
+    """Where the foundation that ships with the package lies."""
+    return Path(str(resources.files("crafts_core"))) / "assets" / "embedded"
 
 
 def refuse_unsafe(path: Path) -> None:

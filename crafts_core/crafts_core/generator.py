@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from crafts_core.aligner import tokenize
 from crafts_core.foundation_manifest import FoundationError
+from crafts_core.quiet import quiet_transformers
 
 PredictionType = Literal["epsilon", "v_prediction"]
 """What the denoiser predicts: the noise (diffusers says ``epsilon``) or the velocity."""
@@ -43,14 +44,16 @@ class Generator:
             path / "unet", torch_dtype=torch.float32, **kwargs
         )
         vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch.float32, **kwargs)
-        text_encoder = CLIPTextModel.from_pretrained(
-            path / "text_encoder", dtype=torch.float32, **kwargs
-        )
+        with quiet_transformers():
+            text_encoder = CLIPTextModel.from_pretrained(
+                path / "text_encoder", dtype=torch.float32, **kwargs
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         generator = cls(
             unet=unet.to(device).eval().requires_grad_(False),
             vae=vae.to(device).eval().requires_grad_(False),
             text_encoder=text_encoder.to(device).eval().requires_grad_(False),
-            tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
+            tokenizer=tokenizer,
             scheduler=DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True),
         )
         if generator.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -88,8 +91,8 @@ class Generator:
     @property
     def tile_px(self) -> int:
         """Side of an image, in pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return int(self.unet.config.sample_size) * factor
+        num_halvings = len(self.vae.config.block_out_channels) - 1
+        return int(self.unet.config.sample_size) << num_halvings
 
     @torch.no_grad()
     def encode_images(self, images_BCHW: Tensor) -> Tensor:

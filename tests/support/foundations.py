@@ -13,12 +13,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from crafts_core.aligner import LatentAligner
 from crafts_core.foundation import Foundation, Probe, load, save_probe, write_manifest
+from crafts_core.vocabulary import CANCER_TYPES
 
-WORDS = "tissue carcinoma of the lung colon liver with glands sheets spindle cells dense sparse"
-CODES = (
-    "ACC BLCA BRCA CESC COAD ESCA GBM HNSC KICH KIRC KIRP LGG LIHC LUAD LUSC MESO OV PAAD PCPG "
-    "PRAD READ SARC SKCM STAD TGCT THCA THYM UCEC UCS UVM"
-).split()
+WORDS = ["tissue", "carcinoma", "lung", "colon", "with", "glands", "sheets", "spindle", "cells"]
 START, END = "<|startoftext|>", "<|endoftext|>"
 TEXT_WIDTH, EMBEDDING_DIM, MAX_TOKENS = 32, 16, 16
 
@@ -41,8 +38,8 @@ def write_tiny_foundation(
     randomise(head, generator)
     save_file(head.state_dict(), path / "latent_aligner.safetensors")
     bank = [
-        {"text": f"carcinoma {code.lower()} tissue with glands", "cancer_code": code}
-        for code in CODES
+        {"text": f"{cancer.name} tissue with glands", "cancer_code": cancer.code}
+        for cancer in CANCER_TYPES
     ]
     (path / "prompt_bank.json").write_text(json.dumps(bank))
     tiles = torch.randint(0, 256, (8, 3, tile_px, tile_px), generator=generator, dtype=torch.uint8)
@@ -146,7 +143,7 @@ def write_tiny_aligner(path: Path, seed: int = 0, *, image_px: int = 32) -> Path
 def tiny_tokenizer() -> CLIPTokenizer:
     """Byte-pair tokenizer in CLIP layout whose merges spell a few words."""
     merges: dict[tuple[str, str], None] = {}
-    for word in WORDS.split():
+    for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             merges[parts[0], parts[1]] = None

@@ -19,6 +19,8 @@ class BuildConfig(BaseModel):
     region_tiles: Count = 4
     """A region is region_tiles x region_tiles tiles of one phenotype and one stain."""
     normal_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.12
+    bare_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Regions whose caption says only what it is: hospitals often know no more."""
     num_probe: Count = 60
 
     max_tokens: Count = 32
@@ -34,7 +36,7 @@ class BuildConfig(BaseModel):
     latent_channels: Count = 16
     vae_channels: tuple[int, ...] = (16, 32, 64, 96)
     vae_batch: Count = 16
-    vae_steps: Count = 2400
+    vae_steps: Count = 2000
 
     unet_channels: tuple[int, ...] = (96, 128)
     unet_batch: Count = 64

@@ -39,11 +39,12 @@ def train_vae(
 
     def loss_of(rows: np.ndarray) -> Tensor:
         pixels_BCHW = augment(to_pixels(tiles.image_NHWC[rows]), rng).to(device)
-        posterior = vae.encode(pixels_BCHW).latent_dist
-        decoded_BCHW = vae.decode(posterior.sample()).sample
-        error_BCHW = decoded_BCHW - pixels_BCHW
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(pixels_BCHW).latent_dist
+            decoded_BCHW = vae.decode(posterior.sample()).sample
+        error_BCHW = decoded_BCHW.float() - pixels_BCHW
         detail_BCHW = error_BCHW - functional.avg_pool2d(error_BCHW, 5, stride=1, padding=2)
-        return error_BCHW.abs().mean() + detail_BCHW.abs().mean() + 1e-6 * posterior.kl().mean()
+        return error_BCHW.abs().mean() + detail_BCHW.abs().mean() + 1e-6 * posterior.kl().float().mean()
 
     _optimise(
         vae, ema, loss_of, len(tiles.caption_N), config.vae_batch, config.vae_steps, 2e-3, rng,
@@ -122,7 +123,9 @@ def train_unet(
         t_B = torch.from_numpy(rng.integers(1000, size=len(rows))).to(device)
         noisy_BCHW = scheduler.add_noise(clean_BCHW, noise_BCHW, t_B)
         target_BCHW = scheduler.get_velocity(clean_BCHW, noise_BCHW, t_B)
-        error_B = (unet(noisy_BCHW, t_B, text_BLD).sample - target_BCHW).square().mean((1, 2, 3))
+        with torch.autocast(device.type, torch.bfloat16):
+            velocity_BCHW = unet(noisy_BCHW, t_B, text_BLD).sample
+        error_B = (velocity_BCHW.float() - target_BCHW).square().mean((1, 2, 3))
         snr_B = compute_snr(_Alphas(alphas_cumprod), t_B)
         # The floor keeps the noisiest steps, which decide colour and layout, in training.
         weight_B = (snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1)).clamp(min=0.1)

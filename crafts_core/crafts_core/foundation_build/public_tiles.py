@@ -72,7 +72,7 @@ def _render_one(index: int, config: BuildConfig) -> tuple[npt.NDArray[np.uint8],
         rng,
         width_px=side,
         height_px=side,
-        mpp=config.mpp,
+        mpp=config.mpp * rng.uniform(0.9, 1.2),
         phenotype=phenotype(attributes),
         stain=random_stain(rng),
     )
@@ -80,4 +80,5 @@ def _render_one(index: int, config: BuildConfig) -> tuple[npt.NDArray[np.uint8],
         config.region_tiles, config.tile_px, config.region_tiles, config.tile_px, 3
     )
     tiles = grid.swapaxes(1, 2).reshape(-1, config.tile_px, config.tile_px, 3)
-    return tiles, compose_caption(cancer, attributes, organ=organ)
+    told = attributes if rng.random() > config.bare_fraction else None
+    return tiles, compose_caption(cancer, told, organ=organ)

@@ -83,8 +83,14 @@ class LatentCache:
         batch; one that was made from another index is removed and made again.
 
         Raises:
-            TileStoreError: a tile cannot be read, or the foundation gives NaN or infinity.
+            TileStoreError: tiles have another size than the foundation's, a tile cannot be
+                read, or the foundation gives NaN or infinity.
         """
+        if store.tile_px != foundation.manifest.tile_px:
+            raise TileStoreError(
+                f"{store.path} has tiles of {store.tile_px} px, the foundation takes "
+                f"{foundation.manifest.tile_px}; ingest again with that size"
+            )
         foundation_hash = foundation.manifest.hash
         folder = cache_folder(store, foundation_hash)
         meta = _read_model(folder / META_NAME, CacheMeta)
@@ -206,7 +212,10 @@ class _RowFiles:
     """Float16 files that grow by rows, first cut back to the rows that were committed."""
 
     def __init__(
-        self, folder: Path, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        folder: Path,
+        names: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._folder = folder
         self._names = names

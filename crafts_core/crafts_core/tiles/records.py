@@ -58,7 +58,7 @@ class TileRecord:
     y: int
     level0_width: float
     level0_height: float
-    mpp: float
+    mpp: float | None
     caption: str
     label: str
     tissue_fraction: float

@@ -89,7 +89,7 @@ class TileStore:
 
     @property
     def num_tiles(self) -> int:
-        return self.index.num_rows
+        return self.manifest.num_tiles
 
     @property
     def num_patients(self) -> int:

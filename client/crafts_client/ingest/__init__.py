@@ -1,0 +1,20 @@
+"""Slides and ready tiles become a tile store. Nothing that names a patient comes along."""
+
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.table import TableColumns, TableRow, read_table
+from crafts_client.ingest.tiling import TilingOptions
+
+__all__ = [
+    "IngestError",
+    "IngestReport",
+    "Salt",
+    "TableColumns",
+    "TableRow",
+    "TilingOptions",
+    "ingest_slides",
+    "ingest_tiles",
+    "read_table",
+]

@@ -1,0 +1,80 @@
+"""Pseudonyms: keyed hashes that only the site can make, and nobody can turn back.
+
+The key is a file of the site. Whoever has it can test guesses of a name, so it stays at the site
+beside the slides; losing it means that a store made later shares no id with one made before.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from crafts_client.ingest.errors import IngestError
+
+SALT_BYTES = 32
+_ID_HEX = 32
+
+
+class Salt:
+    """The site's secret key for pseudonyms. Never printed."""
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != SALT_BYTES:
+            raise ValueError(f"expected {SALT_BYTES} bytes, got {len(key)}")
+        self._key = key
+
+    def __repr__(self) -> str:
+        return "Salt(****)"
+
+    @classmethod
+    def create(cls, path: Path) -> "Salt":
+        """Make a new salt file, readable by its owner only; an existing one is never replaced."""
+        key = secrets.token_bytes(SALT_BYTES)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError as error:
+            raise IngestError(
+                f"salt file {path} exists; replacing it would change every id of this site"
+            ) from error
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
+        return cls(key)
+
+    @classmethod
+    def load(cls, path: Path) -> "Salt":
+        """Read a salt file.
+
+        Raises:
+            IngestError: it is missing, has another length, or others may read it.
+        """
+        try:
+            mode, key = path.stat().st_mode, path.read_bytes()
+        except OSError as error:
+            raise IngestError(f"cannot read salt file {path}: {error.strerror}") from error
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise IngestError(f"salt file {path} is open to others; run: chmod 600 {path}")
+        if len(key) != SALT_BYTES:
+            raise IngestError(f"salt file {path}: expected {SALT_BYTES} bytes, got {len(key)}")
+        return cls(key)
+
+    def patient_id(self, patient: str) -> str:
+        return self._pseudonym("patient", patient)
+
+    def case_id(self, patient: str, case: str) -> str:
+        return self._pseudonym("case", patient, case)
+
+    def slide_id(self, patient: str, name: str) -> str:
+        return self._pseudonym("slide", patient, name)
+
+    def tile_id(self, slide_id: str, x: int, y: int) -> str:
+        return self._pseudonym("tile", slide_id, str(x), str(y))
+
+    def _pseudonym(self, *parts: str) -> str:
+        """128 bits of HMAC-SHA256 over length-prefixed parts, so no two tuples collide."""
+        encoded = [part.encode() for part in parts]
+        message = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+        return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:_ID_HEX]

@@ -1,0 +1,181 @@
+"""The site's table: which file belongs to which patient, and what it shows.
+
+CSV or TSV with a header line. Everything that is wrong with it is told at once, before any pixel
+is read.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crafts_client.ingest.errors import IngestError
+from crafts_core.vocabulary import VocabularyError, label_caption
+
+MAX_CAPTION_CHARACTERS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableColumns:
+    """Column names. Where several are listed, the first that the table has is used."""
+
+    file: tuple[str, ...] = ("file",)
+    patient: tuple[str, ...] = ("patient", "source_tile_group")
+    case: tuple[str, ...] = ("case",)
+    label: tuple[str, ...] = ("label", "cancer_type", "class")
+    caption: tuple[str, ...] = ("caption",)
+    mpp: tuple[str, ...] = ("mpp",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRow:
+    """One slide or ready tile. Names its patient: never leaves the site."""
+
+    line: int
+    name: str
+    """The file as the table has it: what its id is made from."""
+    path: Path
+    patient: str
+    case: str
+    label: str
+    caption: str
+    mpp: float | None
+    """Overrides what the file says about its scale, in microns per level-0 pixel."""
+
+
+def read_table(
+    path: Path, *, root: Path | None = None, columns: TableColumns | None = None
+) -> tuple[TableRow, ...]:
+    """Read and check a table.
+
+    Args:
+        path: ``.csv`` (comma, semicolon or tab) or ``.tsv``.
+        root: What relative file names are relative to; the table's own folder if absent.
+        columns: Column names, where they differ from the known ones.
+
+    Raises:
+        IngestError: with one line for everything that is wrong.
+    """
+    header, lines = _read_lines(path)
+    found = _find_columns(path, header, columns or TableColumns())
+    base = path.parent if root is None else root
+    rows: list[TableRow] = []
+    problems: list[str] = []
+    first_line: dict[Path, int] = {}
+    for number, cells in lines:
+        values = {key: cells[place].strip() for key, place in found.items() if place < len(cells)}
+        row, wrong = _read_row(number, values, base)
+        if len(cells) != len(header):
+            wrong = [f"expected {len(header)} cells, got {len(cells)}"]
+        elif row.path in first_line:
+            wrong.append(f"file {row.name} is listed before, on line {first_line[row.path]}")
+        first_line.setdefault(row.path, number)
+        problems += [f"{path.name} line {number}: {problem}" for problem in wrong]
+        rows.append(row)
+    if problems:
+        raise IngestError(*problems)
+    if not rows:
+        raise IngestError(f"{path} has a header but no rows")
+    return tuple(rows)
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header cells, and each later line that is not empty with its line number."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=_delimiter(path, first), strict=True)
+            table = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise IngestError(f"cannot read table {path}: {error}") from error
+    if not table:
+        raise IngestError(f"{path} is empty; its first line must name the columns")
+    header = [cell.strip() for cell in table[0][1]]
+    return header, table[1:]
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """The separator that the header line uses most; tab for ``.tsv``."""
+    if path.suffix.lower() in (".tsv", ".tab"):
+        return "\t"
+    return max((",", ";", "\t"), key=header.count)
+
+
+def _find_columns(path: Path, header: Sequence[str], columns: TableColumns) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key in TableColumns.__dataclass_fields__:
+        names: tuple[str, ...] = getattr(columns, key)
+        present = [name for name in names if name in header]
+        if present:
+            found[key] = header.index(present[0])
+    problems = [
+        f"{path.name}: no column {' or '.join(getattr(columns, key))} ({purpose}); "
+        f"it has: {', '.join(header)}"
+        for key, purpose in (
+            ("file", "the slide or tile"),
+            ("patient", "whose tissue it is: privacy is promised to patients"),
+        )
+        if key not in found
+    ]
+    if "caption" not in found and "label" not in found:
+        wanted = " or ".join((*columns.caption, *columns.label))
+        problems.append(f"{path.name}: no column {wanted} (what is shown)")
+    if problems:
+        raise IngestError(*problems)
+    return found
+
+
+def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[TableRow, list[str]]:
+    """The row as far as it can be read, and what is wrong with it."""
+    problems: list[str] = []
+    name, patient = values.get("file", ""), values.get("patient", "")
+    path = (base / name).resolve()
+    if not name:
+        problems.append("no file")
+    elif not path.is_file():
+        problems.append(f"file {name} does not exist below {base}")
+    if not patient:
+        problems.append("no patient")
+    caption, problem = _caption(values.get("caption", ""), values.get("label", ""))
+    problems += [problem] if problem else []
+    mpp, problem = _mpp(values.get("mpp", ""))
+    problems += [problem] if problem else []
+    row = TableRow(
+        line=number,
+        name=name,
+        path=path,
+        patient=patient,
+        case=values.get("case", ""),
+        label=values.get("label", ""),
+        caption=caption,
+        mpp=mpp,
+    )
+    return row, problems
+
+
+def _caption(caption: str, label: str) -> tuple[str, str | None]:
+    """The row's own caption, else the one its label stands for; and what is wrong."""
+    if caption:
+        if len(caption) > MAX_CAPTION_CHARACTERS:
+            return "", f"caption is longer than {MAX_CAPTION_CHARACTERS} characters"
+        return " ".join(caption.split()), None
+    if not label:
+        return "", "neither a caption nor a label"
+    try:
+        return label_caption(label), None
+    except VocabularyError as error:
+        return "", f"{error} (or give a caption)"
+
+
+def _mpp(text: str) -> tuple[float | None, str | None]:
+    if not text:
+        return None, None
+    try:
+        mpp = float(text)
+    except ValueError:
+        return None, f"mpp {text!r} is not a number"
+    if not (math.isfinite(mpp) and mpp > 0):
+        return None, f"mpp must be above zero, got {text}"
+    return mpp, None

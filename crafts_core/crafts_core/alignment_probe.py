@@ -1,0 +1,125 @@
+"""Alignment on the public probe: what the coordinator may measure and improve without a patient.
+
+The *margin* asks what the text does: each probe tile is noised once and denoised twice, under its
+own caption and under another tile's, with the same noise and timestep. How much closer the first
+denoised latent is to the pair's target than the second, in correlation, is the margin. A denoiser
+that ignores its text has margin zero.
+
+Shape letters: B tiles times draws, C H W latent, L D text, K anchors.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from crafts_core.adapters import Adapter, State
+from crafts_core.aligner import profile
+from crafts_core.foundation import Foundation
+from crafts_core.plan import AdapterConfig, Factor
+from crafts_core.stages.alignment import alignment_target, alignment_term, denoised_correlation
+from crafts_core.stages.schedule import NoiseSchedule
+
+_CHUNK = 64
+
+
+class AlignmentProbe:
+    """The probe with fixed noise and timesteps, and one adapter to put states into.
+
+    Two calls with the same state give the same number: draws depend on the public seed only, and
+    timesteps are spread evenly over the schedule.
+    """
+
+    def __init__(
+        self, foundation: Foundation, config: AdapterConfig, *, seed: int, num_draws: int = 4
+    ) -> None:
+        if num_draws < 1:
+            raise ValueError(f"expected num_draws >= 1, got {num_draws}")
+        self._foundation = foundation
+        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
+        self._schedule = NoiseSchedule.of(foundation.generator)
+        probe = foundation.probe
+        generator = torch.Generator().manual_seed(seed)
+        latents = foundation.generator.encode_images(probe.tiles_NCHW / 127.5 - 1.0)
+        latents = latents.repeat_interleave(num_draws, dim=0)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        offsets = torch.arange(num_draws).repeat(len(probe.captions))
+        jitter = torch.rand(len(offsets), generator=generator)
+        timesteps = (offsets + jitter) / num_draws * self._schedule.num_timesteps
+        self._timesteps_B = timesteps.long().to(latents.device)
+        self._noisy_BCHW = self._schedule.noisy(latents, noise, self._timesteps_B)
+        self._text_BLD = self._encode(list(probe.captions), num_draws)
+        self._mismatched_BLD = self._encode(list(probe.mismatched_captions), num_draws)
+        self._target_BK = self._targets().repeat_interleave(num_draws, dim=0)
+
+    @torch.no_grad()
+    def margin(self, state: Mapping[str, Tensor]) -> float:
+        """Mean over the probe of r(u matched, q) - r(u mismatched, q)."""
+        self._adapter.load_state(state)
+        total = 0.0
+        for rows in self._chunks():
+            matched_B = self._correlation(rows, self._text_BLD)
+            mismatched_B = self._correlation(rows, self._mismatched_BLD)
+            total += float((matched_B - mismatched_B).sum())
+        return total / len(self._timesteps_B)
+
+    def gradient(self, state: Mapping[str, Tensor], factor: Factor) -> tuple[float, State]:
+        """The public alignment loss, mean of ``a_t^2 (1 - r(u, q))``, and its gradient.
+
+        Returns:
+            The loss, and for each tensor of ``factor`` its gradient (float32, CPU).
+        """
+        self._adapter.load_state(state)
+        parameters = self._adapter.trainable(factor)
+        gradients = {name: torch.zeros(value.shape) for name, value in parameters.items()}
+        count, total = len(self._timesteps_B), 0.0
+        for rows in self._chunks():
+            correlation_B = self._correlation(rows, self._text_BLD)
+            term_B = alignment_term(correlation_B, self._timesteps_B[rows], self._schedule)
+            loss = term_B.sum() / count
+            parts = torch.autograd.grad(loss, tuple(parameters.values()))
+            for name, part in zip(parameters, parts, strict=True):
+                gradients[name] += part.to("cpu", torch.float32)
+            total += float(loss.detach())
+        return total, gradients
+
+    def _correlation(self, rows: slice, text_BLD: Tensor) -> Tensor:
+        """r(u, q) for some rows under some text."""
+        noisy, timesteps_B = self._noisy_BCHW[rows], self._timesteps_B[rows]
+        prediction = self._adapter.predict(noisy, timesteps_B, text_BLD[rows])
+        return denoised_correlation(
+            self._schedule.denoised(noisy, prediction, timesteps_B),
+            self._target_BK[rows],
+            latent_aligner=self._foundation.latent_aligner,
+            anchors_KD=self._foundation.anchors_KD,
+        )
+
+    def _encode(self, captions: list[str], num_draws: int) -> Tensor:
+        text_NLD = self._foundation.generator.encode_captions(captions)
+        return text_NLD.repeat_interleave(num_draws, dim=0)
+
+    def _targets(self) -> Tensor:
+        """The target q of each probe pair."""
+        foundation, anchors_KD = self._foundation, self._foundation.anchors_KD
+        tiles_NK = profile(foundation.aligner.embed_images(foundation.probe.tiles_NCHW), anchors_KD)
+        captions_NK = profile(
+            foundation.aligner.embed_captions(list(foundation.probe.captions)), anchors_KD
+        )
+        return alignment_target(tiles_NK, captions_NK, foundation.manifest.alignment)
+
+    def _chunks(self) -> list[slice]:
+        count = len(self._timesteps_B)
+        return [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+
+
+def alignment_margin(
+    foundation: Foundation,
+    config: AdapterConfig,
+    state: Mapping[str, Tensor],
+    *,
+    seed: int,
+    num_draws: int = 4,
+) -> float:
+    """The margin of one adapter state. For many states keep an ``AlignmentProbe``."""
+    return AlignmentProbe(foundation, config, seed=seed, num_draws=num_draws).margin(state)

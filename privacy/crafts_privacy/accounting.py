@@ -1,0 +1,224 @@
+"""From what ran to what it cost: events in, (epsilon, delta) out.
+
+Events compose; epsilons do not add up. The accountant of record is dp-accounting's privacy loss
+distribution (PLD), whose result is an upper bound at every discretization; Opacus gives a second
+opinion from its own code (PRV, or Rényi where PRV cannot cope). A patient's data are everything
+that differs between neighbouring data sets, so epsilon here is per patient.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import dp_accounting
+import numpy as np
+from dp_accounting import pld
+
+from crafts_privacy.errors import CalibrationError
+
+FINE = 1e-4
+"""Discretization of the privacy loss that is reported and enforced."""
+COARSE = 1e-3
+"""Discretization for searching; the same epsilon to 2e-4, ten times faster."""
+
+_FINEST_RELATIVE = 5e-6
+"""No finer than this times a rough epsilon, so that hopeless mechanisms stay affordable."""
+_PRV_MAX_EPSILON = 40.0
+"""Opacus' PRV needs memory that grows with epsilon; above this Rényi answers instead."""
+_MAX_NOISE_MULTIPLIER = 1e6
+
+
+class NeighboringRelation(StrEnum):
+    """Which two data sets must look alike."""
+
+    ADD_OR_REMOVE_ONE = "add_or_remove_one"
+    """One has one patient more. The claim of this system."""
+    REPLACE_ONE = "replace_one"
+    """One patient is another person. Reported beside; costs up to twice as much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyEvent:
+    """Steps of one Poisson-subsampled Gaussian mechanism over patients.
+
+    A noise multiplier of zero is no privacy at all: its epsilon is infinite.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise ValueError(f"expected finite noise_multiplier >= 0, got {self.noise_multiplier}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"expected 0 < sample_rate <= 1, got {self.sample_rate}")
+        if self.steps < 0:
+            raise ValueError(f"expected steps >= 0, got {self.steps}")
+
+
+class SecondOpinion(NamedTuple):
+    """Epsilon by another library, and which of its accountants gave it."""
+
+    epsilon: float
+    accountant: str
+
+
+def epsilon(
+    events: Iterable[PrivacyEvent],
+    delta: float,
+    *,
+    discretization: float = FINE,
+    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> float:
+    """Epsilon of all events together, never understated.
+
+    Returns:
+        Zero when nothing ran, infinity when anything ran without noise.
+
+    Raises:
+        ValueError: ``delta`` is not in (0, 1).
+    """
+    _check_delta(delta)
+    merged = merge(events)
+    if not merged:
+        return 0.0
+    if any(event.noise_multiplier == 0 for event in merged):
+        return math.inf
+    accountant = pld.PLDAccountant(
+        dp_accounting.NeighboringRelation[neighboring_relation.name],
+        max(discretization, _FINEST_RELATIVE * _rough_epsilon(merged, delta)),
+    )
+    for event in merged:
+        accountant.compose(_dp_event(event), event.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_second_opinion(events: Iterable[PrivacyEvent], delta: float) -> SecondOpinion:
+    """Epsilon under add-or-remove-one by Opacus: PRV where it copes, else Rényi.
+
+    PRV is an upper bound that exceeds PLD by its error allowance of 0.01; Rényi is looser.
+    """
+    _check_delta(delta)
+    merged = merge(events)
+    if not merged:
+        return SecondOpinion(0.0, "opacus-prv")
+    if any(event.noise_multiplier == 0 for event in merged):
+        return SecondOpinion(math.inf, "opacus-rdp")
+    # Opacus imports much of torch; only this function needs it.
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in merged]
+    renyi = RDPAccountant()
+    renyi.history = history
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # log(0) where q = 1, and hints about Rényi orders
+        bound = float(renyi.get_epsilon(delta))
+        if bound <= _PRV_MAX_EPSILON:
+            prv = PRVAccountant()
+            prv.history = history
+            value = float(prv.get_epsilon(delta))
+            if math.isfinite(value):
+                return SecondOpinion(value, "opacus-prv")
+    return SecondOpinion(bound, "opacus-rdp")
+
+
+def calibrate_noise_multiplier(
+    *,
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    spent: Sequence[PrivacyEvent] = (),
+) -> float:
+    """Smallest noise multiplier, to about 0.1 %, with which ``steps`` more keep the target.
+
+    Searched coarsely, then verified at the discretization that is enforced: ``spent`` and the new
+    steps together never exceed the target. Rounded up to four significant digits, so that it
+    survives being written down.
+
+    Raises:
+        CalibrationError: what is spent already leaves nothing.
+        ValueError: an argument is out of range.
+    """
+    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
+        raise ValueError(f"expected finite target_epsilon > 0, got {target_epsilon}")
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}")
+
+    coarse = max(COARSE, 1e-4 * target_epsilon)
+
+    def fits(noise_multiplier: float, discretization: float) -> bool:
+        event = PrivacyEvent(
+            noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps
+        )
+        composed = epsilon([*spent, event], delta, discretization=discretization)
+        return composed <= target_epsilon
+
+    high = 1.0
+    while not fits(high, coarse):
+        high *= 2.0
+        if high > _MAX_NOISE_MULTIPLIER:
+            raise CalibrationError(
+                f"no noise keeps {steps} more steps within epsilon {target_epsilon}: "
+                f"{epsilon(spent, delta):.3f} is spent already; lower the steps or end the study"
+            )
+    low = high / 2.0
+    while low > 1e-3 and fits(low, coarse):
+        low, high = low / 2.0, low
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle, coarse) else (middle, high)
+    high = _round_up(high)
+    while not fits(high, FINE):
+        high = _round_up(high * 1.0002)
+    return high
+
+
+def merge(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
+    """Events of one kind as one event with their steps added, in a fixed order.
+
+    The composition is the same; its cost then depends on kinds, not on rounds, and equal histories
+    give the same epsilon to the last bit however they were cut into rounds.
+    """
+    steps_of: dict[tuple[float, float], int] = {}
+    for event in events:
+        kind = (event.noise_multiplier, event.sample_rate)
+        steps_of[kind] = steps_of.get(kind, 0) + event.steps
+    return tuple(
+        PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+        for (noise_multiplier, sample_rate), steps in sorted(steps_of.items())
+        if steps > 0
+    )
+
+
+def _dp_event(event: PrivacyEvent) -> dp_accounting.DpEvent:
+    gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+    if event.sample_rate == 1.0:
+        return gaussian  # closed form, no sampling
+    return dp_accounting.PoissonSampledDpEvent(event.sample_rate, gaussian)
+
+
+def _rough_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
+    """The size of epsilon by the central limit; neither a bound nor ever reported."""
+    mu_squared = 0.0
+    for event in events:
+        inverse = min(event.noise_multiplier**-2, 500.0)
+        amplified = event.sample_rate**2 * math.expm1(inverse)
+        mu_squared += event.steps * min(event.noise_multiplier**-2, amplified)
+    return mu_squared / 2 + math.sqrt(2 * mu_squared * math.log(1 / delta))
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"expected 0 < delta < 1, got {delta}")
+
+
+def _round_up(value: float) -> float:
+    """To four significant digits, never down."""
+    digits = 3 - math.floor(math.log10(value))
+    rounded = round(value, digits)
+    return rounded if rounded >= value else round(value + 10.0**-digits, digits)

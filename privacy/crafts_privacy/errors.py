@@ -1,0 +1,40 @@
+"""What can go wrong with a promise, by who must act.
+
+CraftsError
+└── PrivacyError
+    ├── BudgetExceededError      the site: less training, or a policy that allows more
+    ├── CalibrationError         the coordinator: a target that no noise reaches
+    └── LedgerError              the site: the ledger cannot be used like this
+        └── LedgerTamperedError  the site: the ledger is not the one we wrote; stop and look
+"""
+
+from crafts_core.errors import CraftsError
+
+
+class PrivacyError(CraftsError):
+    """A promise to patients cannot be made or kept."""
+
+
+class BudgetExceededError(PrivacyError):
+    """What is asked for would spend more epsilon than is allowed."""
+
+    def __init__(self, *, cohort: str, epsilon: float, max_epsilon: float) -> None:
+        super().__init__(
+            f"cohort {cohort}: epsilon would reach {epsilon:.3f}, above the {max_epsilon:.3f} "
+            "allowed; ask for fewer steps or more noise, or change the site's policy"
+        )
+        self.cohort = cohort
+        self.epsilon = epsilon
+        self.max_epsilon = max_epsilon
+
+
+class CalibrationError(PrivacyError):
+    """No noise multiplier reaches the target epsilon."""
+
+
+class LedgerError(PrivacyError):
+    """The ledger cannot do what was asked."""
+
+
+class LedgerTamperedError(LedgerError):
+    """The ledger on disk is not what was written. Training must stop until a person has looked."""

@@ -1,0 +1,265 @@
+"""The site's append-only record of what its patients' privacy was spent on.
+
+``reserve`` before training, ``commit`` before the result leaves. What is reserved counts as spent,
+so a process killed at any instruction never leaves the ledger below what was released. Epsilon is
+never stored: it is computed from the events of a cohort whenever somebody asks.
+
+Beside ``ledger.db`` lie ``ledger.db.head`` (the witness) and ``ledger.db.lock``. Every operation
+verifies the whole chain against the witness before it answers. Detected: torn
+writes, edited, missing or foreign rows, an older copy put back. Not detected by this file alone:
+an administrator who rewrites both the chain and its witness, or restores both from one backup;
+``verify()`` returns what a second party can keep to see that.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from crafts_privacy import accounting
+from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
+from crafts_privacy.errors import BudgetExceededError, LedgerError, LedgerTamperedError
+from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
+from crafts_privacy.ledger_store import LedgerStore
+from crafts_privacy.witness import LedgerHead
+
+__all__ = [
+    "BudgetExceededError",
+    "EntryKind",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerError",
+    "LedgerHead",
+    "LedgerTamperedError",
+    "Reservation",
+]
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Permission to train one round. ``sequence`` is its entry in the ledger."""
+
+    sequence: int
+    cohort: str
+    plan_hash: str
+    run_id: str
+    round: int
+    stage: str
+    event: PrivacyEvent
+
+    def __post_init__(self) -> None:
+        if not (self.cohort and self.run_id and self.stage and self.round >= 1):
+            raise ValueError("expected a cohort, a run, a stage and a round from 1")
+        if not _SHA256.fullmatch(self.plan_hash):
+            raise ValueError("expected plan_hash as 64 hexadecimal digits")
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What one training is: asked again, it is the same."""
+        return (self.cohort, self.plan_hash, self.run_id, self.round)
+
+    @classmethod
+    def of(cls, entry: LedgerEntry) -> "Reservation":
+        return cls(
+            sequence=entry.sequence,
+            cohort=entry.cohort,
+            plan_hash=entry.plan_hash,
+            run_id=entry.run_id,
+            round=entry.round,
+            stage=entry.stage,
+            event=entry.event,
+        )
+
+
+class Ledger:
+    """One ledger file. Safe to use from several processes; one at a time gets in."""
+
+    def __init__(self, path: Path, *, lock_timeout_s: float = 30.0) -> None:
+        """Open the ledger, or create it where there is none.
+
+        Raises:
+            LedgerTamperedError: what is there is not what was written; do not train.
+            LedgerError: another process holds it, or the disk refuses.
+        """
+        self._store = LedgerStore(path, lock_timeout_s=lock_timeout_s)
+        self.verify()
+
+    def reserve(
+        self,
+        *,
+        cohort: str,
+        plan_hash: str,
+        run_id: str,
+        round: int,
+        stage: str,
+        event: PrivacyEvent,
+        max_epsilon: float,
+        delta: float,
+    ) -> Reservation:
+        """Charge ``event`` to the cohort before any of it runs.
+
+        The same cohort, plan, run and round asked again while still reserved gives the same
+        reservation: nothing of it was released, so it costs once. After a commit it is a new
+        training of that round and costs again.
+
+        Raises:
+            BudgetExceededError: everything reserved or committed, with this, passes
+                ``max_epsilon``; nothing is recorded.
+            LedgerError: the same round is reserved for a different mechanism.
+        """
+        reservation = Reservation(
+            sequence=0,
+            cohort=cohort,
+            plan_hash=plan_hash,
+            run_id=run_id,
+            round=round,
+            stage=stage,
+            event=event,
+        )
+        with self._store.transaction() as transaction:
+            held = _held(transaction.entries, reservation)
+            events = [entry.event for entry in _counted(transaction.entries, cohort)]
+            epsilon = accounting.epsilon(events if held else [*events, event], delta)
+            if not epsilon <= max_epsilon:  # NaN must refuse too
+                raise BudgetExceededError(cohort=cohort, epsilon=epsilon, max_epsilon=max_epsilon)
+            if held:
+                return held
+            reservation = replace(reservation, sequence=len(transaction.entries) + 1)
+            transaction.append(_entry(reservation, EntryKind.RESERVED, ""))
+            return reservation
+
+    def commit(self, reservation: Reservation, release_hash: str) -> None:
+        """Record that the result with this SHA-256 may now leave. Again with the same is fine.
+
+        Raises:
+            LedgerError: the reservation is unknown, abandoned, or released something else.
+        """
+        if not _SHA256.fullmatch(release_hash):
+            raise ValueError("expected release_hash as 64 hexadecimal digits")
+        self._close(reservation, EntryKind.COMMITTED, release_hash)
+
+    def abandon(self, reservation: Reservation, reason: str) -> None:
+        """Give a reservation back: nothing was released and nothing will be.
+
+        Raises:
+            LedgerError: the reservation is unknown or was committed.
+        """
+        if not reason:
+            raise ValueError("expected a reason for abandoning a reservation")
+        self._close(reservation, EntryKind.ABANDONED, reason)
+
+    def events(self, cohort: str) -> tuple[PrivacyEvent, ...]:
+        """Everything the cohort was charged for: reserved or committed, not abandoned."""
+        with self._store.transaction() as transaction:
+            return tuple(entry.event for entry in _counted(transaction.entries, cohort))
+
+    def epsilon(
+        self,
+        cohort: str,
+        delta: float,
+        *,
+        neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ) -> float:
+        """Epsilon of all the cohort's events together."""
+        return accounting.epsilon(
+            self.events(cohort), delta, neighboring_relation=neighboring_relation
+        )
+
+    def open_reservations(self) -> tuple[Reservation, ...]:
+        """Reserved and neither committed nor abandoned, such as a crash leaves behind."""
+        with self._store.transaction() as transaction:
+            return tuple(Reservation.of(entry) for entry in _open(transaction.entries))
+
+    def entries(self) -> tuple[LedgerEntry, ...]:
+        """Every entry, oldest first."""
+        with self._store.transaction() as transaction:
+            return tuple(transaction.entries)
+
+    def verify(self) -> LedgerHead:
+        """Check the file, the chain and the witness.
+
+        Returns:
+            The head, for a second party to keep.
+
+        Raises:
+            LedgerTamperedError: says which entry and what to do.
+        """
+        with self._store.transaction() as transaction:
+            transaction.check_file()
+            return transaction.head
+
+    def _close(self, reservation: Reservation, kind: EntryKind, detail: str) -> None:
+        with self._store.transaction() as transaction:
+            entries = transaction.entries
+            index = reservation.sequence - 1
+            if not 0 <= index < len(entries) or Reservation.of(entries[index]) != reservation:
+                raise LedgerError(f"reservation {reservation.sequence} is not in this ledger")
+            last = [entry for entry in entries if entry.reservation == reservation.sequence][-1]
+            if (last.kind, last.detail) == (kind, detail):
+                return
+            if last.kind is not EntryKind.RESERVED:
+                raise LedgerError(
+                    f"reservation {reservation.sequence} is already {last.kind} "
+                    f"(entry {last.sequence}); reserve again to train that round again"
+                )
+            transaction.append(_entry(reservation, kind, detail))
+
+
+def _entry(reservation: Reservation, kind: EntryKind, detail: str) -> LedgerEntry:
+    """An entry about a reservation, to be sealed by the store."""
+    return LedgerEntry(
+        sequence=0,
+        recorded_at=datetime.now(UTC),
+        kind=kind,
+        reservation=reservation.sequence,
+        cohort=reservation.cohort,
+        plan_hash=reservation.plan_hash,
+        run_id=reservation.run_id,
+        round=reservation.round,
+        stage=reservation.stage,
+        noise_multiplier=float(reservation.event.noise_multiplier),
+        sample_rate=float(reservation.event.sample_rate),
+        steps=int(reservation.event.steps),
+        detail=detail,
+        previous_hash="",
+    )
+
+
+def _counted(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]:
+    """The cohort's reserving entries that were not abandoned."""
+    abandoned = {entry.reservation for entry in entries if entry.kind is EntryKind.ABANDONED}
+    return [
+        entry
+        for entry in entries
+        if entry.kind is EntryKind.RESERVED
+        and entry.cohort == cohort
+        and entry.sequence not in abandoned
+    ]
+
+
+def _open(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """Reserving entries that nothing followed."""
+    closed = {entry.reservation for entry in entries if entry.kind is not EntryKind.RESERVED}
+    return [
+        entry
+        for entry in entries
+        if entry.kind is EntryKind.RESERVED and entry.sequence not in closed
+    ]
+
+
+def _held(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
+    """The open reservation of the same round, if there is one."""
+    for entry in _open(entries):
+        held = Reservation.of(entry)
+        if held.key != wanted.key:
+            continue
+        if (held.event, held.stage) != (wanted.event, wanted.stage):
+            raise LedgerError(
+                f"round {held.round} of run {held.run_id} is reserved as entry {held.sequence} "
+                "for another mechanism; abandon that reservation first"
+            )
+        return held
+    return None

@@ -1,0 +1,189 @@
+"""Patient-level DP-SGD: sample patients, clip each one's gradient, add noise once, step.
+
+Because a patient's tiles fill a batch by themselves, a patient's gradient is one ordinary backward
+pass: any layer, any adapter, checkpointing and autocast work, and memory is that of one patient.
+
+Guarantee: each step is the Poisson-subsampled Gaussian mechanism over patients with L2 sensitivity
+``max_grad_norm`` and noise ``noise_multiplier * max_grad_norm``, so ``event()`` is all that the
+accountant needs. Everything after the noise (divisor, momentum, update) is post-processing.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.clipping import clip_, grid_step, to_grid_
+from crafts_privacy.gradients import FlatGradient, views_of
+from crafts_privacy.noise import NoiseSource
+from crafts_privacy.sampling import PatientSampler
+
+PatientLoss = Callable[[int], Tensor | Iterable[Tensor]]
+"""Patient index to that patient's mean loss, or to parts that add up to it.
+
+Parts (a generator, so that one graph exists at a time) cut a patient into microbatches; their
+gradients add up *before* clipping, so it is the patient that is bounded.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mechanism:
+    """What protects the patients, in one value: sampling, clipping, noise and divisor together.
+
+    Public: it is what the site declares. ``expected_patients`` is ``sample_rate`` times the site's
+    *declared* number of patients, never the number drawn.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    expected_patients: float
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        if self.private and not (
+            math.isfinite(self.noise_multiplier) and 1e-3 <= self.noise_multiplier <= 1e6
+        ):
+            raise ValueError(
+                f"expected noise_multiplier from 0.001 to 1e6, got {self.noise_multiplier}; "
+                "training without privacy is Mechanism.without_privacy"
+            )
+        if self.private and not 1e-12 <= self.max_grad_norm <= 1e12:
+            raise ValueError(f"expected max_grad_norm 1e-12 to 1e12, got {self.max_grad_norm}")
+        if not self.private and self.noise_multiplier != 0:
+            raise ValueError("a mechanism without privacy has noise_multiplier 0")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"expected max_grad_norm > 0, got {self.max_grad_norm}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"expected 0 < sample_rate <= 1, got {self.sample_rate}")
+        if not (math.isfinite(self.expected_patients) and self.expected_patients > 0):
+            raise ValueError(f"expected expected_patients > 0, got {self.expected_patients}")
+
+    @classmethod
+    def without_privacy(
+        cls, *, sample_rate: float, expected_patients: float, max_grad_norm: float = math.inf
+    ) -> Self:
+        """The same steps with no noise: a baseline for public or synthetic data only."""
+        return cls(
+            noise_multiplier=0.0,
+            max_grad_norm=max_grad_norm,
+            sample_rate=sample_rate,
+            expected_patients=expected_patients,
+            private=False,
+        )
+
+    def event(self, steps: int) -> PrivacyEvent:
+        """What ``steps`` of this mechanism cost; infinite without privacy."""
+        return PrivacyEvent(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps
+        )
+
+
+class PatientSGD:
+    """SGD with momentum on patients, private or not.
+
+    It owns everything between the loss and the new weights; the caller only says what a patient's
+    loss is. Nothing computed from patients comes back but the weights themselves.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mechanism: Mechanism,
+        *,
+        learning_rate: float,
+        momentum: float,
+        noise: NoiseSource,
+        sampler: PatientSampler,
+    ) -> None:
+        """Prepare to train exactly ``parameters``; each must require a gradient.
+
+        Raises:
+            ValueError: no parameters, one that is frozen, several devices, or a bad rate.
+        """
+        _check_parameters(parameters)
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"expected learning_rate > 0, got {learning_rate}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"expected 0 <= momentum < 1, got {momentum}")
+        self._parameters = list(parameters.values())
+        self._mechanism = mechanism
+        self._learning_rate = learning_rate
+        self._momentum = momentum
+        self._noise = noise
+        self._sampler = sampler
+        self._gradient = FlatGradient(self._parameters)
+        self._sum_D = torch.zeros_like(self._gradient.grad_D, dtype=torch.float64)
+        self._velocity_D = torch.zeros_like(self._gradient.grad_D)
+        self._velocity = views_of(self._velocity_D, self._parameters)
+        # float() is the parameter's own storage in float32 and a master copy in half precision,
+        # where small updates would otherwise round away.
+        self._masters = [parameter.detach().float() for parameter in self._parameters]
+        self._step = grid_step(mechanism.max_grad_norm) if mechanism.private else 1.0
+        self._num_clean = torch.zeros((), dtype=torch.int64, device=self._sum_D.device)
+        self._num_seen = 0
+        self.steps_taken = 0
+
+    def event(self) -> PrivacyEvent:
+        """What has run so far, as the accountant wants it. Compare it with what was reserved."""
+        return self._mechanism.event(self.steps_taken)
+
+    def num_non_finite_patients(self) -> int:
+        """How often a patient's gradient was not finite and counted as zero.
+
+        Computed from patients without noise: for the site's own log, never to leave it.
+        """
+        return self._num_seen - int(self._num_clean)
+
+    def step(self, num_patients: int, patient_loss: PatientLoss) -> None:
+        """One step on a fresh Poisson sample of ``num_patients``; an empty one is noise only.
+
+        A patient whose gradient is not finite contributes zero. A step that an exception cuts
+        short leaves the weights alone and still counts.
+        """
+        self.steps_taken += 1
+        self._sum_D.zero_()
+        try:
+            for patient in self._sampler.sample(num_patients, self._mechanism.sample_rate):
+                self._add_patient(patient_loss(int(patient)))
+        finally:
+            self._gradient.release()
+        if self._mechanism.private:
+            sensitivity = self._mechanism.max_grad_norm / self._step
+            self._noise.add_(self._sum_D, self._mechanism.noise_multiplier * sensitivity)
+        self._update()
+
+    def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
+        grad_D = self._gradient.compute([loss] if isinstance(loss, Tensor) else loss)
+        self._num_clean += clip_(grad_D, self._mechanism.max_grad_norm)
+        self._num_seen += 1
+        if self._mechanism.private:
+            to_grid_(grad_D, self._step)
+        self._sum_D += grad_D
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Momentum SGD on the noisy mean, in float32."""
+        self._sum_D *= self._step / self._mechanism.expected_patients
+        self._velocity_D.mul_(self._momentum).add_(self._sum_D)
+        self._sum_D.zero_()
+        torch._foreach_add_(self._masters, self._velocity, alpha=-self._learning_rate)
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if parameter.dtype != torch.float32:
+                parameter.copy_(master)
+
+
+def _check_parameters(parameters: Mapping[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise ValueError("expected at least one parameter to train")
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            raise ValueError(f"parameter {name} is frozen; set requires_grad before training it")
+        if not parameter.is_floating_point():
+            raise ValueError(f"parameter {name} is {parameter.dtype}, not a floating-point tensor")
+    if len({parameter.device for parameter in parameters.values()}) > 1:
+        raise ValueError("expected all parameters on one device")

@@ -1,0 +1,138 @@
+"""What is exported loads with stock diffusers and nothing of ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from crafts_core.adapters import AdapterError, initial_state, merged_unet
+from crafts_core.export import model_card, save_lora, save_pipeline
+from crafts_core.foundation import Foundation
+from crafts_core.generator import Generator
+from crafts_core.plan import AdapterConfig
+
+CONFIG = AdapterConfig(
+    kind="lora", rank=2, targets=("to_q", "to_out.0", "conv1", "conv_in"), first_factor="random"
+)
+STRANGER = """
+import importlib.util, sys
+assert importlib.util.find_spec("crafts_core") is None, "the project must not be importable"
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipeline("tissue with glands", num_inference_steps=2, guidance_scale=2.0).images[0]
+image.save(sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def state(foundation: Foundation) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in initial_state(foundation, CONFIG, 0).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    directory: Path = tmp_path_factory.mktemp("export") / "generator"
+    save_pipeline(directory, foundation, adapter=CONFIG, state=state, card="# card\n")
+    return directory
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    return latents, torch.tensor([3, 600]), torch.randn(2, 16, 32, generator=generator)
+
+
+@pytest.mark.slow
+def test_stranger_makes_an_image_with_stock_diffusers(exported: Path, tmp_path: Path) -> None:
+    """A fresh process, another folder, no path to this project; editable installs are hidden."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH",)}
+    hide = (
+        "import sys; sys.path[:] = [p for p in sys.path if not p.rstrip('/').endswith("
+        "('crafts_core', 'privacy', 'client', 'server', 'simulations'))]; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
+    )
+    subprocess.run(
+        [sys.executable, "-I", "-c", hide + "\n" + STRANGER, str(exported), "image.png"],
+        cwd=tmp_path,
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        check=True,
+        timeout=300,
+    )
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (32, 32)
+        assert np.asarray(image).std() > 0
+
+
+def test_exported_unet_is_the_merged_one(
+    foundation: Foundation, state: dict[str, Tensor], exported: Path
+) -> None:
+    expected = merged_unet(foundation.generator.unet, CONFIG, state)
+    unet = Generator.from_directory(exported).unet
+    assert unet.state_dict().keys() == foundation.generator.unet.state_dict().keys()
+    torch.testing.assert_close(unet(*inputs()).sample, expected(*inputs()).sample)
+
+
+def test_lora_file_gives_stock_diffusers_the_same_prediction(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_lora(tmp_path / "adapter.safetensors", state)
+    pipeline = DiffusionPipeline.from_pretrained(foundation.path)
+    before = pipeline.unet(*inputs()).sample
+    pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
+    expected = merged_unet(foundation.generator.unet, CONFIG, state)(*inputs()).sample
+    torch.testing.assert_close(pipeline.unet(*inputs()).sample, expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+
+def test_export_holds_no_pickle_and_no_code(exported: Path) -> None:
+    suffixes = {path.suffix for path in exported.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".txt", ".md"}
+
+
+def test_export_replaces_an_older_one_whole(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    directory = tmp_path / "generator"
+    directory.mkdir()
+    (directory / "stale.txt").write_text("old")
+    save_pipeline(directory, foundation, adapter=CONFIG, state=state, card="# new\n")
+    assert (directory / "README.md").read_text() == "# new\n"
+    assert not (directory / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["generator"]
+
+
+def test_full_weights_are_no_lora_file(foundation: Foundation, tmp_path: Path) -> None:
+    state = initial_state(foundation, AdapterConfig(kind="full"), 0)
+    with pytest.raises(AdapterError):
+        save_lora(tmp_path / "adapter.safetensors", state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_weights_export_as_a_pipeline(foundation: Foundation, tmp_path: Path) -> None:
+    config = AdapterConfig(kind="full")
+    state = initial_state(foundation, config, 0)
+    state = {name: tensor * 1.01 for name, tensor in state.items()}
+    save_pipeline(tmp_path / "generator", foundation, adapter=config, state=state, card="")
+    unet = Generator.from_directory(tmp_path / "generator").unet
+    torch.testing.assert_close(dict(unet.named_parameters()), state)
+
+
+def test_card_names_study_sites_and_promise(foundation: Foundation) -> None:
+    card = model_card(
+        study="lungs", foundation=foundation, sites=["north"], privacy="epsilon 8.", rounds=4
+    )
+    for part in ("lungs", "north", "epsilon 8.", "4 rounds", "synthetic", "our reading"):
+        assert part in card

@@ -1,0 +1,169 @@
+"""Local diffusers weights become a foundation, or are refused with the reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from crafts_core.foundation import Foundation, FoundationError, import_diffusers, load, verify
+from support.foundations import write_tiny_aligner, write_tiny_pipeline
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_tiny_pipeline(tmp_path / "sd", seed=3, latent_px=16, prediction_type="epsilon")
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = write_tiny_aligner(tmp_path / "clip", seed=4, image_px=24)
+    (path / "preprocessor_config.json").unlink()
+    return path
+
+
+def run(foundation: Foundation, source: Path, clip: Path | None, out: Path) -> Path:
+    import_diffusers(
+        source,
+        aligner=clip,
+        out=out,
+        name="imported",
+        licence="openrail",
+        mpp=0.5,
+        public_parts=foundation.path,
+        fit_steps=3,
+    )
+    return out
+
+
+def test_imported_directory_loads_as_a_foundation(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    loaded = load(run(foundation, source, clip, tmp_path / "out"))
+    manifest = loaded.manifest
+    assert (manifest.kind, manifest.name, manifest.licence) == ("imported", "imported", "openrail")
+    assert (manifest.tile_px, manifest.mpp, manifest.latent_shape) == (64, 0.5, (4, 16, 16))
+    assert loaded.generator.prediction_type == "epsilon"
+    assert loaded.probe.tiles_NCHW.shape == (8, 3, 64, 64)
+    assert loaded.prompt_bank == foundation.prompt_bank
+    assert loaded.aligner.mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+    latents = loaded.generator.encode_images(loaded.probe.tiles_NCHW / 127.5 - 1)
+    assert loaded.latent_aligner(latents).shape == (8, loaded.anchors_KD.shape[1])
+
+
+def test_imported_weights_are_the_sources(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    loaded = load(run(foundation, source, clip, tmp_path / "out"))
+    again = load(run(foundation, source, clip, tmp_path / "again"))
+    assert loaded.manifest.hash == again.manifest.hash
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(source / "unet")
+    for name, tensor in loaded.generator.unet.state_dict().items():
+        assert torch.equal(tensor, unet.state_dict()[name])
+
+
+def test_import_does_not_touch_global_randomness(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    run(foundation, source, clip, tmp_path / "out")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_flipped_bit_after_import_is_refused(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    out = run(foundation, source, clip, tmp_path / "out")
+    weights = out / "text_encoder/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(FoundationError, match="does not match its SHA-256"):
+        verify(out)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt"])
+def test_pickled_weights_are_refused_unread(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path, part: str, suffix: str
+) -> None:
+    (weights,) = (source / part).glob("*.safetensors")
+    weights.unlink()
+    (source / part / f"model{suffix}").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(FoundationError, match="pickled weights can run code"):
+        run(foundation, source, clip, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickle_beside_safetensors_is_left_behind(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    (source / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
+    out = run(foundation, source, clip, tmp_path / "out")
+    assert not list(out.rglob("*.bin"))
+
+
+def test_missing_safetensors_is_named(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    next((source / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(FoundationError, match=r"vae holds no \*\.safetensors"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_missing_part_is_named(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path, part: str
+) -> None:
+    shutil.rmtree(source / part)
+    with pytest.raises(FoundationError, match=part) as caught:
+        run(foundation, source, clip, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "sd"]
+
+
+def test_no_aligner_is_refused(foundation: Foundation, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FoundationError, match="needs an aligner"):
+        run(foundation, source, None, tmp_path / "out")
+
+
+def test_torn_weights_are_one_clear_line(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    weights = source / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FoundationError, match="cannot import") as caught:
+        run(foundation, source, clip, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_architecture_is_refused(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    path = source / "unet/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "FluxTransformer"}))
+    with pytest.raises(FoundationError, match="expected a UNet2DConditionModel"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_text_encoder_of_another_width_is_refused(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    path = source / "text_encoder/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(FoundationError):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_existing_directory_is_not_overwritten(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError):
+        run(foundation, source, clip, tmp_path / "out")

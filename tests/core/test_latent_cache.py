@@ -1,0 +1,136 @@
+"""The latent cache: the foundation's own numbers, resumable, and only for these tiles."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from crafts_core.foundation import Foundation
+from crafts_core.tiles import TileRecord, TileStore, TileStoreError, TileStoreWriter, encode_tile
+from crafts_core.tiles import latents as latents_module
+from crafts_core.tiles.latents import LatentCache, cache_folder
+
+
+def make_store(path: Path, tile_px: int, *, num_tiles: int = 7, seed: int = 0) -> TileStore:
+    rng = np.random.default_rng(seed)
+    with TileStoreWriter(path, cohort="x", tile_px=tile_px, mpp=1.0) as writer:
+        for row in range(num_tiles):
+            tile = TileRecord(
+                tile_id=f"t{row}", patient=f"p{row // 3}", case="c", slide="s", x=row, y=0,
+                level0_width=1, level0_height=1, mpp=1.0, caption=f"tissue {row % 2}", label="",
+                tissue_fraction=1, sharpness=1,
+            )  # fmt: skip
+            pixels = rng.integers(0, 256, (tile_px, tile_px, 3), dtype=np.uint8)
+            writer.add(tile, encode_tile(pixels))
+    return TileStore.open(path)
+
+
+@pytest.fixture
+def store(tmp_path: Path, foundation: Foundation) -> TileStore:
+    return make_store(tmp_path / "store", foundation.manifest.tile_px)
+
+
+def test_rows_are_what_the_foundation_computes(store: TileStore, foundation: Foundation) -> None:
+    cache = LatentCache.build(store, foundation, batch_size=3)
+    images = torch.from_numpy(store.read_images([5, 2])).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = foundation.generator.encode_images(images)
+    embedded = foundation.aligner.embed_images(images)
+    torch.testing.assert_close(cache.latents([5, 2]), expected, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(cache.tile_embeddings([5, 2]), embedded, atol=2e-3, rtol=0)
+    assert cache.latent_shape == tuple(expected.shape[1:])
+
+
+def test_captions_are_what_the_foundation_computes(
+    store: TileStore, foundation: Foundation
+) -> None:
+    cache = LatentCache.build(store, foundation)
+    ids = store.caption_ids([0, 1])
+    captions = [store.captions[place] for place in ids]
+    text = foundation.generator.encode_captions([*captions, ""])
+    torch.testing.assert_close(cache.text(ids), text[:2], atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(cache.null_text(), text[2], atol=5e-3, rtol=5e-3)
+    embedded = foundation.aligner.embed_captions(captions)
+    torch.testing.assert_close(cache.caption_embeddings(ids), embedded, atol=2e-3, rtol=0)
+
+
+def test_interrupted_build_goes_on_where_it_was_committed(
+    store: TileStore, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "_BATCHES_PER_COMMIT", 1)
+    LatentCache.build(store, foundation, batch_size=2)
+    folder = cache_folder(store, foundation.manifest.hash)
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.f16")}
+    for path in folder.iterdir():
+        path.unlink()
+
+    def stop_after_two(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LatentCache.build(store, foundation, batch_size=2, progress=stop_after_two)
+    with pytest.raises(TileStoreError, match="no finished latent cache"):
+        LatentCache.open(store, foundation.manifest.hash)
+    # Whatever was half written after the last commit is cut away.
+    with (folder / "latents.f16").open("ab") as file:
+        file.write(b"torn")
+    seen: list[int] = []
+    LatentCache.build(
+        store, foundation, batch_size=2, progress=lambda done, total: seen.append(done)
+    )
+    assert seen == [6, 7]
+    assert {path.name: path.read_bytes() for path in folder.glob("*.f16")} == whole
+
+
+def test_finished_cache_is_not_computed_again(
+    store: TileStore, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LatentCache.build(store, foundation)
+    monkeypatch.setattr(TileStore, "read_images", None)
+    LatentCache.build(store, foundation)
+
+
+def test_torn_cache_is_refused_and_built_again(store: TileStore, foundation: Foundation) -> None:
+    expected = LatentCache.build(store, foundation).latents([6]).clone()
+    path = cache_folder(store, foundation.manifest.hash) / "latents.f16"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(TileStoreError, match="torn"):
+        LatentCache.open(store, foundation.manifest.hash)
+    assert torch.equal(LatentCache.build(store, foundation).latents([6]), expected)
+
+
+def test_cache_of_other_tiles_is_refused(
+    store: TileStore, foundation: Foundation, tmp_path: Path
+) -> None:
+    LatentCache.build(store, foundation)
+    other = make_store(tmp_path / "other", store.tile_px, seed=1, num_tiles=8)
+    (store.path / "latents").rename(other.path / "latents")
+    with pytest.raises(TileStoreError, match="other tiles"):
+        LatentCache.open(other, foundation.manifest.hash)
+    assert len(LatentCache.build(other, foundation).latents(range(8))) == 8
+
+
+def test_tiles_of_another_size_are_refused(foundation: Foundation, tmp_path: Path) -> None:
+    small = make_store(tmp_path / "small", 8, num_tiles=1)
+    with pytest.raises(TileStoreError, match="tiles of 8 px, the foundation takes"):
+        LatentCache.build(small, foundation)
+
+
+def test_overflow_of_half_precision_is_refused(store: TileStore, foundation: Foundation) -> None:
+    class Overflowing:
+        def encode_captions(self, captions: list[str]) -> Tensor:
+            return foundation.generator.encode_captions(captions)
+
+        def encode_images(self, images_BCHW: Tensor) -> Tensor:
+            return foundation.generator.encode_images(images_BCHW) + 1e6
+
+    broken = SimpleNamespace(
+        **{f.name: getattr(foundation, f.name) for f in dataclasses.fields(foundation)}
+    )
+    broken.generator = Overflowing()
+    with pytest.raises(TileStoreError, match=r"NaN or infinity for latents.f16"):
+        LatentCache.build(store, broken)  # type: ignore[arg-type]

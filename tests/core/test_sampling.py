@@ -1,0 +1,166 @@
+"""Images follow from prompts, seed and index, as stock diffusers would draw them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+from crafts_core.cli import app
+from crafts_core.foundation import Foundation
+from crafts_core.sampling import contact_sheet, initial_noise, sample_images, save_png
+
+PROMPTS = ["tissue with glands", "lung carcinoma", "", "spindle cells"]
+
+
+def close(one: np.ndarray, two: np.ndarray) -> bool:
+    """Equal but for the rounding of a byte."""
+    return int(np.abs(one.astype(int) - two.astype(int)).max()) <= 1
+
+
+def test_images_are_those_of_the_stock_pipeline(foundation: Foundation) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(foundation.path, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = [initial_noise(foundation.generator, seed=7, index=row) for row in range(4)]
+    stock = pipeline(
+        PROMPTS,
+        latents=torch.stack(noise),
+        num_inference_steps=4,
+        guidance_scale=2.5,
+        output_type="np",
+    ).images
+    ours = sample_images(
+        foundation.generator, PROMPTS, num_inference_steps=4, guidance_scale=2.5, seed=7
+    )
+    assert ours.shape == (4, 32, 32, 3)
+    assert close(ours, np.round(stock * 255))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_batch_size_changes_nothing(foundation: Foundation, guidance_scale: float) -> None:
+    images = [
+        sample_images(
+            foundation.generator,
+            PROMPTS,
+            num_inference_steps=3,
+            guidance_scale=guidance_scale,
+            batch_size=size,
+        )
+        for size in (1, 3, 4)
+    ]
+    assert close(images[0], images[1])
+    assert close(images[0], images[2])
+
+
+def test_seed_and_index_choose_the_image(foundation: Foundation) -> None:
+    same = ["tissue"] * 2
+    one, two = (
+        sample_images(foundation.generator, same, num_inference_steps=2, seed=seed)
+        for seed in (0, 1)
+    )
+    assert not close(one[0], one[1])
+    assert not close(one[0], two[0])
+    assert not close(one[1], two[0])
+
+
+def test_more_prompts_leave_the_first_images_as_they_were(foundation: Foundation) -> None:
+    few = sample_images(foundation.generator, PROMPTS[:2], num_inference_steps=2)
+    many = sample_images(foundation.generator, PROMPTS, num_inference_steps=2)
+    assert close(few, many[:2])
+
+
+def test_guidance_of_one_is_the_caption_alone(foundation: Foundation) -> None:
+    plain = sample_images(foundation.generator, PROMPTS, num_inference_steps=3, guidance_scale=1.0)
+    nearly = sample_images(
+        foundation.generator, PROMPTS, num_inference_steps=3, guidance_scale=1.0 + 1e-6
+    )
+    assert close(plain, nearly)
+
+
+def test_global_randomness_is_not_touched(foundation: Foundation) -> None:
+    before = torch.get_rng_state()
+    sample_images(foundation.generator, ["tissue"], num_inference_steps=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_no_prompts_make_no_images(foundation: Foundation) -> None:
+    assert sample_images(foundation.generator, []).shape == (0, 32, 32, 3)
+
+
+def test_progress_reaches_the_end(foundation: Foundation) -> None:
+    seen: list[tuple[int, int]] = []
+    sample_images(
+        foundation.generator,
+        PROMPTS[:3],
+        num_inference_steps=1,
+        batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"num_inference_steps": 0}, {"batch_size": 0}, {"guidance_scale": 0.5}]
+)
+def test_impossible_setting_is_refused(foundation: Foundation, setting: dict[str, float]) -> None:
+    with pytest.raises(ValueError):
+        sample_images(foundation.generator, ["tissue"], **setting)
+
+
+def test_png_says_that_it_is_synthetic(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    save_png(image, tmp_path / "x.png", prompt="tissue, Gleason µ", origin="study")
+    with Image.open(tmp_path / "x.png") as stored:
+        text = stored.text
+    assert text["Synthetic"] == "true"
+    assert json.loads(text["Provenance"]) == {"generator": "study", "prompt": "tissue, Gleason µ"}
+
+
+def test_contact_sheet_holds_every_image() -> None:
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30)])
+    sheet = np.asarray(contact_sheet(images, columns=2))
+    assert sheet.shape == (20, 20, 3)
+    assert (sheet[0, 0, 0], sheet[0, 10, 0], sheet[10, 0, 0], sheet[19, 19, 0]) == (10, 20, 30, 255)
+    assert contact_sheet(images, 2, ["a", "b", "c"]).height > 20
+
+
+def test_contact_sheet_refuses_nothing_and_wrong_labels() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        contact_sheet(np.zeros((0, 8, 8, 3), np.uint8), 2)
+    with pytest.raises(ValueError, match="expected 1 labels"):
+        contact_sheet(np.zeros((1, 8, 8, 3), np.uint8), 2, ["a", "b"])
+
+
+def test_sample_command_writes_marked_images(foundation: Foundation, tmp_path: Path) -> None:
+    arguments = [
+        "sample", str(foundation.path), "--prompt", "tissue with glands", "--prompt", "lung",
+        "--out", str(tmp_path / "out"), "--num", "2", "--steps", "2",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["sheet.png", *(f"tile-{index:04d}.png" for index in range(4))]
+    with Image.open(tmp_path / "out/tile-0003.png") as stored:
+        assert stored.size == (32, 32)
+        assert stored.text["Synthetic"] == "true"
+        assert "lung" in stored.text["Description"]
+
+
+def test_sample_command_fails_on_one_line_without_a_generator(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(
+        app, ["sample", str(tmp_path / "empty"), "--prompt", "x", "--out", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "no generator" in result.stderr
+
+
+def test_wrong_use_exits_with_two(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["sample", str(tmp_path), "--prompt", "x", "--steps", "0"])
+    assert result.exit_code == 2

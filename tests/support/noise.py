@@ -1,0 +1,48 @@
+"""Seeded doubles of the privacy randomness. Tests only: a seed voids every guarantee."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crafts_privacy.noise import add_gaussian_integers_
+from crafts_privacy.sampling import poisson_sample
+
+
+class SeededNoise:
+    """The production transform behind reproducible bytes."""
+
+    def __init__(self, seed: int) -> None:
+        self._bytes = np.random.default_rng(seed).bytes
+
+    def add_(self, grid_sum_D: Tensor, std: float) -> None:
+        add_gaussian_integers_(grid_sum_D, std, self._bytes)
+
+
+class NoNoise:
+    """Leaves the clipped sum as it is, so that a test can look at it."""
+
+    def add_(self, grid_sum_D: Tensor, std: float) -> None:
+        """Nothing."""
+
+
+class SeededSampler:
+    """Poisson sampling from reproducible bytes."""
+
+    def __init__(self, seed: int) -> None:
+        self._bytes = np.random.default_rng(seed).bytes
+
+    def sample(self, num_patients: int, sample_rate: float) -> NDArray[np.int64]:
+        return poisson_sample(num_patients, sample_rate, self._bytes)
+
+
+class FixedSampler:
+    """Always the same patients, whatever the rate; all of them by default."""
+
+    def __init__(self, patients: Sequence[int] | None = None) -> None:
+        self._patients = patients
+
+    def sample(self, num_patients: int, sample_rate: float) -> NDArray[np.int64]:
+        chosen = range(num_patients) if self._patients is None else self._patients
+        return np.array(list(chosen), dtype=np.int64)
