@@ -32,7 +32,7 @@ class AlignmentProbe:
     """
 
     def __init__(
-        self, foundation: Foundation, config: AdapterConfig, *, seed: int, num_draws: int = 4
+        self, foundation: Foundation, config: AdapterConfig, *, seed: int, num_draws: int = 2
     ) -> None:
         if num_draws < 1:
             raise ValueError(f"expected num_draws >= 1, got {num_draws}")
@@ -119,7 +119,7 @@ def alignment_margin(
     state: Mapping[str, Tensor],
     *,
     seed: int,
-    num_draws: int = 4,
+    num_draws: int = 2,
 ) -> float:
     """The margin of one adapter state. For many states keep an ``AlignmentProbe``."""
     return AlignmentProbe(foundation, config, seed=seed, num_draws=num_draws).margin(state)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,7 +52,7 @@ def save_pipeline(
             text_encoder=generator.text_encoder,
             tokenizer=generator.tokenizer,
             unet=unet,
-            scheduler=DDIMScheduler.from_config(generator.scheduler.config),
+            scheduler=generator.sampling_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -11,6 +11,7 @@ Shape letters: N tiles, C H W channels and pixels or latent, D embedding, K anch
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -117,14 +118,13 @@ def require_safetensors(directory: Path) -> None:
 
 def _copy_generator(source: Path, target: Path) -> None:
     """Read each part with its own class, whatever its config names, and write it anew."""
-    kwargs = {"use_safetensors": True, "local_files_only": True}
     unet_config = json.loads((source / "unet" / "config.json").read_text(encoding="utf-8"))
     if unet_config.get("_class_name") != "UNet2DConditionModel":
         found = unet_config.get("_class_name")
         raise FoundationError(f"unet: expected a UNet2DConditionModel, got {found}")
-    unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype="auto", **kwargs)
-    vae = AutoencoderKL.from_pretrained(source / "vae", torch_dtype="auto", **kwargs)
-    text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", dtype="auto", **kwargs)
+    unet = _read(UNet2DConditionModel, source / "unet", torch_dtype="auto")
+    vae = _read(AutoencoderKL, source / "vae", torch_dtype="auto")
+    text_encoder = _read(CLIPTextModel, source / "text_encoder", dtype="auto")
     width = text_encoder.config.hidden_size
     if unet.config.cross_attention_dim != width or unet.config.addition_embed_type is not None:
         raise FoundationError(
@@ -136,13 +136,25 @@ def _copy_generator(source: Path, target: Path) -> None:
     text_encoder.save_pretrained(target / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
     tokenizer.save_pretrained(target / "tokenizer")
-    scheduler = DDPMScheduler.from_pretrained(source / "scheduler", local_files_only=True)
+    # Latents have no bounds; the scheduler's own default would clip them.
+    scheduler = DDPMScheduler.from_pretrained(
+        source / "scheduler", local_files_only=True, clip_sample=False
+    )
     scheduler.save_pretrained(target / "scheduler")
 
 
+def _read(model_class: Any, source: Path, **dtype: str) -> Any:
+    """Load every weight of a part; a library would fill missing ones with random numbers."""
+    model, found = model_class.from_pretrained(
+        source, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+    )
+    for name in (*found["missing_keys"], *found["mismatched_keys"]):
+        raise FoundationError(f"{source}: weight {name} is missing or has another shape")
+    return model
+
+
 def _copy_aligner(source: Path, target: Path) -> None:
-    kwargs = {"use_safetensors": True, "local_files_only": True}
-    CLIPModel.from_pretrained(source, dtype="auto", **kwargs).save_pretrained(target)
+    _read(CLIPModel, source, dtype="auto").save_pretrained(target)
     CLIPTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
     preparation = source / "preprocessor_config.json"
     if preparation.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Self, cast
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -116,6 +116,10 @@ class Generator:
         ids_BL = tokenize(self.tokenizer, captions, max_tokens).to(self.device)
         hidden_BLD: Tensor = self.text_encoder(input_ids=ids_BL).last_hidden_state
         return hidden_BLD
+
+    def sampling_scheduler(self) -> DDIMScheduler:
+        """A fresh DDIM scheduler on the same noise schedule; latents are never clipped."""
+        return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
 
     def _latent_scale(self) -> tuple[float, float]:
         config = self.vae.config

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -92,7 +91,7 @@ def denoise(
     guidance_scale: float,
 ) -> Tensor:
     """Noise to clean latents by DDIM (eta 0) with classifier-free guidance."""
-    scheduler = DDIMScheduler.from_config(generator.scheduler.config)
+    scheduler = generator.sampling_scheduler()
     scheduler.set_timesteps(num_inference_steps, device=generator.device)
     null_BLD = null_1LD.expand_as(text_BLD)
     latents_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma

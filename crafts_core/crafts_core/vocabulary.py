@@ -101,8 +101,14 @@ def _look(
     return Look(patterns=patterns, grades=grades, stroma=stroma, features=features or {})
 
 
-_COLORECTAL = _look({"glands": 0.85, "sheets": 0.15}, _MIXED, _SOME, {"necrosis": 0.4, "goblet cells": 0.25})
-_SQUAMOUS: dict[Feature, float] = {"keratin pearls": 0.6, "eosinophilic cytoplasm": 0.3, "many lymphocytes": 0.3}
+_COLORECTAL = _look(
+    {"glands": 0.85, "sheets": 0.15}, _MIXED, _SOME, {"necrosis": 0.4, "goblet cells": 0.25}
+)
+_SQUAMOUS: dict[Feature, float] = {
+    "keratin pearls": 0.6,
+    "eosinophilic cytoplasm": 0.3,
+    "many lymphocytes": 0.3,
+}
 _LOOKS: dict[str, tuple[str, str, Look]] = {
     "ACC": ("adrenocortical carcinoma", "adrenal gland", _look({"sheets": 0.6, "trabeculae": 0.4}, _MIXED, _SCANT, {"eosinophilic cytoplasm": 0.8, "clear cytoplasm": 0.2})),
     "BLCA": ("urothelial carcinoma", "bladder", _look({"papillae": 0.5, "sheets": 0.5}, _HIGH, _SOME, {"prominent nucleoli": 0.3, "many lymphocytes": 0.2})),

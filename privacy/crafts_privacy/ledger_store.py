@@ -80,7 +80,7 @@ class LedgerStore:
         self._head_path = path.with_name(path.name + ".head")
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_timeout_s = lock_timeout_s
-        self._engine = _engine(path)
+        self._engine = _engine(path, lock_timeout_s)
 
     @contextmanager
     def transaction(self) -> Iterator[LedgerTransaction]:
@@ -194,9 +194,13 @@ def _disagreement(witness: LedgerHead, head: LedgerHead) -> str:
     )
 
 
-def _engine(path: Path) -> Engine:
+def _engine(path: Path, busy_timeout_s: float) -> Engine:
     """SQLite with real transactions, each commit synced together with its directory."""
-    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=NullPool)
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        poolclass=NullPool,
+        connect_args={"timeout": busy_timeout_s},
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from crafts_core.foundation import Foundation, FoundationError, import_diffusers, load, verify
 from support.foundations import write_tiny_aligner, write_tiny_pipeline
@@ -159,6 +160,32 @@ def test_text_encoder_of_another_width_is_refused(
     path.write_text(json.dumps({**config, "hidden_size": 64}))
     with pytest.raises(FoundationError):
         run(foundation, source, clip, tmp_path / "out")
+
+
+def test_weights_with_a_hole_are_refused(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    """Without the check the library fills the hole with random numbers and goes on."""
+    path = source / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    del weights[sorted(weights)[0]]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(FoundationError, match="is missing or has another shape"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_noise_schedule_of_another_sampler_is_taken_over(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    schedule = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
+    path = source / "scheduler/scheduler_config.json"
+    path.write_text(
+        json.dumps({"_class_name": "PNDMScheduler", "skip_prk_steps": True, **schedule})
+    )
+    config = load(run(foundation, source, clip, tmp_path / "out")).generator.scheduler.config
+    assert schedule.items() <= dict(config).items()
+    assert config.prediction_type == "epsilon"
+    assert config.clip_sample is False
 
 
 def test_existing_directory_is_not_overwritten(

@@ -170,11 +170,11 @@ def test_calibrated_noise_meets_the_target_closely_and_never_passes_it(
 
 def test_calibration_leaves_room_for_what_was_spent() -> None:
     spent = [event(2.0, 0.1, 50)]
-    asked = {"target_epsilon": 4.0, "delta": 1e-3, "sample_rate": 0.1, "steps": 50}
+    asked = {"target_epsilon": 4.0, "delta": 1e-3, "sample_rate": 1.0, "steps": 5}
     fresh = calibrate_noise_multiplier(**asked)
     later = calibrate_noise_multiplier(**asked, spent=spent)
     assert later > fresh
-    assert 0.99 * 4.0 < epsilon([*spent, event(later, 0.1, 50)], 1e-3) <= 4.0
+    assert 0.99 * 4.0 < epsilon([*spent, event(later, 1.0, 5)], 1e-3) <= 4.0
 
 
 def test_calibrated_noise_survives_being_written_with_four_digits() -> None:

@@ -245,10 +245,8 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: edit(p, "UPDATE ledger_entry SET recorded_at = 'yesterday' WHERE sequence = 2"),
         "was edited",
     ),
-    "missing time": (
-        lambda p: edit(
-            p, "PRAGMA writable_schema = 1", "UPDATE ledger_entry SET kind = 'x' WHERE sequence = 2"
-        ),
+    "unknown kind": (
+        lambda p: edit(p, "UPDATE ledger_entry SET kind = 'x' WHERE sequence = 2"),
         "entry 2 was edited",
     ),
     "commit turned into abandon": (
@@ -434,10 +432,9 @@ def test_a_missing_directory_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_cannot_be_written_is_one_clear_line(filled: Path) -> None:
-    ledger = Ledger(filled)
+    ledger = Ledger(filled, lock_timeout_s=0.1)
     blocker = sqlite3.connect(filled)
     blocker.execute("BEGIN EXCLUSIVE")
-    blocker.execute("PRAGMA busy_timeout = 0")
     with pytest.raises(LedgerError, match="locked"):
         ledger.entries()
     blocker.close()

@@ -25,7 +25,9 @@ def tissue_image(side_px: int = 512, *, seed: int = 0, margin: int = 96) -> Pixe
     return image
 
 
-def write_tissue_slide(path: Path, *, seed: int = 0, mpp: float = 0.5, label: str = "label") -> Path:
+def write_tissue_slide(
+    path: Path, *, seed: int = 0, mpp: float = 0.5, label: str = "label"
+) -> Path:
     """A 512 px slide at ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_slide(path, tissue_image(seed=seed), mpp=mpp, label=label)

@@ -1,0 +1,366 @@
+"""Whole ingest runs: names stay out, damage is contained, interruptions cost nothing."""
+
+import json
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from crafts_client.ingest import (
+    IngestError,
+    IngestReport,
+    Salt,
+    TableColumns,
+    TilingOptions,
+    ingest_slides,
+    ingest_tiles,
+    read_table,
+)
+from crafts_client.ingest import cutting
+from crafts_simulations.slides import write_slide
+from PIL import Image
+from support.slides import (
+    REAL_DATA,
+    damage_level0_tile,
+    tissue_image,
+    write_table,
+    write_tissue_slide,
+)
+
+from crafts_core.tiles import TileStore
+
+OPTIONS = TilingOptions(tile_px=32, mpp=1.0)
+SALT = Salt(bytes(range(32)))
+needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared data beside repository")
+
+
+def make_site(folder: Path, num_slides: int = 3) -> Path:
+    """Slides of two patients, and their table."""
+    rows = []
+    for number in range(num_slides):
+        name = f"DOE-{number}.svs"
+        write_tissue_slide(folder / name, seed=number, label=f"DOE JANE {number}")
+        rows.append(f"{name},DOE-{number % 2},COAD,large glands {number}")
+    return write_table(folder / "slides.csv", "file,patient,cancer_type,caption", rows)
+
+
+def run(
+    table: Path, out: Path, options: TilingOptions = OPTIONS, processes: int = 1
+) -> IngestReport:
+    return ingest_slides(
+        read_table(table), out, cohort="colon", salt=SALT, options=options, num_processes=processes
+    )
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def store(site: Path) -> TileStore:
+    run(site, site.parent / "store")
+    return TileStore.open(site.parent / "store")
+
+
+def test_tiles_show_tissue_of_the_right_patient(store: TileStore) -> None:
+    assert store.num_patients == 2
+    assert sorted(store.captions) == ["large glands 0", "large glands 1", "large glands 2"]
+    both = [set(store.caption_ids(store.tile_rows_of(p)).tolist()) for p in range(2)]
+    assert both[0].isdisjoint(both[1])
+    assert store.read_images(range(store.num_tiles)).std(axis=(1, 2, 3)).min() > 5
+
+
+def test_index_holds_exact_frames(store: TileStore) -> None:
+    index = store.index
+    assert set(index["level0_width"].to_pylist()) == {64.0}
+    assert set(np.array(index["x"]) % 64) == {0}
+    assert set(index["mpp"].to_pylist()) == {1.0}
+    assert min(index["tissue_fraction"].to_pylist()) >= OPTIONS.min_tissue
+
+
+def test_no_name_is_in_the_store(store: TileStore) -> None:
+    for name, content in files_of(store.path).items():
+        assert b"DOE" not in content, name
+    for column in store.index.itercolumns():
+        assert not any("DOE" in str(value) or ".svs" in str(value) for value in column.to_pylist())
+
+
+def test_store_made_twice_is_the_same_to_the_byte(
+    site: Path, store: TileStore, tmp_path: Path
+) -> None:
+    run(site, tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(store.path)
+
+
+@pytest.mark.slow
+def test_store_does_not_depend_on_the_number_of_processes(
+    site: Path, store: TileStore, tmp_path: Path
+) -> None:
+    run(site, tmp_path / "two", processes=2)
+    assert files_of(tmp_path / "two") == files_of(store.path)
+
+
+def test_store_does_not_depend_on_the_order_of_the_table(
+    site: Path, store: TileStore, tmp_path: Path
+) -> None:
+    rows = read_table(site)[::-1]
+    ingest_slides(rows, tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS, num_processes=1)
+    assert files_of(tmp_path / "s") == files_of(store.path)
+
+
+def test_another_salt_gives_other_ids(site: Path, store: TileStore, tmp_path: Path) -> None:
+    ingest_slides(
+        read_table(site), tmp_path / "s", cohort="colon", salt=Salt(bytes(32)), options=OPTIONS,
+        num_processes=1,
+    )  # fmt: skip
+    other = TileStore.open(tmp_path / "s")
+    for column in ("patient", "case", "slide", "tile_id"):
+        ids = set(store.index[column].to_pylist())
+        assert ids.isdisjoint(other.index[column].to_pylist())
+
+
+def test_interrupted_run_goes_on_with_what_is_left(
+    site: Path, store: TileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = cutting._cut
+    seen = []
+
+    def counted(*arguments: object) -> object:
+        seen.append(1)
+        return cut(*arguments)  # type: ignore[arg-type]
+
+    def stop_after_two(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cutting, "_cut", counted)
+    arguments = {"cohort": "colon", "salt": SALT, "options": OPTIONS, "num_processes": 1}
+    rows = read_table(site)
+    with pytest.raises(KeyboardInterrupt):
+        ingest_slides(rows, tmp_path / "s", progress=stop_after_two, **arguments)
+    assert not (tmp_path / "s").exists()
+    ingest_slides(rows, tmp_path / "s", **arguments)
+    assert len(seen) == 3
+    assert files_of(tmp_path / "s") == files_of(store.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_part_made_with_other_options_is_not_taken(site: Path, tmp_path: Path) -> None:
+    rows = read_table(site)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest_slides(
+            rows, tmp_path / "s", cohort="c", salt=SALT, options=TilingOptions(tile_px=64, mpp=1.0),
+            num_processes=1, progress=stop,
+        )  # fmt: skip
+    run(site, tmp_path / "s")
+    images = TileStore.open(tmp_path / "s").read_images([0])
+    assert images.shape[1:3] == (32, 32)
+
+
+def test_unreadable_slide_is_named_skipped_and_counted(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    (tmp_path / "site" / "DOE-1.svs").write_bytes(b"not a slide")
+    report = run(table, tmp_path / "s")
+    assert [(s.file, s.line) for s in report.skipped] == [("DOE-1.svs", 3)]
+    assert "OpenSlide" in str(report.skipped[0].skipped)
+    assert TileStore.open(tmp_path / "s").num_patients == 1
+    assert report.tiles_per_patient == {"DOE-0": report.num_tiles, "DOE-1": 0}
+
+
+def test_one_damaged_place_costs_only_its_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = make_site(tmp_path / "site", 1)
+    whole = run(table, tmp_path / "whole").num_tiles
+    damage_level0_tile(tmp_path / "site" / "DOE-0.svs", 0)
+    monkeypatch.setattr(cutting, "MAX_UNREADABLE", 0.5)
+    report = run(table, tmp_path / "s")
+    assert 0 < report.rejected["unreadable"] < whole
+    assert report.num_tiles == whole - report.rejected["unreadable"]
+
+
+def test_slide_with_too_much_damage_is_skipped(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site", 2)
+    for number in range(3):
+        damage_level0_tile(tmp_path / "site" / "DOE-0.svs", number)
+    report = run(table, tmp_path / "s")
+    assert [s.file for s in report.skipped] == ["DOE-0.svs"]
+    assert "damaged" in str(report.skipped[0].skipped)
+
+
+def test_slides_without_scale_are_all_named_before_work_starts(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    for number in (0, 2):
+        write_tissue_slide(tmp_path / "site" / f"DOE-{number}.svs", mpp=352.8)
+    with pytest.raises(IngestError) as caught:
+        run(table, tmp_path / "s")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["line 2", "line 4"]
+    assert not list(tmp_path.glob(".s*"))
+
+
+def test_run_that_leaves_nothing_says_why(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site", 2)
+    for number in range(2):
+        (tmp_path / "site" / f"DOE-{number}.svs").write_bytes(b"")
+    with pytest.raises(IngestError, match="no tile is left") as caught:
+        run(table, tmp_path / "s")
+    assert len(caught.value.problems) == 3
+    assert not (tmp_path / "s").exists()
+
+
+def test_existing_store_is_never_overwritten(site: Path, store: TileStore) -> None:
+    with pytest.raises(IngestError, match="exists"):
+        run(site, store.path)
+
+
+def test_limit_per_slide_is_kept_and_stable(site: Path, store: TileStore, tmp_path: Path) -> None:
+    limited = TilingOptions(tile_px=32, mpp=1.0, max_tiles_per_slide=4)
+    report = run(site, tmp_path / "few", limited)
+    few = TileStore.open(tmp_path / "few")
+    assert [source.num_tiles for source in report.sources] == [4, 4, 4]
+    assert report.rejected["not_drawn"] > 0
+    assert set(few.index["tile_id"].to_pylist()) < set(store.index["tile_id"].to_pylist())
+
+
+def test_tiles_under_pen_and_blurred_tiles_are_rejected(tmp_path: Path) -> None:
+    image = tissue_image()
+    image[96:160, 96:416] = (60, 170, 140)
+    image[352:416, 96:416] = (200, 150, 190)
+    write_slide(tmp_path / "a.svs", image, mpp=0.5, label="x")
+    table = write_table(tmp_path / "t.csv", "file,patient,label", ["a.svs,p,COAD"])
+    report = run(table, tmp_path / "s")
+    assert report.rejected["pen"] >= 5
+    assert report.rejected["blurred"] >= 3
+    rows = np.array(TileStore.open(tmp_path / "s").index["y"])
+    assert rows.min() >= 128
+
+
+def test_full_disk_is_one_clear_line_and_loses_no_finished_slide(
+    site: Path, store: TileStore, tmp_path: Path
+) -> None:
+    with files_no_larger_than(60_000), pytest.raises(IngestError, match="run the same command"):
+        run(site, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    parts = list((tmp_path / ".s.parts").glob("*.parquet"))
+    assert len(parts) == 3
+    run(site, tmp_path / "s")
+    assert files_of(tmp_path / "s") == files_of(store.path)
+
+
+@contextmanager
+def files_no_larger_than(num_bytes: int) -> Iterator[None]:
+    """Let the kernel refuse larger files, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_report_is_for_the_site_only(site: Path, tmp_path: Path) -> None:
+    report = run(site, tmp_path / "s")
+    report.write(tmp_path / "report.json")
+    report.write(tmp_path / "report.json")
+    assert stat.S_IMODE((tmp_path / "report.json").stat().st_mode) == 0o600
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert values["num_tiles"] == report.num_tiles
+    assert values["sources"][0]["file"] == "DOE-0.svs"
+
+
+def make_tiles(folder: Path) -> Path:
+    folder.mkdir()
+    rows = []
+    for number in range(5):
+        Image.fromarray(tissue_image(96, seed=number, margin=0)).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,lung_aca,g{number // 2}")
+    (folder / "5.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    rows.append("5.png,lung_aca,g9")
+    return write_table(folder / "labels.csv", "file,class,source_tile_group", rows)
+
+
+def test_ready_tiles_are_resampled_whole(tmp_path: Path) -> None:
+    table = make_tiles(tmp_path / "tiles")
+    ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    store = TileStore.open(tmp_path / "s")
+    assert (store.num_patients, store.num_tiles, store.mpp) == (3, 5, None)
+    assert store.captions == ("H&E, lung adenocarcinoma, lung",)
+    means = store.read_images(range(5)).mean(axis=(1, 2, 3))
+    truth = [tissue_image(96, seed=number, margin=0).mean() for number in range(5)]
+    np.testing.assert_allclose(sorted(means), sorted(truth), atol=1.5)
+
+
+def test_unreadable_ready_tile_is_named_skipped_and_counted(tmp_path: Path) -> None:
+    table = make_tiles(tmp_path / "tiles")
+    report = ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    assert [(s.file, s.patient) for s in report.skipped] == [("5.png", "g9")]
+    assert report.num_tiles == 5
+
+
+def test_ready_tile_that_is_not_square_is_cropped_not_squeezed(tmp_path: Path) -> None:
+    wide = np.concatenate(
+        [np.zeros((64, 32, 3)), np.full((64, 64, 3), 200), np.zeros((64, 32, 3))], 1
+    )
+    Image.fromarray(wide.astype(np.uint8)).save(tmp_path / "wide.png")
+    table = write_table(tmp_path / "t.csv", "file,patient,label", ["wide.png,p,COAD"])
+    ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    assert TileStore.open(tmp_path / "s").read_images([0]).min() > 150
+
+
+def test_image_far_too_large_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_tiles(tmp_path / "tiles")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(IngestError, match="far too large"):
+        ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    assert not (tmp_path / "s").exists()
+
+
+@needs_data
+def test_real_slides_become_a_store(tmp_path: Path) -> None:
+    rows = [
+        "wsi/cmu-1-small-region.svs,p1,normal soft tissue,",
+        "wsi/tcga-cr-7395-01a-01-ts1.svs,p2,HNSC,0.5",
+        "wsi/broken.svs,p3,HNSC,",
+    ]
+    table = write_table(tmp_path / "t.csv", "file,patient,label,mpp", rows)
+    report = ingest_slides(
+        read_table(table, root=REAL_DATA), tmp_path / "s", cohort="x", salt=SALT,
+        options=TilingOptions(tile_px=64, mpp=1.0, max_tiles_per_slide=30), num_processes=1,
+    )  # fmt: skip
+    assert [source.num_tiles for source in report.sources] == [30, 30, 0]
+    assert [s.file for s in report.skipped] == ["wsi/broken.svs"]
+    frames = TileStore.open(tmp_path / "s").index["level0_width"].to_pylist()
+    assert {round(width, 3) for width in frames} == {128.257, 128.0}
+
+
+@needs_data
+def test_real_ready_tiles_become_a_store(tmp_path: Path) -> None:
+    rows = read_table(REAL_DATA / "lc25000" / "labels.tsv")
+    assert (len(rows), len({row.patient for row in rows})) == (1814, 747)
+    ingest_tiles(rows[::40], tmp_path / "s", cohort="x", salt=SALT, tile_px=64)
+    store = TileStore.open(tmp_path / "s")
+    assert store.num_tiles == len(rows[::40])
+    assert store.num_patients == len({row.patient for row in rows[::40]})
+
+
+@needs_data
+def test_table_with_other_column_names_and_root(tmp_path: Path) -> None:
+    columns = TableColumns(file=("image",), patient=("case",))
+    rows = read_table(
+        REAL_DATA / "atlas_tiles" / "atlas_tiles.tsv", root=REAL_DATA, columns=columns
+    )
+    assert len({row.patient for row in rows}) == 15
+    ingest_tiles(rows[::60], tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    assert TileStore.open(tmp_path / "s").num_tiles == len(rows[::60])
