@@ -222,7 +222,8 @@ class _Canvas:
         """The map's value under each point (the border's value outside)."""
         columns = np.clip((points[:, 0] / self.mpp).astype(int), 0, self.width - 1)
         rows = np.clip((points[:, 1] / self.mpp).astype(int), 0, self.height - 1)
-        return values[rows, columns]
+        under: npt.NDArray[np.float64] = values[rows, columns]
+        return under
 
     def nearest(self, points: Points) -> tuple[Map, npt.NDArray[np.int64]]:
         """Distance in micrometres to the nearest point, and which one it is."""
@@ -238,8 +239,9 @@ class _Canvas:
 
     @property
     def across(self) -> Map:
-        """Distance across the canvas's main direction, gently waved."""
-        return -self.x * np.sin(self.tilt) + self.y * np.cos(self.tilt)
+        """Distance across the canvas's main direction, a straight ramp."""
+        ramp: Map = -self.x * np.sin(self.tilt) + self.y * np.cos(self.tilt)
+        return ramp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -537,13 +539,13 @@ def _add_keratin(canvas: _Canvas, density: _Density) -> None:
 def _add_blood(canvas: _Canvas, look: Phenotype, layout: _Layout, density: _Density) -> None:
     """Red cells in vessels that run in stroma and along empty space."""
     vessel = _step((canvas.noise(16) - 2.0 + 1.4 * look.blood) * 9)
-    vessel = (vessel * np.clip(layout.stroma + 0.6 * layout.lumen, 0, 1)) > 0.5
+    open_vessel = (vessel * np.clip(layout.stroma + 0.6 * layout.lumen, 0, 1)) > 0.5
     centres = canvas.scattered(7.5)
     distance, index = canvas.nearest(centres)
     present = (canvas.rng.random(len(centres)) < 0.75)[index]
-    density.red_cells = _step(3.1 - distance, 0.5) * present * vessel
+    density.red_cells = _step(3.1 - distance, 0.5) * present * open_vessel
     density.hematoxylin = density.hematoxylin * (1 - density.red_cells)
-    density.eosin = density.eosin * (1 - 0.7 * vessel)
+    density.eosin = density.eosin * (1 - 0.7 * open_vessel)
 
 
 def _expose(

@@ -245,7 +245,7 @@ def label_code(label: str) -> str | None:
 
 def prompt_bank() -> tuple[Prompt, ...]:
     """The anchors of the alignment: four captions of each of the 30 types, always the same."""
-    prompts = []
+    prompts: list[Prompt] = []
     for index, cancer in enumerate(CANCER_TYPES):
         rng = np.random.default_rng([30, index])
         texts = [compose_caption(cancer, None)]

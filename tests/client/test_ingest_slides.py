@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.slides import MissingScaleError, Slide
 from crafts_client.ingest.tiling import Candidate, TilingOptions, grid, in_drawn_order
@@ -60,7 +61,7 @@ def test_tiles_that_fit_exactly_are_all_there(slide_path: Path) -> None:
 
 
 def test_slide_coarser_than_the_tiles_is_refused(slide_path: Path) -> None:
-    with Slide.open(slide_path) as slide, pytest.raises(SlideError, match="coarser than 0.25"):
+    with Slide.open(slide_path) as slide, pytest.raises(SlideError, match=r"coarser than 0\.25"):
         grid(slide, TilingOptions(tile_px=64, mpp=0.25))
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from crafts_client.ingest import IngestError, TableColumns, read_table
 from crafts_client.ingest.errors import MAX_LINES
 from support.slides import write_table

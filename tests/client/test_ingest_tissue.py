@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
+
 from crafts_client.ingest.tissue import (
     drop_small_regions,
     fill_small_holes,
@@ -12,7 +14,6 @@ from crafts_client.ingest.tissue import (
     tissue_fraction,
     tissue_mask,
 )
-from PIL import Image, ImageFilter
 from support.slides import REAL_DATA, tissue_image
 
 PINK, GLASS = (225, 160, 200), (244, 243, 245)

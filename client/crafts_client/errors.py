@@ -1,0 +1,23 @@
+"""What can go wrong at a site, by who must act.
+
+CraftsError
+├── IngestError      the site's operator: table, slides or disk (``crafts_client.ingest``)
+├── HomeError        the site's operator: the home is missing, incomplete or says nonsense
+├── PolicyError      the coordinator: it asks for what this site's policy does not allow
+├── OutboxError      the site's operator: a sealed release was altered or cannot be read
+└── TrainingError    the site's operator: training gave something that must not leave
+"""
+
+from crafts_core.errors import CraftsError
+
+
+class HomeError(CraftsError):
+    """The site home cannot be used as it is."""
+
+
+class OutboxError(CraftsError):
+    """A sealed release on disk is not what was sealed."""
+
+
+class TrainingError(CraftsError):
+    """Training ended with weights that are not finite."""

@@ -1,0 +1,47 @@
+"""From a plan to the mechanism that one site runs, the same in every round.
+
+The noise is calibrated once for all the steps of the plan, so that a site that takes part in every
+round ends at the plan's target epsilon and never above it. What the cohort spent in other studies
+does not weaken or strengthen this noise: the ledger holds it against the site's lifetime budget.
+"""
+
+from functools import lru_cache
+
+from crafts_core.plan import Plan
+from crafts_privacy.accounting import calibrate_noise_multiplier
+from crafts_privacy.patient_sgd import Mechanism
+
+
+def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
+    """Sampling, clipping, noise and divisor for every step of ``plan`` at one site.
+
+    Without privacy the same steps run with the same clip and no noise, so that a baseline differs
+    in nothing else.
+
+    Raises:
+        CalibrationError: no noise keeps the target.
+    """
+    privacy = plan.privacy
+    expected_patients = privacy.sample_rate * declared_patients
+    if privacy.target_epsilon is None or privacy.delta is None:
+        return Mechanism.without_privacy(
+            sample_rate=privacy.sample_rate,
+            expected_patients=expected_patients,
+            max_grad_norm=privacy.max_grad_norm,
+        )
+    return Mechanism(
+        noise_multiplier=_calibrated(
+            privacy.target_epsilon, privacy.delta, privacy.sample_rate, plan.total_steps
+        ),
+        max_grad_norm=privacy.max_grad_norm,
+        sample_rate=privacy.sample_rate,
+        expected_patients=expected_patients,
+    )
+
+
+@lru_cache(maxsize=64)
+def _calibrated(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Seconds of accounting for a number that never changes."""
+    return calibrate_noise_multiplier(
+        target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps
+    )

@@ -1,0 +1,271 @@
+"""What a site allows, whatever a plan or a message says. The gate in front of the trainer.
+
+One rule is one function, so that each can be read, tested and explained alone. A rule sees public
+values only: the plan, the request, the site's declared size and its own installed files. Nothing
+in a message can loosen a policy, and what no rule knows is refused by the parsers before it.
+"""
+
+import tomllib
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crafts_client.errors import HomeError
+from crafts_core.errors import CraftsError
+from crafts_core.exchange import RoundRequest
+from crafts_core.plan import Plan, RoundOfPlan, StageName, describe_first_error
+from crafts_privacy.patient_sgd import Mechanism
+
+
+class Rule(StrEnum):
+    """The name of every rule. Public: a refusal says which one it was."""
+
+    SIGNER = "signer"
+    SIGNATURE = "signature"
+    PLAN_HASH = "plan_hash"
+    FOUNDATION = "foundation"
+    PRIVATE = "private"
+    EPSILON = "epsilon"
+    DELTA = "delta"
+    NOISE = "noise"
+    SAMPLE_RATE = "sample_rate"
+    PATIENTS = "patients"
+    TILES = "tiles"
+    STAGE = "stage"
+    STEPS = "steps"
+    ROUNDS = "rounds"
+    SECURE_AGGREGATION = "secure_aggregation"
+    ROUND = "round"
+    FACTOR = "factor"
+    REPLAY = "replay"
+    UPDATE_NORM = "update_norm"
+
+
+class PolicyError(CraftsError):
+    """The site's policy does not allow what was asked for."""
+
+    def __init__(self, rule: Rule, message: str) -> None:
+        super().__init__(f"policy rule {rule}: {message}")
+        self.rule = rule
+
+
+class Policy(BaseModel):
+    """``policy.toml``: owned by the site, read by nobody else's code. Every limit is inclusive."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    allowed_signers: tuple[str, ...]
+    """Ed25519 public keys, base64, of the coordinators whose plans this site reads."""
+    allowed_stages: tuple[StageName, ...]
+    max_epsilon: Annotated[float, Field(gt=0)]
+    """Lifetime epsilon of the cohort over all studies together, at ``max_delta``."""
+    max_delta: Annotated[float, Field(gt=0, lt=1e-2)]
+    min_noise_multiplier: Annotated[float, Field(ge=0)]
+    max_sample_rate: Annotated[float, Field(gt=0, le=1)]
+    min_patients: Annotated[int, Field(ge=1)]
+    """Smallest declared cohort that may take part at all."""
+    max_tiles_per_patient: Annotated[int, Field(ge=1)]
+    max_local_steps: Annotated[int, Field(ge=1)]
+    max_rounds: Annotated[int, Field(ge=1)]
+    max_update_norm: Annotated[float, Field(gt=0)]
+    allow_non_private: bool
+    """Training without noise: for synthetic or public data only."""
+    require_secure_aggregation: bool
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a ``policy.toml``.
+
+        Raises:
+            HomeError: with the first offending key and what it should be.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls.model_validate(values)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise HomeError(f"cannot read policy {path}: {error}") from error
+        except ValidationError as error:
+            raise HomeError(f"policy {path}: {describe_first_error(error)}") from error
+
+    def check_plan(self, plan: Plan, *, declared_patients: int) -> None:
+        """Apply every rule about the plan as a whole.
+
+        Raises:
+            PolicyError: the first rule that says no.
+        """
+        for violation in self.violations(plan, declared_patients=declared_patients):
+            raise violation
+
+    def violations(self, plan: Plan, *, declared_patients: int) -> Iterator[PolicyError]:
+        """Everything about the plan that this policy does not allow."""
+        for rule in PLAN_RULES:
+            try:
+                rule(self, plan, declared_patients)
+            except PolicyError as violation:
+                yield violation
+
+    def check_noise(self, mechanism: Mechanism) -> None:
+        """The calibrated noise must not be weaker than the site's floor.
+
+        Raises:
+            PolicyError: rule ``noise``.
+        """
+        if mechanism.private and mechanism.noise_multiplier < self.min_noise_multiplier:
+            raise PolicyError(
+                Rule.NOISE,
+                f"the plan leads to noise_multiplier {mechanism.noise_multiplier:g}, "
+                f"the site's floor is {self.min_noise_multiplier:g}",
+            )
+
+    def check_update_norm(self, update_norm: float) -> None:
+        """A released update must not be longer than the site's limit.
+
+        Raises:
+            PolicyError: rule ``update_norm``.
+        """
+        if not update_norm <= self.max_update_norm:  # NaN must refuse too
+            raise PolicyError(
+                Rule.UPDATE_NORM,
+                f"the update's norm {update_norm:g} passes {self.max_update_norm:g}",
+            )
+
+
+PlanRule = Callable[[Policy, Plan, int], None]
+
+
+def plan_is_private(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Training without privacy needs the site's explicit word."""
+    if plan.privacy.mechanism != "patient_dp" and not policy.allow_non_private:
+        raise PolicyError(Rule.PRIVATE, "the plan trains without privacy, which is not allowed")
+
+
+def epsilon_is_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """One plan may not ask for more than the lifetime holds."""
+    target = plan.privacy.target_epsilon
+    if target is not None and target > policy.max_epsilon:
+        raise PolicyError(
+            Rule.EPSILON, f"target_epsilon {target:g} passes max_epsilon {policy.max_epsilon:g}"
+        )
+
+
+def delta_is_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Delta is the chance that the promise says nothing."""
+    delta = plan.privacy.delta
+    if delta is not None and delta > policy.max_delta:
+        raise PolicyError(Rule.DELTA, f"delta {delta:g} passes max_delta {policy.max_delta:g}")
+
+
+def sample_rate_is_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Part of the cohort that one step may look at, in expectation."""
+    if plan.privacy.sample_rate > policy.max_sample_rate:
+        raise PolicyError(
+            Rule.SAMPLE_RATE,
+            f"sample_rate {plan.privacy.sample_rate:g} passes {policy.max_sample_rate:g}",
+        )
+
+
+def cohort_is_large_enough(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """A tiny cohort gets mostly noise for its budget. Judged by the public, declared size."""
+    if declared_patients < policy.min_patients:
+        raise PolicyError(
+            Rule.PATIENTS,
+            f"the site declares {declared_patients} patients, its policy wants "
+            f"{policy.min_patients}",
+        )
+
+
+def tiles_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Tiles of one patient in one step."""
+    if plan.privacy.tiles_per_patient > policy.max_tiles_per_patient:
+        raise PolicyError(
+            Rule.TILES,
+            f"tiles_per_patient {plan.privacy.tiles_per_patient} passes "
+            f"{policy.max_tiles_per_patient}",
+        )
+
+
+def stages_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Every stage of the plan is one that the site takes part in."""
+    for stage in plan.stage:
+        if stage.name not in policy.allowed_stages:
+            raise PolicyError(Rule.STAGE, f"stage {stage.name} is not allowed")
+
+
+def steps_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Local steps of one round: what keeps the site's machine busy."""
+    for stage in plan.stage:
+        if stage.local_steps > policy.max_local_steps:
+            raise PolicyError(
+                Rule.STEPS,
+                f"local_steps {stage.local_steps} passes {policy.max_local_steps}",
+            )
+
+
+def rounds_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Rounds of the whole plan."""
+    if plan.num_rounds > policy.max_rounds:
+        raise PolicyError(
+            Rule.ROUNDS, f"the plan has {plan.num_rounds} rounds, allowed are {policy.max_rounds}"
+        )
+
+
+def aggregation_is_secure_enough(policy: Policy, plan: Plan, declared_patients: int) -> None:
+    """Some sites show the coordinator nothing but the sum over sites."""
+    if policy.require_secure_aggregation and not plan.aggregation.secure_aggregation:
+        raise PolicyError(Rule.SECURE_AGGREGATION, "the plan does not use secure aggregation")
+
+
+PLAN_RULES: tuple[PlanRule, ...] = (
+    plan_is_private,
+    epsilon_is_allowed,
+    delta_is_allowed,
+    sample_rate_is_allowed,
+    cohort_is_large_enough,
+    tiles_are_allowed,
+    stages_are_allowed,
+    steps_are_allowed,
+    rounds_are_allowed,
+    aggregation_is_secure_enough,
+)
+
+
+def check_request(plan: Plan, request: RoundRequest, *, foundation_hash: str) -> RoundOfPlan:
+    """The request asks for exactly one round of exactly this plan, on the installed foundation.
+
+    Raises:
+        PolicyError: it names another plan, a round beyond it, or another stage or factor.
+    """
+    if request.plan_hash != plan.hash:
+        raise PolicyError(Rule.PLAN_HASH, "the request names another plan than the signed one")
+    if plan.study.foundation != foundation_hash:
+        raise PolicyError(Rule.FOUNDATION, "the plan starts from a foundation this site lacks")
+    if request.round > plan.num_rounds:
+        raise PolicyError(
+            Rule.ROUND, f"round {request.round} is beyond the plan's {plan.num_rounds}"
+        )
+    planned = next(entry for entry in plan.rounds() if entry.round == request.round)
+    if request.stage_index != planned.stage_index:
+        raise PolicyError(
+            Rule.ROUND, f"round {request.round} belongs to stage {planned.stage_index}"
+        )
+    if request.factor != planned.factor:
+        raise PolicyError(
+            Rule.FACTOR, f"round {request.round} trains factor {planned.factor}, not another"
+        )
+    return planned
+
+
+def check_not_replayed(request: RoundRequest, last_released_round: int) -> None:
+    """A round that this site released in this run, or an earlier one, is not trained again.
+
+    Raises:
+        PolicyError: rule ``replay``.
+    """
+    if request.round <= last_released_round:
+        raise PolicyError(
+            Rule.REPLAY,
+            f"round {request.round} came after round {last_released_round} had been released",
+        )

@@ -1,0 +1,171 @@
+"""The local part of a round: a global adapter goes in, a private delta comes out.
+
+The model stays warm between rounds. No loss, count or norm of a patient is returned, logged or
+kept: everything that leaves this module went through ``PatientSGD``.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from crafts_client.errors import TrainingError
+from crafts_client.patients import PatientTiles, probe_batch
+from crafts_core.adapters import Adapter, State
+from crafts_core.exchange import global_norm
+from crafts_core.foundation import Foundation
+from crafts_core.plan import AdapterConfig, Factor, PrivacyConfig, StageConfig
+from crafts_core.stages.batch import Draws
+from crafts_core.stages.objective import Objective, assert_per_tile
+from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.sampling import PatientSampler, PoissonSampler
+
+
+def entropy_generator() -> torch.Generator:
+    """A generator that nobody can seed again: which tiles, which noise, which timesteps."""
+    return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Randomness:
+    """Where a site's private randomness comes from. Anything but the default is for tests."""
+
+    noise: NoiseSource
+    sampler: PatientSampler
+    generator: Callable[[], torch.Generator]
+    """Called once per round, for the choice of tiles and for the diffusion draws."""
+
+    @classmethod
+    def from_os(cls) -> "Randomness":
+        return cls(noise=GridNoise(), sampler=PoissonSampler(), generator=entropy_generator)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingTask:
+    """One round at one site, after every check."""
+
+    stage: StageConfig
+    factor: Factor
+    privacy: PrivacyConfig
+    mechanism: Mechanism
+    state: Mapping[str, Tensor]
+    """The global adapter of the round."""
+    stage_start: Mapping[str, Tensor]
+    """The adapter that the stage began with (theta1)."""
+
+
+class Trainer:
+    """One adapter on one copy of the UNet, ready for the next round."""
+
+    def __init__(
+        self,
+        foundation: Foundation,
+        config: AdapterConfig,
+        patients: PatientTiles,
+        *,
+        randomness: Randomness,
+        microbatch_tiles: int,
+    ) -> None:
+        """Attach the adapter.
+
+        Args:
+            foundation: Already on the device that trains.
+            config: The plan's adapter section.
+            patients: The site's cohort.
+            randomness: ``Randomness.from_os()``.
+            microbatch_tiles: Tiles times draws in one backward pass: memory and speed only.
+
+        Raises:
+            AdapterError: the adapter does not fit the foundation.
+        """
+        self._foundation = foundation
+        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
+        self._patients = patients
+        self._randomness = randomness
+        self._microbatch_tiles = microbatch_tiles
+
+    def schema(self) -> State:
+        """Tensors with the names and shapes that every global adapter must have."""
+        return self._adapter.state()
+
+    def train(self, task: TrainingTask) -> State:
+        """Run the round's local steps.
+
+        Returns:
+            Final minus received weights of the trained factor, float32 on the CPU.
+
+        Raises:
+            AdapterError: a state does not fit the adapter.
+            BatchCoupledLossError: the loss has no per-patient sensitivity.
+            TrainingError: the result is not finite.
+        """
+        self._adapter.load_state(task.state)
+        parameters = self._adapter.trainable(task.factor)
+        objective = self._objective(task)
+        optimizer = PatientSGD(
+            parameters,
+            task.mechanism,
+            learning_rate=task.stage.learning_rate,
+            momentum=task.stage.momentum,
+            noise=self._randomness.noise,
+            sampler=self._randomness.sampler,
+        )
+        generator = self._randomness.generator()
+
+        def patient_loss(patient: int) -> Iterator[Tensor]:
+            return self._patient_losses(patient, objective, task.privacy, generator)
+
+        for _ in range(task.stage.local_steps):
+            optimizer.step(self._patients.num_patients, patient_loss)
+        delta = {
+            name: parameter.detach().to("cpu", torch.float32) - task.state[name].float()
+            for name, parameter in parameters.items()
+        }
+        if not torch.tensor(global_norm(delta)).isfinite():
+            raise TrainingError(
+                "training gave weights that are not finite; ask the coordinator for a smaller "
+                "learning rate"
+            )
+        return delta
+
+    def _objective(self, task: TrainingTask) -> Objective:
+        """The stage's loss, refused under privacy if it mixes tiles. Checked on public tiles."""
+        objective = Objective(self._foundation, self._adapter, task.stage, task.stage_start)
+        if task.mechanism.private:
+            batch = probe_batch(self._foundation)
+            draws = objective.draw(batch, torch.Generator().manual_seed(0))
+            assert_per_tile(objective.loss_per_tile, batch, draws)
+        return objective
+
+    def _patient_losses(
+        self,
+        patient: int,
+        objective: Objective,
+        privacy: PrivacyConfig,
+        generator: torch.Generator,
+    ) -> Iterator[Tensor]:
+        """Parts that add up to the patient's mean loss over K tiles and J draws of each.
+
+        All draws are made before the cut into microbatches, so its size changes no result.
+        """
+        tiles = self._patients.batch(
+            patient, max_tiles=privacy.tiles_per_patient, generator=generator
+        )
+        batch = tiles.repeat(privacy.draws_per_tile)
+        draws = objective.draw(batch, generator)
+        for rows in torch.arange(len(batch)).split(self._microbatch_tiles):
+            part = batch.select(rows)
+            yield part.mean(objective.loss_per_tile(part, _select(draws, rows)))
+
+
+def _select(draws: Draws, rows: Tensor) -> Draws:
+    return replace(
+        draws,
+        noise_BCHW=draws.noise_BCHW[rows],
+        timesteps_B=draws.timesteps_B[rows],
+        drop_caption_B=draws.drop_caption_B[rows],
+    )

@@ -1,0 +1,275 @@
+"""From the sites' updates to one new global adapter: design section 6, and the plain baselines.
+
+A rule answers two questions: how much each site counts, from public scalars alone, and what to do
+with the weighted sum. The sum itself is the same for every rule, linear in the deltas, and holds
+one delta at a time. That is also what secure aggregation needs: weights first, then only
+``sum alpha_k delta_k`` is ever seen.
+
+To try another rule, write a class with the interface of ``AggregationRule`` and name it in
+``rule_of``. Everything here is post-processing of private outputs plus public data.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from crafts_core.adapters import State, add_delta
+from crafts_core.exchange import RoundReply, global_norm
+from crafts_core.plan import AggregationConfig, Factor
+from crafts_server.errors import AggregationError
+from crafts_server.trust_region import accept_or_halve, alignment_steps
+from crafts_server.weighting import capped, log_gate, log_precision, normalised
+
+
+class PublicProbe(Protocol):
+    """What may be measured and improved without a patient. Same state, same answer."""
+
+    def margin(self, state: Mapping[str, Tensor]) -> float:
+        """Alignment margin: matched minus mismatched captions, same noise and timesteps."""
+        ...
+
+    def alignment_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
+        """Gradient of the public alignment loss, for the tensors of ``factor``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteUpdate:
+    """One verified update. The delta is read when it is needed, so that many sites fit."""
+
+    reply: RoundReply
+    noise_variance: float
+    """v_k per coordinate, from the declared mechanism."""
+    read_delta: Callable[[], State]
+
+    @property
+    def site(self) -> str:
+        return self.reply.site
+
+    @classmethod
+    def of(cls, reply: RoundReply, noise_variance: float, delta: State) -> Self:
+        """An update that is in memory anyway."""
+        return cls(reply=reply, noise_variance=noise_variance, read_delta=lambda: delta)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteEvidence:
+    """All that a rule may weigh a site by. ``gain`` is None unless the rule asks for it."""
+
+    site: str
+    noise_variance: float
+    declared_patients: int
+    gain: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStep:
+    """What a rule made of the weighted sum."""
+
+    state: State
+    momentum: State
+    margin_after: float
+    step_norm: float
+    """Length of the sites' step before the trust region and before halving."""
+    trust_norm: float
+    step_scale: float
+    """1 accepted whole, 1/2, 1/4 ... halved, 0 rejected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregate:
+    """The new global adapter and how it came about."""
+
+    step: ServerStep
+    weights: dict[str, float]
+    gains: dict[str, float | None]
+    margin_before: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundState:
+    """Where a round starts."""
+
+    state: State
+    momentum: State
+    factor: Factor
+    margin: float
+
+
+class AggregationRule(Protocol):
+    """The seam for research on aggregation."""
+
+    needs_gain: bool
+    """Whether each site's update is measured on the probe (one margin per site)."""
+
+    def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
+        """Non-negative, summing to one, in the order of ``evidence``."""
+        ...
+
+    def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+        """Turn the weighted sum into the next global adapter."""
+        ...
+
+
+def rule_of(config: AggregationConfig) -> AggregationRule:
+    """The rule that a plan names."""
+    match config.rule:
+        case "alignment_regularized":
+            return AlignmentRegularized(config)
+        case "uniform":
+            return Uniform()
+        case "by_patients":
+            return ByPatients()
+
+
+def aggregate(
+    rule: AggregationRule, start: RoundState, updates: Sequence[SiteUpdate], probe: PublicProbe
+) -> Aggregate:
+    """One round's new global adapter. The order in which updates arrived does not matter.
+
+    Raises:
+        AggregationError: there is no update.
+    """
+    if not updates:
+        raise AggregationError("expected at least one site update, got none")
+    updates = sorted(updates, key=lambda update: update.site)
+    evidence = [
+        SiteEvidence(
+            site=update.site,
+            noise_variance=update.noise_variance,
+            declared_patients=update.reply.declared_patients,
+            gain=_gain(start, update, probe) if rule.needs_gain else None,
+        )
+        for update in updates
+    ]
+    weights = rule.weights(evidence)
+    delta = weighted_sum(
+        (weight, update.read_delta) for weight, update in zip(weights, updates, strict=True)
+    )
+    return Aggregate(
+        step=rule.move(start, delta, probe),
+        weights={site.site: weight for site, weight in zip(evidence, weights, strict=True)},
+        gains={site.site: site.gain for site in evidence},
+        margin_before=start.margin,
+    )
+
+
+def weighted_sum(terms: Iterable[tuple[float, Callable[[], State]]]) -> State:
+    """``sum alpha_k delta_k`` in float64, one delta in memory at a time; float32 comes back."""
+    total: State = {}
+    for weight, read_delta in terms:
+        for name, tensor in read_delta().items():
+            part = weight * tensor.double()
+            total[name] = total[name] + part if name in total else part
+    return {name: tensor.float() for name, tensor in total.items()}
+
+
+class AlignmentRegularized:
+    """Alignment-regularized aggregation.
+
+    ``alpha_k`` proportional to ``p_k a_k`` (precision times alignment gate), capped;
+    ``m <- beta m + sum alpha_k delta_k``; the step is ``eta m`` plus public alignment inside the
+    trust region, accepted or halved. The momentum keeps the share of the step that was taken, so
+    that a rejected direction does not come back by itself. With alternating factors each factor
+    keeps its own momentum.
+    """
+
+    needs_gain = True
+
+    def __init__(self, config: AggregationConfig) -> None:
+        self._config = config
+
+    def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
+        config = self._config
+        scores = [
+            log_precision(site.noise_variance, config.precision_floor)
+            + log_gate(_measured(site), config.gate_temperature)
+            for site in evidence
+        ]
+        return capped(normalised(scores), config.max_weight)
+
+    def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+        config = self._config
+        velocity = with_momentum(start.momentum, delta, config.server_momentum)
+        step = {name: config.server_learning_rate * tensor for name, tensor in velocity.items()}
+        trust = alignment_steps(
+            start.state,
+            step,
+            lambda state: probe.alignment_gradient(state, start.factor),
+            trust_radius=config.trust_radius,
+            num_steps=config.trust_steps,
+        )
+        taken = accept_or_halve(
+            start.state,
+            add_delta(step, trust),
+            probe.margin,
+            margin_before=start.margin,
+            tolerance=config.margin_tolerance,
+            max_halvings=config.max_halvings,
+        )
+        kept = {name: taken.scale * tensor for name, tensor in velocity.items()}
+        return ServerStep(
+            state=taken.state,
+            momentum={**start.momentum, **kept},
+            margin_after=taken.margin,
+            step_norm=global_norm(step),
+            trust_norm=global_norm(trust),
+            step_scale=taken.scale,
+        )
+
+
+class Uniform:
+    """Plain averaging: every site counts the same, no momentum, every step is taken."""
+
+    needs_gain = False
+
+    def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
+        return [1.0 / len(evidence)] * len(evidence)
+
+    def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+        return _plain_step(start, delta, probe)
+
+
+class ByPatients:
+    """Federated averaging: a site counts as much as the patients it declares."""
+
+    needs_gain = False
+
+    def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
+        total = sum(site.declared_patients for site in evidence)
+        return [site.declared_patients / total for site in evidence]
+
+    def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+        return _plain_step(start, delta, probe)
+
+
+def with_momentum(momentum: Mapping[str, Tensor], delta: State, beta: float) -> State:
+    """``beta m + Delta`` for the tensors of ``delta``; a tensor without history starts at Delta."""
+    return {
+        name: beta * momentum[name] + tensor if name in momentum else tensor.clone()
+        for name, tensor in delta.items()
+    }
+
+
+def _plain_step(start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+    state = add_delta(start.state, delta)
+    return ServerStep(
+        state=state,
+        momentum={},
+        margin_after=probe.margin(state),
+        step_norm=global_norm(delta),
+        trust_norm=0.0,
+        step_scale=1.0,
+    )
+
+
+def _gain(start: RoundState, update: SiteUpdate, probe: PublicProbe) -> float:
+    """What this update alone does to the margin."""
+    return probe.margin(add_delta(start.state, update.read_delta())) - start.margin
+
+
+def _measured(site: SiteEvidence) -> float:
+    assert site.gain is not None, "rules with needs_gain are given gains"
+    return site.gain

@@ -1,0 +1,36 @@
+"""What can go wrong at the coordinator, by who must act.
+
+CraftsError
+└── ServerError
+    ├── HomeError               the operator: the coordinator's home is missing or in use
+    ├── RegistryError           the operator: the database cannot be used
+    ├── CheckpointError         the operator: a checkpoint is missing, altered or rolled back
+    ├── AggregationError        the operator: a round cannot be finished with the sites there are
+    └── UpdateRefusedError      a site: its update is not what the plan says; the round goes on
+"""
+
+from crafts_core.errors import CraftsError
+
+
+class ServerError(CraftsError):
+    """The coordinator cannot do what was asked."""
+
+
+class HomeError(ServerError):
+    """The coordinator's home is missing, incomplete, or used by another process."""
+
+
+class RegistryError(ServerError):
+    """The registry's database cannot be used, or does not know what was asked for."""
+
+
+class CheckpointError(ServerError):
+    """A checkpoint is missing, altered, out of order, or older than what was committed."""
+
+
+class AggregationError(ServerError):
+    """A round has no result: too few sites, or updates that give no step."""
+
+
+class UpdateRefusedError(ServerError):
+    """One site's update is not used. The message is public and goes into the receipt."""

@@ -1,0 +1,101 @@
+"""The one gate that every site update passes before anything is computed from it.
+
+Cheap and certain checks come first: identity, then schema, then values, then whether the delta can
+have come from the mechanism that it declares. What passes is used; everything else is refused with
+a sentence that goes into the round's receipt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from crafts_core.exchange import (
+    ExchangeError,
+    RoundReply,
+    RoundRequest,
+    check_tensors,
+    global_norm,
+    schema_hash,
+)
+from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_server.declared_noise import ROUNDING, noise_variance, norm_bounds
+from crafts_server.errors import UpdateRefusedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What this round's updates must be."""
+
+    request: RoundRequest
+    stage: StageConfig
+    privacy: PrivacyConfig
+    schema: Mapping[str, Tensor]
+    """Tensors of the trained factor: names and shapes."""
+
+
+def verify_update(reply: RoundReply, delta: Mapping[str, Tensor], expected: Expectation) -> float:
+    """Accept an update.
+
+    Returns:
+        v_k: the declared noise variance per coordinate of the delta.
+
+    Raises:
+        UpdateRefusedError: says which check failed, what was expected and what came.
+    """
+    _check_identity(reply, expected.request)
+    try:
+        check_tensors(delta, expected.schema)
+    except ExchangeError as error:
+        raise UpdateRefusedError(str(error)) from error
+    if reply.schema_hash != schema_hash(expected.schema):
+        raise UpdateRefusedError("schema hash differs from the adapter's")
+    _check_mechanism(reply, expected)
+    norm = _checked_norm(reply, delta)
+    if expected.privacy.mechanism == "patient_dp":
+        _check_plausible(reply, norm, expected)
+    return noise_variance(reply, expected.stage)
+
+
+def _check_identity(reply: RoundReply, request: RoundRequest) -> None:
+    for field in ("run_id", "plan_hash", "round", "checkpoint_hash"):
+        wanted, got = getattr(request, field), getattr(reply, field)
+        if wanted != got:
+            raise UpdateRefusedError(f"{field}: expected {str(wanted)[:16]}, got {str(got)[:16]}")
+
+
+def _check_mechanism(reply: RoundReply, expected: Expectation) -> None:
+    """The plan's clipping and sampling, no more steps than asked, and noise if it is private."""
+    privacy = expected.privacy
+    for field in ("max_grad_norm", "sample_rate"):
+        wanted, got = getattr(privacy, field), getattr(reply, field)
+        if wanted != got:
+            raise UpdateRefusedError(f"{field}: expected {wanted:g}, got {got:g}")
+    if reply.steps > expected.stage.local_steps:
+        raise UpdateRefusedError(
+            f"steps: expected at most {expected.stage.local_steps}, got {reply.steps}"
+        )
+    if privacy.mechanism == "patient_dp" and reply.noise_multiplier == 0:
+        raise UpdateRefusedError("noise_multiplier: expected noise, got 0")
+
+
+def _checked_norm(reply: RoundReply, delta: Mapping[str, Tensor]) -> float:
+    """The delta's norm, which must be the declared one up to half-precision rounding."""
+    norm = global_norm(delta)
+    if not abs(norm - reply.update_norm) <= ROUNDING * max(norm, reply.update_norm):
+        raise UpdateRefusedError(f"update_norm: declared {reply.update_norm:.4g}, is {norm:.4g}")
+    return norm
+
+
+def _check_plausible(reply: RoundReply, norm: float, expected: Expectation) -> None:
+    count = sum(tensor.numel() for tensor in expected.schema.values())
+    bounds = norm_bounds(reply, expected.stage, count)
+    if norm > bounds.highest:
+        raise UpdateRefusedError(
+            f"norm {norm:.4g} is above {bounds.highest:.4g}, the most that the declared clipping "
+            "and noise give"
+        )
+    if norm < bounds.lowest:
+        raise UpdateRefusedError(
+            f"norm {norm:.4g} is below {bounds.lowest:.4g}, the least that the declared noise gives"
+        )
