@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -103,7 +103,7 @@ class Policy(BaseModel):
         """Everything about the plan that this policy does not allow."""
         for rule in PLAN_RULES:
             try:
-                rule(self, plan, declared_patients)
+                rule(self, Asked(plan, declared_patients))
             except PolicyError as violation:
                 yield violation
 
@@ -133,70 +133,77 @@ class Policy(BaseModel):
             )
 
 
-PlanRule = Callable[[Policy, Plan, int], None]
+class Asked(NamedTuple):
+    """What a rule about a plan may look at."""
+
+    plan: Plan
+    declared_patients: int
 
 
-def plan_is_private(policy: Policy, plan: Plan, declared_patients: int) -> None:
+PlanRule = Callable[[Policy, Asked], None]
+
+
+def plan_is_private(policy: Policy, asked: Asked) -> None:
     """Training without privacy needs the site's explicit word."""
-    if plan.privacy.mechanism != "patient_dp" and not policy.allow_non_private:
+    if asked.plan.privacy.mechanism != "patient_dp" and not policy.allow_non_private:
         raise PolicyError(Rule.PRIVATE, "the plan trains without privacy, which is not allowed")
 
 
-def epsilon_is_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def epsilon_is_allowed(policy: Policy, asked: Asked) -> None:
     """One plan may not ask for more than the lifetime holds."""
-    target = plan.privacy.target_epsilon
+    target = asked.plan.privacy.target_epsilon
     if target is not None and target > policy.max_epsilon:
         raise PolicyError(
             Rule.EPSILON, f"target_epsilon {target:g} passes max_epsilon {policy.max_epsilon:g}"
         )
 
 
-def delta_is_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def delta_is_allowed(policy: Policy, asked: Asked) -> None:
     """Delta is the chance that the promise says nothing."""
-    delta = plan.privacy.delta
+    delta = asked.plan.privacy.delta
     if delta is not None and delta > policy.max_delta:
         raise PolicyError(Rule.DELTA, f"delta {delta:g} passes max_delta {policy.max_delta:g}")
 
 
-def sample_rate_is_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def sample_rate_is_allowed(policy: Policy, asked: Asked) -> None:
     """Part of the cohort that one step may look at, in expectation."""
-    if plan.privacy.sample_rate > policy.max_sample_rate:
+    if asked.plan.privacy.sample_rate > policy.max_sample_rate:
         raise PolicyError(
             Rule.SAMPLE_RATE,
-            f"sample_rate {plan.privacy.sample_rate:g} passes {policy.max_sample_rate:g}",
+            f"sample_rate {asked.plan.privacy.sample_rate:g} passes {policy.max_sample_rate:g}",
         )
 
 
-def cohort_is_large_enough(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def cohort_is_large_enough(policy: Policy, asked: Asked) -> None:
     """A tiny cohort gets mostly noise for its budget. Judged by the public, declared size."""
-    if declared_patients < policy.min_patients:
+    if asked.declared_patients < policy.min_patients:
         raise PolicyError(
             Rule.PATIENTS,
-            f"the site declares {declared_patients} patients, its policy wants "
+            f"the site declares {asked.declared_patients} patients, its policy wants "
             f"{policy.min_patients}",
         )
 
 
-def tiles_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def tiles_are_allowed(policy: Policy, asked: Asked) -> None:
     """Tiles of one patient in one step."""
-    if plan.privacy.tiles_per_patient > policy.max_tiles_per_patient:
+    if asked.plan.privacy.tiles_per_patient > policy.max_tiles_per_patient:
         raise PolicyError(
             Rule.TILES,
-            f"tiles_per_patient {plan.privacy.tiles_per_patient} passes "
+            f"tiles_per_patient {asked.plan.privacy.tiles_per_patient} passes "
             f"{policy.max_tiles_per_patient}",
         )
 
 
-def stages_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def stages_are_allowed(policy: Policy, asked: Asked) -> None:
     """Every stage of the plan is one that the site takes part in."""
-    for stage in plan.stage:
+    for stage in asked.plan.stage:
         if stage.name not in policy.allowed_stages:
             raise PolicyError(Rule.STAGE, f"stage {stage.name} is not allowed")
 
 
-def steps_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def steps_are_allowed(policy: Policy, asked: Asked) -> None:
     """Local steps of one round: what keeps the site's machine busy."""
-    for stage in plan.stage:
+    for stage in asked.plan.stage:
         if stage.local_steps > policy.max_local_steps:
             raise PolicyError(
                 Rule.STEPS,
@@ -204,17 +211,18 @@ def steps_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> Non
             )
 
 
-def rounds_are_allowed(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def rounds_are_allowed(policy: Policy, asked: Asked) -> None:
     """Rounds of the whole plan."""
-    if plan.num_rounds > policy.max_rounds:
+    if asked.plan.num_rounds > policy.max_rounds:
         raise PolicyError(
-            Rule.ROUNDS, f"the plan has {plan.num_rounds} rounds, allowed are {policy.max_rounds}"
+            Rule.ROUNDS,
+            f"the plan has {asked.plan.num_rounds} rounds, allowed are {policy.max_rounds}",
         )
 
 
-def aggregation_is_secure_enough(policy: Policy, plan: Plan, declared_patients: int) -> None:
+def aggregation_is_secure_enough(policy: Policy, asked: Asked) -> None:
     """Some sites show the coordinator nothing but the sum over sites."""
-    if policy.require_secure_aggregation and not plan.aggregation.secure_aggregation:
+    if policy.require_secure_aggregation and not asked.plan.aggregation.secure_aggregation:
         raise PolicyError(Rule.SECURE_AGGREGATION, "the plan does not use secure aggregation")
 
 

@@ -54,8 +54,8 @@ class TrainingTask:
     mechanism: Mechanism
     state: Mapping[str, Tensor]
     """The global adapter of the round."""
-    stage_start: Mapping[str, Tensor]
-    """The adapter that the stage began with (theta1)."""
+    stage_start: Mapping[str, Tensor] | None
+    """The adapter that the stage began with (theta1), where the stage's loss needs it."""
 
 
 class Trainer:

@@ -2,15 +2,33 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from crafts_core.errors import CraftsError
+
+if TYPE_CHECKING:
+    from crafts_core.evaluation.evaluate import Evaluator
+    from crafts_core.foundation import Foundation
+
+GeneratorDir = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="Exported generator or foundation.")
+]
+Tiles = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, help="Tile store of held-out patients.")
+]
+FoundationDir = Annotated[
+    Path | None, typer.Option(file_okay=False, help="Foundation; the embedded one if not given.")
+]
+NumImages = Annotated[int, typer.Option(min=16, help="Images drawn from each generator.")]
+MaxTiles = Annotated[int, typer.Option(min=16, help="Real tiles used, a random choice.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same images.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -22,17 +40,15 @@ def main() -> None:
 
 @app.command()
 def sample(
-    generator_dir: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Exported generator or foundation.")
-    ],
+    generator_dir: GeneratorDir,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Caption; repeat for more.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     num: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
+    seed: Seed = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance.")] = 3.0,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the files as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw images from captions. Every PNG says in its metadata that it is synthetic."""
     with _one_line_errors():
@@ -89,6 +105,116 @@ def _sample_to_files(
     sheet = out / "sheet.png"
     contact_sheet(images, columns).save(sheet)
     return [*files, sheet]
+
+
+@app.command()
+def evaluate(
+    generator_dir: GeneratorDir,
+    tiles: Tiles,
+    foundation: FoundationDir = None,
+    num: NumImages = 192,
+    max_tiles: MaxTiles = 2000,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a generator and its foundation against real tiles that no site trained on."""
+    with _one_line_errors(), _bars() as progress:
+        from crafts_core.generator import Generator
+
+        evaluator, loaded = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
+        generator = Generator.from_directory(_checked(generator_dir))
+        result = evaluator.compare(loaded.generator, generator, progress)
+    if as_json:
+        typer.echo(result.model_dump_json())
+        return
+    typer.echo(
+        f"distance to held-out tiles ({result.metric}, {result.encoder}): "
+        f"foundation {result.distance_foundation:.4f}, generator {result.distance_generator:.4f}, "
+        f"real against real {result.floor:.4f}\n"
+        f"drift: foundation {result.drift_foundation:.3f}, generator {result.drift_generator:.3f}"
+    )
+
+
+@app.command()
+def compare(
+    generator_dirs: Annotated[
+        list[Path],
+        typer.Argument(exists=True, file_okay=False, help="Two or more generators."),
+    ],
+    tiles: Tiles,
+    foundation: FoundationDir = None,
+    num: NumImages = 192,
+    max_tiles: MaxTiles = 2000,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Rank generators by their distance to the same real tiles, nearest first."""
+    with _one_line_errors(), _bars() as progress:
+        from crafts_core.generator import Generator
+
+        evaluator, _ = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
+        measured = {
+            str(path): evaluator.fidelity(Generator.from_directory(_checked(path)), progress)
+            for path in generator_dirs
+        }
+    if as_json:
+        values = {path: fidelity.model_dump(mode="json") for path, fidelity in measured.items()}
+        typer.echo(json.dumps(values))
+        return
+    for path, fidelity in sorted(measured.items(), key=lambda item: item[1].mmd2):
+        typer.echo(f"{fidelity.mmd2:.4f}  {path}")
+
+
+def _evaluator(
+    foundation_dir: Path | None, tiles: Path, *, num: int, max_tiles: int, seed: int
+) -> "tuple[Evaluator, Foundation]":
+    """The held-out tiles of a store, at most ``max_tiles`` of them, as an evaluator."""
+    import numpy as np
+
+    from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, HeldOut
+    from crafts_core.foundation import embedded_path, load
+    from crafts_core.tiles import TileStore
+
+    foundation, store = load(foundation_dir or embedded_path()), TileStore.open(tiles)
+    if store.tile_px != foundation.manifest.tile_px:
+        expected = foundation.manifest.tile_px
+        raise CraftsError(f"{tiles}: expected tiles of {expected} px, got {store.tile_px}")
+    count = min(max_tiles, store.num_tiles)
+    rows = np.sort(np.random.default_rng(seed).choice(store.num_tiles, count, replace=False))
+    held_out = HeldOut(
+        images_NHWC=store.read_images(rows),
+        patients=np.asarray(store.patients)[store.patient_indices(rows)],
+        captions=[store.captions[place] for place in store.caption_ids(rows)],
+    )
+    try:
+        return Evaluator(
+            foundation, held_out, EvaluationConfig(num_images=num, seed=seed)
+        ), foundation
+    except ValueError as error:
+        raise CraftsError(f"{tiles}: {error}") from error
+
+
+def _checked(generator_dir: Path) -> Path:
+    if not (generator_dir / "unet").is_dir():
+        raise CraftsError(
+            f"no generator at {generator_dir}: expected a diffusers directory (unet/)"
+        )
+    return generator_dir
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, one per kind of work; nothing when it is not a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks or bars.tasks[tasks[what]].finished:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ of the delta is Gaussian with variance
 
     v = lr^2 (noise_multiplier C / n)^2 sum_{m=1..T} c_m^2
 
-and the signal is at most ``S = lr C (P / n) sum_m c_m`` long when no step sees more than P patients.
+and the signal is at most ``S = lr C (P / n) sum_m c_m`` long if no step sees more than P patients.
 """
 
 import math

@@ -8,9 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from typer.testing import CliRunner
 
-from crafts_core.cli import app
 from crafts_core.foundation import Foundation
 from crafts_core.sampling import contact_sheet, initial_noise, sample_images, save_png
 
@@ -134,33 +132,3 @@ def test_contact_sheet_refuses_nothing_and_wrong_labels() -> None:
         contact_sheet(np.zeros((0, 8, 8, 3), np.uint8), 2)
     with pytest.raises(ValueError, match="expected 1 labels"):
         contact_sheet(np.zeros((1, 8, 8, 3), np.uint8), 2, ["a", "b"])
-
-
-def test_sample_command_writes_marked_images(foundation: Foundation, tmp_path: Path) -> None:
-    arguments = [
-        "sample", str(foundation.path), "--prompt", "tissue with glands", "--prompt", "lung",
-        "--out", str(tmp_path / "out"), "--num", "2", "--steps", "2",
-    ]  # fmt: skip
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["sheet.png", *(f"tile-{index:04d}.png" for index in range(4))]
-    with Image.open(tmp_path / "out/tile-0003.png") as stored:
-        assert stored.size == (32, 32)
-        assert stored.text["Synthetic"] == "true"
-        assert "lung" in stored.text["Description"]
-
-
-def test_sample_command_fails_on_one_line_without_a_generator(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    result = CliRunner().invoke(
-        app, ["sample", str(tmp_path / "empty"), "--prompt", "x", "--out", str(tmp_path / "out")]
-    )
-    assert result.exit_code == 1
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "no generator" in result.stderr
-
-
-def test_wrong_use_exits_with_two(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["sample", str(tmp_path), "--prompt", "x", "--steps", "0"])
-    assert result.exit_code == 2

@@ -140,7 +140,9 @@ def _glass_colour(thumbnail: Pixels) -> npt.NDArray[np.float32]:
     darkest_channel_HW = thumbnail.min(axis=2)
     brightest = darkest_channel_HW >= np.quantile(darkest_channel_HW, 0.98)
     colour: npt.NDArray[np.float32] = np.median(thumbnail[brightest], axis=0).astype(np.float32)
-    return colour / 255 if colour.min() >= GLASS_FLOOR else np.ones(3, dtype=np.float32)
+    if colour.min() < GLASS_FLOOR:
+        return np.ones(3, dtype=np.float32)
+    return np.asarray(colour / 255, dtype=np.float32)
 
 
 def _saturation(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> Pixels:

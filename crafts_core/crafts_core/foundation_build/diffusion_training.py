@@ -84,6 +84,7 @@ def new_scheduler() -> DDPMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,
     )
 
 

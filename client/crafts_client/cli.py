@@ -1,0 +1,275 @@
+"""``crafts-client``: a hospital's own side. Set up a home, ingest tiles, see policy and budget."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.policy import Policy
+from crafts_core.errors import CraftsError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+policy_app = typer.Typer(no_args_is_help=True, help="What this site allows.")
+ledger_app = typer.Typer(no_args_is_help=True, help="What this site has spent.")
+app.add_typer(policy_app, name="policy")
+app.add_typer(ledger_app, name="ledger")
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar="CRAFTS_SITE_HOME", help="Folder of the site home.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.callback()
+def main() -> None:
+    """Take part in a federated study as a hospital. Slides never leave this machine."""
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="Public name of the site, like north-clinic.")],
+    patients: Annotated[int, typer.Option(min=1, help="Public, rounded size of the cohort.")],
+    home: Home = Path("site"),
+    cohort: Annotated[str, typer.Option(help="Name of the cohort in the ledger.")] = "main",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or mps.")] = "cpu",
+    foundation: Annotated[
+        str, typer.Option(help="embedded, or the folder of an imported foundation.")
+    ] = "embedded",
+    signer: Annotated[
+        list[str] | None, typer.Option(help="Public key of a coordinator to trust; repeat.")
+    ] = None,
+    max_epsilon: Annotated[float, typer.Option(help="Lifetime epsilon of the cohort.")] = 8.0,
+    max_delta: Annotated[float, typer.Option(help="Delta of the lifetime promise.")] = 1e-3,
+) -> None:
+    """Make a site home: site.toml, policy.toml with careful limits, and the salt."""
+    with _one_line_errors():
+        config = _checked(
+            SiteConfig,
+            name=name,
+            cohort=cohort,
+            declared_patients=patients,
+            device=device,
+            foundation=_absolute_foundation(foundation),
+            tile_store="tiles",
+            microbatch_tiles=64,
+        )
+        policy = _checked(
+            Policy,
+            allowed_signers=tuple(signer or ()),
+            allowed_stages=("pretraining", "alignment"),
+            max_epsilon=max_epsilon,
+            max_delta=max_delta,
+            min_noise_multiplier=0.3,
+            max_sample_rate=0.5,
+            min_patients=20,
+            max_tiles_per_patient=64,
+            max_local_steps=200,
+            max_rounds=1000,
+            max_update_norm=100.0,
+            allow_non_private=False,
+            require_secure_aggregation=False,
+        )
+        SiteHome.create(home, config, policy)
+    typer.echo(f"site home {home}; read policy.toml, then run: crafts-client ingest TABLE")
+
+
+@app.command()
+def ingest(
+    table: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="CSV or TSV: file, patient, label.")
+    ],
+    home: Home = Path("site"),
+    ready_tiles: Annotated[
+        bool, typer.Option("--ready-tiles", help="The files are tiles already, not slides.")
+    ] = False,
+    root: Annotated[
+        Path | None, typer.Option(exists=True, help="Folder that file names start from.")
+    ] = None,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Most tiles of one slide; all if absent.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Slides at a time.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Cut slides (or take ready tiles) into the tile store and fill the latent cache."""
+    # Torch and diffusers take seconds to import; `crafts-client --help` should not.
+    from crafts_client.preparation import prepare_site
+    from crafts_core.foundation import load
+
+    with _one_line_errors():
+        site = SiteHome.open(home)
+        foundation = load(site.foundation_path, device=site.config.device)
+        with _bars() as bars:
+            report = prepare_site(
+                site,
+                foundation,
+                table=table,
+                root=root,
+                ready_tiles=ready_tiles,
+                max_tiles_per_slide=max_tiles,
+                num_processes=processes,
+                progress=lambda task, done, total: _show(bars, task, done, total),
+            )
+    result = {
+        "tiles": report.num_tiles,
+        "patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
+        "skipped": len(report.skipped),
+        "report": str(site.ingest_report_path),
+    }
+    _print(result, as_json)
+
+
+@app.command()
+def tiles(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Count what the tile store holds. The exact numbers are private: they stay here."""
+    from crafts_core.tiles import TileStore
+
+    with _one_line_errors():
+        site = SiteHome.open(home)
+        store = TileStore.open(site.tile_store_path)
+    per_patient = [len(store.tile_rows_of(index)) for index in range(store.num_patients)]
+    result = {
+        "tiles": store.num_tiles,
+        "patients": store.num_patients,
+        "declared_patients": site.config.declared_patients,
+        "fewest_tiles_of_a_patient": min(per_patient),
+        "most_tiles_of_a_patient": max(per_patient),
+        "tile_px": store.tile_px,
+        "mpp": store.mpp,
+    }
+    _print(result, as_json)
+
+
+@policy_app.command("show")
+def policy_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Print every limit of this site."""
+    with _one_line_errors():
+        policy = SiteHome.open(home).policy
+    _print(policy.model_dump(mode="json"), as_json)
+
+
+@policy_app.command("check")
+def policy_check(
+    plan: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A plan.toml.")],
+    home: Home = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Say whether this site would take part in a plan; exit 1 if not."""
+    from crafts_client.mechanism import mechanism_of
+    from crafts_client.policy import PolicyError
+    from crafts_core.plan import Plan
+
+    with _one_line_errors():
+        site = SiteHome.open(home)
+        wanted = Plan.load(plan)
+        size = site.config.declared_patients
+        refused = list(site.policy.violations(wanted, declared_patients=size))
+        mechanism = mechanism_of(wanted, declared_patients=size)
+        try:
+            site.policy.check_noise(mechanism)
+        except PolicyError as error:
+            refused.append(error)
+    result = {
+        "allowed": not refused,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "plan_hash": wanted.hash,
+        "refused": [str(error) for error in refused],
+    }
+    _print(result, as_json)
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def budget(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Print what the cohort's lifetime budget is, and what is left of it."""
+    from crafts_privacy.accounting import epsilon
+    from crafts_privacy.ledger import Ledger
+
+    with _one_line_errors():
+        site = SiteHome.open(home)
+        events = Ledger(site.ledger_path).events(site.config.cohort)
+    policy = site.policy
+    spent = epsilon(events, policy.max_delta)
+    result = {
+        "cohort": site.config.cohort,
+        "delta": policy.max_delta,
+        "epsilon_spent": spent if math.isfinite(spent) else None,
+        "epsilon_allowed": policy.max_epsilon,
+        "epsilon_left": max(0.0, policy.max_epsilon - spent),
+        "steps": sum(event.steps for event in events),
+    }
+    _print(result, as_json)
+
+
+@ledger_app.command("verify")
+def ledger_verify(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Check every entry, the chain and the witness; exit 1 if anything was changed."""
+    from crafts_privacy.ledger import Ledger, LedgerError
+
+    with _one_line_errors():
+        site = SiteHome.open(home)
+        if not site.ledger_path.exists():
+            raise LedgerError(f"no ledger at {site.ledger_path}; nothing was trained here yet")
+        head = Ledger(site.ledger_path).verify()
+    _print({"ledger": str(site.ledger_path), "head": str(head.hash), "intact": True}, as_json)
+
+
+def _checked(model: type[Any], **values: object) -> Any:
+    """Build a configuration from options; a bad value is one line."""
+    from pydantic import ValidationError
+
+    from crafts_client.errors import HomeError
+    from crafts_core.plan import describe_first_error
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise HomeError(describe_first_error(error)) from error
+
+
+def _absolute_foundation(value: str) -> str:
+    """A folder given on the command line is relative to where the command runs."""
+    return value if value == "embedded" else str(Path(value).resolve())
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: one JSON object, or one ``name: value`` a line."""
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        typer.echo(f"{key.replace('_', ' ')}: {shown}")
+
+
+def _bars() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _show(bars: Progress, name: str, done: int, total: int) -> None:
+    """Move the bar of this name, making it on first sight."""
+    known = {task.description: task.id for task in bars.tasks}
+    task = known[name] if name in known else bars.add_task(name, total=total)
+    bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Failures that a person can act on: on stderr, exit code 1."""
+    try:
+        yield
+    except CraftsError as error:
+        typer.echo(f"crafts-client: {error}", err=True)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        typer.echo(f"crafts-client: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from error

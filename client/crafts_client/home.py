@@ -1,0 +1,154 @@
+"""A site's home: one folder with everything the hospital owns.
+
+::
+
+    site.toml           who this is, where its tiles and foundation are, which device trains
+    policy.toml         what it allows
+    salt                the key of its pseudonyms (0600)
+    tiles/              the tile store, with the latent cache below it
+    ingest.json         what ingest did, with names: for the operator only (0600)
+    ledger.db           what was spent
+    outbox/             sealed releases
+    stage_start.safetensors   the public adapter that the current stage began with
+"""
+
+import json
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crafts_client.errors import HomeError
+from crafts_client.ingest import Salt
+from crafts_client.policy import Policy
+from crafts_core.foundation import embedded_path
+from crafts_core.plan import describe_first_error
+
+SITE_NAME, POLICY_NAME = "site.toml", "policy.toml"
+EMBEDDED = "embedded"
+
+
+class SiteConfig(BaseModel):
+    """``site.toml``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    cohort: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """Under which name the ledger accounts for these patients. Public."""
+    declared_patients: Annotated[int, Field(ge=1)]
+    """The cohort's size as the site tells it: rounded, public, and the fixed divisor of training.
+    The exact number is private."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps)$")]
+    foundation: Annotated[str, Field(min_length=1)]
+    """``embedded``, or a folder, relative to the home."""
+    tile_store: Annotated[str, Field(min_length=1)]
+    """A folder, relative to the home."""
+    microbatch_tiles: Annotated[int, Field(ge=1)]
+    """Tiles times draws in one backward pass. Memory and speed only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteHome:
+    """A home that was read and checked."""
+
+    path: Path
+    config: SiteConfig
+    policy: Policy
+
+    @classmethod
+    def create(cls, path: Path, config: SiteConfig, policy: Policy) -> Self:
+        """Make a new home: configuration, policy and salt.
+
+        Raises:
+            HomeError: there is one already, or the disk refuses.
+        """
+        if (path / SITE_NAME).exists():
+            raise HomeError(f"{path} is a site home already; edit its {SITE_NAME} instead")
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            home = cls(path=path, config=config, policy=policy)
+            if not home.salt_path.exists():
+                Salt.create(home.salt_path)
+            _write(path / POLICY_NAME, _POLICY_HEADER + to_toml(policy))
+            # Last: a folder with a site.toml is a whole home.
+            _write(path / SITE_NAME, _SITE_HEADER + to_toml(config))
+        except OSError as error:
+            raise HomeError(f"cannot make site home {path}: {error.strerror}") from error
+        return home
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read and check a home.
+
+        Raises:
+            HomeError: it is missing or a file says something impossible.
+        """
+        file = path / SITE_NAME
+        if not file.is_file():
+            raise HomeError(f"no site home at {path}; make one with crafts-client init")
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+            config = SiteConfig.model_validate(values)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise HomeError(f"cannot read {file}: {error}") from error
+        except ValidationError as error:
+            raise HomeError(f"{file}: {describe_first_error(error)}") from error
+        return cls(path=path, config=config, policy=Policy.load(path / POLICY_NAME))
+
+    @property
+    def salt_path(self) -> Path:
+        return self.path / "salt"
+
+    @property
+    def tile_store_path(self) -> Path:
+        return self.path / self.config.tile_store
+
+    @property
+    def foundation_path(self) -> Path:
+        """Where the public foundation lies."""
+        if self.config.foundation == EMBEDDED:
+            return embedded_path()
+        return self.path / self.config.foundation
+
+    @property
+    def ingest_report_path(self) -> Path:
+        return self.path / "ingest.json"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.path / "ledger.db"
+
+    @property
+    def outbox_path(self) -> Path:
+        return self.path / "outbox"
+
+    @property
+    def stage_start_path(self) -> Path:
+        return self.path / "stage_start.safetensors"
+
+
+def to_toml(model: BaseModel) -> str:
+    """Flat values as TOML. JSON's scalars and lists of scalars are TOML's."""
+    values = model.model_dump(mode="json")
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+_SITE_HEADER = """\
+# Who this site is. declared_patients is public and rounded; the exact number never leaves.
+"""
+_POLICY_HEADER = """\
+# What this site allows, whatever a plan says. Every limit is inclusive; see crafts-client policy.
+"""

@@ -1,0 +1,251 @@
+"""One hospital's side of a round: from a coordinator's message to a release.
+
+The order, and what a crash leaves behind::
+
+    verify   signer, signature, plan, policy, arrays      nothing happened
+    reserve  the ledger charges the whole round           charged; the same request trains again
+    train    patient-level private steps                  under the same reservation
+    check    finite, norm; refused: charged and closed
+    seal     the release is on disk                       sent only after a commit
+    commit   the ledger names the release's hash          asked again: the same file is sent
+    send     the message leaves
+
+So nothing leaves that was not charged, and nothing is charged twice for being asked twice.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from crafts_client import stage_start
+from crafts_client.errors import OutboxError, TrainingError
+from crafts_client.home import SiteHome
+from crafts_client.mechanism import mechanism_of
+from crafts_client.messages import RoundMessage, read_state
+from crafts_client.outbox import Outbox, Release
+from crafts_client.patients import PatientTiles
+from crafts_client.policy import PolicyError, check_not_replayed, check_request
+from crafts_client.signed_plan import open_signed_plan
+from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_core.adapters import State
+from crafts_core.exchange import (
+    ExchangeError,
+    RoundReply,
+    RoundRequest,
+    global_norm,
+    schema_hash,
+    state_hash,
+)
+from crafts_core.foundation import Foundation, load
+from crafts_core.plan import AdapterConfig, Plan, StageConfig
+from crafts_core.tiles import TileStore
+from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.ledger import EntryKind, Ledger, Reservation
+from crafts_privacy.patient_sgd import Mechanism
+
+REFUSED_RELEASE = hashlib.sha256(b"refused: nothing was released").hexdigest()
+"""Committed where a trained update must not leave. Its cost stays: the refusal itself tells
+something about the update."""
+
+
+class StageStartMissingError(ExchangeError):
+    """The stage's first adapter is neither here nor in the message."""
+
+
+class Site:
+    """A site home at work. Foundation, tiles and model stay warm between rounds."""
+
+    def __init__(
+        self, home: SiteHome, foundation: Foundation, *, randomness: Randomness | None = None
+    ) -> None:
+        """Open the ledger and the tiles.
+
+        Args:
+            home: Read from disk.
+            foundation: The home's own foundation, on the home's device.
+            randomness: For tests; the operating system's otherwise.
+
+        Raises:
+            LedgerTamperedError: the ledger is not what was written.
+            TileStoreError: there is no finished tile store or latent cache.
+        """
+        self._home = home
+        self._foundation = foundation
+        self._randomness = randomness or Randomness.from_os()
+        self._ledger = Ledger(home.ledger_path)
+        self._outbox = Outbox(home.outbox_path)
+        store = TileStore.open(home.tile_store_path)
+        cache = LatentCache.open(store, foundation.manifest.hash)
+        self._patients = PatientTiles(store, cache, foundation)
+        self._trainer: tuple[AdapterConfig, Trainer] | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Site":
+        """Open a home and everything in it.
+
+        Raises:
+            CraftsError: names what is missing or damaged.
+        """
+        home = SiteHome.open(path)
+        return cls(home, load(home.foundation_path, device=home.config.device))
+
+    def answer(self, message: RoundMessage) -> Release:
+        """Do what the message asks, if everything about it is allowed.
+
+        Raises:
+            CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
+        """
+        config, policy, request = self._home.config, self._home.policy, message.request
+        plan = open_signed_plan(message.plan, policy)
+        policy.check_plan(plan, declared_patients=config.declared_patients)
+        planned = check_request(plan, request, foundation_hash=self._foundation.manifest.hash)
+        sealed = self._outbox.find(request)
+        if sealed is not None:
+            self._commit_sealed(sealed)
+            return sealed
+        check_not_replayed(request, self._last_released_round(request))
+        mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
+        policy.check_noise(mechanism)
+        trainer = self._trainer_for(plan.adapter)
+        state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash)
+        task = TrainingTask(
+            stage=planned.stage,
+            factor=request.factor,
+            privacy=plan.privacy,
+            mechanism=mechanism,
+            state=state,
+            stage_start=self._stage_start(message, planned.stage, state),
+        )
+        reservation = self._reserve(request, planned.stage, mechanism)
+        try:
+            delta = _as_wire(trainer.train(task), plan)
+            update_norm = global_norm(delta)
+            policy.check_update_norm(update_norm)
+        except (TrainingError, PolicyError):
+            self._ledger.commit(reservation, REFUSED_RELEASE)
+            raise
+        reply = self._reply(request, planned.stage, mechanism, delta, update_norm)
+        release = self._outbox.seal(request, reply, delta, reservation.sequence)
+        self._ledger.commit(reservation, release.hash)
+        self._outbox.drop_before(request.run_id, request.round - 1)
+        return release
+
+    def _reserve(
+        self, request: RoundRequest, stage: StageConfig, mechanism: Mechanism
+    ) -> Reservation:
+        """Charge the round against the cohort's lifetime, over all studies."""
+        policy = self._home.policy
+        return self._ledger.reserve(
+            cohort=self._home.config.cohort,
+            plan_hash=request.plan_hash,
+            run_id=request.run_id,
+            round=request.round,
+            stage=stage.name,
+            event=mechanism.event(stage.local_steps),
+            # Steps without noise have no finite epsilon; the policy has allowed them by name.
+            max_epsilon=policy.max_epsilon if mechanism.private else float("inf"),
+            delta=policy.max_delta,
+        )
+
+    def _commit_sealed(self, sealed: Release) -> None:
+        """Make sure that the ledger knows exactly this release before it is sent (again).
+
+        Raises:
+            LedgerError: the reservation released something else: the file is not sent.
+        """
+        entries = self._ledger.entries()
+        if not 1 <= sealed.reservation <= len(entries):
+            raise OutboxError("a sealed release names a reservation that the ledger lacks")
+        reservation = Reservation.of(entries[sealed.reservation - 1])
+        reply = sealed.reply
+        if reservation.key[1:] != (reply.plan_hash, reply.run_id, reply.round):
+            raise OutboxError("a sealed release names the reservation of another round")
+        self._ledger.commit(reservation, sealed.hash)
+
+    def _last_released_round(self, request: RoundRequest) -> int:
+        """0 if this run released nothing yet."""
+        rounds = (
+            entry.round
+            for entry in self._ledger.entries()
+            if entry.kind is EntryKind.COMMITTED
+            and (entry.plan_hash, entry.run_id) == (request.plan_hash, request.run_id)
+        )
+        return max(rounds, default=0)
+
+    def _trainer_for(self, config: AdapterConfig) -> Trainer:
+        """The warm trainer, or a new one where the adapter is another."""
+        if self._trainer is None or self._trainer[0] != config:
+            trainer = Trainer(
+                self._foundation,
+                config,
+                self._patients,
+                randomness=self._randomness,
+                microbatch_tiles=self._home.config.microbatch_tiles,
+            )
+            self._trainer = (config, trainer)
+        return self._trainer[1]
+
+    def _stage_start(self, message: RoundMessage, stage: StageConfig, state: State) -> State | None:
+        """theta1: from this round, from the message, or from an earlier round of the stage."""
+        if stage.lambda_drift == 0:
+            return None
+        wanted, path = message.request.stage_start_hash, self._home.stage_start_path
+        if wanted == message.request.checkpoint_hash:
+            found = state
+        elif message.stage_start is not None:
+            found = _read_hashed(message, "stage_start", state, wanted)
+        else:
+            kept = stage_start.recall(path, wanted)
+            if kept is None:
+                raise StageStartMissingError("the adapter that began the stage is needed once more")
+            return kept
+        stage_start.remember(path, found)
+        return found
+
+    def _reply(
+        self,
+        request: RoundRequest,
+        stage: StageConfig,
+        mechanism: Mechanism,
+        delta: State,
+        update_norm: float,
+    ) -> RoundReply:
+        config = self._home.config
+        return RoundReply(
+            site=config.name,
+            run_id=request.run_id,
+            plan_hash=request.plan_hash,
+            round=request.round,
+            checkpoint_hash=request.checkpoint_hash,
+            schema_hash=schema_hash(delta),
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=mechanism.max_grad_norm,
+            steps=stage.local_steps,
+            sample_rate=mechanism.sample_rate,
+            declared_patients=config.declared_patients,
+            update_norm=update_norm,
+        )
+
+
+def _read_hashed(message: RoundMessage, name: str, expected: State, expected_hash: str) -> State:
+    """Decode one of the message's states and compare its hash."""
+    record = message.adapter if name == "adapter" else message.stage_start
+    assert record is not None
+    state = read_state(record, expected)
+    if state_hash(state) != expected_hash:
+        raise ExchangeError(f"{name} is not the checkpoint that the request names")
+    return state
+
+
+def _as_wire(delta: State, plan: Plan) -> State:
+    """The delta as it will leave. Values that the wire's type cannot hold are refused.
+
+    Raises:
+        TrainingError: a value overflows.
+    """
+    dtype = getattr(torch, plan.transport.wire_dtype)
+    wire = {name: tensor.to(dtype) for name, tensor in delta.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in wire.values()):
+        raise TrainingError(f"an update does not fit into {plan.transport.wire_dtype}")
+    return wire

@@ -1,0 +1,316 @@
+"""``crafts-server``: make a coordinator, its foundation and plans, look at runs, export."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from crafts_core.errors import CraftsError
+
+if TYPE_CHECKING:
+    from crafts_server.registry import Registry
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify a foundation.")
+plan_app = typer.Typer(no_args_is_help=True, help="Check or sign a plan.")
+runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
+app.add_typer(foundation_app, name="foundation")
+app.add_typer(plan_app, name="plan")
+app.add_typer(runs_app, name="runs")
+
+Home = Annotated[
+    Path, typer.Option(envvar="CRAFTS_SERVER_HOME", help="The coordinator's home directory.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan.toml.")]
+DEFAULT_HOME = Path("coordinator")
+
+
+@app.command()
+def init(
+    home: Home = DEFAULT_HOME,
+    foundation: Annotated[
+        str, typer.Option(help="'embedded', or a foundation directory.")
+    ] = "embedded",
+    registry: Annotated[
+        str, typer.Option(help="'sqlite', or a SQLAlchemy database URL.")
+    ] = "sqlite",
+    as_json: AsJson = False,
+) -> None:
+    """Make a coordinator's home: signing key, registry, configuration."""
+    from crafts_server.home import EMBEDDED, CoordinatorHome, HomeConfig
+
+    with _one_line_errors():
+        if foundation != EMBEDDED:
+            foundation = str(Path(foundation).resolve())
+        made = CoordinatorHome.create(home, HomeConfig(foundation=foundation, registry=registry))
+        made.registry().close()
+        public_key = made.public_key
+    _print(
+        {"home": str(home), "public_key": public_key},
+        f"Coordinator home {home}. Sites trust it by adding this key to allowed_signers:\n"
+        f"{public_key}",
+        as_json,
+    )
+
+
+@foundation_app.command("build")
+def foundation_build(
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keeps finished parts, so an interrupted build goes on. OUT.work."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; auto takes a GPU if there is.")
+    ] = "auto",
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the shipped.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build the embedded foundation from procedural public histology. No data, no download."""
+    with _one_line_errors():
+        import torch
+
+        from crafts_core.foundation_build import BuildConfig, build
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        with _bars() as report:
+            manifest = build(
+                out,
+                work=work or out.with_name(out.name + ".work"),
+                config=BuildConfig() if seed is None else BuildConfig(seed=seed),
+                device=device,
+                progress=report,
+            )
+    _print({"foundation": str(out), "hash": manifest.hash}, f"{out}: {manifest.hash}", as_json)
+
+
+@foundation_app.command("import")
+def foundation_import(
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    diffusers: Annotated[Path, typer.Option(help="Local Stable Diffusion 1.5/2.1 directory.")],
+    name: Annotated[str, typer.Option(help="Name of the foundation.")],
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")],
+    aligner: Annotated[
+        Path | None, typer.Option(help="Local CLIP-layout directory of a frozen aligner.")
+    ] = None,
+    mpp: Annotated[float, typer.Option(min=0.01, help="Microns per pixel of its tiles.")] = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Import local diffusers weights. Safetensors only; pickles are refused."""
+    with _one_line_errors():
+        from crafts_core.foundation import import_diffusers
+
+        manifest = import_diffusers(
+            diffusers, aligner=aligner, out=out, name=name, licence=licence, mpp=mpp
+        )
+    _print({"foundation": str(out), "hash": manifest.hash}, f"{out}: {manifest.hash}", as_json)
+
+
+@foundation_app.command("verify")
+def foundation_verify(
+    directory: Annotated[
+        Path | None, typer.Argument(help="A foundation; the embedded one if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare every file of a foundation with its manifest."""
+    from crafts_core.foundation_manifest import embedded_path, verify
+
+    with _one_line_errors():
+        manifest = verify(directory or embedded_path())
+    _print(
+        {"name": manifest.name, "hash": manifest.hash, "num_files": len(manifest.files)},
+        f"{manifest.name}: {len(manifest.files)} files as signed off; hash {manifest.hash}",
+        as_json,
+    )
+
+
+@plan_app.command("check")
+def plan_check(plan: PlanFile, as_json: AsJson = False) -> None:
+    """Read a plan, say what it asks for, or what is wrong with it."""
+    with _one_line_errors():
+        from crafts_core.plan import Plan
+
+        loaded = Plan.load(plan)
+    privacy = loaded.privacy
+    promise = (
+        "no differential privacy"
+        if privacy.target_epsilon is None
+        else f"epsilon {privacy.target_epsilon:g} at delta {privacy.delta:g} per patient"
+    )
+    _print(
+        {
+            "study": loaded.study.name,
+            "hash": loaded.hash,
+            "rounds": loaded.num_rounds,
+            "steps": loaded.total_steps,
+            "target_epsilon": privacy.target_epsilon,
+            "delta": privacy.delta,
+        },
+        f"{loaded.study.name}: {loaded.num_rounds} rounds, {loaded.total_steps} private steps a "
+        f"site, {promise}\nhash {loaded.hash}",
+        as_json,
+    )
+
+
+@plan_app.command("sign")
+def plan_sign(
+    plan: PlanFile,
+    home: Home = DEFAULT_HOME,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the signed plan (JSON) here for the sites.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan with the home's key and remember it."""
+    with _one_line_errors():
+        from crafts_core.plan import Plan
+        from crafts_server.durable_files import write_file
+        from crafts_server.home import CoordinatorHome
+
+        loaded = Plan.load(plan)
+        signed = CoordinatorHome.open(home).sign_plan(loaded)
+        if out is not None:
+            write_file(out, (json.dumps(asdict(signed), indent=1) + "\n").encode())
+    _print(
+        {"hash": loaded.hash, "signature": signed.signature, "public_key": signed.public_key},
+        f"signed {loaded.study.name} {loaded.hash}",
+        as_json,
+    )
+
+
+@runs_app.command("list")
+def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """All runs, newest first."""
+    with _one_line_errors(), _registry(home) as registry:
+        summaries = registry.runs()
+    lines = [
+        f"{run.run_id}  {run.study}  {run.status}  {run.rounds} rounds  "
+        f"{run.started_at:%Y-%m-%d %H:%M}"
+        for run in summaries
+    ]
+    _print([asdict(run) for run in summaries], "\n".join(lines) or "no runs yet", as_json)
+
+
+@runs_app.command("show")
+def runs_show(
+    run_id: Annotated[str, typer.Argument(help="As `runs list` prints it.")],
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """The receipts of one run, read from its signed checkpoints."""
+    with _one_line_errors():
+        from crafts_server.home import CoordinatorHome
+
+        with _registry(home) as registry:
+            summary = registry.run(run_id)
+        chain = CoordinatorHome.open(home).checkpoints(run_id).chain()
+        receipts = [checkpoint.receipt() for checkpoint in chain[1:]]
+    lines = [f"{run_id}  {summary.study}  {summary.status}"]
+    for receipt in receipts:
+        weights = ", ".join(f"{site.site} {site.weight:.2f}" for site in receipt.sites)
+        lines.append(
+            f"round {receipt.round} {receipt.stage}: margin {receipt.margin_before:.4f} -> "
+            f"{receipt.margin_after:.4f}, step {receipt.step_scale:g}; {weights}"
+        )
+        lines.extend(f"  refused {each.site}: {each.reason}" for each in receipt.refused)
+        lines.extend(f"  missing {name}" for name in receipt.missing)
+    values = {
+        **asdict(summary),
+        "receipts": [receipt.model_dump(mode="json") for receipt in receipts],
+    }
+    _print(values, "\n".join(lines), as_json)
+
+
+@app.command()
+def export(
+    run_id: Annotated[str, typer.Argument(help="As `runs list` prints it.")],
+    out: Annotated[Path, typer.Option(help="Directory for generator/ and adapter.safetensors.")],
+    home: Home = DEFAULT_HOME,
+    name_site: Annotated[
+        list[str] | None, typer.Option(help="A site that agreed to be named; repeat for more.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a run's newest generator as stock diffusers files."""
+    with _one_line_errors():
+        files = _export(home, run_id, out, name_site or [])
+    _print({"files": [str(path) for path in files]}, "\n".join(map(str, files)), as_json)
+
+
+def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> list[Path]:
+    # Torch and diffusers take seconds to import; `crafts-server --help` should not.
+    from crafts_core.foundation import load
+    from crafts_core.plan import Plan
+    from crafts_server.errors import CheckpointError
+    from crafts_server.export import ADAPTER_FILE, export_generator
+    from crafts_server.home import CoordinatorHome
+
+    home = CoordinatorHome.open(home_path)
+    with _registry(home_path) as registry:
+        plan = Plan.parse(json.loads(registry.plan(registry.run(run_id).plan_hash).json))
+    chain = home.checkpoints(run_id).chain()
+    if len(chain) < 2:
+        raise CheckpointError(f"run {run_id} has no committed round yet")
+    sites = {site.site for checkpoint in chain[1:] for site in checkpoint.receipt().sites}
+    out.mkdir(parents=True, exist_ok=True)
+    generator = out / "generator"
+    lora = out / ADAPTER_FILE if plan.adapter.kind == "lora" else None
+    export_generator(
+        chain[-1],
+        plan=plan,
+        foundation=load(home.foundation_path),
+        directory=generator,
+        lora=lora,
+        num_sites=len(sites),
+        named_sites=named_sites,
+    )
+    return [generator] if lora is None else [generator, lora]
+
+
+@contextlib.contextmanager
+def _registry(home: Path) -> Iterator["Registry"]:
+    from crafts_server.home import CoordinatorHome
+
+    registry = CoordinatorHome.open(home).registry()
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr: one per kind of work."""
+    with Progress(console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _print(values: object, text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(values, default=str) if as_json else text)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Failures that a person can act on: one line on stderr, exit code 1."""
+    try:
+        yield
+    except (CraftsError, OSError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        typer.echo(f"crafts-server: {first_line}", err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,155 @@
+"""Asking sites and hearing from them until a round may close.
+
+One reply is in memory at a time. The round closes when every site that was asked has answered and
+enough updates are good, or at the deadline; sites that appear meanwhile are asked too.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from crafts_core.exchange import ExchangeError
+from crafts_server.errors import UpdateRefusedError
+from crafts_server.grid_calls import patiently
+from crafts_server.messages import error_sentence
+from crafts_server.receipts import Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How a round waits. Speed only."""
+
+    poll_s: float = 0.5
+    join_wait_s: float = 60.0
+    """How long to wait for more sites once all that are there have answered and too few are good;
+    never beyond the deadline."""
+
+
+@dataclass(slots=True)
+class SiteDirectory:
+    """Which node is which site, as far as this process has heard."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    holders: dict[int, str] = field(default_factory=dict)
+    """Node -> hash of the stage's first adapter that it is known to hold."""
+
+    def label(self, node_id: int) -> str:
+        return self.names.get(node_id, f"node {node_id}")
+
+    def bind(self, node_id: int, site: str) -> None:
+        """Remember a node's name.
+
+        Raises:
+            UpdateRefusedError: the node had another name before.
+        """
+        if self.names.setdefault(node_id, site) != site:
+            raise UpdateRefusedError(f"this node was {self.names[node_id]} before, now {site}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replies:
+    """How a round ended."""
+
+    num_asked: int
+    num_accepted: int
+    refused: tuple[Refusal, ...]
+    missing: tuple[str, ...]
+
+
+class Collection:
+    """One round's questions and answers."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        sites: SiteDirectory,
+        *,
+        compose: Callable[[int], Message],
+        accept: Callable[[int, Message], None],
+        patience: Patience,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            grid: Flower's.
+            sites: Who is who; nodes that refuse are no longer trusted to hold anything.
+            compose: Node id to the message for it.
+            accept: Takes a reply or raises ``UpdateRefusedError`` or ``ExchangeError``.
+            patience: How to wait.
+        """
+        self._grid = grid
+        self._sites = sites
+        self._compose = compose
+        self._accept = accept
+        self._patience = patience
+        self._asked: set[int] = set()
+        self._pending: dict[str, int] = {}
+        self._num_accepted = 0
+        self._refused: list[Refusal] = []
+
+    def run(self, *, min_sites: int, deadline_s: float) -> Replies:
+        """Ask and listen until the round may close."""
+        last_news = time.monotonic()
+        deadline = last_news + deadline_s
+        while True:
+            if self._ask_newcomers() + self._listen() > 0:
+                last_news = time.monotonic()
+            now = time.monotonic()
+            waits_for_joiners = now - last_news < self._patience.join_wait_s
+            is_open = self._pending or (self._num_accepted < min_sites and waits_for_joiners)
+            if not is_open or now >= deadline:
+                return self._replies()
+            time.sleep(min(self._patience.poll_s, deadline - now))
+
+    def _ask_newcomers(self) -> int:
+        """Send the request to every node that has not had it; how many were asked."""
+        newcomers = sorted(set(patiently(self._node_ids)) - self._asked)
+        for node_id in newcomers:
+            self._asked.add(node_id)
+            pushed = patiently(partial(self._grid.push_messages, [self._compose(node_id)]))
+            message_id = next(iter(pushed), None)
+            if message_id:
+                self._pending[message_id] = node_id
+            else:
+                self._refuse(node_id, "the request could not be delivered")
+        return len(newcomers)
+
+    def _listen(self) -> int:
+        """Take the replies that are there, one at a time; how many there were."""
+        heard = 0
+        for message_id, node_id in list(self._pending.items()):
+            for message in patiently(partial(self._grid.pull_messages, [message_id])):
+                self._pending.pop(message_id, None)
+                self._take(node_id, message)
+                heard += 1
+        return heard
+
+    def _take(self, node_id: int, message: Message) -> None:
+        if message.has_error():
+            self._refuse(node_id, error_sentence(message))
+            return
+        try:
+            self._accept(node_id, message)
+        except (UpdateRefusedError, ExchangeError) as error:
+            self._refuse(node_id, str(error))
+        else:
+            self._num_accepted += 1
+
+    def _refuse(self, node_id: int, reason: str) -> None:
+        self._sites.holders.pop(node_id, None)
+        self._refused.append(Refusal(site=self._sites.label(node_id), reason=reason))
+
+    def _replies(self) -> Replies:
+        return Replies(
+            num_asked=len(self._asked),
+            num_accepted=self._num_accepted,
+            refused=tuple(self._refused),
+            missing=tuple(sorted(self._sites.label(node) for node in self._pending.values())),
+        )
+
+    def _node_ids(self) -> list[int]:
+        return list(self._grid.get_node_ids())

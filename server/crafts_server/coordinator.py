@@ -1,0 +1,172 @@
+"""The coordinator of one study: a home, a plan and a foundation, ready to run on any Grid."""
+
+import json
+import logging
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from flwr.serverapp import Grid
+
+from crafts_core.adapters import State, initial_state
+from crafts_core.errors import CraftsError
+from crafts_core.foundation import Foundation, load
+from crafts_core.plan import Plan
+from crafts_privacy.signing import verify
+from crafts_server.aggregation import AggregationRule, rule_of
+from crafts_server.checkpoints import Checkpoint
+from crafts_server.collection import Patience
+from crafts_server.errors import HomeError, RegistryError
+from crafts_server.home import CoordinatorHome
+from crafts_server.probe import FoundationProbe, ProbeOfRound, ProbeSize
+from crafts_server.receipts import RoundReceipt
+from crafts_server.registry import Registry, RunStatus
+from crafts_server.rounds import OnRound, Study, recover, run_rounds
+
+log = logging.getLogger(__name__)
+
+
+def _ignore(_receipt: RoundReceipt) -> None:
+    pass
+
+
+class Coordinator:
+    """Runs one plan to its end, over as many processes as it takes."""
+
+    def __init__(
+        self,
+        home: CoordinatorHome,
+        plan: Plan,
+        foundation: Foundation,
+        *,
+        patience: Patience | None = None,
+        probe_size: ProbeSize | None = None,
+        rule: AggregationRule | None = None,
+        probe_of_round: ProbeOfRound | None = None,
+        on_round: OnRound = _ignore,
+    ) -> None:
+        """Sign the plan and get ready.
+
+        Args:
+            home: Keys, registry, checkpoints.
+            plan: What to run.
+            foundation: The plan's.
+            patience: How rounds wait; for sites in this process ``join_wait_s=0``.
+            probe_size: What a margin may cost.
+            rule: Another aggregation rule than the plan names, for research.
+            probe_of_round: Another public probe than the foundation's.
+            on_round: Called after each committed round.
+
+        Raises:
+            HomeError: the plan is for another foundation.
+        """
+        if plan.study.foundation != foundation.manifest.hash:
+            raise HomeError(
+                f"the plan wants foundation {plan.study.foundation[:16]}, this home has "
+                f"{foundation.manifest.hash[:16]} ({foundation.manifest.name})"
+            )
+        self.plan = plan
+        self._home = home
+        self._foundation = foundation
+        self._patience = patience or Patience()
+        self._probe_size = probe_size or ProbeSize()
+        self._rule = rule or rule_of(plan.aggregation)
+        self._probe_of_round = probe_of_round
+        self._on_round = on_round
+        self._signed_plan = home.sign_plan(plan)
+
+    @classmethod
+    def open(cls, home_path: Path, plan_hash: str) -> Self:
+        """From a home on disk and a plan that was signed in it.
+
+        Raises:
+            CraftsError: the home, the plan, its signature or the foundation is not in order.
+        """
+        home = CoordinatorHome.open(home_path)
+        registry = home.registry()
+        try:
+            record = registry.plan(plan_hash)
+        finally:
+            registry.close()
+        verify(home.public_key, record.json.encode(), record.signature)
+        plan = Plan.parse(json.loads(record.json))
+        return cls(home, plan, load(home.foundation_path))
+
+    def run(self, grid: Grid) -> Checkpoint:
+        """Run the plan's rounds, or what an earlier call left of them.
+
+        A plan that has finished in this home is not run again: its result comes back.
+
+        Returns:
+            The final checkpoint.
+
+        Raises:
+            AggregationError: too few sites; call again to go on.
+            CheckpointError: the checkpoints are not what was committed.
+            HomeError: another coordinator runs in this home.
+        """
+        with self._home.exclusive():
+            registry = self._home.registry()
+            run_id = _open_run(registry, self.plan.hash)
+            try:
+                return run_rounds(
+                    grid,
+                    self._study(registry, run_id),
+                    initial_state=self._initial_state,
+                    on_round=self._on_round,
+                )
+            except (CraftsError, KeyboardInterrupt):
+                with suppress(RegistryError):
+                    registry.set_status(run_id, RunStatus.STOPPED)
+                raise
+            finally:
+                registry.close()
+
+    def receipts(self) -> list[RoundReceipt]:
+        """What was committed so far, by whichever process; empty before the first round."""
+        registry = self._home.registry()
+        try:
+            run_id = registry.newest_run(self.plan.hash)
+            if run_id is None:
+                return []
+            store = self._home.checkpoints(run_id)
+            chain = recover(store, registry, run_id=run_id, plan_hash=self.plan.hash)
+            return [checkpoint.receipt() for checkpoint in chain[1:]]
+        finally:
+            registry.close()
+
+    def _study(self, registry: Registry, run_id: str) -> Study:
+        return Study(
+            plan=self.plan,
+            signed_plan=self._signed_plan,
+            run_id=run_id,
+            store=self._home.checkpoints(run_id),
+            registry=registry,
+            rule=self._rule,
+            probe_of_round=self._probe(),
+            spool_path=self._home.spool_path(run_id),
+            patience=self._patience,
+        )
+
+    def _probe(self) -> ProbeOfRound:
+        if self._probe_of_round is not None:
+            return self._probe_of_round
+        plan = self.plan
+        probe = FoundationProbe(
+            self._foundation, plan.adapter, seed=plan.study.seed, size=self._probe_size
+        )
+        return probe.for_round
+
+    def _initial_state(self) -> State:
+        log.info("computing the public starting point of study %s", self.plan.study.name)
+        return initial_state(self._foundation, self.plan.adapter, self.plan.study.seed)
+
+
+def _open_run(registry: Registry, plan_hash: str) -> str:
+    """The plan's run in this home; there is one, so that running again never spends again."""
+    run_id = registry.newest_run(plan_hash)
+    if run_id is None:
+        run_id = secrets.token_hex(8)
+        registry.start_run(run_id, plan_hash)
+    return run_id

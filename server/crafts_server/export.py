@@ -1,0 +1,67 @@
+"""The shared generator as others get it: stock diffusers files with a card that says what it is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crafts_core.export import model_card, save_lora, save_pipeline
+from crafts_core.foundation import Foundation
+from crafts_core.plan import Plan
+from crafts_server.checkpoints import Checkpoint
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+def export_generator(
+    checkpoint: Checkpoint,
+    *,
+    plan: Plan,
+    foundation: Foundation,
+    directory: Path,
+    lora: Path | None,
+    num_sites: int,
+    named_sites: Sequence[str] = (),
+) -> None:
+    """Write the generator of a checkpoint.
+
+    Args:
+        checkpoint: Whose adapter.
+        plan: What it was trained by.
+        foundation: What it was trained on.
+        directory: Stock diffusers directory; replaced if there.
+        lora: Stock LoRA file; None where the plan trains full weights or nobody wants it.
+        num_sites: Sites that took part.
+        named_sites: Those that agreed to be named.
+
+    Raises:
+        AdapterError: the adapter does not fit the foundation, or ``lora`` was asked of full
+            weights.
+        CheckpointError: the checkpoint was altered.
+    """
+    state = checkpoint.state()
+    card = model_card(
+        study=plan.study.name,
+        foundation=foundation,
+        sites=list(named_sites),
+        privacy=privacy_statement(plan, num_sites=num_sites),
+        rounds=checkpoint.round,
+    )
+    save_pipeline(directory, foundation, adapter=plan.adapter, state=state, card=card)
+    if lora is not None:
+        save_lora(lora, state)
+
+
+def privacy_statement(plan: Plan, *, num_sites: int) -> str:
+    """What the plan promised to the patients of each site, in words.
+
+    The promise of the plan, not the account of a site: that is in each site's own ledger.
+    """
+    privacy = plan.privacy
+    sites = "1 site" if num_sites == 1 else f"{num_sites} sites"
+    if privacy.target_epsilon is None or privacy.delta is None:
+        return f"{sites}; trained without differential privacy: for public or synthetic data only"
+    return (
+        f"{sites}; each promises every patient differential privacy with epsilon at most "
+        f"{privacy.target_epsilon:g} at delta {privacy.delta:g} (add or remove one patient with "
+        "all tiles), by noise added at the site, against everybody who sees the rounds or this "
+        "generator"
+    )

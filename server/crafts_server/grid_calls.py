@@ -1,0 +1,28 @@
+"""Calls on Flower's Grid that survive a server that is busy or restarting."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import httpx
+
+T = TypeVar("T")
+_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def patiently(call: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
+    """Call again after 5xx answers and broken connections, for about a minute.
+
+    Flower's own client gives up on 500, which a locked state database answers with. Asking a site
+    twice is harmless: it sends the same sealed reply again.
+    """
+    for wait_s in _WAITS_S:
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+        except httpx.TransportError:
+            pass
+        sleep(wait_s)
+    return call()

@@ -1,0 +1,159 @@
+"""The coordinator's home: one directory with everything that must survive a restart.
+
+::
+
+    coordinator.toml   where the foundation and the registry are
+    signing.key        Ed25519, signs plans and checkpoints (mode 0600)
+    registry.db        unless coordinator.toml names another database
+    checkpoints/RUN/   signed checkpoints
+    spool/RUN/         updates of the open round
+"""
+
+import fcntl
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crafts_core.foundation_manifest import embedded_path
+from crafts_core.plan import Plan, describe_first_error
+from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
+from crafts_server.checkpoints import CheckpointStore
+from crafts_server.durable_files import write_file
+from crafts_server.errors import HomeError
+from crafts_server.messages import SignedPlan
+from crafts_server.registry import PlanRecord, Registry
+
+EMBEDDED = "embedded"
+SQLITE = "sqlite"
+_CONFIG, _KEY, _LOCK = "coordinator.toml", "signing.key", ".lock"
+
+
+class HomeConfig(BaseModel):
+    """``coordinator.toml``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    foundation: Annotated[str, Field(min_length=1)] = EMBEDDED
+    """``embedded``, or a foundation directory (absolute, or relative to the home)."""
+    registry: Annotated[str, Field(min_length=1)] = SQLITE
+    """``sqlite`` for registry.db in the home, or a SQLAlchemy URL."""
+
+
+class CoordinatorHome:
+    """Paths, keys and stores of one coordinator."""
+
+    def __init__(self, path: Path, config: HomeConfig) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: Path, config: HomeConfig) -> Self:
+        """Make a home; what is there already stays as it is, so creating twice is harmless.
+
+        Raises:
+            HomeError: the place cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not (path / _CONFIG).exists():
+                lines = [f"{key} = {json.dumps(value)}\n" for key, value in config]
+                write_file(path / _CONFIG, "".join(lines).encode())
+            if not (path / _KEY).exists():
+                create_signing_key(path / _KEY)
+        except OSError as error:
+            raise HomeError(f"cannot create {path}: {error.strerror or error}") from error
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a home.
+
+        Raises:
+            HomeError: there is none, or its configuration is wrong.
+        """
+        try:
+            text = (path / _CONFIG).read_text(encoding="utf-8")
+            return cls(path, HomeConfig.model_validate(tomllib.loads(text)))
+        except FileNotFoundError as error:
+            raise HomeError(
+                f"no coordinator home at {path}; make one with `crafts-server init`"
+            ) from error
+        except ValidationError as error:
+            raise HomeError(f"{path / _CONFIG}: {describe_first_error(error)}") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise HomeError(f"cannot read {path / _CONFIG}: {error}") from error
+
+    @property
+    def foundation_path(self) -> Path:
+        if self.config.foundation == EMBEDDED:
+            return embedded_path()
+        return self.path / self.config.foundation
+
+    @property
+    def public_key(self) -> str:
+        """What sites put into ``allowed_signers``."""
+        return public_key_of(self._key())
+
+    def registry(self) -> Registry:
+        """Open the registry; the caller closes it."""
+        if self.config.registry == SQLITE:
+            return Registry(f"sqlite:///{self.path / 'registry.db'}")
+        return Registry(self.config.registry)
+
+    def checkpoints(self, run_id: str) -> CheckpointStore:
+        """The checkpoints of one run."""
+        return CheckpointStore(self.path / "checkpoints" / run_id, self._key())
+
+    def spool_path(self, run_id: str) -> Path:
+        """Where the open round of one run puts updates aside."""
+        return self.path / "spool" / run_id
+
+    def sign_plan(self, plan: Plan) -> SignedPlan:
+        """Sign the plan's canonical JSON and remember it in the registry."""
+        key, text = self._key(), plan.to_json()
+        signed = SignedPlan(
+            json=text, signature=sign(key, text.encode()), public_key=public_key_of(key)
+        )
+        registry = self.registry()
+        try:
+            registry.add_plan(
+                PlanRecord(
+                    hash=plan.hash,
+                    study=plan.study.name,
+                    json=signed.json,
+                    signature=signed.signature,
+                    public_key=signed.public_key,
+                )
+            )
+        finally:
+            registry.close()
+        return signed
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the home: one coordinator runs at a time. The kernel lets go if the process dies.
+
+        Raises:
+            HomeError: another process holds it.
+        """
+        descriptor = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HomeError(
+                    f"another coordinator runs in {self.path}; wait for it or stop it"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _key(self) -> Ed25519PrivateKey:
+        return load_signing_key(self.path / _KEY)

@@ -1,0 +1,156 @@
+"""Flower messages of one round: request out, reply in.
+
+``request``: ConfigRecord ``request`` (``RoundRequest``), ConfigRecord ``plan`` (``json``,
+``signature``, ``public_key``), ArrayRecord ``adapter``, and ArrayRecord ``stage_start`` where the
+site is not known to hold it. ``reply``: ConfigRecord ``reply`` (``RoundReply``) and ArrayRecord
+``delta``. Tensors travel in the plan's ``wire_dtype``.
+
+A reply is untrusted: names, types, shapes and sizes are compared with what the plan implies before
+a single array byte is interpreted, so a peer can neither exhaust memory nor smuggle objects.
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from crafts_core.adapters import State
+from crafts_core.exchange import ExchangeError, RoundReply, RoundRequest
+
+TRAIN = "train"
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_MAX_HEADER_BYTES = 4096
+_MAX_REASON = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedPlan:
+    """A plan as sites get it: its canonical JSON and who signed it (base64, Ed25519)."""
+
+    json: str
+    signature: str
+    public_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireState:
+    """An adapter as it travels: encoded once for all sites."""
+
+    arrays: ArrayRecord
+    num_bytes: int
+
+
+def as_travelled(state: Mapping[str, Tensor], wire_dtype: str) -> State:
+    """The float32 values that a site sees after the trip; ``state_hash`` of it names them."""
+    return {name: tensor.to(_DTYPES[wire_dtype]).float() for name, tensor in state.items()}
+
+
+def encode(state: Mapping[str, Tensor], wire_dtype: str) -> WireState:
+    """Tensors as numpy arrays of the wire dtype, sorted by name."""
+    arrays = ArrayRecord()
+    for name in sorted(state):
+        tensor = state[name].detach().to("cpu", _DTYPES[wire_dtype]).contiguous()
+        arrays[name] = Array.from_numpy_ndarray(tensor.numpy())
+    return WireState(arrays=arrays, num_bytes=_num_bytes(arrays))
+
+
+def request_message(
+    request: RoundRequest,
+    plan: SignedPlan,
+    *,
+    node_id: int,
+    adapter: WireState,
+    stage_start: WireState | None,
+    ttl_s: float,
+) -> Message:
+    """What one site is asked."""
+    content = RecordDict(
+        {
+            "request": ConfigRecord(dict(request.to_scalars())),
+            "plan": ConfigRecord(
+                {"json": plan.json, "signature": plan.signature, "public_key": plan.public_key}
+            ),
+            "adapter": adapter.arrays,
+        }
+    )
+    if stage_start is not None:
+        content["stage_start"] = stage_start.arrays
+    return Message(content, node_id, TRAIN, ttl=ttl_s, group_id=str(request.round))
+
+
+def read_reply(message: Message, schema: Mapping[str, Tensor]) -> tuple[RoundReply, State, int]:
+    """Parse a site's reply.
+
+    Args:
+        message: Without error.
+        schema: The tensors of the trained factor.
+
+    Returns:
+        The declared record, the delta as float32, and the delta's array bytes.
+
+    Raises:
+        ExchangeError: the message is not what a reply must be.
+    """
+    content = message.content
+    record, arrays = content.get("reply"), content.get("delta")
+    if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise ExchangeError("expected a config record 'reply' and an array record 'delta'")
+    if len(content) != 2:
+        raise ExchangeError(f"expected exactly 2 records, got {len(content)}")
+    reply = RoundReply.from_scalars(dict(record))
+    return reply, decode(arrays, schema), _num_bytes(arrays)
+
+
+def decode(arrays: ArrayRecord, schema: Mapping[str, Tensor]) -> State:
+    """Float32 tensors of exactly the names and shapes of ``schema``.
+
+    Raises:
+        ExchangeError: names the first array that is missing, unknown or of another form.
+    """
+    for name in sorted(schema.keys() ^ arrays.keys()):
+        problem = "is missing" if name in schema else "is not part of the adapter"
+        raise ExchangeError(f"tensor {name[:100]} {problem}")
+    return {name: _decoded(name, arrays[name], tuple(schema[name].shape)) for name in schema}
+
+
+def error_sentence(message: Message) -> str:
+    """What a site's error says, cut to one printable line: it goes into receipts."""
+    reason = message.error.reason or "no reason given"
+    printable = "".join(letter if letter.isprintable() else " " for letter in reason)
+    return f"code {message.error.code}: {printable[:_MAX_REASON]}"
+
+
+def _decoded(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:
+    """One array; its header is compared with ``shape`` before its data are looked at."""
+    if array.stype != "numpy.ndarray":
+        raise ExchangeError(f"tensor {name}: expected stype numpy.ndarray")
+    if len(array.data) > 4 * math.prod(shape) + _MAX_HEADER_BYTES:
+        raise ExchangeError(f"tensor {name}: {len(array.data)} bytes are too many for {shape}")
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ExchangeError(f"tensor {name}: expected array format 1.0, got {version}")
+        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(
+            stream, max_header_size=_MAX_HEADER_BYTES
+        )
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ExchangeError(f"tensor {name}: not a numpy array") from error
+    if dtype.str not in ("<f2", "<f4"):
+        raise ExchangeError(f"tensor {name}: expected float16 or float32, got {dtype}")
+    if tuple(found) != shape or is_fortran:
+        raise ExchangeError(f"tensor {name}: expected shape {list(shape)}, got {list(found)}")
+    body = array.data[stream.tell() :]
+    if len(body) != math.prod(shape) * dtype.itemsize:
+        raise ExchangeError(f"tensor {name}: {len(body)} bytes of data do not fill {list(shape)}")
+    values = np.frombuffer(body, dtype=dtype).astype(np.float32).reshape(shape)
+    return torch.from_numpy(values)
+
+
+def _num_bytes(arrays: ArrayRecord) -> int:
+    return sum(len(array.data) for array in arrays.values())

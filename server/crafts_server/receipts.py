@@ -1,0 +1,74 @@
+"""What a round leaves behind for people: who took part, how much each counted, what changed.
+
+Public by construction: everything in it is a function of released deltas, declared configuration
+and public data.
+"""
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from crafts_core.exchange import Sha256
+from crafts_core.plan import Factor, StageName
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SiteReceipt(_Record):
+    """One site whose update was used."""
+
+    site: str
+    weight: Annotated[float, Field(ge=0, le=1)]
+    gain: float | None
+    """Alignment margin that its update alone would have gained; None where nobody measured
+    it, or the measure was not finite (then the gate was shut)."""
+    update_norm: float
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    steps: int
+    declared_patients: int
+    declared_noise_variance: float
+
+
+class Refusal(_Record):
+    """A reply that was not used, and why. ``site`` is what we know it by."""
+
+    site: str
+    reason: str
+
+
+class RoundReceipt(_Record):
+    """One committed round."""
+
+    run_id: str
+    round: Annotated[int, Field(ge=1)]
+    stage: StageName
+    stage_index: Annotated[int, Field(ge=0)]
+    factor: Factor
+    sites: Annotated[tuple[SiteReceipt, ...], Field(min_length=1)]
+    refused: tuple[Refusal, ...]
+    missing: tuple[str, ...]
+    """Sites that were asked and had not answered when the round closed."""
+    margin_before: float
+    margin_after: float
+    step_norm: float
+    trust_norm: float
+    step_scale: Annotated[float, Field(ge=0, le=1)]
+    """1 whole step, 1/2, 1/4 ... halved, 0 rejected by the probe."""
+    bytes_down: int
+    """Array bytes sent to all sites together."""
+    bytes_up: int
+    seconds: float
+    finished_at: datetime
+    sent_hash: Sha256
+    """Identity of the adapter as it travelled (``checkpoint_hash`` of the request)."""
+    state_hash: Sha256
+    """Identity of the new global adapter."""
+
+    @property
+    def accepted(self) -> bool:
+        return self.step_scale > 0

@@ -1,0 +1,322 @@
+"""The coordinator's registry: which sites, plans, runs, rounds and checkpoints there are.
+
+SQLAlchemy 2; SQLite by default, PostgreSQL by URL. The truth about a round is its signed
+checkpoint; the registry is the index that people and programs query, and the witness that no
+committed round has gone missing. A crash between the two leaves the registry behind, never ahead,
+and the next start brings it up to date.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import create_engine, event, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from crafts_server.errors import RegistryError
+from crafts_server.receipts import RoundReceipt
+from crafts_server.registry_rows import (
+    Base,
+    CheckpointRow,
+    ParticipationRow,
+    PlanRow,
+    RegistryInfoRow,
+    RoundRow,
+    RunRow,
+    SiteRow,
+)
+
+FORMAT_VERSION = 1
+
+
+class RunStatus(StrEnum):
+    """Where a run is. A process that dies leaves ``running``; the next start goes on."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRecord:
+    """A plan as it was signed."""
+
+    hash: str
+    study: str
+    json: str
+    signature: str
+    public_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord:
+    """A committed checkpoint as the registry remembers it."""
+
+    round: int
+    manifest_hash: str
+    state_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """A run at a glance."""
+
+    run_id: str
+    study: str
+    plan_hash: str
+    status: RunStatus
+    rounds: int
+    started_at: datetime
+    finished_at: datetime | None
+
+
+class Registry:
+    """Short transactions on the tables above. The engine is this object's; ``close`` ends it."""
+
+    def __init__(self, url: str) -> None:
+        """Open a database and create what is missing.
+
+        Raises:
+            RegistryError: it cannot be reached, or holds another format.
+        """
+        self._engine = create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _configure_sqlite)
+        with self._session() as session:
+            Base.metadata.create_all(session.connection())
+            version = session.scalars(select(RegistryInfoRow.format_version)).one_or_none()
+            if version is None:
+                session.add(RegistryInfoRow(format_version=FORMAT_VERSION))
+            elif version != FORMAT_VERSION:
+                raise RegistryError(
+                    f"registry has format {version}, expected {FORMAT_VERSION}; "
+                    "use the version of crafts-federated that wrote it"
+                )
+
+    def close(self) -> None:
+        """Give up all connections."""
+        self._engine.dispose()
+
+    def add_plan(self, plan: PlanRecord) -> None:
+        """Remember a signed plan; the newest signature counts."""
+        with self._session() as session:
+            session.merge(
+                PlanRow(
+                    hash=plan.hash,
+                    study=plan.study,
+                    json=plan.json,
+                    signature=plan.signature,
+                    public_key=plan.public_key,
+                    signed_at=_now(),
+                )
+            )
+
+    def plan(self, plan_hash: str) -> PlanRecord:
+        """A signed plan by its hash, or by an unambiguous beginning of it.
+
+        Raises:
+            RegistryError: there is none, or several.
+        """
+        with self._session() as session:
+            found = session.scalars(
+                select(PlanRow).where(PlanRow.hash.startswith(plan_hash, autoescape=True))
+            ).all()
+            if len(found) != 1:
+                raise RegistryError(
+                    f"{len(found)} signed plans begin with {plan_hash!r}, expected one; "
+                    "sign it with `crafts-server plan sign`"
+                )
+            (row,) = found
+            return PlanRecord(
+                hash=row.hash,
+                study=row.study,
+                json=row.json,
+                signature=row.signature,
+                public_key=row.public_key,
+            )
+
+    def start_run(self, run_id: str, plan_hash: str) -> None:
+        """Remember a new run."""
+        with self._session() as session:
+            session.add(
+                RunRow(
+                    run_id=run_id,
+                    plan_hash=plan_hash,
+                    status=RunStatus.RUNNING,
+                    started_at=_now(),
+                )
+            )
+
+    def newest_run(self, plan_hash: str) -> str | None:
+        """The run of this plan that was started last; None if there is none."""
+        query = (
+            select(RunRow.run_id)
+            .where(RunRow.plan_hash == plan_hash)
+            .order_by(RunRow.started_at.desc())
+        )
+        with self._session() as session:
+            return session.scalars(query).first()
+
+    def set_status(self, run_id: str, status: RunStatus) -> None:
+        """Move a run to ``status``."""
+        with self._session() as session:
+            run = _run(session, run_id)
+            run.status = status
+            run.finished_at = _now() if status is RunStatus.FINISHED else None
+
+    def checkpoints(self, run_id: str) -> list[CheckpointRecord]:
+        """Committed checkpoints in order."""
+        query = (
+            select(CheckpointRow)
+            .where(CheckpointRow.run_id == run_id)
+            .order_by(CheckpointRow.round)
+        )
+        with self._session() as session:
+            return [
+                CheckpointRecord(
+                    round=row.round, manifest_hash=row.manifest_hash, state_hash=row.state_hash
+                )
+                for row in session.scalars(query)
+            ]
+
+    def record(
+        self, run_id: str, checkpoint: CheckpointRecord, receipt: RoundReceipt | None
+    ) -> None:
+        """Index a committed checkpoint and its receipt in one transaction."""
+        with self._session() as session:
+            _run(session, run_id)
+            session.add(
+                CheckpointRow(
+                    run_id=run_id,
+                    round=checkpoint.round,
+                    manifest_hash=checkpoint.manifest_hash,
+                    state_hash=checkpoint.state_hash,
+                    created_at=_now(),
+                )
+            )
+            if receipt is not None:
+                session.add(_round_row(receipt))
+                session.add_all(_participations(receipt))
+                _remember_sites(session, [site.site for site in receipt.sites])
+
+    def runs(self) -> list[RunSummary]:
+        """All runs, newest first."""
+        query = (
+            select(RunRow, PlanRow.study)
+            .join(PlanRow, PlanRow.hash == RunRow.plan_hash)
+            .order_by(RunRow.started_at.desc())
+        )
+        with self._session() as session:
+            return [_summary(run, study) for run, study in session.execute(query)]
+
+    def run(self, run_id: str) -> RunSummary:
+        """One run.
+
+        Raises:
+            RegistryError: there is none of this name.
+        """
+        for summary in self.runs():
+            if summary.run_id == run_id:
+                return summary
+        raise RegistryError(f"no run {run_id}; see `crafts-server runs list`")
+
+    def sites(self) -> list[str]:
+        """Names of all sites whose updates were ever used."""
+        with self._session() as session:
+            return list(session.scalars(select(SiteRow.name).order_by(SiteRow.name)))
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """One transaction.
+
+        Raises:
+            RegistryError: the database refuses.
+        """
+        try:
+            with Session(self._engine) as session, session.begin():
+                yield session
+        except SQLAlchemyError as error:
+            cause = getattr(error, "orig", None) or error
+            raise RegistryError(
+                f"cannot use the registry at {self._engine.url.render_as_string()}: "
+                f"{str(cause).splitlines()[0]}"
+            ) from error
+
+
+def _run(session: Session, run_id: str) -> RunRow:
+    run = session.get(RunRow, run_id)
+    if run is None:
+        raise RegistryError(f"no run {run_id}; see `crafts-server runs list`")
+    return run
+
+
+def _summary(run: RunRow, study: str) -> RunSummary:
+    return RunSummary(
+        run_id=run.run_id,
+        study=study,
+        plan_hash=run.plan_hash,
+        status=RunStatus(run.status),
+        rounds=len(run.rounds),
+        started_at=run.started_at.replace(tzinfo=UTC),
+        finished_at=run.finished_at and run.finished_at.replace(tzinfo=UTC),
+    )
+
+
+def _round_row(receipt: RoundReceipt) -> RoundRow:
+    return RoundRow(
+        run_id=receipt.run_id,
+        round=receipt.round,
+        stage=receipt.stage,
+        factor=receipt.factor,
+        margin_before=receipt.margin_before,
+        margin_after=receipt.margin_after,
+        step_scale=receipt.step_scale,
+        step_norm=receipt.step_norm,
+        trust_norm=receipt.trust_norm,
+        bytes_down=receipt.bytes_down,
+        bytes_up=receipt.bytes_up,
+        seconds=receipt.seconds,
+        finished_at=receipt.finished_at.astimezone(UTC).replace(tzinfo=None),
+    )
+
+
+def _participations(receipt: RoundReceipt) -> Iterator[ParticipationRow]:
+    where: dict[str, Any] = {"run_id": receipt.run_id, "round": receipt.round}
+    for site in receipt.sites:
+        yield ParticipationRow(
+            **where,
+            site=site.site,
+            outcome="used",
+            weight=site.weight,
+            gain=site.gain,
+            update_norm=site.update_norm,
+            noise_multiplier=site.noise_multiplier,
+            steps=site.steps,
+            sample_rate=site.sample_rate,
+            declared_patients=site.declared_patients,
+        )
+    for refusal in receipt.refused:
+        yield ParticipationRow(**where, site=refusal.site, outcome="refused", reason=refusal.reason)
+    for name in receipt.missing:
+        yield ParticipationRow(**where, site=name, outcome="missing")
+
+
+def _remember_sites(session: Session, names: Sequence[str]) -> None:
+    for name in names:
+        if session.get(SiteRow, name) is None:
+            session.add(SiteRow(name=name, first_seen_at=_now()))
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    """Committed means on disk; references are checked; a busy file is waited for."""
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA busy_timeout = 10000")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)

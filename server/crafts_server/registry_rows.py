@@ -1,0 +1,113 @@
+"""Tables of the registry (design 5.7). Times are UTC; columns hold them without a zone."""
+
+from datetime import datetime
+
+from sqlalchemy import ForeignKey, MetaData, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+class Base(DeclarativeBase):
+    """All tables of one registry."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        }
+    )
+
+
+class RegistryInfoRow(Base):
+    """One row: the schema's version."""
+
+    __tablename__ = "registry_info"
+
+    format_version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class SiteRow(Base):
+    """A site that has sent a usable update."""
+
+    __tablename__ = "site"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    first_seen_at: Mapped[datetime]
+
+
+class PlanRow(Base):
+    """A signed plan."""
+
+    __tablename__ = "plan"
+
+    hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    study: Mapped[str] = mapped_column(String(63))
+    json: Mapped[str] = mapped_column(Text)
+    signature: Mapped[str] = mapped_column(String(128))
+    public_key: Mapped[str] = mapped_column(String(64))
+    signed_at: Mapped[datetime]
+
+
+class RunRow(Base):
+    """One execution of a plan, over as many processes as it took."""
+
+    __tablename__ = "run"
+
+    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    plan_hash: Mapped[str] = mapped_column(ForeignKey("plan.hash"), index=True)
+    status: Mapped[str] = mapped_column(String(16))
+    started_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    rounds: Mapped[list["RoundRow"]] = relationship(order_by="RoundRow.round")
+
+
+class RoundRow(Base):
+    """One committed round."""
+
+    __tablename__ = "round"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.run_id"), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    stage: Mapped[str] = mapped_column(String(32))
+    factor: Mapped[str] = mapped_column(String(16))
+    margin_before: Mapped[float]
+    margin_after: Mapped[float]
+    step_scale: Mapped[float]
+    step_norm: Mapped[float]
+    trust_norm: Mapped[float]
+    bytes_down: Mapped[int]
+    bytes_up: Mapped[int]
+    seconds: Mapped[float]
+    finished_at: Mapped[datetime]
+
+
+class ParticipationRow(Base):
+    """One site in one round: used with a weight, refused with a reason, or missing."""
+
+    __tablename__ = "participation"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.run_id"), index=True)
+    round: Mapped[int]
+    site: Mapped[str] = mapped_column(String(63))
+    outcome: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str] = mapped_column(Text, default="")
+    weight: Mapped[float | None]
+    gain: Mapped[float | None]
+    update_norm: Mapped[float | None]
+    noise_multiplier: Mapped[float | None]
+    steps: Mapped[int | None]
+    sample_rate: Mapped[float | None]
+    declared_patients: Mapped[int | None]
+
+
+class CheckpointRow(Base):
+    """Where a round's checkpoint is, and its identity."""
+
+    __tablename__ = "checkpoint"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.run_id"), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    manifest_hash: Mapped[str] = mapped_column(String(64))
+    state_hash: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]

@@ -1,0 +1,125 @@
+"""Three small charts as SVG text: bars with intervals, a line, stacked columns.
+
+Colours are CSS variables of the page, so the charts follow its light and dark theme; every mark
+carries its number as a title for reading on hover and by screen readers.
+"""
+
+from collections.abc import Sequence
+from html import escape
+
+_WIDTH = 640
+_PALETTE = 8
+"""``--c0`` to ``--c7`` are defined by the page."""
+
+Bar = tuple[str, float, tuple[float, float] | None]
+
+
+def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
+    """Horizontal bars with their intervals; ``mark`` draws a dashed line at a target."""
+    left, row = 190, 34
+    ends = [max(value, interval[1] if interval else value) for _, value, interval in values]
+    top = max([*ends, mark or 0.0, 1e-9]) * 1.15
+    height = row * len(values) + 30
+
+    def x(value: float) -> float:
+        return left + (_WIDTH - left - 70) * max(value, 0.0) / top
+
+    parts = []
+    for index, (label, value, interval) in enumerate(values):
+        y = 8 + row * index
+        middle = y + 10
+        parts.append(_text(left - 8, middle + 4, label, anchor="end"))
+        parts.append(
+            f'<rect x="{left}" y="{y}" width="{x(value) - left:.1f}" height="20" rx="3" '
+            f'fill="var(--c{index % _PALETTE})"><title>{escape(label)}: {value:.4g}</title></rect>'
+        )
+        end = value
+        if interval is not None:
+            end = max(value, interval[1])
+            parts.append(
+                f'<path d="M{x(interval[0]):.1f} {middle}H{x(interval[1]):.1f}'
+                f'M{x(interval[0]):.1f} {middle - 5}v10M{x(interval[1]):.1f} {middle - 5}v10" '
+                'stroke="var(--ink)" stroke-width="1.5" fill="none"/>'
+            )
+        parts.append(_text(x(end) + 8, middle + 4, f"{value:.3g}"))
+    if mark is not None:
+        parts.append(
+            f'<path d="M{x(mark):.1f} 2V{height - 26}" stroke="var(--ink)" stroke-dasharray="4 4">'
+            f"<title>target {mark:g}</title></path>"
+        )
+    parts.append(_text(left, height - 6, unit, muted=True))
+    return _svg(height, unit, parts)
+
+
+def line(points: Sequence[tuple[int, float]], *, unit: str) -> str:
+    """A line over rounds."""
+    left, bottom, height = 60, 34, 200
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    room = max(high - low, 1e-6) * 0.15
+    low, high = low - room, high + room
+    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+
+    def place(point: tuple[int, float]) -> tuple[float, float]:
+        number, value = point
+        x = left + (_WIDTH - left - 20) * (number - first) / (last - first)
+        y = 10 + (height - bottom - 10) * (high - value) / (high - low)
+        return x, y
+
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in map(place, points))
+    parts = [f'<path d="M{path}" stroke="var(--c1)" stroke-width="2" fill="none"/>']
+    for point in points:
+        x, y = place(point)
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--c1)">'
+            f"<title>round {point[0]}: {point[1]:.4f}</title></circle>"
+        )
+    for value in (min(values), max(values)):
+        parts.append(_text(left - 8, place((first, value))[1] + 4, f"{value:.3f}", anchor="end"))
+    parts.append(_text(left, height - 8, unit, muted=True))
+    return _svg(height, unit, parts)
+
+
+def stacked(
+    columns: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], *, unit: str
+) -> str:
+    """One column per round, cut into the sites' shares."""
+    left, bottom, height = 60, 56, 220
+    step = (_WIDTH - left - 20) / max(len(columns), 1)
+    scale = height - bottom - 10
+    parts = []
+    for place, (number, shares) in enumerate(columns):
+        y = 10.0 + scale
+        for index, share in enumerate(shares):
+            y -= scale * share
+            parts.append(
+                f'<rect x="{left + place * step:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
+                f'height="{scale * share:.1f}" fill="var(--c{index % _PALETTE})">'
+                f"<title>round {number}, {escape(names[index])}: {share:.3f}</title></rect>"
+            )
+    for index, name in enumerate(names):
+        x = left + index * 150
+        parts.append(
+            f'<rect x="{x}" y="{height - 38}" width="12" height="12" rx="2" '
+            f'fill="var(--c{index % _PALETTE})"/>'
+        )
+        parts.append(_text(x + 18, height - 28, name))
+    parts.append(_text(left, height - 6, unit, muted=True))
+    return _svg(height, unit, parts)
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", muted: bool = False) -> str:
+    colour = "var(--muted)" if muted else "var(--ink)"
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="13" '
+        f'fill="{colour}">{escape(text)}</text>'
+    )
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
+        + "".join(parts)
+        + "</svg>"
+    )

@@ -1,0 +1,243 @@
+"""What a federation did, what it cost and what it gave: ``report.json`` and ``report.html``.
+
+The JSON is the record (its schema is docs/report.md); the page is drawn from it alone plus the
+sample images, and loads nothing from anywhere.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.plan import Plan
+from crafts_server.receipts import RoundReceipt
+from crafts_simulations import charts
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StudyReport(_Record):
+    """What was asked for."""
+
+    name: str
+    title: str
+    plan_hash: str
+    foundation_hash: str
+    mechanism: Literal["patient_dp", "none"]
+    target_epsilon: float | None
+    delta: float | None
+    max_grad_norm: float
+    sample_rate: float
+    aggregation: str
+    adapter_parameters: Annotated[int, Field(ge=1)]
+
+
+class RoundReport(_Record):
+    """One round, from the coordinator's receipt."""
+
+    round: int
+    stage: str
+    factor: str
+    margin_before: float
+    margin_after: float
+    weights: dict[str, float]
+    gains: dict[str, float | None]
+    refused: dict[str, str]
+    step: float
+    """Share of the step that was taken: 1 whole, 0 rejected by the public probe."""
+    step_norm: float
+    trust_norm: float
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+class SiteReport(_Record):
+    """One hospital: what its patients were promised and what was spent."""
+
+    name: str
+    declared_patients: int
+    tiles: int
+    epsilon: float | None
+    """Of all events in the ledger, by PLD accounting; None where training was not private."""
+    epsilon_second_opinion: float | None
+    delta: float | None
+    events: int
+    """Rounds charged in the ledger."""
+    steps: int
+    noise_multiplier: float
+
+
+class Report(_Record):
+    """``report.json``."""
+
+    schema_version: Literal[1] = 1
+    created: datetime
+    seconds: float
+    versions: dict[str, str]
+    study: StudyReport
+    rounds: tuple[RoundReport, ...]
+    sites: tuple[SiteReport, ...]
+    evaluation: Evaluation
+
+
+def study_report(title: str, plan: Plan, adapter_parameters: int) -> StudyReport:
+    """The public facts of a plan."""
+    return StudyReport(
+        name=plan.study.name,
+        title=title,
+        plan_hash=plan.hash,
+        foundation_hash=plan.study.foundation,
+        mechanism=plan.privacy.mechanism,
+        target_epsilon=plan.privacy.target_epsilon,
+        delta=plan.privacy.delta,
+        max_grad_norm=plan.privacy.max_grad_norm,
+        sample_rate=plan.privacy.sample_rate,
+        aggregation=plan.aggregation.rule,
+        adapter_parameters=adapter_parameters,
+    )
+
+
+def round_report(receipt: RoundReceipt) -> RoundReport:
+    """One receipt, for readers."""
+    return RoundReport(
+        round=receipt.round,
+        stage=receipt.stage,
+        factor=receipt.factor,
+        margin_before=receipt.margin_before,
+        margin_after=receipt.margin_after,
+        weights={site.site: site.weight for site in receipt.sites},
+        gains={site.site: site.gain for site in receipt.sites},
+        refused={refusal.site: refusal.reason for refusal in receipt.refused},
+        step=receipt.step_scale,
+        step_norm=receipt.step_norm,
+        trust_norm=receipt.trust_norm,
+        bytes_down=receipt.bytes_down,
+        bytes_up=receipt.bytes_up,
+        seconds=receipt.seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePair:
+    """A prompt and what both generators drew for it (uint8, H x W x 3)."""
+
+    label: str
+    prompt: str
+    before: Images
+    after: Images
+
+
+def write_report(report: Report, pairs: Sequence[SamplePair], out: Path) -> None:
+    """Write ``report.json`` and ``report.html`` into ``out``; a torn file never appears."""
+    page = render_html(report, pairs)
+    for name, text in (
+        ("report.json", report.model_dump_json(indent=2) + "\n"),
+        ("report.html", page),
+    ):
+        partial = out / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+
+
+def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
+    """The page as one string: inline style, SVG and images; no script, no external resource."""
+    environment = Environment(
+        loader=PackageLoader("crafts_simulations"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        evaluation=report.evaluation,
+        headline=headline(report.evaluation),
+        charts=charts_of(report),
+        samples=[
+            {
+                "label": pair.label,
+                "prompt": pair.prompt,
+                "before": png_uri(pair.before),
+                "after": png_uri(pair.after),
+            }
+            for pair in pairs
+        ],
+    )
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The result in one sentence, better or worse."""
+    before, after = evaluation.distance_foundation, evaluation.distance_generator
+    if after >= before:
+        return (
+            f"The shared generator is no closer to held-out tissue than the public foundation: "
+            f"distance {after:.3f} against {before:.3f}."
+        )
+    return (
+        f"The shared generator is {before / max(after, 1e-9):.1f} times closer to held-out tissue "
+        f"than the public foundation: distance {after:.3f} instead of {before:.3f}."
+    )
+
+
+def charts_of(report: Report) -> Mapping[str, str]:
+    """The page's pictures as SVG."""
+    evaluation = report.evaluation
+    names = [site.name for site in report.sites]
+    spent = [(site.name, site.epsilon) for site in report.sites if site.epsilon is not None]
+    return {
+        "distance": charts.bars(
+            [
+                (
+                    "public foundation",
+                    evaluation.distance_foundation,
+                    evaluation.distance_foundation_interval,
+                ),
+                (
+                    "shared generator",
+                    evaluation.distance_generator,
+                    evaluation.distance_generator_interval,
+                ),
+                ("real tiles of other patients", evaluation.floor, evaluation.floor_interval),
+            ],
+            unit="squared MMD to held-out tiles (smaller is closer)",
+        ),
+        "margin": charts.line(
+            [(report.rounds[0].round - 1, report.rounds[0].margin_before)]
+            + [(entry.round, entry.margin_after) for entry in report.rounds],
+            unit="alignment margin on the public probe, by round",
+        ),
+        "weights": charts.stacked(
+            [
+                (entry.round, [entry.weights.get(name, 0.0) for name in names])
+                for entry in report.rounds
+            ],
+            names,
+            unit="weight of each site, by round",
+        ),
+        "epsilon": charts.bars(
+            [(name, value, None) for name, value in spent],
+            unit="epsilon spent",
+            mark=report.study.target_epsilon,
+        )
+        if spent
+        else "",
+    }
+
+
+def png_uri(image_HWC: Images) -> str:
+    """An image as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

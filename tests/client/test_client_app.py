@@ -1,0 +1,417 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, RecordDict
+
+from crafts_client import refusals, site
+from crafts_client.client_app import HOME_KEY, make_client_app
+from crafts_client.errors import OutboxError
+from crafts_client.policy import Rule
+from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
+from crafts_client.site import REFUSED_RELEASE, Site
+from crafts_client.trainer import Trainer
+from crafts_core.adapters import add_delta
+from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash
+from crafts_privacy.accounting import epsilon
+from crafts_privacy.ledger import EntryKind, Ledger, LedgerError
+from support.sites import (
+    Coordinator,
+    flower_message,
+    make_site_home,
+    plan_values,
+    without_privacy,
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, coordinator):
+    return make_site_home(tmp_path / "site", foundation, coordinator.public_key)
+
+
+@pytest.fixture
+def hospital(home, foundation) -> Site:
+    return Site(home, foundation)
+
+
+def ask(home, foundation, content: RecordDict, **context):
+    app = make_client_app(lambda path: Site(home, foundation))
+    config = {HOME_KEY: str(home.path)} if not context else context
+    where = Context(run_id=1, node_id=7, node_config=config, state=RecordDict(), run_config={})
+    return app(flower_message(content), where)
+
+
+def test_a_round_is_answered_and_charged(home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+    state = coordinator.start(plan)
+
+    reply = ask(home, foundation, coordinator.content(plan, state)).content
+
+    record = RoundReply.from_scalars(dict(reply["reply"]))
+    delta = reply["delta"].to_torch_state_dict()
+    assert delta.keys() == {name for name in state if name.endswith(".second")}
+    assert record.update_norm == pytest.approx(global_norm(delta)) > 0
+    assert record.schema_hash == schema_hash(delta)
+    assert (record.steps, record.sample_rate, record.max_grad_norm) == (2, 0.5, 1.0)
+    (event,) = Ledger(home.ledger_path).events("main")
+    assert (event.noise_multiplier, event.steps) == (record.noise_multiplier, 2)
+
+
+def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+
+    reply = ask(home, foundation, coordinator.content(plan, coordinator.start(plan))).content
+
+    assert set(reply) == {"reply", "delta"}
+    assert set(reply["reply"]) == set(RoundReply.model_fields)
+
+
+def test_every_round_of_a_plan_ends_at_its_target(hospital, home, coordinator) -> None:
+    plan = coordinator.plan()
+    state = stage_start = coordinator.start(plan)
+    for planned in plan.rounds():
+        stage_start = state if planned.starts_stage else stage_start
+        request = coordinator.request(plan, state, number=planned.round, stage_start=stage_start)
+        release = hospital.answer(coordinator.message(plan, state, request=request))
+        state = add_delta(state, release.delta)
+
+    spent = Ledger(home.ledger_path).epsilon("main", plan.privacy.delta)
+    assert 7.9 < spent <= 8.0
+
+
+def test_asked_again_the_same_bytes_leave_and_nothing_is_spent(
+    hospital, home, foundation, coordinator
+) -> None:
+    plan = coordinator.plan()
+    message = coordinator.message(plan, coordinator.start(plan))
+    first = hospital.answer(message)
+    spent = Ledger(home.ledger_path).entries()
+
+    again = Site(home, foundation).answer(message)  # also after a restart
+
+    assert all(torch.equal(first.delta[name], again.delta[name]) for name in first.delta)
+    assert again.reply == first.reply
+    assert Ledger(home.ledger_path).entries() == spent
+
+
+def test_a_crash_in_training_trains_again_under_the_same_reservation(
+    hospital, home, coordinator, monkeypatch
+) -> None:
+    plan = coordinator.plan()
+    message = coordinator.message(plan, coordinator.start(plan))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            hospital.answer(message)
+    assert [entry.kind for entry in Ledger(home.ledger_path).entries()] == [EntryKind.RESERVED]
+
+    hospital.answer(message)
+
+    kinds = [entry.kind for entry in Ledger(home.ledger_path).entries()]
+    assert kinds == [EntryKind.RESERVED, EntryKind.COMMITTED]
+
+
+def test_a_crash_between_seal_and_commit_sends_the_sealed_file(
+    hospital, home, foundation, coordinator, monkeypatch
+) -> None:
+    plan = coordinator.plan()
+    message = coordinator.message(plan, coordinator.start(plan))
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            hospital.answer(message)
+    (sealed,) = home.outbox_path.glob("*.safetensors")
+    before = sealed.read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", _killed)  # must not train again
+        release = Site(home, foundation).answer(message)
+
+    assert sealed.read_bytes() == before
+    last = Ledger(home.ledger_path).entries()[-1]
+    assert (last.kind, last.detail) == (EntryKind.COMMITTED, release.hash)
+
+
+def test_nothing_is_sealed_before_it_is_charged(hospital, home, coordinator, monkeypatch) -> None:
+    plan = coordinator.plan()
+    monkeypatch.setattr(Ledger, "reserve", _killed)
+
+    with pytest.raises(KeyboardInterrupt):
+        hospital.answer(coordinator.message(plan, coordinator.start(plan)))
+
+    assert not list(home.outbox_path.glob("*"))
+
+
+def test_a_sealed_file_that_was_altered_is_never_sent(hospital, home, coordinator) -> None:
+    plan = coordinator.plan()
+    message = coordinator.message(plan, coordinator.start(plan))
+    hospital.answer(message)
+    (sealed,) = home.outbox_path.glob("*.safetensors")
+    data = bytearray(sealed.read_bytes())
+    data[-1] ^= 1
+    sealed.write_bytes(data)
+
+    with pytest.raises((OutboxError, LedgerError)):
+        hospital.answer(message)
+
+
+def test_an_answered_round_is_refused_from_another_checkpoint(
+    home, foundation, coordinator
+) -> None:
+    plan = coordinator.plan()
+    state = coordinator.start(plan)
+    ask(home, foundation, coordinator.content(plan, state))
+    other = {name: value + 1 for name, value in state.items()}
+
+    reply = ask(home, foundation, coordinator.content(plan, other))
+
+    assert reply.error == error_of(Rule.REPLAY)
+
+
+def test_the_lifetime_budget_holds_over_studies(home, foundation, coordinator) -> None:
+    spent = 0.0
+    refused = None
+    for number in range(20):
+        plan = coordinator.plan(
+            study={"name": f"study-{number}", "foundation": foundation.manifest.hash, "seed": 3},
+            stage=[{"name": "pretraining", "rounds": 1, "local_steps": 2, "learning_rate": 0.05}],
+        )
+        reply = ask(home, foundation, coordinator.content(plan, coordinator.start(plan)))
+        if reply.has_error():
+            refused = reply.error
+            break
+        spent = Ledger(home.ledger_path).epsilon("main", home.policy.max_delta)
+
+    assert refused is not None
+    assert refused.code == 104
+    assert 8.0 < spent <= 20.0
+    assert epsilon(Ledger(home.ledger_path).events("main"), home.policy.max_delta) == spent
+
+
+def test_an_update_over_the_norm_limit_is_charged_closed_and_refused(
+    tmp_path, foundation, coordinator
+) -> None:
+    home = make_site_home(
+        tmp_path / "strict", foundation, coordinator.public_key, max_update_norm=1e-6
+    )
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+
+    reply = ask(home, foundation, content)
+
+    assert reply.error == error_of(Rule.UPDATE_NORM)
+    last = Ledger(home.ledger_path).entries()[-1]
+    assert (last.kind, last.detail) == (EntryKind.COMMITTED, REFUSED_RELEASE)
+    assert ask(home, foundation, content).error == error_of(Rule.REPLAY)
+
+
+def test_training_without_privacy_is_recorded_as_infinite(
+    tmp_path, foundation, coordinator
+) -> None:
+    home = make_site_home(tmp_path / "lab", foundation, coordinator.public_key, allow_non_private=1)
+    plan = coordinator.plan(**without_privacy(plan_values(foundation.manifest.hash)))
+
+    assert ask(home, foundation, coordinator.content(plan, coordinator.start(plan))).has_content()
+    assert Ledger(home.ledger_path).epsilon("main", 1e-3) == float("inf")
+    private = coordinator.plan()
+    reply = ask(home, foundation, coordinator.content(private, coordinator.start(private)))
+    assert reply.error.code == 104
+
+
+class TestStageStart:
+    @pytest.fixture
+    def aligned(self, coordinator, foundation):
+        values = plan_values(foundation.manifest.hash)
+        plan = coordinator.plan(stage=[values["stage"][1]])
+        start = coordinator.start(plan)
+        later = {name: value + 0.1 for name, value in start.items()}
+        request = coordinator.request(plan, later, number=2, stage_start=start)
+        return plan, start, later, request
+
+    def test_it_is_asked_for_where_the_site_lacks_it(
+        self, home, foundation, coordinator, aligned
+    ) -> None:
+        plan, start, later, request = aligned
+
+        reply = ask(home, foundation, coordinator.content(plan, later, request))
+        assert reply.error.code == refusals.STAGE_START_MISSING.code
+        content = coordinator.content(plan, later, request, stage_start=start)
+        assert ask(home, foundation, content).has_content()
+
+    def test_it_is_remembered_from_the_stages_first_round(
+        self, home, foundation, coordinator, aligned
+    ) -> None:
+        plan, start, later, request = aligned
+        ask(home, foundation, coordinator.content(plan, start))
+
+        assert ask(home, foundation, coordinator.content(plan, later, request)).has_content()
+
+    def test_another_one_is_refused(self, home, foundation, coordinator, aligned) -> None:
+        plan, _, later, request = aligned
+
+        content = coordinator.content(plan, later, request, stage_start=later)
+        assert ask(home, foundation, content).error.code == 101
+
+
+class TestHostileMessages:
+    def refused(self, home, foundation, content: RecordDict) -> Error:
+        error: Error = ask(home, foundation, content).error
+        assert not Ledger(home.ledger_path).entries(), "a refused message must cost nothing"
+        assert not list(home.outbox_path.glob("*"))
+        return error
+
+    @pytest.fixture
+    def plan(self, coordinator):
+        return coordinator.plan()
+
+    @pytest.fixture
+    def state(self, coordinator, plan):
+        return coordinator.start(plan)
+
+    def test_of_another_coordinator(self, tmp_path, home, foundation, plan, state) -> None:
+        stranger = Coordinator(tmp_path, foundation, key_name="stranger.pem")
+
+        error = self.refused(home, foundation, stranger.content(plan, state))
+        assert error == error_of(Rule.SIGNER)
+
+    def test_with_a_signature_of_something_else(
+        self, home, foundation, coordinator, plan, state
+    ) -> None:
+        other = coordinator.content(coordinator.plan(transport={"wire_dtype": "float16"}), state)
+
+        content = coordinator.content(plan, state, signature=str(other["plan"]["signature"]))
+        assert self.refused(home, foundation, content) == error_of(Rule.SIGNATURE)
+
+    @pytest.mark.parametrize(
+        ("rule", "changes"),
+        [
+            (Rule.PLAN_HASH, {"plan_hash": "cd" * 32}),
+            (Rule.ROUND, {"round": 5}),
+            (Rule.FACTOR, {"factor": "first"}),
+            (Rule.ROUND, {"stage_index": 1}),
+        ],
+    )
+    def test_about_a_round_that_the_plan_lacks(
+        self, home, foundation, coordinator, plan, state, rule, changes
+    ) -> None:
+        request = coordinator.request(plan, state).model_copy(update=changes)
+
+        content = coordinator.content(plan, state, request)
+        assert self.refused(home, foundation, content) == error_of(rule)
+
+    def test_with_another_adapter_than_it_names(
+        self, home, foundation, coordinator, plan, state
+    ) -> None:
+        content = coordinator.content(plan, state)
+        content["adapter"] = ArrayRecord.from_torch_state_dict(
+            {name: value + 1 for name, value in state.items()}
+        )
+        assert self.refused(home, foundation, content).code == 101
+
+    @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "nan", "integers", "pickle"])
+    def test_with_another_schema(self, home, foundation, coordinator, plan, state, damage) -> None:
+        bad = dict(state)
+        first = sorted(bad)[0]
+        if damage == "missing":
+            del bad[first]
+        elif damage == "unknown":
+            bad["unet.backdoor"] = torch.zeros(1)
+        elif damage == "shape":
+            bad[first] = bad[first][None]
+        elif damage == "nan":
+            bad[first] = bad[first] * float("nan")
+        elif damage == "integers":
+            bad[first] = bad[first].long()
+        request = coordinator.request(plan, bad if damage != "integers" else state)
+        content = coordinator.content(plan, bad, request)
+        if damage == "pickle":
+            content["adapter"][first].data = b"\x80\x04pickled"
+
+        assert self.refused(home, foundation, content).code == 101
+
+    def test_with_a_header_that_asks_for_terabytes(
+        self, home, foundation, coordinator, plan, state
+    ) -> None:
+        content = coordinator.content(plan, state)
+        first = sorted(state)[0]
+        array = content["adapter"][first]
+        shape = str(tuple(state[first].shape)).encode()
+        array.data = array.data.replace(shape, b"(99999999999,)"[: len(shape)].ljust(len(shape)))
+
+        assert self.refused(home, foundation, content).code == 101
+
+    @pytest.mark.parametrize("name", ["request", "plan", "adapter"])
+    def test_with_a_record_missing(self, home, foundation, coordinator, plan, state, name) -> None:
+        content = coordinator.content(plan, state)
+        del content[name]
+
+        assert self.refused(home, foundation, content).code == 101
+
+    def test_with_a_record_too_many(self, home, foundation, coordinator, plan, state) -> None:
+        content = coordinator.content(plan, state)
+        content["code"] = ConfigRecord({"run": "import os"})
+
+        assert self.refused(home, foundation, content).code == 101
+
+    def test_with_another_type_in_the_request(
+        self, home, foundation, coordinator, plan, state
+    ) -> None:
+        content = coordinator.content(plan, state)
+        content["request"]["run_id"] = "../../etc/passwd"
+
+        assert self.refused(home, foundation, content).code == 101
+
+
+def test_the_node_alone_says_which_home(home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+
+    assert ask(home, foundation, content, other="x").error.code == 112
+
+
+def test_what_an_exception_says_does_not_leave(
+    home, foundation, coordinator, monkeypatch, caplog
+) -> None:
+    def leak(*_: object) -> None:
+        raise RuntimeError("patient Jane Doe, /mnt/slides/jane.svs, loss 0.123")
+
+    monkeypatch.setattr(site.Trainer, "train", leak)
+    plan = coordinator.plan()
+    with caplog.at_level(logging.INFO):
+        reply = ask(home, foundation, coordinator.content(plan, coordinator.start(plan)))
+
+    assert reply.error == Error(refusals.INTERNAL.code, refusals.INTERNAL.sentence)
+    assert "Jane" not in caplog.text
+    assert "RuntimeError" in caplog.text
+
+
+def test_the_table_of_refusals_is_complete_and_unambiguous() -> None:
+    entries = [refusals.INTERNAL, *(refusal for _, refusal in OF_ERROR), *OF_RULE.values()]
+
+    assert set(OF_RULE) == set(Rule)
+    assert len({entry.code for entry in entries}) == len(entries)
+    assert min(entry.code for entry in entries) >= 100
+
+
+def test_an_unknown_error_is_internal() -> None:
+    assert refusal_of(OSError(28, "No space left on device: /mnt/jane")) == refusals.INTERNAL
+
+
+def test_the_wire_type_is_the_plans(hospital, coordinator) -> None:
+    plan = coordinator.plan(transport={"wire_dtype": "float16"})
+    state = {name: value.half().float() for name, value in coordinator.start(plan).items()}
+
+    release = hospital.answer(coordinator.message(plan, state))
+
+    assert {value.dtype for value in release.delta.values()} == {torch.float16}
+    assert release.reply.update_norm == pytest.approx(global_norm(release.delta))
+    assert release.reply.checkpoint_hash == state_hash(state)
+
+
+def error_of(rule: Rule) -> Error:
+    return Error(OF_RULE[rule].code, OF_RULE[rule].sentence)
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,233 @@
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from crafts_client.errors import TrainingError
+from crafts_client.mechanism import mechanism_of
+from crafts_client.patients import PatientTiles
+from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
+from crafts_core.adapters import Adapter, add_delta, initial_state
+from crafts_core.foundation import Foundation
+from crafts_core.plan import Plan
+from crafts_core.stages.batch import draw
+from crafts_core.stages.objective import BatchCoupledLossError, Objective
+from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.accounting import PrivacyEvent, epsilon
+from crafts_privacy.noise import GridNoise
+from crafts_privacy.sampling import PoissonSampler
+from support.noise import FixedSampler, NoNoise
+from support.sites import plan_values, without_privacy, write_store
+
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory, foundation: Foundation) -> PatientTiles:
+    store = write_store(tmp_path_factory.mktemp("store") / "tiles", foundation)
+    return PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
+
+
+@pytest.fixture
+def plan(foundation: Foundation) -> Plan:
+    return Plan.parse(plan_values(foundation.manifest.hash))
+
+
+@pytest.fixture
+def open_plan(foundation: Foundation) -> Plan:
+    """Without privacy, everybody in every step, all tiles."""
+    values = without_privacy(plan_values(foundation.manifest.hash))
+    values["privacy"] |= {"tiles_per_patient": 3}
+    values["stage"][0] |= {"learning_rate": 0.5, "momentum": 0.5, "local_steps": 3}
+    return Plan.parse(values)
+
+
+def seeded(**changes: object) -> Randomness:
+    values = {
+        "noise": GridNoise(),
+        "sampler": PoissonSampler(),
+        "generator": lambda: torch.Generator().manual_seed(SEED),
+    }
+    return Randomness(**(values | changes))
+
+
+def trainer_of(foundation, plan, patients, *, microbatch_tiles=64, **changes) -> Trainer:
+    return Trainer(
+        foundation,
+        plan.adapter,
+        patients,
+        randomness=seeded(**changes),
+        microbatch_tiles=microbatch_tiles,
+    )
+
+
+def task_of(foundation, plan, *, stage: int = 0, factor: str = "second", **changes) -> TrainingTask:
+    state = initial_state(foundation, plan.adapter, seed=plan.study.seed)
+    values = {
+        "stage": plan.stage[stage],
+        "factor": factor,
+        "privacy": plan.privacy,
+        "mechanism": mechanism_of(plan, declared_patients=6),
+        "state": state,
+        "stage_start": state,
+    }
+    return TrainingTask(**(values | changes))
+
+
+def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patients) -> None:
+    """The oracle knows nothing of PatientSGD, microbatches or the trainer."""
+    task = task_of(foundation, open_plan)
+    delta = trainer_of(foundation, open_plan, patients, microbatch_tiles=2).train(task)
+
+    unet = copy.deepcopy(foundation.generator.unet)
+    adapter = Adapter.attach(unet, open_plan.adapter)
+    adapter.load_state(task.state)
+    weights = adapter.trainable("second")
+    stage = open_plan.stage[0]
+    optimizer = torch.optim.SGD(weights.values(), lr=stage.learning_rate, momentum=stage.momentum)
+    objective = Objective(foundation, adapter, stage, task.state)
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(stage.local_steps):
+        optimizer.zero_grad()
+        losses = []
+        for patient in range(patients.num_patients):
+            batch = patients.batch(patient, max_tiles=3, generator=generator)
+            latents = batch.latents_BCHW.repeat_interleave(2, dim=0)
+            draws = draw(
+                batch.repeat(2), num_timesteps=1000, caption_dropout=0.1, generator=generator
+            )
+            assert len(latents) == 6
+            losses.append(objective.loss_per_tile(batch.repeat(2), draws).mean())
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+
+    for name, weight in weights.items():
+        expected = weight.detach() - task.state[name]
+        assert expected.norm() > 0
+        torch.testing.assert_close(delta[name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patients) -> None:
+    task = task_of(foundation, open_plan)
+
+    whole = trainer_of(foundation, open_plan, patients).train(task)
+    parts = trainer_of(foundation, open_plan, patients, microbatch_tiles=1).train(task)
+
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", ["first", "second", "both"])
+def test_only_the_asked_factor_moves(foundation, plan, patients, factor: str) -> None:
+    start = initial_state(foundation, plan.adapter, seed=3)
+    moved = add_delta(start, {name: torch.ones_like(value) for name, value in start.items()})
+    delta = trainer_of(foundation, plan, patients).train(
+        task_of(foundation, plan, factor=factor, state=moved)
+    )
+
+    endings = (".first", ".second") if factor == "both" else (f".{factor}",)
+    assert delta.keys() == {name for name in start if name.endswith(endings)}
+    assert all(value.abs().sum() > 0 for value in delta.values())
+
+
+def test_a_round_starts_from_the_state_it_is_given(foundation, plan, patients) -> None:
+    """The warm model remembers nothing of the round before."""
+    trainer = trainer_of(foundation, plan, patients, noise=NoNoise(), sampler=FixedSampler())
+    task = task_of(foundation, plan)
+
+    first, again = trainer.train(task), trainer.train(task)
+
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_stage_alignment_trains_toward_another_point(foundation, plan, patients) -> None:
+    trainer = trainer_of(foundation, plan, patients, noise=NoNoise(), sampler=FixedSampler())
+
+    pretraining = trainer.train(task_of(foundation, plan))
+    alignment = trainer.train(task_of(foundation, plan, stage=1))
+
+    assert any(not torch.allclose(pretraining[name], alignment[name]) for name in pretraining)
+
+
+def test_noise_comes_with_the_calibrated_strength(foundation, plan, patients) -> None:
+    """Nobody sampled: the delta of each step is -lr * N(0, (sigma C / qN)^2)."""
+    delta = trainer_of(foundation, plan, patients, sampler=FixedSampler([])).train(
+        task_of(foundation, plan)
+    )
+
+    mechanism = mechanism_of(plan, declared_patients=6)
+    stage = plan.stage[0]
+    std = stage.learning_rate * mechanism.noise_multiplier / 3.0 * stage.local_steps**0.5
+    values = torch.cat([value.flatten() for value in delta.values()])
+    assert values.std() == pytest.approx(std, rel=6 / (2 * len(values)) ** 0.5)
+
+
+def test_the_plan_ends_at_its_target_and_not_above(plan) -> None:
+    mechanism = mechanism_of(plan, declared_patients=6)
+
+    spent = epsilon([mechanism.event(plan.total_steps)], plan.privacy.delta)
+    assert 7.9 < spent <= 8.0
+
+
+def test_one_round_more_would_pass_the_target(plan) -> None:
+    mechanism = mechanism_of(plan, declared_patients=6)
+
+    assert epsilon([mechanism.event(plan.total_steps + 2)], plan.privacy.delta) > 8.0
+
+
+def test_the_declared_size_sets_the_divisor_and_not_the_noise(plan) -> None:
+    small, large = (mechanism_of(plan, declared_patients=size) for size in (10, 1000))
+
+    assert small.noise_multiplier == large.noise_multiplier
+    assert (small.expected_patients, large.expected_patients) == (5.0, 500.0)
+
+
+def test_a_plan_without_privacy_costs_everything(open_plan) -> None:
+    event = mechanism_of(open_plan, declared_patients=6).event(1)
+
+    assert event == PrivacyEvent(noise_multiplier=0.0, sample_rate=1.0, steps=1)
+    assert epsilon([event], 1e-3) == float("inf")
+
+
+def test_a_batch_coupled_loss_is_refused_under_privacy(
+    foundation, plan, patients, monkeypatch
+) -> None:
+    honest = Objective.loss_per_tile
+    monkeypatch.setattr(
+        Objective,
+        "loss_per_tile",
+        lambda self, batch, draws: honest(self, batch, draws) + honest(self, batch, draws).mean(),
+    )
+    with pytest.raises(BatchCoupledLossError):
+        trainer_of(foundation, plan, patients).train(task_of(foundation, plan))
+
+
+def test_weights_that_are_not_finite_do_not_leave(foundation, open_plan, patients) -> None:
+    stage = open_plan.stage[0].model_copy(update={"learning_rate": 1e300})
+
+    with pytest.raises(TrainingError):
+        trainer_of(foundation, open_plan, patients).train(
+            replace(task_of(foundation, open_plan), stage=stage)
+        )
+
+
+def test_a_patients_tiles_are_drawn_without_replacement(patients) -> None:
+    """Two of three tiles: over many draws each is taken two times in three."""
+    generator = torch.Generator().manual_seed(0)
+    everything = patients.batch(0, max_tiles=3, generator=generator).latents_BCHW
+    counts = np.zeros(3)
+    for _ in range(200):
+        batch = patients.batch(0, max_tiles=2, generator=generator)
+        assert batch.weight_B.tolist() == [0.5, 0.5]
+        same = (batch.latents_BCHW[:, None] == everything[None]).flatten(2).all(dim=2)
+        assert same.sum() == 2
+        counts += same.any(dim=0).numpy()
+    assert (np.abs(counts / 200 - 2 / 3) < 0.15).all()
+
+
+def test_the_sites_own_generator_has_no_seed() -> None:
+    first, second = (torch.rand(8, generator=entropy_generator()) for _ in range(2))
+
+    assert not torch.equal(first, second)

@@ -1,0 +1,179 @@
+"""The report: a schema that others rely on, and a page that needs nothing but itself."""
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.evaluation.fidelity import Interval
+from crafts_simulations.report import (
+    Report,
+    RoundReport,
+    SamplePair,
+    SiteReport,
+    StudyReport,
+    headline,
+    write_report,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "report.md"
+
+
+def _evaluation(**changes: float) -> Evaluation:
+    values: dict[str, object] = {
+        "encoder": "embedded-orthogonal-256",
+        "encoder_hash": "0" * 64,
+        "metric": "mmd2",
+        "n": 192,
+        "n_heldout": 100,
+        "heldout_patients": 20,
+        "floor": 0.01,
+        "floor_interval": Interval(0.0, 0.02),
+        "distance_foundation": 0.4,
+        "distance_foundation_interval": Interval(0.35, 0.45),
+        "distance_generator": 0.1,
+        "distance_generator_interval": Interval(0.08, 0.12),
+        "frechet_foundation": 90.0,
+        "frechet_generator": 40.0,
+        "drift_foundation": 0.6,
+        "drift_generator": 0.5,
+        "rank_foundation": 6.0,
+        "rank_generator": 5.0,
+        "top5_foundation": 0.5,
+        "top5_generator": 0.6,
+    }
+    return Evaluation.model_validate(values | changes)
+
+
+def _report(**changes: object) -> Report:
+    rounds = tuple(
+        RoundReport(
+            round=number,
+            stage="pretraining",
+            factor="second",
+            margin_before=0.1,
+            margin_after=0.12,
+            weights={"north": 0.6, "south": 0.4},
+            gains={"north": 0.01, "south": None},
+            refused={"<east>": "update holds NaN"},
+            step=1.0,
+            step_norm=0.3,
+            trust_norm=0.02,
+            bytes_down=1000,
+            bytes_up=500,
+            seconds=2.5,
+        )
+        for number in (1, 2)
+    )
+    sites = tuple(
+        SiteReport(
+            name=name,
+            declared_patients=80,
+            tiles=900,
+            epsilon=7.9,
+            epsilon_second_opinion=7.91,
+            delta=1e-3,
+            events=2,
+            steps=20,
+            noise_multiplier=1.1,
+        )
+        for name in ("north", "south")
+    )
+    study = StudyReport(
+        name="demo",
+        title="Two hospitals & one <generator>",
+        plan_hash="1" * 64,
+        foundation_hash="2" * 64,
+        mechanism="patient_dp",
+        target_epsilon=8.0,
+        delta=1e-3,
+        max_grad_norm=0.1,
+        sample_rate=0.2,
+        aggregation="alignment_regularized",
+        adapter_parameters=4000,
+    )
+    values: dict[str, object] = {
+        "created": datetime(2026, 1, 2, tzinfo=UTC),
+        "seconds": 60.0,
+        "versions": {"torch": "2"},
+        "study": study,
+        "rounds": rounds,
+        "sites": sites,
+        "evaluation": _evaluation(),
+    }
+    return Report.model_validate(values | changes)
+
+
+def _pairs() -> list[SamplePair]:
+    image = np.zeros((8, 8, 3), np.uint8)
+    return [SamplePair(label="KIRC", prompt="H&E, kidney", before=image, after=image)]
+
+
+def test_the_json_reads_back_as_the_same_report(tmp_path: Path) -> None:
+    write_report(_report(), _pairs(), tmp_path)
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()) == _report()
+
+
+def test_the_json_has_the_fields_that_others_rely_on(tmp_path: Path) -> None:
+    write_report(_report(), _pairs(), tmp_path)
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert {"study", "rounds", "sites", "evaluation"} <= values.keys()
+    needed = "stage margin_before margin_after weights step bytes_up bytes_down seconds"
+    assert set(needed.split()) <= values["rounds"][0].keys()
+    assert {"epsilon", "delta", "events"} <= values["sites"][0].keys()
+    needed = (
+        "encoder metric n floor floor_interval distance_foundation distance_foundation_interval "
+        "distance_generator distance_generator_interval drift_foundation drift_generator"
+    )
+    assert set(needed.split()) <= values["evaluation"].keys()
+
+
+def test_an_unknown_field_is_no_report() -> None:
+    values = _report().model_dump(mode="json") | {"surprise": 1}
+    with pytest.raises(ValidationError, match="surprise"):
+        Report.model_validate(values)
+
+
+@pytest.mark.parametrize("model", [Report, StudyReport, RoundReport, SiteReport, Evaluation])
+def test_every_field_is_documented(model: type) -> None:
+    documented = set(re.findall(r"`(\w+)`", DOCS.read_text()))
+    assert set(model.model_fields) <= documented
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    write_report(_report(), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+def test_names_cannot_inject_markup(tmp_path: Path) -> None:
+    write_report(_report(), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "one &lt;generator&gt;" in page
+    assert "<east>" not in page
+
+
+def test_the_headline_says_so_when_nothing_was_gained() -> None:
+    assert "4.0 times closer" in headline(_evaluation())
+    assert "no closer" in headline(_evaluation(distance_generator=0.5))
+
+
+def test_a_run_without_privacy_says_so_and_draws_no_epsilon(tmp_path: Path) -> None:
+    report = _report()
+    sites = tuple(site.model_copy(update={"epsilon": None, "delta": None}) for site in report.sites)
+    study = report.study.model_copy(
+        update={"mechanism": "none", "target_epsilon": None, "delta": None}
+    )
+    write_report(_report(sites=sites, study=study), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "not private" in page
+    assert "Spent according" not in page

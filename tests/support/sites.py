@@ -1,0 +1,220 @@
+"""Site homes with a few random patients, and coordinators (honest or not) that write to them."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.metadata import Metadata
+
+from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.messages import RoundMessage, read_message
+from crafts_client.policy import Policy
+from crafts_core.adapters import State, initial_state
+from crafts_core.exchange import RoundRequest, state_hash
+from crafts_core.foundation import Foundation
+from crafts_core.plan import Plan
+from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
+from crafts_core.tiles.latents import LatentCache
+from crafts_privacy import signing
+
+CAPTIONS = ("tissue with glands", "tissue with sheets", "tissue with spindle cells")
+
+
+def write_store(
+    path: Path, foundation: Foundation, *, num_patients: int = 6, tiles_each: int = 3, seed: int = 0
+) -> TileStore:
+    """A finished store of random tiles with its latent cache."""
+    rng = np.random.default_rng(seed)
+    side = foundation.manifest.tile_px
+    with TileStoreWriter(path, cohort="main", tile_px=side, mpp=1.0) as writer:
+        for patient in range(num_patients):
+            for number in range(tiles_each):
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                record = TileRecord(
+                    tile_id=f"{patient:04d}{number:04d}",
+                    patient=f"patient{patient:04d}",
+                    case="",
+                    slide=f"slide{patient:04d}",
+                    x=number * side,
+                    y=0,
+                    level0_width=side,
+                    level0_height=side,
+                    mpp=1.0,
+                    caption=CAPTIONS[patient % 3],
+                    label="",
+                    tissue_fraction=1.0,
+                    sharpness=1.0,
+                )
+                writer.add(record, encode_tile(pixels))
+    store = TileStore.open(path)
+    LatentCache.build(store, foundation)
+    return store
+
+
+def policy_of(signer: str, **changes: object) -> Policy:
+    """A generous policy that trusts one signer."""
+    values: dict[str, object] = {
+        "allowed_signers": (signer,),
+        "allowed_stages": ("pretraining", "alignment"),
+        "max_epsilon": 20.0,
+        "max_delta": 1e-3,
+        "min_noise_multiplier": 0.0,
+        "max_sample_rate": 1.0,
+        "min_patients": 1,
+        "max_tiles_per_patient": 64,
+        "max_local_steps": 100,
+        "max_rounds": 100,
+        "max_update_norm": 1e6,
+        "allow_non_private": False,
+        "require_secure_aggregation": False,
+    }
+    return Policy.model_validate(values | changes)
+
+
+def make_site_home(
+    path: Path,
+    foundation: Foundation,
+    signer: str,
+    *,
+    name: str = "north",
+    num_patients: int = 6,
+    seed: int = 0,
+    microbatch_tiles: int = 64,
+    **policy: object,
+) -> SiteHome:
+    """A whole home, ready to answer."""
+    config = SiteConfig(
+        name=name,
+        cohort="main",
+        declared_patients=num_patients,
+        device="cpu",
+        foundation=str(foundation.path.resolve()),
+        tile_store="tiles",
+        microbatch_tiles=microbatch_tiles,
+    )
+    home = SiteHome.create(path, config, policy_of(signer, **policy))
+    write_store(home.tile_store_path, foundation, num_patients=num_patients, seed=seed)
+    return home
+
+
+def plan_values(foundation_hash: str) -> dict[str, object]:
+    """Two rounds of each stage over a small LoRA, private. Change what the test is about."""
+    stage = {"rounds": 2, "local_steps": 2, "learning_rate": 0.05}
+    return {
+        "study": {"name": "tiny", "foundation": foundation_hash, "seed": 3},
+        "adapter": {"kind": "lora", "rank": 2, "first_factor": "random"},
+        "stage": [
+            {"name": "pretraining", **stage},
+            {"name": "alignment", **stage, "lambda_align": 0.1, "lambda_drift": 0.1},
+        ],
+        "privacy": {
+            "mechanism": "patient_dp",
+            "target_epsilon": 8.0,
+            "delta": 1e-3,
+            "max_grad_norm": 1.0,
+            "sample_rate": 0.5,
+            "tiles_per_patient": 2,
+            "draws_per_tile": 2,
+        },
+        "aggregation": {"rule": "alignment_regularized", "min_sites": 1, "deadline_s": 600.0},
+        "transport": {"wire_dtype": "float32"},
+    }
+
+
+def without_privacy(values: dict[str, object], *, sample_rate: float = 1.0) -> dict[str, object]:
+    """The same plan with no noise and a clip that never binds."""
+    changed = copy.deepcopy(values)
+    privacy = dict(changed["privacy"])  # type: ignore[call-overload]
+    del privacy["target_epsilon"], privacy["delta"]
+    privacy |= {"mechanism": "none", "sample_rate": sample_rate, "max_grad_norm": 1e9}
+    return changed | {"privacy": privacy}
+
+
+@dataclass
+class Coordinator:
+    """The far side of the wire: signs plans and writes requests, also ones it should not."""
+
+    folder: Path
+    foundation: Foundation
+    key_name: str = "coordinator.pem"
+    public_key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = self.folder / self.key_name
+        self.public_key = signing.create_signing_key(path)
+        self._key = signing.load_signing_key(path)
+
+    def plan(self, **changes: object) -> Plan:
+        return Plan.parse(plan_values(self.foundation.manifest.hash) | changes)
+
+    def start(self, plan: Plan) -> State:
+        return initial_state(self.foundation, plan.adapter, seed=plan.study.seed)
+
+    def request(
+        self,
+        plan: Plan,
+        state: State,
+        *,
+        number: int = 1,
+        run_id: str = "run-1",
+        stage_start: State | None = None,
+        **changes: object,
+    ) -> RoundRequest:
+        planned = list(plan.rounds())[min(number, plan.num_rounds) - 1]
+        values: dict[str, object] = {
+            "run_id": run_id,
+            "plan_hash": plan.hash,
+            "round": number,
+            "stage_index": planned.stage_index,
+            "factor": planned.factor,
+            "checkpoint_hash": state_hash(state),
+            "stage_start_hash": state_hash(stage_start or state),
+        }
+        return RoundRequest.model_validate(values | changes)
+
+    def content(
+        self,
+        plan: Plan,
+        state: State,
+        request: RoundRequest | None = None,
+        *,
+        stage_start: State | None = None,
+        signature: str | None = None,
+    ) -> RecordDict:
+        text = plan.to_json()
+        records: dict[str, ArrayRecord | ConfigRecord] = {
+            "request": ConfigRecord(dict((request or self.request(plan, state)).to_scalars())),
+            "plan": ConfigRecord(
+                {
+                    "json": text,
+                    "signature": signature or signing.sign(self._key, text.encode()),
+                    "public_key": self.public_key,
+                }
+            ),
+            "adapter": ArrayRecord.from_torch_state_dict(state),
+        }
+        if stage_start is not None:
+            records["stage_start"] = ArrayRecord.from_torch_state_dict(stage_start)
+        return RecordDict(records)  # type: ignore[arg-type]
+
+    def message(self, plan: Plan, state: State, **options: object) -> RoundMessage:
+        """What a site's ``answer`` gets."""
+        return read_message(flower_message(self.content(plan, state, **options)))  # type: ignore[arg-type]
+
+
+def flower_message(content: RecordDict, *, message_type: str = "train") -> Message:
+    """A message as Flower delivers it, without a Flower runtime."""
+    metadata = Metadata(
+        run_id=1,
+        message_id="1",
+        src_node_id=0,
+        dst_node_id=7,
+        reply_to_message_id="",
+        group_id="1",
+        created_at=1.0,
+        ttl=3600.0,
+        message_type=message_type,
+    )
+    return Message(content, metadata=metadata)  # type: ignore[call-overload]
