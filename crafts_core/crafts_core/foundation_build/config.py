@@ -40,5 +40,5 @@ class BuildConfig(BaseModel):
 
     unet_channels: tuple[int, ...] = (96, 128)
     unet_batch: Count = 64
-    unet_steps: Count = 4500
+    unet_steps: Count = 3500
     latent_aligner_steps: Count = 800
