@@ -96,6 +96,8 @@ def read_reply(message: Message, schema: Mapping[str, Tensor]) -> tuple[RoundRep
     Raises:
         ExchangeError: the message is not what a reply must be.
     """
+    if not message.has_content():
+        raise ExchangeError("the reply is empty")
     content = message.content
     record, arrays = content.get("reply"), content.get("delta")
     if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):

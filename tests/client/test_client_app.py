@@ -37,7 +37,7 @@ def hospital(home, foundation) -> Site:
 
 def ask(home, foundation, content: RecordDict, **context):
     app = make_client_app(lambda path: Site(home, foundation))
-    config = {HOME_KEY: str(home.path)} if not context else context
+    config = context or {HOME_KEY: str(home.path)}
     where = Context(run_id=1, node_id=7, node_config=config, state=RecordDict(), run_config={})
     return app(flower_message(content), where)
 
@@ -51,7 +51,8 @@ def test_a_round_is_answered_and_charged(home, foundation, coordinator) -> None:
     record = RoundReply.from_scalars(dict(reply["reply"]))
     delta = reply["delta"].to_torch_state_dict()
     assert delta.keys() == {name for name in state if name.endswith(".second")}
-    assert record.update_norm == pytest.approx(global_norm(delta)) > 0
+    assert record.update_norm > 0
+    assert record.update_norm == pytest.approx(global_norm(delta))
     assert record.schema_hash == schema_hash(delta)
     assert (record.steps, record.sample_rate, record.max_grad_norm) == (2, 0.5, 1.0)
     (event,) = Ledger(home.ledger_path).events("main")
@@ -172,7 +173,7 @@ def test_an_answered_round_is_refused_from_another_checkpoint(
 def test_the_lifetime_budget_holds_over_studies(home, foundation, coordinator) -> None:
     spent = 0.0
     refused = None
-    for number in range(20):
+    for number in range(6):
         plan = coordinator.plan(
             study={"name": f"study-{number}", "foundation": foundation.manifest.hash, "seed": 3},
             stage=[{"name": "pretraining", "rounds": 1, "local_steps": 2, "learning_rate": 0.05}],

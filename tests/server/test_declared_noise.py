@@ -1,0 +1,110 @@
+"""The variance formula against the optimizer that makes the noise, and the bounds around it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from crafts_core.exchange import RoundReply
+from crafts_core.plan import StageConfig
+from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_server.declared_noise import momentum_sums, noise_variance, norm_bounds
+from support.noise import FixedSampler, SeededNoise
+
+NUM_COORDINATES = 20_000
+
+
+def stage(steps: int, momentum: float) -> StageConfig:
+    return StageConfig(
+        name="pretraining", rounds=1, local_steps=steps, learning_rate=0.03, momentum=momentum
+    )
+
+
+def reply(steps: int, **changes: object) -> RoundReply:
+    values = {
+        "site": "aachen",
+        "run_id": "run",
+        "plan_hash": "0" * 64,
+        "round": 1,
+        "checkpoint_hash": "0" * 64,
+        "schema_hash": "0" * 64,
+        "noise_multiplier": 1.7,
+        "max_grad_norm": 0.4,
+        "steps": steps,
+        "sample_rate": 0.25,
+        "declared_patients": 80,
+        "update_norm": 1.0,
+    }
+    return RoundReply.model_validate(values | changes)
+
+
+def noise_only_delta(steps: int, momentum: float, *, seed: int = 1) -> torch.Tensor:
+    """What ``PatientSGD`` releases when no patient has anything to say."""
+    weight = nn.Parameter(torch.zeros(NUM_COORDINATES))
+    declared, plan = reply(steps), stage(steps, momentum)
+    optimizer = PatientSGD(
+        {"weight": weight},
+        Mechanism(
+            noise_multiplier=declared.noise_multiplier,
+            max_grad_norm=declared.max_grad_norm,
+            sample_rate=declared.sample_rate,
+            expected_patients=declared.sample_rate * declared.declared_patients,
+        ),
+        learning_rate=plan.learning_rate,
+        momentum=momentum,
+        noise=SeededNoise(seed),
+        sampler=FixedSampler(),
+    )
+    for _ in range(steps):
+        optimizer.step(1, lambda _patient: 0.0 * weight.sum())
+    return weight.detach().double()
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (7, 0.0), (7, 0.5), (12, 0.9)])
+def test_variance_is_what_the_optimizer_realises(steps: int, momentum: float) -> None:
+    """Two-sided: the sample variance of 20,000 normals is within 5 of its deviations (5 %)."""
+    realised = float(noise_only_delta(steps, momentum).square().mean())
+    declared = noise_variance(reply(steps), stage(steps, momentum))
+    assert realised == pytest.approx(declared, rel=5 * math.sqrt(2 / NUM_COORDINATES))
+
+
+def test_forgetting_momentum_would_be_noticed() -> None:
+    realised = float(noise_only_delta(12, 0.9).square().mean())
+    assert realised > 5 * noise_variance(reply(12), stage(12, 0.0))
+
+
+def test_momentum_sums_equal_the_closed_form() -> None:
+    coefficients = [(1 - 0.9**m) / (1 - 0.9) for m in range(1, 31)]
+    first, second = momentum_sums(30, 0.9)
+    assert first == pytest.approx(sum(coefficients))
+    assert second == pytest.approx(sum(c * c for c in coefficients))
+    assert momentum_sums(5, 0.0) == (5.0, 5.0)
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (7, 0.5), (12, 0.9)])
+def test_an_honest_noisy_update_is_within_the_bounds(steps: int, momentum: float) -> None:
+    norm = float(noise_only_delta(steps, momentum).norm())
+    bounds = norm_bounds(reply(steps), stage(steps, momentum), NUM_COORDINATES)
+    assert bounds.lowest <= norm <= bounds.highest
+
+
+def test_noise_that_is_declared_but_not_added_is_below_the_bounds() -> None:
+    norm = float(noise_only_delta(7, 0.5).norm())
+    claimed = reply(7, noise_multiplier=3 * 1.7)
+    assert norm < norm_bounds(claimed, stage(7, 0.5), NUM_COORDINATES).lowest
+
+
+def test_noise_that_is_added_but_understated_is_above_the_bounds() -> None:
+    norm = float(noise_only_delta(7, 0.5).norm())
+    claimed = reply(7, noise_multiplier=0.1)
+    assert norm > norm_bounds(claimed, stage(7, 0.5), NUM_COORDINATES).highest
+
+
+def test_gradients_at_full_length_from_every_likely_patient_are_within_the_bounds() -> None:
+    """No noise to speak of, every step 30 of 20 expected patients, all pulling one way."""
+    sums, _ = momentum_sums(7, 0.5)
+    signal = 0.03 * 0.4 * 30 / 20 * sums
+    bounds = norm_bounds(reply(7, noise_multiplier=1e-3), stage(7, 0.5), 10)
+    assert bounds.lowest == 0.0
+    assert signal <= bounds.highest
