@@ -15,7 +15,13 @@ from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
 from crafts_core.errors import CraftsError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    # A traceback with local variables would show what must not be shown.
+    pretty_exceptions_enable=False,
+)
 policy_app = typer.Typer(no_args_is_help=True, help="What this site allows.")
 ledger_app = typer.Typer(no_args_is_help=True, help="What this site has spent.")
 app.add_typer(policy_app, name="policy")

@@ -26,15 +26,15 @@ _NORM_CHUNK = 1 << 20
 def clip_(grad_D: Tensor, max_grad_norm: float) -> Tensor:
     """Scale a flat float32 gradient to L2 norm at most ``max_grad_norm``, in place.
 
-    Guarantee: the norm, in exact arithmetic, is at most C. A gradient that holds NaN or infinity
-    becomes zero.
+    Guarantee: the norm, in exact arithmetic, is at most C. A gradient that holds NaN or infinity,
+    or that is more than 2**126 times too long for float32 to scale exactly, becomes zero.
 
     Args:
         grad_D: One patient's whole gradient.
         max_grad_norm: Clipping bound C; infinity only removes what is not finite.
 
     Returns:
-        Whether the gradient was finite, as a zero-dimensional boolean tensor on the same device.
+        Whether the gradient was usable, as a zero-dimensional boolean tensor on the same device.
 
     Raises:
         ValueError: ``max_grad_norm`` is not positive, or the gradient is not flat float32.
@@ -44,11 +44,13 @@ def clip_(grad_D: Tensor, max_grad_norm: float) -> Tensor:
     if grad_D.dtype != torch.float32 or grad_D.ndim != 1:
         raise ValueError(f"expected a flat float32 gradient, got {grad_D.ndim}-d {grad_D.dtype}")
     norm = norm_float64(grad_D)
-    is_finite = norm.isfinite()
     bound = max_grad_norm * (1.0 - CLIP_MARGIN)
-    scale = torch.where(is_finite, (bound / norm).clamp(max=1.0), 0.0)
+    scale = (bound / norm).clamp(max=1.0)
+    # Below the smallest normal float32 the scale itself would be rounded coarsely.
+    is_usable = norm.isfinite() & (scale >= torch.finfo(torch.float32).tiny)
+    scale = torch.where(is_usable, scale, 0.0)
     grad_D.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).mul_(scale.float())
-    return is_finite
+    return is_usable
 
 
 def norm_float64(grad_D: Tensor) -> Tensor:

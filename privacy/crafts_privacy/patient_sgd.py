@@ -124,7 +124,7 @@ class PatientSGD:
         # where small updates would otherwise round away.
         self._masters = [parameter.detach().float() for parameter in self._parameters]
         self._step = grid_step(mechanism.max_grad_norm) if mechanism.private else 1.0
-        self._num_clean = torch.zeros((), dtype=torch.int64, device=self._sum_D.device)
+        self._num_usable = torch.zeros((), dtype=torch.int64, device=self._sum_D.device)
         self._num_seen = 0
         self.steps_taken = 0
 
@@ -132,12 +132,12 @@ class PatientSGD:
         """What has run so far, as the accountant wants it. Compare it with what was reserved."""
         return self._mechanism.event(self.steps_taken)
 
-    def num_non_finite_patients(self) -> int:
-        """How often a patient's gradient was not finite and counted as zero.
+    def num_unusable_patients(self) -> int:
+        """How often a patient's gradient was not finite (or beyond scaling) and became zero.
 
         Computed from patients without noise: for the site's own log, never to leave it.
         """
-        return self._num_seen - int(self._num_clean)
+        return self._num_seen - int(self._num_usable)
 
     def step(self, num_patients: int, patient_loss: PatientLoss) -> None:
         """One step on a fresh Poisson sample of ``num_patients``; an empty one is noise only.
@@ -159,7 +159,7 @@ class PatientSGD:
 
     def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
         grad_D = self._gradient.compute([loss] if isinstance(loss, Tensor) else loss)
-        self._num_clean += clip_(grad_D, self._mechanism.max_grad_norm)
+        self._num_usable += clip_(grad_D, self._mechanism.max_grad_norm)
         self._num_seen += 1
         if self._mechanism.private:
             to_grid_(grad_D, self._step)

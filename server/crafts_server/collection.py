@@ -41,13 +41,16 @@ class SiteDirectory:
         return self.names.get(node_id, f"node {node_id}")
 
     def bind(self, node_id: int, site: str) -> None:
-        """Remember a node's name.
+        """Remember a node's name. Nodes are authenticated by Flower, names are only said.
 
         Raises:
-            UpdateRefusedError: the node had another name before.
+            UpdateRefusedError: the node had another name, or another node has this one.
         """
-        if self.names.setdefault(node_id, site) != site:
+        if self.names.get(node_id, site) != site:
             raise UpdateRefusedError(f"this node was {self.names[node_id]} before, now {site}")
+        if site in self.names.values() and node_id not in self.names:
+            raise UpdateRefusedError(f"another node is site {site}")
+        self.names[node_id] = site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,13 +136,13 @@ def _decoded(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ExchangeError(f"tensor {name}: expected array format 1.0, got {version}")
         found, is_fortran, dtype = np.lib.format.read_array_header_1_0(
             stream, max_header_size=_MAX_HEADER_BYTES
         )
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except Exception as error:  # the header is a Python literal; its parser fails in many ways
         raise ExchangeError(f"tensor {name}: not a numpy array") from error
+    if version != (1, 0):
+        raise ExchangeError(f"tensor {name}: expected array format 1.0, got {version}")
     if dtype.str not in ("<f2", "<f4"):
         raise ExchangeError(f"tensor {name}: expected float16 or float32, got {dtype}")
     if tuple(found) != shape or is_fortran:

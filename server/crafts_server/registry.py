@@ -83,7 +83,11 @@ class Registry:
         Raises:
             RegistryError: it cannot be reached, or holds another format.
         """
-        self._engine = create_engine(url)
+        try:
+            self._engine = create_engine(url)
+        except (SQLAlchemyError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise RegistryError(f"the registry's URL cannot be used: {reason}") from error
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
         with self._session() as session:

@@ -30,7 +30,7 @@ from crafts_server.aggregation import (
 )
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.collection import Collection, Patience, Replies, SiteDirectory
-from crafts_server.errors import AggregationError, CheckpointError, UpdateRefusedError
+from crafts_server.errors import AggregationError, CheckpointError
 from crafts_server.messages import (
     SignedPlan,
     WireState,
@@ -250,8 +250,6 @@ class _Round:
         )
         variance = verify_update(reply, delta, expected)
         self._sites.bind(node_id, reply.site)
-        if reply.site in self._updates:
-            raise UpdateRefusedError(f"site {reply.site} has answered this round already")
         self._updates[reply.site] = SiteUpdate(
             reply=reply,
             noise_variance=variance,

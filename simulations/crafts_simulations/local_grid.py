@@ -9,6 +9,7 @@ has to say who sends the messages.
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -99,7 +100,13 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        return list(self.pull_messages(self.push_messages(messages)))
+        started = time.monotonic()
+        replies: list[Message] = []
+        for message_id in self.push_messages(messages):
+            if timeout is not None and time.monotonic() - started > timeout:
+                break
+            replies += self.pull_messages([message_id])
+        return replies
 
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id

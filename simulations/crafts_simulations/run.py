@@ -1,0 +1,99 @@
+"""A whole study in one process: hospitals, federation, generator, measurement, report.
+
+Each step leaves its result in the workspace and takes it up again, so a run that was interrupted
+anywhere goes on with the same command and reaches the same end.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from crafts_client.home import EMBEDDED
+from crafts_core.foundation import embedded_path, load
+from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_simulations import federation, results
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.report import Report
+from crafts_simulations.scenario import Scenario
+from crafts_simulations.sites import TileSource, make_sites
+from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.workspace import Workspace
+
+
+def run_scenario(
+    scenario: Scenario,
+    out: Path,
+    *,
+    source: TileSource | None = None,
+    device: str = "cpu",
+    progress: StepProgress = lambda _what, _done, _total: None,
+) -> Report:
+    """Run a scenario in ``out``, or what is left of it.
+
+    Args:
+        scenario: What to run.
+        out: An empty folder, or one that holds this very run.
+        source: Real tiles; needed exactly when the scenario deals tiles.
+        device: Torch device of coordinator and sites.
+        progress: Called with what is being done, how much is done, and how much there is.
+
+    Raises:
+        CraftsError: what is missing, damaged, impossible, or in the way.
+        OSError: the disk refuses; what was finished stays.
+    """
+    _check_source(scenario, source)
+    started = time.monotonic()
+    workspace = Workspace.claim(out, _request(scenario, source))
+    earlier = workspace.seconds()
+    try:
+        progress("loading the foundation", 0, 1)
+        foundation = load(_foundation_path(scenario), device=device)
+        progress("loading the foundation", 1, 1)
+        plan = scenario.plan(foundation.manifest.hash)
+        home = CoordinatorHome.create(
+            workspace.coordinator, HomeConfig(foundation=str(foundation.path.resolve()))
+        )
+        study = LocalStudy(
+            workspace=workspace,
+            scenario=scenario,
+            plan=plan,
+            foundation=foundation,
+            signer=home.public_key,
+            progress=progress,
+        )
+        make_sites(study, source)
+        final, receipts = federation.federate(study, home)
+        federation.export(study, final)
+        evaluation = results.evaluate(study)
+        num_parameters = sum(tensor.numel() for tensor in final.state().values())
+        return results.report(
+            study,
+            receipts,
+            evaluation,
+            num_parameters=num_parameters,
+            seconds=earlier + time.monotonic() - started,
+        )
+    finally:
+        workspace.set_seconds(earlier + time.monotonic() - started)
+
+
+def _check_source(scenario: Scenario, source: TileSource | None) -> None:
+    if scenario.tiles is not None and source is None:
+        raise ScenarioError("this scenario deals real tiles; give --tiles and --labels")
+    if scenario.tiles is None and source is not None:
+        raise ScenarioError("this scenario makes its own slides; it takes no --tiles or --labels")
+
+
+def _foundation_path(scenario: Scenario) -> Path:
+    name = scenario.scenario.foundation
+    return embedded_path() if name == EMBEDDED else Path(name)
+
+
+def _request(scenario: Scenario, source: TileSource | None) -> dict[str, object]:
+    """What decides the result: another request is another run."""
+    request: dict[str, object] = {"scenario": scenario.model_dump(mode="json")}
+    if source is not None:
+        request["tiles"] = str(source.folder.resolve())
+        request["labels"] = str(source.labels.resolve())
+        request["columns"] = {name: list(names) for name, names in asdict(source.columns).items()}
+    return request

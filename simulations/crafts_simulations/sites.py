@@ -1,0 +1,216 @@
+"""Making the hospitals of a scenario: slides or tiles as files, homes, tile stores, test set.
+
+Whatever a site holds it got through the same ``crafts_client`` code as any hospital's data. Every
+function leaves what is finished alone, so that an interrupted run goes on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from crafts_client.home import EMBEDDED, SITE_NAME, SiteConfig, SiteHome
+from crafts_client.ingest import (
+    IngestError,
+    IngestReport,
+    Salt,
+    TableColumns,
+    TableRow,
+    TilingOptions,
+    ingest_slides,
+    ingest_tiles,
+    read_table,
+)
+from crafts_client.policy import Policy
+from crafts_client.preparation import fill_cache
+from crafts_core.plan import Plan, describe_first_error
+from crafts_core.tiles import TileStore
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.hospital import make_hospital
+from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.tile_split import deal, round_size
+from crafts_simulations.workspace import Workspace
+
+COHORT = "main"
+_MICROBATCH_TILES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileSource:
+    """A folder of real tiles and the table that labels them."""
+
+    folder: Path
+    labels: Path
+    columns: TableColumns
+
+    def rows(self) -> tuple[TableRow, ...]:
+        """Read the table; file names start from the folder or from the table's own place.
+
+        Raises:
+            IngestError: everything that is wrong with it.
+        """
+        try:
+            return read_table(self.labels, root=self.folder, columns=self.columns)
+        except IngestError:
+            if self.labels.parent.resolve() == self.folder.resolve():
+                raise
+        return read_table(self.labels, columns=self.columns)
+
+
+def make_sites(study: LocalStudy, source: TileSource | None) -> None:
+    """Make every hospital and the test set, as far as they are not made yet.
+
+    Raises:
+        CraftsError: what is missing, damaged or impossible.
+    """
+    if source is None:
+        _make_synthetic(study)
+    else:
+        _make_from_tiles(study, source)
+
+
+def _make_synthetic(study: LocalStudy) -> None:
+    heldout_rows: list[TableRow] = []
+    for site in study.scenario.site:
+        name = site.name
+        folder = study.workspace.hospital(name)
+        table = make_hospital(
+            folder, site.hospital(), progress=partial(study.progress, f"{name}: drawing slides")
+        )
+        home = _home(study, name, site.declared_patients, site.policy)
+        _ingest_slides(study, read_table(table), home.tile_store_path, home.salt_path, name)
+        fill_cache(home, study.foundation, _named(study.progress, name))
+        test_table = make_hospital(
+            study.workspace.hospital(f"{name}-heldout"),
+            site.heldout_hospital(),
+            progress=partial(study.progress, f"{name}: drawing held-out slides"),
+        )
+        heldout_rows += read_table(test_table)
+    store, salt = _heldout_paths(study.workspace)
+    _ingest_slides(study, heldout_rows, store, salt, "held-out")
+
+
+def _make_from_tiles(study: LocalStudy, source: TileSource) -> None:
+    split = study.scenario.tiles
+    assert split is not None
+    dealt = deal(source.rows(), study.scenario.site_names, split)
+    for name, rows in dealt.sites.items():
+        num_patients = len({row.patient for row in rows})
+        home = _home(study, name, round_size(num_patients), {})
+        _ingest_tiles(study, rows, home.tile_store_path, home.salt_path, name)
+        fill_cache(home, study.foundation, _named(study.progress, name))
+    store, salt = _heldout_paths(study.workspace)
+    _ingest_tiles(study, dealt.heldout, store, salt, "held-out")
+
+
+def heldout_store(workspace: Workspace) -> TileStore:
+    """The test set."""
+    return TileStore.open(_heldout_paths(workspace)[0])
+
+
+def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
+    """What a willing site allows: exactly this plan, once, unless ``changes`` say otherwise.
+
+    Raises:
+        ScenarioError: a change is no limit of a policy, or not a possible value.
+    """
+    privacy = plan.privacy
+    values: dict[str, Any] = {
+        "allowed_signers": (signer,),
+        "allowed_stages": tuple({stage.name: None for stage in plan.stage}),
+        "max_epsilon": privacy.target_epsilon or 1.0,
+        "max_delta": privacy.delta or 1e-3,
+        "min_noise_multiplier": 0.0,
+        "max_sample_rate": privacy.sample_rate,
+        "min_patients": 1,
+        "max_tiles_per_patient": privacy.tiles_per_patient,
+        "max_local_steps": max(stage.local_steps for stage in plan.stage),
+        "max_rounds": plan.num_rounds,
+        "max_update_norm": 1e6,
+        # The patients of a simulation are drawn, or belong to whoever runs it.
+        "allow_non_private": privacy.mechanism == "none",
+        "require_secure_aggregation": False,
+    }
+    try:
+        return Policy.model_validate(values | changes)
+    except ValidationError as error:
+        raise ScenarioError(f"scenario policy: {describe_first_error(error)}") from error
+
+
+def _home(
+    study: LocalStudy, name: str, declared_patients: int, policy_changes: dict[str, Any]
+) -> SiteHome:
+    """The site's home; one that is there already stays as it is."""
+    path = study.workspace.site(name)
+    if (path / SITE_NAME).exists():
+        return SiteHome.open(path)
+    foundation = study.scenario.scenario.foundation
+    config = SiteConfig(
+        name=name,
+        cohort=COHORT,
+        declared_patients=declared_patients,
+        device=str(study.foundation.device),
+        foundation=foundation if foundation == EMBEDDED else str(Path(foundation).resolve()),
+        tile_store="tiles",
+        microbatch_tiles=_MICROBATCH_TILES,
+    )
+    policy = site_policy(study.plan, study.signer, {**study.scenario.policy, **policy_changes})
+    return SiteHome.create(path, config, policy)
+
+
+def _ingest_slides(
+    study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str
+) -> None:
+    if store.exists():
+        return
+    manifest = study.foundation.manifest
+    report = ingest_slides(
+        rows,
+        store,
+        cohort=COHORT,
+        salt=Salt.load(salt),
+        options=TilingOptions(
+            tile_px=manifest.tile_px,
+            mpp=manifest.mpp,
+            max_tiles_per_slide=study.scenario.scenario.max_tiles_per_slide,
+        ),
+        progress=partial(study.progress, f"{who}: cutting tiles"),
+    )
+    _keep(report, store)
+
+
+def _ingest_tiles(
+    study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str
+) -> None:
+    if store.exists():
+        return
+    report = ingest_tiles(
+        rows,
+        store,
+        cohort=COHORT,
+        salt=Salt.load(salt),
+        tile_px=study.foundation.manifest.tile_px,
+        progress=partial(study.progress, f"{who}: reading tiles"),
+    )
+    _keep(report, store)
+
+
+def _keep(report: IngestReport, store: Path) -> None:
+    report.write(store.with_name("ingest.json"))
+
+
+def _heldout_paths(workspace: Workspace) -> tuple[Path, Path]:
+    """Store and salt of the test set; the salt is made on first use."""
+    folder = workspace.heldout
+    folder.mkdir(exist_ok=True)
+    salt = folder / "salt"
+    if not salt.exists():
+        Salt.create(salt)
+    return folder / "tiles", salt
+
+
+def _named(progress: StepProgress, who: str) -> StepProgress:
+    return lambda what, done, total: progress(f"{who}: {what}", done, total)

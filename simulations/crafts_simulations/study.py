@@ -1,0 +1,25 @@
+"""What every step of a simulated study needs to know."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from crafts_core.foundation import Foundation
+from crafts_core.plan import Plan
+from crafts_simulations.scenario import Scenario
+from crafts_simulations.workspace import Workspace
+
+StepProgress = Callable[[str, int, int], None]
+"""What is being done, how much is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalStudy:
+    """One scenario at work in one folder."""
+
+    workspace: Workspace
+    scenario: Scenario
+    plan: Plan
+    foundation: Foundation
+    signer: str
+    """The coordinator's public key, which the sites trust."""
+    progress: StepProgress

@@ -1,0 +1,99 @@
+"""Dealing patients of a folder of tiles to hospitals that differ, as hospitals do.
+
+Patients move whole: no patient is at two sites, and none of the test set is at any.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from crafts_client.ingest import TableRow
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.scenario import TilesSplit
+
+_MIN_SHARE = 0.25
+"""No site gets less than this part of an equal share of the patients."""
+_MAX_DEALS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dealt:
+    """Rows of each site and of the test set."""
+
+    sites: Mapping[str, tuple[TableRow, ...]]
+    heldout: tuple[TableRow, ...]
+
+
+def deal(rows: Sequence[TableRow], names: Sequence[str], split: TilesSplit) -> Dealt:
+    """Hold patients out of every class, then give each class to sites by Dirichlet weights.
+
+    The test set depends on the seed and ``heldout_fraction`` only, so studies with other numbers
+    of sites are measured on the same tiles.
+
+    Raises:
+        ScenarioError: there are too few patients for that.
+    """
+    classes = _patients_by_class(rows)
+    heldout_rng = np.random.default_rng([split.seed, 0])
+    heldout: set[str] = set()
+    rest: dict[str, list[str]] = {}
+    for label, patients in classes.items():
+        shuffled = [patients[place] for place in heldout_rng.permutation(len(patients))]
+        num_heldout = round(split.heldout_fraction * len(shuffled))
+        heldout.update(shuffled[:num_heldout])
+        rest[label] = shuffled[num_heldout:]
+    site_of = _deal_patients(rest, names, split)
+    if len(heldout) < 2 or len(site_of) < 2 * len(names):
+        raise ScenarioError(
+            f"{sum(map(len, classes.values()))} patients are too few for {len(names)} sites and a "
+            "test set; lower tiles.num_sites or change tiles.heldout_fraction"
+        )
+    return Dealt(
+        sites={
+            name: tuple(row for row in rows if site_of.get(row.patient) == name) for name in names
+        },
+        heldout=tuple(row for row in rows if row.patient in heldout),
+    )
+
+
+def round_size(num_patients: int) -> int:
+    """What a site says about its size: two leading digits at most, never zero."""
+    step = int(10 ** max(0, len(str(num_patients)) - 2))
+    return max(1, round(num_patients / step) * step)
+
+
+def _patients_by_class(rows: Sequence[TableRow]) -> dict[str, list[str]]:
+    """Patients of each label, sorted; a patient belongs to the label most of its tiles have."""
+    labels: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        labels[row.patient][row.label or row.caption] += 1
+    classes: dict[str, list[str]] = defaultdict(list)
+    for patient in sorted(labels):
+        label, _ = min(labels[patient].items(), key=lambda item: (-item[1], item[0]))
+        classes[label].append(patient)
+    return {label: classes[label] for label in sorted(classes)}
+
+
+def _deal_patients(
+    classes: Mapping[str, Sequence[str]], names: Sequence[str], split: TilesSplit
+) -> dict[str, str]:
+    """Patient to site. Deals again until no site is nearly empty."""
+    rng = np.random.default_rng([split.seed, 1])
+    total = sum(map(len, classes.values()))
+    for _ in range(_MAX_DEALS):
+        site_of: dict[str, str] = {}
+        for patients in classes.values():
+            weights = rng.dirichlet([split.alpha] * len(names))
+            chosen = rng.choice(len(names), size=len(patients), p=weights)
+            site_of |= {
+                patient: names[place] for patient, place in zip(patients, chosen, strict=True)
+            }
+        sizes = Counter(site_of.values())
+        if min(sizes[name] for name in names) >= _MIN_SHARE * total / len(names):
+            return site_of
+    raise ScenarioError(
+        f"alpha {split.alpha:g} is so unequal that {len(names)} sites cannot all get patients; "
+        "raise tiles.alpha or lower tiles.num_sites"
+    )

@@ -1,0 +1,295 @@
+"""A coordinator on a real (tiny) foundation: run, resume, export, and its command line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from typer.testing import CliRunner
+
+from crafts_core.adapters import initial_state
+from crafts_core.exchange import RoundRequest
+from crafts_core.foundation import Foundation
+from crafts_core.plan import Plan
+from crafts_privacy.signing import verify
+from crafts_server.checkpoints import Checkpoint
+from crafts_server.cli import app
+from crafts_server.collection import Patience
+from crafts_server.coordinator import Coordinator
+from crafts_server.errors import HomeError
+from crafts_server.export import privacy_statement
+from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.probe import ProbeSize
+from crafts_server.server_app import app as installed_app
+from crafts_server.server_app import make_server_app
+from support.fake_grid import FakeGrid, SiteFunction
+from support.studies import received, reply_with
+
+NOW = Patience(poll_s=0.001, join_wait_s=0.0)
+SMALL = ProbeSize(margin_tiles=4, margin_draws=1, step_tiles=2, step_draws=1)
+RUNNER = CliRunner()
+
+
+def tiny_plan(foundation: Foundation) -> Plan:
+    return Plan.parse(
+        {
+            "study": {"name": "tiny", "foundation": foundation.manifest.hash, "seed": 1},
+            "adapter": {
+                "kind": "lora",
+                "rank": 1,
+                "targets": ["to_q", "to_v"],
+                "first_factor": "random",
+            },
+            "stage": [{"name": "pretraining", "rounds": 2, "local_steps": 3, "learning_rate": 0.1}],
+            "privacy": {
+                "mechanism": "none",
+                "max_grad_norm": 1.0,
+                "sample_rate": 0.5,
+                "tiles_per_patient": 4,
+                "draws_per_tile": 1,
+            },
+            "aggregation": {"rule": "alignment_regularized", "min_sites": 2},
+        }
+    )
+
+
+def nudging_site(name: str, seed: int) -> SiteFunction:
+    def answer(content: RecordDict) -> RecordDict:
+        request = RoundRequest.from_scalars(dict(content["request"]))
+        generator = torch.Generator().manual_seed(seed + request.round)
+        delta = {
+            key: 0.05 * torch.randn(tensor.shape, generator=generator)
+            for key, tensor in received(content["adapter"]).items()
+            if key.endswith(f".{request.factor}")
+        }
+        return reply_with(request, name, delta)
+
+    return answer
+
+
+def grid() -> FakeGrid:
+    return FakeGrid({1: nudging_site("aachen", 10), 2: nudging_site("bern", 20)})
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation: Foundation) -> CoordinatorHome:
+    return CoordinatorHome.create(tmp_path / "home", HomeConfig(foundation=str(foundation.path)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """One run that several tests look at."""
+
+    home: CoordinatorHome
+    plan: Plan
+    coordinator: Coordinator
+    sites: FakeGrid
+    last: Checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, foundation: Foundation) -> FinishedRun:
+    path = tmp_path_factory.mktemp("coordinator") / "home"
+    home = CoordinatorHome.create(path, HomeConfig(foundation=str(foundation.path)))
+    plan, sites = tiny_plan(foundation), grid()
+    coordinator = Coordinator(home, plan, foundation, patience=NOW, probe_size=SMALL)
+    last = coordinator.run(sites)
+    return FinishedRun(home=home, plan=plan, coordinator=coordinator, sites=sites, last=last)
+
+
+def test_a_run_moves_the_adapter(finished: FinishedRun, foundation: Foundation) -> None:
+    start = initial_state(foundation, finished.plan.adapter, finished.plan.study.seed)
+    state = finished.last.state()
+    assert finished.last.round == 2
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in state.items())
+    assert [receipt.round for receipt in finished.coordinator.receipts()] == [1, 2]
+
+
+def test_the_plan_travels_signed_by_the_home(finished: FinishedRun) -> None:
+    sent = dict(finished.sites.requests[0][1]["plan"])
+    verify(finished.home.public_key, sent["json"].encode(), sent["signature"])
+    assert Plan.parse(json.loads(sent["json"])).hash == finished.plan.hash
+
+
+def test_half_precision_on_the_wire_keeps_a_float32_adapter_at_the_coordinator(
+    finished: FinishedRun,
+) -> None:
+    """Rounding the global adapter each round would swallow small updates."""
+    assert finished.plan.transport.wire_dtype == "float16"
+    state = torch.cat([tensor.flatten() for tensor in finished.last.state().values()])
+    assert not torch.equal(state, state.half().float())
+
+
+def test_the_server_app_runs_the_coordinator_it_was_made_for(
+    home: CoordinatorHome, foundation: Foundation
+) -> None:
+    seen: list[int] = []
+    coordinator = Coordinator(
+        home,
+        tiny_plan(foundation),
+        foundation,
+        patience=NOW,
+        probe_size=SMALL,
+        on_round=lambda receipt: seen.append(receipt.round),
+    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    make_server_app(coordinator)(grid(), context)
+    assert seen == [1, 2]
+
+
+def test_the_installed_server_app_finds_home_and_plan_in_its_run_configuration(
+    home: CoordinatorHome, foundation: Foundation
+) -> None:
+    plan = tiny_plan(foundation)
+    home.sign_plan(plan)
+    values = {"coordinator-home": str(home.path), "plan-hash": plan.hash[:12]}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values)
+    installed_app(grid(), context)
+    with pytest.raises(HomeError, match="coordinator-home"):
+        installed_app(
+            grid(),
+            Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}),
+        )
+
+
+def test_a_plan_for_another_foundation_is_refused(
+    home: CoordinatorHome, foundation: Foundation
+) -> None:
+    plan = tiny_plan(foundation)
+    study = plan.study.model_copy(update={"foundation": "f" * 64})
+    with pytest.raises(HomeError, match="the plan wants foundation ffff"):
+        Coordinator(home, plan.model_copy(update={"study": study}), foundation)
+
+
+def test_one_coordinator_at_a_time(home: CoordinatorHome) -> None:
+    with home.exclusive(), pytest.raises(HomeError, match="another coordinator"), home.exclusive():
+        pass
+
+
+def test_creating_a_home_twice_keeps_its_key(home: CoordinatorHome) -> None:
+    again = CoordinatorHome.create(home.path, HomeConfig())
+    assert again.public_key == home.public_key
+    assert again.config == home.config
+
+
+def test_a_wrong_key_in_the_configuration_is_named(home: CoordinatorHome) -> None:
+    (home.path / "coordinator.toml").write_text('fundation = "embedded"\n')
+    with pytest.raises(HomeError, match="fundation: unknown key"):
+        CoordinatorHome.open(home.path)
+
+
+def test_the_privacy_statement_says_what_the_plan_promised(foundation: Foundation) -> None:
+    plan = tiny_plan(foundation)
+    assert "without differential privacy" in privacy_statement(plan, num_sites=1)
+    private = plan.privacy.model_copy(
+        update={"mechanism": "patient_dp", "target_epsilon": 8.0, "delta": 1e-4}
+    )
+    statement = privacy_statement(plan.model_copy(update={"privacy": private}), num_sites=3)
+    assert statement.startswith("3 sites; each promises every patient")
+    assert "epsilon at most 8 at delta 0.0001" in statement
+
+
+def test_init_prints_the_key_that_sites_must_trust(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["init", "--home", str(tmp_path / "new"), "--json"])
+    assert result.exit_code == 0
+    assert (
+        json.loads(result.stdout)["public_key"] == CoordinatorHome.open(tmp_path / "new").public_key
+    )
+
+
+def plan_toml(foundation: Foundation) -> str:
+    return f"""
+[study]
+name = "tiny"
+foundation = "{foundation.manifest.hash}"
+seed = 1
+[adapter]
+kind = "lora"
+[[stage]]
+name = "pretraining"
+rounds = 2
+local_steps = 3
+learning_rate = 0.1
+[privacy]
+mechanism = "patient_dp"
+target_epsilon = 8.0
+delta = 1e-4
+max_grad_norm = 1.0
+sample_rate = 0.5
+tiles_per_patient = 4
+draws_per_tile = 1
+[aggregation]
+rule = "uniform"
+min_sites = 2
+"""
+
+
+def test_plans_are_checked_and_signed(
+    home: CoordinatorHome, foundation: Foundation, tmp_path: Path
+) -> None:
+    path, signed = tmp_path / "plan.toml", tmp_path / "signed.json"
+    path.write_text(plan_toml(foundation))
+    checked = RUNNER.invoke(app, ["plan", "check", str(path), "--json"])
+    assert json.loads(checked.stdout)["target_epsilon"] == 8.0
+    arguments = ["plan", "sign", str(path), "--home", str(home.path), "--out", str(signed)]
+    assert RUNNER.invoke(app, arguments).exit_code == 0
+    values = json.loads(signed.read_text())
+    verify(home.public_key, values["json"].encode(), values["signature"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "check", "nowhere.toml"],
+        ["runs", "list", "--home", "nowhere"],
+        ["export", "some-run", "--out", "x", "--home", "nowhere"],
+        ["foundation", "verify", "nowhere"],
+    ],
+)
+def test_failures_are_one_line_and_exit_one(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("crafts-server: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_wrong_use_exits_two() -> None:
+    assert RUNNER.invoke(app, ["plan", "sign"]).exit_code == 2
+
+
+def test_a_run_is_listed_shown_and_exported_for_stock_diffusers(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    at_home = ["--home", str(finished.home.path)]
+    (run,) = json.loads(RUNNER.invoke(app, ["runs", "list", "--json", *at_home]).stdout)
+    assert (run["study"], run["status"], run["rounds"]) == ("tiny", "finished", 2)
+    shown = RUNNER.invoke(app, ["runs", "show", run["run_id"], *at_home])
+    assert "round 2 pretraining: margin" in shown.stdout
+    out = tmp_path / "out"
+    exported = RUNNER.invoke(
+        app, ["export", run["run_id"], "--out", str(out), "--name-site", "bern", *at_home]
+    )
+    assert exported.exit_code == 0, exported.stderr
+    assert (out / "adapter.safetensors").is_file()
+    assert (out / "generator" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    card = (out / "generator" / "README.md").read_text()
+    assert "| sites | bern |" in card
+    assert "2 sites; trained without differential privacy" in card
+
+
+def test_importing_the_command_line_loads_neither_torch_nor_flower() -> None:
+    """`crafts-server --help` answers at once."""
+    code = (
+        "import sys, crafts_server.cli; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+    assert result.returncode == 0

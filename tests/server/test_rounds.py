@@ -1,0 +1,402 @@
+"""The round loop on a grid of honest, silent and hostile sites, and under crashes anywhere."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Error, RecordDict
+
+from crafts_core.adapters import State
+from crafts_core.exchange import RoundRequest, state_hash
+from crafts_server import durable_files
+from crafts_server.checkpoints import Checkpoint
+from crafts_server.collection import Patience
+from crafts_server.errors import AggregationError, CheckpointError
+from crafts_server.receipts import RoundReceipt
+from crafts_server.registry import RunStatus
+from crafts_server.rounds import Study, run_rounds
+from support.fake_grid import FakeGrid
+from support.studies import (
+    RUN_ID,
+    honest_site,
+    received,
+    reply_with,
+    silent_site,
+    small_plan,
+    small_state,
+    small_study,
+    three_sites,
+)
+
+
+def run(study: Study, grid: FakeGrid) -> tuple[Checkpoint, list[RoundReceipt]]:
+    receipts: list[RoundReceipt] = []
+    try:
+        last = run_rounds(grid, study, initial_state=small_state, on_round=receipts.append)
+        return last, receipts
+    finally:
+        study.registry.close()
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> State:
+    """Where the study ends when nothing happens."""
+    last, _ = run(small_study(tmp_path / "undisturbed"), FakeGrid(three_sites()))
+    return last.state()
+
+
+def same(left: State, right: State) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left | right)
+
+
+def test_a_study_runs_to_its_end_and_says_what_happened(tmp_path: Path) -> None:
+    study = small_study(tmp_path / "home")
+    last, receipts = run(study, FakeGrid(three_sites()))
+    assert [receipt.round for receipt in receipts] == [1, 2, 3, 4]
+    assert [receipt.factor for receipt in receipts] == ["second", "first", "second", "first"]
+    assert [receipt.stage for receipt in receipts] == ["pretraining"] * 2 + ["alignment"] * 2
+    assert last.round == 4
+    assert receipts[-1].state_hash == state_hash(last.state())
+    for receipt in receipts:
+        assert [site.site for site in receipt.sites] == ["aachen", "bern", "coimbra"]
+        assert sum(site.weight for site in receipt.sites) == pytest.approx(1.0)
+        assert receipt.refused == () and receipt.missing == ()  # noqa: PT018
+    assert small_study(tmp_path / "home").registry.run(RUN_ID).status is RunStatus.FINISHED
+
+
+def test_margins_connect_from_round_to_round(tmp_path: Path) -> None:
+    _, receipts = run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    for before, after in itertools.pairwise(receipts):
+        assert after.margin_before == before.margin_after
+
+
+def test_bytes_are_the_arrays_that_travelled(tmp_path: Path) -> None:
+    _, receipts = run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    header = 128
+    assert receipts[0].bytes_down == 3 * 2 * (header + 4 * 4)
+    assert receipts[0].bytes_up == 3 * (header + 4 * 4)
+
+
+def test_one_uniform_site_moves_the_adapter_by_exactly_its_delta(tmp_path: Path) -> None:
+    plan = small_plan(rule="uniform", min_sites=1)
+    last, _ = run(
+        small_study(tmp_path / "home", plan=plan), FakeGrid({5: honest_site("solo", 2.0)})
+    )
+    expected = small_state()
+    for planned in plan.rounds():
+        name = f"layer.{planned.factor}"
+        expected[name] = expected[name] + (2.0 - expected[name]) / 10.0
+    assert same(last.state(), expected)
+
+
+def test_each_request_names_the_adapter_that_comes_along(tmp_path: Path) -> None:
+    grid = FakeGrid(three_sites())
+    run(small_study(tmp_path / "home"), grid)
+    for _, content in grid.requests:
+        request = RoundRequest.from_scalars(dict(content["request"]))
+        assert state_hash(received(content["adapter"])) == request.checkpoint_hash
+        if "stage_start" in content:
+            assert state_hash(received(content["stage_start"])) == request.stage_start_hash
+
+
+def test_the_stage_start_goes_only_to_sites_that_lack_it(tmp_path: Path) -> None:
+    """Stage alignment starts in round 3. Bern fails there, so in round 4 it needs theta1."""
+    sites = three_sites()
+    sites[22] = failing_in(3, "bern")
+    grid = FakeGrid(sites)
+    run(small_study(tmp_path / "home"), grid)
+    sent = [
+        (content["request"]["round"], node)
+        for node, content in grid.requests
+        if "stage_start" in content
+    ]
+    assert sent == [(4, 22)]
+
+
+def failing_in(number: int, name: str, goal: float = 1.0):  # type: ignore[no-untyped-def]
+    honest = honest_site(name, goal)
+
+    def answer(content: RecordDict) -> RecordDict | Error:
+        if content["request"]["round"] == number:
+            return Error(101, "policy: no more rounds today")
+        return honest(content)  # type: ignore[return-value]
+
+    return answer
+
+
+def test_a_site_that_fails_does_not_fail_the_round(tmp_path: Path) -> None:
+    sites = three_sites()
+    sites[22] = failing_in(2, "bern")
+    _, receipts = run(small_study(tmp_path / "home"), FakeGrid(sites))
+    assert [len(receipt.sites) for receipt in receipts] == [3, 2, 3, 3]
+    (refusal,) = receipts[1].refused
+    assert (refusal.site, refusal.reason) == ("bern", "code 101: policy: no more rounds today")
+
+
+def test_a_silent_site_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    plan = small_plan(deadline_s=0.05)
+    sites = {**three_sites(), 44: silent_site}
+    _, receipts = run(small_study(tmp_path / "home", plan=plan), FakeGrid(sites))
+    assert all(len(receipt.sites) == 3 for receipt in receipts)
+    assert all(receipt.missing == ("node 44",) for receipt in receipts)
+
+
+def test_too_few_sites_at_the_deadline_stop_the_run_and_name_who_is_missing(tmp_path: Path) -> None:
+    plan = small_plan(deadline_s=0.05, min_sites=2)
+    sites = {11: honest_site("aachen", 2.0), 22: silent_site, 33: failing_in(1, "coimbra")}
+    with pytest.raises(AggregationError) as caught:
+        run(small_study(tmp_path / "home", plan=plan), FakeGrid(sites))
+    message = str(caught.value)
+    assert "round 1: 1 good updates, expected at least 2" in message
+    assert "Good: aachen" in message
+    assert "Missing: node 22" in message
+    assert "Refused: node 33 (code 101" in message
+
+
+def test_a_stopped_run_goes_on_when_the_sites_are_back(tmp_path: Path, undisturbed: State) -> None:
+    sites = three_sites()
+    sites[11], sites[22] = failing_in(3, "aachen", 2.0), failing_in(3, "bern")
+    with pytest.raises(AggregationError, match="round 3"):
+        run(small_study(tmp_path / "home"), FakeGrid(sites))
+    last, receipts = run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    assert [receipt.round for receipt in receipts] == [3, 4]
+    assert same(last.state(), undisturbed)
+
+
+def test_a_late_joiner_is_waited_for_and_asked(tmp_path: Path) -> None:
+    class Joining(FakeGrid):
+        def get_node_ids(self) -> list[int]:
+            self.polls = getattr(self, "polls", 0) + 1
+            return [11, 22] if self.polls > 3 else [11]
+
+    patience = Patience(poll_s=0.001, join_wait_s=5.0)
+    study = small_study(tmp_path / "home", patience=patience)
+    _, receipts = run(study, Joining(three_sites()))
+    assert [site.site for site in receipts[0].sites] == ["aachen", "bern"]
+
+
+def hostile(name: str, kind: str):  # type: ignore[no-untyped-def]
+    honest = honest_site(name, 1.0)
+
+    def answer(content: RecordDict) -> RecordDict:
+        request = RoundRequest.from_scalars(dict(content["request"]))
+        good = honest(content)
+        assert isinstance(good, RecordDict)
+        delta = received(good["delta"])
+        (key,) = delta
+        match kind:
+            case "nan":
+                delta[key] = delta[key] * float("nan")
+            case "shape":
+                delta[key] = torch.ones(9, 9)
+            case "other factor":
+                delta = {"layer.other": torch.ones(4, 1)}
+            case "name of another":
+                return reply_with(request, "aachen", delta)
+            case "old round":
+                return reply_with(request, name, delta, round=request.round + 1)
+            case "other plan":
+                return reply_with(request, name, delta, plan_hash="f" * 64)
+            case "truncated":
+                del good["delta"]
+                return good
+        return reply_with(request, name, delta)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["nan", "shape", "other factor", "name of another", "old round", "other plan", "truncated"],
+)
+def test_a_hostile_reply_is_refused_and_changes_nothing(tmp_path: Path, kind: str) -> None:
+    honest_sites = {11: honest_site("aachen", 2.0), 33: honest_site("coimbra", -1.0)}
+    expected, _ = run(small_study(tmp_path / "without"), FakeGrid(honest_sites))
+    sites = {**honest_sites, 44: hostile("mallory", kind)}
+    last, receipts = run(small_study(tmp_path / "with"), FakeGrid(sites))
+    assert same(last.state(), expected.state())
+    for receipt in receipts:
+        (refusal,) = receipt.refused
+        assert refusal.site == "node 44"
+
+
+def test_an_impostor_that_answers_first_next_time_is_still_refused(tmp_path: Path) -> None:
+    """Node 5 is asked before aachen's node 11; in round 1 it was still called something else."""
+
+    def impostor(content: RecordDict) -> RecordDict | Error:
+        if content["request"]["round"] == 1:
+            return Error(2, "not yet")
+        return honest_site("aachen", 50.0)(content)  # type: ignore[return-value]
+
+    _, receipts = run(small_study(tmp_path / "home"), FakeGrid({**three_sites(), 5: impostor}))
+    assert "another node is site aachen" in receipts[1].refused[0].reason
+    assert len(receipts[1].sites) == 3
+
+
+def test_a_node_that_changes_its_name_is_refused(tmp_path: Path) -> None:
+    def shifty(content: RecordDict) -> RecordDict:
+        name = f"site-{content['request']['round']}"
+        return honest_site(name, 1.0)(content)  # type: ignore[return-value]
+
+    _, receipts = run(small_study(tmp_path / "home"), FakeGrid({**three_sites(), 44: shifty}))
+    assert len(receipts[0].sites) == 4
+    assert "this node was site-1 before" in receipts[1].refused[0].reason
+
+
+def test_a_tampered_checkpoint_stops_the_run(tmp_path: Path) -> None:
+    run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    path = tmp_path / "home" / "checkpoints" / "round-0004" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(CheckpointError, match="altered"):
+        run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+
+
+@pytest.mark.parametrize("rounds_lost", [1, 5])
+def test_a_rolled_back_run_is_noticed(tmp_path: Path, rounds_lost: int) -> None:
+    """A valid but older chain: the registry is the witness."""
+    run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    checkpoints = tmp_path / "home" / "checkpoints"
+    for number in range(5 - rounds_lost, 5):
+        shutil.rmtree(checkpoints / f"round-{number:04d}")
+    with pytest.raises(CheckpointError, match="missing or was replaced"):
+        run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+
+
+def test_a_finished_study_asks_nobody_again(tmp_path: Path, undisturbed: State) -> None:
+    run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    grid = FakeGrid(three_sites())
+    last, receipts = run(small_study(tmp_path / "home"), grid)
+    assert (receipts, grid.requests) == ([], [])
+    assert same(last.state(), undisturbed)
+
+
+class Killed(BaseException):
+    """The process dies: nothing but ``finally`` runs."""
+
+
+class Countdown:
+    """Dies at the n-th durable write: each fsync of file or directory, each index entry."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def tick(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def run_until_killed(study: Study, at: int, monkeypatch: pytest.MonkeyPatch) -> State | None:
+    """The final adapter, or None if the run was killed."""
+    countdown, fsync, record = Countdown(at), os.fsync, study.registry.record
+
+    def counted_fsync(descriptor: int) -> None:
+        countdown.tick()
+        fsync(descriptor)
+
+    def counted_record(*args: object) -> None:
+        countdown.tick()
+        record(*args)  # type: ignore[arg-type]
+        countdown.tick()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_files.os, "fsync", counted_fsync)
+        patch.setattr(study.registry, "record", counted_record)
+        try:
+            return run(study, FakeGrid(three_sites()))[0].state()
+        except Killed:
+            return None
+
+
+def committed(home: Path) -> int:
+    return len(list((home / "checkpoints").glob("round-*")))
+
+
+@pytest.mark.slow
+def test_killed_at_any_durable_write_no_round_is_lost_and_the_end_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every write of a whole run, one after the other; each time the next process finishes."""
+    plan = small_plan(rounds=1)
+    undisturbed, _ = run(small_study(tmp_path / "undisturbed", plan=plan), FakeGrid(three_sites()))
+    deaths = 0
+    while True:
+        home = tmp_path / f"killed-{deaths}"
+        study = small_study(home, plan=plan)
+        if run_until_killed(study, deaths + 1, monkeypatch) is not None:
+            break
+        deaths += 1
+        rounds_before = max(committed(home) - 1, 0)
+        last, receipts = run(small_study(home, plan=plan), FakeGrid(three_sites()))
+        assert len(receipts) == 2 - rounds_before, f"killed at write {deaths}"
+        assert same(last.state(), undisturbed.state()), f"killed at write {deaths}"
+    assert deaths > 20
+
+
+def test_killed_again_and_again_the_end_is_the_same(
+    tmp_path: Path, undisturbed: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine writes a life: each life commits about one round."""
+    for _ in range(20):
+        state = run_until_killed(small_study(tmp_path / "home"), 9, monkeypatch)
+        if state is not None:
+            break
+    assert state is not None
+    assert same(state, undisturbed)
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from crafts_server.rounds import run_rounds
+from support.fake_grid import FakeGrid
+from support.studies import small_state, small_study, three_sites
+
+def dying(content):
+    if content["request"]["round"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return three_sites()[33](content)
+
+sites = {**three_sites(), 33: dying}
+run_rounds(FakeGrid(sites), small_study(Path(sys.argv[1])), initial_state=small_state,
+           on_round=lambda receipt: None)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_a_round_loses_no_committed_round(tmp_path: Path, undisturbed: State) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path / "home")],
+        env=environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert committed(tmp_path / "home") == 3
+    last, receipts = run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
+    assert [receipt.round for receipt in receipts] == [3, 4]
+    assert same(last.state(), undisturbed)
+
+
+def test_the_reply_of_a_killed_round_is_asked_for_with_the_same_request(tmp_path: Path) -> None:
+    """So that a site's outbox answers without spending again."""
+    sites = three_sites()
+
+    def stops(_content: RecordDict) -> RecordDict:
+        raise Killed
+
+    sites[33] = stops
+    first = FakeGrid(sites)
+    with pytest.raises(Killed):
+        run(small_study(tmp_path / "home"), first)
+    second = FakeGrid(three_sites())
+    run(small_study(tmp_path / "home"), second)
+    assert dict(first.requests[0][1]["request"]) == dict(second.requests[0][1]["request"])

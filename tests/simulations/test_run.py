@@ -1,0 +1,436 @@
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld
+from PIL import Image
+from typer.testing import CliRunner
+
+from crafts_client.home import SiteHome
+from crafts_client.ingest import TableColumns
+from crafts_core.errors import CraftsError
+from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.foundation import Foundation
+from crafts_privacy.ledger import EntryKind, Ledger
+from crafts_server.errors import AggregationError
+from crafts_simulations import cli, federation, results
+from crafts_simulations.errors import ScenarioError, WorkspaceError
+from crafts_simulations.report import Report
+from crafts_simulations.run import run_scenario
+from crafts_simulations.scenario import parse_scenario
+from crafts_simulations.sites import TileSource, heldout_store
+from crafts_simulations.workspace import Workspace
+from support.foundations import tiny_foundation
+from support.scenarios import tiny_scenario, tiny_scenario_values
+
+pytestmark = pytest.mark.slow
+ROOTS = ("crafts_core", "privacy", "client", "server", "simulations")
+
+
+@pytest.fixture(scope="module")
+def foundation(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
+    return tiny_foundation(tmp_path_factory.mktemp("foundation") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, foundation: Foundation) -> Path:
+    """One whole run, shared by every test that only looks at it."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    run_scenario(tiny_scenario(foundation.path), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> Report:
+    return Report.model_validate_json((finished / "report.json").read_bytes())
+
+
+def ledger_of(out: Path, name: str) -> Ledger:
+    return Ledger(SiteHome.open(out / "sites" / name).ledger_path)
+
+
+def test_everything_the_report_names_is_there(finished: Path) -> None:
+    for name in (
+        "report.html",
+        "report.json",
+        "adapter.safetensors",
+        "generator/model_index.json",
+        "samples/luad-after.png",
+        "samples/sheet-before.png",
+        "sites/north/ledger.db",
+        "sites/south/ledger.db",
+        "coordinator/registry.db",
+    ):
+        assert (finished / name).is_file(), name
+
+
+def test_every_round_has_both_sites_and_both_factors(report: Report) -> None:
+    assert [entry.stage for entry in report.rounds] == ["pretraining"] * 2 + ["alignment"] * 2
+    assert [entry.factor for entry in report.rounds] == ["second", "first"] * 2
+    for entry in report.rounds:
+        assert entry.weights.keys() == {"north", "south"}
+        assert sum(entry.weights.values()) == pytest.approx(1.0)
+
+
+def test_the_reported_epsilon_is_dp_accountings_for_the_ledgers_events(
+    finished: Path, report: Report
+) -> None:
+    for site in report.sites:
+        accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
+        for event in ledger_of(finished, site.name).events("main"):
+            step = dp_accounting.PoissonSampledDpEvent(
+                event.sample_rate, dp_accounting.GaussianDpEvent(event.noise_multiplier)
+            )
+            accountant.compose(step, event.steps)
+        assert site.epsilon == pytest.approx(accountant.get_epsilon(1e-3), abs=1e-6)
+        assert 7.9 < site.epsilon <= 8.0
+
+
+def test_each_site_paid_once_per_round(finished: Path, report: Report) -> None:
+    for site in report.sites:
+        kinds = [entry.kind for entry in ledger_of(finished, site.name).entries()]
+        assert kinds == [EntryKind.RESERVED, EntryKind.COMMITTED] * 4
+        assert (site.events, site.steps) == (4, 8)
+
+
+def test_no_site_has_a_held_out_patient(finished: Path) -> None:
+    names = set()
+    for name in ("north", "south", "north-heldout", "south-heldout"):
+        table = (finished / "hospitals" / name / "slides.csv").read_text().splitlines()[1:]
+        patients = {line.split(",")[1] for line in table}
+        assert not names & patients
+        names |= patients
+    sites = {entry["patient"] for entry in _sources(finished / "sites" / "north")}
+    assert all(patient.startswith("north-0") for patient in sites)
+
+
+def test_the_pixels_of_a_site_stay_out_of_the_test_set(finished: Path) -> None:
+    store = heldout_store(Workspace(finished))
+    heldout = {image.tobytes() for image in store.read_images(np.arange(store.num_tiles))}
+    site = SiteHome.open(finished / "sites" / "north")
+    from crafts_core.tiles import TileStore
+
+    tiles = TileStore.open(site.tile_store_path)
+    assert not heldout & {image.tobytes() for image in tiles.read_images(range(tiles.num_tiles))}
+
+
+def test_images_say_that_they_are_synthetic(finished: Path) -> None:
+    with Image.open(finished / "samples" / "luad-after.png") as image:
+        assert image.info["Synthetic"] == "true"
+
+
+def test_run_again_nothing_is_spent_and_nothing_changes(
+    finished: Path, foundation: Foundation, report: Report
+) -> None:
+    before = ledger_of(finished, "north").entries()
+
+    again = run_scenario(tiny_scenario(foundation.path), finished)
+
+    assert ledger_of(finished, "north").entries() == before
+    assert (again.rounds, again.sites, again.evaluation) == (
+        report.rounds,
+        report.sites,
+        report.evaluation,
+    )
+
+
+def test_another_scenario_is_refused_in_the_same_folder(
+    finished: Path, foundation: Foundation
+) -> None:
+    with pytest.raises(WorkspaceError, match="another scenario"):
+        run_scenario(tiny_scenario(foundation.path).changed(epsilon=4.0), finished)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(
+    tmp_path: Path, foundation: Foundation
+) -> None:
+    (tmp_path / "thesis.doc").write_text("mine")
+
+    with pytest.raises(WorkspaceError, match="not an empty folder"):
+        run_scenario(tiny_scenario(foundation.path), tmp_path)
+
+
+@pytest.mark.network
+def test_stock_diffusers_draws_in_a_process_that_cannot_import_this_project(
+    finished: Path, tmp_path: Path
+) -> None:
+    code = f"""
+import sys
+assert not [name for name in sys.modules if name.startswith("crafts")]
+try:
+    import crafts_core
+except ImportError:
+    pass
+else:
+    raise SystemExit("crafts_core is importable")
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({str(finished / "generator")!r})
+pipeline.set_progress_bar_config(disable=True)
+image = pipeline("lung tissue", num_inference_steps=2, height=32, width=32).images[0]
+image.save({str(tmp_path / "image.png")!r})
+"""
+    environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    blocked = f"import sys; sys.path[:] = [p for p in sys.path if not any(p.endswith(r) for r in {ROOTS!r})]\n"
+    blocker = (
+        "import sys, importlib.abc\n"
+        "class Block(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.startswith('crafts'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + blocker + code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "image.png") as image:
+        assert np.asarray(image).std() > 0
+
+
+def test_interrupted_anywhere_the_same_command_goes_on(
+    tmp_path: Path, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while cutting tiles, in the second site's third round, in the measurement."""
+    scenario, out = tiny_scenario(foundation.path), tmp_path / "out"
+    for stop_at in ("north: cutting tiles", "round 3/4, south trains", "measuring fidelity"):
+
+        def progress(what: str, done: int, total: int, stop_at: str = stop_at) -> None:
+            if what == stop_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_scenario(scenario, out, progress=progress)
+
+    report = run_scenario(scenario, out)
+
+    assert [entry.round for entry in report.rounds] == [1, 2, 3, 4]
+    for name in ("north", "south"):
+        assert len(ledger_of(out, name).events("main")) == 4, "an interruption must cost nothing"
+
+
+def test_a_site_that_does_not_agree_is_named_and_the_others_go_on(
+    tmp_path: Path, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny_scenario_values(foundation.path)
+    values["site"][1]["policy"] = {"max_epsilon": 1.0}
+    values["aggregation"]["min_sites"] = 1
+    values["stage"] = [values["stage"][0] | {"rounds": 1}]
+    monkeypatch.setattr(results, "evaluate", _no_evaluation)
+
+    report = run_scenario(parse_scenario(values, "test"), tmp_path / "out")
+
+    (entry,) = report.rounds
+    assert entry.weights == {"north": 1.0}
+    assert "policy: the target epsilon is too high" in next(iter(entry.refused.values()))
+    assert not ledger_of(tmp_path / "out", "south").entries()
+
+
+def test_too_few_sites_stop_the_run_with_their_reasons(
+    tmp_path: Path, foundation: Foundation
+) -> None:
+    values = tiny_scenario_values(foundation.path)
+    values["policy"] = {"max_rounds": 1}
+
+    with pytest.raises(AggregationError, match="too many rounds"):
+        run_scenario(parse_scenario(values, "test"), tmp_path / "out")
+
+
+def test_a_policy_key_that_does_not_exist_is_named(tmp_path: Path, foundation: Foundation) -> None:
+    values = tiny_scenario_values(foundation.path)
+    values["policy"] = {"max_epsilom": 1}
+
+    with pytest.raises(ScenarioError, match="max_epsilom: unknown key"):
+        run_scenario(parse_scenario(values, "test"), tmp_path / "out")
+
+
+def test_a_missing_foundation_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CraftsError, match="nowhere"):
+        run_scenario(tiny_scenario(tmp_path / "nowhere"), tmp_path / "out")
+
+
+class TestRealTiles:
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> TileSource:
+        rng = np.random.default_rng(0)
+        folder = tmp_path / "tiles"
+        folder.mkdir()
+        lines = ["picture\twho\tkind"]
+        for patient in range(24):
+            kind = ("lung_aca", "lung_n")[patient % 2]
+            for tile in range(2):
+                name = f"{patient}-{tile}.png"
+                pixels = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / name)
+                lines.append(f"{name}\t{patient}\t{kind}")
+        (tmp_path / "labels.tsv").write_text("\n".join(lines) + "\n")
+        columns = TableColumns(file=("picture",), patient=("who",), label=("kind",))
+        return TileSource(folder=folder, labels=tmp_path / "labels.tsv", columns=columns)
+
+    @pytest.fixture
+    def values(self, foundation: Foundation) -> dict:
+        values = tiny_scenario_values(foundation.path)
+        del values["site"]
+        values["tiles"] = {"num_sites": 3, "alpha": 2.0, "heldout_fraction": 0.25, "seed": 1}
+        values["stage"] = [values["stage"][0] | {"rounds": 1}]
+        return values
+
+    def test_a_folder_of_tiles_becomes_three_sites_and_a_test_set(
+        self, tmp_path: Path, source: TileSource, values: dict
+    ) -> None:
+        report = run_scenario(parse_scenario(values, "test"), tmp_path / "out", source=source)
+
+        assert [site.name for site in report.sites] == ["site-1", "site-2", "site-3"]
+        assert sum(site.tiles for site in report.sites) == 36
+        assert (report.evaluation.n_heldout, report.evaluation.heldout_patients) == (12, 6)
+
+    def test_without_privacy_the_report_promises_nothing(
+        self, tmp_path: Path, source: TileSource, values: dict
+    ) -> None:
+        scenario = parse_scenario(values, "test").changed(private=False, num_sites=1)
+
+        report = run_scenario(scenario, tmp_path / "out", source=source)
+
+        (site,) = report.sites
+        assert (site.epsilon, site.delta, site.noise_multiplier) == (None, None, 0.0)
+        assert ledger_of(tmp_path / "out", "site-1").epsilon("main", 1e-3) == float("inf")
+
+    def test_a_site_that_does_not_take_part_keeps_its_patients(
+        self, tmp_path: Path, source: TileSource, values: dict
+    ) -> None:
+        values["scenario"]["participants"] = ["site-2"]
+        values["aggregation"]["min_sites"] = 1
+
+        report = run_scenario(parse_scenario(values, "test"), tmp_path / "out", source=source)
+
+        assert [site.name for site in report.sites] == ["site-2"]
+        assert not (tmp_path / "out" / "sites" / "site-1" / "ledger.db").exists()
+
+    def test_tiles_and_scenario_must_fit(
+        self, tmp_path: Path, source: TileSource, values: dict, foundation: Foundation
+    ) -> None:
+        with pytest.raises(ScenarioError, match="give --tiles"):
+            run_scenario(parse_scenario(values, "test"), tmp_path / "a")
+        with pytest.raises(ScenarioError, match="takes no --tiles"):
+            run_scenario(tiny_scenario(foundation.path), tmp_path / "b", source=source)
+
+
+class TestCommandLine:
+    def run(self, *arguments: object):
+        return CliRunner().invoke(cli.app, ["run", *map(str, arguments)])
+
+    @pytest.fixture
+    def file(self, tmp_path: Path, foundation: Foundation) -> Path:
+        path = tmp_path / "tiny.toml"
+        path.write_text(_to_toml(tiny_scenario_values(foundation.path)))
+        assert tomllib.loads(path.read_text()) == tiny_scenario_values(foundation.path)
+        return path
+
+    def test_json_is_the_report(self, finished: Path, file: Path, report: Report) -> None:
+        done = self.run(file, "--out", finished, "--json")
+
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["rounds"] == json.loads(report.model_dump_json())["rounds"]
+
+    def test_the_result_is_two_lines(self, finished: Path, file: Path) -> None:
+        done = self.run(file, "--out", finished)
+
+        assert done.exit_code == 0
+        assert done.stderr == ""
+        assert len(done.stdout.splitlines()) == 2
+        assert "report.html" in done.stdout
+
+    def test_a_failure_is_one_line_and_exit_1(self, tmp_path: Path) -> None:
+        done = self.run("nonsense", "--out", tmp_path / "out")
+
+        assert done.exit_code == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("crafts-sim: no scenario nonsense")
+
+    def test_a_full_disk_is_one_line_that_says_what_to_do(
+        self, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(federation, "export", full)
+        monkeypatch.setattr(federation, "federate", lambda *_: (None, []))
+        done = self.run(file, "--out", tmp_path / "out")
+
+        assert done.exit_code == 1
+        (line,) = done.stderr.splitlines()
+        assert "No space left on device" in line
+        assert "run the same command again" in line
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--epsilon", "1", "--no-privacy"],
+            ["--epsilon", "0"],
+            ["--sites", "0"],
+            ["--tiles", "."],
+            ["--unknown"],
+        ],
+    )
+    def test_wrong_use_is_exit_2(self, tmp_path: Path, arguments: list[str]) -> None:
+        done = self.run("quickstart", "--out", tmp_path / "out", *arguments)
+
+        assert done.exit_code == 2
+        assert not (tmp_path / "out").exists()
+
+
+def _sources(site: Path) -> list[dict]:
+    return json.loads((site / "ingest.json").read_text())["sources"]
+
+
+def _no_evaluation(_study: object) -> Evaluation:
+    """The measurement is another test's subject."""
+    return Evaluation(
+        encoder="none",
+        encoder_hash="",
+        metric="mmd2",
+        n=1,
+        n_heldout=1,
+        heldout_patients=1,
+        floor=0.0,
+        floor_interval=(0.0, 0.0),
+        distance_foundation=1.0,
+        distance_foundation_interval=(1.0, 1.0),
+        distance_generator=1.0,
+        distance_generator_interval=(1.0, 1.0),
+        frechet_foundation=1.0,
+        frechet_generator=1.0,
+        drift_foundation=1.0,
+        drift_generator=1.0,
+        rank_foundation=1.0,
+        rank_generator=1.0,
+        top5_foundation=1.0,
+        top5_generator=1.0,
+    )
+
+
+def _to_toml(values: dict) -> str:
+    """Sections of scalars, one list of tables for ``site`` and ``stage``."""
+    lines = []
+    for section, content in values.items():
+        for table in content if isinstance(content, list) else [content]:
+            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
+            for key, value in table.items():
+                text = json.dumps(value)
+                if isinstance(value, dict):
+                    inner = ", ".join(
+                        f"{name} = {json.dumps(each)}" for name, each in value.items()
+                    )
+                    text = f"{{ {inner} }}"
+                lines.append(f"{key} = {text}")
+    return "\n".join(lines) + "\n"

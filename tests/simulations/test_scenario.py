@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.scenario import load_scenario, parse_scenario, shipped_scenarios
+from support.scenarios import tiny_scenario, tiny_scenario_values
+
+HASH = "ab" * 32
+
+
+@pytest.mark.parametrize("name", shipped_scenarios())
+def test_every_shipped_scenario_makes_a_plan(name: str) -> None:
+    plan = load_scenario(name).plan(HASH)
+
+    assert plan.study.foundation == HASH
+    assert [stage.name for stage in plan.stage] == ["pretraining", "alignment"]
+    assert plan.privacy.mechanism == "patient_dp"
+
+
+def test_the_two_scenarios_of_the_readme_are_shipped() -> None:
+    assert {"quickstart", "real-tiles"} <= set(shipped_scenarios())
+
+
+def test_held_out_patients_are_other_patients_of_the_same_laboratory() -> None:
+    for site in load_scenario("quickstart").site:
+        training, heldout = site.hospital(), site.heldout_hospital()
+        assert training.stain == heldout.stain
+        assert training.cancer_mix == heldout.cancer_mix
+        assert (training.name, training.seed) != (heldout.name, heldout.seed)
+
+
+def changed(path: str, value: object) -> dict:
+    values = tiny_scenario_values(Path("foundation"))
+    *parents, last = path.split(".")
+    place = values
+    for key in parents:
+        place = place[int(key)] if key.isdigit() else place[key]
+    place[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("privacy.target_epsilom", 8, "privacy.target_epsilom: unknown key"),
+        ("site.0.num_patients", 0, "site.0.num_patients"),
+        ("site.1.name", "north", "same name"),
+        ("tiles", {"num_sites": 2, "alpha": 1, "heldout_fraction": 0.2, "seed": 1}, "either"),
+        ("site", [], "either"),
+        ("aggregation.min_sites", 3, "only 2 sites take part"),
+        ("scenario.participants", ["west"], "west, which is no site"),
+        ("stage.0.lambda_drift", 1.0, "alignment only"),
+        ("study.foundation", HASH, "unknown key"),
+    ],
+)
+def test_a_wrong_value_is_named(path: str, value: object, message: str) -> None:
+    with pytest.raises(ScenarioError, match=message):
+        parse_scenario(changed(path, value), "file")
+
+
+def test_an_unknown_tissue_is_named_when_the_hospital_is_made() -> None:
+    scenario = parse_scenario(changed("site.0.cancer_mix", {"LUAD": 0.0}), "file")
+
+    with pytest.raises(ScenarioError, match="site north"):
+        scenario.site[0].hospital()
+
+
+@pytest.mark.parametrize("text", ["[scenario", "[[site]]\nname = 3", "\x00"])
+def test_a_file_that_is_no_scenario_says_so(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+
+    with pytest.raises(ScenarioError, match="bad.toml"):
+        load_scenario(str(tmp_path / "bad.toml"))
+
+
+def test_a_missing_scenario_names_the_shipped_ones() -> None:
+    with pytest.raises(ScenarioError, match="quickstart"):
+        load_scenario("quickstrat")
+
+
+class TestOverrides:
+    scenario = tiny_scenario(Path("foundation"))
+
+    def test_epsilon(self) -> None:
+        assert self.scenario.changed(epsilon=1.0).privacy.target_epsilon == 1.0
+
+    def test_no_privacy_drops_the_promise_and_keeps_the_clip(self) -> None:
+        privacy = self.scenario.changed(private=False).privacy
+        assert (privacy.mechanism, privacy.target_epsilon, privacy.delta) == ("none", None, None)
+        assert privacy.max_grad_norm == 1.0
+
+    def test_epsilon_means_nothing_without_privacy(self) -> None:
+        with pytest.raises(ScenarioError, match="no meaning"):
+            self.scenario.changed(private=False).changed(epsilon=1.0)
+
+    def test_fewer_sites(self) -> None:
+        fewer = self.scenario.changed(num_sites=1)
+        assert fewer.site_names == ("north",)
+        assert fewer.aggregation.min_sites == 1
+
+    def test_more_sites_than_there_are(self) -> None:
+        with pytest.raises(ScenarioError, match="2 sites, not 3"):
+            self.scenario.changed(num_sites=3)
+
+    def test_sites_of_real_tiles(self) -> None:
+        assert load_scenario("real-tiles").changed(num_sites=5).site_names[-1] == "site-5"
+
+    def test_nothing_changed_is_the_same_scenario(self) -> None:
+        assert self.scenario.changed() == self.scenario
+        assert self.scenario.changed(epsilon=1.0).hash != self.scenario.hash
