@@ -65,6 +65,7 @@ def run(
     ] = False,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of hospitals.")] = None,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="Slides drawn and cut at a time.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what goes wrong at a site, with tracebacks.")
@@ -102,7 +103,14 @@ def run(
         if tiles is not None and labels is not None:
             source = TileSource(folder=tiles, labels=labels, columns=columns)
         with _Steps() as steps:
-            report = run_scenario(wanted, out, source=source, device=device, progress=steps.show)
+            report = run_scenario(
+                wanted,
+                out,
+                source=source,
+                device=device,
+                num_processes=processes,
+                progress=steps.show,
+            )
     if as_json:
         typer.echo(report.model_dump_json())
     else:

@@ -26,6 +26,7 @@ def run_scenario(
     *,
     source: TileSource | None = None,
     device: str = "cpu",
+    num_processes: int = 2,
     progress: StepProgress = lambda _what, _done, _total: None,
 ) -> Report:
     """Run a scenario in ``out``, or what is left of it.
@@ -35,6 +36,7 @@ def run_scenario(
         out: An empty folder, or one that holds this very run.
         source: Real tiles; needed exactly when the scenario deals tiles.
         device: Torch device of coordinator and sites.
+        num_processes: Slides drawn and cut at a time; 1 does everything in this process.
         progress: Called with what is being done, how much is done, and how much there is.
 
     Raises:
@@ -59,6 +61,7 @@ def run_scenario(
             plan=plan,
             foundation=foundation,
             signer=home.public_key,
+            num_processes=num_processes,
             progress=progress,
         )
         make_sites(study, source)

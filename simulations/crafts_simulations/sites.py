@@ -78,7 +78,10 @@ def _make_synthetic(study: LocalStudy) -> None:
         name = site.name
         folder = study.workspace.hospital(name)
         table = make_hospital(
-            folder, site.hospital(), progress=partial(study.progress, f"{name}: drawing slides")
+            folder,
+            site.hospital(),
+            num_processes=study.num_processes,
+            progress=partial(study.progress, f"{name}: drawing slides"),
         )
         home = _home(study, name, site.declared_patients, site.policy)
         _ingest_slides(study, read_table(table), home.tile_store_path, home.salt_path, name)
@@ -86,6 +89,7 @@ def _make_synthetic(study: LocalStudy) -> None:
         test_table = make_hospital(
             study.workspace.hospital(f"{name}-heldout"),
             site.heldout_hospital(),
+            num_processes=study.num_processes,
             progress=partial(study.progress, f"{name}: drawing held-out slides"),
         )
         heldout_rows += read_table(test_table)
@@ -177,6 +181,7 @@ def _ingest_slides(
             mpp=manifest.mpp,
             max_tiles_per_slide=study.scenario.scenario.max_tiles_per_slide,
         ),
+        num_processes=study.num_processes,
         progress=partial(study.progress, f"{who}: cutting tiles"),
     )
     _keep(report, store)

@@ -70,7 +70,7 @@ def test_an_unknown_tissue_is_named_when_the_hospital_is_made() -> None:
 def test_a_file_that_is_no_scenario_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.toml").write_text(text)
 
-    with pytest.raises(ScenarioError, match="bad.toml"):
+    with pytest.raises(ScenarioError, match=r"bad\.toml"):
         load_scenario(str(tmp_path / "bad.toml"))
 
 

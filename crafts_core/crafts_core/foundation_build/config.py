@@ -33,12 +33,12 @@ class BuildConfig(BaseModel):
     aligner_batch: Count = 128
     aligner_steps: Count = 1500
 
-    latent_channels: Count = 16
-    vae_channels: tuple[int, ...] = (16, 32, 64, 96)
+    latent_channels: Count = 4
+    vae_channels: tuple[int, ...] = (24, 48, 64)
     vae_batch: Count = 16
-    vae_steps: Count = 2000
+    vae_steps: Count = 2400
 
-    unet_channels: tuple[int, ...] = (96, 128)
+    unet_channels: tuple[int, ...] = (32, 96, 128)
     unet_batch: Count = 64
-    unet_steps: Count = 3500
+    unet_steps: Count = 2200
     latent_aligner_steps: Count = 800

@@ -1,0 +1,195 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from crafts_client.cli import app
+from crafts_client.home import SiteHome
+from crafts_client.site import Site
+from crafts_core.tiles import TileStore
+from crafts_core.tiles.latents import LatentCache
+from support.sites import make_site_home, plan_values
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, coordinator) -> SiteHome:
+    return make_site_home(tmp_path / "site", foundation, coordinator.public_key)
+
+
+def options(command) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts}
+
+
+def test_the_surface_grows_only_on_purpose() -> None:
+    commands = get_command(app).commands
+    surface = {name: options(command) for name, command in commands.items()}
+    surface |= {
+        f"{group} {name}": options(command)
+        for group in ("policy", "ledger")
+        for name, command in commands[group].commands.items()
+    }
+
+    assert surface.keys() == {
+        *("init", "ingest", "tiles", "policy", "budget", "ledger"),
+        *("policy show", "policy check", "ledger verify"),
+    }
+    assert surface["init"] == {
+        *("--name", "--patients", "--home", "--cohort", "--device", "--foundation"),
+        *("--signer", "--max-epsilon", "--max-delta"),
+    }
+    assert surface["ingest"] == {
+        *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes", "--json"),
+    }
+
+
+def test_every_option_has_help() -> None:
+    commands = get_command(app).commands
+    nested = [commands[group].commands.values() for group in ("policy", "ledger")]
+    for command in [*commands.values(), *nested[0], *nested[1]]:
+        for parameter in command.params:
+            assert parameter.name == "help" or getattr(parameter, "help", None), parameter.name
+
+
+def test_init_then_ingest_of_ready_tiles_makes_a_site_that_can_train(
+    tmp_path: Path, foundation
+) -> None:
+    home = tmp_path / "site"
+    made = run(
+        *("init", "--name", "north", "--patients", 4, "--home", home),
+        *("--foundation", foundation.path),
+    )
+    assert made.exit_code == 0, made.output
+    rng = np.random.default_rng(0)
+    lines = ["file,patient,label"]
+    for number in range(8):
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,patient{number // 2},LUAD")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+
+    done = run("ingest", tmp_path / "table.csv", "--home", home, "--ready-tiles", "--json")
+
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tiles"] == 8
+    store = TileStore.open(home / "tiles")
+    LatentCache.open(store, foundation.manifest.hash)
+    Site.open(home)
+    counted = json.loads(run("tiles", "--home", home, "--json").stdout)
+    assert (counted["patients"], counted["most_tiles_of_a_patient"]) == (4, 2)
+
+
+def test_init_trusts_nobody_until_told(tmp_path: Path) -> None:
+    run("init", "--name", "north", "--patients", 40, "--home", tmp_path / "site")
+
+    assert SiteHome.open(tmp_path / "site").policy.allowed_signers == ()
+    assert not SiteHome.open(tmp_path / "site").policy.allow_non_private
+
+
+def test_policy_check_says_yes_to_an_allowed_plan(tmp_path, home, foundation) -> None:
+    plan = _write_plan(tmp_path, foundation)
+
+    done = run("policy", "check", plan, "--home", home.path, "--json")
+
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["allowed"]
+    assert result["noise_multiplier"] > 0.3
+
+
+def test_policy_check_names_every_rule_that_says_no(tmp_path, foundation, coordinator) -> None:
+    home = make_site_home(
+        *(tmp_path / "strict", foundation, coordinator.public_key),
+        max_epsilon=1.0,
+        max_rounds=1,
+        min_noise_multiplier=50.0,
+    )
+
+    done = run("policy", "check", _write_plan(tmp_path, foundation), "--home", home.path, "--json")
+
+    assert done.exit_code == 1
+    refused = json.loads(done.stdout)["refused"]
+    assert [text.split(":")[0] for text in refused] == [
+        "policy rule epsilon",
+        "policy rule rounds",
+        "policy rule noise",
+    ]
+
+
+def test_policy_show_prints_every_limit(home) -> None:
+    shown = json.loads(run("policy", "show", "--home", home.path, "--json").stdout)
+
+    assert shown == home.policy.model_dump(mode="json")
+
+
+def test_the_budget_falls_with_a_round(home, foundation, coordinator) -> None:
+    def left() -> float:
+        return json.loads(run("budget", "--home", home.path, "--json").stdout)["epsilon_left"]
+
+    assert left() == 20.0
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    assert 12.0 < left() < 20.0
+
+
+def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    assert run("ledger", "verify", "--home", home.path).exit_code == 0
+
+    data = home.ledger_path.read_bytes()
+    assert b"pretraining" in data
+    home.ledger_path.write_bytes(data.replace(b"pretraining", b"pretraininG"))
+
+    done = run("ledger", "verify", "--home", home.path)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("crafts-client: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("tiles",), ("budget",), ("policy", "show"), ("ledger", "verify")]
+)
+def test_without_a_home_it_is_one_line_and_exit_1(tmp_path, arguments) -> None:
+    done = run(*arguments, "--home", tmp_path / "nowhere")
+
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "crafts-client init" in line
+
+
+def test_a_bad_table_gives_one_line_per_problem(tmp_path, home) -> None:
+    (tmp_path / "table.csv").write_text("file,patient,label\na.svs,p1,LUAD\nb.svs,,LUAD\n")
+
+    done = run("ingest", tmp_path / "table.csv", "--home", home.path)
+
+    assert done.exit_code == 1
+    assert "a.svs does not exist" in done.stderr
+    assert "no patient" in done.stderr
+
+
+def test_a_bad_name_is_one_line_and_makes_nothing(tmp_path) -> None:
+    done = run("init", "--name", "North Clinic", "--patients", 4, "--home", tmp_path / "site")
+
+    assert done.exit_code == 1
+    assert "name" in done.stderr
+    assert not (tmp_path / "site").exists()
+
+
+def _write_plan(folder: Path, foundation) -> Path:
+    values = plan_values(foundation.manifest.hash)
+    lines = []
+    for section, content in values.items():
+        for table in content if isinstance(content, list) else [content]:
+            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    path = folder / "plan.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
