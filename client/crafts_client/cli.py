@@ -201,7 +201,8 @@ def budget(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
     with _one_line_errors():
         site = SiteHome.open(home)
-        events = Ledger(site.ledger_path).events(site.config.cohort)
+        has_ledger = site.ledger_path.exists()
+        events = Ledger(site.ledger_path).events(site.config.cohort) if has_ledger else ()
     policy = site.policy
     spent = epsilon(events, policy.max_delta)
     result = {

@@ -8,7 +8,6 @@ from crafts_client.home import SiteHome
 from crafts_client.ingest import (
     IngestReport,
     Salt,
-    TableRow,
     TilingOptions,
     ingest_slides,
     ingest_tiles,
@@ -35,46 +34,37 @@ def prepare_site(
 ) -> IngestReport:
     """Ingest a table at a site whose store does not exist yet.
 
+    Ready tiles are resampled whole to the foundation's size; their scale is taken as it is.
+
     Raises:
         IngestError: everything that is wrong with the table, or the disk.
     """
     rows = read_table(table, root=root)
+    manifest, salt = foundation.manifest, Salt.load(home.salt_path)
     if ready_tiles:
-        return prepare_ready_tiles(home, foundation, rows, num_processes, progress)
-    manifest = foundation.manifest
-    report = ingest_slides(
-        rows,
-        home.tile_store_path,
-        cohort=home.config.cohort,
-        salt=Salt.load(home.salt_path),
-        options=TilingOptions(
-            tile_px=manifest.tile_px, mpp=manifest.mpp, max_tiles_per_slide=max_tiles_per_slide
-        ),
-        num_processes=num_processes,
-        progress=partial(progress, "slides"),
-    )
-    report.write(home.ingest_report_path)
-    fill_cache(home, foundation, progress)
-    return report
-
-
-def prepare_ready_tiles(
-    home: SiteHome,
-    foundation: Foundation,
-    rows: tuple[TableRow, ...],
-    num_processes: int,
-    progress: StepProgress,
-) -> IngestReport:
-    """Ingest tiles that somebody else has cut. Their scale is taken as it is."""
-    report = ingest_tiles(
-        rows,
-        home.tile_store_path,
-        cohort=home.config.cohort,
-        salt=Salt.load(home.salt_path),
-        tile_px=foundation.manifest.tile_px,
-        num_processes=num_processes,
-        progress=partial(progress, "tiles"),
-    )
+        report = ingest_tiles(
+            rows,
+            home.tile_store_path,
+            cohort=home.config.cohort,
+            salt=salt,
+            tile_px=manifest.tile_px,
+            num_processes=num_processes,
+            progress=partial(progress, "tiles"),
+        )
+    else:
+        report = ingest_slides(
+            rows,
+            home.tile_store_path,
+            cohort=home.config.cohort,
+            salt=salt,
+            options=TilingOptions(
+                tile_px=manifest.tile_px,
+                mpp=manifest.mpp,
+                max_tiles_per_slide=max_tiles_per_slide,
+            ),
+            num_processes=num_processes,
+            progress=partial(progress, "slides"),
+        )
     report.write(home.ingest_report_path)
     fill_cache(home, foundation, progress)
     return report

@@ -105,19 +105,24 @@ class Site:
             self._commit_sealed(sealed)
             return sealed
         check_not_replayed(request, self._last_released_round(request))
+        return self._train(plan, planned.stage, message)
+
+    def _train(self, plan: Plan, stage: StageConfig, message: RoundMessage) -> Release:
+        """Reserve, train, check, seal, commit: the order that the module's docstring explains."""
+        config, policy, request = self._home.config, self._home.policy, message.request
         mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
         policy.check_noise(mechanism)
         trainer = self._trainer_for(plan.adapter)
         state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash)
         task = TrainingTask(
-            stage=planned.stage,
+            stage=stage,
             factor=request.factor,
             privacy=plan.privacy,
             mechanism=mechanism,
             state=state,
-            stage_start=self._stage_start(message, planned.stage, state),
+            stage_start=self._stage_start(message, stage, state),
         )
-        reservation = self._reserve(request, planned.stage, mechanism)
+        reservation = self._reserve(request, stage, mechanism)
         try:
             delta = _as_wire(trainer.train(task), plan)
             update_norm = global_norm(delta)
@@ -125,7 +130,7 @@ class Site:
         except (TrainingError, PolicyError):
             self._ledger.commit(reservation, REFUSED_RELEASE)
             raise
-        reply = self._reply(request, planned.stage, mechanism, delta, update_norm)
+        reply = self._reply(request, stage, mechanism, delta, update_norm)
         release = self._outbox.seal(request, reply, delta, reservation.sequence)
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)

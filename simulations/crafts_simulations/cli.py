@@ -65,7 +65,7 @@ def run(
     ] = False,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of hospitals.")] = None,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="Slides drawn and cut at a time.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Slides or tiles read at a time.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what goes wrong at a site, with tracebacks.")

@@ -36,7 +36,7 @@ def run_scenario(
         out: An empty folder, or one that holds this very run.
         source: Real tiles; needed exactly when the scenario deals tiles.
         device: Torch device of coordinator and sites.
-        num_processes: Slides drawn and cut at a time; 1 does everything in this process.
+        num_processes: Slides or tiles read at a time; 1 does everything in this process.
         progress: Called with what is being done, how much is done, and how much there is.
 
     Raises:

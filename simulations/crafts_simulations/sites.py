@@ -198,6 +198,7 @@ def _ingest_tiles(
         cohort=COHORT,
         salt=Salt.load(salt),
         tile_px=study.foundation.manifest.tile_px,
+        num_processes=study.num_processes,
         progress=partial(study.progress, f"{who}: reading tiles"),
     )
     _keep(report, store)

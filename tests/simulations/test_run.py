@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import dp_accounting
@@ -20,9 +21,9 @@ from crafts_core.foundation import Foundation
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_server.errors import AggregationError
 from crafts_simulations import cli, results
+from crafts_simulations import run as simulation
 from crafts_simulations.errors import ScenarioError, WorkspaceError
 from crafts_simulations.report import Report
-from crafts_simulations.run import run_scenario
 from crafts_simulations.scenario import parse_scenario
 from crafts_simulations.sites import TileSource, heldout_store
 from crafts_simulations.workspace import Workspace
@@ -30,6 +31,7 @@ from support.foundations import tiny_foundation
 from support.scenarios import tiny_scenario, tiny_scenario_values
 
 pytestmark = pytest.mark.slow
+run_scenario = partial(simulation.run_scenario, num_processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
 def finished(tmp_path_factory: pytest.TempPathFactory, foundation: Foundation) -> Path:
     """One whole run, shared by every test that only looks at it."""
     out = tmp_path_factory.mktemp("run") / "out"
-    run_scenario(tiny_scenario(foundation.path), out, num_processes=1)
+    run_scenario(tiny_scenario(foundation.path), out)
     return out
 
 
@@ -326,7 +328,7 @@ class TestRealTiles:
 
 class TestCommandLine:
     def run(self, *arguments: object):
-        return CliRunner().invoke(cli.app, ["run", *map(str, arguments)])
+        return CliRunner().invoke(cli.app, ["run", "--processes", "1", *map(str, arguments)])
 
     @pytest.fixture
     def file(self, tmp_path: Path, foundation: Foundation) -> Path:

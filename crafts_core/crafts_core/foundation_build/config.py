@@ -41,4 +41,4 @@ class BuildConfig(BaseModel):
     unet_channels: tuple[int, ...] = (32, 96, 128)
     unet_batch: Count = 64
     unet_steps: Count = 2200
-    latent_aligner_steps: Count = 800
+    latent_aligner_steps: Count = 500

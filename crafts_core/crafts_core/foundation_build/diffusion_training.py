@@ -83,11 +83,12 @@ def other_laboratories(pixels_BCHW: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_tiles(vae: AutoencoderKL, image_NHWC: np.ndarray, device: torch.device) -> Tensor:
     """Unscaled latent means, (N, C, H, W) float32 on the CPU."""
-    parts = [
-        vae.encode(to_pixels(image_NHWC[start : start + 64]).to(device)).latent_dist.mean.cpu()
-        for start in range(0, len(image_NHWC), 64)
-    ]
-    return torch.cat(parts)
+    with torch.autocast(device.type, torch.bfloat16):
+        parts = [
+            vae.encode(to_pixels(image_NHWC[start : start + 64]).to(device)).latent_dist.mean
+            for start in range(0, len(image_NHWC), 64)
+        ]
+    return torch.cat(parts).float().cpu()
 
 
 def new_scheduler() -> DDPMScheduler:

@@ -1,0 +1,168 @@
+"""What a federation gives on a folder of real tiles, beside everything it should be compared with.
+
+    python benchmarks/federation_table.py --tiles DIR --labels FILE --out DIR [--seeds 5 6]
+
+Arms: the shared generator at epsilon 8, at epsilon 1 and without privacy; each site alone; plain
+federated averaging of both LoRA factors (FedIT) and of B with A frozen (FFA-LoRA, arXiv
+2403.12313) at epsilon 8; pooled training without privacy. All arms train the same number of steps
+on the same split and are measured on the same held-out patients. Each arm is one `crafts-sim`
+run in its own folder: interrupted, the same command goes on.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from crafts_client.ingest import TableColumns
+from crafts_simulations.report import Report
+from crafts_simulations.run import run_scenario
+from crafts_simulations.scenario import Scenario, load_scenario, parse_scenario
+from crafts_simulations.sites import TileSource
+
+Changes = dict[str, dict[str, Any]]
+NOT_PRIVATE = {"mechanism": "none", "target_epsilon": None, "delta": None}
+
+
+def arms(scenario: Scenario) -> dict[str, Changes]:
+    """Arm name to what it changes in the scenario."""
+    plain = {"rule": "by_patients"}
+    found: dict[str, Changes] = {
+        "shared, epsilon 8": {"privacy": {"target_epsilon": 8.0}},
+        "shared, epsilon 1": {"privacy": {"target_epsilon": 1.0}},
+        "shared, not private": {"privacy": NOT_PRIVATE},
+        "FedIT, epsilon 8": {
+            "adapter": {"schedule": "both", "first_factor": "random"},
+            "aggregation": plain,
+            "privacy": {"target_epsilon": 8.0},
+        },
+        "FFA-LoRA, epsilon 8": {
+            "adapter": {"schedule": "second_only", "first_factor": "random"},
+            "aggregation": plain,
+            "privacy": {"target_epsilon": 8.0},
+        },
+        "pooled, not private": {
+            "tiles": {"num_sites": 1},
+            "aggregation": {"min_sites": 1},
+            "privacy": NOT_PRIVATE,
+        },
+    }
+    for name in scenario.site_names:
+        found[f"{name} alone, epsilon 8"] = {
+            "scenario": {"participants": [name]},
+            "aggregation": {"min_sites": 1},
+            "privacy": {"target_epsilon": 8.0},
+        }
+    return found
+
+
+def changed(scenario: Scenario, changes: Changes, seed: int) -> Scenario:
+    """The scenario with an arm's changes and one seed for split, public draws and samples."""
+    values = scenario.model_dump(mode="json")
+    seeds: Changes = {
+        "tiles": {"seed": seed},
+        "study": {"seed": seed},
+        "evaluation": {"seed": seed},
+    }
+    for each in (seeds, changes):
+        for section, entries in each.items():
+            values[section] |= entries
+    return parse_scenario(values, "of the benchmark")
+
+
+def row(arm: str, reports: list[Report]) -> dict[str, Any]:
+    """One line of the table: means over seeds, and every seed's distance."""
+    evaluations = [report.evaluation for report in reports]
+    spent = [
+        site.epsilon for report in reports for site in report.sites if site.epsilon is not None
+    ]
+    return {
+        "arm": arm,
+        "distance": mean(e.distance_generator for e in evaluations),
+        "distances": [round(e.distance_generator, 4) for e in evaluations],
+        "intervals": [[round(v, 4) for v in e.distance_generator_interval] for e in evaluations],
+        "ratio": mean(e.distance_generator / e.distance_foundation for e in evaluations),
+        "frechet": mean(e.frechet_generator for e in evaluations),
+        "drift": mean(e.drift_generator for e in evaluations),
+        "epsilon": max(spent) if spent else None,
+    }
+
+
+def table(rows: list[dict[str, Any]], foundation: dict[str, float]) -> str:
+    """Markdown."""
+    lines = [
+        "| arm | distance | of the foundation's | per seed | Fréchet | drift D | epsilon |",
+        "|---|---|---|---|---|---|---|",
+        f"| public foundation | {foundation['distance']:.4f} | 1.00 | | "
+        f"{foundation['frechet']:.2f} | {foundation['drift']:.3f} | 0 |",
+    ]
+    for line in rows:
+        epsilon = "none" if line["epsilon"] is None else f"{line['epsilon']:.2f}"
+        seeds = ", ".join(
+            f"{d} [{low}, {high}]"
+            for d, (low, high) in zip(line["distances"], line["intervals"], strict=True)
+        )
+        lines.append(
+            f"| {line['arm']} | {line['distance']:.4f} | {line['ratio']:.2f} | {seeds} | "
+            f"{line['frechet']:.2f} | {line['drift']:.3f} | {epsilon} |"
+        )
+    lines.append(f"| real tiles of other patients | {foundation['floor']:.4f} | | | | | |")
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    """The commit that was measured, marked if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiles", type=Path, required=True, help="folder of tiles")
+    parser.add_argument("--labels", type=Path, required=True, help="CSV or TSV of them")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--scenario", default="real-tiles", help="shipped name or TOML file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5])
+    parser.add_argument("--arms", nargs="+", help="only arms that begin with one of these words")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    source = TileSource(folder=arguments.tiles, labels=arguments.labels, columns=TableColumns())
+    scenario = load_scenario(arguments.scenario)
+    rows, evaluations = [], []
+    for arm, changes in arms(scenario).items():
+        if arguments.arms and not any(arm.startswith(word) for word in arguments.arms):
+            continue
+        reports = []
+        for seed in arguments.seeds:
+            name = arm.replace(", ", "-").replace(" ", "-").lower()
+            out = arguments.out / f"{name}-seed{seed}"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            scenario_of_arm = changed(scenario, changes, seed)
+            reports.append(
+                run_scenario(scenario_of_arm, out, source=source, device=arguments.device)
+            )
+        rows.append(row(arm, reports))
+        evaluations += [report.evaluation for report in reports]
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    foundation = {
+        "distance": mean(e.distance_foundation for e in evaluations),
+        "frechet": mean(e.frechet_foundation for e in evaluations),
+        "drift": mean(e.drift_foundation for e in evaluations),
+        "floor": mean(e.floor for e in evaluations),
+    }
+    first = evaluations[0]
+    print(f"Measured {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, seeds {arguments.seeds},")
+    print(f"{platform.machine()}, Python {platform.python_version()}, {arguments.device}; metric")
+    print(f"{first.metric} in {first.encoder}, n {first.n}, {first.heldout_patients} held-out")
+    print("patients, 90 % intervals over images and patients.\n")
+    print(table(rows, foundation))
+
+
+if __name__ == "__main__":
+    main()
