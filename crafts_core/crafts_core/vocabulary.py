@@ -264,8 +264,7 @@ def corpus() -> Iterator[str]:
     for organ in NORMAL_ORGANS:
         yield compose_caption(None, None, organ=organ)
     yield from PATTERN_PHRASES.values()
-    for feature in sorted({f for cancer in CANCER_TYPES for f in cancer.look.features}):
-        yield feature
+    yield from sorted({f for cancer in CANCER_TYPES for f in cancer.look.features})
     yield "low intermediate high grade nuclei scant moderate abundant stroma"
     yield from _GENERAL_WORDS
 

@@ -106,6 +106,11 @@ class TilesSplit(_Section):
     """Dirichlet concentration of each class over sites: small is unequal, large is even."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Part of each class's patients that no site gets: the test set."""
+    source_mpp: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Microns per pixel of the files: their centres are cut at the foundation's resolution.
+
+    Unknown, each file is resampled whole.
+    """
     seed: Annotated[int, Field(ge=0)]
 
 

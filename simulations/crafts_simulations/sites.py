@@ -192,12 +192,15 @@ def _ingest_tiles(
 ) -> None:
     if store.exists():
         return
+    assert study.scenario.tiles is not None
     report = ingest_tiles(
         rows,
         store,
         cohort=COHORT,
         salt=Salt.load(salt),
         tile_px=study.foundation.manifest.tile_px,
+        mpp=study.foundation.manifest.mpp,
+        source_mpp=study.scenario.tiles.source_mpp,
         num_processes=study.num_processes,
         progress=partial(study.progress, f"{who}: reading tiles"),
     )

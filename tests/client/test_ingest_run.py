@@ -319,6 +319,25 @@ def test_ready_tile_that_is_not_square_is_cropped_not_squeezed(tmp_path: Path) -
     assert TileStore.open(tmp_path / "s").read_images([0]).min() > 150
 
 
+def test_ready_tile_of_known_resolution_gives_its_centre_at_the_stores(tmp_path: Path) -> None:
+    """224 px at 0.5 mpp hold 112 um; a tile of 32 px at 1 mpp is the middle 64 px."""
+    picture = np.zeros((224, 224, 3), np.uint8)
+    picture[80:144, 80:144] = 200
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(picture[:40, :40]).save(tmp_path / "small.png")
+    rows = ["a.png,p,COAD", "small.png,p,COAD"]
+    table = write_table(tmp_path / "t.csv", "file,patient,label", rows)
+    report = ingest_tiles(
+        read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32, mpp=1, source_mpp=0.5
+    )
+    store = TileStore.open(tmp_path / "s")
+    assert store.read_images([0]).min() > 190
+    assert (store.index["x"][0].as_py(), store.index["level0_width"][0].as_py()) == (80, 64)
+    assert [(skipped.file, "needs 64" in skipped.reason) for skipped in report.skipped] == [
+        ("small.png", True)
+    ]
+
+
 def test_image_far_too_large_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_tiles(tmp_path / "tiles")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.foundations import tiny_foundation
 
 from crafts_core.evaluation.alignment import prompt_agreement, type_ranks
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, HeldOut
 from crafts_core.sampling import sample_images
 from crafts_core.vocabulary import Prompt
+from support.foundations import tiny_foundation
 
 SMALL = EvaluationConfig(num_images=16, num_inference_steps=2, num_bootstrap=20, batch_size=16)
 

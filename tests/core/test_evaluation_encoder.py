@@ -49,8 +49,12 @@ def test_features_of_an_image_do_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.parametrize(
     "images",
-    [np.zeros((2, 64, 64, 3)), np.zeros((2, 64, 64, 4), np.uint8), np.zeros((2, 16, 16, 3), np.uint8)],
-)  # fmt: skip
+    [
+        np.zeros((2, 64, 64, 3)),
+        np.zeros((2, 64, 64, 4), np.uint8),
+        np.zeros((2, 16, 16, 3), np.uint8),
+    ],
+)
 def test_what_is_no_rgb_image_is_refused(images: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected"):
         EmbeddedEncoder()(images)

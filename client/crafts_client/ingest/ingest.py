@@ -82,20 +82,26 @@ def ingest_tiles(
     salt: Salt,
     tile_px: int,
     mpp: float | None = None,
+    source_mpp: float | None = None,
     num_processes: int = 1,
     progress: Progress | None = None,
 ) -> IngestReport:
     """Commit ready tiles, one image file each, as a store at ``out``.
 
-    An image is resampled whole (its central square) to ``tile_px``; ``mpp`` is what a pixel then
-    measures, where that is known. An unreadable image is skipped and named in the report.
+    ``mpp`` is what a pixel of the store measures. An image whose own resolution is known (the
+    table's ``mpp``, else ``source_mpp``) gives its central ``tile_px * mpp`` microns; any other
+    image is resampled whole (its central square). An unreadable or too small image is skipped and
+    named in the report.
 
     Raises:
         IngestError: no image could be used, or the disk refuses.
     """
     _refuse_existing(out)
     ordered = sorted(rows, key=lambda row: (salt.patient_id(row.patient), _slide_id(row, salt)))
-    jobs = [TileJob(row=row, tile_px=tile_px) for row in ordered]
+    jobs = [
+        TileJob(row=row, tile_px=tile_px, side_px=_side_px(row.mpp or source_mpp, mpp, tile_px))
+        for row in ordered
+    ]
     prepared = run_jobs(prepare_tile, jobs, num_processes=num_processes, chunk_size=32)
     outcomes: list[SourceOutcome] = []
     with (
@@ -115,6 +121,13 @@ def ingest_tiles(
         report = IngestReport.of("tiles", outcomes)
         _refuse_nothing(report)
     return report
+
+
+def _side_px(image_mpp: float | None, store_mpp: float | None, tile_px: int) -> float | None:
+    """Pixels of an image that one tile of the store covers; None where either is unknown."""
+    if image_mpp is None or store_mpp is None:
+        return None
+    return tile_px * store_mpp / image_mpp
 
 
 def _slide_job(row: TableRow, parts: Path, salt: Salt, options: TilingOptions) -> SlideJob:

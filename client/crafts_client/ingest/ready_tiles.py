@@ -21,10 +21,12 @@ class TileJob:
 
     row: TableRow
     tile_px: int
+    side_px: float | None
+    """Side of the central square that becomes the tile, in the image's pixels; None: all of it."""
 
 
 def prepare_tile(job: TileJob) -> CutTile | SlideError:
-    """The whole image, cropped to its central square and resampled; or why it cannot be used."""
+    """The image's central square, resampled; or why it cannot be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -38,7 +40,10 @@ def prepare_tile(job: TileJob) -> CutTile | SlideError:
         Image.DecompressionBombWarning,
     ):
         return SlideError(f"not a readable image ({', '.join(FORMATS)}), or far too large")
-    side = min(opaque.size)
+    whole = min(opaque.size)
+    side = float(whole) if job.side_px is None else job.side_px
+    if side > whole:
+        return SlideError(f"{whole} pixels wide, but a tile at this resolution needs {side:.0f}")
     left, top = (opaque.width - side) / 2, (opaque.height - side) / 2
     resized = opaque.resize(
         (job.tile_px, job.tile_px),
@@ -47,10 +52,10 @@ def prepare_tile(job: TileJob) -> CutTile | SlideError:
     )
     pixels = np.asarray(resized)
     return CutTile(
-        x=0,
-        y=0,
-        width=side,
-        height=side,
+        x=round(left),
+        y=round(top),
+        width=round(side),
+        height=round(side),
         tissue_fraction=tissue_fraction(pixels),
         sharpness=sharpness(pixels),
         jpeg=encode_tile(pixels),

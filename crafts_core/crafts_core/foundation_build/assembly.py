@@ -1,5 +1,6 @@
 """Runs the trainings in order and writes the foundation directory."""
 
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -10,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from crafts_core.aligner import Aligner, tokenize
 from crafts_core.foundation_build.aligner_training import (
@@ -68,10 +69,8 @@ def build(
     tokenizer, aligner = _aligner(tiles, config, work, device, progress)
     vae = _vae(tiles, config, work, device, progress)
     text_ULD, null_LD = _text(aligner, tokenizer, tiles.captions, config)
-    views = (tiles.image_NHWC, np.rot90(tiles.image_NHWC, axes=(1, 2))[:, :, ::-1].copy())
-    scale = vae.config.scaling_factor
-    latents_VNCHW = torch.stack([encode_tiles(vae, view, device) * scale for view in views])
-    unet = _unet(latents_VNCHW, tiles, text_ULD, null_LD, config, work, device, progress)
+    latents_NCHW = encode_tiles(vae, tiles.image_NHWC, device) * vae.config.scaling_factor
+    unet = _unet(vae, latents_NCHW, tiles, text_ULD, null_LD, config, work, device, progress)
 
     staging = out.with_name(out.name + ".building")
     shutil.rmtree(staging, ignore_errors=True)
@@ -79,7 +78,7 @@ def build(
     _save_pipeline(staging, vae, unet, aligner, tokenizer)
     embedding_ND = _embed(Aligner.from_directory(staging / "aligner"), tiles.image_NHWC)
     head = train_latent_aligner(
-        unet, latents_VNCHW[0], tiles.caption_N, text_ULD, embedding_ND, config,
+        unet, latents_NCHW, tiles.caption_N, text_ULD, embedding_ND, config,
         device=device, progress=progress,
     )  # fmt: skip
     _save_half(head.cpu().state_dict(), staging / "latent_aligner.safetensors")
@@ -97,7 +96,7 @@ def build(
         kind="embedded",
         tile_px=config.tile_px,
         mpp=config.mpp,
-        latent_shape=tuple(latents_VNCHW.shape[2:]),
+        latent_shape=tuple(latents_NCHW.shape[1:]),
         latent_aligner={
             "in_channels": config.latent_channels,
             "width": 48,
@@ -161,7 +160,8 @@ def _vae(
 
 
 def _unet(
-    latents_VNCHW: Tensor,
+    vae: AutoencoderKL,
+    latents_NCHW: Tensor,
     tiles: PublicTiles,
     text_ULD: Tensor,
     null_LD: Tensor,
@@ -172,8 +172,11 @@ def _unet(
 ) -> UNet2DConditionModel:
     path = work / "unet"
     if not (path / "config.json").exists():
+        turned_NHWC = np.rot90(tiles.image_NHWC, axes=(1, 2))[:, :, ::-1].copy()
+        turned_NCHW = encode_tiles(vae, turned_NHWC, device) * vae.config.scaling_factor
+        views_VNCHW = torch.stack([latents_NCHW, turned_NCHW])
         unet = train_unet(
-            latents_VNCHW, tiles.caption_N, text_ULD, null_LD, config,
+            views_VNCHW, tiles.caption_N, text_ULD, null_LD, config,
             device=device, progress=progress,
         )  # fmt: skip
         unet.save_pretrained(path)
@@ -205,11 +208,9 @@ def _save_pipeline(
     tokenizer: CLIPTokenizer,
 ) -> None:
     """Stock Stable Diffusion layout in half precision; the aligner's text tower is the encoder."""
-    text_encoder = CLIPTextModel(aligner.config.text_config)
-    text_encoder.text_model.load_state_dict(aligner.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=vae.cpu(),
-        text_encoder=text_encoder,
+        text_encoder=copy.deepcopy(aligner.text_model),
         tokenizer=tokenizer,
         unet=unet.cpu(),
         scheduler=new_scheduler(),
