@@ -30,7 +30,13 @@ MaxTiles = Annotated[int, typer.Option(min=16, help="Real tiles used, a random c
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    # A traceback with local variables would show what must not be shown.
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback()

@@ -16,7 +16,13 @@ from crafts_core.errors import CraftsError
 if TYPE_CHECKING:
     from crafts_server.registry import Registry
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    # A traceback with local variables would show what must not be shown.
+    pretty_exceptions_enable=False,
+)
 foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify a foundation.")
 plan_app = typer.Typer(no_args_is_help=True, help="Check or sign a plan.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
