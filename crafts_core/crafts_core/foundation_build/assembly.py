@@ -1,6 +1,7 @@
 """Runs the trainings in order and writes the foundation directory."""
 
 import copy
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -33,6 +34,8 @@ from crafts_core.foundation_manifest import FoundationManifest, write_manifest
 from crafts_core.probe import Probe, correlation_range, save_probe
 from crafts_core.vocabulary import corpus, prompt_bank
 
+_RENDERERS = ("procedural.py", "vocabulary.py")
+
 
 def _silent(_text: str, _done: int, _total: int) -> None:
     pass
@@ -56,7 +59,7 @@ def build(
         progress: Called with (what, done, total).
 
     Raises:
-        FileExistsError: ``out`` is there already, or ``work`` belongs to another config.
+        FileExistsError: ``out`` is there already, or ``work`` is of another recipe.
     """
     config = config or BuildConfig()
     device = torch.device(device)
@@ -109,12 +112,18 @@ def build(
 
 
 def _claim(work: Path, config: BuildConfig) -> None:
+    """Refuse parts that other settings or other code made."""
     work.mkdir(parents=True, exist_ok=True)
-    stamp = work / "config.json"
-    text = config.model_dump_json(indent=1)
-    if stamp.exists() and stamp.read_text() != text:
-        raise FileExistsError(f"{work} holds a build with other settings; name another directory")
-    stamp.write_text(text)
+    stamp = work / "recipe.json"
+    package = Path(__file__).parent
+    sources = [*sorted(package.glob("*.py")), *map(package.parent.joinpath, _RENDERERS)]
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    text = json.dumps({"code": code, "config": config.model_dump(mode="json")}, indent=1) + "\n"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") != text:
+        raise FileExistsError(
+            f"{work} holds parts of a build with other settings or code; name another directory"
+        )
+    stamp.write_text(text, encoding="utf-8")
 
 
 def _hold_out_probe(tiles: PublicTiles, config: BuildConfig) -> tuple[PublicTiles, Probe]:
