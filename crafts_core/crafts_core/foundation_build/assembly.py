@@ -230,6 +230,11 @@ def _save_pipeline(
     pipeline.to(torch.float16)
     pipeline.save_pretrained(out, safe_serialization=True)
     pipeline.to(torch.float32)
+    for part in ("unet", "vae"):  # where a part was read from is nobody's business
+        path = out / part / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_half(state: dict[str, Tensor], path: Path) -> None:
