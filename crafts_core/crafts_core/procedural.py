@@ -20,6 +20,8 @@ from crafts_core.vocabulary import TissueAttributes
 Map = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float64]
 TUMOUR, STROMAL, LYMPHOCYTE = 0, 1, 2
+EOSINOPHILIC = 1.0
+"""Cytoplasm density from which a tissue counts as eosinophilic."""
 RED_CELL_DENSITY = np.array([0.12, 0.85, 0.55])
 MELANIN_DENSITY = np.array([0.5, 0.75, 1.0])
 
@@ -89,15 +91,19 @@ class Phenotype:
     blood: float = 0.15
     colloid: float = 0.0
     goblet: float = 0.0
+    petals: bool = False
+    """Goblet vacuoles fill each crypt as the petals of a rosette."""
     keratin: float = 0.0
     necrosis: float = 0.0
     pigment: float = 0.0
 
 
 _BASES: dict[str, Phenotype] = {
-    "glands": Phenotype(layout="glands", unit_um=64, elongation=0.6, chromatin=1.1),
+    "glands": Phenotype(
+        layout="glands", unit_um=72, epithelium_um=15, elongation=0.9, chromatin=1.1
+    ),
     "crypts": Phenotype(
-        layout="glands", unit_um=58, epithelium_um=19, elongation=0.4, irregularity=0.1
+        layout="glands", unit_um=60, epithelium_um=24, elongation=0.5, irregularity=0.1, petals=True
     ),
     "follicles": Phenotype(layout="glands", unit_um=56, epithelium_um=9, vesicular=0.5),
     "papillae": Phenotype(layout="papillae", elongation=0.35),
@@ -138,7 +144,7 @@ def phenotype(attributes: TissueAttributes) -> Phenotype:
         ),
         stroma_density=base.stroma_density * (0.45 if "myxoid stroma" in shown else 1.0),
         clearing=0.95 if clear else 0.0,
-        cytoplasm=1.0 if eosinophilic else base.cytoplasm,
+        cytoplasm=EOSINOPHILIC if eosinophilic else base.cytoplasm,
         basophilia=0.02 if eosinophilic else base.basophilia,
         membrane=base.membrane + (0.15 if eosinophilic else 0.0),
         vesicular=0.6 if "prominent nucleoli" in shown else base.vesicular,
@@ -254,6 +260,10 @@ class _Layout:
     depth: Map | None = None
     axis: Map | None = None
     """Direction of the long axis of epithelial nuclei, where they have one."""
+    basal: Points | None = None
+    """Where epithelial nuclei stand, if the layout places them itself."""
+    petals: Map | None = None
+    """Goblet vacuoles, if the layout places them itself."""
 
 
 def _step(distance: Map, softness: float = 1.5) -> Map:
@@ -270,13 +280,58 @@ def _glands(canvas: _Canvas, look: Phenotype) -> _Layout:
     outer = radii[index] * (1 + wobble)
     inner = np.maximum(outer - look.epithelium_um, 0.12 * outer)
     body, lumen = _step(outer - distance), _step(inner - distance)
+    depth = (outer - distance) / np.maximum(outer - inner, 1.0)
+    angle = np.arctan2(canvas.y - centres[index, 1], canvas.x - centres[index, 0])
     return _Layout(
         epithelium=body * (1 - lumen),
         stroma=1 - body,
         lumen=lumen,
-        depth=(outer - distance) / np.maximum(outer - inner, 1.0),
-        axis=np.arctan2(canvas.y - centres[index, 1], canvas.x - centres[index, 0]),
+        depth=depth,
+        axis=angle,
+        basal=_basal_row(canvas, look, centres, radii, wobble),
+        petals=_petals(canvas, look, radii, index, angle, depth) if look.petals else None,
     )
+
+
+def _basal_row(
+    canvas: _Canvas, look: Phenotype, centres: Points, radii: npt.NDArray[np.float64], wobble: Map
+) -> Points:
+    """Nuclei side by side along each gland's wall, stratified where the tissue is irregular."""
+    row = radii - 0.62 * look.nucleus_um * np.sqrt(1 + look.elongation)
+    counts = np.maximum((2 * np.pi * row / (0.95 * look.nucleus_um)).astype(int), 3)
+    gland = np.repeat(np.arange(len(centres)), counts)
+    turn = np.arange(len(gland)) - np.repeat(np.cumsum(counts) - counts, counts)
+    angle = 2 * np.pi * (turn + canvas.rng.uniform(-0.22, 0.22, len(gland))) / counts[gland]
+    lift = look.irregularity * look.nucleus_um * canvas.rng.uniform(-0.05, 0.85, len(gland))
+    ray = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    straight = centres[gland] + row[gland, None] * ray
+    distance = row[gland] + radii[gland] * canvas.at(wobble, straight) - lift
+    points = centres[gland] + np.maximum(distance, 2.0)[:, None] * ray
+    owner = cKDTree(centres).query(points)[1]
+    own: Points = points[owner == gland]
+    return own
+
+
+def _petals(
+    canvas: _Canvas,
+    look: Phenotype,
+    radii: npt.NDArray[np.float64],
+    index: npt.NDArray[np.int64],
+    angle: Map,
+    depth: Map,
+) -> Map:
+    """Pale drops between thin walls, narrow at the base and wide towards the lumen."""
+    count = np.maximum(np.round(2 * np.pi * radii * 0.5 / 8.0), 4)
+    phase = canvas.rng.uniform(0, 2 * np.pi, len(radii))
+    sector = (angle + np.pi) / (2 * np.pi) * count[index] + phase[index] + 0.12 * canvas.noise(6)
+    cell = np.floor(sector).astype(np.int64)
+    draw = canvas.rng.random((len(radii), int(count.max()) * 2 + 9))
+    chosen = draw[index, cell % draw.shape[1]]
+    across = (sector - cell - 0.5) / 0.40
+    along = (depth - (0.62 + 0.12 * chosen)) / 0.36
+    drop = 1 - np.sqrt(across**2 + along**2)
+    result: Map = _step(drop * 4, 0.6) * (chosen < look.goblet)
+    return result
 
 
 def _papillae(canvas: _Canvas, look: Phenotype) -> _Layout:
@@ -308,27 +363,36 @@ def _cords(canvas: _Canvas, look: Phenotype) -> _Layout:
 def _trabeculae(canvas: _Canvas, look: Phenotype) -> _Layout:
     wave = np.sin(2 * np.pi * (canvas.across + 7 * canvas.noise(30)) / look.unit_um)
     inside = _step((wave + 0.55) * 9)
-    return _Layout(epithelium=inside, stroma=np.zeros_like(inside), lumen=1 - inside)
+    fibrous = _step((canvas.noise(30) - 1.6 + 2.4 * look.stroma) * 4)
+    return _Layout(
+        epithelium=inside, stroma=(1 - inside) * fibrous, lumen=(1 - inside) * (1 - fibrous)
+    )
 
 
 def _alveoli(canvas: _Canvas, look: Phenotype) -> _Layout:
     gap = canvas.gap(canvas.scattered(look.unit_um)) + 1.5 * canvas.noise(9)
-    space = _step(gap - 4.5)
+    space = _step(gap - (3.5 + 7 * look.stroma))
     return _Layout(epithelium=np.zeros_like(space), stroma=1 - space, lumen=space)
 
 
-def _sheets(canvas: _Canvas, _look: Phenotype) -> _Layout:
-    nothing = np.zeros_like(canvas.x)
-    return _Layout(epithelium=nothing + 1, stroma=nothing, lumen=nothing)
+def _sheets(canvas: _Canvas, look: Phenotype) -> _Layout:
+    band = np.abs(canvas.noise(26) + 0.2 * canvas.noise(9))
+    stroma = _step((0.04 + 0.6 * look.stroma - 0.12 - band) * 15)
+    return _Layout(epithelium=1 - stroma, stroma=stroma, lumen=np.zeros_like(stroma))
 
 
 def _spindle(canvas: _Canvas, look: Phenotype) -> _Layout:
-    return replace(_sheets(canvas, look), axis=canvas.flow)
+    across = -canvas.x * np.sin(canvas.flow) + canvas.y * np.cos(canvas.flow)
+    band = np.sin(2 * np.pi * (across + 5 * canvas.noise(14)) / 26) + 0.3 * canvas.noise(11)
+    stroma = _step((band - (1.25 - 1.2 * look.stroma)) * 5)
+    nothing = np.zeros_like(stroma)
+    return _Layout(epithelium=1 - stroma, stroma=stroma, lumen=nothing, axis=canvas.flow)
 
 
-def _fibrillar(canvas: _Canvas, _look: Phenotype) -> _Layout:
-    nothing = np.zeros_like(canvas.x)
-    return _Layout(epithelium=nothing, stroma=nothing + 1, lumen=nothing)
+def _fibrillar(canvas: _Canvas, look: Phenotype) -> _Layout:
+    """Glial felt; where there is little of it, microcysts open between the processes."""
+    cysts = _step((np.abs(canvas.noise(7)) - (1.7 + 1.2 * look.stroma)) * 6)
+    return _Layout(epithelium=np.zeros_like(cysts), stroma=1 - cysts, lumen=cysts)
 
 
 _LAYOUTS: dict[str, Callable[[_Canvas, Phenotype], _Layout]] = {
@@ -368,10 +432,8 @@ def _scatter(canvas: _Canvas, look: Phenotype, layout: _Layout, necrosis: Map) -
     def kept(points: Points, chance: npt.NDArray[np.float64]) -> Points:
         return points[rng.random(len(points)) < chance]
 
-    tumour = canvas.scattered(look.cell_um)
+    tumour = layout.basal if layout.basal is not None else canvas.scattered(look.cell_um)
     tumour = kept(tumour, canvas.at(layout.epithelium, tumour) * 1.15 - 0.1)
-    if layout.depth is not None:  # nuclei of a gland sit in its basal part
-        tumour = tumour[np.abs(canvas.at(layout.depth, tumour) - 0.38) < 0.42]
     tumour = kept(tumour, 1 - 0.8 * canvas.at(necrosis, tumour))
     stromal = canvas.scattered(look.stroma_cell_um, 0.45)
     stromal = kept(stromal, canvas.at(layout.stroma, stromal) * 0.8)
@@ -424,6 +486,8 @@ class _Nuclei:
     hematoxylin: Map
     border: Map
     cell_variation: Map
+    cell_draw: Map
+    """One uniform number a cell: decides which of two kinds it is, where a tissue has two."""
     instances: npt.NDArray[np.int32]
 
 
@@ -436,7 +500,9 @@ def _draw_nuclei(canvas: _Canvas, look: Phenotype, cells: _Cells, necrosis: Map)
     along, across = dx * cosine + dy * sine, -dx * sine + dy * cosine
     radius = np.hypot(along / cells.a[near], across / cells.b[near]) * (1 + 0.07 * canvas.noise(3))
     size = np.sqrt(cells.a * cells.b)[near]
-    coverage = _step((1 - radius) * size, 0.45) * (1 - 0.7 * necrosis)
+    border = (distance[:, 1] - distance[:, 0]).reshape(shape)
+    seam = 1 - 0.75 * np.exp(-((border / 0.9) ** 2))
+    coverage = _step((1 - radius) * size, 0.45) * (1 - 0.7 * necrosis) * seam
     is_tumour = cells.kind[near] == TUMOUR
     hollow = 0.45 * look.vesicular * is_tumour * (radius < 0.75)
     membrane = 0.25 * np.exp(-(((radius - 0.88) / 0.15) ** 2))
@@ -450,8 +516,9 @@ def _draw_nuclei(canvas: _Canvas, look: Phenotype, cells: _Cells, necrosis: Map)
     return _Nuclei(
         coverage=coverage,
         hematoxylin=coverage * hematoxylin,
-        border=(distance[:, 1] - distance[:, 0]).reshape(shape),
+        border=border,
         cell_variation=variation,
+        cell_draw=canvas.rng.random(len(cells.xy))[near],
         instances=np.where(inside, near + 1, 0).astype(np.int32),
     )
 
@@ -472,18 +539,20 @@ def _densities(
     noise = canvas.noise
     cell_line = np.exp(-((nuclei.border / 1.3) ** 2))
     cytoplasm = look.cytoplasm * nuclei.cell_variation * (1 + 0.18 * noise(2.2) + 0.1 * noise(8))
-    cytoplasm = cytoplasm * (1 - look.clearing) * (1 - 0.25 * cell_line)
-    cytoplasm = cytoplasm + look.clearing * (0.06 + 0.55 * cell_line) + look.membrane * cell_line
+    mixed = look.clearing > 0 and look.cytoplasm >= EOSINOPHILIC
+    clearing = look.clearing * (nuclei.cell_draw < 0.5) if mixed else look.clearing
+    cytoplasm = cytoplasm * (1 - clearing) * (1 - 0.25 * cell_line)
+    cytoplasm = cytoplasm + clearing * (0.06 + 0.4 * cell_line) + look.membrane * cell_line
     eosin = layout.epithelium * cytoplasm + layout.stroma * _fibres(canvas, look)
     eosin = eosin + layout.lumen * look.colloid * (1 + 0.05 * noise(20))
-    basophilia = layout.epithelium * look.basophilia * (1 - look.clearing)
+    basophilia = layout.epithelium * look.basophilia * (1 - clearing)
     density = _Density(
         hematoxylin=nuclei.hematoxylin + basophilia,
         eosin=eosin * (1 - 0.5 * nuclei.coverage),
         red_cells=np.zeros_like(eosin),
         melanin=np.zeros_like(eosin),
     )
-    if look.goblet and layout.depth is not None:
+    if look.goblet:
         _add_goblets(canvas, look, layout, density)
     if look.keratin:
         _add_keratin(canvas, density)
@@ -515,24 +584,29 @@ def _fibres(canvas: _Canvas, look: Phenotype) -> Map:
 
 
 def _add_goblets(canvas: _Canvas, look: Phenotype, layout: _Layout, density: _Density) -> None:
-    """Pale mucin vacuoles on the luminal side of the epithelium."""
-    assert layout.depth is not None
+    """Pale mucin vacuoles: petals of a crypt, the luminal side of a gland, or within any cell."""
     centres = canvas.scattered(9.5)
     distance, index = canvas.nearest(centres)
     present = canvas.rng.random(len(centres)) < look.goblet
     radius = (2.6 + 1.8 * canvas.rng.random(len(centres))) * present
-    vacuole = _step(radius[index] - distance, 0.5) * (layout.depth > 0.5) * (layout.lumen < 0.9)
-    density.eosin = density.eosin * (1 - 0.9 * vacuole)
-    density.hematoxylin = density.hematoxylin * (1 - vacuole) + 0.05 * vacuole
+    vacuole = layout.petals
+    if vacuole is None:
+        luminal = layout.epithelium > 0.5 if layout.depth is None else layout.depth > 0.5
+        vacuole = _step(radius[index] - distance, 0.5) * luminal
+    vacuole = vacuole * (layout.lumen < 0.9)
+    density.eosin = density.eosin * (1 - 0.85 * vacuole) + 0.03 * vacuole
+    density.hematoxylin = density.hematoxylin * (1 - vacuole) + 0.06 * vacuole
 
 
 def _add_keratin(canvas: _Canvas, density: _Density) -> None:
-    """Concentric pink whorls without nuclei."""
-    distance, _ = canvas.nearest(canvas.scattered(85, 0.4))
-    distance = distance * (1 + 0.1 * canvas.noise(10))
-    pearl = _step(18 - distance, 2)
-    rings = 0.95 + 0.3 * np.sin(2 * np.pi * distance / 4.5)
-    density.eosin = density.eosin * (1 - pearl) + pearl * rings
+    """Whorls of pink lamellae without nuclei, none of them quite round."""
+    centres = canvas.scattered(85, 0.4)
+    distance, index = canvas.nearest(centres)
+    size = canvas.rng.uniform(11, 20, len(centres))[index]
+    bent = distance * (1 + 0.22 * canvas.noise(12)) + 1.2 * canvas.noise(5)
+    pearl = _step(size - bent, 2)
+    lamellae = 0.95 + 0.2 * np.sin(2 * np.pi * bent / 4.2 + canvas.noise(9)) * _step(bent - 3)
+    density.eosin = density.eosin * (1 - pearl) + pearl * (lamellae + 0.08 * canvas.noise(2))
     density.hematoxylin = density.hematoxylin * (1 - 0.85 * pearl)
 
 
