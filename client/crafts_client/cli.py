@@ -1,19 +1,15 @@
 """``crafts-client``: a hospital's own side. Set up a home, ingest tiles, see policy and budget."""
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
-from crafts_core.errors import CraftsError
+from crafts_core.command_line import one_line_errors, progress_bars
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +51,7 @@ def init(
     max_delta: Annotated[float, typer.Option(help="Delta of the lifetime promise.")] = 1e-3,
 ) -> None:
     """Make a site home: site.toml, policy.toml with careful limits, and the salt."""
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         config = _checked(
             SiteConfig,
             name=name,
@@ -109,10 +105,10 @@ def ingest(
     from crafts_client.preparation import prepare_site
     from crafts_core.foundation import load
 
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         foundation = load(site.foundation_path, device=site.config.device)
-        with _bars() as bars:
+        with progress_bars() as progress:
             report = prepare_site(
                 site,
                 foundation,
@@ -121,7 +117,7 @@ def ingest(
                 ready_tiles=ready_tiles,
                 max_tiles_per_slide=max_tiles,
                 num_processes=processes,
-                progress=lambda task, done, total: _show(bars, task, done, total),
+                progress=progress,
             )
     result = {
         "tiles": report.num_tiles,
@@ -137,7 +133,7 @@ def tiles(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Count what the tile store holds. The exact numbers are private: they stay here."""
     from crafts_core.tiles import TileStore
 
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         store = TileStore.open(site.tile_store_path)
     per_patient = [len(store.tile_rows_of(index)) for index in range(store.num_patients)]
@@ -156,7 +152,7 @@ def tiles(home: Home = Path("site"), as_json: AsJson = False) -> None:
 @policy_app.command("show")
 def policy_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Print every limit of this site."""
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         policy = SiteHome.open(home).policy
     _print(policy.model_dump(mode="json"), as_json)
 
@@ -172,7 +168,7 @@ def policy_check(
     from crafts_client.policy import PolicyError
     from crafts_core.plan import Plan
 
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         wanted = Plan.load(plan)
         size = site.config.declared_patients
@@ -199,7 +195,7 @@ def budget(home: Home = Path("site"), as_json: AsJson = False) -> None:
     from crafts_privacy.accounting import epsilon
     from crafts_privacy.ledger import Ledger
 
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         has_ledger = site.ledger_path.exists()
         events = Ledger(site.ledger_path).events(site.config.cohort) if has_ledger else ()
@@ -221,7 +217,7 @@ def ledger_verify(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Check every entry, the chain and the witness; exit 1 if anything was changed."""
     from crafts_privacy.ledger import Ledger, LedgerError
 
-    with _one_line_errors():
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         if not site.ledger_path.exists():
             raise LedgerError(f"no ledger at {site.ledger_path}; nothing was trained here yet")
@@ -255,28 +251,3 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     for key, value in result.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         typer.echo(f"{key.replace('_', ' ')}: {shown}")
-
-
-def _bars() -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
-
-
-def _show(bars: Progress, name: str, done: int, total: int) -> None:
-    """Move the bar of this name, making it on first sight."""
-    known = {task.description: task.id for task in bars.tasks}
-    task = known[name] if name in known else bars.add_task(name, total=total)
-    bars.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Failures that a person can act on: on stderr, exit code 1."""
-    try:
-        yield
-    except CraftsError as error:
-        typer.echo(f"crafts-client: {error}", err=True)
-        raise typer.Exit(1) from error
-    except OSError as error:
-        typer.echo(f"crafts-client: {error.strerror or error}", err=True)
-        raise typer.Exit(1) from error

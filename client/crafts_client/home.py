@@ -13,7 +13,6 @@
 """
 
 import json
-import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from crafts_client.errors import HomeError
 from crafts_client.ingest import Salt
 from crafts_client.policy import Policy
+from crafts_core.durable import write_file
 from crafts_core.foundation import embedded_path
 from crafts_core.plan import describe_first_error
 
@@ -73,9 +73,9 @@ class SiteHome:
             home = cls(path=path, config=config, policy=policy)
             if not home.salt_path.exists():
                 Salt.create(home.salt_path)
-            _write(path / POLICY_NAME, _POLICY_HEADER + to_toml(policy))
+            write_file(path / POLICY_NAME, _POLICY_HEADER + to_toml(policy))
             # Last: a folder with a site.toml is a whole home.
-            _write(path / SITE_NAME, _SITE_HEADER + to_toml(config))
+            write_file(path / SITE_NAME, _SITE_HEADER + to_toml(config))
         except OSError as error:
             raise HomeError(f"cannot make site home {path}: {error.strerror}") from error
         return home
@@ -135,15 +135,6 @@ def to_toml(model: BaseModel) -> str:
     """Flat values as TOML. JSON's scalars and lists of scalars are TOML's."""
     values = model.model_dump(mode="json")
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 _SITE_HEADER = """\

@@ -7,7 +7,6 @@ ledger did not commit, or that changed since, is never sent.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from crafts_client.errors import OutboxError
 from crafts_core.adapters import State
+from crafts_core.durable import write_file
 from crafts_core.exchange import RoundReply, RoundRequest
 
 _SEAL = "seal"
@@ -64,7 +64,7 @@ class Outbox:
         tensors = {name: tensor.contiguous() for name, tensor in delta.items()}
         data = save(tensors, metadata={_SEAL: seal.model_dump_json()})
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(self._path(request), data)
+        write_file(self._path(request), data, mode=0o600)
         return Release(
             reservation=reservation,
             reply=reply,
@@ -110,19 +110,3 @@ class Outbox:
         canonical = json.dumps(request.to_scalars(), sort_keys=True, separators=(",", ":"))
         identity = hashlib.sha256(canonical.encode()).hexdigest()[:32]
         return self._folder / f"{request.run_id}.{request.round:05d}.{identity}.safetensors"
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

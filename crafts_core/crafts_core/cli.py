@@ -1,15 +1,13 @@
 """``crafts``: use a generator. Sample images, measure them, compare two generators."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
+from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.errors import CraftsError
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw images from captions. Every PNG says in its metadata that it is synthetic."""
-    with _one_line_errors():
+    with one_line_errors("crafts"):
         files = _sample_to_files(
             generator_dir,
             [text for text in prompt for _ in range(num)],
@@ -89,20 +87,15 @@ def _sample_to_files(
     from crafts_core.generator import Generator
     from crafts_core.sampling import contact_sheet, sample_images, save_png
 
-    if not (generator_dir / "unet").is_dir():
-        raise CraftsError(
-            f"no generator at {generator_dir}: expected a diffusers directory (unet/)"
-        )
-    generator = Generator.from_directory(generator_dir, device=device)
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("images", total=len(prompts))
+    generator = Generator.from_directory(_checked(generator_dir), device=device)
+    with progress_bars() as progress:
         images = sample_images(
             generator,
             prompts,
             num_inference_steps=steps,
             guidance_scale=guidance,
             seed=seed,
-            progress=lambda done, _total: bars.update(task, completed=done),
+            progress=partial(progress, "images"),
         )
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"tile-{index:04d}.png" for index in range(len(prompts))]
@@ -124,7 +117,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a generator and its foundation against real tiles that no site trained on."""
-    with _one_line_errors(), _bars() as progress:
+    with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.generator import Generator
 
         evaluator, loaded = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
@@ -155,7 +148,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Rank generators by their distance to the same real tiles, nearest first."""
-    with _one_line_errors(), _bars() as progress:
+    with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.generator import Generator
 
         evaluator, _ = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
@@ -206,29 +199,3 @@ def _checked(generator_dir: Path) -> Path:
             f"no generator at {generator_dir}: expected a diffusers directory (unet/)"
         )
     return generator_dir
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one per kind of work; nothing when it is not a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks or bars.tasks[tasks[what]].finished:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield show
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Failures that a person can act on: one line on stderr, exit code 1."""
-    try:
-        yield
-    except (CraftsError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        typer.echo(f"crafts: {first_line}", err=True)
-        raise typer.Exit(1) from error

@@ -18,6 +18,7 @@ from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, 
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
+from crafts_core.durable import sync
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
 from crafts_privacy.ledger_rows import (
     FORMAT_VERSION,
@@ -29,7 +30,7 @@ from crafts_privacy.ledger_rows import (
     check_chain,
     genesis_hash,
 )
-from crafts_privacy.witness import LedgerHead, exclusive_lock, read_head, sync_directory, write_head
+from crafts_privacy.witness import LedgerHead, exclusive_lock, read_head, write_head
 
 
 class LedgerTransaction:
@@ -136,7 +137,7 @@ class LedgerStore:
         Base.metadata.create_all(session.connection())
         session.add(LedgerInfo(ledger_id=uuid.uuid4().hex, format_version=FORMAT_VERSION))
         session.commit()
-        sync_directory(self._path.parent)
+        sync(self._path.parent)
 
     def _read_id(self, session: Session) -> str:
         if self._tables(session) != set(Base.metadata.tables):

@@ -6,7 +6,6 @@ that only its owner can read; anything looser is refused.
 
 import base64
 import binascii
-import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from crafts_core.durable import create_secret
 from crafts_privacy.errors import PrivacyError
 
 _PUBLIC_KEY_BYTES = 32
@@ -37,11 +37,7 @@ def create_signing_key(path: Path) -> str:
     """
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
+    create_secret(path, pem)
     return public_key_of(key)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from crafts_core.durable import write_file
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
 
 _POLL_S = 0.02
@@ -50,22 +51,7 @@ def read_head(path: Path) -> LedgerHead | None:
 
 def write_head(path: Path, head: LedgerHead) -> None:
     """Replace the witness atomically and durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(head), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and new files in a directory survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(path, json.dumps(asdict(head)))
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from crafts_core.adapters import State
+from crafts_core.durable import write_directory
 from crafts_core.exchange import Sha256, state_hash
 from crafts_core.plan import describe_first_error
 from crafts_privacy.signing import SignatureError, public_key_of, sign, verify
-from crafts_server.durable_files import write_directory
 from crafts_server.errors import CheckpointError
 from crafts_server.receipts import RoundReceipt
 

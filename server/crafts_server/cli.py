@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
-from crafts_core.errors import CraftsError
+from crafts_core.command_line import one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from crafts_server.registry import Registry
@@ -52,7 +50,7 @@ def init(
     """Make a coordinator's home: signing key, registry, configuration."""
     from crafts_server.home import EMBEDDED, CoordinatorHome, HomeConfig
 
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         if foundation != EMBEDDED:
             foundation = str(Path(foundation).resolve())
         made = CoordinatorHome.create(home, HomeConfig(foundation=foundation, registry=registry))
@@ -80,14 +78,14 @@ def foundation_build(
     as_json: AsJson = False,
 ) -> None:
     """Build the embedded foundation from procedural public histology. No data, no download."""
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         import torch
 
         from crafts_core.foundation_build import BuildConfig, build
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _bars() as report:
+        with progress_bars() as report:
             manifest = build(
                 out,
                 work=work or out.with_name(out.name + ".work"),
@@ -111,7 +109,7 @@ def foundation_import(
     as_json: AsJson = False,
 ) -> None:
     """Import local diffusers weights. Safetensors only; pickles are refused."""
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         from crafts_core.foundation import import_diffusers
 
         manifest = import_diffusers(
@@ -130,7 +128,7 @@ def foundation_verify(
     """Compare every file of a foundation with its manifest."""
     from crafts_core.foundation_manifest import embedded_path, verify
 
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         manifest = verify(directory or embedded_path())
     _print(
         {"name": manifest.name, "hash": manifest.hash, "num_files": len(manifest.files)},
@@ -142,7 +140,7 @@ def foundation_verify(
 @plan_app.command("check")
 def plan_check(plan: PlanFile, as_json: AsJson = False) -> None:
     """Read a plan, say what it asks for, or what is wrong with it."""
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan
 
         loaded = Plan.load(plan)
@@ -177,15 +175,15 @@ def plan_sign(
     as_json: AsJson = False,
 ) -> None:
     """Sign a plan with the home's key and remember it."""
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
+        from crafts_core.durable import write_file
         from crafts_core.plan import Plan
-        from crafts_server.durable_files import write_file
         from crafts_server.home import CoordinatorHome
 
         loaded = Plan.load(plan)
         signed = CoordinatorHome.open(home).sign_plan(loaded)
         if out is not None:
-            write_file(out, (json.dumps(asdict(signed), indent=1) + "\n").encode())
+            write_file(out, json.dumps(asdict(signed), indent=1) + "\n")
     _print(
         {"hash": loaded.hash, "signature": signed.signature, "public_key": signed.public_key},
         f"signed {loaded.study.name} {loaded.hash}",
@@ -196,7 +194,7 @@ def plan_sign(
 @runs_app.command("list")
 def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """All runs, newest first."""
-    with _one_line_errors(), _registry(home) as registry:
+    with one_line_errors("crafts-server"), _registry(home) as registry:
         summaries = registry.runs()
     lines = [
         f"{run.run_id}  {run.study}  {run.status}  {run.rounds} rounds  "
@@ -213,7 +211,7 @@ def runs_show(
     as_json: AsJson = False,
 ) -> None:
     """The receipts of one run, read from its signed checkpoints."""
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         from crafts_server.home import CoordinatorHome
 
         with _registry(home) as registry:
@@ -247,7 +245,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a run's newest generator as stock diffusers files."""
-    with _one_line_errors():
+    with one_line_errors("crafts-server"):
         files = _export(home, run_id, out, name_site or [])
     _print({"files": [str(path) for path in files]}, "\n".join(map(str, files)), as_json)
 
@@ -293,30 +291,5 @@ def _registry(home: Path) -> Iterator["Registry"]:
         registry.close()
 
 
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr: one per kind of work."""
-    with Progress(console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report
-
-
 def _print(values: object, text: str, as_json: bool) -> None:
     typer.echo(json.dumps(values, default=str) if as_json else text)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Failures that a person can act on: one line on stderr, exit code 1."""
-    try:
-        yield
-    except (CraftsError, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        typer.echo(f"crafts-server: {first_line}", err=True)
-        raise typer.Exit(1) from error

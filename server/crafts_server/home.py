@@ -21,11 +21,11 @@ from typing import Annotated, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crafts_core.durable import write_file
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import Plan, describe_first_error
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
 from crafts_server.checkpoints import CheckpointStore
-from crafts_server.durable_files import write_file
 from crafts_server.errors import HomeError
 from crafts_server.messages import SignedPlan
 from crafts_server.registry import PlanRecord, Registry
@@ -64,7 +64,7 @@ class CoordinatorHome:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / _CONFIG).exists():
                 lines = [f"{key} = {json.dumps(value)}\n" for key, value in config]
-                write_file(path / _CONFIG, "".join(lines).encode())
+                write_file(path / _CONFIG, "".join(lines))
             if not (path / _KEY).exists():
                 create_signing_key(path / _KEY)
         except OSError as error:

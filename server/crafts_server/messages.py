@@ -5,26 +5,22 @@
 site is not known to hold it. ``reply``: ConfigRecord ``reply`` (``RoundReply``) and ArrayRecord
 ``delta``. Tensors travel in the plan's ``wire_dtype``.
 
-A reply is untrusted: names, types, shapes and sizes are compared with what the plan implies before
-a single array byte is interpreted, so a peer can neither exhaust memory nor smuggle objects.
+A reply is untrusted: ``read_reply`` takes only what the plan implies.
 """
 
-import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from crafts_core.adapters import State
+from crafts_core.array_bytes import decode_arrays
 from crafts_core.exchange import ExchangeError, RoundReply, RoundRequest
 
 TRAIN = "train"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_MAX_HEADER_BYTES = 4096
 _MAX_REASON = 200
 
 
@@ -105,19 +101,8 @@ def read_reply(message: Message, schema: Mapping[str, Tensor]) -> tuple[RoundRep
     if len(content) != 2:
         raise ExchangeError(f"expected exactly 2 records, got {len(content)}")
     reply = RoundReply.from_scalars(dict(record))
-    return reply, decode(arrays, schema), _num_bytes(arrays)
-
-
-def decode(arrays: ArrayRecord, schema: Mapping[str, Tensor]) -> State:
-    """Float32 tensors of exactly the names and shapes of ``schema``.
-
-    Raises:
-        ExchangeError: names the first array that is missing, unknown or of another form.
-    """
-    for name in sorted(schema.keys() ^ arrays.keys()):
-        problem = "is missing" if name in schema else "is not part of the adapter"
-        raise ExchangeError(f"tensor {name[:100]} {problem}")
-    return {name: _decoded(name, arrays[name], tuple(schema[name].shape)) for name in schema}
+    delta = decode_arrays({name: array.data for name, array in arrays.items()}, schema)
+    return reply, delta, _num_bytes(arrays)
 
 
 def error_sentence(message: Message) -> str:
@@ -125,33 +110,6 @@ def error_sentence(message: Message) -> str:
     reason = message.error.reason or "no reason given"
     printable = "".join(letter if letter.isprintable() else " " for letter in reason)
     return f"code {message.error.code}: {printable[:_MAX_REASON]}"
-
-
-def _decoded(name: str, array: Array, shape: tuple[int, ...]) -> Tensor:
-    """One array; its header is compared with ``shape`` before its data are looked at."""
-    if array.stype != "numpy.ndarray":
-        raise ExchangeError(f"tensor {name}: expected stype numpy.ndarray")
-    if len(array.data) > 4 * math.prod(shape) + _MAX_HEADER_BYTES:
-        raise ExchangeError(f"tensor {name}: {len(array.data)} bytes are too many for {shape}")
-    stream = io.BytesIO(array.data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(
-            stream, max_header_size=_MAX_HEADER_BYTES
-        )
-    except Exception as error:  # the header is a Python literal; its parser fails in many ways
-        raise ExchangeError(f"tensor {name}: not a numpy array") from error
-    if version != (1, 0):
-        raise ExchangeError(f"tensor {name}: expected array format 1.0, got {version}")
-    if dtype.str not in ("<f2", "<f4"):
-        raise ExchangeError(f"tensor {name}: expected float16 or float32, got {dtype}")
-    if tuple(found) != shape or is_fortran:
-        raise ExchangeError(f"tensor {name}: expected shape {list(shape)}, got {list(found)}")
-    body = array.data[stream.tell() :]
-    if len(body) != math.prod(shape) * dtype.itemsize:
-        raise ExchangeError(f"tensor {name}: {len(body)} bytes of data do not fill {list(shape)}")
-    values = np.frombuffer(body, dtype=dtype).astype(np.float32).reshape(shape)
-    return torch.from_numpy(values)
 
 
 def _num_bytes(arrays: ArrayRecord) -> int:

@@ -1,24 +1,13 @@
 """``crafts-sim``: see what a federation would give, before anybody joins one."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
-from crafts_core.errors import CraftsError
+from crafts_core.command_line import one_line_errors, progress_bars
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,7 +68,8 @@ def run(
     if verbose:
         logging.basicConfig(level=logging.WARNING)
         logging.getLogger("crafts_client").setLevel(logging.DEBUG)
-    with _one_line_errors(out):
+    advice = f"what is finished in {out} is kept: run the same command again to go on"
+    with one_line_errors("crafts-sim", advice=advice):
         # Torch and diffusers take seconds to import; `crafts-sim --help` should not.
         from crafts_client.ingest import TableColumns
         from crafts_simulations.report import headline
@@ -102,73 +92,17 @@ def run(
         source = None
         if tiles is not None and labels is not None:
             source = TileSource(folder=tiles, labels=labels, columns=columns)
-        with _Steps() as steps:
+        with progress_bars() as progress:
             report = run_scenario(
                 wanted,
                 out,
                 source=source,
                 device=device,
                 num_processes=processes,
-                progress=steps.show,
+                progress=progress,
             )
     if as_json:
         typer.echo(report.model_dump_json())
     else:
         typer.echo(headline(report.evaluation))
         typer.echo(f"Report: {out / 'report.html'}")
-
-
-class _Steps:
-    """One bar for what is being done now; nothing where nobody watches."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "_Steps":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """Move the bar of this step, making it on first sight.
-
-        Steps named "round ..." are passing news and share one bar.
-        """
-        key = "round" if what.startswith("round ") else what
-        if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[key], description=what, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _one_line_errors(out: Path) -> Iterator[None]:
-    """Failures that a person can act on: on stderr, exit code 1. Ctrl-C keeps what is done."""
-    try:
-        yield
-    except CraftsError as error:
-        typer.echo(f"crafts-sim: {error}", err=True)
-        raise typer.Exit(1) from error
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        typer.echo(
-            f"crafts-sim: {error.strerror or error}{where}; what is finished in {out} is kept: "
-            "mend it and run the same command again",
-            err=True,
-        )
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        typer.echo(
-            f"crafts-sim: interrupted; run the same command again to go on in {out}", err=True
-        )
-        raise typer.Exit(1) from error

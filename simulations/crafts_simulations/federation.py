@@ -26,7 +26,7 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> tuple[Checkpoint, list
     done = [0]
 
     def on_turn(name: str) -> None:
-        progress(f"round {done[0] + 1}/{plan.num_rounds}, {name} trains", 0, 1)
+        progress(f"training, round {done[0] + 1} of {plan.num_rounds} at {name}", 0, 1)
 
     def on_round(receipt: RoundReceipt) -> None:
         done[0] = receipt.round

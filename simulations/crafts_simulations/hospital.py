@@ -6,8 +6,8 @@ pixel. So a half-made hospital is completed by making it again, and two runs agr
 
 import csv
 import hashlib
+import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from crafts_client.ingest.pool import run_jobs
+from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 from crafts_core.procedural import Stain, phenotype, render_region
 from crafts_core.vocabulary import (
@@ -191,7 +192,7 @@ def _claim(path: Path, config: HospitalConfig) -> None:
                 "another folder"
             )
         return
-    _write_atomically(path, config.hash + "\n")
+    write_file(path, config.hash + "\n")
 
 
 def _write_table(path: Path, planned: tuple[PlannedSlide, ...]) -> None:
@@ -199,17 +200,8 @@ def _write_table(path: Path, planned: tuple[PlannedSlide, ...]) -> None:
         (slide.path.relative_to(path.parent).as_posix(), slide.patient, slide.label, slide.caption)
         for slide in planned
     ]
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("file", "patient", "cancer_type", "caption"))
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "patient", "cancer_type", "caption"))
+    writer.writerows(rows)
+    write_file(path, text.getvalue())

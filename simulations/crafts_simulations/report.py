@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.evaluate import Evaluation
 from crafts_core.plan import Plan
@@ -146,9 +147,7 @@ def write_report(report: Report, pairs: Sequence[SamplePair], out: Path) -> None
         ("report.json", report.model_dump_json(indent=2) + "\n"),
         ("report.html", page),
     ):
-        partial = out / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)
+        write_file(out / name, text)
 
 
 def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:

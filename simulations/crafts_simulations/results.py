@@ -9,6 +9,7 @@ import numpy as np
 
 from crafts_client.home import SiteHome
 from crafts_core import __version__
+from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.evaluate import Evaluation, Evaluator, HeldOut
 from crafts_core.generator import Generator
@@ -28,7 +29,6 @@ from crafts_simulations.report import (
 )
 from crafts_simulations.sites import COHORT, heldout_store
 from crafts_simulations.study import LocalStudy, StepProgress
-from crafts_simulations.workspace import write_text
 
 MAX_SAMPLE_LABELS = 10
 _LIBRARIES = ("torch", "diffusers", "flwr", "dp-accounting", "opacus")
@@ -54,7 +54,7 @@ def evaluate(study: LocalStudy) -> Evaluation:
     evaluation = evaluator.compare(
         study.foundation.generator, shared, partial(_measuring, study.progress)
     )
-    write_text(workspace.evaluation, evaluation.model_dump_json(indent=2) + "\n")
+    write_file(workspace.evaluation, evaluation.model_dump_json(indent=2) + "\n")
     return evaluation
 
 

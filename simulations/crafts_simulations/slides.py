@@ -4,7 +4,6 @@ What comes out is what a hospital's ingest has to cope with: OpenSlide calls it 
 description and the label page carry a name that must not get further.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 from PIL import Image, ImageDraw
+
+from crafts_core.durable import sync
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -77,8 +78,7 @@ def write_slide(
             rowsperstrip=macro.shape[0],
             **jpeg,
         )
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(partial)
     partial.rename(path)
 
 

@@ -15,10 +15,10 @@
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from crafts_core.durable import write_file
 from crafts_simulations.errors import WorkspaceError
 
 
@@ -47,7 +47,7 @@ class Workspace:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise WorkspaceError(f"{path} is not an empty folder; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        write_text(marker, text)
+        write_file(marker, text)
         return cls(path)
 
     def hospital(self, name: str) -> Path:
@@ -92,14 +92,4 @@ class Workspace:
             return 0.0
 
     def set_seconds(self, seconds: float) -> None:
-        write_text(self.path / "seconds.txt", f"{seconds:.3f}\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+        write_file(self.path / "seconds.txt", f"{seconds:.3f}\n")

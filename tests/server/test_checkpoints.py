@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from crafts_core import durable
 from crafts_core.adapters import State
 from crafts_privacy.signing import create_signing_key, load_signing_key, sign
-from crafts_server import durable_files
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.errors import CheckpointError
 
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_last_round_and_says_so(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     parent = store.latest()
-    monkeypatch.setattr(durable_files.os, "fsync", full)
+    monkeypatch.setattr(durable.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left.*nothing is lost"):
         write(store, parent, 3.0)
     monkeypatch.undo()

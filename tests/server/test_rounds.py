@@ -12,9 +12,9 @@ import pytest
 import torch
 from flwr.app import Error, RecordDict
 
+from crafts_core import durable
 from crafts_core.adapters import State
 from crafts_core.exchange import RoundRequest, state_hash
-from crafts_server import durable_files
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
 from crafts_server.errors import AggregationError, CheckpointError
@@ -306,7 +306,7 @@ def run_until_killed(study: Study, at: int, monkeypatch: pytest.MonkeyPatch) -> 
         countdown.tick()
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable_files.os, "fsync", counted_fsync)
+        patch.setattr(durable.os, "fsync", counted_fsync)
         patch.setattr(study.registry, "record", counted_record)
         try:
             return run(study, FakeGrid(three_sites()))[0].state()

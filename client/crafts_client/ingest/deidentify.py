@@ -6,12 +6,12 @@ beside the slides; losing it means that a store made later shares no id with one
 
 import hashlib
 import hmac
-import os
 import secrets
 import stat
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError
+from crafts_core.durable import create_secret
 
 SALT_BYTES = 32
 _ID_HEX = 32
@@ -33,15 +33,11 @@ class Salt:
         """Make a new salt file, readable by its owner only; an existing one is never replaced."""
         key = secrets.token_bytes(SALT_BYTES)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            create_secret(path, key)
         except FileExistsError as error:
             raise IngestError(
                 f"salt file {path} exists; replacing it would change every id of this site"
             ) from error
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key)
-            file.flush()
-            os.fsync(file.fileno())
         return cls(key)
 
     @classmethod

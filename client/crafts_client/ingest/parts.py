@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tiling import TilingOptions
-from crafts_core.tiles.writer import sync
+from crafts_core.durable import sync
 
 _FORMAT = 1
 _REJECTED_KEY = b"rejected"

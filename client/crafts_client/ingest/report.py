@@ -1,6 +1,5 @@
 """What ingest did: for the site's own eyes, because it names slides and patients."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from crafts_client.ingest.table import TableRow
+from crafts_core.durable import write_file
 
 
 class SourceOutcome(BaseModel):
@@ -73,11 +73,4 @@ class IngestReport(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write JSON that only its owner may read, atomically."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.unlink(missing_ok=True)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
+        write_file(path, self.model_dump_json(indent=2) + "\n", mode=0o600)

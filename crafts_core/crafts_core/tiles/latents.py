@@ -21,10 +21,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from crafts_core.durable import write_file
 from crafts_core.foundation import Foundation
 from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import Rows, TileStore
-from crafts_core.tiles.writer import sync
 
 Progress = Callable[[int, int], None]
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
@@ -101,11 +101,11 @@ class LatentCache:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             begun = BuildProgress(index=store.index_hash, shapes={})
-            _write_model(folder / _PROGRESS_NAME, begun)
+            write_file(folder / _PROGRESS_NAME, _json(begun))
         shapes = _build_captions(folder, store, foundation, batch_size)
         shapes |= _build_tiles(folder, store, foundation, begun, batch_size, progress)
         meta = CacheMeta(foundation=foundation_hash, index=store.index_hash, shapes=shapes)
-        _write_model(folder / META_NAME, meta)
+        write_file(folder / META_NAME, _json(meta))
         return cls.open(store, foundation_hash)
 
     @classmethod
@@ -202,7 +202,7 @@ def _build_tiles(
             files.append(TILE_EMBEDDINGS, foundation.aligner.embed_images(image_NCHW))
             if number % _BATCHES_PER_COMMIT == 0:
                 state = BuildProgress(index=store.index_hash, shapes=files.commit())
-                _write_model(folder / _PROGRESS_NAME, state)
+                write_file(folder / _PROGRESS_NAME, _json(state))
             if progress is not None:
                 progress(int(chunk[-1]) + 1, store.num_tiles)
         return files.commit()
@@ -281,10 +281,5 @@ def _read_model(path: Path, model: type[Model]) -> Model | None:
         return None
 
 
-def _write_model(path: Path, value: BaseModel) -> None:
-    """Write JSON atomically."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
+def _json(value: BaseModel) -> str:
+    return value.model_dump_json(indent=2) + "\n"

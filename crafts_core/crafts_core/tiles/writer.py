@@ -6,7 +6,6 @@ The same tiles in the same order give the same bytes, so a store can be compared
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_core.durable import sync
 from crafts_core.tiles.records import INDEX_SCHEMA, TileRecord, TileStoreError
 
 MANIFEST_NAME = "store.json"
@@ -217,12 +217,3 @@ def describe_file(path: Path) -> StoredFile:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return StoredFile(num_bytes=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

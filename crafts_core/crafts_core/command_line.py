@@ -1,0 +1,67 @@
+"""What all command lines share: progress bars, and errors as one line."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from crafts_core.errors import CraftsError
+
+ShowProgress = Callable[[str, int, int], None]
+"""Called with (what, done, total). What follows a comma in ``what`` is news of the same work."""
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[ShowProgress]:
+    """One bar on stderr for each kind of work; nothing where nobody watches."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            kind = what.partition(",")[0]
+            if kind not in tasks:
+                tasks[kind] = bars.add_task(what, total=total)
+            bars.update(tasks[kind], description=what, completed=done, total=total)
+
+        yield show
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str, *, advice: str = "") -> Iterator[None]:
+    """Failures that a person can act on: one line each on stderr, exit code 1.
+
+    Args:
+        program: Begins the line.
+        advice: Ends the line after a failure of the machine (a full disk, Ctrl-C).
+    """
+    advice = advice and f"; {advice}"
+    try:
+        yield
+    except CraftsError as error:
+        _fail(program, str(error), error)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _fail(program, f"{error.strerror or error}{where}{advice}", error)
+    except KeyboardInterrupt as error:
+        _fail(program, f"interrupted{advice}", error)
+
+
+def _fail(program: str, sentence: str, cause: BaseException) -> None:
+    typer.echo(f"{program}: {sentence}", err=True)
+    raise typer.Exit(1) from cause

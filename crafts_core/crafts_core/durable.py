@@ -1,0 +1,67 @@
+"""Files and directories that are there completely or not at all, also after a power failure."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_file(path: Path, content: bytes | str, *, mode: int = 0o644) -> None:
+    """Replace ``path`` atomically: temporary file, fsync, rename, fsync of the directory.
+
+    Args:
+        path: What a reader sees only whole.
+        content: Text is written as UTF-8.
+        mode: Permissions from the first byte on (less the umask); 0o600 for what is the owner's.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.unlink(missing_ok=True)
+    _write_synced(temporary, content.encode() if isinstance(content, str) else content, mode)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Create ``path`` with ``files`` in it, atomically.
+
+    A half-written predecessor of the same name is removed; a complete one is an error.
+
+    Raises:
+        FileExistsError: ``path`` is there already.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists")
+    temporary = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, content in files.items():
+        _write_synced(temporary / name, content, 0o644)
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def create_secret(path: Path, content: bytes) -> None:
+    """Write a new file that only its owner may read.
+
+    Raises:
+        FileExistsError: there is a file already; a secret is never replaced.
+    """
+    _write_synced(path, content, 0o600)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames and new files in a directory, outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(path: Path, content: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

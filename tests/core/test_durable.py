@@ -1,0 +1,53 @@
+"""A reader sees the old file or the new one, never a part; secrets are the owner's from birth."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from crafts_core import durable
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    durable.write_file(path, "old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            durable.write_file(path, "new")
+    assert path.read_text() == "old"
+    durable.write_file(path, b"newer")
+    assert path.read_bytes() == b"newer"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_secret_is_the_owners_and_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    durable.create_secret(path, b"a")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        durable.create_secret(path, b"b")
+    assert path.read_bytes() == b"a"
+
+
+def test_a_private_file_stays_private_when_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    path.write_text("open to all")
+    durable.write_file(path, "private", mode=0o600)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    half = tmp_path / ".thing.writing"
+    half.mkdir()
+    (half / "left over").write_text("x")
+    durable.write_directory(tmp_path / "thing", {"a": b"1"})
+    assert {file.name for file in (tmp_path / "thing").iterdir()} == {"a"}
+    with pytest.raises(FileExistsError):
+        durable.write_directory(tmp_path / "thing", {"a": b"2"})
