@@ -23,11 +23,18 @@ from crafts_core.errors import CraftsError
 from crafts_core.exchange import ExchangeError, check_tensors
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig, Factor
-from crafts_core.public_update import PublicUpdateConfig, leading_right_directions, public_update
+from crafts_core.public_update import (
+    PublicUpdateConfig,
+    influence,
+    leading_right_directions,
+    public_update,
+)
 
 State = dict[str, Tensor]
 _PEFT_NAME = "crafts"
 _FIRST, _SECOND = ".first", ".second"
+_LEAST_INFLUENCE = 1e-6
+"""Relative to the most influential direction."""
 
 
 class AdapterError(CraftsError):
@@ -171,7 +178,8 @@ def initial_state(
 ) -> State:
     """Where a study starts: an adapter that changes nothing yet.
 
-    The second factor is zero. The first has orthonormal rows from the foundation's public update,
+    The second factor is zero. The first has orthogonal rows from the foundation's public update,
+    each as long as gives every number of the second factor the same influence on the prediction;
     or, if the plan says ``random``, normal rows of unit expected norm. Full weights start at the
     foundation's own. Everything follows from public files and the seed.
 
@@ -182,22 +190,43 @@ def initial_state(
     if config.kind == "full":
         return {name: _copied(weight) for name, weight in unet.named_parameters()}
     layers = target_layers(unet, config)
-    updates: Mapping[str, Tensor] = {}
     if config.first_factor == "public":
-        updates = public_update(foundation, list(layers), seed=seed, config=public_work)
-    generator = torch.Generator().manual_seed(seed)
+        first = _public_first(foundation, list(layers), config.rank, seed, public_work)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {name: layer.weight[0].numel() for name, layer in layers.items()}
+        first = {
+            name: torch.randn(config.rank, size, generator=generator) / size**0.5
+            for name, size in sizes.items()
+        }
     state = {}
     for name, layer in layers.items():
         shape = layer.weight.shape
-        num_inputs = shape[1:].numel()
-        if name in updates:
-            first = leading_right_directions(updates[name], config.rank, seed=seed)
-        else:
-            first = torch.randn(config.rank, num_inputs, generator=generator) / num_inputs**0.5
         ones = [1] * (len(shape) - 2)
-        state[name + _FIRST] = first.reshape(config.rank, *shape[1:])
+        state[name + _FIRST] = first[name].reshape(config.rank, *shape[1:])
         state[name + _SECOND] = torch.zeros(shape[0], config.rank, *ones)
     return state
+
+
+def _public_first(
+    foundation: Foundation,
+    modules: list[str],
+    rank: int,
+    seed: int,
+    public_work: PublicUpdateConfig | None,
+) -> dict[str, Tensor]:
+    """A of every module, shape (R, I): public directions, scaled to equal influence."""
+    updates = public_update(foundation, modules, seed=seed, config=public_work)
+    directions = {
+        name: leading_right_directions(update, rank, seed=seed) for name, update in updates.items()
+    }
+    found = influence(foundation, directions, seed=seed, config=public_work)
+    # A direction that moves nothing must not become huge.
+    floor = _LEAST_INFLUENCE * max(float(values.max()) for values in found.values())
+    return {
+        name: rows_RI / found[name].clamp(min=floor).sqrt()[:, None]
+        for name, rows_RI in directions.items()
+    }
 
 
 def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:

@@ -58,7 +58,7 @@ class StageConfig(_Section):
     name: StageName
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e4)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -1,16 +1,20 @@
-"""The foundation's own public update, and the directions that it moves weights along.
+"""The foundation's own public update: the directions that it moves weights along, and how far.
 
 A LoRA layer can only read its input through A. The first A is public: the leading right singular
 directions of the update that plain training would give the layer on the foundation's probe. One
 full-batch gradient is taken for each of several public colour shifts, because a laboratory's stain
 is what a foundation meets first at a hospital; the stacked updates share their right directions.
 
+How strongly a layer's B moves the prediction differs by orders of magnitude between layers. Under
+differential privacy that is costly twice: one clipping norm and one noise level serve them all.
+``influence`` measures it on public data, so that A's rows can be scaled to make it equal.
+
 Shape letters: N tiles, C H W latent, O outputs, I inputs (times kernel), S shifts, R rank.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +35,8 @@ class PublicUpdateConfig:
     draws_per_tile: int = 2
     max_tiles: int = 64
     batch_size: int = 32
+    num_projections: int = 2
+    """Random projections of each tile's prediction, for ``influence``."""
 
 
 def public_update(
@@ -74,6 +80,58 @@ def public_update(
         for name, total in zip(weights, totals, strict=True):
             updates[name].append(total.flatten(1))
     return {name: torch.cat(parts) for name, parts in updates.items()}
+
+
+def influence(
+    foundation: Foundation,
+    first: Mapping[str, Tensor],
+    *,
+    seed: int,
+    config: PublicUpdateConfig | None = None,
+) -> dict[str, Tensor]:
+    """How strongly the second factor of each row of A moves the prediction, shape (R,) a module.
+
+    The mean square of ``d prediction / d B[o, r]``, over the prediction's elements, outputs o,
+    probe tiles, noise and timesteps, at B = 0. Estimated with random projections (Hutchinson 1989):
+    for white v, the mean of ``(J^T v)^2`` is the diagonal of ``J^T J``.
+
+    Args:
+        foundation: Where the probe and the weights come from; it stays unchanged.
+        first: Module name to A, shape (R, inputs of the module's weight).
+        seed: Public randomness: same seed, same numbers.
+        config: Amount of work.
+    """
+    config = config or PublicUpdateConfig()
+    generator = torch.Generator().manual_seed(seed)
+    unet = copy.deepcopy(foundation.generator.unet).requires_grad_(False)
+    weights = {name: unet.get_submodule(name).weight.requires_grad_(True) for name in first}
+    schedule = NoiseSchedule.of(foundation.generator)
+    totals = {name: torch.zeros(len(rows)) for name, rows in first.items()}
+    num_projections = 0
+    for _ in range(config.num_projections):
+        for batch in _probe_batches(
+            foundation,
+            replace(config, batch_size=4, draws_per_tile=1),
+            shifted=False,
+            generator=generator,
+        ):
+            draws = draw(
+                batch,
+                num_timesteps=schedule.num_timesteps,
+                caption_dropout=0.0,
+                generator=generator,
+            )
+            noisy = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, draws.timesteps_B)
+            prediction = unet(noisy, draws.timesteps_B, batch.text_BLD).sample
+            white = torch.randn(prediction.shape, generator=generator).to(prediction)
+            projected = (prediction * white).sum() / prediction.numel() ** 0.5
+            slopes = torch.autograd.grad(projected, list(weights.values()))
+            for (name, rows_RI), slope in zip(first.items(), slopes, strict=True):
+                # The chain rule of W = W0 + B A at B = 0.
+                slope_OR = slope.flatten(1).cpu() @ rows_RI.flatten(1).T
+                totals[name] += slope_OR.square().mean(dim=0)
+            num_projections += 1
+    return {name: total / num_projections for name, total in totals.items()}
 
 
 def leading_right_directions(update_OI: Tensor, rank: int, *, seed: int) -> Tensor:

@@ -17,7 +17,13 @@ from crafts_core.adapters import (
 )
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
-from crafts_core.public_update import PublicUpdateConfig, leading_right_directions, public_update
+from crafts_core.public_update import (
+    PublicUpdateConfig,
+    influence,
+    leading_right_directions,
+    public_update,
+)
+from crafts_core.stages.schedule import NoiseSchedule
 
 LORA = AdapterConfig(
     kind="lora", rank=3, targets=("to_q", "to_out.0", "conv1", "conv_in", "ff.net.2")
@@ -200,11 +206,11 @@ def test_initial_state_follows_from_the_seed(foundation: Foundation, first_facto
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
-def test_public_first_factor_has_orthonormal_rows_and_fits(foundation: Foundation) -> None:
+def test_public_first_factor_has_orthogonal_rows_and_fits(foundation: Foundation) -> None:
     state = initial_state(foundation, LORA, 0, public_work=FAST)
     attached(foundation).load_state(state)
     for name in factor_names(state, "first"):
-        rows = state[name].flatten(1)
+        rows = torch.nn.functional.normalize(state[name].flatten(1), dim=1)
         torch.testing.assert_close(rows @ rows.T, torch.eye(3), rtol=0, atol=1e-5)
     assert all(not state[name].any() for name in factor_names(state, "second"))
 
@@ -215,9 +221,51 @@ def test_public_first_factor_keeps_what_the_best_of_its_rank_keeps(
     state = initial_state(foundation, LORA, 5, public_work=FAST)
     layers = list(target_layers(foundation.generator.unet, LORA))
     for name, update in public_update(foundation, layers, seed=5, config=FAST).items():
-        kept = (update @ state[f"{name}.first"].flatten(1).T).square().sum()
+        rows = torch.nn.functional.normalize(state[f"{name}.first"].flatten(1), dim=1)
+        kept = (update @ rows.T).square().sum()
         best = torch.linalg.svdvals(update)[: LORA.rank].square().sum()
         torch.testing.assert_close(kept, best, rtol=1e-3, atol=0)
+
+
+def test_influence_is_the_mean_square_of_the_jacobian(foundation: Foundation) -> None:
+    """Oracle: the whole Jacobian by finite differences, on the tile and draws that were used."""
+    config = PublicUpdateConfig(max_tiles=1, num_projections=300)
+    generator = torch.Generator().manual_seed(3)
+    rows = {"conv_out": torch.randn(2, 144, generator=generator)}
+    estimated = influence(foundation, rows, seed=4, config=config)["conv_out"]
+
+    unet = copy.deepcopy(foundation.generator.unet)
+    schedule = NoiseSchedule.of(foundation.generator)
+    tile = foundation.generator.encode_images(foundation.probe.tiles_NCHW[:1] / 127.5 - 1.0)
+    text = foundation.generator.encode_captions(list(foundation.probe.captions[:1]))
+    weight = unet.conv_out.weight
+    exact = torch.zeros(2)
+    num_draws = 40
+    for _ in range(num_draws):
+        noise = torch.randn(tile.shape, generator=generator)
+        timestep = torch.randint(1000, (1,), generator=generator)
+        noisy = schedule.noisy(tile, noise, timestep)
+        with torch.no_grad():
+            base = unet(noisy, timestep, text).sample
+            for row in range(2):
+                for output in range(len(weight)):
+                    before = weight.clone()
+                    weight[output] += rows["conv_out"][row].reshape(weight[output].shape)
+                    moved = unet(noisy, timestep, text).sample - base
+                    exact[row] += moved.square().mean() / len(weight) / num_draws
+                    weight.copy_(before)
+    torch.testing.assert_close(estimated, exact, rtol=0.25, atol=0)
+
+
+def test_every_number_of_the_public_adapter_moves_the_prediction_alike(
+    foundation: Foundation,
+) -> None:
+    state = initial_state(foundation, LORA, 0, public_work=FAST)
+    rows = {name.removesuffix(".first"): state[name] for name in factor_names(state, "first")}
+    found = torch.cat(list(influence(foundation, rows, seed=0, config=FAST).values()))
+    torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-3, atol=0)
+    other = torch.cat(list(influence(foundation, rows, seed=1, config=FAST).values()))
+    assert float(other.max() / other.min()) < 30
 
 
 def test_public_update_stacks_one_flattened_gradient_per_shift(foundation: Foundation) -> None:
