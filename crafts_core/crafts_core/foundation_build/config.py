@@ -36,9 +36,9 @@ class BuildConfig(BaseModel):
     latent_channels: Count = 4
     vae_channels: tuple[int, ...] = (24, 48, 64)
     vae_batch: Count = 16
-    vae_steps: Count = 2400
+    vae_steps: Count = 3000
 
     unet_channels: tuple[int, ...] = (32, 96, 128)
     unet_batch: Count = 64
-    unet_steps: Count = 2200
+    unet_steps: Count = 3000
     latent_aligner_steps: Count = 500
