@@ -71,7 +71,9 @@ def changed(scenario: Scenario, changes: Changes, seed: int) -> Scenario:
     }
     for each in (seeds, changes):
         for section, entries in each.items():
-            values[section] |= entries
+            parts = values[section] if section == "stage" else [values[section]]
+            for part in parts:
+                part |= entries
     return parse_scenario(values, "of the benchmark")
 
 

@@ -26,11 +26,11 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> tuple[Checkpoint, list
     done = [0]
 
     def on_turn(name: str) -> None:
-        progress(f"training, round {done[0] + 1} of {plan.num_rounds} at {name}", 0, 1)
+        progress(f"training, round {done[0] + 1} at {name}", done[0], plan.num_rounds)
 
     def on_round(receipt: RoundReceipt) -> None:
         done[0] = receipt.round
-        progress("rounds", receipt.round, plan.num_rounds)
+        progress("training", receipt.round, plan.num_rounds)
 
     coordinator = Coordinator(
         home,
@@ -41,7 +41,7 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> tuple[Checkpoint, list
     )
     finished = coordinator.receipts()
     done[0] = len(finished)
-    progress("rounds", len(finished), plan.num_rounds)
+    progress("training", len(finished), plan.num_rounds)
     grid = LocalGrid(_nodes(study), on_turn=on_turn)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     make_server_app(coordinator)(grid, context)

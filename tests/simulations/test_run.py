@@ -232,7 +232,7 @@ def test_interrupted_anywhere_the_same_command_goes_on(
     """Ctrl-C while reading tiles, in the third site's second round, in the measurement."""
     values["stage"][0]["rounds"] = 2
     scenario, out = parse_scenario(values, "test"), tmp_path / "out"
-    for stop_at in ("site-2: reading tiles", "round 2/2, site-3 trains", "measuring fidelity"):
+    for stop_at in ("site-2: reading tiles", "training, round 2 at site-3", "measuring fidelity"):
         with pytest.raises(KeyboardInterrupt):
             run_scenario(scenario, out, source=source, progress=_stop_at(stop_at))
 
@@ -249,7 +249,7 @@ def test_a_site_that_does_not_agree_is_named_and_the_others_go_on(
     """A hospital changes its own policy.toml after its data are in place."""
     scenario, out = parse_scenario(values, "test"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_scenario(scenario, out, source=source, progress=_stop_at("rounds"))
+        run_scenario(scenario, out, source=source, progress=_stop_at("training"))
     policy = out / "sites" / "site-2" / "policy.toml"
     policy.write_text(policy.read_text().replace("max_epsilon = 8.0", "max_epsilon = 1.0"))
     monkeypatch.setattr(results, "evaluate", _no_evaluation)
