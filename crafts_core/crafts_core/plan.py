@@ -109,6 +109,8 @@ class AggregationConfig(_Section):
     """Softness of the alignment gate a_k, in units of alignment margin."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The exported generator is this moving average over rounds; 0 exports the last round."""
     trust_radius: Annotated[float, Field(ge=0, le=1)] = 0.1
     """rho: the probe's alignment steps may move at most rho * |Delta|."""
     trust_steps: Annotated[int, Field(ge=0, le=100)] = 2

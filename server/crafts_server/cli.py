@@ -254,7 +254,6 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
     # Torch and diffusers take seconds to import; `crafts-server --help` should not.
     from crafts_core.foundation import load
     from crafts_core.plan import Plan
-    from crafts_server.errors import CheckpointError
     from crafts_server.export import ADAPTER_FILE, export_generator
     from crafts_server.home import CoordinatorHome
 
@@ -262,14 +261,12 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
     with _registry(home_path) as registry:
         plan = Plan.parse(json.loads(registry.plan(registry.run(run_id).plan_hash).json))
     chain = home.checkpoints(run_id).chain()
-    if len(chain) < 2:
-        raise CheckpointError(f"run {run_id} has no committed round yet")
     sites = {site.site for checkpoint in chain[1:] for site in checkpoint.receipt().sites}
     out.mkdir(parents=True, exist_ok=True)
     generator = out / "generator"
     lora = out / ADAPTER_FILE if plan.adapter.kind == "lora" else None
     export_generator(
-        chain[-1],
+        chain,
         plan=plan,
         foundation=load(home.foundation_path),
         directory=generator,

@@ -123,16 +123,15 @@ class Coordinator:
             finally:
                 registry.close()
 
-    def receipts(self) -> list[RoundReceipt]:
-        """What was committed so far, by whichever process; empty before the first round."""
+    def chain(self) -> list[Checkpoint]:
+        """What was committed so far, by whichever process; empty before the run is opened."""
         registry = self._home.registry()
         try:
             run_id = registry.newest_run(self.plan.hash)
             if run_id is None:
                 return []
             store = self._home.checkpoints(run_id)
-            chain = recover(store, registry, run_id=run_id, plan_hash=self.plan.hash)
-            return [checkpoint.receipt() for checkpoint in chain[1:]]
+            return recover(store, registry, run_id=run_id, plan_hash=self.plan.hash)
         finally:
             registry.close()
 

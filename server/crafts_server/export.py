@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+from crafts_core.adapters import State
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_server.checkpoints import Checkpoint
+from crafts_server.errors import CheckpointError
 
 ADAPTER_FILE = "adapter.safetensors"
 
 
 def export_generator(
-    checkpoint: Checkpoint,
+    chain: Sequence[Checkpoint],
     *,
     plan: Plan,
     foundation: Foundation,
@@ -21,11 +25,11 @@ def export_generator(
     num_sites: int,
     named_sites: Sequence[str] = (),
 ) -> None:
-    """Write the generator of a checkpoint.
+    """Write the generator that the rounds so far give: their moving average (`averaged`).
 
     Args:
-        checkpoint: Whose adapter.
-        plan: What it was trained by.
+        chain: The run's checkpoints from round 0.
+        plan: What they were trained by.
         foundation: What it was trained on.
         directory: Stock diffusers directory; replaced if there.
         lora: Stock LoRA file; None where the plan trains full weights or nobody wants it.
@@ -35,19 +39,42 @@ def export_generator(
     Raises:
         AdapterError: the adapter does not fit the foundation, or ``lora`` was asked of full
             weights.
-        CheckpointError: the checkpoint was altered.
+        CheckpointError: a checkpoint was altered, or there is no round yet.
     """
-    state = checkpoint.state()
+    state = averaged(chain, decay=plan.aggregation.ema_decay)
     card = model_card(
         study=plan.study.name,
         foundation=foundation,
         sites=list(named_sites),
         privacy=privacy_statement(plan, num_sites=num_sites),
-        rounds=checkpoint.round,
+        rounds=chain[-1].round,
     )
     save_pipeline(directory, foundation, adapter=plan.adapter, state=state, card=card)
     if lora is not None:
         save_lora(lora, state)
+
+
+def averaged(chain: Sequence[Checkpoint], *, decay: float) -> State:
+    """Exponential moving average of the global adapter over the trained rounds.
+
+    Rounds carry the noise of privacy and of sampling; averaging them removes some of it, and costs
+    no privacy, as it only sees what was released. The weights ``decay ** age`` are divided by their
+    sum, so that round 0, which nobody trained, has no share.
+
+    Raises:
+        CheckpointError: a checkpoint was altered, or there is no round yet.
+    """
+    if len(chain) < 2:
+        raise CheckpointError("the run has no committed round yet")
+    if decay == 0:
+        return chain[-1].state()
+    total: dict[str, Tensor] = {}
+    weight_sum = 0.0
+    for checkpoint in chain[1:]:
+        weight_sum = decay * weight_sum + 1.0
+        for name, tensor in checkpoint.state().items():
+            total[name] = decay * total[name] + tensor if name in total else tensor
+    return {name: tensor / weight_sum for name, tensor in total.items()}
 
 
 def privacy_statement(plan: Plan, *, num_sites: int) -> str:

@@ -4,6 +4,8 @@ The coordinator is ``crafts_server``'s ServerApp, every site ``crafts_client``'s
 them is a local grid instead of a network.
 """
 
+from collections.abc import Sequence
+
 from flwr.app import Context, RecordDict
 
 from crafts_client.client_app import HOME_KEY, make_client_app
@@ -20,8 +22,12 @@ from crafts_simulations.local_grid import LocalGrid, LocalNode
 from crafts_simulations.study import LocalStudy
 
 
-def federate(study: LocalStudy, home: CoordinatorHome) -> tuple[Checkpoint, list[RoundReceipt]]:
-    """Run the plan's rounds with Flower's ServerApp and ClientApps on a local grid."""
+def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
+    """Run the plan's rounds with Flower's ServerApp and ClientApps on a local grid.
+
+    Returns:
+        All checkpoints, round 0 first.
+    """
     plan, progress = study.plan, study.progress
     done = [0]
 
@@ -39,13 +45,13 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> tuple[Checkpoint, list
         patience=Patience(poll_s=0.0, join_wait_s=0.0),
         on_round=on_round,
     )
-    finished = coordinator.receipts()
-    done[0] = len(finished)
-    progress("training", len(finished), plan.num_rounds)
+    done[0] = max(len(coordinator.chain()) - 1, 0)
+    progress("training", done[0], plan.num_rounds)
     grid = LocalGrid(_nodes(study), on_turn=on_turn)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     make_server_app(coordinator)(grid, context)
-    return coordinator.run(grid), coordinator.receipts()
+    coordinator.run(grid)
+    return coordinator.chain()
 
 
 def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
@@ -57,14 +63,14 @@ def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
     }
 
 
-def export(study: LocalStudy, final: Checkpoint) -> None:
+def export(study: LocalStudy, chain: Sequence[Checkpoint]) -> None:
     """``generator/`` and, for LoRA, ``adapter.safetensors``."""
     workspace, is_lora = study.workspace, study.plan.adapter.kind == "lora"
     if workspace.generator.is_dir() and (workspace.adapter.exists() or not is_lora):
         return
     study.progress("writing the generator", 0, 1)
     export_generator(
-        final,
+        chain,
         plan=study.plan,
         foundation=study.foundation,
         directory=workspace.generator,

@@ -65,13 +65,13 @@ def run_scenario(
             progress=progress,
         )
         make_sites(study, source)
-        final, receipts = federation.federate(study, home)
-        federation.export(study, final)
+        chain = federation.federate(study, home)
+        federation.export(study, chain)
         evaluation = results.evaluate(study)
-        num_parameters = sum(tensor.numel() for tensor in final.state().values())
+        num_parameters = sum(tensor.numel() for tensor in chain[-1].state().values())
         return results.report(
             study,
-            receipts,
+            [checkpoint.receipt() for checkpoint in chain[1:]],
             evaluation,
             num_parameters=num_parameters,
             seconds=earlier + time.monotonic() - started,

@@ -11,17 +11,18 @@ import torch
 from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
-from crafts_core.adapters import initial_state
+from crafts_core.adapters import initial_state, merged_unet
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
+from crafts_core.generator import Generator
 from crafts_core.plan import Plan
 from crafts_privacy.signing import verify
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.cli import app
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
-from crafts_server.errors import HomeError
-from crafts_server.export import privacy_statement
+from crafts_server.errors import CheckpointError, HomeError
+from crafts_server.export import averaged, export_generator, privacy_statement
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.probe import ProbeSize
 from crafts_server.server_app import app as installed_app
@@ -106,7 +107,7 @@ def test_a_run_moves_the_adapter(finished: FinishedRun, foundation: Foundation) 
     state = finished.last.state()
     assert finished.last.round == 2
     assert any(not torch.equal(tensor, start[name]) for name, tensor in state.items())
-    assert [receipt.round for receipt in finished.coordinator.receipts()] == [1, 2]
+    assert [checkpoint.round for checkpoint in finished.coordinator.chain()] == [0, 1, 2]
 
 
 def test_the_plan_travels_signed_by_the_home(finished: FinishedRun) -> None:
@@ -262,6 +263,38 @@ def test_failures_are_one_line_and_exit_one(
 
 def test_wrong_use_exits_two() -> None:
     assert RUNNER.invoke(app, ["plan", "sign"]).exit_code == 2
+
+
+def test_the_moving_average_weighs_rounds_by_their_age(finished: FinishedRun) -> None:
+    chain = finished.coordinator.chain()
+    first, second = chain[1].state(), chain[2].state()
+
+    average = averaged(chain, decay=0.25)
+
+    for name in first:
+        torch.testing.assert_close(average[name], 0.2 * first[name] + 0.8 * second[name])
+    assert all(torch.equal(averaged(chain, decay=0.0)[name], second[name]) for name in second)
+    with pytest.raises(CheckpointError, match="no committed round"):
+        averaged(chain[:1], decay=0.25)
+
+
+def test_the_exported_generator_is_the_average_that_the_plan_asks_for(
+    finished: FinishedRun, foundation: Foundation, tmp_path: Path
+) -> None:
+    chain = finished.coordinator.chain()
+    aggregation = finished.plan.aggregation.model_copy(update={"ema_decay": 0.5})
+    plan = finished.plan.model_copy(update={"aggregation": aggregation})
+
+    export_generator(
+        chain, plan=plan, foundation=foundation, directory=tmp_path / "out", lora=None, num_sites=2
+    )
+
+    unet = foundation.generator.unet
+    expected = merged_unet(unet, plan.adapter, averaged(chain, decay=0.5)).state_dict()
+    exported = Generator.from_directory(tmp_path / "out").unet.state_dict()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    last = merged_unet(unet, plan.adapter, chain[-1].state()).state_dict()
+    assert any(not torch.equal(exported[name], last[name]) for name in last)
 
 
 def test_a_run_is_listed_shown_and_exported_for_stock_diffusers(
