@@ -1,15 +1,25 @@
 """``crafts-client``: a hospital's own side. Set up a home, ingest tiles, see policy and budget."""
 
+import csv
+import io
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
 from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.durable import write_file
+
+if TYPE_CHECKING:
+    from crafts_privacy.accounting import PrivacyEvent
+    from crafts_privacy.audit import OneRun
+    from crafts_privacy.ledger import Ledger
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,7 +200,14 @@ def policy_check(
 
 
 @app.command()
-def budget(home: Home = Path("site"), as_json: AsJson = False) -> None:
+def budget(
+    home: Home = Path("site"),
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Count what is left in steps of this plan."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print what the cohort's lifetime budget is, and what is left of it."""
     from crafts_privacy.accounting import epsilon
     from crafts_privacy.ledger import Ledger
@@ -199,6 +216,7 @@ def budget(home: Home = Path("site"), as_json: AsJson = False) -> None:
         site = SiteHome.open(home)
         has_ledger = site.ledger_path.exists()
         events = Ledger(site.ledger_path).events(site.config.cohort) if has_ledger else ()
+        steps_left = None if plan is None else _steps_left(site, plan, events)
     policy = site.policy
     spent = epsilon(events, policy.max_delta)
     result = {
@@ -209,20 +227,106 @@ def budget(home: Home = Path("site"), as_json: AsJson = False) -> None:
         "epsilon_left": max(0.0, policy.max_epsilon - spent),
         "steps": sum(event.steps for event in events),
     }
+    if steps_left is not None:
+        result["steps_left_of_this_plan"] = steps_left
     _print(result, as_json)
+
+
+def _steps_left(site: SiteHome, plan: Path, spent: "Sequence[PrivacyEvent]") -> int:
+    from crafts_client.mechanism import mechanism_of
+    from crafts_core.plan import Plan
+    from crafts_privacy.accounting import steps_left
+
+    mechanism = mechanism_of(Plan.load(plan), declared_patients=site.config.declared_patients)
+    policy = site.policy
+    return steps_left(
+        mechanism.event(1), max_epsilon=policy.max_epsilon, delta=policy.max_delta, spent=spent
+    )
+
+
+@app.command()
+def audit(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Test the training engine with canary patients; exit 1 if a check fails. Spends no budget."""
+    from crafts_privacy.audit import audit as run_audit
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        result = run_audit(device=site.config.device)
+        record = asdict(result) | {"passed": result.passed}
+        write_file(site.audit_path, json.dumps(record, indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        for check in result.checks:
+            verdict = "passed" if check.passed else "FAILED"
+            typer.echo(f"{verdict}  {check.name}: {check.question} (p = {check.p_value:.2g})")
+        typer.echo(_one_run_line(result.one_run))
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _one_run_line(one_run: "OneRun") -> str:
+    verdict = "passed" if one_run.passed else "FAILED"
+    return (
+        f"{verdict}  one-run bound: epsilon at least {one_run.bound:.2f} of "
+        f"{one_run.claimed_epsilon:g} claimed, from {one_run.num_right} right guesses of "
+        f"{one_run.num_canaries}; without noise it would show {one_run.control:.2f}, "
+        f"and at most {one_run.ceiling:.2f}"
+    )
 
 
 @ledger_app.command("verify")
 def ledger_verify(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Check every entry, the chain and the witness; exit 1 if anything was changed."""
-    from crafts_privacy.ledger import Ledger, LedgerError
-
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        if not site.ledger_path.exists():
-            raise LedgerError(f"no ledger at {site.ledger_path}; nothing was trained here yet")
-        head = Ledger(site.ledger_path).verify()
+        head = _ledger(site).verify()
     _print({"ledger": str(site.ledger_path), "head": str(head.hash), "intact": True}, as_json)
+
+
+@ledger_app.command("show")
+def ledger_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Print every entry, oldest first."""
+    with one_line_errors("crafts-client"):
+        entries = _ledger(SiteHome.open(home)).entries()
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in entries], default=str))
+        return
+    for entry in entries:
+        about = f"run {entry.run_id} round {entry.round} {entry.stage}"
+        mechanism = f"{entry.steps} steps, noise {entry.noise_multiplier:g}, rate "
+        typer.echo(
+            f"{entry.sequence:5d}  {entry.recorded_at:%Y-%m-%d %H:%M:%S}  {entry.kind:9s}  "
+            f"{entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}"
+        )
+
+
+@ledger_app.command("export")
+def ledger_export(
+    out: Annotated[Path, typer.Argument(help="CSV file to write.")],
+    home: Home = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Write every entry as CSV, hashes included, for a second party to keep."""
+    from crafts_privacy.ledger import LedgerEntry
+
+    with one_line_errors("crafts-client"):
+        entries = _ledger(SiteHome.open(home)).entries()
+        text = io.StringIO()
+        rows = csv.DictWriter(text, [field.name for field in fields(LedgerEntry)])
+        rows.writeheader()
+        rows.writerows(asdict(entry) for entry in entries)
+        write_file(out, text.getvalue())
+    _print({"file": str(out), "entries": len(entries)}, as_json)
+
+
+def _ledger(site: SiteHome) -> "Ledger":
+    """The site's ledger, verified; never a new one."""
+    from crafts_privacy.ledger import Ledger, LedgerError
+
+    if not site.ledger_path.exists():
+        raise LedgerError(f"no ledger at {site.ledger_path}; nothing was trained here yet")
+    return Ledger(site.ledger_path)
 
 
 def _checked(model: type[Any], **values: object) -> Any:

@@ -123,6 +123,11 @@ class SiteHome:
         return self.path / "ledger.db"
 
     @property
+    def audit_path(self) -> Path:
+        """The newest audit of the engine."""
+        return self.path / "audit.json"
+
+    @property
     def outbox_path(self) -> Path:
         return self.path / "outbox"
 

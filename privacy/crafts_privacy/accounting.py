@@ -9,7 +9,7 @@ that differs between neighbouring data sets, so epsilon here is per patient.
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -176,6 +176,45 @@ def calibrate_noise_multiplier(
     while not fits(high, FINE):
         high = _round_up(high * 1.0002)
     return high
+
+
+def steps_left(
+    kind: PrivacyEvent,
+    *,
+    max_epsilon: float,
+    delta: float,
+    spent: Sequence[PrivacyEvent] = (),
+    most: int = 1_000_000,
+) -> int:
+    """How many more steps of ``kind`` a budget allows after ``spent``; at most ``most``.
+
+    The answer to "what is left": epsilons neither add up nor subtract. Searched coarsely, then
+    stepped down until the discretization that is enforced agrees, so it is never too many.
+
+    Args:
+        kind: Noise multiplier and sample rate; its own steps do not matter.
+        max_epsilon: The budget at ``delta``.
+        delta: Of the promise.
+        spent: What the cohort was charged so far.
+        most: Where the search ends.
+    """
+
+    def fits(steps: int, discretization: float) -> bool:
+        event = replace(kind, steps=steps)
+        return epsilon([*spent, event], delta, discretization=discretization) <= max_epsilon
+
+    if not fits(1, FINE):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high, COARSE):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle, COARSE) else (low, middle)
+    while low > 1 and not fits(low, FINE):
+        low -= max(1, low // 1000)
+    return low
 
 
 def merge(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:

@@ -1,4 +1,6 @@
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from crafts_client.home import SiteHome
 from crafts_client.site import Site
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.accounting import PrivacyEvent, epsilon
+from crafts_privacy.noise import GridNoise
 from support.sites import make_site_home, plan_values
 
 
@@ -38,8 +42,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
 
     assert surface.keys() == {
-        *("init", "ingest", "tiles", "policy", "budget", "ledger"),
-        *("policy show", "policy check", "ledger verify"),
+        *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit"),
+        *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
     assert surface["init"] == {
         *("--name", "--patients", "--home", "--cohort", "--device", "--foundation"),
@@ -140,6 +144,58 @@ def test_the_budget_falls_with_a_round(home, foundation, coordinator) -> None:
     assert 12.0 < left() < 20.0
 
 
+def test_the_budget_is_told_in_steps_of_a_plan(tmp_path, home, foundation) -> None:
+    plan = _write_plan(tmp_path, foundation)
+    wanted = json.loads(run("policy", "check", plan, "--home", home.path, "--json").stdout)
+
+    told = json.loads(run("budget", "--home", home.path, "--plan", plan, "--json").stdout)
+
+    rate = plan_values(foundation.manifest.hash)["privacy"]["sample_rate"]
+    kind = PrivacyEvent(
+        noise_multiplier=wanted["noise_multiplier"],
+        sample_rate=rate,
+        steps=told["steps_left_of_this_plan"],
+    )
+    assert epsilon([kind], home.policy.max_delta) <= home.policy.max_epsilon
+    more = replace(kind, steps=kind.steps + max(2, kind.steps // 100))
+    assert epsilon([more], home.policy.max_delta) > home.policy.max_epsilon
+
+
+def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+
+    shown = run("ledger", "show", "--home", home.path)
+    entries = json.loads(run("ledger", "show", "--home", home.path, "--json").stdout)
+    exported = run("ledger", "export", tmp_path / "ledger.csv", "--home", home.path)
+
+    assert [entry["kind"] for entry in entries] == ["reserved", "committed"]
+    assert "reserved" in shown.stdout.splitlines()[0]
+    assert exported.exit_code == 0, exported.stderr
+    with (tmp_path / "ledger.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["hash"] for row in rows] == [entry["hash"] for entry in entries]
+
+
+def test_the_audit_passes_the_installed_engine_and_leaves_its_record(home) -> None:
+    done = run("audit", "--home", home.path)
+
+    assert done.exit_code == 0, done.output
+    assert len([line for line in done.stdout.splitlines() if line.startswith("passed")]) == 10
+    assert json.loads(home.audit_path.read_text())["passed"]
+    assert not home.ledger_path.exists(), "an audit spends nothing"
+
+
+def test_an_audit_that_fails_exits_one(home, monkeypatch) -> None:
+    monkeypatch.setattr(GridNoise, "add_", lambda self, grid_sum_D, std: None)
+
+    done = run("audit", "--home", home.path)
+
+    assert done.exit_code == 1
+    assert "FAILED  noise scale" in done.stdout
+    assert "FAILED  one-run bound" in done.stdout
+
+
 def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None:
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
@@ -155,7 +211,11 @@ def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [("tiles",), ("budget",), ("policy", "show"), ("ledger", "verify")]
+    "arguments",
+    [
+        *(("tiles",), ("budget",), ("policy", "show"), ("audit",)),
+        *(("ledger", "verify"), ("ledger", "show"), ("ledger", "export", "ledger.csv")),
+    ],
 )
 def test_without_a_home_it_is_one_line_and_exit_1(tmp_path, arguments) -> None:
     done = run(*arguments, "--home", tmp_path / "nowhere")

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import dp_accounting
 import pytest
@@ -15,6 +16,7 @@ from crafts_privacy.accounting import (
     epsilon,
     epsilon_second_opinion,
     merge,
+    steps_left,
 )
 from crafts_privacy.errors import CalibrationError
 
@@ -215,3 +217,26 @@ def test_an_impossible_target_is_refused(bad: dict[str, float]) -> None:
     asked = {"target_epsilon": 1.0, "delta": 1e-3, "sample_rate": 0.1, "steps": 5} | bad
     with pytest.raises(ValueError, match="expected"):
         calibrate_noise_multiplier(**asked)
+
+
+@pytest.mark.parametrize("spent_steps", [0, 40])
+def test_steps_left_is_the_largest_number_that_fits(spent_steps: int) -> None:
+    """The slow obvious loop: one step more until it is too many."""
+    kind = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.3, steps=0)
+    spent = [PrivacyEvent(noise_multiplier=1.5, sample_rate=0.2, steps=spent_steps)]
+    steps = 0
+    while epsilon([*spent, replace(kind, steps=steps + 1)], 1e-4, discretization=COARSE) <= 5.0:
+        steps += 1
+
+    found = steps_left(kind, max_epsilon=5.0, delta=1e-4, spent=spent)
+
+    assert 0 < steps - 1 <= found <= steps + 1
+    assert epsilon([*spent, replace(kind, steps=found)], 1e-4) <= 5.0
+
+
+def test_no_step_is_left_of_a_spent_budget_and_the_search_ends() -> None:
+    kind = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=0)
+    spent = [replace(kind, steps=100)]
+    assert steps_left(kind, max_epsilon=1.0, delta=1e-4, spent=spent) == 0
+    quiet = PrivacyEvent(noise_multiplier=1000.0, sample_rate=0.01, steps=0)
+    assert steps_left(quiet, max_epsilon=8.0, delta=1e-4, most=50) == 50

@@ -9,8 +9,8 @@ directory (so an interrupted build goes on), and writes a foundation directory:
 4. latent aligner on the UNet's own denoised latents,
 5. prompt bank, probe, and the gate's correlation range (``assembly``).
 
-Takes about an hour on two CPU cores and minutes on a GPU. One seed decides everything; on the same
-machine and thread count the same seed gives the same bytes.
+Takes about an hour on two CPU cores and uses a GPU if there is one. One seed decides everything:
+on the same machine and thread count it gives the same bytes.
 """
 
 from crafts_core.foundation_build.assembly import build

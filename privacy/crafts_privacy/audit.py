@@ -1,0 +1,429 @@
+"""An audit of the engine that runs, by canary patients whose gradients are known exactly.
+
+Two kinds of evidence, because each alone can be vacuous:
+
+* **Direct statistics.** A small model whose loss is linear, so that a patient's gradient is known
+  and every step can be taken apart into clipped sum and noise. Each statistic has a known
+  distribution when the engine is right, and gives a p-value. They look from inside: who was drawn,
+  and the weights before and after each step.
+* **The one-run bound** of Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846). Canaries are put in
+  by coin, an attacker guesses from the weights alone which are in, and the number of right guesses
+  bounds epsilon from below. A bound below the claim says little by itself, so two figures stand
+  beside it: the *ceiling*, what all guesses right would give (at or below the claim, the audit
+  could not fail), and the *control*, what the same audit says of the same engine without noise.
+
+Neither proves a guarantee: an audit finds faults, the accounting promises.
+
+Letters: T steps, N patients (canaries), D coordinates.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor, nn
+
+from crafts_privacy.accounting import calibrate_noise_multiplier
+from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.sampling import PatientSampler, PoissonSampler
+
+FALSE_ALARM = 1e-6
+"""A right engine fails one statistic with this probability (the audit has nine of them)."""
+
+CONFIDENCE = 0.95
+"""Of the one-run lower bound."""
+
+_PATIENTS = 48
+_COORDINATES = 256
+_STEPS = 60
+_BOUND = 1.0
+_RATE = 0.5
+_NOISE = 0.3
+_LONG, _SHORT = 100.0, 0.1
+"""Gradient norms, in units of C, of patients that must and must not be clipped."""
+_TILES = 2
+
+Vector = NDArray[np.float64]
+
+
+class Engine(Protocol):
+    """What is audited: ``PatientSGD``, or what claims to be as good."""
+
+    def step(self, num_patients: int, patient_loss: PatientLoss) -> None:
+        """One private step."""
+
+
+class MakeEngine(Protocol):
+    """Builds the engine exactly as training does: learning rate 1, no momentum."""
+
+    def __call__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        mechanism: Mechanism,
+        noise: NoiseSource,
+        sampler: PatientSampler,
+    ) -> Engine:
+        """A fresh engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One statistic: its p-value under a right engine, and what it looks at in plain words."""
+
+    name: str
+    question: str
+    p_value: float
+
+    @property
+    def passed(self) -> bool:
+        return self.p_value >= FALSE_ALARM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneRun:
+    """Lower bounds on epsilon from right guesses, at 95 % confidence."""
+
+    claimed_epsilon: float
+    delta: float
+    num_canaries: int
+    num_right: int
+    bound: float
+    ceiling: float
+    control: float
+    """The bound where the same engine runs without noise; it must exceed the claim."""
+
+    @property
+    def passed(self) -> bool:
+        return self.bound <= self.claimed_epsilon < min(self.ceiling, self.control)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditResult:
+    """All evidence. ``passed`` only if every part of it is right and could have been wrong."""
+
+    checks: tuple[Check, ...]
+    one_run: OneRun
+
+    @property
+    def passed(self) -> bool:
+        return self.one_run.passed and all(check.passed for check in self.checks)
+
+
+def patient_sgd(
+    parameters: dict[str, nn.Parameter],
+    mechanism: Mechanism,
+    noise: NoiseSource,
+    sampler: PatientSampler,
+) -> Engine:
+    """The engine that sites train with."""
+    return PatientSGD(
+        parameters, mechanism, learning_rate=1.0, momentum=0.0, noise=noise, sampler=sampler
+    )
+
+
+def audit(
+    make_engine: MakeEngine = patient_sgd,
+    *,
+    make_noise: Callable[[], NoiseSource] = GridNoise,
+    make_sampler: Callable[[], PatientSampler] = PoissonSampler,
+    num_canaries: int = 1000,
+    claimed_epsilon: float = 1.0,
+    device: str = "cpu",
+    seed: int | None = None,
+) -> AuditResult:
+    """Audit an engine. Takes seconds, needs no patient's data and spends no budget.
+
+    Args:
+        make_engine: Builds the engine.
+        make_noise: A fresh noise source, as a process that starts makes it.
+        make_sampler: A fresh sampler.
+        num_canaries: Of the one-run audit; more make its bound and its ceiling sharper.
+        claimed_epsilon: Of the one-run audit's own mechanism; small, where audits have power.
+        device: Where the engine runs.
+        seed: Of the coins that put canaries in; the operating system's entropy if absent.
+    """
+    coins = np.random.default_rng(seed)
+    make = _Maker(make_engine, make_noise, make_sampler, device)
+    return AuditResult(
+        checks=direct_checks(_observe(make)),
+        one_run=_one_run(make, coins, num_canaries=num_canaries, claimed_epsilon=claimed_epsilon),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    engine: MakeEngine
+    noise: Callable[[], NoiseSource]
+    sampler: Callable[[], PatientSampler]
+    device: str
+
+    def __call__(self, weights: nn.Parameter, mechanism: Mechanism) -> Engine:
+        return self.engine({"weights": weights}, mechanism, self.noise(), self.sampler())
+
+    def weights(self, num: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(num, device=self.device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What ``T`` steps of the canary study showed, in units where the right answer is known."""
+
+    released_TD: Vector
+    """Each step's change of the weights times the divisor: clipped sum plus noise."""
+    drawn_TN: Vector
+    """How often each patient's loss was asked for in each step."""
+    contribution_N: Vector
+    """Length of each patient's clipped gradient, which lies along its own coordinate."""
+    mechanism: Mechanism
+
+    @property
+    def standardised_noise(self) -> Vector:
+        """What is left (T, D), in units of its claimed standard deviation."""
+        residual = self.released_TD.copy()
+        residual[:, : self.drawn_TN.shape[1]] -= self.drawn_TN * self.contribution_N
+        return residual / (self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
+
+
+def _observe(make: _Maker) -> Observation:
+    """The canary study: two engines, one after the other, as training before and after a restart.
+
+    Patient i's gradient lies along coordinate i, a hundred times too long for even i, a tenth of
+    the bound for odd i, and comes in parts that add up, as microbatches of tiles do.
+    """
+    mechanism = Mechanism(
+        noise_multiplier=_NOISE,
+        max_grad_norm=_BOUND,
+        sample_rate=_RATE,
+        expected_patients=_RATE * _PATIENTS,
+    )
+    weights = make.weights(_COORDINATES)
+    length_N = np.where(np.arange(_PATIENTS) % 2 == 0, _LONG, _SHORT) * _BOUND
+    drawn: list[int] = []
+
+    def patient_loss(patient: int) -> Iterator[Tensor]:
+        drawn.append(patient)
+        for _ in range(_TILES):
+            yield weights[patient] * (length_N[patient] / _TILES)
+
+    released, counts = [], []
+    for _ in range(2):
+        engine = make(weights, mechanism)
+        for _ in range(_STEPS // 2):
+            drawn.clear()
+            # From zero each time, so that float32 weights hold the whole step.
+            with torch.no_grad():
+                weights.zero_()
+            engine.step(_PATIENTS, patient_loss)
+            released.append(-weights.detach().double().cpu().numpy() * mechanism.expected_patients)
+            counts.append(np.bincount(drawn, minlength=_PATIENTS).astype(float))
+    return Observation(
+        released_TD=np.stack(released),
+        drawn_TN=np.stack(counts),
+        contribution_N=np.minimum(length_N, _BOUND),
+        mechanism=mechanism,
+    )
+
+
+def direct_checks(seen: Observation) -> tuple[Check, ...]:
+    """The statistics, each with its p-value under a right engine."""
+    return (
+        Check(
+            name="weights move",
+            question="does every step change the weights?",
+            p_value=float(np.abs(seen.released_TD).max(axis=1).min() > 0),
+        ),
+        Check(
+            name="clip",
+            question="does no patient add more than the bound, however its tiles come?",
+            p_value=_clip(seen),
+        ),
+        Check(
+            name="noise scale",
+            question="has the noise the claimed standard deviation?",
+            p_value=_two_sided(
+                stats.chi2(seen.standardised_noise.size), float((seen.standardised_noise**2).sum())
+            ),
+        ),
+        Check(
+            name="noise shape",
+            question="is the noise Gaussian around zero?",
+            p_value=float(
+                stats.kstest(seen.standardised_noise[:, _PATIENTS:].ravel(), "norm").pvalue
+            ),
+        ),
+        Check(
+            name="noise is fresh",
+            question="is each step's noise its own, after a restart as well?",
+            p_value=_fresh(seen.standardised_noise[:, _PATIENTS:]),
+        ),
+        Check(
+            name="sampling rate",
+            question="is a patient drawn as often as claimed, and at most once a step?",
+            p_value=_rate(seen),
+        ),
+        Check(
+            name="independent sampling",
+            question="does the size of the sample vary as independent draws make it?",
+            p_value=_spread(seen),
+        ),
+        Check(
+            name="no rotation",
+            question="is who was drawn in one step independent of the step before?",
+            p_value=_rotation(seen),
+        ),
+        Check(
+            name="fixed divisor",
+            question="is the step independent of how many were drawn?",
+            p_value=_divisor(seen),
+        ),
+    )
+
+
+def _clip(seen: Observation) -> float:
+    """Mean of what the over-long patients added, one-sided above C."""
+    num = seen.drawn_TN.shape[1]
+    is_long = seen.contribution_N >= seen.mechanism.max_grad_norm
+    inside = seen.drawn_TN.astype(bool) & is_long
+    if not inside.any():
+        return 1.0  # the sampling statistics speak to that
+    excess = (seen.released_TD[:, :num][inside] - seen.mechanism.max_grad_norm).mean()
+    std = seen.mechanism.noise_multiplier * seen.mechanism.max_grad_norm
+    return float(stats.norm.sf(excess / (std / math.sqrt(inside.sum()))))
+
+
+def _fresh(noise_TD: Vector) -> float:
+    """The largest correlation of two steps' noise; Bonferroni over all pairs."""
+    lengths = np.linalg.norm(noise_TD, axis=1, keepdims=True)
+    if not (lengths > 0).all():
+        return 0.0
+    unit_TD = noise_TD / lengths
+    upper = np.triu_indices(len(unit_TD), k=1)
+    largest = np.abs(unit_TD @ unit_TD.T)[upper].max()
+    num_coordinates = noise_TD.shape[1]
+    # Squared correlation of independent Gaussians is Beta(1/2, (D - 1) / 2).
+    single = stats.beta.sf(largest**2, 0.5, (num_coordinates - 1) / 2)
+    return float(min(1.0, len(upper[0]) * single))
+
+
+def _rate(seen: Observation) -> float:
+    if seen.drawn_TN.max() > 1:
+        return 0.0
+    binomial = stats.binomtest(
+        int(seen.drawn_TN.sum()), seen.drawn_TN.size, seen.mechanism.sample_rate
+    )
+    return float(binomial.pvalue)
+
+
+def _spread(seen: Observation) -> float:
+    """Sum of squared deviations of the sample sizes, chi-squared by the central limit."""
+    rate, (steps, num) = seen.mechanism.sample_rate, seen.drawn_TN.shape
+    deviation_T = seen.drawn_TN.sum(axis=1) - num * rate
+    scaled = float((deviation_T**2).sum()) / (num * rate * (1 - rate))
+    return _two_sided(stats.chi2(steps), scaled)
+
+
+def _rotation(seen: Observation) -> float:
+    """Agreement of who is drawn in neighbouring steps; a shuffled deck alternates."""
+    rate = seen.mechanism.sample_rate
+    centred_TN = seen.drawn_TN - rate
+    products = centred_TN[1:] * centred_TN[:-1]
+    z = products.sum() / (rate * (1 - rate) * math.sqrt(products.size))
+    return _of_z(float(z))
+
+
+def _divisor(seen: Observation) -> float:
+    """Slope of the long patients' sum, beyond its expectation, on the size of the sample."""
+    num = seen.drawn_TN.shape[1]
+    is_long = seen.contribution_N >= seen.mechanism.max_grad_norm
+    noise_TN = seen.standardised_noise[:, :num] * (seen.drawn_TN * is_long)
+    size_T = seen.drawn_TN.sum(axis=1)
+    centred_T = size_T - size_T.mean()
+    variance = float((centred_T**2 * (seen.drawn_TN * is_long).sum(axis=1)).sum())
+    if variance == 0:
+        return 1.0  # samples of one size: the sampling statistics speak to that
+    return _of_z(float((centred_T * noise_TN.sum(axis=1)).sum()) / math.sqrt(variance))
+
+
+def _of_z(z: float) -> float:
+    return float(2 * stats.norm.sf(abs(z)))
+
+
+def _two_sided(distribution: "stats.rv_continuous_frozen", value: float) -> float:
+    return float(2 * min(distribution.cdf(value), distribution.sf(value)))
+
+
+def _one_run(
+    make: _Maker, coins: np.random.Generator, *, num_canaries: int, claimed_epsilon: float
+) -> OneRun:
+    """Eight steps at rate 1/2 on canaries of full length, each in by coin."""
+    delta, steps = 1e-5, 8
+    noise = calibrate_noise_multiplier(
+        target_epsilon=claimed_epsilon, delta=delta, sample_rate=_RATE, steps=steps
+    )
+    right = _guess(make, coins, num_canaries, noise=noise, steps=steps)
+    without = _guess(make, coins, num_canaries, noise=1e-3, steps=steps)
+    bound, control, ceiling = (
+        epsilon_lower_bound(num_guesses=num_canaries, num_right=count, delta=delta)
+        for count in (right, without, num_canaries)
+    )
+    return OneRun(
+        claimed_epsilon=claimed_epsilon,
+        delta=delta,
+        num_canaries=num_canaries,
+        num_right=right,
+        bound=bound,
+        ceiling=ceiling,
+        control=control,
+    )
+
+
+def _guess(make: _Maker, coins: np.random.Generator, num: int, *, noise: float, steps: int) -> int:
+    """How many canaries an attacker tells in from out by the final weights."""
+    is_in = coins.integers(0, 2, num).astype(bool)
+    members = np.flatnonzero(is_in)
+    mechanism = Mechanism(
+        noise_multiplier=noise,
+        max_grad_norm=_BOUND,
+        sample_rate=_RATE,
+        expected_patients=1.0,
+    )
+    weights = make.weights(num)
+    engine = make(weights, mechanism)
+    for _ in range(steps):
+        engine.step(len(members), lambda patient: [2 * _BOUND * weights[int(members[patient])]])
+    score = -weights.detach().double().cpu().numpy()
+    guess_in = score > _RATE * steps * _BOUND / 2
+    return int((guess_in == is_in).sum())
+
+
+def epsilon_lower_bound(*, num_guesses: int, num_right: int, delta: float) -> float:
+    """The smallest epsilon that so many right guesses do not contradict, at 95 % confidence.
+
+    Theorem 5.2 of arXiv 2305.08846, with a guess for every canary.
+    """
+    if _surprise(num_guesses, num_right, 0.0, delta) > 1 - CONFIDENCE:
+        return 0.0
+    low, high = 0.0, 1.0
+    while high < 64 and _surprise(num_guesses, num_right, high, delta) <= 1 - CONFIDENCE:
+        low, high = high, 2 * high
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        contradicted = _surprise(num_guesses, num_right, middle, delta) <= 1 - CONFIDENCE
+        low, high = (middle, high) if contradicted else (low, middle)
+    return low
+
+
+def _surprise(num_guesses: int, num_right: int, epsilon: float, delta: float) -> float:
+    """Probability bound of at least ``num_right`` right guesses under (epsilon, delta)-DP."""
+    right = stats.binom(num_guesses, 1 / (1 + math.exp(-epsilon)))
+    # tail_V[i - 1] is P[V - i <= successes < V]: what delta can lift above the threshold.
+    below_V = right.pmf(np.arange(num_right - 1, -1, -1))
+    tail_V = np.cumsum(below_V)
+    lift = float((tail_V / np.arange(1, num_right + 1)).max()) if num_right else 0.0
+    return float(min(1.0, right.sf(num_right - 1) + 2 * num_guesses * delta * lift))
