@@ -42,6 +42,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from crafts_privacy.noise import GridNoise
+from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
@@ -120,7 +121,7 @@ def private_step(work: Workload) -> Step:
             noise_multiplier=1.0, max_grad_norm=1e-3, sample_rate=0.1, expected_patients=patients
         ),
         learning_rate=LEARNING_RATE,
-        momentum=MOMENTUM,
+        optimizer=Momentum(MOMENTUM),
         noise=GridNoise(),
         sampler=Everybody(),
     )

@@ -23,11 +23,13 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
     """
     privacy = plan.privacy
     expected_patients = privacy.sample_rate * declared_patients
+    stability = privacy.clipping_stability if privacy.clipping == "automatic" else None
     if privacy.target_epsilon is None or privacy.delta is None:
         return Mechanism.without_privacy(
             sample_rate=privacy.sample_rate,
             expected_patients=expected_patients,
             max_grad_norm=privacy.max_grad_norm,
+            stability=stability,
         )
     return Mechanism(
         noise_multiplier=_calibrated(
@@ -36,6 +38,7 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=privacy.sample_rate,
         expected_patients=expected_patients,
+        stability=stability,
     )
 
 

@@ -119,10 +119,11 @@ class Site:
             factor=request.factor,
             privacy=plan.privacy,
             mechanism=mechanism,
+            charged=mechanism.event(stage.local_steps),
             state=state,
             stage_start=self._stage_start(message, stage, state),
         )
-        reservation = self._reserve(request, stage, mechanism)
+        reservation = self._reserve(request, task)
         try:
             delta = _as_wire(trainer.train(task), plan)
             update_norm = global_norm(delta)
@@ -136,9 +137,7 @@ class Site:
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
 
-    def _reserve(
-        self, request: RoundRequest, stage: StageConfig, mechanism: Mechanism
-    ) -> Reservation:
+    def _reserve(self, request: RoundRequest, task: TrainingTask) -> Reservation:
         """Charge the round against the cohort's lifetime, over all studies."""
         policy = self._home.policy
         return self._ledger.reserve(
@@ -146,10 +145,10 @@ class Site:
             plan_hash=request.plan_hash,
             run_id=request.run_id,
             round=request.round,
-            stage=stage.name,
-            event=mechanism.event(stage.local_steps),
+            stage=task.stage.name,
+            event=task.charged,
             # Steps without noise have no finite epsilon; the policy has allowed them by name.
-            max_epsilon=policy.max_epsilon if mechanism.private else float("inf"),
+            max_epsilon=policy.max_epsilon if task.mechanism.private else float("inf"),
             delta=policy.max_delta,
         )
 

@@ -20,7 +20,9 @@ from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig, Factor, PrivacyConfig, StageConfig
 from crafts_core.stages.batch import Draws
 from crafts_core.stages.objective import Objective, assert_per_tile
+from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
@@ -52,6 +54,8 @@ class TrainingTask:
     factor: Factor
     privacy: PrivacyConfig
     mechanism: Mechanism
+    charged: PrivacyEvent
+    """What the ledger holds for this round; training that differs from it gives nothing."""
     state: Mapping[str, Tensor]
     """The global adapter of the round."""
     stage_start: Mapping[str, Tensor] | None
@@ -110,7 +114,7 @@ class Trainer:
             parameters,
             task.mechanism,
             learning_rate=task.stage.learning_rate,
-            momentum=task.stage.momentum,
+            optimizer=Momentum(task.stage.momentum),
             noise=self._randomness.noise,
             sampler=self._randomness.sampler,
         )
@@ -121,6 +125,8 @@ class Trainer:
 
         for _ in range(task.stage.local_steps):
             optimizer.step(self._patients.num_patients, patient_loss)
+        if optimizer.event() != task.charged:
+            raise TrainingError("training ran other steps than the ledger was charged for")
         delta = {
             name: parameter.detach().to("cpu", torch.float32) - task.state[name].float()
             for name, parameter in parameters.items()

@@ -81,6 +81,10 @@ class PrivacyConfig(_Section):
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1e-2)] | None = None
     max_grad_norm: Annotated[float, Field(gt=0)]
+    clipping: Literal["flat", "automatic"] = "flat"
+    """Shorten only gradients beyond max_grad_norm, or scale every one to just below it (AUTO-S)."""
+    clipping_stability: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.01
+    """gamma of automatic clipping: the gradient norm below which a patient counts for less."""
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     tiles_per_patient: Annotated[int, Field(ge=1, le=4096)]
     draws_per_tile: Annotated[int, Field(ge=1, le=256)]

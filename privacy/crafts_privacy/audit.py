@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
@@ -123,7 +124,7 @@ def patient_sgd(
 ) -> Engine:
     """The engine that sites train with."""
     return PatientSGD(
-        parameters, mechanism, learning_rate=1.0, momentum=0.0, noise=noise, sampler=sampler
+        parameters, mechanism, learning_rate=1.0, optimizer=Momentum(), noise=noise, sampler=sampler
     )
 
 

@@ -23,7 +23,7 @@ GRID_BITS = 24
 _NORM_CHUNK = 1 << 20
 
 
-def clip_(grad_D: Tensor, max_grad_norm: float) -> Tensor:
+def clip_(grad_D: Tensor, max_grad_norm: float, *, stability: float | None = None) -> Tensor:
     """Scale a flat float32 gradient to L2 norm at most ``max_grad_norm``, in place.
 
     Guarantee: the norm, in exact arithmetic, is at most C. A gradient that holds NaN or infinity,
@@ -32,6 +32,9 @@ def clip_(grad_D: Tensor, max_grad_norm: float) -> Tensor:
     Args:
         grad_D: One patient's whole gradient.
         max_grad_norm: Clipping bound C; infinity only removes what is not finite.
+        stability: None scales only what is too long. A number is gamma of automatic clipping:
+            every gradient is scaled by C / (norm + gamma) (AUTO-S, arXiv 2206.07136), so that C
+            is no more than a unit of the learning rate.
 
     Returns:
         Whether the gradient was usable, as a zero-dimensional boolean tensor on the same device.
@@ -45,7 +48,7 @@ def clip_(grad_D: Tensor, max_grad_norm: float) -> Tensor:
         raise ValueError(f"expected a flat float32 gradient, got {grad_D.ndim}-d {grad_D.dtype}")
     norm = norm_float64(grad_D)
     bound = max_grad_norm * (1.0 - CLIP_MARGIN)
-    scale = (bound / norm).clamp(max=1.0)
+    scale = (bound / norm).clamp(max=1.0) if stability is None else bound / (norm + stability)
     # Below the smallest normal float32 the scale itself would be rounded coarsely.
     is_usable = norm.isfinite() & (scale >= torch.finfo(torch.float32).tiny)
     scale = torch.where(is_usable, scale, 0.0)

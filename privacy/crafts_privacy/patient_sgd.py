@@ -20,6 +20,7 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.clipping import clip_, grid_step, to_grid_
 from crafts_privacy.gradients import FlatGradient, views_of
 from crafts_privacy.noise import NoiseSource
+from crafts_privacy.optimizers import Optimizer
 from crafts_privacy.sampling import PatientSampler
 
 PatientLoss = Callable[[int], Tensor | Iterable[Tensor]]
@@ -43,6 +44,9 @@ class Mechanism:
     sample_rate: float
     expected_patients: float
     private: bool = True
+    stability: float | None = None
+    """None clips a gradient where it is too long; a number is gamma of automatic clipping, which
+    scales every gradient by ``C / (norm + gamma)`` (AUTO-S, Bu et al. 2023, arXiv 2206.07136)."""
 
     def __post_init__(self) -> None:
         if self.private and not (
@@ -62,10 +66,29 @@ class Mechanism:
             raise ValueError(f"expected 0 < sample_rate <= 1, got {self.sample_rate}")
         if not (math.isfinite(self.expected_patients) and self.expected_patients > 0):
             raise ValueError(f"expected expected_patients > 0, got {self.expected_patients}")
+        if self.stability is not None and not (
+            1e-6 <= self.stability <= 1e6 and self.max_grad_norm < math.inf
+        ):
+            raise ValueError(
+                f"automatic clipping needs a finite max_grad_norm and stability 1e-6 to 1e6, got "
+                f"{self.stability}"
+            )
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in each coordinate of the mean gradient."""
+        return self.noise_multiplier * (
+            self.max_grad_norm / self.expected_patients if self.private else 0.0
+        )
 
     @classmethod
     def without_privacy(
-        cls, *, sample_rate: float, expected_patients: float, max_grad_norm: float = math.inf
+        cls,
+        *,
+        sample_rate: float,
+        expected_patients: float,
+        max_grad_norm: float = math.inf,
+        stability: float | None = None,
     ) -> Self:
         """The same steps with no noise: a baseline for public or synthetic data only."""
         return cls(
@@ -74,6 +97,7 @@ class Mechanism:
             sample_rate=sample_rate,
             expected_patients=expected_patients,
             private=False,
+            stability=stability,
         )
 
     def event(self, steps: int) -> PrivacyEvent:
@@ -84,7 +108,7 @@ class Mechanism:
 
 
 class PatientSGD:
-    """SGD with momentum on patients, private or not.
+    """Descent on patients, private or not.
 
     It owns everything between the loss and the new weights; the caller only says what a patient's
     loss is. Nothing computed from patients comes back but the weights themselves.
@@ -96,11 +120,13 @@ class PatientSGD:
         mechanism: Mechanism,
         *,
         learning_rate: float,
-        momentum: float,
+        optimizer: Optimizer,
         noise: NoiseSource,
         sampler: PatientSampler,
     ) -> None:
         """Prepare to train exactly ``parameters``; each must require a gradient.
+
+        ``optimizer`` is fresh, or goes on with the state it has.
 
         Raises:
             ValueError: no parameters, one that is frozen, several devices, or a bad rate.
@@ -108,18 +134,14 @@ class PatientSGD:
         _check_parameters(parameters)
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"expected learning_rate > 0, got {learning_rate}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"expected 0 <= momentum < 1, got {momentum}")
         self._parameters = list(parameters.values())
         self._mechanism = mechanism
         self._learning_rate = learning_rate
-        self._momentum = momentum
+        self._optimizer = optimizer
         self._noise = noise
         self._sampler = sampler
         self._gradient = FlatGradient(self._parameters)
         self._sum_D = torch.zeros_like(self._gradient.grad_D, dtype=torch.float64)
-        self._velocity_D = torch.zeros_like(self._gradient.grad_D)
-        self._velocity = views_of(self._velocity_D, self._parameters)
         # float() is the parameter's own storage in float32 and a master copy in half precision,
         # where small updates would otherwise round away.
         self._masters = [parameter.detach().float() for parameter in self._parameters]
@@ -159,7 +181,9 @@ class PatientSGD:
 
     def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
         grad_D = self._gradient.compute([loss] if isinstance(loss, Tensor) else loss)
-        self._num_usable += clip_(grad_D, self._mechanism.max_grad_norm)
+        self._num_usable += clip_(
+            grad_D, self._mechanism.max_grad_norm, stability=self._mechanism.stability
+        )
         self._num_seen += 1
         if self._mechanism.private:
             to_grid_(grad_D, self._step)
@@ -167,11 +191,12 @@ class PatientSGD:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Momentum SGD on the noisy mean, in float32."""
+        """One step down the noisy mean, in float32."""
         self._sum_D *= self._step / self._mechanism.expected_patients
-        self._velocity_D.mul_(self._momentum).add_(self._sum_D)
+        direction_D = self._optimizer.direction(self._sum_D, self._mechanism.noise_std)
         self._sum_D.zero_()
-        torch._foreach_add_(self._masters, self._velocity, alpha=-self._learning_rate)
+        steps = views_of(direction_D, self._parameters)
+        torch._foreach_add_(self._masters, steps, alpha=-self._learning_rate)
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if parameter.dtype != torch.float32:
                 parameter.copy_(master)

@@ -65,11 +65,13 @@ def trainer_of(foundation, plan, patients, *, microbatch_tiles=64, **changes) ->
 
 def task_of(foundation, plan, *, stage: int = 0, factor: str = "second", **changes) -> TrainingTask:
     state = initial_state(foundation, plan.adapter, seed=plan.study.seed)
+    mechanism = changes.get("mechanism", mechanism_of(plan, declared_patients=6))
     values = {
         "stage": plan.stage[stage],
         "factor": factor,
         "privacy": plan.privacy,
-        "mechanism": mechanism_of(plan, declared_patients=6),
+        "mechanism": mechanism,
+        "charged": mechanism.event(changes.get("stage", plan.stage[stage]).local_steps),
         "state": state,
         "stage_start": state,
     }
@@ -211,6 +213,23 @@ def test_weights_that_are_not_finite_do_not_leave(foundation, plan, patients) ->
 
     with pytest.raises(TrainingError):
         trainer_of(foundation, plan, patients).train(replace(task, stage=stage, mechanism=loud))
+
+
+def test_other_steps_than_the_ledger_was_charged_for_give_nothing(
+    foundation, plan, patients
+) -> None:
+    task = task_of(foundation, plan)
+    less = replace(task.charged, steps=task.charged.steps - 1)
+
+    with pytest.raises(TrainingError, match="charged"):
+        trainer_of(foundation, plan, patients).train(replace(task, charged=less))
+
+
+def test_the_plans_clipping_reaches_the_mechanism(foundation, plan) -> None:
+    assert mechanism_of(plan, declared_patients=6).stability is None
+    wanted = {"clipping": "automatic", "clipping_stability": 0.5}
+    automatic = plan.model_copy(update={"privacy": plan.privacy.model_copy(update=wanted)})
+    assert mechanism_of(automatic, declared_patients=6).stability == 0.5
 
 
 def test_a_patients_tiles_are_drawn_without_replacement(patients) -> None:

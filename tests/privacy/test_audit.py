@@ -21,6 +21,7 @@ from crafts_privacy.audit import (
 )
 from crafts_privacy.clipping import to_grid_
 from crafts_privacy.noise import NoiseSource
+from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler
 from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
@@ -76,7 +77,12 @@ def faulty(engine: type[PatientSGD]) -> MakeEngine:
         sampler: PatientSampler,
     ) -> Engine:
         return engine(
-            parameters, mechanism, learning_rate=1.0, momentum=0.0, noise=noise, sampler=sampler
+            parameters,
+            mechanism,
+            learning_rate=1.0,
+            optimizer=Momentum(),
+            noise=noise,
+            sampler=sampler,
         )
 
     return make

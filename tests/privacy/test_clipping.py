@@ -115,3 +115,22 @@ def test_the_step_is_a_power_of_two_just_below_the_bound(bound: float) -> None:
     step = grid_step(bound)
     assert math.frexp(step)[0] == 0.5
     assert 2**GRID_BITS <= bound / step < 2 ** (GRID_BITS + 1)
+
+
+@settings(deadline=None)
+@given(grad_D=GRADIENTS, bound=BOUNDS, stability=st.floats(1e-6, 1e6))
+def test_automatic_clipping_never_exceeds_the_bound(
+    grad_D: torch.Tensor, bound: float, stability: float
+) -> None:
+    clip_(grad_D, bound, stability=stability)
+    assert float(grad_D.double().norm()) <= bound
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-3, 1.0, 1e3])
+def test_automatic_clipping_is_the_formula_of_the_paper(length: float) -> None:
+    """AUTO-S: C g / (|g| + gamma), for short and long gradients alike."""
+    direction = torch.tensor([0.6, 0.8])
+    grad_D = length * direction
+    assert bool(clip_(grad_D, 2.0, stability=0.01))
+    expected = 2.0 * length / (length + 0.01) * direction
+    torch.testing.assert_close(grad_D, expected, rtol=2e-6, atol=1e-9)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from crafts_privacy.clipping import CLIP_MARGIN
 from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
@@ -63,7 +64,7 @@ def optimizer(
         dict(model.named_parameters()),
         mech or mechanism(),
         learning_rate=learning_rate,
-        momentum=momentum,
+        optimizer=Momentum(momentum),
         noise=noise or NoNoise(),
         sampler=sampler or FixedSampler(),
     )
@@ -188,7 +189,7 @@ def noise_std_of_step(noise_multiplier: float, expected_patients: float) -> floa
         {"weight": weight},
         mechanism(noise_multiplier=noise_multiplier, expected_patients=expected_patients),
         learning_rate=1.0,
-        momentum=0.0,
+        optimizer=Momentum(),
         noise=GridNoise(),
         sampler=FixedSampler([]),
     )
@@ -275,6 +276,44 @@ def test_without_privacy_it_is_torch_sgd() -> None:
     assert torch.allclose(flat(model), flat(reference), atol=1e-5)
 
 
+def test_the_optimizer_is_told_the_noise_it_gets() -> None:
+    told: list[float] = []
+
+    class Listening(Momentum):
+        def direction(self, mean_D: Tensor, noise_std: float) -> Tensor:
+            told.append(noise_std)
+            return super().direction(mean_D, noise_std)
+
+    model = make_model()
+    sgd = PatientSGD(
+        dict(model.named_parameters()),
+        mechanism(noise_multiplier=2.0, expected_patients=4.0),
+        learning_rate=1.0,
+        optimizer=Listening(),
+        noise=SeededNoise(3),
+        sampler=FixedSampler([]),
+    )
+    before = flat(model)
+    sgd.step(NUM_PATIENTS, mean_loss(model))
+    assert told == [2.0 * C / 4.0]
+    assert float((flat(model) - before).std()) == pytest.approx(told[0], rel=0.15)
+
+
+def test_automatic_clipping_counts_every_patient_almost_alike() -> None:
+    def scaled(patient: int) -> Tensor:
+        return mean_loss(model)(patient) * 10.0 ** (patient - 2)
+
+    lengths = []
+    for patient in range(4):
+        model = make_model()
+        before = flat(model)
+        mech = mechanism(expected_patients=1.0, stability=1e-4)
+        sgd = optimizer(model, mech=mech, sampler=FixedSampler([patient]))
+        sgd.step(NUM_PATIENTS, scaled)
+        lengths.append(float((flat(model) - before).norm()))
+    assert all(0.97 * C < length <= C * (1 + 1e-5) for length in lengths), lengths
+
+
 def test_checkpointed_layers_give_the_same_sum() -> None:
     model = make_model()
 
@@ -349,7 +388,7 @@ def test_half_precision_weights_keep_small_updates() -> None:
         {"weight": weight},
         free,
         learning_rate=1e-4,
-        momentum=0.0,
+        optimizer=Momentum(),
         noise=NoNoise(),
         sampler=FixedSampler([0]),
     )
@@ -364,7 +403,7 @@ def test_parameters_that_the_loss_does_not_reach_get_noise_only() -> None:
         {"used": used, "unused": unused},
         mechanism(),
         learning_rate=1.0,
-        momentum=0.0,
+        optimizer=Momentum(),
         noise=NoNoise(),
         sampler=FixedSampler([0]),
     )
@@ -397,7 +436,7 @@ def test_weights_outside_the_adapter_get_no_gradient() -> None:
         {"head": head},
         mechanism(),
         learning_rate=0.1,
-        momentum=0.0,
+        optimizer=Momentum(),
         noise=NoNoise(),
         sampler=FixedSampler(),
     )
@@ -507,7 +546,7 @@ def test_frozen_missing_and_integer_parameters_are_refused() -> None:
                 parameters,
                 mechanism(),
                 learning_rate=1.0,
-                momentum=0.0,
+                optimizer=Momentum(),
                 noise=GridNoise(),
                 sampler=PoissonSampler(),
             )

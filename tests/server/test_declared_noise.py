@@ -8,6 +8,7 @@ from torch import nn
 
 from crafts_core.exchange import RoundReply
 from crafts_core.plan import StageConfig
+from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_server.declared_noise import momentum_sums, noise_variance, norm_bounds
 from support.noise import FixedSampler, SeededNoise
@@ -52,7 +53,7 @@ def noise_only_delta(steps: int, momentum: float, *, seed: int = 1) -> torch.Ten
             expected_patients=declared.sample_rate * declared.declared_patients,
         ),
         learning_rate=plan.learning_rate,
-        momentum=momentum,
+        optimizer=Momentum(momentum),
         noise=SeededNoise(seed),
         sampler=FixedSampler(),
     )
