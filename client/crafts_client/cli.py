@@ -13,6 +13,7 @@ import typer
 
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
+from crafts_core import __version__
 from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.durable import write_file
 
@@ -159,6 +160,28 @@ def tiles(home: Home = Path("site"), as_json: AsJson = False) -> None:
     _print(result, as_json)
 
 
+@app.command()
+def report(
+    home: Home = Path("site"),
+    out: Annotated[Path, typer.Option(help="Folder of privacy-report.html and .json.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Write the privacy officer's report; exit 1 if a claim in it is not substantiated."""
+    from crafts_client.privacy_report import privacy_report, write_privacy_report
+
+    with one_line_errors("crafts-client"):
+        result = privacy_report(SiteHome.open(home))
+        files = write_privacy_report(result, out)
+    if as_json:
+        typer.echo(result.model_dump_json())
+    else:
+        for line in result.unsubstantiated:
+            typer.echo(f"NOT SUBSTANTIATED  {line}")
+        typer.echo("\n".join(map(str, files)))
+    if result.unsubstantiated:
+        raise typer.Exit(1)
+
+
 @policy_app.command("show")
 def policy_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Print every limit of this site."""
@@ -252,7 +275,7 @@ def audit(home: Home = Path("site"), as_json: AsJson = False) -> None:
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         result = run_audit(device=site.config.device)
-        record = asdict(result) | {"passed": result.passed}
+        record = asdict(result) | {"passed": result.passed, "version": __version__}
         write_file(site.audit_path, json.dumps(record, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(record))

@@ -8,6 +8,7 @@ ledger did not commit, or that changed since, is never sent.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,15 @@ from torch import Tensor
 
 from crafts_client.errors import OutboxError
 from crafts_core.adapters import State
-from crafts_core.durable import write_file
+from crafts_core.durable import append_line, write_file
 from crafts_core.exchange import RoundReply, RoundRequest
 
 _SEAL = "seal"
+_RECORDS = "releases.jsonl"
+
+REFUSED_RELEASE = hashlib.sha256(b"refused: nothing was released").hexdigest()
+"""Committed where a trained update must not leave. Its cost stays: the refusal itself tells
+something about the update."""
 
 
 class _Seal(BaseModel):
@@ -32,6 +38,18 @@ class _Seal(BaseModel):
     reservation: int = Field(ge=1)
     request: RoundRequest
     reply: RoundReply
+
+
+class ReleaseRecord(BaseModel):
+    """What stays known of a release when its file is gone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hash: str
+    """SHA-256 of the sealed file, as in the ledger."""
+    num_bytes: int
+    """Of the tensors' numbers."""
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +83,27 @@ class Outbox:
         data = save(tensors, metadata={_SEAL: seal.model_dump_json()})
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(self._path(request), data, mode=0o600)
-        return Release(
-            reservation=reservation,
-            reply=reply,
-            delta=dict(delta),
-            hash=hashlib.sha256(data).hexdigest(),
+        digest = hashlib.sha256(data).hexdigest()
+        record = ReleaseRecord(
+            hash=digest,
+            num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            tensors=tuple(sorted(tensors)),
         )
+        append_line(self._folder / _RECORDS, record.model_dump_json(), mode=0o600)
+        return Release(reservation=reservation, reply=reply, delta=dict(delta), hash=digest)
+
+    def records(self) -> dict[str, ReleaseRecord]:
+        """Everything ever sealed here, by hash; whether it left is in the ledger."""
+        try:
+            lines = (self._folder / _RECORDS).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return {}
+        found: dict[str, ReleaseRecord] = {}
+        for line in lines:
+            with suppress(ValidationError):  # a line that a crash tore was never committed
+                record = ReleaseRecord.model_validate_json(line)
+                found[record.hash] = record
+        return found
 
     def find(self, request: RoundRequest) -> Release | None:
         """The sealed answer to exactly this request, if there is one.

@@ -13,7 +13,6 @@ The order, and what a crash leaves behind::
 So nothing leaves that was not charged, and nothing is charged twice for being asked twice.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from crafts_client.errors import OutboxError, TrainingError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.messages import RoundMessage, read_state
-from crafts_client.outbox import Outbox, Release
+from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, check_not_replayed, check_request
 from crafts_client.signed_plan import open_signed_plan
@@ -43,10 +42,6 @@ from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.ledger import EntryKind, Ledger, Reservation
 from crafts_privacy.patient_sgd import Mechanism
-
-REFUSED_RELEASE = hashlib.sha256(b"refused: nothing was released").hexdigest()
-"""Committed where a trained update must not leave. Its cost stays: the refusal itself tells
-something about the update."""
 
 
 class StageStartMissingError(ExchangeError):

@@ -50,6 +50,19 @@ def create_secret(path: Path, content: bytes) -> None:
     _write_synced(path, content, 0o600)
 
 
+def append_line(path: Path, line: str, *, mode: int = 0o644) -> None:
+    """Add one line to a file, durably. A line that a crash tore stays torn; this one is whole."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode), "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        torn = size > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the renames and new files in a directory, outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

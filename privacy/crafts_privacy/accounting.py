@@ -88,13 +88,35 @@ def epsilon(
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
-    accountant = pld.PLDAccountant(
-        dp_accounting.NeighboringRelation[neighboring_relation.name],
-        max(discretization, _FINEST_RELATIVE * _rough_epsilon(merged, delta)),
-    )
-    for event in merged:
-        accountant.compose(_dp_event(event), event.steps)
-    return float(accountant.get_epsilon(delta))
+    discretization = max(discretization, _FINEST_RELATIVE * _rough_epsilon(merged, delta))
+    return float(_composed(merged, discretization, neighboring_relation).get_epsilon(delta))
+
+
+def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: float) -> float:
+    """How often any attacker can be right that a patient was in, at a false positive rate.
+
+    The upper bound over all attacks by the whole privacy curve: for every epsilon with its own
+    delta, ``TPR <= exp(epsilon) FPR + delta`` and the same for the complement (Kairouz, Oh and
+    Viswanath 2015). Tighter than the bound from one (epsilon, delta).
+
+    Raises:
+        ValueError: the rate is not in (0, 1).
+    """
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(f"expected 0 < false_positive_rate < 1, got {false_positive_rate}")
+    merged = merge(events)
+    if not merged:
+        return false_positive_rate
+    if any(event.noise_multiplier == 0 for event in merged):
+        return 1.0
+    largest = max(1.0, 2 * _rough_epsilon(merged, 1e-6))
+    relation = NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = _composed(merged, max(COARSE, _FINEST_RELATIVE * largest), relation)
+    epsilons = np.linspace(0.0, largest, 400)
+    deltas = np.array([accountant.get_delta(value) for value in epsilons])
+    by_positive = np.exp(epsilons) * false_positive_rate + deltas
+    by_negative = 1 - np.exp(-epsilons) * (1 - false_positive_rate - deltas)
+    return float(min(1.0, by_positive.min(), by_negative.min()))
 
 
 def epsilon_second_opinion(events: Iterable[PrivacyEvent], delta: float) -> SecondOpinion:
@@ -232,6 +254,19 @@ def merge(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
         for (noise_multiplier, sample_rate), steps in sorted(steps_of.items())
         if steps > 0
     )
+
+
+def _composed(
+    merged: Sequence[PrivacyEvent],
+    discretization: float,
+    neighboring_relation: NeighboringRelation,
+) -> pld.PLDAccountant:
+    accountant = pld.PLDAccountant(
+        dp_accounting.NeighboringRelation[neighboring_relation.name], discretization
+    )
+    for event in merged:
+        accountant.compose(_dp_event(event), event.steps)
+    return accountant
 
 
 def _dp_event(event: PrivacyEvent) -> dp_accounting.DpEvent:

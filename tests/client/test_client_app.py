@@ -8,9 +8,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, RecordDict
 from crafts_client import refusals, site
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.errors import OutboxError
+from crafts_client.outbox import REFUSED_RELEASE
 from crafts_client.policy import Rule
 from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
-from crafts_client.site import REFUSED_RELEASE, Site
+from crafts_client.site import Site
 from crafts_client.trainer import Trainer
 from crafts_core.adapters import add_delta
 from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash

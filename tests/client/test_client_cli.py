@@ -42,7 +42,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
 
     assert surface.keys() == {
-        *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit"),
+        *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
     assert surface["init"] == {
@@ -213,7 +213,7 @@ def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(("tiles",), ("budget",), ("policy", "show"), ("audit",)),
+        *(("tiles",), ("budget",), ("policy", "show"), ("audit",), ("report",)),
         *(("ledger", "verify"), ("ledger", "show"), ("ledger", "export", "ledger.csv")),
     ],
 )

@@ -80,13 +80,13 @@ def test_only_exactly_the_same_request_finds_it(outbox: Outbox) -> None:
 def test_nobody_else_can_read_it(outbox: Outbox, tmp_path: Path) -> None:
     outbox.seal(request(), reply(), {"a": torch.zeros(1)}, 1)
 
-    (file,) = (tmp_path / "outbox").iterdir()
+    (file,) = (tmp_path / "outbox").glob("*.safetensors")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_a_changed_byte_changes_the_hash(outbox: Outbox, tmp_path: Path) -> None:
     sealed = outbox.seal(request(), reply(), {"a": torch.zeros(8)}, 1)
-    (file,) = (tmp_path / "outbox").iterdir()
+    (file,) = (tmp_path / "outbox").glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -101,7 +101,7 @@ def test_a_file_that_is_no_release_is_refused(
     outbox: Outbox, tmp_path: Path, damage: bytes
 ) -> None:
     outbox.seal(request(), reply(), {"a": torch.zeros(8)}, 1)
-    (file,) = (tmp_path / "outbox").iterdir()
+    (file,) = (tmp_path / "outbox").glob("*.safetensors")
     file.write_bytes(damage)
 
     with pytest.raises(OutboxError):
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_release_is_refused(
 def test_a_release_moved_to_another_request_is_refused(outbox: Outbox, tmp_path: Path) -> None:
     for number in (1, 2):
         outbox.seal(request(number), reply(number), {"a": torch.zeros(8)}, number)
-    first, second = sorted((tmp_path / "outbox").iterdir())
+    first, second = sorted((tmp_path / "outbox").glob("*.safetensors"))
     first.replace(second)
 
     with pytest.raises(OutboxError, match="another request"):

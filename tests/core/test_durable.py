@@ -51,3 +51,14 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "thing").iterdir()} == {"a"}
     with pytest.raises(FileExistsError):
         durable.write_directory(tmp_path / "thing", {"a": b"2"})
+
+
+def test_lines_are_appended_and_a_torn_one_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    durable.append_line(path, "one", mode=0o600)
+    durable.append_line(path, "two")
+    assert path.read_text() == "one\ntwo\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("one\ntw")
+    durable.append_line(path, "three")
+    assert path.read_text() == "one\ntw\nthree\n"

@@ -1,0 +1,262 @@
+"""What a site's privacy officer wants to know, from the site's own files, with what is not shown.
+
+Follows NIST SP 800-226 (unit of privacy, neighbouring relation, parameters, mechanism, trust) and
+the questions of EDPB Opinion 28/2024 (who could learn what of a person from the model, and how one
+knows). Every figure comes from the ledger, the policy, the outbox' records and the newest audit.
+What they do not carry is listed in ``unsubstantiated``: a report that has such a line must not be
+signed.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, Field
+
+from crafts_client.home import SiteHome
+from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
+from crafts_core import __version__
+from crafts_core.durable import write_file
+from crafts_privacy import accounting
+from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
+from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry
+
+FALSE_POSITIVE_RATE = 0.01
+_LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
+_OPINIONS_AGREE = 0.02
+"""Opacus' bound may lie this far below ours, as a share; more means that one of them is wrong."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Spending(_Record):
+    """The cost of some events together. None where steps ran without noise: no bound exists."""
+
+    events: int
+    steps: int
+    epsilon: float | None
+    """Add or remove one patient: the claim. By privacy loss distributions (dp-accounting)."""
+    epsilon_replace_one: float | None
+    """One patient is another person: reported beside."""
+    epsilon_second_opinion: float | None
+    second_accountant: str
+    max_true_positive_rate: float
+    """How often any attacker can be right that a patient took part, at 1 % false alarms."""
+
+
+class RunSpending(_Record):
+    """One run of one plan."""
+
+    run_id: str
+    plan_hash: str
+    stages: tuple[str, ...]
+    rounds: int
+    spent: Spending
+
+
+class Transmission(_Record):
+    """One update that left, and what paid for it."""
+
+    committed_at: datetime
+    run_id: str
+    round: int
+    stage: str
+    hash: str
+    num_bytes: int | None
+    num_tensors: int | None
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class PrivacyReport(_Record):
+    """The whole report; ``privacy-report.json`` is this."""
+
+    schema_version: int = 1
+    created: datetime
+    site: str
+    cohort: str
+    declared_patients: int
+    delta: float
+    epsilon_allowed: float
+    lifetime: Spending
+    runs: tuple[RunSpending, ...]
+    transmissions: tuple[Transmission, ...]
+    charged_and_not_sent: int
+    """Rounds that count as spent though nothing left: crashes, refusals, work in progress."""
+    ledger_entries: int
+    ledger_head: str
+    """For a second party to keep: with it, a ledger put back from a backup is found."""
+    audit: dict[str, Any] | None
+    versions: dict[str, str]
+    unsubstantiated: tuple[str, ...] = Field(description="Claims that the files do not carry.")
+
+
+def privacy_report(site: SiteHome) -> PrivacyReport:
+    """Collect the report. Reads only; spends nothing.
+
+    Raises:
+        LedgerTamperedError: the ledger is not what was written; there is no report to make.
+        LedgerError: another process holds the ledger.
+    """
+    cohort, delta = site.config.cohort, site.policy.max_delta
+    ledger = Ledger(site.ledger_path) if site.ledger_path.exists() else None
+    all_entries = () if ledger is None else ledger.entries()
+    entries = [entry for entry in all_entries if entry.cohort == cohort]
+    events = () if ledger is None else ledger.events(cohort)
+    transmissions = _transmissions(entries, Outbox(site.outbox_path).records())
+    lifetime = _spending(events, delta)
+    audit = _audit(site.audit_path)
+    versions = _versions()
+    return PrivacyReport(
+        created=datetime.now(UTC),
+        site=site.config.name,
+        cohort=cohort,
+        declared_patients=site.config.declared_patients,
+        delta=delta,
+        epsilon_allowed=site.policy.max_epsilon,
+        lifetime=lifetime,
+        runs=_runs(entries, delta),
+        transmissions=transmissions,
+        charged_and_not_sent=len(events) - len(transmissions),
+        ledger_entries=len(all_entries),
+        ledger_head="" if ledger is None else str(ledger.verify().hash),
+        audit=audit,
+        versions=versions,
+        unsubstantiated=tuple(
+            _unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions)
+        ),
+    )
+
+
+def write_privacy_report(report: PrivacyReport, folder: Path) -> tuple[Path, Path]:
+    """Write ``privacy-report.html`` (prints on A4) and ``privacy-report.json``; gives both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page, record = folder / "privacy-report.html", folder / "privacy-report.json"
+    environment = Environment(
+        loader=PackageLoader("crafts_client"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    template = environment.get_template("privacy_report.html.j2")
+    write_file(page, template.render(report=report, spent=report.lifetime))
+    write_file(record, report.model_dump_json(indent=1) + "\n")
+    return page, record
+
+
+def _spending(events: Sequence[PrivacyEvent], delta: float) -> Spending:
+    opinion = accounting.epsilon_second_opinion(events, delta)
+    replace_one = accounting.epsilon(
+        events, delta, neighboring_relation=NeighboringRelation.REPLACE_ONE
+    )
+    return Spending(
+        events=len(events),
+        steps=sum(event.steps for event in events),
+        epsilon=_finite(accounting.epsilon(events, delta)),
+        epsilon_replace_one=_finite(replace_one),
+        epsilon_second_opinion=_finite(opinion.epsilon),
+        second_accountant=opinion.accountant,
+        max_true_positive_rate=accounting.max_true_positive_rate(events, FALSE_POSITIVE_RATE),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ...]:
+    """What each run was charged: reserved and not abandoned."""
+    abandoned = {entry.reservation for entry in entries if entry.kind is EntryKind.ABANDONED}
+    charged: dict[tuple[str, str], list[LedgerEntry]] = {}
+    for entry in entries:
+        if entry.kind is EntryKind.RESERVED and entry.sequence not in abandoned:
+            charged.setdefault((entry.run_id, entry.plan_hash), []).append(entry)
+    return tuple(
+        RunSpending(
+            run_id=run_id,
+            plan_hash=plan_hash,
+            stages=tuple(dict.fromkeys(entry.stage for entry in group)),
+            rounds=len({entry.round for entry in group}),
+            spent=_spending([entry.event for entry in group], delta),
+        )
+        for (run_id, plan_hash), group in charged.items()
+    )
+
+
+def _transmissions(
+    entries: Sequence[LedgerEntry], records: dict[str, ReleaseRecord]
+) -> tuple[Transmission, ...]:
+    """Commits of a sealed file; a refused release committed a constant and sent nothing."""
+    found = []
+    for entry in entries:
+        if entry.kind is not EntryKind.COMMITTED or entry.detail == REFUSED_RELEASE:
+            continue
+        record = records.get(entry.detail)
+        found.append(
+            Transmission(
+                committed_at=entry.recorded_at,
+                run_id=entry.run_id,
+                round=entry.round,
+                stage=entry.stage,
+                hash=entry.detail,
+                num_bytes=None if record is None else record.num_bytes,
+                num_tensors=None if record is None else len(record.tensors),
+                noise_multiplier=entry.noise_multiplier,
+                sample_rate=entry.sample_rate,
+                steps=entry.steps,
+            )
+        )
+    return tuple(found)
+
+
+def _audit(path: Path) -> dict[str, Any] | None:
+    """The newest audit, if there is a readable one."""
+    try:
+        audit = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return audit if isinstance(audit, dict) else None
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"crafts-federated": __version__, **libraries, "python": platform.python_version()}
+
+
+def _unsubstantiated(
+    lifetime: Spending,
+    epsilon_allowed: float,
+    transmissions: Sequence[Transmission],
+    audit: dict[str, Any] | None,
+    versions: dict[str, str],
+) -> list[str]:
+    """One sentence for each claim that does not stand."""
+    found = []
+    if lifetime.epsilon is None:
+        found.append("privacy: rounds were trained without noise, so no epsilon bounds them")
+    elif lifetime.epsilon > epsilon_allowed:
+        found.append(
+            f"lifetime budget: epsilon {lifetime.epsilon:.3f} is spent, the policy allows "
+            f"{epsilon_allowed:g}"
+        )
+    if lifetime.epsilon is not None and lifetime.epsilon_second_opinion is not None:
+        lowest = lifetime.epsilon * (1 - _OPINIONS_AGREE)
+        if lifetime.epsilon_second_opinion < lowest:
+            found.append("accounting: the two accountants disagree; ask the developers")
+    unknown = sum(1 for sent in transmissions if sent.num_bytes is None)
+    if unknown:
+        found.append(f"transmissions: the outbox has no record of {unknown} committed updates")
+    if audit is None:
+        found.append("engine: it was never audited here; run crafts-client audit")
+    elif not audit.get("passed"):
+        found.append("engine: the newest audit failed; run crafts-client audit and look")
+    elif audit.get("version") != versions["crafts-federated"]:
+        found.append("engine: the newest audit is of another version; run crafts-client audit")
+    return found

@@ -1,0 +1,176 @@
+"""The privacy officer's report says what the site's own files carry, and names what they do not."""
+
+import json
+import math
+
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from crafts_client.cli import app
+from crafts_client.home import SiteHome
+from crafts_client.privacy_report import privacy_report, write_privacy_report
+from crafts_client.site import Site
+from crafts_core.durable import write_file
+from crafts_privacy import accounting
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.ledger import Ledger, LedgerTamperedError
+from support.sites import make_site_home
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def home(tmp_path, foundation, coordinator) -> SiteHome:
+    return make_site_home(tmp_path / "site", foundation, coordinator.public_key)
+
+
+@pytest.fixture
+def trained(home, foundation, coordinator) -> SiteHome:
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    return home
+
+
+def audited(home: SiteHome, **changes: object) -> None:
+    """A record as `crafts-client audit` leaves it."""
+    done = run("audit", "--home", home.path)
+    assert done.exit_code == 0, done.output
+    record = json.loads(home.audit_path.read_text()) | changes
+    write_file(home.audit_path, json.dumps(record))
+
+
+def test_a_round_is_reported_as_the_ledger_and_the_accountants_have_it(trained) -> None:
+    report = privacy_report(trained)
+
+    events = Ledger(trained.ledger_path).events("main")
+    assert report.lifetime.epsilon == accounting.epsilon(events, report.delta)
+    assert report.lifetime.epsilon_replace_one > report.lifetime.epsilon
+    assert report.lifetime.second_accountant.startswith("opacus")
+    (sent,) = report.transmissions
+    (file,) = trained.outbox_path.glob("*.safetensors")
+    assert 0 < sent.num_bytes < file.stat().st_size
+    assert sent.num_tensors > 0
+    (run_of_report,) = report.runs
+    assert (run_of_report.rounds, run_of_report.spent) == (1, report.lifetime)
+    assert report.charged_and_not_sent == 0
+
+
+def test_the_command_writes_both_files_and_exits_zero_once_audited(trained, tmp_path) -> None:
+    audited(trained)
+
+    done = run("report", "--home", trained.path, "--out", tmp_path / "out")
+
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "privacy-report.json").read_text())
+    page = (tmp_path / "out" / "privacy-report.html").read_text()
+    assert record["unsubstantiated"] == []
+    assert f"{record['lifetime']['epsilon']:.3f}" in page
+    assert record["transmissions"][0]["hash"][:16] in page
+    assert record["ledger_head"] in page
+    assert "http" not in page, "the page needs nothing from elsewhere"
+
+
+def test_an_engine_that_was_never_audited_is_not_claimed(trained, tmp_path) -> None:
+    done = run("report", "--home", trained.path, "--out", tmp_path)
+
+    assert done.exit_code == 1
+    assert "NOT SUBSTANTIATED  engine: it was never audited" in done.stdout
+    assert "Do not sign" in (tmp_path / "privacy-report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"passed": False}, "failed"), ({"version": "0"}, "another version")]
+)
+def test_an_audit_that_failed_or_is_old_carries_nothing(trained, changes, reason) -> None:
+    audited(trained, **changes)
+
+    (line,) = privacy_report(trained).unsubstantiated
+
+    assert reason in line
+
+
+def test_an_update_without_a_record_is_named(trained) -> None:
+    (trained.outbox_path / "releases.jsonl").unlink()
+
+    report = privacy_report(trained)
+
+    assert report.transmissions[0].num_bytes is None
+    assert any("no record of 1 committed" in line for line in report.unsubstantiated)
+
+
+def test_a_torn_record_does_not_hide_the_next_one(trained) -> None:
+    records = trained.outbox_path / "releases.jsonl"
+    whole = records.read_text()
+    records.write_text('{"hash": "to' + "\n" + whole)
+
+    assert privacy_report(trained).transmissions[0].num_bytes is not None
+
+
+def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
+    Ledger(trained.ledger_path).reserve(
+        cohort="main",
+        plan_hash="0" * 64,
+        run_id="loud",
+        round=1,
+        stage="pretraining",
+        event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1),
+        max_epsilon=math.inf,
+        delta=1e-3,
+    )
+
+    report = privacy_report(trained)
+
+    assert report.lifetime.epsilon is None
+    assert report.lifetime.max_true_positive_rate == 1.0
+    assert report.charged_and_not_sent == 1
+    assert any("without noise" in line for line in report.unsubstantiated)
+
+
+def test_more_than_the_policy_allows_is_named(trained) -> None:
+    policy = (trained.path / "policy.toml").read_text()
+    (trained.path / "policy.toml").write_text(
+        policy.replace("max_epsilon = 20.0", "max_epsilon = 0.5")
+    )
+
+    report = privacy_report(SiteHome.open(trained.path))
+
+    assert any("lifetime budget" in line for line in report.unsubstantiated)
+
+
+def test_a_site_that_trained_nothing_spent_nothing(home, tmp_path) -> None:
+    report = privacy_report(home)
+
+    assert (report.lifetime.epsilon, report.transmissions) == (0.0, ())
+    assert report.lifetime.max_true_positive_rate == pytest.approx(0.01)
+    page, _ = write_privacy_report(report, tmp_path)
+    assert "nothing left this site" in page.read_text()
+    assert not home.ledger_path.exists()
+
+
+def test_a_tampered_ledger_gives_no_report(trained) -> None:
+    data = trained.ledger_path.read_bytes()
+    trained.ledger_path.write_bytes(data.replace(b"pretraining", b"pretraininG"))
+
+    with pytest.raises(LedgerTamperedError):
+        privacy_report(trained)
+
+
+@pytest.mark.parametrize("noise", [0.7, 1.0, 3.0])
+def test_attack_odds_of_one_gaussian_are_the_closed_form(noise: float) -> None:
+    """Neyman-Pearson: TPR = Phi(Phi^-1(FPR) + 1 / sigma)."""
+    event = PrivacyEvent(noise_multiplier=noise, sample_rate=1.0, steps=1)
+    expected = stats.norm.cdf(stats.norm.ppf(0.01) + 1 / noise)
+
+    odds = accounting.max_true_positive_rate([event], 0.01)
+
+    assert expected <= odds == pytest.approx(expected, rel=0.03)
+
+
+def test_attack_odds_are_never_above_what_one_epsilon_and_delta_give() -> None:
+    event = PrivacyEvent(noise_multiplier=1.5, sample_rate=0.3, steps=20)
+    bound = math.exp(accounting.epsilon([event], 1e-4)) * 0.01 + 1e-4
+
+    assert 0.01 < accounting.max_true_positive_rate([event], 0.01) <= bound
