@@ -49,6 +49,8 @@ class SiteConfig(BaseModel):
     """A folder, relative to the home."""
     microbatch_tiles: Annotated[int, Field(ge=1)]
     """Tiles times draws in one backward pass. Memory and speed only."""
+    exact_noise: bool = False
+    """Draw the noise of privacy by OpenDP's exact discrete Gaussian instead of the grid's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

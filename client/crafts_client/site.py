@@ -67,7 +67,7 @@ class Site:
         """
         self._home = home
         self._foundation = foundation
-        self._randomness = randomness or Randomness.from_os()
+        self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
         self._ledger = Ledger(home.ledger_path)
         self._outbox = Outbox(home.outbox_path)
         store = TileStore.open(home.tile_store_path)

@@ -21,7 +21,7 @@ from crafts_core.plan import AdapterConfig, Factor, PrivacyConfig, StageConfig
 from crafts_core.stages.batch import Draws
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
@@ -42,8 +42,19 @@ class Randomness:
     """Called once per round, for the choice of tiles and for the diffusion draws."""
 
     @classmethod
-    def from_os(cls) -> "Randomness":
-        return cls(noise=GridNoise(), sampler=PoissonSampler(), generator=entropy_generator)
+    def from_os(cls, *, exact_noise: bool = False) -> "Randomness":
+        """The operating system's entropy.
+
+        Raises:
+            TrainingError: exact noise is asked for and OpenDP is not installed.
+        """
+        try:
+            noise = ExactNoise() if exact_noise else GridNoise()
+        except ImportError as error:
+            raise TrainingError(
+                "exact_noise needs OpenDP: pip install 'crafts-federated[exact-noise]'"
+            ) from error
+        return cls(noise=noise, sampler=PoissonSampler(), generator=entropy_generator)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

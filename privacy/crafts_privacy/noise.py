@@ -52,19 +52,53 @@ class GridNoise:
         add_gaussian_integers_(grid_sum_D, std, os.urandom)
 
 
+class ExactNoise:
+    """Exact discrete Gaussian noise (Canonne, Kamath and Steinke 2020) by OpenDP.
+
+    No floating point is involved in the draw, so nothing about it is argued. About 30 microseconds
+    a number, so it suits adapters, not full weights. The accountant's Gaussian stands for it: at
+    thousands of grid steps to a standard deviation their privacy curves agree.
+    """
+
+    def __init__(self) -> None:
+        """Load OpenDP.
+
+        Raises:
+            ImportError: it is not installed.
+        """
+        import opendp.prelude as opendp
+
+        opendp.enable_features("contrib")
+        self._opendp = opendp
+
+    def add_(self, grid_sum_D: Tensor, std: float) -> None:
+        """See :class:`NoiseSource`."""
+        _check_noise(grid_sum_D, std)
+        opendp = self._opendp
+        integers = opendp.vector_domain(opendp.atom_domain(T=int))
+        draw = opendp.m.make_gaussian(integers, opendp.l2_distance(T=float), scale=std)
+        for chunk in torch.split(grid_sum_D, _CHUNK):
+            noise = torch.tensor(draw([0] * chunk.numel()), dtype=torch.float64)
+            chunk.add_(noise.to(grid_sum_D.device))
+
+
 def add_gaussian_integers_(grid_sum_D: Tensor, std: float, random_bytes: RandomBytes) -> None:
     """Add rounded Gaussians to a float64 vector, chunk by chunk so that memory stays flat.
 
     Raises:
         ValueError: the vector is not float64, or ``std`` is outside what float64 holds exactly.
     """
+    _check_noise(grid_sum_D, std)
+    for chunk in torch.split(grid_sum_D, _CHUNK):
+        noise = np.rint(std * standard_normals(chunk.numel(), random_bytes))
+        chunk.add_(torch.from_numpy(noise).to(grid_sum_D.device))
+
+
+def _check_noise(grid_sum_D: Tensor, std: float) -> None:
     if grid_sum_D.dtype != torch.float64:
         raise ValueError(f"expected a float64 sum, got {grid_sum_D.dtype}")
     if not 1.0 <= std <= MAX_STD:
         raise ValueError(f"expected a standard deviation of 1 to 2**48 grid steps, got {std}")
-    for chunk in torch.split(grid_sum_D, _CHUNK):
-        noise = np.rint(std * standard_normals(chunk.numel(), random_bytes))
-        chunk.add_(torch.from_numpy(noise).to(grid_sum_D.device))
 
 
 def standard_normals(num: int, random_bytes: RandomBytes) -> NDArray[np.float64]:

@@ -1,4 +1,5 @@
 import copy
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from crafts_core.stages.batch import draw
 from crafts_core.stages.objective import BatchCoupledLossError, Objective
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
-from crafts_privacy.noise import GridNoise
+from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_privacy.sampling import PoissonSampler
 from support.noise import FixedSampler, NoNoise
 from support.sites import plan_values, without_privacy, write_store
@@ -250,3 +251,14 @@ def test_the_sites_own_generator_has_no_seed() -> None:
     first, second = (torch.rand(8, generator=entropy_generator()) for _ in range(2))
 
     assert not torch.equal(first, second)
+
+
+def test_a_site_may_ask_for_exact_noise() -> None:
+    assert isinstance(Randomness.from_os(exact_noise=True).noise, ExactNoise)
+    assert isinstance(Randomness.from_os().noise, GridNoise)
+
+
+def test_exact_noise_without_opendp_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "opendp.prelude", None)
+    with pytest.raises(TrainingError, match="exact-noise"):
+        Randomness.from_os(exact_noise=True)

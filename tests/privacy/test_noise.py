@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from crafts_privacy.noise import GridNoise, add_gaussian_integers_, standard_normals
+from crafts_privacy.noise import ExactNoise, GridNoise, add_gaussian_integers_, standard_normals
 
 N = 200_000
 
@@ -27,6 +27,26 @@ def looks_gaussian(values: np.ndarray, std: float) -> bool:
 @pytest.mark.parametrize("std", [1000.0, 2.0**24, 1e12])
 def test_noise_is_gaussian_with_the_declared_std(std: float) -> None:
     assert looks_gaussian(noise_of(std).numpy(), std)
+
+
+def test_exact_noise_is_whole_gaussian_and_around_what_is_there() -> None:
+    values = torch.full((20_000,), 7.0, dtype=torch.float64)
+    ExactNoise().add_(values, 2.0**24)
+    assert torch.equal(values, values.round())
+    assert looks_gaussian(values.numpy() - 7.0, 2.0**24)
+
+
+def test_small_exact_noise_is_the_discrete_gaussian() -> None:
+    """Its mass function is proportional to exp(-k^2 / 2 std^2): not the rounded Gaussian's."""
+    values = torch.zeros(40_000, dtype=torch.float64)
+    ExactNoise().add_(values, 1.0)
+    support = np.arange(-8, 9)
+    mass = np.exp(-(support**2) / 2)
+    mass /= mass.sum()
+    for integer in range(-3, 4):
+        expected = mass[support == integer].item()
+        error = abs((values.numpy() == integer).mean() - expected) / np.sqrt(expected / 40_000)
+        assert error < 6
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.97, 1.03])
