@@ -6,7 +6,7 @@ kept: everything that leaves this module went through ``PatientSGD``.
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +18,18 @@ from crafts_core.adapters import Adapter, State
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig, Factor, PrivacyConfig, StageConfig
-from crafts_core.stages.batch import Draws
+from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
+
+_GROUP_ROWS = 16
+"""Tiles times draws that keep a step busy; below it several patients share a backward pass
+(benchmarks/private_step.py)."""
 
 
 def entropy_generator() -> torch.Generator:
@@ -102,6 +107,7 @@ class Trainer:
         self._patients = patients
         self._randomness = randomness
         self._microbatch_tiles = microbatch_tiles
+        self._adapter_kind = config.kind
 
     def schema(self) -> State:
         """Tensors with the names and shapes that every global adapter must have."""
@@ -134,8 +140,17 @@ class Trainer:
         def patient_loss(patient: int) -> Iterator[Tensor]:
             return self._patient_losses(patient, objective, task.privacy, generator)
 
-        for _ in range(task.stage.local_steps):
-            optimizer.step(self._patients.num_patients, patient_loss)
+        def group_loss(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self._group_losses(group, objective, task.privacy, generator)
+
+        num_patients, group_size = self._patients.num_patients, self._group_size(task.privacy)
+        if group_size == 1:
+            for _ in range(task.stage.local_steps):
+                optimizer.step(num_patients, patient_loss)
+        else:
+            with GroupGradients(self._adapter.unet, list(parameters.values())) as gradients:
+                for _ in range(task.stage.local_steps):
+                    optimizer.step_in_groups(num_patients, group_loss, gradients, group_size)
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
         delta = {
@@ -169,14 +184,46 @@ class Trainer:
 
         All draws are made before the cut into microbatches, so its size changes no result.
         """
+        batch, draws = self._drawn(patient, objective, privacy, generator)
+        for rows in torch.arange(len(batch)).split(self._microbatch_tiles):
+            part = batch.select(rows)
+            yield part.mean(objective.loss_per_tile(part, _select(draws, rows)))
+
+    def _group_losses(
+        self,
+        group: Sequence[int],
+        objective: Objective,
+        privacy: PrivacyConfig,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted losses of all tiles of some patients, and whose each is. Same draws as above."""
+        drawn = [self._drawn(patient, objective, privacy, generator) for patient in group]
+        batch = TileBatch.cat([batch for batch, _ in drawn])
+        draws = Draws.cat([draws for _, draws in drawn])
+        sizes = torch.tensor([len(batch) for batch, _ in drawn])
+        owners_B = torch.arange(len(drawn)).repeat_interleave(sizes)
+        return batch.weight_B * objective.loss_per_tile(batch, draws), owners_B
+
+    def _drawn(
+        self,
+        patient: int,
+        objective: Objective,
+        privacy: PrivacyConfig,
+        generator: torch.Generator,
+    ) -> tuple[TileBatch, Draws]:
+        """Up to K of a patient's tiles, J times each, with their noise and timesteps."""
         tiles = self._patients.batch(
             patient, max_tiles=privacy.tiles_per_patient, generator=generator
         )
         batch = tiles.repeat(privacy.draws_per_tile)
-        draws = objective.draw(batch, generator)
-        for rows in torch.arange(len(batch)).split(self._microbatch_tiles):
-            part = batch.select(rows)
-            yield part.mean(objective.loss_per_tile(part, _select(draws, rows)))
+        return batch, objective.draw(batch, generator)
+
+    def _group_size(self, privacy: PrivacyConfig) -> int:
+        """Patients to a backward pass: as many as fill a batch that one patient does not."""
+        if self._adapter_kind == "full":
+            return 1  # a gradient for each tile would be a copy of all weights
+        rows = privacy.tiles_per_patient * privacy.draws_per_tile
+        return max(1, min(_GROUP_ROWS, self._microbatch_tiles) // rows)
 
 
 def _select(draws: Draws, rows: Tensor) -> Draws:

@@ -5,10 +5,15 @@ place and no copy is made; other dtypes are collected after each backward pass, 
 in float32. Letters: D all coordinates of all parameters.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleHooks
 
 
 class FlatGradient:
@@ -62,6 +67,79 @@ class FlatGradient:
                 raise RuntimeError("autograd replaced a gradient view; is create_graph in use?")
             view.add_(grad)
             parameter.grad = None
+
+
+class GroupGradients:
+    """The gradients of several patients from one backward pass, by Opacus' per-sample hooks.
+
+    Only while the context is open; memory is one gradient for each tile of the group, so it suits
+    adapters, not full weights.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._module = module
+        self._parameters = parameters
+        self._hooks: GradSampleHooks | None = None
+
+    def __enter__(self) -> Self:
+        # Opacus imports much of torch; and its hooks fire in training mode only, which changes
+        # nothing in the layers that have weights of their own.
+        from opacus.grad_sample import GradSampleHooks
+
+        trained = set(map(id, self._parameters))
+        self._trained = [
+            layer
+            for layer in self._module.modules()
+            if any(id(parameter) in trained for parameter in layer.parameters(recurse=False))
+        ]
+        self._were_training = [layer.training for layer in self._trained]
+        for layer in self._trained:
+            layer.training = True
+        self._hooks = GradSampleHooks(self._module, loss_reduction="sum", strict=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._hooks is not None
+        self._hooks.remove_hooks()
+        self._forget()
+        for layer, was_training in zip(self._trained, self._were_training, strict=True):
+            layer.training = was_training
+
+    def compute(self, loss_B: Tensor, owner_B: Tensor, *, num_patients: int) -> Tensor:
+        """Each patient's gradient, float32 (P, D).
+
+        Args:
+            loss_B: The losses of all tiles; a patient's add up to that patient's loss. Computed
+                inside the context, in one forward pass whose first dimension is B.
+            owner_B: Whose tile it is, 0 to ``num_patients`` - 1.
+            num_patients: P; patients without a tile get zeros.
+        """
+        with warnings.catch_warnings():
+            # The first layers' inputs need no gradient; the hooks do not use it.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            torch.autograd.backward([loss_B.sum()])
+        try:
+            grad_PD = torch.cat([self._of(parameter, loss_B) for parameter in self._parameters], 1)
+            zeros_PD = grad_PD.new_zeros(num_patients, grad_PD.shape[1])
+            return zeros_PD.index_add_(0, owner_B.to(grad_PD.device), grad_PD)
+        finally:
+            self._forget()
+
+    def _of(self, parameter: nn.Parameter, loss_B: Tensor) -> Tensor:
+        per_tile = getattr(parameter, "grad_sample", None)
+        if per_tile is None:  # the loss does not reach it
+            return torch.zeros(len(loss_B), parameter.numel(), device=parameter.device)
+        if len(per_tile) != len(loss_B):
+            raise RuntimeError(
+                "a layer ran on another batch than the loss; train patient by patient"
+            )
+        flat: Tensor = per_tile.flatten(1).float()
+        return flat
+
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
 
 
 def views_of(flat_D: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

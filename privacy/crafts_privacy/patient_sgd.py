@@ -9,7 +9,7 @@ accountant needs. Everything after the noise (divisor, momentum, update) is post
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.clipping import clip_, grid_step, to_grid_
-from crafts_privacy.gradients import FlatGradient, views_of
+from crafts_privacy.gradients import FlatGradient, GroupGradients, views_of
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Optimizer
 from crafts_privacy.sampling import PatientSampler
@@ -28,6 +28,12 @@ PatientLoss = Callable[[int], Tensor | Iterable[Tensor]]
 
 Parts (a generator, so that one graph exists at a time) cut a patient into microbatches; their
 gradients add up *before* clipping, so it is the patient that is bounded.
+"""
+
+GroupLoss = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+"""Patients to (loss of each of their tiles (B,), whose tile it is, as index into the group (B,)).
+
+The losses of a patient's tiles add up to that patient's mean loss.
 """
 
 
@@ -167,11 +173,35 @@ class PatientSGD:
         A patient whose gradient is not finite contributes zero. A step that an exception cuts
         short leaves the weights alone and still counts.
         """
+
+        def one_by_one(drawn: Sequence[int]) -> Iterator[Tensor]:
+            for patient in drawn:
+                loss = patient_loss(patient)
+                yield self._gradient.compute([loss] if isinstance(loss, Tensor) else loss)
+
+        self._noisy_step(num_patients, one_by_one)
+
+    def step_in_groups(
+        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients, group_size: int
+    ) -> None:
+        """The same step, several patients to a backward pass: faster where each has few tiles."""
+
+        def by_group(drawn: Sequence[int]) -> Iterator[Tensor]:
+            for start in range(0, len(drawn), group_size):
+                group = drawn[start : start + group_size]
+                yield from gradients.compute(*group_loss(group), num_patients=len(group))
+
+        self._noisy_step(num_patients, by_group)
+
+    def _noisy_step(
+        self, num_patients: int, gradients_of: Callable[[Sequence[int]], Iterable[Tensor]]
+    ) -> None:
         self.steps_taken += 1
         self._sum_D.zero_()
         try:
-            for patient in self._sampler.sample(num_patients, self._mechanism.sample_rate):
-                self._add_patient(patient_loss(int(patient)))
+            drawn = self._sampler.sample(num_patients, self._mechanism.sample_rate)
+            for grad_D in gradients_of([int(patient) for patient in drawn]):
+                self._add_patient(grad_D)
         finally:
             self._gradient.release()
         if self._mechanism.private:
@@ -179,8 +209,7 @@ class PatientSGD:
             self._noise.add_(self._sum_D, self._mechanism.noise_multiplier * sensitivity)
         self._update()
 
-    def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
-        grad_D = self._gradient.compute([loss] if isinstance(loss, Tensor) else loss)
+    def _add_patient(self, grad_D: Tensor) -> None:
         self._num_usable += clip_(
             grad_D, self._mechanism.max_grad_norm, stability=self._mechanism.stability
         )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from crafts_client import trainer as trainer_module
 from crafts_client.errors import TrainingError
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
@@ -17,6 +18,7 @@ from crafts_core.stages.batch import draw
 from crafts_core.stages.objective import BatchCoupledLossError, Objective
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
+from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_privacy.sampling import PoissonSampler
 from support.noise import FixedSampler, NoNoise
@@ -120,6 +122,36 @@ def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patient
 
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", ["first", "second", "both"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_several_patients_in_one_pass_are_the_loop(
+    foundation, open_plan, patients, factor: str, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opacus' hooks against one backward pass a patient: the same draws, the same clipped sum."""
+    start = initial_state(foundation, open_plan.adapter, seed=3)
+    state = {name: value + 0.01 for name, value in start.items()}
+    clipped = replace(mechanism_of(open_plan, declared_patients=6), max_grad_norm=0.01)
+    task = task_of(
+        foundation, open_plan, stage=stage, factor=factor, state=state, mechanism=clipped
+    )
+    deltas, groups = [], []
+    counted = GroupGradients.compute
+
+    def compute(self, loss_B, owner_B, *, num_patients):
+        groups.append(num_patients)
+        return counted(self, loss_B, owner_B, num_patients=num_patients)
+
+    monkeypatch.setattr(GroupGradients, "compute", compute)
+    for rows in (1, 24):
+        monkeypatch.setattr(trainer_module, "_GROUP_ROWS", rows)
+        deltas.append(trainer_of(foundation, open_plan, patients).train(task))
+
+    assert max(groups) == 4, "the second run trained four patients at a time"
+    for name in deltas[0]:
+        assert deltas[0][name].norm() > 0
+        torch.testing.assert_close(deltas[0][name], deltas[1][name], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("factor", ["first", "second", "both"])

@@ -1,7 +1,7 @@
 """The audit passes the engine that trains, and catches every fault that was ever seen in one."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,14 +28,18 @@ from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
 
 
 class NoClip(PatientSGD):
-    def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
-        self._sum_D += self._gradient.compute(loss) / self._step
+    def _add_patient(self, grad_D: Tensor) -> None:
+        self._sum_D += grad_D / self._step
 
 
 class ClipPerTile(PatientSGD):
-    def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
-        for part in loss:
-            super()._add_patient(part)
+    def step(self, num_patients: int, patient_loss: PatientLoss) -> None:
+        def tile_by_tile(drawn: Sequence[int]) -> Iterator[Tensor]:
+            for patient in drawn:
+                for part in patient_loss(patient):
+                    yield self._gradient.compute([part])
+
+        self._noisy_step(num_patients, tile_by_tile)
 
 
 class StaleNorms(PatientSGD):
@@ -43,8 +47,7 @@ class StaleNorms(PatientSGD):
 
     _norm = 1.0
 
-    def _add_patient(self, loss: Tensor | Iterable[Tensor]) -> None:
-        grad_D = self._gradient.compute(loss)
+    def _add_patient(self, grad_D: Tensor) -> None:
         norm = float(grad_D.norm())
         grad_D *= min(1.0, self._mechanism.max_grad_norm / self._norm)
         self._norm = norm

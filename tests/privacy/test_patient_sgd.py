@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crafts_privacy.clipping import CLIP_MARGIN
+from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
 
@@ -260,6 +261,76 @@ def test_parts_of_a_patient_add_up_before_the_clip(chunk: int) -> None:
     mech = mechanism(expected_patients=1.0)
     optimizer(model, mech=mech, sampler=FixedSampler([1, 4])).step(NUM_PATIENTS, parts)
     assert torch.allclose(before - flat(model), naive_clipped_sum([1, 4]), atol=2e-6)
+
+
+def group_loss(model: nn.Module) -> GroupLoss:
+    def losses(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        tiles = [tiles_of(patient) for patient in group]
+        images = torch.cat([images for images, _ in tiles])
+        targets = torch.cat([targets for _, targets in tiles])
+        owners = torch.arange(len(group)).repeat_interleave(NUM_TILES)
+        return loss_per_tile(model, images, targets) / NUM_TILES, owners
+
+    return losses
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 5])
+def test_a_group_in_one_pass_equals_the_naive_reference(group_size: int) -> None:
+    """All layers, norms included, five patients with gradients of very different lengths."""
+    model, drawn = make_model(), [0, 1, 2, 4, 5]
+    model.eval()
+    before = flat(model)
+    mech = mechanism(expected_patients=1.0)
+    sgd = optimizer(model, mech=mech, sampler=FixedSampler(drawn))
+    with GroupGradients(model, list(model.parameters())) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, group_size)
+    assert torch.allclose(before - flat(model), naive_clipped_sum(drawn), atol=4e-6)
+    assert sgd.event().steps == 1
+    assert not any(layer.training for layer in model.modules())
+
+
+def test_a_group_leaves_no_gradient_and_no_hook_behind() -> None:
+    model = make_model()
+    sgd = optimizer(model, sampler=FixedSampler([0, 1]))
+    with GroupGradients(model, list(model.parameters())) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, 2)
+        assert all(p.grad is None and p.grad_sample is None for p in model.parameters())
+    mean_loss(model)(0).backward()
+    assert all(parameter.grad_sample is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+def test_one_bad_patient_of_a_group_leaves_the_others_alone(bad: float) -> None:
+    """Otherwise one patient could take the others' share away: more than C."""
+    model = make_model()
+    before = flat(model)
+    sgd = optimizer(model, mech=mechanism(expected_patients=1.0), sampler=FixedSampler([0, 1, 2]))
+
+    def spoiled(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        images = torch.cat([tiles_of(patient)[0] for patient in group])
+        targets = torch.cat([tiles_of(patient)[1] for patient in group])
+        owners = torch.arange(len(group)).repeat_interleave(NUM_TILES)
+        images[owners == 1] = bad
+        return loss_per_tile(model, images, targets) / NUM_TILES, owners
+
+    with GroupGradients(model, list(model.parameters())) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, spoiled, gradients, 3)
+    assert torch.allclose(before - flat(model), naive_clipped_sum([0, 2]), atol=4e-6)
+    assert sgd.num_unusable_patients() == 1
+
+
+def test_a_patient_of_a_group_without_tiles_contributes_zero() -> None:
+    model = make_model()
+    before = flat(model)
+    sgd = optimizer(model, mech=mechanism(expected_patients=1.0), sampler=FixedSampler([0, 3]))
+
+    def first_only(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        tiles = [group_loss(model)([patient]) for patient in group[:1]]
+        return tiles[0]
+
+    with GroupGradients(model, list(model.parameters())) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, first_only, gradients, 2)
+    assert torch.allclose(before - flat(model), naive_clipped_sum([0]), atol=2e-6)
 
 
 def test_without_privacy_it_is_torch_sgd() -> None:

@@ -3,7 +3,7 @@
 Shape letters: B tiles, C H W latent, L tokens, D text width, K anchors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -42,6 +42,14 @@ class TileBatch:
         """The tiles of some rows."""
         return replace(self, **{name: tensor[rows] for name, tensor in self._per_tile().items()})
 
+    @classmethod
+    def cat(cls, batches: Sequence["TileBatch"]) -> "TileBatch":
+        """All tiles in order; the weights stay those within each batch."""
+        parts = [batch._per_tile() for batch in batches]
+        return replace(
+            batches[0], **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        )
+
     def to(self, device: torch.device) -> "TileBatch":
         moved = {name: tensor.to(device) for name, tensor in self._per_tile().items()}
         return replace(self, null_text_LD=self.null_text_LD.to(device), **moved)
@@ -63,6 +71,16 @@ class Draws:
     noise_BCHW: Tensor
     timesteps_B: Tensor
     drop_caption_B: Tensor
+
+    @classmethod
+    def cat(cls, draws: Sequence["Draws"]) -> "Draws":
+        """All rows in order."""
+        return cls(
+            **{
+                field.name: torch.cat([getattr(each, field.name) for each in draws])
+                for field in fields(cls)
+            }
+        )
 
     def text(self, batch: TileBatch) -> Tensor:
         """The captions' hidden states, the empty prompt where the caption is dropped."""
