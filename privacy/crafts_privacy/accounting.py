@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import dp_accounting
@@ -130,6 +131,12 @@ def epsilon_second_opinion(events: Iterable[PrivacyEvent], delta: float) -> Seco
         return SecondOpinion(0.0, "opacus-prv")
     if any(event.noise_multiplier == 0 for event in merged):
         return SecondOpinion(math.inf, "opacus-rdp")
+    return _opinion_of_opacus(merged, delta)
+
+
+@lru_cache(maxsize=64)
+def _opinion_of_opacus(merged: tuple[PrivacyEvent, ...], delta: float) -> SecondOpinion:
+    """Seconds of work; a report asks for a run and for a life that may be the same."""
     # Opacus imports much of torch; only this function needs it.
     from opacus.accountants import PRVAccountant, RDPAccountant
 

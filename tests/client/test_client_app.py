@@ -68,6 +68,7 @@ def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinato
     assert set(reply["reply"]) == set(RoundReply.model_fields)
 
 
+@pytest.mark.slow
 def test_every_round_of_a_plan_ends_at_its_target(hospital, home, coordinator) -> None:
     plan = coordinator.plan()
     state = stage_start = coordinator.start(plan)

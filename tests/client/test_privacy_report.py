@@ -58,6 +58,7 @@ def test_a_round_is_reported_as_the_ledger_and_the_accountants_have_it(trained) 
     assert report.charged_and_not_sent == 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_files_and_exits_zero_once_audited(trained, tmp_path) -> None:
     audited(trained)
 
@@ -81,6 +82,7 @@ def test_an_engine_that_was_never_audited_is_not_claimed(trained, tmp_path) -> N
     assert "Do not sign" in (tmp_path / "privacy-report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"), [({"passed": False}, "failed"), ({"version": "0"}, "another version")]
 )
