@@ -1,29 +1,28 @@
 """What privacy costs: one private step against one plain step on the same tiles.
 
-Both train the same LoRA on the same randomly initialised UNet with the same optimizer arithmetic.
-The private step is ``PatientSGD`` as sites run it: a backward pass per patient, clip, integer grid,
-noise from OS entropy. Two plain steps stand beside it:
+All train the same weights of the same randomly initialised UNet (or ControlNet) with the same
+optimizer arithmetic. ``private`` is ``PatientSGD`` a patient to a backward pass, ``private, in
+groups`` several patients folded into one: clip, integer grid, noise from OS entropy. Beside them:
 
 * ``plain``: all patients' tiles in one batch, ``torch.optim.SGD``;
 * ``plain, by patient``: the same without privacy, accumulating one patient at a time, which is how
-  one would fit the batch into memory. Privacy alone is the difference to this one.
-
-``private, in groups`` is the private step with several patients to a backward pass, split by
-Opacus' hooks, as sites run it where a patient has fewer than 16 tiles.
+  one would fit the batch into memory. Privacy alone is the difference to this one;
+* ``Opacus hooks``, ``ghost``, ``functorch``: Opacus 1.6 on the same batch, which clips each *tile*
+  and so promises a patient less; float noise. What a kind of layer does not support is named.
 
 Time: the variants take turns inside one process, order reversed every other turn; reported are the
 medians and the median of the ratios within a turn. Memory: each variant in a process of its own,
 the rise of peak resident memory over the moment before the first step (Linux; on CUDA the peak
 of allocated memory).
 
-    python benchmarks/private_step.py --tiles 16 --repeats 12 --out results/private-step.json
+    python benchmarks/private_step.py --kind lora full --tiles 2 4 8 16 --out results/step.json
 """
 
 import argparse
 import ctypes
 import gc
+import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -32,13 +31,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -50,8 +52,12 @@ from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
+BOUND, NOISE = 1e-3, 1.0
+"""Low enough that patients are clipped."""
 GROUP_ROWS = 16
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TARGETS = {"lora": ATTENTION, "lora-conv": [*ATTENTION, "conv1", "conv2"]}
+KINDS = ("lora", "lora-conv", "full", "controlnet")
 Step = Callable[[], None]
 
 
@@ -59,6 +65,7 @@ Step = Callable[[], None]
 class Setting:
     """What is measured."""
 
+    kind: str
     patients: int
     tiles: int
     rank: int
@@ -74,12 +81,11 @@ class Everybody:
         return np.arange(num_patients)
 
 
-class Workload:
-    """A UNet of the embedded foundation's shape, with LoRA, and the tiles of some patients."""
+class Denoiser(nn.Module):
+    """A UNet of the embedded foundation's shape, steered by a ControlNet or not."""
 
     def __init__(self, setting: Setting) -> None:
-        torch.manual_seed(setting.seed)
-        self.setting = setting
+        super().__init__()
         self.unet = UNet2DConditionModel(
             sample_size=setting.size,
             in_channels=4,
@@ -91,36 +97,71 @@ class Workload:
             cross_attention_dim=96,
             attention_head_dim=32,
             norm_num_groups=16,
-        ).to(setting.device)
-        self.unet.requires_grad_(False)
-        self.unet.add_adapter(LoraConfig(r=setting.rank, target_modules=TARGETS))
+        ).requires_grad_(False)
+        self.control: ControlNetModel | None = None
+        if setting.kind == "full":
+            self.unet.requires_grad_(True)
+        elif setting.kind == "controlnet":
+            self.control = ControlNetModel.from_unet(
+                self.unet, conditioning_embedding_out_channels=(16, 32, 96)
+            ).requires_grad_(True)
+        else:
+            lora = LoraConfig(r=setting.rank, target_modules=TARGETS[setting.kind])
+            self.unet.add_adapter(lora)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The prediction for each tile; the mask steers where there is a ControlNet."""
+        residuals: dict[str, object] = {}
+        if self.control is not None:
+            steered = self.control(noisy, timesteps, text, mask)
+            residuals = {
+                "down_block_additional_residuals": steered.down_block_res_samples,
+                "mid_block_additional_residual": steered.mid_block_res_sample,
+            }
+        output: Tensor = self.unet(noisy, timesteps, text, **residuals).sample
+        return output
+
+
+class Workload:
+    """A model and the tiles of some patients."""
+
+    def __init__(self, setting: Setting) -> None:
+        torch.manual_seed(setting.seed)
+        self.setting = setting
+        self.model: nn.Module = Denoiser(setting).to(setting.device)
         self.parameters = {
             name: parameter
-            for name, parameter in self.unet.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
-        count = setting.patients * setting.tiles
+        count, device = setting.patients * setting.tiles, setting.device
         shape = (count, 4, setting.size, setting.size)
-        self._latents = torch.randn(shape, device=setting.device)
-        self._target = torch.randn(shape, device=setting.device)
-        self._text = torch.randn(count, 32, 96, device=setting.device)
-        self._timesteps = torch.randint(0, 1000, (count,), device=setting.device)
+        self._inputs = (
+            torch.randn(shape, device=device),
+            torch.randint(0, 1000, (count,), device=device),
+            torch.randn(count, 32, 96, device=device),
+            torch.rand(count, 3, 4 * setting.size, 4 * setting.size, device=device),
+        )
+        self._target = torch.randn(shape, device=device)
 
     def loss_per_tile(self, first: int, last: int) -> Tensor:
         """Losses (B,) of tiles ``first`` to ``last``."""
-        tiles = slice(first, last)
-        output = self.unet(self._latents[tiles], self._timesteps[tiles], self._text[tiles]).sample
-        return (output - self._target[tiles]).square().mean((1, 2, 3))
+        output = self.model(*(each[first:last] for each in self._inputs))
+        return (output - self._target[first:last]).square().mean((1, 2, 3))
 
     def loss(self, first: int, last: int) -> Tensor:
         """Their mean."""
         return self.loss_per_tile(first, last).mean()
 
-    def group_loss(self, group: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def all_losses(self) -> Tensor:
+        """Of every tile of every patient."""
+        return self.loss_per_tile(0, self.setting.patients * self.setting.tiles)
+
+    def group_loss(self, group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         """Neighbouring patients in one pass."""
         tiles = self.setting.tiles
         losses_B = self.loss_per_tile(group[0] * tiles, (group[-1] + 1) * tiles) / tiles
-        return losses_B, torch.arange(len(group)).repeat_interleave(tiles)
+        return losses_B, [tiles] * len(group)
 
     def patient_loss(self, patient: int) -> Tensor:
         tiles = self.setting.tiles
@@ -128,7 +169,7 @@ class Workload:
 
 
 def private_step(work: Workload) -> Step:
-    """A backward pass for each patient; the bound is low enough that patients are clipped."""
+    """A backward pass for each patient."""
     optimizer = _private_sgd(work)
     return lambda: optimizer.step(work.setting.patients, work.patient_loss)
 
@@ -136,7 +177,7 @@ def private_step(work: Workload) -> Step:
 def private_step_in_groups(work: Workload) -> Step:
     """As many patients to a backward pass as fill 16 tiles."""
     optimizer, patients = _private_sgd(work), work.setting.patients
-    gradients = GroupGradients(work.unet, list(work.parameters.values())).__enter__()
+    gradients = GroupGradients(work.model, list(work.parameters.values())).__enter__()
     group_size = max(1, GROUP_ROWS // work.setting.tiles)
     return lambda: optimizer.step_in_groups(patients, work.group_loss, gradients, group_size)
 
@@ -146,7 +187,10 @@ def _private_sgd(work: Workload) -> PatientSGD:
     return PatientSGD(
         work.parameters,
         Mechanism(
-            noise_multiplier=1.0, max_grad_norm=1e-3, sample_rate=0.1, expected_patients=patients
+            noise_multiplier=NOISE,
+            max_grad_norm=BOUND,
+            sample_rate=0.1,
+            expected_patients=patients,
         ),
         learning_rate=LEARNING_RATE,
         optimizer=Momentum(MOMENTUM),
@@ -161,7 +205,7 @@ def plain_step(work: Workload) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        work.loss(0, work.setting.patients * work.setting.tiles).backward()
+        work.all_losses().mean().backward()
         optimizer.step()
 
     return step
@@ -180,6 +224,54 @@ def plain_step_by_patient(work: Workload) -> Step:
     return step
 
 
+def opacus_step(work: Workload, *, functorch: bool = False) -> Step:
+    """A gradient of every tile, each clipped, by Opacus' optimizer."""
+    work.model = GradSampleModule(
+        work.model.train(), loss_reduction="sum", strict=False, force_functorch=functorch
+    )
+    optimizer = DPOptimizer(
+        _sgd(work),
+        noise_multiplier=NOISE,
+        max_grad_norm=BOUND,
+        expected_batch_size=work.setting.patients * work.setting.tiles,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        work.all_losses().sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def ghost_step(work: Workload) -> Step:
+    """Norms first, then the backward pass of the weighted sum: no gradient of a single tile."""
+    model = GradSampleModuleFastGradientClipping(
+        work.model.train(),
+        loss_reduction="sum",
+        strict=False,
+        max_grad_norm=BOUND,
+        use_ghost_clipping=True,
+    )
+    work.model, count = model, work.setting.patients * work.setting.tiles
+    optimizer = DPOptimizerFastGradientClipping(
+        _sgd(work), noise_multiplier=NOISE, max_grad_norm=BOUND, expected_batch_size=count
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses_B = work.all_losses()
+        losses_B.sum().backward(retain_graph=True)
+        optimizer.zero_grad()
+        factor_B = model.get_clipping_coef()
+        model.disable_hooks()
+        (factor_B * losses_B).sum().backward()
+        model.enable_hooks()
+        optimizer.step()
+
+    return step
+
+
 def _sgd(work: Workload) -> torch.optim.SGD:
     parameters: list[nn.Parameter] = list(work.parameters.values())
     return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -190,6 +282,9 @@ VARIANTS: dict[str, Callable[[Workload], Step]] = {
     "private, in groups": private_step_in_groups,
     "plain": plain_step,
     "plain, by patient": plain_step_by_patient,
+    "Opacus hooks": opacus_step,
+    "ghost": ghost_step,
+    "functorch": partial(opacus_step, functorch=True),
 }
 
 
@@ -202,15 +297,28 @@ def seconds_of(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure_time(setting: Setting, warmup: int, repeats: int) -> dict[str, list[float]]:
+def buildable(setting: Setting, names: Sequence[str]) -> tuple[dict[str, Step], dict[str, str]]:
+    """Steps that ran once, and why the others cannot."""
+    steps, failed = {}, {}
+    for name in names:
+        try:
+            step = VARIANTS[name](Workload(setting))
+            step()
+        except Exception as error:  # Opacus raises whatever its rules run into
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            steps[name] = step
+    return steps, failed
+
+
+def measure_time(steps: dict[str, Step], setting: Setting, repeats: int) -> dict[str, list[float]]:
     """Seconds of each step of each variant; entry i of each was measured in the same turn."""
-    steps = {name: build(Workload(setting)) for name, build in VARIANTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + repeats):
+    for turn in range(-1, repeats):  # the first turn warms up
         order = list(steps) if turn % 2 == 0 else list(reversed(steps))
         for name in order:
             taken = seconds_of(steps[name], setting.device)
-            if turn >= warmup:
+            if turn >= 0:
                 seconds[name].append(taken)
     return seconds
 
@@ -243,99 +351,100 @@ def _status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def measure_memory(variant: str) -> float:
+def measure_memory(setting: Setting, variant: str) -> float:
     """The same in a fresh process, so that no variant inherits another's peak."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", variant]
+    command = [sys.executable, __file__, "--memory-of", variant]
+    for name, value in vars(setting).items():
+        command += [f"--{name}", str(value)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(finished.stdout)
 
 
-def summary(seconds: dict[str, list[float]], memory_mib: dict[str, float]) -> dict[str, object]:
-    """Medians, quartiles and ratios."""
-    values: dict[str, object] = {}
+def measure(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, object]:
+    """Medians and quartiles, and ratios to the plain step."""
+    steps, failed = buildable(setting, names)
+    seconds = measure_time(steps, setting, repeats)
+    memory = {name: measure_memory(setting, name) for name in steps}
+    values: dict[str, object] = {"setting": vars(setting)}
     for name, taken in seconds.items():
-        quartiles = statistics.quantiles(taken, n=4)
+        over_plain = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
+        low, _, high = statistics.quantiles(over_plain, n=4)
         values[name] = {
             "median_s": round(statistics.median(taken), 5),
-            "quartiles_s": [round(quartiles[0], 5), round(quartiles[2], 5)],
-            "rise_of_peak_memory_mib": round(memory_mib[name], 1),
+            "rise_of_peak_memory_mib": round(memory[name], 1),
+            "time_over_plain": round(statistics.median(over_plain), 3),
+            "time_over_plain_quartiles": [round(low, 3), round(high, 3)],
+            "memory_over_plain": round(memory[name] / max(memory["plain"], 1e-9), 3),
         }
-    for name in VARIANTS:
-        if name == "private":
-            continue
-        ratios = [a / b for a, b in zip(seconds["private"], seconds[name], strict=True)]
-        rise = memory_mib[name]
-        values[f"private over {name}"] = {
-            "time": round(statistics.median(ratios), 3),
-            "time_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
-            "memory": round(memory_mib["private"] / rise, 3) if rise > 0 else math.inf,
-        }
-    return values
+    return values | {name: {"failed": why} for name, why in failed.items()}
 
 
-def environment(setting: Setting) -> dict[str, object]:
+def environment(device: str) -> dict[str, object]:
     """What a reader needs to repeat it."""
-    machine = torch.cuda.get_device_name() if setting.device == "cuda" else platform.processor()
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     return {
         "machine": machine or platform.machine(),
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "peft")},
+        **{name: version(name) for name in ("torch", "diffusers", "peft", "opacus")},
     }
 
 
-def show(result: dict[str, object]) -> None:
-    """The table, on stderr."""
-    table = Table("", "median s", "rise of peak memory, MiB", "private: time", "private: memory")
-    for name in VARIANTS:
-        own, ratio = result[name], result.get(f"private over {name}", {})
-        assert isinstance(own, dict)
-        assert isinstance(ratio, dict)
-        cells = [own["median_s"], own["rise_of_peak_memory_mib"]]
-        cells += [ratio.get("time", ""), ratio.get("memory", "")]
-        table.add_row(name, *map(str, cells))
-    Console(stderr=True).print(table)
+def show(results: Sequence[dict[str, object]]) -> None:
+    """One table, on stderr: time and memory over a plain step."""
+    table = Table("weights", "K", *VARIANTS, title="time / memory, plain step = 1")
+    for result in results:
+        setting = result["setting"]
+        assert isinstance(setting, dict)
+        cells = []
+        for name in VARIANTS:
+            own = result.get(name, {})
+            assert isinstance(own, dict)
+            measured = "time_over_plain" in own
+            time_, memory = own.get("time_over_plain"), own.get("memory_over_plain")
+            cells.append(f"{time_:.2f} / {memory:.2f}" if measured else "fails")
+        table.add_row(setting["kind"], str(setting["tiles"]), *cells)
+    Console(stderr=True, width=150).print(table)
 
 
 def main() -> None:
-    """Measure and print one line of JSON."""
+    """Measure and print one line of JSON for each kind of weights and number of tiles."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--patients", type=int, default=8, help="patients in a step")
-    parser.add_argument("--tiles", type=int, default=16, help="tiles of a patient (K)")
+    parser.add_argument("--kind", nargs="+", default=["lora"], choices=KINDS)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[16], help="tiles of a patient, K")
+    parser.add_argument("--patients", type=int, help="in a step; 32 tiles in all if absent")
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank")
     parser.add_argument("--size", type=int, default=16, help="side of the latents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    setting = Setting(
-        patients=chosen.patients,
-        tiles=chosen.tiles,
-        rank=chosen.rank,
-        size=chosen.size,
-        seed=chosen.seed,
-        device=chosen.device,
-    )
-    if chosen.memory_of:
-        print(measure_memory_here(setting, chosen.memory_of))
-        return
-    result = {
-        "setting": vars(setting) | {"warmup": chosen.warmup, "repeats": chosen.repeats},
-        "environment": environment(setting),
-        **summary(
-            measure_time(setting, chosen.warmup, chosen.repeats),
-            {name: measure_memory(name) for name in VARIANTS},
-        ),
-    }
-    show(result)
-    print(json.dumps(result))
+    results = []
+    for kind, tiles in itertools.product(chosen.kind, chosen.tiles):
+        setting = Setting(
+            kind=kind,
+            patients=chosen.patients or max(1, 32 // tiles),
+            tiles=tiles,
+            rank=chosen.rank,
+            size=chosen.size,
+            seed=chosen.seed,
+            device=chosen.device,
+        )
+        if chosen.memory_of:
+            print(measure_memory_here(setting, chosen.memory_of))
+            return
+        result = measure(setting, chosen.variants, chosen.repeats)
+        print(json.dumps(result), flush=True)
+        results.append(result)
+    show(results)
     if chosen.out:
+        record = {"environment": environment(chosen.device), "results": results}
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        chosen.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

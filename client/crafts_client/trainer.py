@@ -140,7 +140,7 @@ class Trainer:
         def patient_loss(patient: int) -> Iterator[Tensor]:
             return self._patient_losses(patient, objective, task.privacy, generator)
 
-        def group_loss(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        def group_loss(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
             return self._group_losses(group, objective, task.privacy, generator)
 
         num_patients, group_size = self._patients.num_patients, self._group_size(task.privacy)
@@ -195,14 +195,13 @@ class Trainer:
         objective: Objective,
         privacy: PrivacyConfig,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted losses of all tiles of some patients, and whose each is. Same draws as above."""
+    ) -> tuple[Tensor, Sequence[int]]:
+        """Weighted losses of all tiles of some patients, and how many each has. Draws as above."""
         drawn = [self._drawn(patient, objective, privacy, generator) for patient in group]
         batch = TileBatch.cat([batch for batch, _ in drawn])
         draws = Draws.cat([draws for _, draws in drawn])
-        sizes = torch.tensor([len(batch) for batch, _ in drawn])
-        owners_B = torch.arange(len(drawn)).repeat_interleave(sizes)
-        return batch.weight_B * objective.loss_per_tile(batch, draws), owners_B
+        losses_B = batch.weight_B * objective.loss_per_tile(batch, draws)
+        return losses_B, [len(batch) for batch, _ in drawn]
 
     def _drawn(
         self,

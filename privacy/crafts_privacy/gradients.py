@@ -5,15 +5,14 @@ place and no copy is made; other dtypes are collected after each backward pass, 
 in float32. Letters: D all coordinates of all parameters.
 """
 
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from opacus.grad_sample import GradSampleHooks
+from torch.nn.grad import conv2d_weight
+from torch.utils.hooks import RemovableHandle
 
 
 class FlatGradient:
@@ -69,77 +68,169 @@ class FlatGradient:
             parameter.grad = None
 
 
-class GroupGradients:
-    """The gradients of several patients from one backward pass, by Opacus' per-sample hooks.
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One pass through a trained layer."""
 
-    Only while the context is open; memory is one gradient for each tile of the group, so it suits
-    adapters, not full weights.
+    layer: nn.Module
+    input_B: Tensor
+    output_B: Tensor
+    versions: tuple[int, int]
+
+
+class GroupGradients:
+    """The gradients of several patients from one forward and one backward pass.
+
+    A weight's gradient is a product of what went into its layer and what came back at its output.
+    The tiles of a patient are neighbours there, so folding them into one long batch gives that
+    patient's gradient in one product, and no gradient of a single tile ever exists: memory is one
+    row of the result for each patient. Linear and convolution layers are folded here; for other
+    layers Opacus' per-sample rules are summed over each patient's tiles.
+
+    Only while the context is open. Right where no layer mixes tiles, which
+    ``crafts_core.stages.objective.assert_per_tile`` checks.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self._module = module
+        """Find the layers that own ``parameters``.
+
+        Raises:
+            ValueError: a layer that neither folds nor has a rule; train patient by patient.
+        """
         self._parameters = parameters
-        self._hooks: GradSampleHooks | None = None
-
-    def __enter__(self) -> Self:
-        # Opacus imports much of torch; and its hooks fire in training mode only, which changes
-        # nothing in the layers that have weights of their own.
-        from opacus.grad_sample import GradSampleHooks
-
-        trained = set(map(id, self._parameters))
-        self._trained = [
+        trained = set(map(id, parameters))
+        self._layers = [
             layer
-            for layer in self._module.modules()
+            for layer in module.modules()
             if any(id(parameter) in trained for parameter in layer.parameters(recurse=False))
         ]
-        self._were_training = [layer.training for layer in self._trained]
-        for layer in self._trained:
-            layer.training = True
-        self._hooks = GradSampleHooks(self._module, loss_reduction="sum", strict=False)
+        for layer in self._layers:
+            if not _folds(layer) and _opacus_rule(layer) is None:
+                raise ValueError(
+                    f"no rule splits the gradient of {type(layer).__name__} by patient; "
+                    "train patient by patient"
+                )
+        self._calls: list[_Call] = []
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self._handles = [layer.register_forward_hook(self._note) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._hooks is not None
-        self._hooks.remove_hooks()
-        self._forget()
-        for layer, was_training in zip(self._trained, self._were_training, strict=True):
-            layer.training = was_training
+        for handle in self._handles:
+            handle.remove()
+        self._calls = []
 
-    def compute(self, loss_B: Tensor, owner_B: Tensor, *, num_patients: int) -> Tensor:
+    def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            versions = (inputs[0]._version, output._version)
+            self._calls.append(_Call(layer, inputs[0].detach(), output, versions))
+
+    def compute(self, loss_B: Tensor, tiles_P: Sequence[int]) -> Tensor:
         """Each patient's gradient, float32 (P, D).
 
         Args:
-            loss_B: The losses of all tiles; a patient's add up to that patient's loss. Computed
-                inside the context, in one forward pass whose first dimension is B.
-            owner_B: Whose tile it is, 0 to ``num_patients`` - 1.
-            num_patients: P; patients without a tile get zeros.
+            loss_B: The losses of all tiles, a patient's next to each other, adding up to that
+                patient's loss. Computed inside the context, in one forward pass whose first
+                dimension is B.
+            tiles_P: How many tiles each patient has; a patient without a tile gets zeros.
         """
-        with warnings.catch_warnings():
-            # The first layers' inputs need no gradient; the hooks do not use it.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            torch.autograd.backward([loss_B.sum()])
-        try:
-            grad_PD = torch.cat([self._of(parameter, loss_B) for parameter in self._parameters], 1)
-            zeros_PD = grad_PD.new_zeros(num_patients, grad_PD.shape[1])
-            return zeros_PD.index_add_(0, owner_B.to(grad_PD.device), grad_PD)
-        finally:
-            self._forget()
+        # Taken first: checkpointing runs the layers again in the backward pass.
+        calls, self._calls = self._calls, []
+        for call in calls:
+            if (call.input_B._version, call.output_B._version) != call.versions:
+                raise RuntimeError("a layer works in place; train patient by patient")
+            if not len(call.input_B) == len(call.output_B) == len(loss_B) == sum(tiles_P):
+                raise RuntimeError(
+                    "a layer ran on another batch than the loss; train patient by patient"
+                )
+        size = sum(parameter.numel() for parameter in self._parameters)
+        grad_PD = torch.zeros(len(tiles_P), size, device=self._parameters[0].device)
+        outputs = [call.output_B for call in calls]
+        if not outputs or len(loss_B) == 0:
+            return grad_PD
+        backprops = torch.autograd.grad([loss_B.sum()], outputs, allow_unused=True)
+        rows = _rows_of(grad_PD, self._parameters)
+        rows_of = dict(zip(map(id, self._parameters), rows, strict=True))
+        with torch.no_grad():
+            for call, backprop_B in zip(calls, backprops, strict=True):
+                if backprop_B is not None:  # else the loss does not reach it
+                    _add_by_patient(call, backprop_B, tiles_P, rows_of)
+        return grad_PD
 
-    def _of(self, parameter: nn.Parameter, loss_B: Tensor) -> Tensor:
-        per_tile = getattr(parameter, "grad_sample", None)
-        if per_tile is None:  # the loss does not reach it
-            return torch.zeros(len(loss_B), parameter.numel(), device=parameter.device)
-        if len(per_tile) != len(loss_B):
-            raise RuntimeError(
-                "a layer ran on another batch than the loss; train patient by patient"
-            )
-        flat: Tensor = per_tile.flatten(1).float()
-        return flat
 
-    def _forget(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-            parameter.grad_sample = None  # type: ignore[attr-defined]
+def _rows_of(grad_PD: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Views (P, *shape) into the rows, one for each parameter in order."""
+    pieces = torch.split(grad_PD, [parameter.numel() for parameter in parameters], dim=1)
+    return [
+        piece.unflatten(1, parameter.shape)
+        for piece, parameter in zip(pieces, parameters, strict=True)
+    ]
+
+
+def _folds(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
+def _opacus_rule(layer: nn.Module) -> Callable[..., dict[nn.Parameter, Tensor]] | None:
+    """(layer, [input], backprop) to the gradient of each tile, for each parameter."""
+    from opacus.grad_sample import GradSampleModule  # it imports much of torch
+
+    rule: Callable[..., dict[nn.Parameter, Tensor]] | None
+    rule = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
+    return rule
+
+
+def _add_by_patient(
+    call: _Call, backprop_B: Tensor, tiles_P: Sequence[int], rows_of: Mapping[int, Tensor]
+) -> None:
+    """Add one call's share to the rows of its layer's parameters."""
+    layer, input_B, backprop_B = call.layer, call.input_B.float(), backprop_B.float()
+    if not _folds(layer):
+        rule = _opacus_rule(layer)
+        assert rule is not None
+        for parameter, grad_B in rule(layer, [input_B], backprop_B).items():
+            if id(parameter) in rows_of:
+                parts = zip(rows_of[id(parameter)], grad_B.split(list(tiles_P)), strict=True)
+                for row, part in parts:
+                    row += part.sum(0)
+        return
+    weight, bias = rows_of.get(id(layer.weight)), rows_of.get(id(layer.bias))
+    if isinstance(layer, nn.Linear) and len(set(tiles_P)) == 1:
+        # Everybody has as many tiles: one product for all patients.
+        input_PNI = input_B.reshape(len(tiles_P), -1, layer.in_features)
+        backprop_PNO = backprop_B.reshape(len(tiles_P), -1, layer.out_features)
+        if weight is not None:
+            weight += backprop_PNO.mT @ input_PNI
+        if bias is not None:
+            bias += backprop_PNO.sum(1)
+        return
+    split = zip(input_B.split(list(tiles_P)), backprop_B.split(list(tiles_P)), strict=True)
+    for patient, (input_T, backprop_T) in enumerate(split):
+        if weight is not None:
+            weight[patient] += _weight_gradient(layer, input_T, backprop_T)
+        if bias is not None:
+            channel = 1 if isinstance(layer, nn.Conv2d) else backprop_T.ndim - 1
+            bias[patient] += backprop_T.sum([d for d in range(backprop_T.ndim) if d != channel])
+
+
+def _weight_gradient(layer: nn.Module, input_T: Tensor, backprop_T: Tensor) -> Tensor:
+    """Of one patient's tiles together."""
+    if isinstance(layer, nn.Conv2d):
+        gradient: Tensor = conv2d_weight(
+            input_T,
+            layer.weight.shape,
+            backprop_T,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+        )
+        return gradient
+    return backprop_T.flatten(0, -2).mT @ input_T.flatten(0, -2)
 
 
 def views_of(flat_D: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -30,10 +30,10 @@ Parts (a generator, so that one graph exists at a time) cut a patient into micro
 gradients add up *before* clipping, so it is the patient that is bounded.
 """
 
-GroupLoss = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
-"""Patients to (loss of each of their tiles (B,), whose tile it is, as index into the group (B,)).
+GroupLoss = Callable[[Sequence[int]], tuple[Tensor, Sequence[int]]]
+"""Patients to (loss of each of their tiles (B,), how many tiles each patient has).
 
-The losses of a patient's tiles add up to that patient's mean loss.
+A patient's tiles are neighbours, and their losses add up to that patient's mean loss.
 """
 
 
@@ -189,7 +189,10 @@ class PatientSGD:
         def by_group(drawn: Sequence[int]) -> Iterator[Tensor]:
             for start in range(0, len(drawn), group_size):
                 group = drawn[start : start + group_size]
-                yield from gradients.compute(*group_loss(group), num_patients=len(group))
+                loss_B, tiles_P = group_loss(group)
+                if len(tiles_P) != len(group):
+                    raise ValueError("expected a number of tiles for each patient of the group")
+                yield from gradients.compute(loss_B, tiles_P)
 
         self._noisy_step(num_patients, by_group)
 

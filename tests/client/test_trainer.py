@@ -129,7 +129,7 @@ def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patient
 def test_several_patients_in_one_pass_are_the_loop(
     foundation, open_plan, patients, factor: str, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opacus' hooks against one backward pass a patient: the same draws, the same clipped sum."""
+    """Folded gradients against one backward pass a patient: same draws, same clipped sum."""
     start = initial_state(foundation, open_plan.adapter, seed=3)
     state = {name: value + 0.01 for name, value in start.items()}
     clipped = replace(mechanism_of(open_plan, declared_patients=6), max_grad_norm=0.01)
@@ -139,9 +139,9 @@ def test_several_patients_in_one_pass_are_the_loop(
     deltas, groups = [], []
     counted = GroupGradients.compute
 
-    def compute(self, loss_B, owner_B, *, num_patients):
-        groups.append(num_patients)
-        return counted(self, loss_B, owner_B, num_patients=num_patients)
+    def compute(self, loss_B, tiles_P):
+        groups.append(len(tiles_P))
+        return counted(self, loss_B, tiles_P)
 
     monkeypatch.setattr(GroupGradients, "compute", compute)
     for rows in (1, 24):

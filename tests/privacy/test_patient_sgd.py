@@ -264,12 +264,11 @@ def test_parts_of_a_patient_add_up_before_the_clip(chunk: int) -> None:
 
 
 def group_loss(model: nn.Module) -> GroupLoss:
-    def losses(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def losses(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         tiles = [tiles_of(patient) for patient in group]
         images = torch.cat([images for images, _ in tiles])
         targets = torch.cat([targets for _, targets in tiles])
-        owners = torch.arange(len(group)).repeat_interleave(NUM_TILES)
-        return loss_per_tile(model, images, targets) / NUM_TILES, owners
+        return loss_per_tile(model, images, targets) / NUM_TILES, [NUM_TILES] * len(group)
 
     return losses
 
@@ -294,9 +293,8 @@ def test_a_group_leaves_no_gradient_and_no_hook_behind() -> None:
     sgd = optimizer(model, sampler=FixedSampler([0, 1]))
     with GroupGradients(model, list(model.parameters())) as gradients:
         sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, 2)
-        assert all(p.grad is None and p.grad_sample is None for p in model.parameters())
-    mean_loss(model)(0).backward()
-    assert all(parameter.grad_sample is None for parameter in model.parameters())
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer._forward_hooks for layer in model.modules())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
@@ -306,12 +304,11 @@ def test_one_bad_patient_of_a_group_leaves_the_others_alone(bad: float) -> None:
     before = flat(model)
     sgd = optimizer(model, mech=mechanism(expected_patients=1.0), sampler=FixedSampler([0, 1, 2]))
 
-    def spoiled(group: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def spoiled(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         images = torch.cat([tiles_of(patient)[0] for patient in group])
         targets = torch.cat([tiles_of(patient)[1] for patient in group])
-        owners = torch.arange(len(group)).repeat_interleave(NUM_TILES)
-        images[owners == 1] = bad
-        return loss_per_tile(model, images, targets) / NUM_TILES, owners
+        images[NUM_TILES : 2 * NUM_TILES] = bad
+        return loss_per_tile(model, images, targets) / NUM_TILES, [NUM_TILES] * len(group)
 
     with GroupGradients(model, list(model.parameters())) as gradients:
         sgd.step_in_groups(NUM_PATIENTS, spoiled, gradients, 3)
@@ -324,9 +321,9 @@ def test_a_patient_of_a_group_without_tiles_contributes_zero() -> None:
     before = flat(model)
     sgd = optimizer(model, mech=mechanism(expected_patients=1.0), sampler=FixedSampler([0, 3]))
 
-    def first_only(group: Sequence[int]) -> tuple[Tensor, Tensor]:
-        tiles = [group_loss(model)([patient]) for patient in group[:1]]
-        return tiles[0]
+    def first_only(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        losses, sizes = group_loss(model)(group[:1])
+        return losses, [*sizes, 0]
 
     with GroupGradients(model, list(model.parameters())) as gradients:
         sgd.step_in_groups(NUM_PATIENTS, first_only, gradients, 2)

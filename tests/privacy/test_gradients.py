@@ -1,0 +1,174 @@
+"""Every way to a patient's gradient against autograd on that patient alone.
+
+On the layers that diffusion models are made of: a UNet in full, LoRA on attention and convolutions,
+a ControlNet, with checkpointing and in bfloat16, for patients with as many tiles and with fewer.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from crafts_privacy.gradients import FlatGradient, GroupGradients
+
+SIZE, TEXT = 8, 16
+KINDS = ["lora", "lora-conv", "full", "controlnet"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Denoiser(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unet = UNet2DConditionModel(
+            sample_size=SIZE, in_channels=2, out_channels=2, block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
+            cross_attention_dim=TEXT, attention_head_dim=8, norm_num_groups=4,
+        ).requires_grad_(kind == "full")  # fmt: skip
+        self.control: ControlNetModel | None = None
+        if kind == "controlnet":
+            self.control = ControlNetModel.from_unet(
+                self.unet, conditioning_embedding_out_channels=(4, 8, 8)
+            ).requires_grad_(True)
+            for parameter in self.control.controlnet_down_blocks.parameters():
+                nn.init.normal_(parameter, std=0.1)  # zero outputs would hide all other gradients
+        elif kind != "full":
+            targets = ATTENTION if kind == "lora" else [*ATTENTION, "conv1", "conv_shortcut"]
+            lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+            self.unet.add_adapter(lora)
+
+    def losses(self, tiles: Sequence[int]) -> Tensor:
+        """Per tile; a tile is the seed of its inputs."""
+        made = [torch.Generator().manual_seed(tile) for tile in tiles]
+        noisy, target = (torch.stack([torch.randn(2, SIZE, SIZE, generator=g) for g in made])
+                         for _ in range(2))  # fmt: skip
+        text = torch.stack([torch.randn(3, TEXT, generator=g) for g in made])
+        times = torch.cat([torch.randint(1000, (1,), generator=g) for g in made])
+        extra = {}
+        if self.control is not None:
+            mask = torch.stack([torch.rand(3, 4 * SIZE, 4 * SIZE, generator=g) for g in made])
+            steered = self.control(noisy, times, text, mask)
+            extra = {
+                "down_block_additional_residuals": steered.down_block_res_samples,
+                "mid_block_additional_residual": steered.mid_block_res_sample,
+            }
+        output = self.unet(noisy, times, text, **extra).sample
+        return (output.float() - target).square().mean((1, 2, 3))
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def reference(model: Denoiser, patients: Sequence[Sequence[int]]) -> Tensor:
+    """One plain backward pass for each *tile*, added up."""
+    trained = model.trained()
+    rows = []
+    for tiles in patients:
+        row = torch.zeros(sum(parameter.numel() for parameter in trained))
+        for tile in tiles:
+            loss = model.losses([tile]).sum() / len(tiles)
+            grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+            row += torch.cat([grad.flatten() for grad in grads])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def folded(model: Denoiser, patients: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    sizes = [len(tiles) for tiles in patients]
+    weights = torch.cat([torch.full((size,), 1 / size) for size in sizes if size])
+    half = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
+    with GroupGradients(model, model.trained()) as gradients:
+        with half:
+            losses = model.losses([tile for tiles in patients for tile in tiles])
+        return gradients.compute(losses * weights, sizes)
+
+
+def one_by_one(model: Denoiser, patients: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    flat, rows = FlatGradient(model.trained()), []
+
+    def parts(tiles: Sequence[int]) -> Iterator[Tensor]:
+        for tile in tiles:
+            with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
+                losses = model.losses([tile])
+            yield losses.sum() / len(tiles)
+
+    for tiles in patients:
+        rows.append(flat.compute(parts(tiles)).clone())
+    flat.release()
+    return torch.stack(rows)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("path", [folded, one_by_one])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patients", [[[1, 2], [3, 4], [5, 6]], [[1, 2, 3], [4]]], ids=str)
+def test_a_patients_gradient_is_autograds(path, kind, patients, checkpointing: bool) -> None:
+    model = Denoiser(kind)
+    wanted = reference(model, patients)
+    if checkpointing:
+        part = model.control or model.unet
+        part.train()  # diffusers checkpoints in training mode only
+        part.enable_gradient_checkpointing()
+    assert relative_error(path(model, patients, torch.float32), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("path", [folded, one_by_one])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_gradients_are_near_and_in_float32(path, kind: str) -> None:
+    model, patients = Denoiser(kind), [[1, 2], [3, 4]]
+    found = path(model, patients, torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert relative_error(found, reference(model, patients)) < 0.3
+
+
+def test_a_patient_without_tiles_has_a_zero_row() -> None:
+    model = Denoiser("lora")
+    found = folded(model, [[1], [], [2]], torch.float32)
+    assert relative_error(found[[0, 2]], reference(model, [[1], [2]])) < 1e-4
+    assert not found[1].any()
+
+
+def test_a_layer_that_runs_twice_adds_both_times() -> None:
+    layer = nn.Linear(3, 3)
+    inputs = torch.randn(4, 3)
+    with GroupGradients(layer, list(layer.parameters())) as gradients:
+        found = gradients.compute(layer(layer(inputs)).square().sum(1), [2, 2])
+    for row, part in zip(found, inputs.split(2), strict=True):
+        grads = torch.autograd.grad(layer(layer(part)).square().sum(), list(layer.parameters()))
+        assert torch.allclose(row, torch.cat([grad.flatten() for grad in grads]), atol=1e-6)
+
+
+def test_a_layer_without_a_rule_is_refused_before_training() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(3))
+
+    layer = Scale()
+    with pytest.raises(ValueError, match="Scale by patient; train patient by patient"):
+        GroupGradients(layer, list(layer.parameters()))
+
+
+def test_what_changes_a_layers_output_in_place_is_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with GroupGradients(layer, list(layer.parameters())) as gradients:
+        losses = torch.relu_(layer(torch.randn(2, 3))).sum(1)
+        with pytest.raises(RuntimeError, match="in place"):
+            gradients.compute(losses, [1, 1])
+
+
+def test_a_layer_that_mixes_the_batch_is_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with GroupGradients(layer, list(layer.parameters())) as gradients:
+        losses = layer(torch.randn(1, 3)).sum(1).expand(2)
+        with pytest.raises(RuntimeError, match="another batch"):
+            gradients.compute(losses, [1, 1])
