@@ -16,7 +16,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,6 +51,14 @@ class SiteConfig(BaseModel):
     """Tiles times draws in one backward pass. Memory and speed only."""
     exact_noise: bool = False
     """Draw the noise of privacy by OpenDP's exact discrete Gaussian instead of the grid's."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the denoiser's passes; gradients are clipped and added in float32 and float64."""
+    checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    compile: bool = False
+    """Let torch compile the denoiser. Not used where its gradients turn out wrong."""
+    more_devices: tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
+    """Share each step's patients with these as well, a process for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

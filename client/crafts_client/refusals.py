@@ -15,7 +15,12 @@ from crafts_core.foundation import FoundationError
 from crafts_core.plan import PlanError
 from crafts_core.stages.objective import BatchCoupledLossError
 from crafts_core.tiles import TileStoreError
-from crafts_privacy.errors import BudgetExceededError, CalibrationError, LedgerError
+from crafts_privacy.errors import (
+    BudgetExceededError,
+    CalibrationError,
+    LedgerError,
+    RankError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (AdapterError, Refusal(107, "the plan's adapter does not fit the foundation")),
     (BatchCoupledLossError, Refusal(108, "the loss has no per-patient sensitivity")),
     (TrainingError, Refusal(109, "training ended without a usable update")),
+    (RankError, Refusal(114, "a device of the site failed")),
     (FoundationError, Refusal(110, "the site's foundation is missing or damaged")),
     (TileStoreError, Refusal(111, "the site's tiles are not ready")),
     (HomeError, Refusal(112, "the site is not set up")),

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from crafts_client import stage_start
+from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import OutboxError, TrainingError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
@@ -26,6 +27,7 @@ from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, check_not_replayed, check_request
 from crafts_client.signed_plan import open_signed_plan
+from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core.adapters import State
 from crafts_core.exchange import (
@@ -40,6 +42,7 @@ from crafts_core.foundation import Foundation, load
 from crafts_core.plan import AdapterConfig, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.errors import RankError
 from crafts_privacy.ledger import EntryKind, Ledger, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
@@ -74,6 +77,8 @@ class Site:
         cache = LatentCache.open(store, foundation.manifest.hash)
         self._patients = PatientTiles(store, cache, foundation)
         self._trainer: tuple[AdapterConfig, Trainer] | None = None
+        self._workers: DeviceWorkers | None = None
+        check_devices(home)
 
     @classmethod
     def open(cls, path: Path) -> "Site":
@@ -120,7 +125,7 @@ class Site:
         )
         reservation = self._reserve(request, task)
         try:
-            delta = _as_wire(trainer.train(task), plan)
+            delta = _as_wire(self._train_everywhere(trainer, plan.adapter, task), plan)
             update_norm = global_norm(delta)
             policy.check_update_norm(update_norm)
         except (TrainingError, PolicyError):
@@ -131,6 +136,25 @@ class Site:
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
+
+    def _train_everywhere(
+        self, trainer: Trainer, config: AdapterConfig, task: TrainingTask
+    ) -> State:
+        """On all of the site's devices. Where one fails, the round stays reserved: nothing left."""
+        if self._workers is None:
+            return trainer.train(task)
+        try:
+            self._workers.start(config, task)
+            return trainer.train(task)
+        except RankError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes of further devices; the next round starts them again."""
+        if self._workers is not None:
+            self._workers.close()
+        self._workers = self._trainer = None
 
     def _reserve(self, request: RoundRequest, task: TrainingTask) -> Reservation:
         """Charge the round against the cohort's lifetime, over all studies."""
@@ -174,13 +198,17 @@ class Site:
 
     def _trainer_for(self, config: AdapterConfig) -> Trainer:
         """The warm trainer, or a new one where the adapter is another."""
+        more_devices = self._home.config.more_devices
+        if more_devices and self._workers is None:
+            self._workers = DeviceWorkers(self._home.path, more_devices)
         if self._trainer is None or self._trainer[0] != config:
             trainer = Trainer(
                 self._foundation,
                 config,
                 self._patients,
                 randomness=self._randomness,
-                microbatch_tiles=self._home.config.microbatch_tiles,
+                speed=Speed.of(self._home.config),
+                ranks=self._workers.ranks if self._workers else None,
             )
             self._trainer = (config, trainer)
         return self._trainer[1]

@@ -5,6 +5,7 @@ kept: everything that leaves this module went through ``PatientSGD``.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from crafts_client.errors import TrainingError
 from crafts_client.patients import PatientTiles, probe_batch
+from crafts_client.speed import Speed
 from crafts_core.adapters import Adapter, State
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
@@ -21,15 +23,17 @@ from crafts_core.plan import AdapterConfig, Factor, PrivacyConfig, StageConfig
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.gradients import GroupGradients
+from crafts_privacy.gradients import FlatGradient, GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.ranks import Ranks
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
-_GROUP_ROWS = 16
-"""Tiles times draws that keep a step busy; below it several patients share a backward pass
-(benchmarks/private_step.py)."""
+_LOG = logging.getLogger(__name__)
+
+Drawn = tuple[TileBatch, Draws]
+"""A patient's tiles with their noise and timesteps."""
 
 
 def entropy_generator() -> torch.Generator:
@@ -88,7 +92,8 @@ class Trainer:
         patients: PatientTiles,
         *,
         randomness: Randomness,
-        microbatch_tiles: int,
+        speed: Speed,
+        ranks: Ranks | None = None,
     ) -> None:
         """Attach the adapter.
 
@@ -97,7 +102,8 @@ class Trainer:
             config: The plan's adapter section.
             patients: The site's cohort.
             randomness: ``Randomness.from_os()``.
-            microbatch_tiles: Tiles times draws in one backward pass: memory and speed only.
+            speed: Memory and time only.
+            ranks: The site's devices that share every step; this one alone if absent.
 
         Raises:
             AdapterError: the adapter does not fit the foundation.
@@ -106,8 +112,11 @@ class Trainer:
         self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
         self._patients = patients
         self._randomness = randomness
-        self._microbatch_tiles = microbatch_tiles
         self._adapter_kind = config.kind
+        self._speed = speed
+        self._ranks = ranks
+        self._public_tiles: TileBatch | None = None
+        self._trusted: dict[tuple[StageConfig, Factor], Speed] = {}
 
     def schema(self) -> State:
         """Tensors with the names and shapes that every global adapter must have."""
@@ -127,6 +136,8 @@ class Trainer:
         self._adapter.load_state(task.state)
         parameters = self._adapter.trainable(task.factor)
         objective = self._objective(task)
+        rows = task.privacy.tiles_per_patient * task.privacy.draws_per_tile
+        speed = self._trusted_speed(task, objective, rows)
         optimizer = PatientSGD(
             parameters,
             task.mechanism,
@@ -134,23 +145,28 @@ class Trainer:
             optimizer=Momentum(task.stage.momentum),
             noise=self._randomness.noise,
             sampler=self._randomness.sampler,
+            ranks=self._ranks,
         )
         generator = self._randomness.generator()
 
-        def patient_loss(patient: int) -> Iterator[Tensor]:
-            return self._patient_losses(patient, objective, task.privacy, generator)
+        def drawn(patient: int) -> Drawn:
+            return self._drawn(patient, objective, task.privacy, generator)
 
-        def group_loss(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-            return self._group_losses(group, objective, task.privacy, generator)
-
-        num_patients, group_size = self._patients.num_patients, self._group_size(task.privacy)
+        num_patients, group_size = self._patients.num_patients, self._group_size(speed, rows)
         if group_size == 1:
             for _ in range(task.stage.local_steps):
-                optimizer.step(num_patients, patient_loss)
+                optimizer.step(
+                    num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
+                )
         else:
             with GroupGradients(self._adapter.unet, list(parameters.values())) as gradients:
                 for _ in range(task.stage.local_steps):
-                    optimizer.step_in_groups(num_patients, group_loss, gradients, group_size)
+                    optimizer.step_in_groups(
+                        num_patients,
+                        lambda group: _joined(objective, [drawn(patient) for patient in group]),
+                        gradients,
+                        group_size,
+                    )
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
         delta = {
@@ -166,42 +182,70 @@ class Trainer:
 
     def _objective(self, task: TrainingTask) -> Objective:
         """The stage's loss, refused under privacy if it mixes tiles. Checked on public tiles."""
+        self._adapter.run_with()
         objective = Objective(self._foundation, self._adapter, task.stage, task.stage_start)
         if task.mechanism.private:
-            batch = probe_batch(self._foundation)
-            draws = objective.draw(batch, torch.Generator().manual_seed(0))
-            assert_per_tile(objective.loss_per_tile, batch, draws)
+            batch = self._probe(3)
+            assert_per_tile(objective.loss_per_tile, batch, _public_draws(objective, batch))
         return objective
 
-    def _patient_losses(
-        self,
-        patient: int,
-        objective: Objective,
-        privacy: PrivacyConfig,
-        generator: torch.Generator,
-    ) -> Iterator[Tensor]:
-        """Parts that add up to the patient's mean loss over K tiles and J draws of each.
+    def _trusted_speed(self, task: TrainingTask, objective: Objective, rows: int) -> Speed:
+        """The site's shortcuts if public tiles have the same gradients with and without them."""
+        known = self._trusted.get((task.stage, task.factor))
+        if known is None:
+            known = self._speed
+            group_size = self._group_size(known, rows)
+            if group_size > 1 or known.changes_the_passes:
+                error = self._error_of(known, group_size, task.factor, objective, rows)
+                if not error <= known.tolerance:
+                    _LOG.warning(
+                        "gradients of public tiles are off by %.0e of their length with the "
+                        "shortcuts of site.toml; training without them",
+                        error,
+                    )
+                    known = Speed(microbatch_tiles=known.microbatch_tiles, group_rows=1)
+            self._trusted[task.stage, task.factor] = known
+        known.apply(self._adapter)
+        return known
 
-        All draws are made before the cut into microbatches, so its size changes no result.
-        """
-        batch, draws = self._drawn(patient, objective, privacy, generator)
-        for rows in torch.arange(len(batch)).split(self._microbatch_tiles):
-            part = batch.select(rows)
-            yield part.mean(objective.loss_per_tile(part, _select(draws, rows)))
+    def _error_of(
+        self, speed: Speed, group_size: int, factor: Factor, objective: Objective, rows: int
+    ) -> float:
+        """Of the gradients of two public patients with as many tiles as ours have."""
+        parameters = list(self._adapter.trainable(factor).values())
+        tiles = self._probe(2)
+        cohort: list[Drawn] = []
+        for index in range(2):
+            batch = tiles.select(torch.tensor([index] * rows))
+            batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
+            cohort.append((batch, _public_draws(objective, batch)))
+        one, whole = FlatGradient(parameters), Speed(microbatch_tiles=speed.microbatch_tiles)
 
-    def _group_losses(
-        self,
-        group: Sequence[int],
-        objective: Objective,
-        privacy: PrivacyConfig,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Sequence[int]]:
-        """Weighted losses of all tiles of some patients, and how many each has. Draws as above."""
-        drawn = [self._drawn(patient, objective, privacy, generator) for patient in group]
-        batch = TileBatch.cat([batch for batch, _ in drawn])
-        draws = Draws.cat([draws for _, draws in drawn])
-        losses_B = batch.weight_B * objective.loss_per_tile(batch, draws)
-        return losses_B, [len(batch) for batch, _ in drawn]
+        def one_by_one(chosen: Speed) -> Tensor:
+            return torch.stack(
+                [one.compute(_parts(objective, drawn, chosen, rows)).clone() for drawn in cohort]
+            )
+
+        exact_PD = one_by_one(whole)
+        speed.apply(self._adapter)
+        if group_size == 1:
+            found_PD = one_by_one(speed)
+        else:
+            with GroupGradients(self._adapter.unet, parameters) as gradients:
+                found_PD = gradients.compute(*_joined(objective, cohort))
+        one.release()
+        self._adapter.run_with()
+        length = exact_PD.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        return float((found_PD - exact_PD).norm() / length)
+
+    def _probe(self, num_tiles: int) -> TileBatch:
+        if self._public_tiles is None:
+            self._public_tiles = probe_batch(self._foundation)
+        return self._public_tiles.select(torch.arange(num_tiles))
+
+    def _group_size(self, speed: Speed, rows: int) -> int:
+        """One for full weights: a row for each patient would be a copy of all of them."""
+        return 1 if self._adapter_kind == "full" else speed.group_size(rows)
 
     def _drawn(
         self,
@@ -209,7 +253,7 @@ class Trainer:
         objective: Objective,
         privacy: PrivacyConfig,
         generator: torch.Generator,
-    ) -> tuple[TileBatch, Draws]:
+    ) -> Drawn:
         """Up to K of a patient's tiles, J times each, with their noise and timesteps."""
         tiles = self._patients.batch(
             patient, max_tiles=privacy.tiles_per_patient, generator=generator
@@ -217,12 +261,34 @@ class Trainer:
         batch = tiles.repeat(privacy.draws_per_tile)
         return batch, objective.draw(batch, generator)
 
-    def _group_size(self, privacy: PrivacyConfig) -> int:
-        """Patients to a backward pass: as many as fill a batch that one patient does not."""
-        if self._adapter_kind == "full":
-            return 1  # a gradient for each tile would be a copy of all weights
-        rows = privacy.tiles_per_patient * privacy.draws_per_tile
-        return max(1, min(_GROUP_ROWS, self._microbatch_tiles) // rows)
+
+def _public_draws(objective: Objective, batch: TileBatch) -> Draws:
+    return objective.draw(batch, torch.Generator().manual_seed(0))
+
+
+def _parts(objective: Objective, drawn: Drawn, speed: Speed, rows: int) -> Iterator[Tensor]:
+    """Losses that add up to a patient's mean loss over K tiles and J draws of each.
+
+    All draws were made before the cut into microbatches, so its size changes no result. Compiled
+    code runs on full microbatches only, padded with rows that weigh nothing.
+    """
+    batch, draws = drawn
+    size = min(speed.microbatch_tiles, rows)
+    missing = -len(batch) % size if speed.compile else 0
+    if missing:
+        padded = torch.cat([torch.arange(len(batch)), torch.zeros(missing, dtype=torch.int64)])
+        batch, draws = batch.select(padded), _select(draws, padded)
+        batch.weight_B[-missing:] = 0.0
+    for part in torch.arange(len(batch)).split(size):
+        tiles = batch.select(part)
+        yield tiles.mean(objective.loss_per_tile(tiles, _select(draws, part)))
+
+
+def _joined(objective: Objective, group: Sequence[Drawn]) -> tuple[Tensor, Sequence[int]]:
+    """Weighted losses of all tiles of some patients, and how many tiles each has."""
+    batch = TileBatch.cat([batch for batch, _ in group])
+    draws = Draws.cat([draws for _, draws in group])
+    return batch.weight_B * objective.loss_per_tile(batch, draws), [len(b) for b, _ in group]
 
 
 def _select(draws: Draws, rows: Tensor) -> Draws:

@@ -9,8 +9,8 @@ Shape letters: O outputs, I inputs (times kernel for a convolution), R rank, S s
 """
 
 import copy
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -51,6 +51,9 @@ class Adapter:
     def __init__(self, unet: UNet2DConditionModel, parameters: Mapping[str, str]) -> None:
         """Wrap a prepared UNet; ``parameters`` maps wire names to parameter names."""
         self.unet = unet
+        self._denoise: Callable[..., Any] = unet
+        self._compiled: Callable[..., Any] | None = None
+        self._half = False
         self._paths = dict(parameters)
         named = dict(unet.named_parameters())
         self._parameters = {name: named[path] for name, path in self._paths.items()}
@@ -89,10 +92,31 @@ class Adapter:
             parameter.grad = None
         return chosen
 
+    def run_with(
+        self, *, half: bool = False, checkpointing: bool = False, compiled: bool = False
+    ) -> None:
+        """How ``predict`` runs from now on; without arguments, exactly as it is written.
+
+        Args:
+            half: Autocast to bfloat16; the prediction is float32 again.
+            checkpointing: Keep no activations for the backward pass, compute them twice.
+            compiled: By ``torch.compile``; forward hooks on the UNet's layers do not fire then.
+        """
+        self._half = half
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+        if compiled and self._compiled is None:
+            self._compiled = torch.compile(self.unet)
+        ready = self._compiled if compiled else None
+        self._denoise = self.unet if ready is None else ready
+
     def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
         """The denoiser with this adapter: noise or velocity, as the foundation predicts."""
-        prediction: Tensor = self.unet(noisy_BCHW, timesteps_B, text_BLD).sample
-        return prediction
+        with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self._half):
+            prediction: Tensor = self._denoise(noisy_BCHW, timesteps_B, text_BLD).sample
+        return prediction.float()
 
     def predict_with(
         self, state: Mapping[str, Tensor], noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor

@@ -4,6 +4,7 @@ CraftsError
 └── PrivacyError
     ├── BudgetExceededError      the site: less training, or a policy that allows more
     ├── CalibrationError         the coordinator: a target that no noise reaches
+    ├── RankError                the site: one of its devices failed or is gone
     └── LedgerError              the site: the ledger cannot be used like this
         └── LedgerTamperedError  the site: the ledger is not the one we wrote; stop and look
 """
@@ -30,6 +31,10 @@ class BudgetExceededError(PrivacyError):
 
 class CalibrationError(PrivacyError):
     """No noise multiplier reaches the target epsilon."""
+
+
+class RankError(PrivacyError):
+    """The devices of a site could not take a step together; nothing was released."""
 
 
 class LedgerError(PrivacyError):

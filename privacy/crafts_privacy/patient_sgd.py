@@ -21,6 +21,7 @@ from crafts_privacy.clipping import clip_, grid_step, to_grid_
 from crafts_privacy.gradients import FlatGradient, GroupGradients, views_of
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Optimizer
+from crafts_privacy.ranks import Alone, Ranks
 from crafts_privacy.sampling import PatientSampler
 
 PatientLoss = Callable[[int], Tensor | Iterable[Tensor]]
@@ -129,10 +130,12 @@ class PatientSGD:
         optimizer: Optimizer,
         noise: NoiseSource,
         sampler: PatientSampler,
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare to train exactly ``parameters``; each must require a gradient.
 
-        ``optimizer`` is fresh, or goes on with the state it has.
+        ``optimizer`` is fresh, or goes on with the state it has. ``ranks`` are the processes that
+        share every step's patients; each starts from the same weights, and ends with the same.
 
         Raises:
             ValueError: no parameters, one that is frozen, several devices, or a bad rate.
@@ -146,6 +149,7 @@ class PatientSGD:
         self._optimizer = optimizer
         self._noise = noise
         self._sampler = sampler
+        self._ranks = ranks or Alone()
         self._gradient = FlatGradient(self._parameters)
         self._sum_D = torch.zeros_like(self._gradient.grad_D, dtype=torch.float64)
         # float() is the parameter's own storage in float32 and a master copy in half precision,
@@ -161,7 +165,7 @@ class PatientSGD:
         return self._mechanism.event(self.steps_taken)
 
     def num_unusable_patients(self) -> int:
-        """How often a patient's gradient was not finite (or beyond scaling) and became zero.
+        """How often a patient's gradient was not finite (or beyond scaling) and became zero, here.
 
         Computed from patients without noise: for the site's own log, never to leave it.
         """
@@ -201,15 +205,22 @@ class PatientSGD:
     ) -> None:
         self.steps_taken += 1
         self._sum_D.zero_()
+        ranks = self._ranks
         try:
-            drawn = self._sampler.sample(num_patients, self._mechanism.sample_rate)
-            for grad_D in gradients_of([int(patient) for patient in drawn]):
+            num_own = len(range(ranks.rank, num_patients, ranks.count))
+            drawn = self._sampler.sample(num_own, self._mechanism.sample_rate)
+            own = [ranks.rank + ranks.count * int(index) for index in drawn]
+            for grad_D in gradients_of(own):
                 self._add_patient(grad_D)
+            if self._mechanism.private and ranks.rank == 0:
+                sensitivity = self._mechanism.max_grad_norm / self._step
+                self._noise.add_(self._sum_D, self._mechanism.noise_multiplier * sensitivity)
+        except BaseException:
+            ranks.sum_(self._sum_D, failed=True)
+            raise
         finally:
             self._gradient.release()
-        if self._mechanism.private:
-            sensitivity = self._mechanism.max_grad_norm / self._step
-            self._noise.add_(self._sum_D, self._mechanism.noise_multiplier * sensitivity)
+        ranks.sum_(self._sum_D, failed=False)
         self._update()
 
     def _add_patient(self, grad_D: Tensor) -> None:

@@ -1,17 +1,20 @@
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from crafts_client import trainer as trainer_module
 from crafts_client.errors import TrainingError
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
+from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
-from crafts_core.adapters import Adapter, add_delta, initial_state
+from crafts_core.adapters import Adapter, State, add_delta, initial_state
+from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.stages.batch import draw
@@ -56,13 +59,13 @@ def seeded(**changes: object) -> Randomness:
     return Randomness(**(values | changes))
 
 
-def trainer_of(foundation, plan, patients, *, microbatch_tiles=64, **changes) -> Trainer:
+def trainer_of(foundation, plan, patients, *, microbatch_tiles=64, speed=None, **changes):
     return Trainer(
         foundation,
         plan.adapter,
         patients,
         randomness=seeded(**changes),
-        microbatch_tiles=microbatch_tiles,
+        speed=speed or Speed(microbatch_tiles=microbatch_tiles),
     )
 
 
@@ -136,7 +139,8 @@ def test_several_patients_in_one_pass_are_the_loop(
     task = task_of(
         foundation, open_plan, stage=stage, factor=factor, state=state, mechanism=clipped
     )
-    deltas, groups = [], []
+    deltas: list[State] = []
+    groups: list[int] = []
     counted = GroupGradients.compute
 
     def compute(self, loss_B, tiles_P):
@@ -145,8 +149,8 @@ def test_several_patients_in_one_pass_are_the_loop(
 
     monkeypatch.setattr(GroupGradients, "compute", compute)
     for rows in (1, 24):
-        monkeypatch.setattr(trainer_module, "_GROUP_ROWS", rows)
-        deltas.append(trainer_of(foundation, open_plan, patients).train(task))
+        speed = Speed(microbatch_tiles=64, group_rows=rows)
+        deltas.append(trainer_of(foundation, open_plan, patients, speed=speed).train(task))
 
     assert max(groups) == 4, "the second run trained four patients at a time"
     for name in deltas[0]:
@@ -294,3 +298,96 @@ def test_exact_noise_without_opendp_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "opendp.prelude", None)
     with pytest.raises(TrainingError, match="exact-noise"):
         Randomness.from_os(exact_noise=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_checkpointing_gives_the_same_update(foundation, open_plan, patients, stage: int) -> None:
+    task = task_of(foundation, open_plan, stage=stage)
+    speed = Speed(microbatch_tiles=64, checkpointing=True)
+    found = trainer_of(foundation, open_plan, patients, speed=speed).train(task)
+    for name, wanted in trainer_of(foundation, open_plan, patients).train(task).items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 24], ids=["one by one", "in groups"])
+def test_bfloat16_gives_nearly_the_same_update(foundation, open_plan, patients, rows: int) -> None:
+    task = task_of(foundation, open_plan)
+    speed = Speed(microbatch_tiles=64, precision="bfloat16", group_rows=rows)
+    found = trainer_of(foundation, open_plan, patients, speed=speed).train(task)
+    wanted = trainer_of(foundation, open_plan, patients).train(task)
+    error = global_norm({name: found[name] - wanted[name] for name in wanted})
+    assert 0 < error < 0.1 * global_norm(wanted)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+def test_all_weights_train_privately(foundation, patients) -> None:
+    """kind = "full": every weight of the UNet, clipped as one vector."""
+    values = plan_values(foundation.manifest.hash)
+    values["adapter"] = {"kind": "full"}
+    plan = Plan.parse(values)
+    mechanism = replace(mechanism_of(plan, declared_patients=6), max_grad_norm=0.05)
+    task = task_of(foundation, plan, factor="all", mechanism=mechanism)
+    quiet = trainer_of(foundation, plan, patients, noise=NoNoise(), sampler=FixedSampler([2]))
+    delta = quiet.train(task)
+    assert delta.keys() == dict(foundation.generator.unet.named_parameters()).keys()
+    most = plan.stage[0].learning_rate * plan.stage[0].local_steps * 0.05
+    assert 0.3 * most < global_norm(delta) * mechanism.expected_patients <= 1.0001 * most
+    assert global_norm(trainer_of(foundation, plan, patients).train(task)) > 10 * global_norm(delta)
+
+
+def compiled_wrongly(module: torch.nn.Module) -> Callable[..., SimpleNamespace]:
+    """The right prediction, and twice its gradient: as silent as the real thing was."""
+
+    def run(*inputs: torch.Tensor) -> SimpleNamespace:
+        sample = module(*inputs).sample
+        return SimpleNamespace(sample=2 * sample - sample.detach())
+
+    return run
+
+
+def test_compiled_code_with_wrong_gradients_is_not_used(
+    foundation, open_plan, patients, monkeypatch, caplog
+) -> None:
+    task = task_of(foundation, open_plan)
+    monkeypatch.setattr(torch, "compile", compiled_wrongly)
+    speed = Speed(microbatch_tiles=64, compile=True)
+    found = trainer_of(foundation, open_plan, patients, speed=speed).train(task)
+    assert "training without" in caplog.text
+    for name, wanted in trainer_of(foundation, open_plan, patients).train(task).items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_compiled_code_sees_full_microbatches_only(
+    foundation, open_plan, patients, monkeypatch, caplog
+) -> None:
+    """So what was checked is what runs; the rows that fill them up weigh nothing."""
+    seen: list[int] = []
+
+    def compiled(module: torch.nn.Module) -> Callable[..., object]:
+        def run(noisy: torch.Tensor, *rest: torch.Tensor) -> object:
+            seen.append(len(noisy))
+            return module(noisy, *rest)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    values = open_plan.model_dump(mode="json")
+    values["privacy"] |= {"tiles_per_patient": 5}  # every patient has three
+    plan = Plan.parse(values)
+    task = task_of(foundation, plan)
+    speed = Speed(microbatch_tiles=4, compile=True)
+    found = trainer_of(foundation, plan, patients, speed=speed).train(task)
+    assert set(seen) == {4}
+    assert not caplog.records
+    for name, wanted in trainer_of(foundation, plan, patients).train(task).items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU compiles for minutes")
+def test_torch_compile_trains_rightly_or_not_at_all(foundation, open_plan, patients) -> None:
+    """Whatever this machine's compiler makes of it, the update is the plain one."""
+    task = task_of(foundation, open_plan)
+    speed = Speed(microbatch_tiles=6, compile=True)
+    found = trainer_of(foundation, open_plan, patients, speed=speed).train(task)
+    for name, wanted in trainer_of(foundation, open_plan, patients).train(task).items():
+        torch.testing.assert_close(found[name], wanted, rtol=0.05, atol=1e-5)
