@@ -1,11 +1,9 @@
 """``crafts-client``: a hospital's own side. Set up a home, ingest tiles, see policy and budget."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +14,7 @@ from crafts_client.policy import Policy
 from crafts_core import __version__
 from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.durable import write_file
+from crafts_core.errors import CraftsError
 
 if TYPE_CHECKING:
     from crafts_privacy.accounting import PrivacyEvent
@@ -161,6 +160,22 @@ def tiles(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
 
 @app.command()
+def withdraw(
+    patient: Annotated[str, typer.Argument(help="The patient's name in the table of ingest.")],
+    home: Home = Path("site"),
+) -> None:
+    """Leave a patient out from the next round on. What was spent stays in the ledger."""
+    from crafts_client.ingest import Salt
+    from crafts_client.register import PatientRegister
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        register = PatientRegister(site.register_path)
+        register.withdraw(Salt.load(site.salt_path).patient_id(patient))
+    typer.echo("withdrawn: no tile of this patient is read from the next round on")
+
+
+@app.command()
 def report(
     home: Home = Path("site"),
     out: Annotated[Path, typer.Option(help="Folder of privacy-report.html and .json.")] = Path(),
@@ -229,17 +244,27 @@ def budget(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Count what is left in steps of this plan."),
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Exported ledger of another site that has the same patient; repeat.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what the cohort's lifetime budget is, and what is left of it."""
     from crafts_privacy.accounting import epsilon
     from crafts_privacy.ledger import Ledger
+    from crafts_privacy.ledger_export import charged, read_export
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         has_ledger = site.ledger_path.exists()
         events = Ledger(site.ledger_path).events(site.config.cohort) if has_ledger else ()
-        steps_left = None if plan is None else _steps_left(site, plan, events)
+        for_plan = {} if plan is None else _left_for(site, plan, events)
+        elsewhere = [event for export in also or () for event in charged(read_export(export))]
     policy = site.policy
     spent = epsilon(events, policy.max_delta)
     result = {
@@ -250,20 +275,100 @@ def budget(
         "epsilon_left": max(0.0, policy.max_epsilon - spent),
         "steps": sum(event.steps for event in events),
     }
-    if steps_left is not None:
-        result["steps_left_of_this_plan"] = steps_left
-    _print(result, as_json)
+    if also:
+        together = epsilon([*events, *elsewhere], policy.max_delta)
+        result["epsilon_of_a_patient_at_all_sites"] = together if math.isfinite(together) else None
+    _print(result | for_plan, as_json)
 
 
-def _steps_left(site: SiteHome, plan: Path, spent: "Sequence[PrivacyEvent]") -> int:
+def _left_for(site: SiteHome, path: Path, spent: "Sequence[PrivacyEvent]") -> dict[str, Any]:
+    """What the rest of the budget is worth to a plan."""
     from crafts_client.mechanism import mechanism_of
     from crafts_core.plan import Plan
-    from crafts_privacy.accounting import steps_left
+    from crafts_privacy.accounting import calibrate_noise_multiplier, steps_left
+    from crafts_privacy.errors import CalibrationError
 
-    mechanism = mechanism_of(Plan.load(plan), declared_patients=site.config.declared_patients)
-    policy = site.policy
-    return steps_left(
+    plan, policy = Plan.load(path), site.policy
+    mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
+    left = steps_left(
         mechanism.event(1), max_epsilon=policy.max_epsilon, delta=policy.max_delta, spent=spent
+    )
+    try:
+        enough: float | None = calibrate_noise_multiplier(
+            target_epsilon=policy.max_epsilon,
+            delta=policy.max_delta,
+            sample_rate=plan.privacy.sample_rate,
+            steps=plan.total_steps,
+            spent=spent,
+        )
+    except CalibrationError:
+        enough = None
+    return {
+        "steps_left_of_this_plan": left,
+        "steps_of_this_plan": plan.total_steps,
+        "noise_multiplier_of_this_plan": mechanism.noise_multiplier,
+        "least_noise_multiplier_for_all_of_it": enough,
+    }
+
+
+@app.command()
+def attack(
+    generator: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Exported generator.")
+    ],
+    others: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Tile store of patients of this hospital that it was not trained on.",
+        ),
+    ],
+    home: Home = Path("site"),
+    patients: Annotated[int, typer.Option(min=8, help="At most so many on each side.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same choice of tiles.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask whether a finished generator tells who was in its training. Keep the answer here."""
+    import numpy as np
+
+    from crafts_core.evaluation.evaluate import RealTiles
+    from crafts_core.evaluation.leakage import LeakageConfig, measure_leakage
+    from crafts_core.foundation import load
+    from crafts_core.generator import Generator
+    from crafts_core.tiles import TileStore
+
+    with one_line_errors("crafts-client"), progress_bars() as progress:
+        site = SiteHome.open(home)
+        device = site.config.device
+        members, strangers = (
+            RealTiles.read(store, np.arange(store.num_tiles))
+            for store in map(TileStore.open, (site.tile_store_path, others))
+        )
+        try:
+            result = measure_leakage(
+                Generator.from_directory(generator, device=device),
+                load(site.foundation_path, device=device).generator,
+                members,
+                strangers,
+                LeakageConfig(patients=patients, seed=seed),
+                progress,
+            )
+        except ValueError as error:
+            raise CraftsError(str(error)) from error
+        write_file(site.leakage_path, result.model_dump_json(indent=1) + "\n")
+    if as_json:
+        typer.echo(result.model_dump_json())
+        return
+    for each in result.attacks:
+        low, high = each.auc_interval
+        typer.echo(
+            f"{each.name}: area {each.auc:.2f} ({low:.2f} to {high:.2f}), p = {each.p_value:.2g}"
+        )
+    copies = result.memorisation
+    typer.echo(
+        f"images nearer to training tiles: {copies.share_nearer_members:.2f} "
+        f"({copies.interval.low:.2f} to {copies.interval.high:.2f}), p = {copies.p_value:.2g}"
     )
 
 
@@ -331,15 +436,11 @@ def ledger_export(
     as_json: AsJson = False,
 ) -> None:
     """Write every entry as CSV, hashes included, for a second party to keep."""
-    from crafts_privacy.ledger import LedgerEntry
+    from crafts_privacy.ledger_export import write_export
 
     with one_line_errors("crafts-client"):
         entries = _ledger(SiteHome.open(home)).entries()
-        text = io.StringIO()
-        rows = csv.DictWriter(text, [field.name for field in fields(LedgerEntry)])
-        rows.writeheader()
-        rows.writerows(asdict(entry) for entry in entries)
-        write_file(out, text.getvalue())
+        write_export(entries, out)
     _print({"file": str(out), "entries": len(entries)}, as_json)
 
 

@@ -7,7 +7,10 @@
     salt                the key of its pseudonyms (0600)
     tiles/              the tile store, with the latent cache below it
     ingest.json         what ingest did, with names: for the operator only (0600)
+    patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600)
     ledger.db           what was spent
+    audit.json          the newest audit of the engine
+    leakage.json        the newest attack on a finished generator: private, it stays here
     outbox/             sealed releases
     stage_start.safetensors   the public adapter that the current stage began with
 """
@@ -127,6 +130,15 @@ class SiteHome:
     @property
     def ingest_report_path(self) -> Path:
         return self.path / "ingest.json"
+
+    @property
+    def register_path(self) -> Path:
+        return self.path / "patients.jsonl"
+
+    @property
+    def leakage_path(self) -> Path:
+        """The newest attack on a finished generator. Private."""
+        return self.path / "leakage.json"
 
     @property
     def ledger_path(self) -> Path:

@@ -50,6 +50,8 @@ class ReleaseRecord(BaseModel):
     num_bytes: int
     """Of the tensors' numbers."""
     tensors: tuple[str, ...]
+    noise: str = "not recorded"
+    """Where the noise of privacy came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class Outbox:
         reply: RoundReply,
         delta: Mapping[str, Tensor],
         reservation: int,
+        *,
+        noise: str = "not recorded",
     ) -> Release:
         """Write a release durably. Nothing has left yet, and nothing may before the commit."""
         seal = _Seal(reservation=reservation, request=request, reply=reply)
@@ -88,6 +92,7 @@ class Outbox:
             hash=digest,
             num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             tensors=tuple(sorted(tensors)),
+            noise=noise,
         )
         append_line(self._folder / _RECORDS, record.model_dump_json(), mode=0o600)
         return Release(reservation=reservation, reply=reply, delta=dict(delta), hash=digest)

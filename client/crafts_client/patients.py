@@ -4,6 +4,8 @@ Nothing here names a patient; the index is the place in the tile store. Shape le
 C H W latent, L tokens, D features, K anchors.
 """
 
+from collections.abc import Collection
+
 import torch
 
 from crafts_core.aligner import profile
@@ -20,11 +22,17 @@ class PatientTiles:
         self._store = store
         self._cache = cache
         self._foundation = foundation
+        self._places = list(range(store.num_patients))
+
+    def leave_out(self, withdrawn: Collection[str]) -> None:
+        """Train without these pseudonyms from now on."""
+        everybody = enumerate(self._store.patients)
+        self._places = [place for place, patient in everybody if patient not in withdrawn]
 
     @property
     def num_patients(self) -> int:
         """Exact and therefore private: it decides who is sampled and never leaves the site."""
-        return self._store.num_patients
+        return len(self._places)
 
     def batch(self, patient: int, *, max_tiles: int, generator: torch.Generator) -> TileBatch:
         """Up to ``max_tiles`` of one patient's tiles, drawn uniformly without replacement.
@@ -32,7 +40,7 @@ class PatientTiles:
         Each tile weighs the same and the weights sum to one, whatever the number of tiles. The
         profiles v and w are those of design section 6.
         """
-        all_rows = torch.from_numpy(self._store.tile_rows_of(patient))
+        all_rows = torch.from_numpy(self._store.tile_rows_of(self._places[patient]))
         chosen = torch.randperm(len(all_rows), generator=generator)[:max_tiles]
         rows = all_rows[chosen].numpy()
         caption_ids = self._store.caption_ids(rows)

@@ -48,6 +48,8 @@ class Spending(_Record):
     """One patient is another person: reported beside."""
     epsilon_second_opinion: float | None
     second_accountant: str
+    epsilon_seen_twice: float | None
+    """For a patient who is also at another hospital that spends as much: both composed."""
     max_true_positive_rate: float
     """How often any attacker can be right that a patient took part, at 1 % false alarms."""
 
@@ -75,6 +77,8 @@ class Transmission(_Record):
     noise_multiplier: float
     sample_rate: float
     steps: int
+    noise: str
+    """The class in ``crafts_privacy.noise`` that drew it."""
 
 
 class PrivacyReport(_Record):
@@ -96,6 +100,8 @@ class PrivacyReport(_Record):
     ledger_head: str
     """For a second party to keep: with it, a ledger put back from a backup is found."""
     audit: dict[str, Any] | None
+    leakage: dict[str, Any] | None
+    """The newest attack on a finished generator, if one was made. Not needed for the promise."""
     versions: dict[str, str]
     unsubstantiated: tuple[str, ...] = Field(description="Claims that the files do not carry.")
 
@@ -114,7 +120,7 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
     events = () if ledger is None else ledger.events(cohort)
     transmissions = _transmissions(entries, Outbox(site.outbox_path).records())
     lifetime = _spending(events, delta)
-    audit = _audit(site.audit_path)
+    audit = _record(site.audit_path)
     versions = _versions()
     return PrivacyReport(
         created=datetime.now(UTC),
@@ -130,6 +136,7 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         ledger_entries=len(all_entries),
         ledger_head="" if ledger is None else str(ledger.verify().hash),
         audit=audit,
+        leakage=_record(site.leakage_path),
         versions=versions,
         unsubstantiated=tuple(
             _unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions)
@@ -163,6 +170,7 @@ def _spending(events: Sequence[PrivacyEvent], delta: float) -> Spending:
         epsilon_replace_one=_finite(replace_one),
         epsilon_second_opinion=_finite(opinion.epsilon),
         second_accountant=opinion.accountant,
+        epsilon_seen_twice=_finite(accounting.epsilon([*events, *events], delta)),
         max_true_positive_rate=accounting.max_true_positive_rate(events, FALSE_POSITIVE_RATE),
     )
 
@@ -211,18 +219,19 @@ def _transmissions(
                 noise_multiplier=entry.noise_multiplier,
                 sample_rate=entry.sample_rate,
                 steps=entry.steps,
+                noise="not recorded" if record is None else record.noise,
             )
         )
     return tuple(found)
 
 
-def _audit(path: Path) -> dict[str, Any] | None:
-    """The newest audit, if there is a readable one."""
+def _record(path: Path) -> dict[str, Any] | None:
+    """A JSON object, if there is a readable one."""
     try:
-        audit = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    return audit if isinstance(audit, dict) else None
+    return values if isinstance(values, dict) else None
 
 
 def _versions() -> dict[str, str]:

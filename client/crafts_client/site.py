@@ -19,13 +19,14 @@ import torch
 
 from crafts_client import stage_start
 from crafts_client.devices import DeviceWorkers, check_devices
-from crafts_client.errors import OutboxError, TrainingError
+from crafts_client.errors import HomeError, OutboxError, TrainingError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.messages import RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, check_not_replayed, check_request
+from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import open_signed_plan
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
@@ -67,6 +68,7 @@ class Site:
         Raises:
             LedgerTamperedError: the ledger is not what was written.
             TileStoreError: there is no finished tile store or latent cache.
+            HomeError: the tiles are another cohort's.
         """
         self._home = home
         self._foundation = foundation
@@ -74,6 +76,13 @@ class Site:
         self._ledger = Ledger(home.ledger_path)
         self._outbox = Outbox(home.outbox_path)
         store = TileStore.open(home.tile_store_path)
+        if store.cohort != home.config.cohort:
+            raise HomeError(
+                f"the tile store holds cohort {store.cohort}, site.toml says "
+                f"{home.config.cohort}; set cohort back, or ingest again"
+            )
+        self._register = PatientRegister(home.register_path)
+        self._register.enrol(store.patients, home.config.cohort)
         cache = LatentCache.open(store, foundation.manifest.hash)
         self._patients = PatientTiles(store, cache, foundation)
         self._trainer: tuple[AdapterConfig, Trainer] | None = None
@@ -122,6 +131,7 @@ class Site:
             charged=mechanism.event(stage.local_steps),
             state=state,
             stage_start=self._stage_start(message, stage, state),
+            withdrawn=self._register.withdrawn,
         )
         reservation = self._reserve(request, task)
         try:
@@ -132,7 +142,8 @@ class Site:
             self._ledger.commit(reservation, REFUSED_RELEASE)
             raise
         reply = self._reply(request, stage, mechanism, delta, update_norm)
-        release = self._outbox.seal(request, reply, delta, reservation.sequence)
+        source = type(self._randomness.noise).__name__
+        release = self._outbox.seal(request, reply, delta, reservation.sequence, noise=source)
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release

@@ -25,7 +25,7 @@ from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
-from crafts_privacy.optimizers import Momentum
+from crafts_privacy.optimizers import AdamBC, Momentum, Optimizer
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_privacy.ranks import Ranks
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
@@ -80,6 +80,8 @@ class TrainingTask:
     """The global adapter of the round."""
     stage_start: Mapping[str, Tensor] | None
     """The adapter that the stage began with (theta1), where the stage's loss needs it."""
+    withdrawn: frozenset[str] = frozenset()
+    """Pseudonyms of patients who take no part any more."""
 
 
 class Trainer:
@@ -133,6 +135,7 @@ class Trainer:
             BatchCoupledLossError: the loss has no per-patient sensitivity.
             TrainingError: the result is not finite.
         """
+        self._patients.leave_out(task.withdrawn)
         self._adapter.load_state(task.state)
         parameters = self._adapter.trainable(task.factor)
         objective = self._objective(task)
@@ -142,7 +145,7 @@ class Trainer:
             parameters,
             task.mechanism,
             learning_rate=task.stage.learning_rate,
-            optimizer=Momentum(task.stage.momentum),
+            optimizer=_optimizer(task.stage),
             noise=self._randomness.noise,
             sampler=self._randomness.sampler,
             ranks=self._ranks,
@@ -260,6 +263,12 @@ class Trainer:
         )
         batch = tiles.repeat(privacy.draws_per_tile)
         return batch, objective.draw(batch, generator)
+
+
+def _optimizer(stage: StageConfig) -> Optimizer:
+    if stage.optimizer == "adam":
+        return AdamBC(stage.momentum, stage.second_moment_decay)
+    return Momentum(stage.momentum)
 
 
 def _public_draws(objective: Objective, batch: TileBatch) -> Draws:

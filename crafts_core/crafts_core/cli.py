@@ -170,7 +170,7 @@ def _evaluator(
     """The held-out tiles of a store, at most ``max_tiles`` of them, as an evaluator."""
     import numpy as np
 
-    from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, HeldOut
+    from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
     from crafts_core.foundation import embedded_path, load
     from crafts_core.tiles import TileStore
 
@@ -180,14 +180,11 @@ def _evaluator(
         raise CraftsError(f"{tiles}: expected tiles of {expected} px, got {store.tile_px}")
     count = min(max_tiles, store.num_tiles)
     rows = np.sort(np.random.default_rng(seed).choice(store.num_tiles, count, replace=False))
-    held_out = HeldOut(
-        images_NHWC=store.read_images(rows),
-        patients=np.asarray(store.patients)[store.patient_indices(rows)],
-        captions=[store.captions[place] for place in store.caption_ids(rows)],
-    )
     try:
         return Evaluator(
-            foundation, held_out, EvaluationConfig(num_images=num, seed=seed)
+            foundation,
+            RealTiles.read(store, rows),
+            EvaluationConfig(num_images=num, seed=seed),
         ), foundation
     except ValueError as error:
         raise CraftsError(f"{tiles}: {error}") from error

@@ -59,7 +59,12 @@ class StageConfig(_Section):
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     learning_rate: Annotated[float, Field(gt=0, le=1e4)]
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """``adam`` is Adam whose second moment is freed of the noise's share (DP-AdamBC)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD's velocity, or Adam's first moment (beta 1). Each round starts afresh."""
+    second_moment_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's beta 2."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     lambda_align: Annotated[float, Field(ge=0)] = 0.0

@@ -18,8 +18,8 @@ Letters: T steps, N patients (canaries), D coordinates.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,13 +29,14 @@ from scipy import stats
 from torch import Tensor, nn
 
 from crafts_privacy.accounting import calibrate_noise_multiplier
+from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
 FALSE_ALARM = 1e-6
-"""A right engine fails one statistic with this probability (the audit has nine of them)."""
+"""A right engine fails one statistic with this probability (the audit has nine of them, twice)."""
 
 CONFIDENCE = 0.95
 """Of the one-run lower bound."""
@@ -49,6 +50,7 @@ _NOISE = 0.3
 _LONG, _SHORT = 100.0, 0.1
 """Gradient norms, in units of C, of patients that must and must not be clipped."""
 _TILES = 2
+_GROUP = 5
 
 Vector = NDArray[np.float64]
 
@@ -58,6 +60,11 @@ class Engine(Protocol):
 
     def step(self, num_patients: int, patient_loss: PatientLoss) -> None:
         """One private step."""
+
+    def step_in_groups(
+        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients, group_size: int
+    ) -> None:
+        """The same, several patients to a backward pass; asked for only with ``in_groups``."""
 
 
 class MakeEngine(Protocol):
@@ -136,6 +143,7 @@ def audit(
     num_canaries: int = 1000,
     claimed_epsilon: float = 1.0,
     device: str = "cpu",
+    in_groups: bool = True,
     seed: int | None = None,
 ) -> AuditResult:
     """Audit an engine. Takes seconds, needs no patient's data and spends no budget.
@@ -147,12 +155,17 @@ def audit(
         num_canaries: Of the one-run audit; more make its bound and its ceiling sharper.
         claimed_epsilon: Of the one-run audit's own mechanism; small, where audits have power.
         device: Where the engine runs.
+        in_groups: Also where several patients share a backward pass.
         seed: Of the coins that put canaries in; the operating system's entropy if absent.
     """
     coins = np.random.default_rng(seed)
     make = _Maker(make_engine, make_noise, make_sampler, device)
+    checks = direct_checks(_observe(make))
+    if in_groups:
+        together = direct_checks(_observe(make, in_groups=True))
+        checks += tuple(replace(check, name=f"{check.name}, in groups") for check in together)
     return AuditResult(
-        checks=direct_checks(_observe(make)),
+        checks=checks,
         one_run=_one_run(make, coins, num_canaries=num_canaries, claimed_epsilon=claimed_epsilon),
     )
 
@@ -164,11 +177,15 @@ class _Maker:
     sampler: Callable[[], PatientSampler]
     device: str
 
-    def __call__(self, weights: nn.Parameter, mechanism: Mechanism) -> Engine:
-        return self.engine({"weights": weights}, mechanism, self.noise(), self.sampler())
+    def __call__(self, layer: nn.Linear, mechanism: Mechanism) -> Engine:
+        parameters = dict(layer.named_parameters())
+        return self.engine(parameters, mechanism, self.noise(), self.sampler())
 
-    def weights(self, num: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(num, device=self.device))
+    def layer(self, num: int) -> nn.Linear:
+        """Zero weights (1, num): the gradient of its output is its input."""
+        layer = nn.Linear(num, 1, bias=False, device=self.device)
+        nn.init.zeros_(layer.weight)
+        return layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +208,7 @@ class Observation:
         return residual / (self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
 
 
-def _observe(make: _Maker) -> Observation:
+def _observe(make: _Maker, *, in_groups: bool = False) -> Observation:
     """The canary study: two engines, one after the other, as training before and after a restart.
 
     Patient i's gradient lies along coordinate i, a hundred times too long for even i, a tenth of
@@ -203,25 +220,38 @@ def _observe(make: _Maker) -> Observation:
         sample_rate=_RATE,
         expected_patients=_RATE * _PATIENTS,
     )
-    weights = make.weights(_COORDINATES)
+    layer = make.layer(_COORDINATES)
     length_N = np.where(np.arange(_PATIENTS) % 2 == 0, _LONG, _SHORT) * _BOUND
     drawn: list[int] = []
 
-    def patient_loss(patient: int) -> Iterator[Tensor]:
+    def tiles_of(patient: int) -> Tensor:
         drawn.append(patient)
-        for _ in range(_TILES):
-            yield weights[patient] * (length_N[patient] / _TILES)
+        rows_TD = torch.zeros(_TILES, _COORDINATES, device=make.device)
+        rows_TD[:, patient] = length_N[patient] / _TILES
+        return rows_TD
+
+    def patient_loss(patient: int) -> Iterator[Tensor]:
+        for row_D in tiles_of(patient):
+            yield layer(row_D).sum()
+
+    def group_loss(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        rows_BD = torch.cat([tiles_of(patient) for patient in group])
+        return layer(rows_BD).squeeze(1), [_TILES] * len(group)
 
     released, counts = [], []
     for _ in range(2):
-        engine = make(weights, mechanism)
+        engine = make(layer, mechanism)
         for _ in range(_STEPS // 2):
             drawn.clear()
             # From zero each time, so that float32 weights hold the whole step.
-            with torch.no_grad():
-                weights.zero_()
-            engine.step(_PATIENTS, patient_loss)
-            released.append(-weights.detach().double().cpu().numpy() * mechanism.expected_patients)
+            nn.init.zeros_(layer.weight)
+            if in_groups:
+                with GroupGradients(layer, list(layer.parameters())) as gradients:
+                    engine.step_in_groups(_PATIENTS, group_loss, gradients, _GROUP)
+            else:
+                engine.step(_PATIENTS, patient_loss)
+            weights_D = layer.weight.detach()[0].double().cpu().numpy()
+            released.append(-weights_D * mechanism.expected_patients)
             counts.append(np.bincount(drawn, minlength=_PATIENTS).astype(float))
     return Observation(
         released_TD=np.stack(released),
@@ -394,11 +424,13 @@ def _guess(make: _Maker, coins: np.random.Generator, num: int, *, noise: float, 
         sample_rate=_RATE,
         expected_patients=1.0,
     )
-    weights = make.weights(num)
-    engine = make(weights, mechanism)
+    layer = make.layer(num)
+    engine = make(layer, mechanism)
     for _ in range(steps):
-        engine.step(len(members), lambda patient: [2 * _BOUND * weights[int(members[patient])]])
-    score = -weights.detach().double().cpu().numpy()
+        engine.step(
+            len(members), lambda patient: [2 * _BOUND * layer.weight[0, int(members[patient])]]
+        )
+    score = -layer.weight.detach()[0].double().cpu().numpy()
     guess_in = score > _RATE * steps * _BOUND / 2
     return int((guess_in == is_in).sum())
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.evaluation.leakage import Leakage
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations import charts
@@ -91,6 +92,7 @@ class Report(_Record):
     rounds: tuple[RoundReport, ...]
     sites: tuple[SiteReport, ...]
     evaluation: Evaluation
+    leakage: Leakage | None = None
 
 
 def study_report(title: str, plan: Plan, adapter_parameters: int) -> StudyReport:

@@ -11,7 +11,13 @@ from crafts_client.home import SiteHome
 from crafts_core import __version__
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
-from crafts_core.evaluation.evaluate import Evaluation, Evaluator, HeldOut
+from crafts_core.evaluation.evaluate import Evaluation, Evaluator, RealTiles
+from crafts_core.evaluation.leakage import (
+    FEWEST_PATIENTS,
+    Leakage,
+    LeakageConfig,
+    measure_leakage,
+)
 from crafts_core.generator import Generator
 from crafts_core.sampling import contact_sheet, sample_images, save_png
 from crafts_core.tiles import TileStore
@@ -39,13 +45,7 @@ def evaluate(study: LocalStudy) -> Evaluation:
     workspace = study.workspace
     if workspace.evaluation.exists():
         return Evaluation.model_validate_json(workspace.evaluation.read_bytes())
-    store = heldout_store(workspace)
-    rows = np.arange(store.num_tiles)
-    held_out = HeldOut(
-        images_NHWC=store.read_images(rows),
-        patients=np.array([store.patients[place] for place in store.patient_indices(rows)]),
-        captions=[store.captions[place] for place in store.caption_ids(rows)],
-    )
+    held_out = _all_tiles(heldout_store(workspace))
     try:
         evaluator = Evaluator(study.foundation, held_out, study.scenario.evaluation)
     except ValueError as error:
@@ -58,10 +58,38 @@ def evaluate(study: LocalStudy) -> Evaluation:
     return evaluation
 
 
+def attack(study: LocalStudy) -> Leakage | None:
+    """Patients of the sites against held-out ones, once. None where there are too few of either."""
+    workspace = study.workspace
+    if workspace.leakage.exists():
+        return Leakage.model_validate_json(workspace.leakage.read_bytes())
+    homes = [SiteHome.open(workspace.site(name)) for name in study.scenario.participants]
+    stores = [TileStore.open(home.tile_store_path) for home in homes]
+    test = heldout_store(workspace)
+    if min(test.num_patients, sum(store.num_patients for store in stores)) < FEWEST_PATIENTS:
+        return None
+    shared = Generator.from_directory(workspace.generator, device=study.foundation.device)
+    leakage = measure_leakage(
+        shared,
+        study.foundation.generator,
+        RealTiles.cat([_all_tiles(store) for store in stores]),
+        _all_tiles(test),
+        LeakageConfig(tiles_per_patient=2, num_images=64),
+        partial(_measuring, study.progress),
+    )
+    write_file(workspace.leakage, leakage.model_dump_json(indent=2) + "\n")
+    return leakage
+
+
+def _all_tiles(store: TileStore) -> RealTiles:
+    return RealTiles.read(store, np.arange(store.num_tiles))
+
+
 def report(
     study: LocalStudy,
     receipts: Sequence[RoundReceipt],
     evaluation: Evaluation,
+    leakage: Leakage | None,
     *,
     num_parameters: int,
     seconds: float,
@@ -75,6 +103,7 @@ def report(
         rounds=tuple(round_report(receipt) for receipt in receipts),
         sites=tuple(site_report(study, name) for name in study.scenario.participants),
         evaluation=evaluation,
+        leakage=leakage,
     )
     write_report(result, _samples(study), study.workspace.path)
     return result

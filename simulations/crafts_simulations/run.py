@@ -67,12 +67,13 @@ def run_scenario(
         make_sites(study, source)
         chain = federation.federate(study, home)
         federation.export(study, chain)
-        evaluation = results.evaluate(study)
+        evaluation, leakage = results.evaluate(study), results.attack(study)
         num_parameters = sum(tensor.numel() for tensor in chain[-1].state().values())
         return results.report(
             study,
             [checkpoint.receipt() for checkpoint in chain[1:]],
             evaluation,
+            leakage,
             num_parameters=num_parameters,
             seconds=earlier + time.monotonic() - started,
         )

@@ -11,6 +11,7 @@
     adapter.safetensors   the same as a stock LoRA file
     samples/              images, as files
     evaluation.json       the measurement, once it is done
+    leakage.json          attacks on the generator, once they are done
     report.json, report.html
 """
 
@@ -79,6 +80,10 @@ class Workspace:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def leakage(self) -> Path:
+        return self.path / "leakage.json"
 
     @property
     def report(self) -> Path:

@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
+from crafts_client.ingest import Salt
 from crafts_client.site import Site
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
+from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import GridNoise
-from support.sites import make_site_home, plan_values
+from support.sites import make_site_home, plan_values, write_store
 
 
 def run(*arguments: object):
@@ -43,6 +45,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
 
     assert surface.keys() == {
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
+        *("attack", "withdraw"),
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
     assert surface["init"] == {
@@ -161,6 +164,84 @@ def test_the_budget_is_told_in_steps_of_a_plan(tmp_path, home, foundation) -> No
     assert epsilon([more], home.policy.max_delta) > home.policy.max_epsilon
 
 
+def test_the_rest_of_the_budget_is_told_as_the_noise_that_would_do(
+    tmp_path, home, foundation, coordinator
+) -> None:
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    spent = Ledger(home.ledger_path).events("main")
+    file = _write_plan(tmp_path, foundation)
+    told = json.loads(run("budget", "--home", home.path, "--plan", file, "--json").stdout)
+    rest = PrivacyEvent(
+        noise_multiplier=told["least_noise_multiplier_for_all_of_it"],
+        sample_rate=plan.privacy.sample_rate,
+        steps=told["steps_of_this_plan"],
+    )
+    policy = home.policy
+    assert epsilon([*spent, rest], policy.max_delta) <= policy.max_epsilon
+    less = replace(rest, noise_multiplier=rest.noise_multiplier * 0.99)
+    assert epsilon([*spent, less], policy.max_delta) > policy.max_epsilon
+
+
+def test_a_patient_at_two_sites_spends_both(tmp_path, home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    export = tmp_path / "other.csv"
+    run("ledger", "export", export, "--home", home.path)
+    told = json.loads(run("budget", "--home", home.path, "--also", export, "--json").stdout)
+    events = Ledger(home.ledger_path).events("main")
+    both = epsilon([*events, *events], home.policy.max_delta)
+    assert told["epsilon_of_a_patient_at_all_sites"] == both > told["epsilon_spent"]
+
+    steps = events[0].steps
+    export.write_text(export.read_text().replace(f",{steps},", f",{steps - 1},"))
+    refused = run("budget", "--home", home.path, "--also", export)
+    assert refused.exit_code == 1
+    assert "is not what was exported; ask that site for a new one" in refused.stderr
+    export.write_text("not,a,ledger\n1,2,3\n")
+    assert "no exported ledger" in run("budget", "--home", home.path, "--also", export).stderr
+
+
+def test_a_patient_who_withdraws_is_read_no_more(
+    tmp_path, home, foundation, coordinator, monkeypatch
+) -> None:
+    """The name is the hospital's, the register holds its pseudonym; what was spent stays."""
+    monkeypatch.setattr(Salt, "patient_id", lambda self, name: f"patient{name}")
+    privacy = coordinator.plan().privacy.model_dump() | {"sample_rate": 1.0}
+    plan = coordinator.plan(privacy=privacy)
+    state, site, read = coordinator.start(plan), Site(home, foundation), []
+    rows = TileStore.tile_rows_of
+    monkeypatch.setattr(
+        TileStore, "tile_rows_of", lambda self, index: read.append(index) or rows(self, index)
+    )
+    site.answer(coordinator.message(plan, state))
+    assert set(read) == {0, 1, 2, 3, 4, 5}
+    spent = Ledger(home.ledger_path).events("main")
+
+    assert "no such patient" in run("withdraw", "9999", "--home", home.path).stderr
+    done = run("withdraw", "0003", "--home", home.path)
+    assert done.exit_code == 0, done.stderr
+    read.clear()
+    request = coordinator.request(plan, state, number=2)
+    site.answer(coordinator.message(plan, state, request=request))
+    assert set(read) == {0, 1, 2, 4, 5}, "the running site reads the register before each round"
+    assert Ledger(home.ledger_path).events("main")[:1] == spent
+
+
+def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> None:
+    write_store(home.tile_store_path.with_name("more"), foundation, num_patients=8, seed=2)
+    write_store(home.tile_store_path.with_name("others"), foundation, num_patients=8, seed=3)
+    few = run("attack", foundation.path, "--others", home.path / "others", "--home", home.path)
+    assert few.exit_code == 1
+    assert "at least 8 patients on each side, got 6" in few.stderr
+    site = home.path / "site.toml"
+    site.write_text(site.read_text().replace('tile_store = "tiles"', 'tile_store = "more"'))
+    done = run("attack", foundation.path, "--others", home.path / "others", "--home", home.path)
+    assert done.exit_code == 0, done.stderr
+    assert "loss against the foundation: area 0.50" in done.stdout
+    assert json.loads(home.leakage_path.read_text())["patients"] == 8
+
+
 def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinator) -> None:
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
@@ -181,7 +262,7 @@ def test_the_audit_passes_the_installed_engine_and_leaves_its_record(home) -> No
     done = run("audit", "--home", home.path)
 
     assert done.exit_code == 0, done.output
-    assert len([line for line in done.stdout.splitlines() if line.startswith("passed")]) == 10
+    assert len([line for line in done.stdout.splitlines() if line.startswith("passed")]) == 19
     assert json.loads(home.audit_path.read_text())["passed"]
     assert not home.ledger_path.exists(), "an audit spends nothing"
 

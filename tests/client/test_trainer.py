@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from crafts_client.errors import TrainingError
 from crafts_client.mechanism import mechanism_of
@@ -391,3 +392,42 @@ def test_torch_compile_trains_rightly_or_not_at_all(foundation, open_plan, patie
     found = trainer_of(foundation, open_plan, patients, speed=speed).train(task)
     for name, wanted in trainer_of(foundation, open_plan, patients).train(task).items():
         torch.testing.assert_close(found[name], wanted, rtol=0.05, atol=1e-5)
+
+
+def test_adam_trains_as_the_plan_says(foundation, open_plan, patients) -> None:
+    """One step by hand from the gradient that a plain step of the same draws shows."""
+    values = open_plan.model_dump(mode="json")
+    values["stage"][0] |= {"optimizer": "adam", "momentum": 0.9, "local_steps": 1}
+    adam = Plan.parse(values)
+    values["stage"][0] |= {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0}
+    plain = trainer_of(foundation, open_plan, patients).train(
+        task_of(foundation, Plan.parse(values))
+    )
+    found = trainer_of(foundation, adam, patients).train(task_of(foundation, adam))
+    for name, gradient in plain.items():
+        # After one step Adam moves each weight by the learning rate, whatever its gradient.
+        wanted = 0.5 * gradient / gradient.abs().clamp(min=1e-8)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 24], ids=["one by one", "in groups"])
+def test_the_noise_that_leaves_the_trainer_is_what_was_declared(
+    foundation, plan, patients, rows: int
+) -> None:
+    """Nobody is drawn, so all that leaves is noise: two-sided, fresh in each round."""
+    task = task_of(foundation, plan)
+    speed = Speed(microbatch_tiles=64, group_rows=rows)
+    trainer = trainer_of(foundation, plan, patients, speed=speed, sampler=FixedSampler([]))
+    released = [
+        torch.cat([tensor.flatten() for tensor in trainer.train(task).values()]).double()
+        for _ in range(2)
+    ]
+    stage = task.stage
+    std = stage.learning_rate * task.mechanism.noise_std * stage.local_steps**0.5
+    assert stage.momentum == 0
+    for noise in released:
+        assert stats.chi2(len(noise)).cdf(float((noise / std).square().sum())) == pytest.approx(
+            0.5, abs=0.499999
+        )
+    correlation = float(torch.corrcoef(torch.stack(released))[0, 1])
+    assert abs(correlation) < 5 / len(released[0]) ** 0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crafts_core.evaluation.alignment import prompt_agreement, type_ranks
-from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, HeldOut
+from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
 from crafts_core.sampling import sample_images
 from crafts_core.vocabulary import Prompt
 from support.foundations import tiny_foundation
@@ -47,7 +47,7 @@ def test_a_generator_compared_with_itself_has_moved_nowhere(tmp_path: Path) -> N
     foundation = tiny_foundation(tmp_path / "f", seed=1)
     rng = np.random.default_rng(0)
     side = foundation.generator.tile_px
-    held_out = HeldOut(
+    held_out = RealTiles(
         images_NHWC=rng.integers(256, size=(20, side, side, 3), dtype=np.uint8),
         patients=np.repeat([f"p{i}" for i in range(5)], 4),
         captions=[foundation.prompt_bank[row % 30].text for row in range(20)],

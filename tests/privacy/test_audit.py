@@ -20,6 +20,7 @@ from crafts_privacy.audit import (
     patient_sgd,
 )
 from crafts_privacy.clipping import to_grid_
+from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
@@ -234,6 +235,36 @@ def test_a_fault_is_caught(fault: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught_in_19_of_20_seeds(fault: str) -> None:
     assert sum(caught(run(fault, seed), FAULTS[fault]) for seed in range(20)) >= 19
+
+
+GROUP_FAULTS = {
+    "a neighbour's tiles as well": "noise scale, in groups",
+    "tiles as patients": "clip, in groups",
+}
+
+
+@pytest.mark.parametrize(
+    "num_seeds", [pytest.param(1, id="1"), pytest.param(20, id="20", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("fault", GROUP_FAULTS)
+def test_a_fault_of_the_folded_gradients_is_caught(
+    fault: str, num_seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the path that trains several patients at once is wrong."""
+    right = GroupGradients.compute
+
+    def compute(self: GroupGradients, loss_B: Tensor, tiles_P: Sequence[int]) -> Tensor:
+        if fault == "tiles as patients":
+            return right(self, loss_B, [1] * sum(tiles_P))
+        grad_PD = right(self, loss_B, tiles_P)
+        return grad_PD + grad_PD.roll(1, dims=0)
+
+    monkeypatch.setattr(GroupGradients, "compute", compute)
+    for seed in range(num_seeds):
+        result = run("", seed)
+        assert caught(result, GROUP_FAULTS[fault])
+        failed = [check.name for check in result.checks if not check.passed]
+        assert all(name.endswith("in groups") for name in failed)
 
 
 @pytest.mark.slow

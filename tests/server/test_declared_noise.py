@@ -8,7 +8,7 @@ from torch import nn
 
 from crafts_core.exchange import RoundReply
 from crafts_core.plan import StageConfig
-from crafts_privacy.optimizers import Momentum
+from crafts_privacy.optimizers import AdamBC, Momentum
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_server.declared_noise import momentum_sums, noise_variance, norm_bounds
 from support.noise import FixedSampler, SeededNoise
@@ -16,10 +16,11 @@ from support.noise import FixedSampler, SeededNoise
 NUM_COORDINATES = 20_000
 
 
-def stage(steps: int, momentum: float) -> StageConfig:
+def stage(steps: int, momentum: float, optimizer: str = "sgd") -> StageConfig:
     return StageConfig(
-        name="pretraining", rounds=1, local_steps=steps, learning_rate=0.03, momentum=momentum
-    )
+        name="pretraining", rounds=1, local_steps=steps, learning_rate=0.03, momentum=momentum,
+        optimizer=optimizer,
+    )  # fmt: skip
 
 
 def reply(steps: int, **changes: object) -> RoundReply:
@@ -40,8 +41,10 @@ def reply(steps: int, **changes: object) -> RoundReply:
     return RoundReply.model_validate(values | changes)
 
 
-def noise_only_delta(steps: int, momentum: float, *, seed: int = 1) -> torch.Tensor:
-    """What ``PatientSGD`` releases when no patient has anything to say."""
+def noise_only_delta(
+    steps: int, momentum: float, *, seed: int = 1, adam: bool = False, patients: int = 0
+) -> torch.Tensor:
+    """What ``PatientSGD`` releases when ``patients`` pull one way with all they may."""
     weight = nn.Parameter(torch.zeros(NUM_COORDINATES))
     declared, plan = reply(steps), stage(steps, momentum)
     optimizer = PatientSGD(
@@ -53,12 +56,12 @@ def noise_only_delta(steps: int, momentum: float, *, seed: int = 1) -> torch.Ten
             expected_patients=declared.sample_rate * declared.declared_patients,
         ),
         learning_rate=plan.learning_rate,
-        optimizer=Momentum(momentum),
+        optimizer=AdamBC(momentum) if adam else Momentum(momentum),
         noise=SeededNoise(seed),
         sampler=FixedSampler(),
     )
     for _ in range(steps):
-        optimizer.step(1, lambda _patient: 0.0 * weight.sum())
+        optimizer.step(patients, lambda _patient: weight.sum())
     return weight.detach().double()
 
 
@@ -109,3 +112,17 @@ def test_gradients_at_full_length_from_every_likely_patient_are_within_the_bound
     bounds = norm_bounds(reply(7, noise_multiplier=1e-3), stage(7, 0.5), 10)
     assert bounds.lowest == 0.0
     assert signal <= bounds.highest
+
+
+@pytest.mark.parametrize("patients", [0, 30])
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (7, 0.9)])
+def test_adam_stays_below_its_bounds(steps: int, momentum: float, patients: int) -> None:
+    """Noise alone is near them after one step; patients who all pull one way stay below."""
+    delta = noise_only_delta(steps, momentum, adam=True, patients=patients)
+    plan = stage(steps, momentum, "adam")
+    bounds = norm_bounds(reply(steps), plan, NUM_COORDINATES)
+    assert bounds.lowest == 0.0
+    assert float(delta.norm()) <= bounds.highest
+    assert float(delta.square().mean()) <= noise_variance(reply(steps), plan) * 1.05
+    if steps == 1:
+        assert float(delta.norm()) > bounds.highest / 3

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from crafts_core.evaluation.fidelity import (
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
+from crafts_core.tiles.store import Rows, TileStore
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,12 +39,30 @@ class EvaluationConfig(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOut:
-    """Real tiles of patients that no site trained on. Rows belong together."""
+class RealTiles:
+    """Real tiles with their patients and captions. Rows belong together."""
 
     images_NHWC: Images
     patients: npt.NDArray[np.str_]
     captions: Sequence[str]
+
+    @classmethod
+    def read(cls, store: TileStore, rows: Rows) -> Self:
+        """Those rows of a store."""
+        return cls(
+            images_NHWC=store.read_images(rows),
+            patients=np.asarray(store.patients)[store.patient_indices(rows)],
+            captions=[store.captions[place] for place in store.caption_ids(rows)],
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """All tiles in order."""
+        return cls(
+            images_NHWC=np.concatenate([part.images_NHWC for part in parts]),
+            patients=np.concatenate([part.patients for part in parts]),
+            captions=[caption for part in parts for caption in part.captions],
+        )
 
 
 class Fidelity(BaseModel):
@@ -87,7 +107,9 @@ class Evaluation(BaseModel):
 class Evaluator:
     """Held-out tiles, prompts and features, computed once for any number of generators."""
 
-    def __init__(self, foundation: Foundation, held_out: HeldOut, config: EvaluationConfig) -> None:
+    def __init__(
+        self, foundation: Foundation, held_out: RealTiles, config: EvaluationConfig
+    ) -> None:
         """Fix the reference and the prompts.
 
         Raises:

@@ -55,6 +55,13 @@ class NoiseSchedule:
             return (noisy_BCHW - noise_level * prediction_BCHW) / signal.clamp(min=1e-4)
         return signal * noisy_BCHW - noise_level * prediction_BCHW
 
+    def noise_in(self, noisy_BCHW: Tensor, prediction_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        """The noise that a noise or velocity prediction stands for."""
+        if self.prediction_type == "epsilon":
+            return prediction_BCHW
+        signal, noise_level = self.signal(timesteps_B), self.noise_level(timesteps_B)
+        return noise_level * noisy_BCHW + signal * prediction_BCHW
+
     def min_snr_weight(self, timesteps_B: Tensor, gamma: float) -> Tensor:
         """w(t), shape (B,): min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity.
 

@@ -1,0 +1,353 @@
+"""Does a finished generator tell who was in its training? Attacks, and a search for copies.
+
+*Membership inference* scores patients by how well the generator knows their tiles, and asks how
+well the score tells patients that were trained on (members) from others. Three scores, each a mean
+over a patient's tiles:
+
+* ``loss``: the denoising error (loss threshold, Matsumoto et al. 2023, arXiv 2302.03262);
+* ``loss against the foundation``: how far it fell below the public foundation's, which takes out
+  that some tissue is easy for everybody (difficulty calibration, Watson et al. 2022,
+  arXiv 2111.08440);
+* ``PIA``: the proximal initialization attack (Kong et al. 2024, arXiv 2305.18355).
+
+*Memorisation*: are generated images nearer to tiles that were trained on than to tiles of as many
+other patients? Copies would be; new images of the same tissue are not.
+
+Both sides must come from the same hospitals, or an attack finds the scanner. The result is computed
+from patients without noise: it belongs to whoever holds both sides, and stays there.
+
+Letters: N tiles, G patients, T timesteps, C H W latent, M images.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import stats
+from scipy.spatial.distance import cdist
+from torch import Tensor
+
+from crafts_core.evaluation.encoder import EmbeddedEncoder
+from crafts_core.evaluation.evaluate import Progress, RealTiles
+from crafts_core.evaluation.fidelity import Interval, Reference
+from crafts_core.generator import Generator
+from crafts_core.sampling import sample_images
+from crafts_core.stages.schedule import NoiseSchedule
+
+Vector = npt.NDArray[np.float64]
+_LOSS_TIMES = np.linspace(0.05, 0.75, 8)
+"""Of the schedule: where a denoiser that saw the tile is better than one that did not."""
+_PIA_TIME = 0.2
+FEWEST_PATIENTS = 8
+
+
+class LeakageConfig(BaseModel):
+    """How much is looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    patients: int = Field(default=64, ge=FEWEST_PATIENTS, le=100_000)
+    """At most so many on each side."""
+    tiles_per_patient: int = Field(default=4, ge=1, le=1000)
+    num_images: int = Field(default=128, ge=16, le=100_000)
+    num_inference_steps: int = Field(default=20, ge=1, le=1000)
+    guidance_scale: float = Field(default=1.5, ge=1, le=20)
+    num_resamples: int = Field(default=1000, ge=100, le=100_000)
+    false_positive_rate: float = Field(default=0.05, gt=0, lt=1)
+    batch_size: int = Field(default=64, ge=1, le=4096)
+    seed: int = Field(default=0, ge=0)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Attack(_Record):
+    """One membership attack. Without leakage the area is 0.5 and the rate the false positives'."""
+
+    name: str
+    auc: float
+    """How often a random member scores above a random other patient."""
+    auc_interval: Interval
+    p_value: float
+    """Of no difference, one-sided (Mann-Whitney)."""
+    true_positive_rate: float
+    true_positive_rate_interval: Interval
+
+
+class Memorisation(_Record):
+    """Nearest real tiles of generated images."""
+
+    share_nearer_members: float
+    """Of the images; 0.5 without memorisation."""
+    interval: Interval
+    p_value: float
+    """By exchanging the sides of random patients, one-sided."""
+    encoder: str
+
+
+class Leakage(_Record):
+    """``leakage.json``."""
+
+    patients: int
+    """On each side."""
+    tiles_per_patient: int
+    num_images: int
+    false_positive_rate: float
+    attacks: tuple[Attack, ...]
+    memorisation: Memorisation
+
+    @property
+    def smallest_p_value(self) -> float:
+        """Bonferroni over all tests: below 0.01 somebody's training shows."""
+        tests = [attack.p_value for attack in self.attacks] + [self.memorisation.p_value]
+        return min(1.0, len(tests) * min(tests))
+
+
+def measure_leakage(
+    generator: Generator,
+    foundation: Generator,
+    members: RealTiles,
+    others: RealTiles,
+    config: LeakageConfig,
+    progress: Progress | None = None,
+) -> Leakage:
+    """Attack a generator with its own training patients and with others.
+
+    Args:
+        generator: What is published.
+        foundation: The public generator that it was trained from.
+        members: Tiles of patients that it was trained on.
+        others: Tiles of patients of the same hospitals that it was not.
+        config: How much is looked at.
+        progress: Called with what, done and all.
+
+    Raises:
+        ValueError: fewer than 8 patients on a side.
+    """
+    count = min(config.patients, *(len(np.unique(side.patients)) for side in (members, others)))
+    if count < FEWEST_PATIENTS:
+        raise ValueError(f"expected at least {FEWEST_PATIENTS} patients on each side, got {count}")
+    rng = np.random.default_rng(config.seed)
+    sides = [_choice(side, count, config.tiles_per_patient, rng) for side in (members, others)]
+    scores = [_scores(generator, foundation, side, config, progress) for side in sides]
+    attacks = tuple(_attack(name, scores[0][name], scores[1][name], config) for name in scores[0])
+    return Leakage(
+        patients=count,
+        tiles_per_patient=config.tiles_per_patient,
+        num_images=config.num_images,
+        false_positive_rate=config.false_positive_rate,
+        attacks=attacks,
+        memorisation=_memorisation(generator, sides[0], sides[1], config, progress),
+    )
+
+
+def _choice(tiles: RealTiles, count: int, each: int, rng: np.random.Generator) -> RealTiles:
+    """Random tiles of random patients, as many of each patient as there are, at most ``each``."""
+    names = rng.permutation(np.unique(tiles.patients))[:count]
+    rows = np.concatenate(
+        [rng.permutation(np.flatnonzero(tiles.patients == name))[:each] for name in names]
+    )
+    return RealTiles(
+        images_NHWC=tiles.images_NHWC[rows],
+        patients=tiles.patients[rows],
+        captions=[tiles.captions[row] for row in rows],
+    )
+
+
+@torch.no_grad()
+def _scores(
+    generator: Generator,
+    foundation: Generator,
+    tiles: RealTiles,
+    config: LeakageConfig,
+    progress: Progress | None,
+) -> dict[str, Vector]:
+    """Scores (G,) of each attack, larger for members; patients in order of their names."""
+    loss, before, pia = [], [], []
+    for start in range(0, len(tiles.patients), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        images = torch.from_numpy(tiles.images_NHWC[rows]).permute(0, 3, 1, 2) / 127.5 - 1.0
+        latents_BCHW = generator.encode_images(images)
+        text_BLD = generator.encode_captions(list(tiles.captions[rows]))
+        loss.append(denoising_error(generator, latents_BCHW, text_BLD, seed=config.seed + start))
+        before.append(denoising_error(foundation, latents_BCHW, text_BLD, seed=config.seed + start))
+        pia.append(proximal_error(generator, latents_BCHW, text_BLD))
+        if progress is not None:
+            progress("attacks", start + len(images), len(tiles.patients))
+    error_N, before_N, pia_N = (
+        torch.cat(parts).cpu().double().numpy() for parts in (loss, before, pia)
+    )
+    _, patient_N = np.unique(tiles.patients, return_inverse=True)
+    tiles_G = np.bincount(patient_N)
+    return {
+        name: np.bincount(patient_N, weights=score_N) / tiles_G
+        for name, score_N in (
+            ("loss", -error_N),
+            ("loss against the foundation", before_N - error_N),
+            ("PIA", -pia_N),
+        )
+    }
+
+
+def denoising_error(
+    generator: Generator, latents_BCHW: Tensor, text_BLD: Tensor, *, seed: int
+) -> Tensor:
+    """Mean squared error (B,) of the prediction over fixed timesteps and noises."""
+    schedule = NoiseSchedule.of(generator)
+    source = torch.Generator().manual_seed(seed)
+    errors = []
+    for share in _LOSS_TIMES:
+        times_B = _times(float(share), schedule, latents_BCHW)
+        noise_BCHW = torch.randn(latents_BCHW.shape, generator=source).to(latents_BCHW)
+        noisy_BCHW = schedule.noisy(latents_BCHW, noise_BCHW, times_B)
+        output_BCHW = generator.unet(noisy_BCHW, times_B, text_BLD).sample
+        target_BCHW = schedule.target(latents_BCHW, noise_BCHW, times_B)
+        errors.append((output_BCHW - target_BCHW).square().mean((1, 2, 3)))
+    return torch.stack(errors).mean(0)
+
+
+def proximal_error(generator: Generator, latents_BCHW: Tensor, text_BLD: Tensor) -> Tensor:
+    """PIA's R (B,): how far the noise predicted at t is from the noise predicted at 0, 4-norm."""
+    schedule = NoiseSchedule.of(generator)
+
+    def noise_at(noisy_BCHW: Tensor, times_B: Tensor) -> Tensor:
+        output_BCHW = generator.unet(noisy_BCHW, times_B, text_BLD).sample
+        return schedule.noise_in(noisy_BCHW, output_BCHW, times_B)
+
+    start_BCHW = noise_at(latents_BCHW, _times(0.0, schedule, latents_BCHW))
+    times_B = _times(_PIA_TIME, schedule, latents_BCHW)
+    later_BCHW = noise_at(schedule.noisy(latents_BCHW, start_BCHW, times_B), times_B)
+    error_B: Tensor = torch.linalg.vector_norm((later_BCHW - start_BCHW).flatten(1), ord=4, dim=1)
+    return error_B
+
+
+def _times(share: float, schedule: NoiseSchedule, latents_BCHW: Tensor) -> Tensor:
+    time = round(share * (schedule.num_timesteps - 1))
+    return torch.full((len(latents_BCHW),), time, device=latents_BCHW.device)
+
+
+def _attack(name: str, members_G: Vector, others_G: Vector, config: LeakageConfig) -> Attack:
+    rng = np.random.default_rng(config.seed)
+
+    def resampled(measure: Callable[[Vector, Vector], float]) -> Interval:
+        return _interval(
+            [
+                measure(rng.choice(members_G, len(members_G)), rng.choice(others_G, len(others_G)))
+                for _ in range(config.num_resamples)
+            ]
+        )
+
+    def rate(members: Vector, others: Vector) -> float:
+        return true_positive_rate(members, others, config.false_positive_rate)
+
+    test = stats.mannwhitneyu(members_G, others_G, alternative="greater")
+    return Attack(
+        name=name,
+        auc=area_under_curve(members_G, others_G),
+        auc_interval=resampled(area_under_curve),
+        p_value=float(test.pvalue),
+        true_positive_rate=rate(members_G, others_G),
+        true_positive_rate_interval=resampled(rate),
+    )
+
+
+def area_under_curve(members_G: Vector, others_G: Vector) -> float:
+    """Share of pairs in which the member scores higher; ties count half."""
+    rank_G = stats.rankdata(np.concatenate([members_G, others_G]))[: len(members_G)]
+    pairs = len(members_G) * len(others_G)
+    return float((rank_G.sum() - len(members_G) * (len(members_G) + 1) / 2) / pairs)
+
+
+def true_positive_rate(members_G: Vector, others_G: Vector, false_positive_rate: float) -> float:
+    """Share of members above a threshold that at most so many others pass."""
+    allowed = int(false_positive_rate * len(others_G))
+    threshold = np.sort(others_G)[::-1][allowed]
+    return float((members_G > threshold).mean())
+
+
+def _memorisation(
+    generator: Generator,
+    members: RealTiles,
+    others: RealTiles,
+    config: LeakageConfig,
+    progress: Progress | None,
+) -> Memorisation:
+    """Prompts come from both sides in equal parts, so that neither's tissue is asked for more."""
+    rng, encoder = np.random.default_rng(config.seed), EmbeddedEncoder()
+    half = config.num_images // 2
+    prompts = [str(c) for side in (members, others) for c in rng.choice(list(side.captions), half)]
+    images = sample_images(
+        generator,
+        prompts,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=None if progress is None else lambda done, all_: progress("copies", done, all_),
+    )
+    features = [encoder(side.images_NHWC) for side in (members, others)]
+    patients = np.concatenate([members.patients, others.patients])
+    scale = Reference.fit(np.concatenate(features), patients).scale
+    share, interval, p_value = nearer_members(
+        scale(encoder(images)),
+        [
+            [scale(own[side.patients == name]) for name in np.unique(side.patients)]
+            for own, side in zip(features, (members, others), strict=True)
+        ],
+        num_resamples=config.num_resamples,
+        rng=rng,
+    )
+    return Memorisation(
+        share_nearer_members=share, interval=interval, p_value=p_value, encoder=encoder.name
+    )
+
+
+def nearer_members(
+    images_MD: Vector,
+    sides: list[list[Vector]],
+    *,
+    num_resamples: int,
+    rng: np.random.Generator,
+) -> tuple[float, Interval, float]:
+    """How often the nearest tile is a member's.
+
+    Args:
+        images_MD: Features of generated images.
+        sides: Features of each member's tiles, then of each other patient's.
+        num_resamples: Bootstrap over patients, and random exchanges of sides.
+        rng: For both.
+
+    Returns:
+        The share, its interval, and the p-value of no difference between the sides.
+    """
+    num_members = len(sides[0])
+    # Distance (M, G) to the nearest tile of each patient.
+    near_MG = np.stack(
+        [cdist(images_MD, tiles).min(axis=1) for side in sides for tiles in side], axis=1
+    )
+    everybody = np.arange(near_MG.shape[1])
+
+    def share(members_G: npt.NDArray[np.int64], others_G: npt.NDArray[np.int64]) -> float:
+        nearest_M = near_MG[:, members_G].min(axis=1) - near_MG[:, others_G].min(axis=1)
+        return float((nearest_M < 0).mean() + (nearest_M == 0).mean() / 2)
+
+    members_G, others_G = everybody[:num_members], everybody[num_members:]
+    found = share(members_G, others_G)
+    repeats = [
+        share(rng.choice(members_G, len(members_G)), rng.choice(others_G, len(others_G)))
+        for _ in range(num_resamples)
+    ]
+    exchanged = []
+    for _ in range(num_resamples):
+        mixed_G = rng.permutation(everybody)
+        exchanged.append(share(mixed_G[:num_members], mixed_G[num_members:]))
+    as_large = 1 + sum(value >= found for value in exchanged)
+    return found, _interval(repeats), as_large / (1 + num_resamples)
+
+
+def _interval(values: list[float]) -> Interval:
+    low, high = np.quantile(values, [0.05, 0.95])
+    return Interval(float(low), float(high))
