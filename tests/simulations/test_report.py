@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from crafts_core.evaluation.evaluate import Evaluation
 from crafts_core.evaluation.fidelity import Interval
+from crafts_core.evaluation.leakage import Attack, Leakage, Memorisation
 from crafts_simulations.report import (
     Report,
     RoundReport,
@@ -48,6 +49,28 @@ def _evaluation(**changes: float) -> Evaluation:
         "top5_generator": 0.6,
     }
     return Evaluation.model_validate(values | changes)
+
+
+def _leakage() -> Leakage:
+    attack = Attack(
+        name="loss",
+        auc=0.52,
+        auc_interval=Interval(0.45, 0.6),
+        p_value=0.3,
+        true_positive_rate=0.06,
+        true_positive_rate_interval=Interval(0.0, 0.1),
+    )
+    copies = Memorisation(
+        share_nearer_members=0.5, interval=Interval(0.4, 0.6), p_value=0.5, encoder="e"
+    )
+    return Leakage(
+        patients=40,
+        tiles_per_patient=2,
+        num_images=64,
+        false_positive_rate=0.05,
+        attacks=(attack,),
+        memorisation=copies,
+    )
 
 
 def _report(**changes: object) -> Report:
@@ -105,6 +128,7 @@ def _report(**changes: object) -> Report:
         "rounds": rounds,
         "sites": sites,
         "evaluation": _evaluation(),
+        "leakage": _leakage(),
     }
     return Report.model_validate(values | changes)
 
@@ -139,7 +163,10 @@ def test_an_unknown_field_is_no_report() -> None:
         Report.model_validate(values)
 
 
-@pytest.mark.parametrize("model", [Report, StudyReport, RoundReport, SiteReport, Evaluation])
+@pytest.mark.parametrize(
+    "model",
+    [Report, StudyReport, RoundReport, SiteReport, Evaluation, Leakage, Attack, Memorisation],
+)
 def test_every_field_is_documented(model: type) -> None:
     documented = set(re.findall(r"`(\w+)`", DOCS.read_text()))
     assert set(model.model_fields) <= documented
@@ -177,3 +204,12 @@ def test_a_run_without_privacy_says_so_and_draws_no_epsilon(tmp_path: Path) -> N
     page = (tmp_path / "report.html").read_text()
     assert "not private" in page
     assert "Spent according" not in page
+
+
+def test_the_page_says_how_attacks_fared_and_does_without(tmp_path: Path) -> None:
+    write_report(_report(), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "membership: loss" in page
+    assert "0.52 (0.45 to 0.60)" in page
+    write_report(_report(leakage=None), _pairs(), tmp_path)
+    assert "membership" not in (tmp_path / "report.html").read_text()
