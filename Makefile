@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install quickstart test test-fast check format bench clean
+.PHONY: help install quickstart test test-fast check format bench proto clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -48,6 +48,11 @@ format: $(STAMP)  ## Format and sort in place
 
 bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/private_step.py
+
+proto: $(STAMP)  ## Regenerate the registrar's messages from its contract
+	$(BIN)/python -m pip install --quiet --target .proto-tools "grpcio-tools==1.76.0"
+	PYTHONPATH=.proto-tools $(BIN)/python -m grpc_tools.protoc -I crafts_core --python_out=crafts_core --pyi_out=crafts_core crafts_core/crafts_core/registrar/registrar.proto
+	rm -rf .proto-tools
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 CraftsError
 ├── IngestError      the site's operator: table, slides or disk (``crafts_client.ingest``)
 ├── HomeError        the site's operator: the home is missing, incomplete or says nonsense
+├── EnrolmentError   the site's operator: the coordinator does not know this site, or is away
 ├── PolicyError      the coordinator: it asks for what this site's policy does not allow
 ├── OutboxError      the site's operator: a sealed release was altered or cannot be read
 └── TrainingError    the site's operator: training gave something that must not leave
@@ -13,6 +14,10 @@ from crafts_core.errors import CraftsError
 
 class HomeError(CraftsError):
     """The site home cannot be used as it is."""
+
+
+class EnrolmentError(CraftsError):
+    """The site is not enrolled, its invitation does not count, or the coordinator is away."""
 
 
 class OutboxError(CraftsError):

@@ -7,6 +7,8 @@
     salt                the key of its pseudonyms (0600)
     tiles/              the tile store, with the latent cache below it
     ingest.json         what ingest did, with names: for the operator only (0600)
+    keys/               certificate, its key, the node's key (0600), the coordinator's authority
+    coordinator.json    where the coordinator is
     patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600)
     ledger.db           what was spent
     audit.json          the newest audit of the engine
@@ -134,6 +136,11 @@ class SiteHome:
     @property
     def register_path(self) -> Path:
         return self.path / "patients.jsonl"
+
+    @property
+    def coordinator_path(self) -> Path:
+        """What was agreed at enrolment."""
+        return self.path / "coordinator.json"
 
     @property
     def leakage_path(self) -> Path:

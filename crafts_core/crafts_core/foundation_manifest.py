@@ -144,6 +144,18 @@ def read_manifest(directory: Path) -> FoundationManifest:
         raise FoundationError(f"cannot read {path}: {error}") from error
 
 
+def parse_manifest(text: bytes) -> FoundationManifest:
+    """A manifest that came from somewhere else.
+
+    Raises:
+        FoundationError: it is not a manifest.
+    """
+    try:
+        return _validated(json.loads(text))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FoundationError(f"{MANIFEST_NAME} cannot be read: {error}") from error
+
+
 def verify(directory: Path) -> FoundationManifest:
     """Check that the directory holds exactly the files of its manifest, byte for byte.
 

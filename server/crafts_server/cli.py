@@ -12,6 +12,8 @@ import typer
 from crafts_core.command_line import one_line_errors, progress_bars
 
 if TYPE_CHECKING:
+    from crafts_server.enrolments import Enrolments
+    from crafts_server.home import CoordinatorHome, HomeConfig
     from crafts_server.registry import Registry
 
 app = typer.Typer(
@@ -23,9 +25,11 @@ app = typer.Typer(
 )
 foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify a foundation.")
 plan_app = typer.Typer(no_args_is_help=True, help="Check or sign a plan.")
+sites_app = typer.Typer(no_args_is_help=True, help="Invite hospitals, see and revoke them.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
 app.add_typer(foundation_app, name="foundation")
 app.add_typer(plan_app, name="plan")
+app.add_typer(sites_app, name="sites")
 app.add_typer(runs_app, name="runs")
 
 Home = Annotated[
@@ -45,15 +49,20 @@ def init(
     registry: Annotated[
         str, typer.Option(help="'sqlite', or a SQLAlchemy database URL.")
     ] = "sqlite",
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address under which sites reach this machine; repeat."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a coordinator's home: signing key, registry, configuration."""
-    from crafts_server.home import EMBEDDED, CoordinatorHome, HomeConfig
+    """Make a coordinator's home: keys, certificate authority, registry, configuration."""
+    from crafts_server.home import EMBEDDED, CoordinatorHome
 
     with one_line_errors("crafts-server"):
         if foundation != EMBEDDED:
             foundation = str(Path(foundation).resolve())
-        made = CoordinatorHome.create(home, HomeConfig(foundation=foundation, registry=registry))
+        config = _checked_config(foundation, registry, host or ["localhost"])
+        made = CoordinatorHome.create(home, config)
         made.registry().close()
         public_key = made.public_key
     _print(
@@ -62,6 +71,67 @@ def init(
         f"{public_key}",
         as_json,
     )
+
+
+def _checked_config(foundation: str, registry: str, hosts: list[str]) -> "HomeConfig":
+    from pydantic import ValidationError
+
+    from crafts_core.plan import describe_first_error
+    from crafts_server.errors import HomeError
+    from crafts_server.home import HomeConfig
+
+    try:
+        return HomeConfig(foundation=foundation, registry=registry, hosts=tuple(hosts))
+    except ValidationError as error:
+        raise HomeError(describe_first_error(error)) from error
+
+
+@sites_app.command("invite")
+def sites_invite(
+    name: Annotated[str, typer.Argument(help="The site's name: small letters, digits, dashes.")],
+    home: Home = DEFAULT_HOME,
+    days: Annotated[int, typer.Option(min=1, max=90, help="How long the invitation counts.")] = 7,
+    as_json: AsJson = False,
+) -> None:
+    """Print a one-time token for a hospital. Send it by a way that you trust."""
+    from datetime import timedelta
+
+    with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
+        token = enrolments.invite(name, valid_for=timedelta(days=days))
+        token += f".{opened.pki.enrolment_fingerprint}"
+        config = opened.config
+    command = f"crafts-client enroll {config.hosts[0]}:{config.enrolment_port} --token {token}"
+    _print(
+        {"site": name, "token": token, "command": command},
+        f"{name} enrols within {days} days by:\n{command}",
+        as_json,
+    )
+
+
+@sites_app.command("list")
+def sites_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Who is enrolled, revoked, or invited."""
+    with one_line_errors("crafts-server"), _enrolments(home) as (_, enrolments):
+        sites, waiting = enrolments.sites(), enrolments.waiting()
+    lines = [
+        f"{site.name}  {'revoked' if site.revoked_at else 'enrolled'}  "
+        f"{site.revoked_at or site.enrolled_at:%Y-%m-%d %H:%M}  {site.fingerprint[:16]}"
+        for site in sites
+    ]
+    lines += [f"{name}  invited until {until:%Y-%m-%d %H:%M}" for name, until in waiting.items()]
+    values = {"sites": [asdict(site) for site in sites], "invited": waiting}
+    _print(values, "\n".join(lines) or "no sites yet; see crafts-server sites invite", as_json)
+
+
+@sites_app.command("revoke")
+def sites_revoke(
+    name: Annotated[str, typer.Argument(help="As `sites list` prints it.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """From now on the site's certificate and node count no more."""
+    with one_line_errors("crafts-server"), _enrolments(home) as (_, enrolments):
+        enrolments.revoke(name)
+    typer.echo(f"{name} is revoked")
 
 
 @foundation_app.command("build")
@@ -275,6 +345,15 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
         named_sites=named_sites,
     )
     return [generator] if lora is None else [generator, lora]
+
+
+@contextlib.contextmanager
+def _enrolments(home: Path) -> Iterator[tuple["CoordinatorHome", "Enrolments"]]:
+    from crafts_server.enrolments import Enrolments
+    from crafts_server.home import CoordinatorHome
+
+    with _registry(home) as registry:
+        yield CoordinatorHome.open(home), Enrolments(registry)
 
 
 @contextlib.contextmanager

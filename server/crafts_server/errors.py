@@ -3,6 +3,8 @@
 CraftsError
 └── ServerError
     ├── HomeError               the operator: the coordinator's home is missing or in use
+    ├── PkiError                the operator or a site: a certificate cannot be made like this
+    ├── EnrolmentError          a site: its invitation, certificate or ledger head does not count
     ├── RegistryError           the operator: the database cannot be used
     ├── CheckpointError         the operator: a checkpoint is missing, altered or rolled back
     ├── AggregationError        the operator: a round cannot be finished with the sites there are
@@ -18,6 +20,14 @@ class ServerError(CraftsError):
 
 class HomeError(ServerError):
     """The coordinator's home is missing, incomplete, or used by another process."""
+
+
+class PkiError(ServerError):
+    """A certificate cannot be made from what was given."""
+
+
+class EnrolmentError(ServerError):
+    """A site is not, or no longer, what it says. The message is public: the site is told it."""
 
 
 class RegistryError(ServerError):

@@ -4,6 +4,7 @@
 
     coordinator.toml   where the foundation and the registry are
     signing.key        Ed25519, signs plans and checkpoints (mode 0600)
+    pki/               certificate authority and the coordinator's certificates
     registry.db        unless coordinator.toml names another database
     checkpoints/RUN/   signed checkpoints
     spool/RUN/         updates of the open round
@@ -28,6 +29,7 @@ from crafts_privacy.signing import create_signing_key, load_signing_key, public_
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.errors import HomeError
 from crafts_server.messages import SignedPlan
+from crafts_server.pki import Pki
 from crafts_server.registry import PlanRecord, Registry
 
 EMBEDDED = "embedded"
@@ -44,6 +46,13 @@ class HomeConfig(BaseModel):
     """``embedded``, or a foundation directory (absolute, or relative to the home)."""
     registry: Annotated[str, Field(min_length=1)] = SQLITE
     """``sqlite`` for registry.db in the home, or a SQLAlchemy URL."""
+    hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")], ...] = ("localhost",)
+    """Names and addresses under which sites reach the coordinator; the first is told to them."""
+    listen: str = "0.0.0.0"  # noqa: S104  # what is reachable there is enrolment, registrar, fleet
+    """Address that the three public ports are bound to."""
+    fleet_port: Annotated[int, Field(ge=0, le=65535)] = 8443
+    enrolment_port: Annotated[int, Field(ge=0, le=65535)] = 8444
+    registrar_port: Annotated[int, Field(ge=0, le=65535)] = 8445
 
 
 class CoordinatorHome:
@@ -63,13 +72,16 @@ class CoordinatorHome:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / _CONFIG).exists():
-                lines = [f"{key} = {json.dumps(value)}\n" for key, value in config]
+                values = config.model_dump(mode="json")
+                lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
                 write_file(path / _CONFIG, "".join(lines))
             if not (path / _KEY).exists():
                 create_signing_key(path / _KEY)
+            home = cls.open(path)
+            Pki.create(home.pki.folder, home.config.hosts)
         except OSError as error:
             raise HomeError(f"cannot create {path}: {error.strerror or error}") from error
-        return cls.open(path)
+        return home
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -95,6 +107,11 @@ class CoordinatorHome:
         if self.config.foundation == EMBEDDED:
             return embedded_path()
         return self.path / self.config.foundation
+
+    @property
+    def pki(self) -> Pki:
+        """The certificate authority."""
+        return Pki(self.path / "pki")
 
     @property
     def public_key(self) -> str:

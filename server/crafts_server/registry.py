@@ -90,7 +90,7 @@ class Registry:
             raise RegistryError(f"the registry's URL cannot be used: {reason}") from error
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
-        with self._session() as session:
+        with self.session() as session:
             Base.metadata.create_all(session.connection())
             version = session.scalars(select(RegistryInfoRow.format_version)).one_or_none()
             if version is None:
@@ -107,7 +107,7 @@ class Registry:
 
     def add_plan(self, plan: PlanRecord) -> None:
         """Remember a signed plan; the newest signature counts."""
-        with self._session() as session:
+        with self.session() as session:
             session.merge(
                 PlanRow(
                     hash=plan.hash,
@@ -125,7 +125,7 @@ class Registry:
         Raises:
             RegistryError: there is none, or several.
         """
-        with self._session() as session:
+        with self.session() as session:
             found = session.scalars(
                 select(PlanRow).where(PlanRow.hash.startswith(plan_hash, autoescape=True))
             ).all()
@@ -134,18 +134,17 @@ class Registry:
                     f"{len(found)} signed plans begin with {plan_hash!r}, expected one; "
                     "sign it with `crafts-server plan sign`"
                 )
-            (row,) = found
-            return PlanRecord(
-                hash=row.hash,
-                study=row.study,
-                json=row.json,
-                signature=row.signature,
-                public_key=row.public_key,
-            )
+            return _plan_record(found[0])
+
+    def plans(self) -> list[PlanRecord]:
+        """Every signed plan, oldest first."""
+        with self.session() as session:
+            rows = session.scalars(select(PlanRow).order_by(PlanRow.signed_at))
+            return [_plan_record(row) for row in rows]
 
     def start_run(self, run_id: str, plan_hash: str) -> None:
         """Remember a new run."""
-        with self._session() as session:
+        with self.session() as session:
             session.add(
                 RunRow(
                     run_id=run_id,
@@ -162,12 +161,12 @@ class Registry:
             .where(RunRow.plan_hash == plan_hash)
             .order_by(RunRow.started_at.desc())
         )
-        with self._session() as session:
+        with self.session() as session:
             return session.scalars(query).first()
 
     def set_status(self, run_id: str, status: RunStatus) -> None:
         """Move a run to ``status``."""
-        with self._session() as session:
+        with self.session() as session:
             run = _run(session, run_id)
             run.status = status
             run.finished_at = _now() if status is RunStatus.FINISHED else None
@@ -179,7 +178,7 @@ class Registry:
             .where(CheckpointRow.run_id == run_id)
             .order_by(CheckpointRow.round)
         )
-        with self._session() as session:
+        with self.session() as session:
             return [
                 CheckpointRecord(
                     round=row.round, manifest_hash=row.manifest_hash, state_hash=row.state_hash
@@ -191,7 +190,7 @@ class Registry:
         self, run_id: str, checkpoint: CheckpointRecord, receipt: RoundReceipt | None
     ) -> None:
         """Index a committed checkpoint and its receipt in one transaction."""
-        with self._session() as session:
+        with self.session() as session:
             _run(session, run_id)
             session.add(
                 CheckpointRow(
@@ -214,7 +213,7 @@ class Registry:
             .join(PlanRow, PlanRow.hash == RunRow.plan_hash)
             .order_by(RunRow.started_at.desc())
         )
-        with self._session() as session:
+        with self.session() as session:
             return [_summary(run, study) for run, study in session.execute(query)]
 
     def run(self, run_id: str) -> RunSummary:
@@ -230,11 +229,11 @@ class Registry:
 
     def sites(self) -> list[str]:
         """Names of all sites whose updates were ever used."""
-        with self._session() as session:
+        with self.session() as session:
             return list(session.scalars(select(SiteRow.name).order_by(SiteRow.name)))
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def session(self) -> Iterator[Session]:
         """One transaction.
 
         Raises:
@@ -249,6 +248,16 @@ class Registry:
                 f"cannot use the registry at {self._engine.url.render_as_string()}: "
                 f"{str(cause).splitlines()[0]}"
             ) from error
+
+
+def _plan_record(row: PlanRow) -> PlanRecord:
+    return PlanRecord(
+        hash=row.hash,
+        study=row.study,
+        json=row.json,
+        signature=row.signature,
+        public_key=row.public_key,
+    )
 
 
 def _run(session: Session, run_id: str) -> RunRow:

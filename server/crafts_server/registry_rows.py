@@ -36,6 +36,41 @@ class SiteRow(Base):
     first_seen_at: Mapped[datetime]
 
 
+class InvitationRow(Base):
+    """A site may enrol once; the newest invitation of a name counts."""
+
+    __tablename__ = "invitation"
+
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    token_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    expires_at: Mapped[datetime]
+    used: Mapped[bool]
+
+
+class EnrolmentRow(Base):
+    """The certificate and the Flower node that speak for a site."""
+
+    __tablename__ = "enrolment"
+
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    node_public_key: Mapped[str] = mapped_column(Text)
+    enrolled_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
+class WitnessRow(Base):
+    """The head of a site's ledger when it last said."""
+
+    __tablename__ = "witness"
+
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    ledger: Mapped[str] = mapped_column(String(64), primary_key=True)
+    entries: Mapped[int]
+    head: Mapped[str] = mapped_column(String(64))
+    seen_at: Mapped[datetime]
+
+
 class PlanRow(Base):
     """A signed plan."""
 

@@ -39,13 +39,14 @@ def test_the_surface_grows_only_on_purpose() -> None:
     surface = {name: options(command) for name, command in commands.items()}
     surface |= {
         f"{group} {name}": options(command)
-        for group in ("policy", "ledger")
+        for group in ("policy", "ledger", "plan", "foundation")
         for name, command in commands[group].commands.items()
     }
 
     assert surface.keys() == {
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
-        *("attack", "withdraw"),
+        *("attack", "withdraw", "enroll", "plan", "plan list", "plan show"),
+        *("foundation", "foundation fetch"),
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
     assert surface["init"] == {

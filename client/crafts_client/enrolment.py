@@ -1,0 +1,231 @@
+"""Becoming a site of a coordinator, and talking to its registrar afterwards.
+
+The invitation names the coordinator's address and a token of two parts: a secret, and the SHA-256
+of the certificate that the enrolment port shows. So the site knows whom it talks to before it
+trusts anything, and what it gets over that connection (the authority's certificate) it keeps.
+Private keys are made here and never leave.
+
+::
+
+    keys/tls.key, tls.crt    the site's client certificate
+    keys/ca.crt              the coordinator's authority
+    keys/node.key            EC P-256, OpenSSH: the Flower node's
+    coordinator.json         addresses and the signer's public key
+"""
+
+import hashlib
+import ssl
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+)
+from cryptography.x509.oid import NameOID
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from crafts_client.errors import EnrolmentError
+from crafts_client.home import SiteHome
+from crafts_core.durable import create_secret, write_file
+from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
+
+DEFAULT_PORT = 8444
+TIMEOUT_S = 30.0
+_STATUS_IS_PUBLIC = {
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INTERNAL,
+}
+
+
+class CoordinatorRecord(BaseModel):
+    """``coordinator.json``: where the coordinator is, as it said at enrolment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str
+    signer: str
+    registrar_address: str
+    fleet_address: str
+    ca_fingerprint: str
+
+
+def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
+    """Trade an invitation for a certificate. Interrupted, the same command goes on.
+
+    Args:
+        home: The site's home; the invitation must be for its name.
+        host: ``host`` or ``host:port`` of the coordinator's enrolment.
+        token: As ``crafts-server sites invite`` printed it.
+
+    Raises:
+        EnrolmentError: says what is wrong and who can help.
+    """
+    secret, _, wanted = token.strip().partition(".")
+    if len(wanted) != 64:
+        raise EnrolmentError("this is no whole token; copy it as crafts-server sites invite has it")
+    name, port = _host_and_port(host)
+    pem = _certificate_shown(name, port)
+    shown = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+    if shown != wanted:
+        raise EnrolmentError(
+            f"{name}:{port} shows another certificate ({shown[:16]}) than the invitation names "
+            f"({wanted[:16]}): a wrong host, or TLS inspection on the way; ask your network people"
+        )
+    keys = home.path / "keys"
+    keys.mkdir(mode=0o700, exist_ok=True)
+    tls_key, node_key = _tls_key(keys / "tls.key"), _node_key(keys / "node.key")
+    request = messages.EnrolRequest(
+        token=secret,
+        signing_request_pem=_signing_request(tls_key, home.config.name),
+        node_public_key=_public_text(node_key),
+    )
+    with grpc.secure_channel(
+        f"{name}:{port}", grpc.ssl_channel_credentials(root_certificates=pem.encode())
+    ) as channel:
+        reply = _call(channel, ENROLMENT, "Enrol", request)
+    record = CoordinatorRecord(
+        site=reply.site,
+        signer=reply.signer,
+        registrar_address=reply.registrar_address,
+        fleet_address=reply.fleet_address,
+        ca_fingerprint=_fingerprint(reply.ca_pem),
+    )
+    write_file(keys / "ca.crt", reply.ca_pem)
+    write_file(keys / "tls.crt", reply.certificate_pem)
+    write_file(home.coordinator_path, record.model_dump_json(indent=1) + "\n")
+    return record
+
+
+class Registrar:
+    """The coordinator's registrar, as an enrolled site sees it."""
+
+    def __init__(self, home: SiteHome) -> None:
+        """Read the home's keys.
+
+        Raises:
+            EnrolmentError: the site is not enrolled.
+        """
+        self.record = coordinator_record(home)
+        keys = home.path / "keys"
+        try:
+            credentials = grpc.ssl_channel_credentials(
+                root_certificates=(keys / "ca.crt").read_bytes(),
+                private_key=(keys / "tls.key").read_bytes(),
+                certificate_chain=(keys / "tls.crt").read_bytes(),
+            )
+        except OSError as error:
+            raise EnrolmentError(
+                f"cannot read {error.filename}: {error.strerror}; enroll again"
+            ) from error
+        self._channel = grpc.secure_channel(self.record.registrar_address, credentials)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def call(self, name: str, **fields: object) -> Any:
+        """One call of the contract.
+
+        Raises:
+            EnrolmentError: the coordinator refuses, or cannot be reached.
+        """
+        request = calls_of(REGISTRAR)[name].request(**fields)
+        return _call(self._channel, REGISTRAR, name, request)
+
+
+def coordinator_record(home: SiteHome) -> CoordinatorRecord:
+    """What was agreed at enrolment.
+
+    Raises:
+        EnrolmentError: nothing was, or the file is damaged.
+    """
+    try:
+        return CoordinatorRecord.model_validate_json(home.coordinator_path.read_bytes())
+    except FileNotFoundError as error:
+        raise EnrolmentError(
+            "this site is not enrolled; run: crafts-client enroll HOST --token TOKEN"
+        ) from error
+    except (OSError, ValidationError) as error:
+        raise EnrolmentError(f"cannot read {home.coordinator_path}; enroll again") from error
+
+
+def _call(channel: grpc.Channel, service: str, name: str, request: Any) -> Any:
+    call = calls_of(service)[name]
+    stub = channel.unary_unary(
+        call.path,
+        request_serializer=call.request.SerializeToString,
+        response_deserializer=call.reply.FromString,
+    )
+    try:
+        return stub(request, timeout=TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() in _STATUS_IS_PUBLIC:
+            raise EnrolmentError(f"the coordinator says: {error.details()}") from error
+        raise EnrolmentError(
+            "the coordinator cannot be reached; run crafts-client doctor to see why"
+        ) from error
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    name, _, port = text.rpartition(":") if ":" in text else (text, "", "")
+    if port and not port.isdigit():
+        raise EnrolmentError(f"expected HOST or HOST:PORT, got {text!r}")
+    return name, int(port) if port else DEFAULT_PORT
+
+
+def _certificate_shown(name: str, port: int) -> str:
+    """PEM of what the port shows, trusted by nobody yet."""
+    try:
+        return ssl.get_server_certificate((name, port), timeout=TIMEOUT_S)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or type(error).__name__
+        raise EnrolmentError(
+            f"cannot reach {name}:{port} ({reason}); check host, port and firewall"
+        ) from error
+
+
+def _fingerprint(pem: bytes) -> str:
+    return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256()).hex()
+
+
+def _tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The site's key; one that is there stays."""
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        create_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    loaded = load_pem_private_key(path.read_bytes(), password=None)
+    assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+    return loaded
+
+
+def _node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        create_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    loaded = load_ssh_private_key(path.read_bytes(), password=None)
+    assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+    return loaded
+
+
+def _public_text(key: ec.EllipticCurvePrivateKey) -> str:
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def _signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    return request.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)

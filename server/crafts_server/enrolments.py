@@ -1,0 +1,197 @@
+"""Who was invited, who enrolled, who was revoked, and the ledger heads that sites had witnessed.
+
+Part of the registry (same database, same transactions). A token is kept as its SHA-256 only.
+"""
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from crafts_server.errors import EnrolmentError
+from crafts_server.registry import Registry
+from crafts_server.registry_rows import EnrolmentRow, InvitationRow, WitnessRow
+
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_TOKEN_BYTES = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrolledSite:
+    """A site that may talk to the registrar, or might once."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of its certificate."""
+    node_public_key: str
+    enrolled_at: datetime
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """What a site's ledger looked like when it last said."""
+
+    entries: int
+    head: str
+
+
+class Enrolments:
+    """The tables behind ``sites invite|list|revoke`` and the registrar."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def invite(self, name: str, *, valid_for: timedelta) -> str:
+        """A new one-time token; an older one of the same site is void.
+
+        Raises:
+            EnrolmentError: the name cannot be a site's.
+        """
+        if not SITE_NAME.fullmatch(name):
+            raise EnrolmentError(
+                f"{name!r} cannot be a site's name: small letters, digits and dashes, at most 63"
+            )
+        token = secrets.token_urlsafe(_TOKEN_BYTES)
+        with self._registry.session() as session:
+            session.merge(
+                InvitationRow(
+                    site=name, token_hash=_hashed(token), expires_at=_now() + valid_for, used=False
+                )
+            )
+        return token
+
+    def invited_site(self, token: str) -> str:
+        """The site that a token invites; it stays unused.
+
+        Raises:
+            EnrolmentError: it is unknown, used or expired; the sentence is public.
+        """
+        with self._registry.session() as session:
+            return _invitation(session, token).site
+
+    def enrol(self, token: str, *, fingerprint: str, node_public_key: str) -> str:
+        """Use up a token: from now on the certificate speaks for the site, an older one does not.
+
+        Raises:
+            EnrolmentError: as above, or another site has the same node key.
+        """
+        with self._registry.session() as session:
+            invitation = _invitation(session, token)
+            other = session.scalars(
+                select(EnrolmentRow).where(
+                    EnrolmentRow.node_public_key == node_public_key,
+                    EnrolmentRow.site != invitation.site,
+                )
+            ).first()
+            if other is not None:
+                raise EnrolmentError("this node key belongs to another site; make a new home")
+            invitation.used = True
+            session.merge(
+                EnrolmentRow(
+                    site=invitation.site,
+                    fingerprint=fingerprint,
+                    node_public_key=node_public_key,
+                    enrolled_at=_now(),
+                    revoked_at=None,
+                )
+            )
+            return invitation.site
+
+    def revoke(self, name: str) -> None:
+        """The site's certificate and node count no more; its open invitation neither.
+
+        Raises:
+            EnrolmentError: there is no such site.
+        """
+        with self._registry.session() as session:
+            row, invitation = session.get(EnrolmentRow, name), session.get(InvitationRow, name)
+            if row is None and invitation is None:
+                raise EnrolmentError(f"no site {name}; see crafts-server sites list")
+            if row is not None and row.revoked_at is None:
+                row.revoked_at = _now()
+            if invitation is not None:
+                invitation.used = True
+
+    def sites(self) -> list[EnrolledSite]:
+        """Everybody who ever enrolled, by name."""
+        with self._registry.session() as session:
+            rows = session.scalars(select(EnrolmentRow).order_by(EnrolmentRow.site))
+            return [
+                EnrolledSite(
+                    name=row.site,
+                    fingerprint=row.fingerprint,
+                    node_public_key=row.node_public_key,
+                    enrolled_at=row.enrolled_at.replace(tzinfo=UTC),
+                    revoked_at=row.revoked_at and row.revoked_at.replace(tzinfo=UTC),
+                )
+                for row in rows
+            ]
+
+    def waiting(self) -> dict[str, datetime]:
+        """Invitations that can still be used, and until when."""
+        with self._registry.session() as session:
+            rows = session.scalars(
+                select(InvitationRow)
+                .where(InvitationRow.used.is_(False), InvitationRow.expires_at > _now())
+                .order_by(InvitationRow.site)
+            )
+            return {row.site: row.expires_at.replace(tzinfo=UTC) for row in rows}
+
+    def is_enrolled(self, name: str, fingerprint: str) -> bool:
+        """Whether this certificate speaks for the site today."""
+        with self._registry.session() as session:
+            row = session.get(EnrolmentRow, name)
+            return row is not None and row.revoked_at is None and row.fingerprint == fingerprint
+
+    def witness(self, site: str, ledger: str, seen: Witness, hash_at_kept: str) -> Witness:
+        """Keep a ledger's head if it continues the kept one; give back what was kept before.
+
+        Args:
+            site: Whose ledger.
+            ledger: The ledger's random name.
+            seen: Its head now.
+            hash_at_kept: Hash of its entry number ``kept.entries``, for the comparison.
+
+        Raises:
+            EnrolmentError: it is shorter than, or another than, the one that was witnessed.
+        """
+        with self._registry.session() as session:
+            row = session.get(WitnessRow, (site, ledger))
+            kept = (
+                Witness(entries=0, head="")
+                if row is None
+                else Witness(entries=row.entries, head=row.head)
+            )
+            if seen.entries < kept.entries or (kept.entries and hash_at_kept != kept.head):
+                raise EnrolmentError(
+                    f"the ledger was {kept.entries} entries long when it was last witnessed and is "
+                    "another now; do not train, restore its newest copy"
+                )
+            session.merge(
+                WitnessRow(
+                    site=site, ledger=ledger, entries=seen.entries, head=seen.head, seen_at=_now()
+                )
+            )
+            return kept
+
+
+def _invitation(session: Session, token: str) -> InvitationRow:
+    row = session.scalars(
+        select(InvitationRow).where(InvitationRow.token_hash == _hashed(token))
+    ).first()
+    if row is None or row.used or row.expires_at <= _now():
+        raise EnrolmentError("the token is unknown, used or expired; ask for a new invitation")
+    return row
+
+
+def _hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)

@@ -1,0 +1,311 @@
+"""Enrolment and registrar over TLS on loopback: a site's whole way in, strangers outside."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from typer.testing import CliRunner
+
+from crafts_client.cli import app as client_app
+from crafts_client.enrolment import Registrar, enrol
+from crafts_client.errors import EnrolmentError
+from crafts_client.home import SiteHome
+from crafts_core.foundation_manifest import verify
+from crafts_core.registrar import REGISTRAR, calls_of, messages
+from crafts_server.cli import app as server_app
+from crafts_server.enrolments import Enrolments
+from crafts_server.errors import PkiError
+from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.pki import Pki, fingerprint
+from crafts_server.registrar import (
+    EnrolmentService,
+    RegistrarService,
+    enrolment_server,
+    registrar_server,
+)
+from support.sites import make_site_home, plan_values
+
+pytestmark = pytest.mark.network
+
+
+@dataclass
+class Coordinator:
+    home: CoordinatorHome
+    pki: Pki
+    enrolments: Enrolments
+    enrolment_port: int
+    registrar_port: int
+    joined: list[tuple[str, str]]
+
+    @property
+    def host(self) -> str:
+        return f"localhost:{self.enrolment_port}"
+
+    def invite(self, name: str, **options) -> str:
+        token = self.enrolments.invite(name, **({"valid_for": timedelta(hours=1)} | options))
+        shown = x509.load_pem_x509_certificate(self.pki.pair("enrolment")[1])
+        return f"{token}.{fingerprint(shown)}"
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path, foundation) -> Iterator[Coordinator]:
+    config = HomeConfig(foundation=str(foundation.path))
+    home = CoordinatorHome.create(tmp_path / "coordinator", config)
+    pki = Pki.create(home.path / "pki", ["localhost", "127.0.0.1"])
+    registry = home.registry()
+    enrolments, joined = Enrolments(registry), []
+    service = RegistrarService(home, enrolments)
+    registrar, registrar_port = registrar_server(service, pki, "127.0.0.1:0")
+    enrolment, enrolment_port = enrolment_server(
+        EnrolmentService(
+            enrolments,
+            pki,
+            signer=home.public_key,
+            registrar_address=f"localhost:{registrar_port}",
+            fleet_address="localhost:1",
+            on_enrolled=lambda *who: joined.append(who),
+        ),
+        pki,
+        "127.0.0.1:0",
+    )
+    yield Coordinator(home, pki, enrolments, enrolment_port, registrar_port, joined)
+    registrar.stop(None).wait()
+    enrolment.stop(None).wait()
+    registry.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, foundation) -> SiteHome:
+    return make_site_home(tmp_path / "north", foundation, "unknown")
+
+
+def test_an_invited_site_enrols_and_reads_plans(coordinator, site, foundation) -> None:
+    from crafts_core.plan import Plan
+
+    signed = coordinator.home.sign_plan(Plan.parse(plan_values(foundation.manifest.hash)))
+    record = enrol(site, coordinator.host, coordinator.invite("north"))
+
+    assert record.signer == coordinator.home.public_key
+    assert record.ca_fingerprint == fingerprint(coordinator.pki.ca)
+    assert [name for name, _ in coordinator.joined] == ["north"]
+    assert coordinator.joined[0][1].startswith("ecdsa-sha2-nistp256 ")
+    with Registrar(site) as registrar:
+        (plan,) = registrar.call("ListPlans").plans
+    assert (plan.json, plan.signature) == (signed.json, signed.signature)
+    keys = site.path / "keys"
+    assert {p.stat().st_mode & 0o777 for p in keys.glob("*.key")} == {0o600}
+
+
+def test_private_keys_stay_where_they_were_made(coordinator, site) -> None:
+    """Everything that reached the coordinator's disk, searched for the site's keys."""
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    for path in (site.path / "keys").glob("*.key"):
+        secret = path.read_bytes().splitlines()[1]
+        for file in coordinator.home.path.rglob("*"):
+            assert not (file.is_file() and secret in file.read_bytes()), file
+
+
+@pytest.mark.parametrize("spoil", ["used", "expired", "revoked", "unknown", "newer"])
+def test_a_token_that_does_not_count_enrols_nobody(coordinator, site, spoil: str) -> None:
+    token = coordinator.invite(
+        "north", **({"valid_for": -timedelta(1)} if spoil == "expired" else {})
+    )
+    if spoil == "used":
+        enrol(site, coordinator.host, token)
+    elif spoil == "revoked":
+        coordinator.enrolments.revoke("north")
+    elif spoil == "unknown":
+        token = "A" + token
+    elif spoil == "newer":
+        coordinator.invite("north")
+    before = [each.name for each in coordinator.enrolments.sites()]
+    with pytest.raises(EnrolmentError, match="unknown, used or expired; ask for a new invitation"):
+        enrol(site, coordinator.host, token)
+    assert [each.name for each in coordinator.enrolments.sites()] == before
+
+
+def test_a_token_for_another_site_stays_unused(coordinator, site) -> None:
+    token = coordinator.invite("south")
+    with pytest.raises(EnrolmentError, match="the invitation is for south"):
+        enrol(site, coordinator.host, token)
+    assert coordinator.enrolments.waiting().keys() == {"south"}
+
+
+def test_another_certificate_than_the_invitations_is_not_trusted(coordinator, site) -> None:
+    """As TLS inspection on the way, or a wrong host, would show."""
+    secret, _, shown = coordinator.invite("north").partition(".")
+    other = f"{secret}.{'0' * 64}"
+    with pytest.raises(EnrolmentError, match="TLS inspection"):
+        enrol(site, coordinator.host, other)
+    assert coordinator.enrolments.waiting(), "the secret was not sent"
+    with pytest.raises(EnrolmentError, match="no whole token"):
+        enrol(site, coordinator.host, secret)
+    with pytest.raises(EnrolmentError, match="cannot reach localhost:1 "):
+        enrol(site, "localhost:1", f"{secret}.{shown}")
+
+
+def test_a_revoked_or_replaced_certificate_is_refused(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    with Registrar(site) as registrar:
+        assert list(registrar.call("ListPlans").plans) == []
+        coordinator.enrolments.revoke("north")
+        with pytest.raises(EnrolmentError, match="revoked or replaced"):
+            registrar.call("ListPlans")
+    old = (site.path / "keys" / "tls.crt").read_bytes()
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    with Registrar(site) as registrar:
+        registrar.call("ListPlans")
+    (site.path / "keys" / "tls.crt").write_bytes(old)
+    with Registrar(site) as registrar, pytest.raises(EnrolmentError, match="revoked or replaced"):
+        registrar.call("ListPlans")
+
+
+def test_who_shows_no_certificate_of_ours_gets_no_answer(coordinator) -> None:
+    call = calls_of(REGISTRAR)["ListPlans"]
+    credentials = grpc.ssl_channel_credentials(coordinator.pki.ca_path.read_bytes())
+    with grpc.secure_channel(f"localhost:{coordinator.registrar_port}", credentials) as channel:
+        stub = channel.unary_unary(call.path, response_deserializer=call.reply.FromString)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub(b"", timeout=5)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_foundation_is_read_in_pieces_and_nothing_else_is(
+    coordinator, site, foundation
+) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    name = max(foundation.manifest.files, key=lambda n: (foundation.path / n).stat().st_size)
+    with Registrar(site) as registrar:
+        manifest = registrar.call("GetFoundation").manifest
+        assert manifest == (foundation.path / "foundation.json").read_bytes()
+        whole, offset = b"", 0
+        while piece := registrar.call("ReadFoundation", path=name, offset=offset).data:
+            whole, offset = whole + piece, offset + len(piece)
+        assert whole == (foundation.path / name).read_bytes()
+        for path in ("../coordinator/signing.key", "/etc/hostname", "foundation.json", ""):
+            with pytest.raises(EnrolmentError, match="no such file"):
+                registrar.call("ReadFoundation", path=path, offset=0)
+
+
+def test_a_ledger_put_back_from_a_copy_is_found(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    heads = {number: f"{number:064x}" for number in range(1, 6)}
+    with Registrar(site) as registrar:
+
+        def say(entries: int, at_kept: str = "") -> object:
+            return registrar.call(
+                "WitnessLedger",
+                ledger="l",
+                entries=entries,
+                head=heads[entries],
+                hash_at_witnessed=at_kept,
+            )
+
+        assert say(2) == messages.WitnessLedgerReply()
+        assert say(5, heads[2]) == messages.WitnessLedgerReply(entries=2, head=heads[2])
+        with pytest.raises(EnrolmentError, match="5 entries long when it was last witnessed"):
+            say(3, heads[3])  # the copy of round three
+        with pytest.raises(EnrolmentError, match="is another now"):
+            say(5, heads[4])  # as long, with another history
+
+
+def test_an_unforeseen_error_keeps_its_text(coordinator, site, monkeypatch) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+
+    def fails(*_: object) -> None:
+        raise ValueError("/secret/path")
+
+    monkeypatch.setattr(CoordinatorHome, "registry", fails)
+    with Registrar(site) as registrar, pytest.raises(EnrolmentError) as caught:
+        registrar.call("ListPlans")
+    assert "secret" not in str(caught.value)
+    assert "operator can see why" in str(caught.value)
+
+
+def _request(key, name: str) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    # A request may ask for anything; only its key and name are looked at.
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def test_a_site_cannot_ask_for_more_than_its_name(tmp_path: Path) -> None:
+    pki = Pki.create(tmp_path / "pki", ["localhost"])
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = pki.sign_site(_request(key, "north"), "north")
+    constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    assert not constraints.ca
+    certificate.verify_directly_issued_by(pki.ca)
+    assert certificate.not_valid_after_utc < datetime.now(UTC) + timedelta(days=366)
+    with pytest.raises(PkiError, match="for south"):
+        pki.sign_site(_request(key, "north"), "south")
+    with pytest.raises(PkiError, match="not EC P-256"):
+        pki.sign_site(_request(rsa.generate_private_key(65537, 2048), "north"), "north")
+    with pytest.raises(PkiError, match="cannot be read"):
+        pki.sign_site(b"no request", "north")
+
+
+def test_making_the_authority_again_changes_nothing_but_new_hosts(tmp_path: Path) -> None:
+    pki = Pki.create(tmp_path / "pki", ["localhost"])
+    before = {path.name: path.read_bytes() for path in pki.folder.iterdir()}
+    Pki.create(tmp_path / "pki", ["localhost"])
+    assert {path.name: path.read_bytes() for path in pki.folder.iterdir()} == before
+    Pki.create(tmp_path / "pki", ["localhost", "10.0.0.1"])
+    after = {path.name: path.read_bytes() for path in pki.folder.iterdir()}
+    assert {name for name in before if before[name] == after[name]} == {"ca.key", "ca.crt"}
+    assert {path.stat().st_mode & 0o777 for path in pki.folder.glob("*.key")} == {0o600}
+
+
+def test_from_the_command_line(coordinator, site, foundation, tmp_path: Path, monkeypatch) -> None:
+    """Invite, enrol, see plans, fetch the foundation again after half of a file."""
+    from crafts_core.plan import Plan
+
+    plan = Plan.parse(plan_values(foundation.manifest.hash))
+    coordinator.home.sign_plan(plan)
+    server, client = CliRunner(), CliRunner()
+    home = ["--home", str(coordinator.home.path)]
+    invited = server.invoke(server_app, ["sites", "invite", "north", "--json", *home])
+    token = json.loads(invited.stdout)["token"]
+    where = ["--home", str(site.path)]
+    enrolled = client.invoke(client_app, ["enroll", coordinator.host, "--token", token, *where])
+    assert enrolled.exit_code == 0, enrolled.stderr
+    assert fingerprint(coordinator.pki.ca) in enrolled.stdout
+    assert coordinator.home.public_key in enrolled.stdout, "says which key the policy lacks"
+    again = client.invoke(client_app, ["enroll", coordinator.host, "--token", token, *where])
+    assert again.exit_code == 1
+    assert "ask for a new invitation" in again.stderr
+    assert "north  enrolled" in server.invoke(server_app, ["sites", "list", *home]).stdout
+
+    listed = json.loads(client.invoke(client_app, ["plan", "list", "--json", *where]).stdout)
+    assert [each["hash"] for each in listed] == [plan.hash]
+    assert "signer" in listed[0]["refused"][0]
+    shown = client.invoke(client_app, ["plan", "show", plan.hash[:8], *where])
+    assert Plan.parse(json.loads(shown.stdout)) == plan
+
+    fetch = ["foundation", "fetch", "--json", *where]
+    fetched = client.invoke(client_app, fetch)
+    assert fetched.exit_code == 0, fetched.stderr
+    folder = Path(json.loads(fetched.stdout)["foundation"])
+    assert verify(folder) == foundation.manifest
+    torn = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[: len(whole) // 2])
+    assert client.invoke(client_app, fetch).exit_code == 0
+    assert torn.read_bytes() == whole
+    torn.write_bytes(b"x" + whole[1:])
+    refused = client.invoke(client_app, fetch)
+    assert "is not what the manifest says; run the same command again" in refused.stderr
+    assert client.invoke(client_app, fetch).exit_code == 0
+
+    assert server.invoke(server_app, ["sites", "revoke", "north", *home]).exit_code == 0
+    late = client.invoke(client_app, ["plan", "list", *where])
+    assert (late.exit_code, "revoked" in late.stderr) == (1, True)
