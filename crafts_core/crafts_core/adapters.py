@@ -116,7 +116,7 @@ class Adapter:
         """The denoiser with this adapter: noise or velocity, as the foundation predicts."""
         with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self._half):
             prediction: Tensor = self._denoise(noisy_BCHW, timesteps_B, text_BLD).sample
-        return prediction.float()
+        return prediction.float() if self._half else prediction
 
     def predict_with(
         self, state: Mapping[str, Tensor], noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
