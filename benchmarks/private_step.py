@@ -403,7 +403,7 @@ def show(results: Sequence[dict[str, object]]) -> None:
             assert isinstance(own, dict)
             measured = "time_over_plain" in own
             time_, memory = own.get("time_over_plain"), own.get("memory_over_plain")
-            cells.append(f"{time_:.2f} / {memory:.2f}" if measured else "fails")
+            cells.append(f"{time_:.2f} / {memory:.2f}" if measured else "fails" if own else "")
         table.add_row(setting["kind"], str(setting["tiles"]), *cells)
     Console(stderr=True, width=150).print(table)
 
