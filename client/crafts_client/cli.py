@@ -12,7 +12,7 @@ import typer
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
 from crafts_core import __version__
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
 from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 
@@ -224,6 +224,32 @@ def enroll(
             "compare that with the coordinator by telephone; then, to accept plans that it signs, "
             f'put this key into allowed_signers of policy.toml: "{record.signer}"'
         )
+
+
+@app.command()
+def join(
+    home: Home = Path("site"),
+    debug: Annotated[
+        bool, typer.Option(help="Log the texts of errors too; they may name files and patients.")
+    ] = False,
+) -> None:
+    """Take part in the coordinator's studies, as the policy allows, until Ctrl-C."""
+    with one_line_errors("crafts-client"):
+        from crafts_client.client_app import make_client_app
+        from crafts_client.enrolment import coordinator_record
+        from crafts_client.ledger_witness import witness_ledger
+        from crafts_client.site import Site
+        from crafts_client.supernode import join as take_part
+
+        opened = SiteHome.open(home)
+        record = coordinator_record(opened)
+        site = Site.open(home)  # what is missing is said now, not in the first round
+        stop = run_as_service(debug=debug)
+        try:
+            client_app = make_client_app(lambda _: site, witness=lambda: witness_ledger(opened))
+            take_part(opened, record, client_app, stop)
+        finally:
+            site.close()
 
 
 @plan_app.command("list")

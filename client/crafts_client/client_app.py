@@ -5,6 +5,7 @@ coordinator's.
 """
 
 import logging
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,16 @@ HOME_KEY = "site-home"
 """Key of the node's configuration that names the site home."""
 
 
-def make_client_app(open_site: Callable[[Path], Site] = Site.open) -> ClientApp:
-    """A ClientApp whose sites stay open, so that models stay warm between rounds."""
+def make_client_app(
+    open_site: Callable[[Path], Site] = Site.open, *, witness: Callable[[], None] = lambda: None
+) -> ClientApp:
+    """A ClientApp whose sites stay open, so that models stay warm between rounds.
+
+    Args:
+        open_site: Opens the home at a path.
+        witness: Called before a round and again before its release leaves; when it raises, the
+            release stays, sealed, until it is asked for again.
+    """
     app = ClientApp()
     sites: dict[Path, Site] = {}
 
@@ -34,15 +43,31 @@ def make_client_app(open_site: Callable[[Path], Site] = Site.open) -> ClientApp:
             path = _home_of(context)
             if path not in sites:
                 sites[path] = open_site(path)
-            release = sites[path].answer(read_message(message))
+            request = read_message(message)
+            witness()
+            release = sites[path].answer(request)
+            witness()
+            log.info("answered round=%d", request.request.round)
             return Message(write_reply(release), reply_to=message)
         except Exception as error:  # whatever it is, its text stays here
             refusal = refusal_of(error)
-            log.warning("refused code=%d error=%s", refusal.code, type(error).__name__)
+            log.warning(
+                "refused code=%d (%s) error=%s at %s",
+                refusal.code,
+                refusal.sentence,
+                type(error).__name__,
+                _place(error),
+            )
             log.debug("refused because", exc_info=error)
             return Message(Error(refusal.code, refusal.sentence), reply_to=message)
 
     return app
+
+
+def _place(error: Exception) -> str:
+    """File and line, which say nothing of the data that it happened to."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _home_of(context: Context) -> Path:

@@ -1,6 +1,9 @@
-"""What all command lines share: progress bars, and errors as one line."""
+"""What all command lines share: progress bars, errors as one line, and how long programs run."""
 
 import contextlib
+import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import typer
@@ -40,6 +43,22 @@ def progress_bars() -> Iterator[ShowProgress]:
             bars.update(tasks[kind], description=what, completed=done, total=total)
 
         yield show
+
+
+def run_as_service(*, debug: bool = False) -> threading.Event:
+    """Log to stderr from now on; the event is set when a person or the system ends the program."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
+    for package in ("crafts_core", "crafts_client", "crafts_server", "crafts_privacy"):
+        logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
+    flower = logging.getLogger("flwr")  # writes each line itself, and again through the root
+    flower.handlers.clear()
+    flower.setLevel(logging.WARNING)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
 
 if TYPE_CHECKING:
     from crafts_server.enrolments import Enrolments
@@ -302,6 +302,40 @@ def runs_show(
         "receipts": [receipt.model_dump(mode="json") for receipt in receipts],
     }
     _print(values, "\n".join(lines), as_json)
+
+
+@app.command()
+def serve(home: Home = DEFAULT_HOME) -> None:
+    """Listen for hospitals and train the queued plans, until Ctrl-C. Goes on where it stopped."""
+    with one_line_errors("crafts-server"):
+        from crafts_server.home import CoordinatorHome
+        from crafts_server.service import Service
+
+        service = Service(CoordinatorHome.open(home))
+        stop = run_as_service()
+        service.start()
+        try:
+            typer.echo(json.dumps(service.ports))
+            service.work(stop)
+        finally:
+            service.stop()
+
+
+@app.command()
+def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Sign a plan and hand it to the running coordinator (or to the next that is started)."""
+    with one_line_errors("crafts-server"):
+        from crafts_core.plan import Plan
+        from crafts_server.home import CoordinatorHome
+        from crafts_server.service import queue_plan
+
+        loaded = Plan.load(plan)
+        queue_plan(CoordinatorHome.open(home), loaded)
+    _print(
+        {"hash": loaded.hash},
+        f"{loaded.study.name} waits to be trained; see crafts-server runs list",
+        as_json,
+    )
 
 
 @app.command()

@@ -77,7 +77,7 @@ class Coordinator:
         self._signed_plan = home.sign_plan(plan)
 
     @classmethod
-    def open(cls, home_path: Path, plan_hash: str) -> Self:
+    def open(cls, home_path: Path, plan_hash: str, *, on_round: OnRound = _ignore) -> Self:
         """From a home on disk and a plan that was signed in it.
 
         Raises:
@@ -91,7 +91,7 @@ class Coordinator:
             registry.close()
         verify(home.public_key, record.json.encode(), record.signature)
         plan = Plan.parse(json.loads(record.json))
-        return cls(home, plan, load(home.foundation_path))
+        return cls(home, plan, load(home.foundation_path), on_round=on_round)
 
     def run(self, grid: Grid) -> Checkpoint:
         """Run the plan's rounds, or what an earlier call left of them.

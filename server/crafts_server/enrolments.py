@@ -154,7 +154,7 @@ class Enrolments:
         Args:
             site: Whose ledger.
             ledger: The ledger's random name.
-            seen: Its head now.
+            seen: Its head now; an empty one only asks.
             hash_at_kept: Hash of its entry number ``kept.entries``, for the comparison.
 
         Raises:
@@ -167,6 +167,8 @@ class Enrolments:
                 if row is None
                 else Witness(entries=row.entries, head=row.head)
             )
+            if not seen.head:
+                return kept
             if seen.entries < kept.entries or (kept.entries and hash_at_kept != kept.head):
                 raise EnrolmentError(
                     f"the ledger was {kept.entries} entries long when it was last witnessed and is "

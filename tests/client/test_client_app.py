@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, RecordDict
 
 from crafts_client import refusals, site
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.errors import OutboxError
+from crafts_client.errors import EnrolmentError, OutboxError
 from crafts_client.outbox import REFUSED_RELEASE
 from crafts_client.policy import Rule
 from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
@@ -35,8 +35,8 @@ def hospital(home, foundation) -> Site:
     return Site(home, foundation)
 
 
-def ask(home, foundation, content: RecordDict, **context):
-    app = make_client_app(lambda path: Site(home, foundation))
+def ask(home, foundation, content: RecordDict, witness=lambda: None, **context):
+    app = make_client_app(lambda path: Site(home, foundation), witness=witness)
     config = context or {HOME_KEY: str(home.path)}
     where = Context(run_id=1, node_id=7, node_config=config, state=RecordDict(), run_config={})
     return app(flower_message(content), where)
@@ -57,6 +57,22 @@ def test_a_round_is_answered_and_charged(home, foundation, coordinator) -> None:
     assert (record.steps, record.sample_rate, record.max_grad_norm) == (2, 0.5, 1.0)
     (event,) = Ledger(home.ledger_path).events("main")
     assert (event.noise_multiplier, event.steps) == (record.noise_multiplier, 2)
+
+
+def test_no_release_leaves_unless_the_ledger_was_witnessed(home, foundation, coordinator) -> None:
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+    heads = []
+
+    def fails_once_charged() -> None:
+        heads.append(Ledger(home.ledger_path).verify().sequence)
+        if heads[-1]:
+            raise EnrolmentError("the coordinator cannot be reached")
+
+    assert ask(home, foundation, content, fails_once_charged).error.code == 116
+    assert heads == [0, 2], "asked before the round, and again with its reservation and release"
+    assert ask(home, foundation, content).has_content(), "the sealed release is sent later"
+    assert len(Ledger(home.ledger_path).events("main")) == 1
 
 
 def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinator) -> None:

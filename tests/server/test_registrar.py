@@ -18,8 +18,12 @@ from crafts_client.cli import app as client_app
 from crafts_client.enrolment import Registrar, enrol
 from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
+from crafts_client.ledger_witness import witness_ledger
 from crafts_core.foundation_manifest import verify
 from crafts_core.registrar import REGISTRAR, calls_of, messages
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.errors import LedgerTamperedError
+from crafts_privacy.ledger import Ledger
 from crafts_server.cli import app as server_app
 from crafts_server.enrolments import Enrolments
 from crafts_server.errors import PkiError
@@ -215,6 +219,48 @@ def test_a_ledger_put_back_from_a_copy_is_found(coordinator, site) -> None:
             say(3, heads[3])  # the copy of round three
         with pytest.raises(EnrolmentError, match="is another now"):
             say(5, heads[4])  # as long, with another history
+
+
+def test_a_site_finds_its_ledger_put_back_together_with_its_local_witness(
+    coordinator, site
+) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    files = [site.ledger_path, site.ledger_path.with_name(site.ledger_path.name + ".head")]
+
+    def spend(round: int) -> None:
+        event = PrivacyEvent(noise_multiplier=5.0, sample_rate=0.1, steps=1)
+        ledger = Ledger(site.ledger_path)
+        reservation = ledger.reserve(
+            cohort="main",
+            plan_hash="0" * 64,
+            run_id="r",
+            round=round,
+            stage="s",
+            event=event,
+            max_epsilon=9.0,
+            delta=1e-3,
+        )
+        ledger.commit(reservation, "0" * 64)
+
+    witness_ledger(site)
+    spend(1)
+    witness_ledger(site)
+    witness_ledger(site)
+    copies = [path.read_bytes() for path in files]
+    spend(2)
+    witness_ledger(site)
+    for path, copy in zip(files, copies, strict=True):
+        path.write_bytes(copy)
+    Ledger(site.ledger_path).verify()  # by itself it cannot know
+    with pytest.raises(LedgerTamperedError, match=r"with 4 entries, and this one \(2 entries\)"):
+        witness_ledger(site)
+    spend(7)  # as long as the real one, and another
+    with pytest.raises(LedgerTamperedError, match="does not continue it"):
+        witness_ledger(site)
+    for path in files:
+        path.unlink()
+    with pytest.raises(LedgerTamperedError, match=r"this one \(0 entries\)"):
+        witness_ledger(site)
 
 
 def test_an_unforeseen_error_keeps_its_text(coordinator, site, monkeypatch) -> None:

@@ -1,0 +1,231 @@
+"""Flower's SuperNode beside us, and our executor on it.
+
+All of the client's private imports of Flower are here; ``tests/server/test_superlink.py`` is their
+contract test. The SuperNode (a stock process, outbound HTTPS only) keeps the connection; it is told
+to start nothing (``--isolation process``). This process asks it for work on loopback with a secret
+that no other user can read, takes client tasks only, compares the bundle with what is installed,
+and calls the installed ClientApp: nothing that came over the network is ever imported.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import (
+    pull_task_input,
+    push_message,
+    push_task_output,
+)
+
+from crafts_client.client_app import HOME_KEY
+from crafts_client.enrolment import CoordinatorRecord
+from crafts_client.home import SiteHome
+from crafts_core import bundle
+
+log = logging.getLogger(__name__)
+
+BUNDLE_REFUSED = Error(115, "the run's bundle is not the installed version's; nothing was loaded")
+_POLL_S = 0.5
+_BACK_OFF_S = 60.0
+"""Flower takes a node for online so long after it vanished, and refuses it meanwhile."""
+_RETRY_S = 120.0
+"""The SuperNode may be started again while a task is worked on."""
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+class SuperNode:
+    """The stock SuperNode process, started again whenever it ends."""
+
+    def __init__(self, home: SiteHome, record: CoordinatorRecord) -> None:
+        self._home, self._record = home, record
+        self.port = _free_port()
+        self._secret_path = home.path / "keys" / "executor.secret"
+        self.secret = secrets.token_bytes(32)
+        self._secret_path.unlink(missing_ok=True)
+        descriptor = os.open(self._secret_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(self.secret)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended_at = -_BACK_OFF_S
+
+    def supervise(self) -> None:
+        """Start the process if it is not running; call this every now and then."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        now = time.monotonic()
+        if self._process is not None:
+            log.warning(
+                "the SuperNode ended with status %s (supernode.log); starting it again in %.0f s",
+                self._process.returncode,
+                _BACK_OFF_S,
+            )
+            self._process, self._ended_at = None, now
+        if now - self._ended_at < _BACK_OFF_S:
+            return
+        with (self._home.path / "supernode.log").open("ab") as log_file:
+            self._process = subprocess.Popen(  # noqa: S603  # our own words, no shell
+                self._command(),
+                env=_environment(self._home),
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def stop(self) -> None:
+        """End it politely, so that the coordinator knows at once."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _command(self) -> list[str]:
+        keys = (self._home.path / "keys").resolve()
+        options = {
+            "--superlink": self._record.fleet_address,
+            "--root-certificates": str(keys / "ca.crt"),
+            "--auth-supernode-private-key": str(keys / "node.key"),
+            "--isolation": "process",
+            "--superexec-auth-secret-file": str(self._secret_path.resolve()),
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--node-config": f'{HOME_KEY}="{self._home.path.resolve()}"',
+        }
+        program = Path(sys.executable).with_name("flower-supernode")
+        return [str(program), *(word for pair in options.items() for word in pair)]
+
+
+class Executor:
+    """Takes the site's tasks one after the other; the ClientApp and its model stay warm."""
+
+    def __init__(self, port: int, secret: bytes, app: ClientApp) -> None:
+        self._address = f"127.0.0.1:{port}"
+        self._app = app
+        self._waiting = self._client(
+            SuperExecAuthHttpInterceptor(
+                master_secret=secret, protected_methods=frozenset({_ACQUIRE})
+            )
+        )
+
+    def work_once(self) -> bool:
+        """Do one task if there is one; whether there was.
+
+        A SuperNode that is not up yet, or gone, has no task.
+        """
+        try:
+            # Never an agent, a connector or a model: only what this module runs.
+            wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+            token = self._waiting.AcquireTask(wanted).token
+        except httpx.HTTPError:
+            return False
+        if not token:
+            return False
+        client = self._client(RuntimeTokenHttpInterceptor(token), retry_s=_RETRY_S)
+        heartbeat = HeartbeatSender(lambda: _beat(client))
+        heartbeat.start()
+        try:
+            self._answer(client)
+        except httpx.HTTPError as error:
+            # The answer is sealed in the outbox: asked again, the site sends the same.
+            log.warning("a task was lost on the way: %s", type(error).__name__)
+        finally:
+            heartbeat.stop()
+            client.close()
+        return True
+
+    def _answer(self, client: RuntimeHttpClient) -> None:
+        message, context, _run, fab = pull_task_input(client)
+        if bundle.is_ours(fab.content):
+            reply = self._call(message, context)
+        else:
+            log.warning("refused code=%d error=Bundle", BUNDLE_REFUSED.code)
+            reply = Message(BUNDLE_REFUSED, reply_to=message)
+        push_message(client, reply, context)
+        push_task_output(client, context, SubStatus.COMPLETED, "")
+
+    def _call(self, message: Message, context: Context) -> Message:
+        """The installed app; it answers every error itself, except that it lacks a handler."""
+        try:
+            return self._app(message, context)
+        except Exception as error:  # its text stays here
+            log.warning("refused error=%s", type(error).__name__)
+            return Message(Error(100, "the site cannot answer this"), reply_to=message)
+
+    def _client(self, *interceptors: Any, retry_s: float = 0.0) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self._address,
+            insecure=True,  # loopback, where TLS would guard nothing that the token does not
+            root_certificates=None,
+            interceptors=[RuntimeVersionHttpInterceptor("crafts-client"), *interceptors],
+            # Flower's own retries never end, and end this process when it is not authorised.
+            retry_invoker=RetryInvoker(
+                lambda: exponential(max_delay=5),
+                httpx.TransportError,
+                max_tries=None,
+                max_time=retry_s,
+            ),
+        )
+
+
+def _beat(client: RuntimeHttpClient) -> bool:
+    """Say that the task is worked on. That its run is over meanwhile is seen with the answer."""
+    try:
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def join(home: SiteHome, record: CoordinatorRecord, app: ClientApp, stop: threading.Event) -> None:
+    """Take part until ``stop`` is set."""
+    node = SuperNode(home, record)
+    executor = Executor(node.port, node.secret, app)
+    try:
+        while not stop.is_set():
+            node.supervise()
+            if not executor.work_once():
+                stop.wait(_POLL_S)
+    finally:
+        node.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(home: SiteHome) -> dict[str, str]:
+    """Flower reports nothing, looks for no update, installs nothing, and uses no proxy inside."""
+    nearby = "127.0.0.1,localhost"
+    known = os.environ.get("NO_PROXY", "")
+    return os.environ | {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_HOME": str((home.path / "flower").resolve()),
+        "NO_PROXY": f"{known},{nearby}" if known else nearby,
+    }

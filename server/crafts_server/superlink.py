@@ -1,0 +1,298 @@
+"""Flower's SuperLink inside the coordinator's process, and a Grid on it.
+
+All of the coordinator's private imports of Flower are here; ``tests/server/test_superlink.py`` is
+their contract test. Flower's APIs share one port, and most of them would let whoever reaches it
+start code at every site. So only what nodes need is reachable at all: one TLS listener that
+answers POST below ``/v1/fleet/``, with a size limit, and 404 to everything else. The round loop
+talks to the same state by function calls: there is no control port and no executor to protect.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import uvicorn
+from cryptography.hazmat.primitives import serialization
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    TRANSPORT_TYPE_GRPC_RERE,
+    SubStatus,
+)
+from flwr.server.superlink.linkstate import LinkState
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.superlink.main import create_app
+from flwr.superlink.servicer.runtime import runtime_handlers
+
+from crafts_core import __version__, bundle
+from crafts_server.errors import ServerError
+from crafts_server.pki import Pki
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 << 20
+"""Flower cuts arrays into pieces of 5 MB; nothing legal is larger."""
+_HEARTBEAT_S = 20.0
+_CLOSED = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class SuperLink:
+    """The SuperLink, listening from ``start`` to ``stop``."""
+
+    def __init__(self, *, database: Path, pki: Pki, host: str, port: int) -> None:
+        """Open the state; nothing listens yet.
+
+        Args:
+            database: SQLite file of nodes, runs and messages under way.
+            pki: Whose server certificate is shown.
+            host: Address to bind.
+            port: 0 takes a free one.
+        """
+        config = SuperLinkLifespanConfig(
+            control_address="",
+            health_server_address=None,
+            host=host,
+            port=port,
+            insecure=False,
+            certificates=None,
+            superexec_auth_secret=None,
+            authn_plugin=NoOpControlAuthnPlugin(),
+            event_log_plugin=None,
+            fleet_event_log_plugin=None,
+            enable_event_log=False,
+            artifact_provider=None,
+            enable_supernode_auth=True,
+            fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+            fleet_api_address=None,
+            simulation=False,
+            ssl_ca_certfile=None,
+            ssl_certfile=None,
+            ssl_keyfile=None,
+            database=str(database),
+            isolation="process",
+            runtime_dependency_install=False,
+        )
+        app = create_app(config, _NothingElse)  # type: ignore[arg-type]  # our stand-in, see below
+        self._factory = app.state.linkstate_factory
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                _fleet_only(app),
+                host=host,
+                port=port,
+                ssl_certfile=str(pki.folder / "server.crt"),
+                ssl_keyfile=str(pki.folder / "server.key"),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._thread = threading.Thread(target=self._server.run, name="superlink", daemon=True)
+
+    @property
+    def state(self) -> LinkState:
+        """Flower's state; its objects are safe to use from any thread."""
+        return cast(LinkState, self._factory.state())
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return int(self._server.servers[0].sockets[0].getsockname()[1])
+
+    def start(self, *, timeout_s: float = 30.0) -> None:
+        """Listen.
+
+        Raises:
+            ServerError: the port is taken, or the certificate cannot be used.
+        """
+        self._thread.start()
+        deadline = time.monotonic() + timeout_s
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                config = self._server.config
+                raise ServerError(
+                    f"cannot listen on {config.host}:{config.port} for sites; is another "
+                    "coordinator running?"
+                )
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Finish what is being answered and close."""
+        self._server.should_exit = True
+        self._thread.join(timeout=30)
+
+    def admit(self, site: str, node_public_key: str) -> None:
+        """Let the node with this key (a line as in OpenSSH) connect. Again is fine."""
+        key = _as_flower_has_it(node_public_key)
+        if self.state.get_node_id_by_public_key(key) is None:
+            self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=site)
+
+    def dismiss(self, node_public_key: str) -> None:
+        """The node with this key may connect no more. Again is fine."""
+        node_id = self.state.get_node_id_by_public_key(_as_flower_has_it(node_public_key))
+        if node_id is not None:
+            self.state.delete_node(NOOP_FLWR_AID, node_id)
+
+    @contextmanager
+    def grid(self) -> Iterator[Grid]:
+        """A Grid for one run of the code-free bundle; the run ends with the context."""
+        state = self.state
+        fab = _bundle()
+        state.store_app(
+            fab=fab,
+            federation_id=NOOP_FEDERATION_ID,
+            app_id=f"@{bundle.PUBLISHER}/{bundle.NAME}",
+            app_type=TaskType.SERVER_APP,
+            added_by=NOOP_FLWR_AID,
+        )
+        run_id = state.create_run(
+            f"{bundle.PUBLISHER}/{bundle.NAME}",
+            __version__,
+            fab.hash_str,
+            {},
+            NOOP_FEDERATION_ID,
+            None,
+            NOOP_FLWR_AID,
+            TaskType.SERVER_APP,
+        )
+        (run,) = state.get_run_info(run_ids=[run_id])
+        task_id = cast(int, run.primary_task_id)
+        if not (state.claim_task(task_id) and state.activate_task(task_id)):
+            raise ServerError("Flower did not start the run; see the log")
+        TaskIdentity.task_id, TaskIdentity.run_id = task_id, run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        over = threading.Event()
+        beating = threading.Thread(
+            target=self._heartbeats, args=(task_id, over), name="run heartbeat", daemon=True
+        )
+        beating.start()
+        grid = _StateGrid(state, task_id)
+        grid.set_run(run)
+        try:
+            yield grid
+        except BaseException:
+            state.finish_task(task_id, SubStatus.FAILED, "")
+            raise
+        else:
+            state.finish_task(task_id, SubStatus.COMPLETED, "")
+        finally:
+            over.set()
+            beating.join()
+
+    def _heartbeats(self, task_id: int, over: threading.Event) -> None:
+        while not over.wait(_HEARTBEAT_S):
+            try:
+                self.state.acknowledge_task_heartbeat(task_id)
+            except Exception:  # a busy database now is answered by the next beat
+                log.exception("a heartbeat of the run failed")
+
+
+class _NothingElse:
+    """Stands where Flower starts executors and older servers of its own: there are none."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def startup(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+
+class _StateGrid(HttpGrid):
+    """Flower's Grid with function calls where it makes HTTP requests."""
+
+    def __init__(self, state: LinkState, task_id: int) -> None:
+        super().__init__(token="in this process")  # noqa: S106  # no token is ever sent
+        self._state, self._task_id = state, task_id
+
+    @property
+    def _runtime_client(self) -> Any:
+        (task,) = self._state.get_tasks(task_ids=[self._task_id])
+        return _InProcess(self._state, task)
+
+
+class _InProcess:
+    """The five calls that the Grid makes, answered by the handlers that HTTP would reach."""
+
+    def __init__(self, state: LinkState, task: Any) -> None:
+        self._context = (state, task)
+
+    def GetNodes(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.get_nodes(request, *self._context)
+
+    def PushMessages(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.push_messages(request, *self._context)
+
+    def PushObject(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.push_object(request, *self._context)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.pull_messages(request, *self._context)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.pull_object(request, *self._context)
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.confirm_message_received(request, *self._context)
+
+
+def _as_flower_has_it(node_public_key: str) -> bytes:
+    key = serialization.load_ssh_public_key(node_public_key.encode())
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def _bundle() -> Fab:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / bundle.FILE).write_text(bundle.TEXT, encoding="utf-8")
+        content = build_fab_from_disk(Path(folder))
+    return Fab(sha256(content).hexdigest(), content, {})
+
+
+def _fleet_only(app: Any) -> Any:
+    """Answer what nodes need; for the rest there is nothing here."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await app(scope, receive, send)
+            return
+        path = str(scope.get("path", ""))
+        is_fleet = path.startswith("/v1/fleet/") and path not in _CLOSED
+        if scope["type"] != "http" or scope["method"] != "POST" or not is_fleet:
+            await _answer(send, 404)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if not length.isdigit():
+            await _answer(send, 411)
+        elif int(length) > MAX_BODY_BYTES:
+            await _answer(send, 413)
+        else:
+            await app(scope, receive, send)
+
+    return serve
+
+
+async def _answer(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
