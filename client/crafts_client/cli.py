@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_core import __version__
-from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
+from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 
 if TYPE_CHECKING:
-    from crafts_core.plan import Plan
     from crafts_privacy.accounting import PrivacyEvent
     from crafts_privacy.audit import OneRun
     from crafts_privacy.ledger import Ledger
@@ -30,18 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 policy_app = typer.Typer(no_args_is_help=True, help="What this site allows.")
-plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
-foundation_app = typer.Typer(no_args_is_help=True, help="The public starting point of a study.")
 ledger_app = typer.Typer(no_args_is_help=True, help="What this site has spent.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
-app.add_typer(plan_app, name="plan")
-app.add_typer(foundation_app, name="foundation")
-
-Home = Annotated[
-    Path, typer.Option("--home", envvar="CRAFTS_SITE_HOME", help="Folder of the site home.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+app.add_typer(network_app)
 
 
 @app.callback()
@@ -92,6 +84,7 @@ def init(
             max_update_norm=100.0,
             allow_non_private=False,
             require_secure_aggregation=False,
+            require_approval=True,
         )
         SiteHome.create(home, config, policy)
     typer.echo(f"site home {home}; read policy.toml, then run: crafts-client ingest TABLE")
@@ -200,139 +193,6 @@ def report(
         typer.echo("\n".join(map(str, files)))
     if result.unsubstantiated:
         raise typer.Exit(1)
-
-
-@app.command()
-def enroll(
-    host: Annotated[str, typer.Argument(help="The coordinator: HOST or HOST:PORT.")],
-    token: Annotated[str, typer.Option(help="As crafts-server sites invite printed it.")],
-    home: Home = Path("site"),
-    as_json: AsJson = False,
-) -> None:
-    """Become a site of a coordinator. Keys are made here; only a signing request leaves."""
-    from crafts_client.enrolment import enrol
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        record = enrol(site, host, token)
-    if as_json:
-        typer.echo(record.model_dump_json())
-        return
-    typer.echo(f"enrolled as {record.site}; authority {record.ca_fingerprint}")
-    if record.signer not in site.policy.allowed_signers:
-        typer.echo(
-            "compare that with the coordinator by telephone; then, to accept plans that it signs, "
-            f'put this key into allowed_signers of policy.toml: "{record.signer}"'
-        )
-
-
-@app.command()
-def join(
-    home: Home = Path("site"),
-    debug: Annotated[
-        bool, typer.Option(help="Log the texts of errors too; they may name files and patients.")
-    ] = False,
-) -> None:
-    """Take part in the coordinator's studies, as the policy allows, until Ctrl-C."""
-    with one_line_errors("crafts-client"):
-        from crafts_client.client_app import make_client_app
-        from crafts_client.enrolment import coordinator_record
-        from crafts_client.ledger_witness import witness_ledger
-        from crafts_client.site import Site
-        from crafts_client.supernode import join as take_part
-
-        opened = SiteHome.open(home)
-        record = coordinator_record(opened)
-        site = Site.open(home)  # what is missing is said now, not in the first round
-        stop = run_as_service(debug=debug)
-        try:
-            client_app = make_client_app(lambda _: site, witness=lambda: witness_ledger(opened))
-            take_part(opened, record, client_app, stop)
-        finally:
-            site.close()
-
-
-@plan_app.command("list")
-def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """The plans that the coordinator signed, and what this site's policy says to each."""
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        told: list[dict[str, Any]] = [
-            {
-                "hash": plan.hash,
-                "study": plan.study.name,
-                "rounds": plan.num_rounds,
-                "target_epsilon": plan.privacy.target_epsilon,
-                "refused": refused,
-            }
-            for plan, refused in _offered_plans(site)
-        ]
-    if as_json:
-        typer.echo(json.dumps(told))
-        return
-    for each in told:
-        verdict = "; ".join(each["refused"]) or "allowed"
-        typer.echo(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
-    if not told:
-        typer.echo("the coordinator has no plan yet")
-
-
-@plan_app.command("show")
-def plan_show(
-    plan_hash: Annotated[str, typer.Argument(help="Beginning of a plan's hash.")],
-    home: Home = Path("site"),
-) -> None:
-    """The whole plan as JSON."""
-    from crafts_client.errors import EnrolmentError
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        found = [plan for plan, _ in _offered_plans(site) if plan.hash.startswith(plan_hash)]
-        if len(found) != 1:
-            raise EnrolmentError(
-                f"{len(found)} plans begin with {plan_hash!r}; see crafts-client plan list"
-            )
-    typer.echo(json.dumps(found[0].model_dump(mode="json"), indent=1))
-
-
-def _offered_plans(site: SiteHome) -> "list[tuple[Plan, list[str]]]":
-    """The coordinator's plans, and why this site would not take part."""
-    from crafts_client.enrolment import Registrar
-    from crafts_client.policy import PolicyError
-    from crafts_client.signed_plan import SignedPlan, open_signed_plan
-    from crafts_core.plan import Plan
-
-    with Registrar(site) as registrar:
-        signed = registrar.call("ListPlans").plans
-    offered = []
-    for each in signed:
-        plan = Plan.parse(json.loads(each.json))
-        refused: list[str] = []
-        try:
-            open_signed_plan(
-                SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
-                site.policy,
-            )
-        except PolicyError as error:
-            refused.append(str(error))
-        size = site.config.declared_patients
-        refused += [str(error) for error in site.policy.violations(plan, declared_patients=size)]
-        offered.append((plan, refused))
-    return offered
-
-
-@foundation_app.command("fetch")
-def foundation_fetch(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Get the coordinator's foundation, file by file, checked; goes on where it stopped."""
-    from crafts_client.foundation_fetch import fetch_foundation
-
-    with one_line_errors("crafts-client"), progress_bars() as progress:
-        site = SiteHome.open(home)
-        path, manifest = fetch_foundation(site, progress)
-    _print(
-        {"foundation": str(path), "hash": manifest.hash, "site.toml": f'foundation = "{path}"'},
-        as_json,
-    )
 
 
 @policy_app.command("show")

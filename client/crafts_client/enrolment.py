@@ -163,6 +163,13 @@ def coordinator_record(home: SiteHome) -> CoordinatorRecord:
         raise EnrolmentError(f"cannot read {home.coordinator_path}; enroll again") from error
 
 
+def forget_coordinator(home: SiteHome) -> None:
+    """Remove what belongs to the coordinator. Again is fine."""
+    home.coordinator_path.unlink(missing_ok=True)
+    for name in ("tls.key", "tls.crt", "node.key", "ca.crt"):
+        (home.path / "keys" / name).unlink(missing_ok=True)
+
+
 def _call(channel: grpc.Channel, service: str, name: str, request: Any) -> Any:
     call = calls_of(service)[name]
     stub = channel.unary_unary(

@@ -9,6 +9,7 @@
     ingest.json         what ingest did, with names: for the operator only (0600)
     keys/               certificate, its key, the node's key (0600), the coordinator's authority
     coordinator.json    where the coordinator is
+    approved.json       the plans that a person here approved
     patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600)
     ledger.db           what was spent
     audit.json          the newest audit of the engine
@@ -25,6 +26,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crafts_client.approvals import Approvals
 from crafts_client.errors import HomeError
 from crafts_client.ingest import Salt
 from crafts_client.policy import Policy
@@ -141,6 +143,11 @@ class SiteHome:
     def coordinator_path(self) -> Path:
         """What was agreed at enrolment."""
         return self.path / "coordinator.json"
+
+    @property
+    def approvals(self) -> Approvals:
+        """The plans that a person here approved."""
+        return Approvals(self.path / "approved.json")
 
     @property
     def leakage_path(self) -> Path:

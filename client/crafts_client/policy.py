@@ -6,7 +6,7 @@ in a message can loosen a policy, and what no rule knows is refused by the parse
 """
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -42,6 +42,7 @@ class Rule(StrEnum):
     FACTOR = "factor"
     REPLAY = "replay"
     UPDATE_NORM = "update_norm"
+    APPROVAL = "approval"
 
 
 class PolicyError(CraftsError):
@@ -74,6 +75,8 @@ class Policy(BaseModel):
     allow_non_private: bool
     """Training without noise: for synthetic or public data only."""
     require_secure_aggregation: bool
+    require_approval: bool
+    """A person here reads every plan and approves it, before its first round."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -106,6 +109,22 @@ class Policy(BaseModel):
                 rule(self, Asked(plan, declared_patients))
             except PolicyError as violation:
                 yield violation
+
+    def check_approved(self, plan: Plan, approved: Container[str]) -> None:
+        """Somebody here said yes to exactly this plan, where the policy wants that.
+
+        Args:
+            plan: As it was signed.
+            approved: Hashes of the approved plans.
+
+        Raises:
+            PolicyError: rule ``approval``.
+        """
+        if self.require_approval and plan.hash not in approved:
+            raise PolicyError(
+                Rule.APPROVAL,
+                f"nobody here approved the plan; run crafts-client plan approve {plan.hash[:16]}",
+            )
 
     def check_noise(self, mechanism: Mechanism) -> None:
         """The calibrated noise must not be weaker than the site's floor.

@@ -73,6 +73,7 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.FACTOR: Refusal(136, "policy: the round trains another factor"),
     Rule.REPLAY: Refusal(137, "policy: the round was answered before, from another checkpoint"),
     Rule.UPDATE_NORM: Refusal(138, "policy: the update is longer than the site lets out"),
+    Rule.APPROVAL: Refusal(139, "policy: nobody at the site has approved the plan yet"),
 }
 
 

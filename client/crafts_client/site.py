@@ -108,6 +108,7 @@ class Site:
         config, policy, request = self._home.config, self._home.policy, message.request
         plan = open_signed_plan(message.plan, policy)
         policy.check_plan(plan, declared_patients=config.declared_patients)
+        policy.check_approved(plan, self._home.approvals.all())
         planned = check_request(plan, request, foundation_hash=self._foundation.manifest.hash)
         sealed = self._outbox.find(request)
         if sealed is not None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ from flwr.supernode.runtime.run_clientapp import (
 
 from crafts_client.client_app import HOME_KEY
 from crafts_client.enrolment import CoordinatorRecord
+from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_core import bundle
+from crafts_core.durable import exclusive_lock
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +133,10 @@ class Executor:
             )
         )
 
+    def close(self) -> None:
+        """Close the connection to the SuperNode."""
+        self._waiting.close()
+
     def work_once(self) -> bool:
         """Do one task if there is one; whether there was.
 
@@ -201,15 +208,31 @@ def _beat(client: RuntimeHttpClient) -> bool:
 
 def join(home: SiteHome, record: CoordinatorRecord, app: ClientApp, stop: threading.Event) -> None:
     """Take part until ``stop`` is set."""
-    node = SuperNode(home, record)
-    executor = Executor(node.port, node.secret, app)
+    with _the_only_one(home):
+        node = SuperNode(home, record)
+        executor = Executor(node.port, node.secret, app)
+        try:
+            while not stop.is_set():
+                node.supervise()
+                if not executor.work_once():
+                    stop.wait(_POLL_S)
+        finally:
+            executor.close()
+            node.stop()
+
+
+def is_running(home: SiteHome) -> bool:
+    """Whether a process is taking part with this home now."""
     try:
-        while not stop.is_set():
-            node.supervise()
-            if not executor.work_once():
-                stop.wait(_POLL_S)
-    finally:
-        node.stop()
+        with _the_only_one(home):
+            return False
+    except HomeError:
+        return True
+
+
+def _the_only_one(home: SiteHome) -> AbstractContextManager[None]:
+    held = HomeError(f"another crafts-client join is running in {home.path}")
+    return exclusive_lock(home.path / "join.lock", held=held)
 
 
 def _free_port() -> int:

@@ -1,9 +1,14 @@
 """Files and directories that are there completely or not at all, also after a power failure."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+_POLL_S = 0.02
 
 
 def write_file(path: Path, content: bytes | str, *, mode: int = 0o644) -> None:
@@ -48,6 +53,31 @@ def create_secret(path: Path, content: bytes) -> None:
         FileExistsError: there is a file already; a secret is never replaced.
     """
     _write_synced(path, content, 0o600)
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, held: Exception, timeout_s: float = 0.0) -> Iterator[None]:
+    """Hold an advisory lock on ``path``; the kernel frees it when the process dies.
+
+    Args:
+        path: Made if it is missing; never removed.
+        held: Raised when another process or thread held it for the whole time.
+        timeout_s: How long to wait for it.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise held from error
+                time.sleep(_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def append_line(path: Path, line: str, *, mode: int = 0o644) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, 
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
-from crafts_core.durable import sync
+from crafts_core.durable import exclusive_lock, sync
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
 from crafts_privacy.ledger_rows import (
     FORMAT_VERSION,
@@ -30,7 +30,7 @@ from crafts_privacy.ledger_rows import (
     check_chain,
     genesis_hash,
 )
-from crafts_privacy.witness import LedgerHead, exclusive_lock, read_head, write_head
+from crafts_privacy.witness import LedgerHead, read_head, write_head
 
 
 class LedgerTransaction:
@@ -91,9 +91,13 @@ class LedgerStore:
             LedgerTamperedError: the files are not what was written.
             LedgerError: somebody else holds the lock, or the disk refuses.
         """
+        held = LedgerError(
+            f"another process has held the ledger for {self._lock_timeout_s:g} s "
+            f"({self._lock_path}); wait for it to finish, then try again"
+        )
         try:
             with (
-                exclusive_lock(self._lock_path, self._lock_timeout_s),
+                exclusive_lock(self._lock_path, held=held, timeout_s=self._lock_timeout_s),
                 Session(self._engine) as session,
             ):
                 yield self._verified(session)

@@ -10,9 +10,7 @@
     spool/RUN/         updates of the open round
 """
 
-import fcntl
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from typing import Annotated, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from crafts_core.durable import write_file
+from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import Plan, describe_first_error
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
@@ -160,17 +158,9 @@ class CoordinatorHome:
         Raises:
             HomeError: another process holds it.
         """
-        descriptor = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise HomeError(
-                    f"another coordinator runs in {self.path}; wait for it or stop it"
-                ) from error
+        held = HomeError(f"another coordinator runs in {self.path}; wait for it or stop it")
+        with exclusive_lock(self.path / _LOCK, held=held):
             yield
-        finally:
-            os.close(descriptor)
 
     def _key(self) -> Ed25519PrivateKey:
         return load_signing_key(self.path / _KEY)

@@ -148,6 +148,13 @@ class RegistrarService:
             raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
         return messages.WitnessLedgerReply(entries=kept.entries, head=kept.head)
 
+    def Leave(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
+        """The site goes by its own wish; its certificate and node count no more."""
+        site = self._site(context)
+        self._enrolments.revoke(site)
+        log.info("left site=%s", site)
+        return messages.LeaveReply()
+
     def _site(self, context: grpc.ServicerContext) -> str:
         """The site that the client certificate speaks for."""
         pem = context.auth_context().get("x509_pem_cert", [b""])[0]

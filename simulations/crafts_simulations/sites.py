@@ -137,6 +137,7 @@ def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
         # The patients of a simulation are drawn, or belong to whoever runs it.
         "allow_non_private": privacy.mechanism == "none",
         "require_secure_aggregation": False,
+        "require_approval": False,
     }
     try:
         return Policy.model_validate(values | changes)

@@ -75,6 +75,25 @@ def test_no_release_leaves_unless_the_ledger_was_witnessed(home, foundation, coo
     assert len(Ledger(home.ledger_path).events("main")) == 1
 
 
+def test_a_plan_trains_only_while_somebody_here_approves_it(
+    tmp_path, foundation, coordinator
+) -> None:
+    home = make_site_home(
+        tmp_path / "careful", foundation, coordinator.public_key, require_approval=True
+    )
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+
+    assert ask(home, foundation, content).error == error_of(Rule.APPROVAL)
+    assert Ledger(home.ledger_path).entries() == ()
+    home.approvals.approve(plan)
+    assert ask(home, foundation, content).has_content()
+    home.approvals.take_back(plan)
+    assert ask(home, foundation, content).error == error_of(Rule.APPROVAL)
+    (home.path / "approved.json").write_text("{")
+    assert ask(home, foundation, content).error.code == 112, "what cannot be read approves nothing"
+
+
 def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinator) -> None:
     plan = coordinator.plan()
 

@@ -45,7 +45,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
 
     assert surface.keys() == {
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
-        *("attack", "withdraw", "enroll", "join", "plan", "plan list", "plan show"),
+        *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
+        *("plan", "plan list", "plan show", "plan approve"),
         *("foundation", "foundation fetch"),
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from crafts_core.durable import exclusive_lock
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.ledger import (
@@ -17,7 +18,7 @@ from crafts_privacy.ledger import (
     LedgerTamperedError,
     Reservation,
 )
-from crafts_privacy.witness import exclusive_lock, read_head, write_head
+from crafts_privacy.witness import read_head, write_head
 
 PLAN = "a" * 64
 RELEASE = "b" * 64
@@ -402,7 +403,10 @@ def test_a_crash_during_creation_leaves_a_usable_ledger(path: Path, ledger: Ledg
 
 def test_a_second_process_waits_then_is_refused(path: Path, ledger: Ledger) -> None:
     lock = path.with_name(path.name + ".lock")
-    with exclusive_lock(lock, 1.0), pytest.raises(LedgerError, match="another process"):
+    with (
+        exclusive_lock(lock, held=RuntimeError()),
+        pytest.raises(LedgerError, match="another process"),
+    ):
         Ledger(path, lock_timeout_s=0.1)
     assert Ledger(path, lock_timeout_s=0.1).entries() == ()
 

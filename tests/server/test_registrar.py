@@ -1,13 +1,20 @@
 """Enrolment and registrar over TLS on loopback: a site's whole way in, strangers outside."""
 
 import json
+import shutil
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -261,6 +268,102 @@ def test_a_site_finds_its_ledger_put_back_together_with_its_local_witness(
         path.unlink()
     with pytest.raises(LedgerTamperedError, match=r"this one \(0 entries\)"):
         witness_ledger(site)
+
+
+def test_a_site_that_leaves_is_revoked_and_keeps_what_it_owns(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    left = CliRunner().invoke(client_app, ["leave", "--home", str(site.path)])
+    assert left.exit_code == 0, left.output
+    assert [each.revoked_at is None for each in coordinator.enrolments.sites()] == [False]
+    assert not site.coordinator_path.exists()
+    assert not list((site.path / "keys").iterdir())
+    assert site.tile_store_path.exists()
+    again = CliRunner().invoke(client_app, ["leave", "--home", str(site.path)])
+    assert again.exit_code == 1
+    assert "this site is not enrolled" in again.output
+
+
+class TestDoctor:
+    """Each thing that is wrong is named, with how to mend it; the other checks go on."""
+
+    @pytest.fixture
+    def enrolled(self, coordinator, site) -> SiteHome:
+        enrol(site, coordinator.host, coordinator.invite("north"))
+        return site
+
+    def findings(self, site: SiteHome) -> dict[str, tuple[str, str]]:
+        result = CliRunner().invoke(client_app, ["doctor", "--json", "--home", str(site.path)])
+        found = {
+            each["subject"]: (each["verdict"], each["found"]) for each in json.loads(result.stdout)
+        }
+        bad = any(verdict == "problem" for verdict, _ in found.values())
+        assert result.exit_code == int(bad)
+        return found
+
+    def test_a_site_in_order(self, enrolled) -> None:
+        found = self.findings(enrolled)
+        bad = {subject for subject, (verdict, _) in found.items() if verdict != "ok"}
+        assert bad == {"fleet", "signer"}, "nothing listens there; the policy trusts another key"
+        assert "cannot be reached directly" in found["fleet"][1]
+
+    def test_a_site_before_anything(self, site) -> None:
+        for name in ("tiles", "keys"):
+            shutil.rmtree(site.path / name, ignore_errors=True)
+        found = self.findings(site)
+        assert found["enrolment"][0] == found["data"][0] == "problem"
+        assert found["disk"][0] == "ok"
+
+    def test_tls_inspection(self, enrolled, tmp_path, monkeypatch) -> None:
+        other = Pki.create(tmp_path / "inspector", ["localhost"])
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(other.folder / "server.crt", other.folder / "server.key")
+        with self.listening(enrolled, context):
+            assert "another authority" in self.findings(enrolled)["fleet"][1]
+
+    @pytest.mark.parametrize(("hours", "verdict"), [(0, "ok"), (7, "problem")])
+    def test_the_clock(self, enrolled, coordinator, hours: int, verdict: str) -> None:
+        folder, context = coordinator.pki.folder, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "server.crt", folder / "server.key")
+        with self.listening(enrolled, context, skew=timedelta(hours=hours)):
+            found = self.findings(enrolled)
+        assert found["fleet"][0] == "ok"
+        assert found["clock"][0] == verdict
+
+    def test_revoked(self, enrolled, coordinator) -> None:
+        coordinator.enrolments.revoke("north")
+        assert "revoked or replaced" in self.findings(enrolled)["registrar"][1]
+
+    def test_keys_that_others_may_read(self, enrolled) -> None:
+        (enrolled.path / "keys" / "tls.key").chmod(0o640)
+        assert self.findings(enrolled)["keys"][1] == "others may read tls.key"
+
+    def test_a_device_that_is_not_there(self, enrolled) -> None:
+        text = (enrolled.path / "site.toml").read_text()
+        (enrolled.path / "site.toml").write_text(text.replace('"cpu"', '"cuda:7"'))
+        if not torch.cuda.is_available():
+            assert "finds no CUDA device" in self.findings(enrolled)["device"][1]
+
+    @contextmanager
+    def listening(self, site, context, *, skew=timedelta()) -> Iterator[None]:
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(404)
+                self.end_headers()
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return format_datetime(datetime.now(UTC) + skew, usegmt=True)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with HTTPServer(("127.0.0.1", 0), Answer) as server:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            record = json.loads(site.coordinator_path.read_text())
+            record["fleet_address"] = f"localhost:{server.server_port}"
+            site.coordinator_path.write_text(json.dumps(record))
+            yield
+            server.shutdown()
 
 
 def test_an_unforeseen_error_keeps_its_text(coordinator, site, monkeypatch) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from crafts_client.home import SiteHome
 from crafts_core import bundle
 from crafts_core.plan import Plan
 from crafts_privacy.ledger import Ledger
@@ -128,14 +129,22 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, programs)
     sites = {}
     for index, name in enumerate(("north", "south")):
         site = make_site_home(
-            tmp_path / name, foundation, home.public_key, name=name, seed=index, max_rounds=100
+            *(tmp_path / name, foundation, home.public_key),
+            name=name,
+            seed=index,
+            require_approval=True,
         )
         invited = json.loads(
             programs.run("crafts-server", "sites", "invite", name, "--json", *server)
         )
         words = invited["command"].split()[1:]
         programs.run("crafts-client", *words, "--home", site.path)
-        programs.start(name, "crafts-client", "join", "--home", site.path)
+        checked = json.loads(programs.run("crafts-client", "doctor", "--json", *at(site)))
+        assert {each["subject"] for each in checked} >= {"fleet", "clock", "registrar", "ledger"}
+        assert not json.loads(programs.run("crafts-client", "status", "--json", *at(site)))[
+            "running"
+        ]
+        programs.start(name, "crafts-client", "join", *at(site))
         sites[name] = site
 
     values = plan_values(foundation.manifest.hash)
@@ -145,6 +154,8 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, programs)
     file = tmp_path / "plan.json"
     file.with_suffix(".toml").write_text(_toml(values))
     programs.run("crafts-server", "train", file.with_suffix(".toml"), *server)
+    for site in sites.values():
+        programs.run("crafts-client", "plan", "approve", plan.hash[:12], *at(site))
 
     def rounds() -> int:
         runs = json.loads(programs.run("crafts-server", "runs", "list", "--json", *server))
@@ -160,9 +171,18 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, programs)
     for name, site in sites.items():
         events = Ledger(site.ledger_path).events("main")
         assert len(events) == plan.num_rounds, f"{name} was charged once for each round"
+        told = json.loads(programs.run("crafts-client", "status", "--json", *at(site)))
+        assert (told["running"], told["rounds_answered"]) == (True, plan.num_rounds)
+    programs.run("crafts-client", "leave", *at(sites["south"]))
+    left = json.loads(programs.run("crafts-server", "sites", "list", "--json", *server))
+    assert [site["revoked_at"] is None for site in left] == [True, False]
     text = programs.logs()
     assert "patient0" not in text
     assert "slide0" not in text
+
+
+def at(site: SiteHome) -> tuple[str, str]:
+    return "--home", str(site.path)
 
 
 def _toml(values: dict) -> str:

@@ -69,6 +69,7 @@ def policy_of(signer: str, **changes: object) -> Policy:
         "max_update_norm": 1e6,
         "allow_non_private": False,
         "require_secure_aggregation": False,
+        "require_approval": False,
     }
     return Policy.model_validate(values | changes)
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%crafts_core/registrar/registrar.proto\x12\x13\x63rafts.registrar.v1\"S\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x1b\n\x13signing_request_pem\x18\x02 \x01(\x0c\x12\x17\n\x0fnode_public_key\x18\x03 \x01(\t\"\x85\x01\n\nEnrolReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\t\x12\x19\n\x11registrar_address\x18\x05 \x01(\t\x12\x15\n\rfleet_address\x18\x06 \x01(\t\"\x12\n\x10ListPlansRequest\"A\n\nSignedPlan\x12\x0c\n\x04json\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\t\"@\n\x0eListPlansReply\x12.\n\x05plans\x18\x01 \x03(\x0b\x32\x1f.crafts.registrar.v1.SignedPlan\"\x16\n\x14GetFoundationRequest\"&\n\x12GetFoundationReply\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"5\n\x15ReadFoundationRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"#\n\x13ReadFoundationReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"`\n\x14WitnessLedgerRequest\x12\x0e\n\x06ledger\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\t\x12\x19\n\x11hash_at_witnessed\x18\x04 \x01(\t\"3\n\x12WitnessLedgerReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\t2X\n\tEnrolment\x12K\n\x05\x45nrol\x12!.crafts.registrar.v1.EnrolRequest\x1a\x1f.crafts.registrar.v1.EnrolReply2\x96\x03\n\tRegistrar\x12W\n\tListPlans\x12%.crafts.registrar.v1.ListPlansRequest\x1a#.crafts.registrar.v1.ListPlansReply\x12\x63\n\rGetFoundation\x12).crafts.registrar.v1.GetFoundationRequest\x1a\'.crafts.registrar.v1.GetFoundationReply\x12\x66\n\x0eReadFoundation\x12*.crafts.registrar.v1.ReadFoundationRequest\x1a(.crafts.registrar.v1.ReadFoundationReply\x12\x63\n\rWitnessLedger\x12).crafts.registrar.v1.WitnessLedgerRequest\x1a\'.crafts.registrar.v1.WitnessLedgerReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%crafts_core/registrar/registrar.proto\x12\x13\x63rafts.registrar.v1\"S\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x1b\n\x13signing_request_pem\x18\x02 \x01(\x0c\x12\x17\n\x0fnode_public_key\x18\x03 \x01(\t\"\x85\x01\n\nEnrolReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\t\x12\x19\n\x11registrar_address\x18\x05 \x01(\t\x12\x15\n\rfleet_address\x18\x06 \x01(\t\"\x12\n\x10ListPlansRequest\"A\n\nSignedPlan\x12\x0c\n\x04json\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\t\"@\n\x0eListPlansReply\x12.\n\x05plans\x18\x01 \x03(\x0b\x32\x1f.crafts.registrar.v1.SignedPlan\"\x16\n\x14GetFoundationRequest\"&\n\x12GetFoundationReply\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"5\n\x15ReadFoundationRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"#\n\x13ReadFoundationReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"`\n\x14WitnessLedgerRequest\x12\x0e\n\x06ledger\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\t\x12\x19\n\x11hash_at_witnessed\x18\x04 \x01(\t\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"3\n\x12WitnessLedgerReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\t2X\n\tEnrolment\x12K\n\x05\x45nrol\x12!.crafts.registrar.v1.EnrolRequest\x1a\x1f.crafts.registrar.v1.EnrolReply2\xe3\x03\n\tRegistrar\x12W\n\tListPlans\x12%.crafts.registrar.v1.ListPlansRequest\x1a#.crafts.registrar.v1.ListPlansReply\x12\x63\n\rGetFoundation\x12).crafts.registrar.v1.GetFoundationRequest\x1a\'.crafts.registrar.v1.GetFoundationReply\x12\x66\n\x0eReadFoundation\x12*.crafts.registrar.v1.ReadFoundationRequest\x1a(.crafts.registrar.v1.ReadFoundationReply\x12\x63\n\rWitnessLedger\x12).crafts.registrar.v1.WitnessLedgerRequest\x1a\'.crafts.registrar.v1.WitnessLedgerReply\x12K\n\x05Leave\x12!.crafts.registrar.v1.LeaveRequest\x1a\x1f.crafts.registrar.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,10 +51,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READFOUNDATIONREPLY']._serialized_end=590
   _globals['_WITNESSLEDGERREQUEST']._serialized_start=592
   _globals['_WITNESSLEDGERREQUEST']._serialized_end=688
-  _globals['_WITNESSLEDGERREPLY']._serialized_start=690
-  _globals['_WITNESSLEDGERREPLY']._serialized_end=741
-  _globals['_ENROLMENT']._serialized_start=743
-  _globals['_ENROLMENT']._serialized_end=831
-  _globals['_REGISTRAR']._serialized_start=834
-  _globals['_REGISTRAR']._serialized_end=1240
+  _globals['_LEAVEREQUEST']._serialized_start=690
+  _globals['_LEAVEREQUEST']._serialized_end=704
+  _globals['_LEAVEREPLY']._serialized_start=706
+  _globals['_LEAVEREPLY']._serialized_end=718
+  _globals['_WITNESSLEDGERREPLY']._serialized_start=720
+  _globals['_WITNESSLEDGERREPLY']._serialized_end=771
+  _globals['_ENROLMENT']._serialized_start=773
+  _globals['_ENROLMENT']._serialized_end=861
+  _globals['_REGISTRAR']._serialized_start=864
+  _globals['_REGISTRAR']._serialized_end=1347
 # @@protoc_insertion_point(module_scope)

@@ -88,6 +88,14 @@ class WitnessLedgerRequest(_message.Message):
     hash_at_witnessed: str
     def __init__(self, ledger: _Optional[str] = ..., entries: _Optional[int] = ..., head: _Optional[str] = ..., hash_at_witnessed: _Optional[str] = ...) -> None: ...
 
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WitnessLedgerReply(_message.Message):
     __slots__ = ("entries", "head")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]

@@ -1,0 +1,257 @@
+"""Is this site ready? Every check says what it found and, where that is not enough, what to do.
+
+Nothing is changed and nothing private is read: counts of patients are compared, not shown.
+"""
+
+import importlib.util
+import os
+import shutil
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from importlib.metadata import version
+
+import httpx
+import torch
+from cryptography import x509
+
+from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
+from crafts_client.home import SiteHome
+from crafts_core.errors import CraftsError
+from crafts_core.foundation import verify
+from crafts_core.tiles import TileStore
+from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.ledger import Ledger
+
+_TIMEOUT_S = 15.0
+_LEAST_DISK_BYTES = 2 << 30
+_LEAST_MEMORY_BYTES = 4 << 30
+_MOST_SKEW_S = 120.0
+_EXPIRES_SOON_DAYS = 30
+
+
+class Verdict(StrEnum):
+    """How much a finding matters."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """Works, and somebody should look."""
+    PROBLEM = "problem"
+    """Training cannot work like this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One answer of one check."""
+
+    subject: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+Check = Callable[[SiteHome], Iterator[Finding]]
+
+
+def examine(home: SiteHome) -> Iterator[Finding]:
+    """All checks, one after the other; a check that fails itself is a problem, not a crash."""
+    for check in CHECKS:
+        subject = check.__name__.strip("_").replace("_", " ")
+        try:
+            yield from check(home)
+        except CraftsError as error:
+            yield _problem(subject, str(error), "see the text; it says what to do")
+        except Exception as error:  # the rest is still worth knowing
+            yield _problem(subject, f"the check failed: {type(error).__name__}", "report this")
+
+
+def enrolment(home: SiteHome) -> Iterator[Finding]:
+    """Certificate and keys."""
+    record = coordinator_record(home)
+    yield _ok("enrolment", f"enrolled as {record.site}, authority {record.ca_fingerprint[:16]}")
+    certificate = x509.load_pem_x509_certificate((home.path / "keys" / "tls.crt").read_bytes())
+    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
+    if days < 0:
+        yield _problem("certificate", "it has expired", "ask for a new invitation and enroll again")
+    elif days < _EXPIRES_SOON_DAYS:
+        yield _warning("certificate", f"{days} days left", "ask for a new invitation soon")
+    else:
+        yield _ok("certificate", f"{days} days left")
+    if record.signer not in home.policy.allowed_signers:
+        yield _problem(
+            "signer",
+            "the policy does not know the coordinator's signing key",
+            f'put it into allowed_signers of policy.toml: "{record.signer}"',
+        )
+    exposed = [path.name for path in (home.path / "keys").glob("*.key") if path.stat().st_mode & 63]
+    if exposed:
+        yield _problem("keys", f"others may read {', '.join(exposed)}", "chmod 600 them")
+
+
+def fleet(home: SiteHome) -> Iterator[Finding]:
+    """The way that the rounds go: TLS to the coordinator, through the proxy if there is one."""
+    record = coordinator_record(home)
+    url = f"https://{record.fleet_address}/"
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    way = f"through proxy {httpx.URL(proxy).host}" if proxy else "directly"
+    context = ssl.create_default_context(cafile=str(home.path / "keys" / "ca.crt"))
+    try:
+        started = time.time()
+        response = httpx.get(url, verify=context, timeout=_TIMEOUT_S)
+        seconds = time.time() - started
+    except httpx.HTTPError as error:
+        yield _unreachable(record, error, way)
+        return
+    yield _ok("fleet", f"{record.fleet_address} answers {way} in {seconds * 1000:.0f} ms")
+    with suppress(KeyError, ValueError):
+        theirs = parsedate_to_datetime(response.headers["date"]).timestamp()
+        skew = abs(started + seconds / 2 - theirs)
+        if skew > _MOST_SKEW_S:
+            yield _problem(
+                "clock",
+                f"{skew:.0f} s away from the coordinator's",
+                "set it by NTP: certificates and messages carry times",
+            )
+        else:
+            yield _ok("clock", f"within {max(skew, 1):.0f} s of the coordinator's")
+
+
+def _unreachable(record: CoordinatorRecord, error: httpx.HTTPError, way: str) -> Finding:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return _problem(
+            "fleet",
+            f"{record.fleet_address} shows a certificate of another authority ({way})",
+            "TLS inspection on the way, or another host: ask your network people to let this "
+            "address through untouched",
+        )
+    if isinstance(error, httpx.ProxyError):
+        return _problem("fleet", f"the proxy refuses ({way})", "ask that CONNECT be allowed")
+    return _problem(
+        "fleet",
+        f"{record.fleet_address} cannot be reached {way} ({type(error).__name__})",
+        "allow outbound HTTPS to this address, or set HTTPS_PROXY",
+    )
+
+
+def registrar(home: SiteHome) -> Iterator[Finding]:
+    """The way of plans, foundation and witness; it knows whether we were revoked."""
+    with Registrar(home) as channel:
+        plans = channel.call("ListPlans").plans
+    yield _ok("registrar", f"{channel.record.registrar_address} answers; {len(plans)} plans")
+
+
+def disk(home: SiteHome) -> Iterator[Finding]:
+    """Room for the ledger, sealed releases and a new foundation."""
+    free = shutil.disk_usage(home.path).free
+    if free < _LEAST_DISK_BYTES:
+        yield _problem("disk", f"{free / 2**30:.1f} GiB free", "2 GiB are needed at least")
+    else:
+        yield _ok("disk", f"{free / 2**30:.0f} GiB free")
+
+
+def memory(home: SiteHome) -> Iterator[Finding]:
+    """Of the machine and of the device that trains."""
+    with suppress(ValueError, OSError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if total < _LEAST_MEMORY_BYTES:
+            yield _problem("memory", f"{total / 2**30:.1f} GiB", "4 GiB are needed at least")
+        else:
+            yield _ok("memory", f"{total / 2**30:.0f} GiB")
+    device = home.config.device
+    if not device.startswith("cuda"):
+        yield _ok("device", f"{device}, {os.cpu_count()} cores")
+        return
+    if not torch.cuda.is_available():
+        yield _problem(
+            "device",
+            f"site.toml says {device}, and torch {torch.__version__} finds no CUDA device",
+            "install the driver, or a torch build with CUDA, or set device to cpu",
+        )
+        return
+    properties = torch.cuda.get_device_properties(torch.device(device))
+    yield _ok("device", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+
+
+def slide_libraries(home: SiteHome) -> Iterator[Finding]:  # noqa: ARG001  # all checks are alike
+    """What ingest reads slides with."""
+    if importlib.util.find_spec("openslide") is None:
+        yield _problem(
+            "slides", "openslide is missing", "pip install openslide-python openslide-bin"
+        )
+        return
+    import openslide
+
+    yield _ok(
+        "slides", f"openslide {openslide.__library_version__} ({version('openslide-python')})"
+    )
+
+
+def foundation(home: SiteHome) -> Iterator[Finding]:
+    """The public starting point, byte by byte."""
+    manifest = verify(home.foundation_path)
+    yield _ok("foundation", f"{manifest.name} {manifest.hash[:16]}")
+
+
+def data(home: SiteHome) -> Iterator[Finding]:
+    """Tiles, latents, and whether the cohort is what site.toml declares."""
+    store = TileStore.open(home.tile_store_path)
+    LatentCache.open(store, verify(home.foundation_path).hash)
+    num_patients, declared = len(store.patients), home.config.declared_patients
+    if declared < home.policy.min_patients:
+        yield _problem(
+            "data",
+            f"site.toml declares {declared} patients, the policy wants {home.policy.min_patients}",
+            "add patients, or change the policy",
+        )
+    elif not 0.8 <= num_patients / declared <= 1.25:
+        yield _warning(
+            "data",
+            f"declared_patients {declared} is far from what the tile store holds",
+            "round the true number to it: it is the divisor of training",
+        )
+    else:
+        yield _ok("data", "tile store and latents are complete; declared_patients fits")
+
+
+def ledger(home: SiteHome) -> Iterator[Finding]:
+    """In order, and not spent."""
+    kept = Ledger(home.ledger_path)
+    kept.verify()
+    spent = kept.epsilon(home.config.cohort, home.policy.max_delta)
+    allowed = home.policy.max_epsilon
+    found = f"epsilon {spent:.3f} of {allowed:g} spent"
+    if spent >= allowed:
+        yield _problem("ledger", found, "no study can use these patients any more")
+    else:
+        yield _ok("ledger", found)
+
+
+CHECKS: tuple[Check, ...] = (
+    enrolment,
+    fleet,
+    registrar,
+    disk,
+    memory,
+    slide_libraries,
+    foundation,
+    data,
+    ledger,
+)
+
+
+def _ok(subject: str, found: str) -> Finding:
+    return Finding(subject=subject, verdict=Verdict.OK, found=found)
+
+
+def _warning(subject: str, found: str, advice: str) -> Finding:
+    return Finding(subject=subject, verdict=Verdict.WARNING, found=found, advice=advice)
+
+
+def _problem(subject: str, found: str, advice: str) -> Finding:
+    return Finding(subject=subject, verdict=Verdict.PROBLEM, found=found, advice=advice)

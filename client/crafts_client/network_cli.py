@@ -1,0 +1,255 @@
+"""The commands of ``crafts-client`` that talk to the coordinator, or get ready for it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from crafts_client.errors import EnrolmentError
+from crafts_client.home import SiteHome
+from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
+
+if TYPE_CHECKING:
+    from crafts_core.plan import Plan
+
+network_app = typer.Typer()
+plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
+foundation_app = typer.Typer(no_args_is_help=True, help="The public starting point of a study.")
+network_app.add_typer(plan_app, name="plan")
+network_app.add_typer(foundation_app, name="foundation")
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar="CRAFTS_SITE_HOME", help="Folder of the site home.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+PlanHash = Annotated[str, typer.Argument(help="Beginning of a plan's hash, as plan list has it.")]
+
+
+@network_app.command()
+def enroll(
+    host: Annotated[str, typer.Argument(help="The coordinator: HOST or HOST:PORT.")],
+    token: Annotated[str, typer.Option(help="As crafts-server sites invite printed it.")],
+    home: Home = Path("site"),
+    as_json: AsJson = False,
+) -> None:
+    """Become a site of a coordinator. Keys are made here; only a signing request leaves."""
+    from crafts_client.enrolment import enrol
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        record = enrol(site, host, token)
+    if as_json:
+        typer.echo(record.model_dump_json())
+        return
+    typer.echo(f"enrolled as {record.site}; authority {record.ca_fingerprint}")
+    if record.signer not in site.policy.allowed_signers:
+        typer.echo(
+            "compare that with the coordinator by telephone; then, to accept plans that it signs, "
+            f'put this key into allowed_signers of policy.toml: "{record.signer}"'
+        )
+
+
+@network_app.command()
+def join(
+    home: Home = Path("site"),
+    debug: Annotated[
+        bool, typer.Option(help="Log the texts of errors too; they may name files and patients.")
+    ] = False,
+) -> None:
+    """Take part in the coordinator's studies, as the policy allows, until Ctrl-C."""
+    with one_line_errors("crafts-client"):
+        from crafts_client.client_app import make_client_app
+        from crafts_client.enrolment import coordinator_record
+        from crafts_client.ledger_witness import witness_ledger
+        from crafts_client.site import Site
+        from crafts_client.supernode import join as take_part
+
+        opened = SiteHome.open(home)
+        record = coordinator_record(opened)
+        site = Site.open(home)  # what is missing is said now, not in the first round
+        stop = run_as_service(debug=debug)
+        try:
+            client_app = make_client_app(lambda _: site, witness=lambda: witness_ledger(opened))
+            take_part(opened, record, client_app, stop)
+        finally:
+            site.close()
+
+
+@plan_app.command("list")
+def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """The plans that the coordinator signed, and what this site's policy says to each."""
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        approved = site.approvals.all()
+        told: list[dict[str, Any]] = [
+            {
+                "hash": plan.hash,
+                "study": plan.study.name,
+                "rounds": plan.num_rounds,
+                "target_epsilon": plan.privacy.target_epsilon,
+                "refused": refused,
+                "approved": plan.hash in approved,
+            }
+            for plan, refused in _offered_plans(site)
+        ]
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    for each in told:
+        verdict = "; ".join(each["refused"]) or ("approved" if each["approved"] else "allowed")
+        typer.echo(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
+    if not told:
+        typer.echo("the coordinator has no plan yet")
+
+
+@plan_app.command("show")
+def plan_show(plan_hash: PlanHash, home: Home = Path("site")) -> None:
+    """The whole plan as JSON."""
+    with one_line_errors("crafts-client"):
+        plan, _ = _offered_plan(SiteHome.open(home), plan_hash)
+    typer.echo(json.dumps(plan.model_dump(mode="json"), indent=1))
+
+
+@plan_app.command("approve")
+def plan_approve(
+    plan_hash: PlanHash,
+    home: Home = Path("site"),
+    take_back: Annotated[
+        bool, typer.Option("--take-back", help="Answer no further round of it.")
+    ] = False,
+) -> None:
+    """Let this site train a plan, exactly as `plan show` prints it."""
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        plan, refused = _offered_plan(site, plan_hash)
+        if take_back:
+            site.approvals.take_back(plan)
+        elif refused:
+            raise EnrolmentError(f"not approved: {'; '.join(refused)}")
+        else:
+            site.approvals.approve(plan)
+    typer.echo(f"{plan.study.name} is {'not approved any more' if take_back else 'approved'}")
+
+
+def _offered_plan(site: SiteHome, plan_hash: str) -> "tuple[Plan, list[str]]":
+    found = [each for each in _offered_plans(site) if each[0].hash.startswith(plan_hash)]
+    if len(found) != 1:
+        raise EnrolmentError(
+            f"{len(found)} plans begin with {plan_hash!r}; see crafts-client plan list"
+        )
+    return found[0]
+
+
+def _offered_plans(site: SiteHome) -> "list[tuple[Plan, list[str]]]":
+    """The coordinator's plans, and why this site would not take part."""
+    from crafts_client.enrolment import Registrar
+    from crafts_client.policy import PolicyError
+    from crafts_client.signed_plan import SignedPlan, open_signed_plan
+    from crafts_core.plan import Plan
+
+    with Registrar(site) as registrar:
+        signed = registrar.call("ListPlans").plans
+    offered = []
+    for each in signed:
+        plan = Plan.parse(json.loads(each.json))
+        refused: list[str] = []
+        try:
+            open_signed_plan(
+                SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
+                site.policy,
+            )
+        except PolicyError as error:
+            refused.append(str(error))
+        size = site.config.declared_patients
+        refused += [str(error) for error in site.policy.violations(plan, declared_patients=size)]
+        offered.append((plan, refused))
+    return offered
+
+
+@foundation_app.command("fetch")
+def foundation_fetch(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Get the coordinator's foundation, file by file, checked; goes on where it stopped."""
+    from crafts_client.foundation_fetch import fetch_foundation
+
+    with one_line_errors("crafts-client"), progress_bars() as progress:
+        site = SiteHome.open(home)
+        path, manifest = fetch_foundation(site, progress)
+    values = {"foundation": str(path), "hash": manifest.hash}
+    typer.echo(json.dumps(values) if as_json else f'in site.toml, set: foundation = "{path}"')
+
+
+@network_app.command()
+def doctor(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Check everything that training needs, and say how to mend it; exit 1 if it cannot work."""
+    from crafts_client.doctor import Verdict, examine
+
+    findings = []
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        for finding in examine(site):
+            findings.append(asdict(finding))
+            if not as_json:
+                typer.echo(f"{finding.verdict:8} {finding.subject:12} {finding.found}")
+                if finding.advice:
+                    typer.echo(f"{'':21} -> {finding.advice}")
+    if as_json:
+        typer.echo(json.dumps(findings))
+    if any(finding["verdict"] == Verdict.PROBLEM for finding in findings):
+        raise typer.Exit(1)
+
+
+@network_app.command()
+def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """What this site is part of, whether it is running, and the rounds that it has answered."""
+    from crafts_client.enrolment import coordinator_record
+    from crafts_client.supernode import is_running
+    from crafts_privacy.ledger import EntryKind, Ledger
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        try:
+            coordinator = coordinator_record(site).fleet_address
+        except EnrolmentError:
+            coordinator = None
+        entries = Ledger(site.ledger_path).entries() if site.ledger_path.exists() else ()
+        answered = [entry for entry in entries if entry.kind is EntryKind.COMMITTED]
+        last = answered[-1] if answered else None
+        values = {
+            "site": site.config.name,
+            "coordinator": coordinator,
+            "running": is_running(site),
+            "approved": {key[:16]: each.study for key, each in site.approvals.all().items()},
+            "rounds_answered": len(answered),
+            "last_round": last and last.round,
+            "last_plan": last and last.plan_hash[:16],
+            "last_at": last and last.recorded_at.isoformat(),
+        }
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    for key, value in values.items():
+        typer.echo(f"{key:16} {'-' if value in (None, {}) else value}")
+
+
+@network_app.command()
+def leave(
+    home: Home = Path("site"),
+    offline: Annotated[
+        bool, typer.Option("--offline", help="The coordinator is gone; tell it nothing.")
+    ] = False,
+) -> None:
+    """Leave the coordinator for good: it revokes us, and our keys for it are removed.
+
+    Tiles, ledger, register and outbox stay: what was spent stays spent.
+    """
+    from crafts_client.enrolment import Registrar, forget_coordinator
+
+    with one_line_errors("crafts-client", advice="with --offline it is not asked"):
+        site = SiteHome.open(home)
+        if not offline:
+            with Registrar(site) as registrar:
+                registrar.call("Leave")
+        forget_coordinator(site)
+    typer.echo("left; tiles and ledger stay here")

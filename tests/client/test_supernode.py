@@ -1,0 +1,171 @@
+"""A site's executor on a real SuperNode, under a coordinator that sends code."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.clientapp import ClientApp
+from flwr.proto.runtime_pb2 import AcquireTaskResponse
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+
+from crafts_client import supernode
+from crafts_client.enrolment import CoordinatorRecord
+from crafts_client.errors import HomeError
+from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.supernode import BUNDLE_REFUSED, Executor, is_running
+from crafts_core import bundle
+from crafts_server import superlink
+from crafts_server.pki import Pki
+from crafts_server.superlink import SuperLink
+from support.sites import policy_of
+
+EVIL = "import pathlib; pathlib.Path('{marker}').touch()\napp = None\n"
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[SuperLink]:
+    pki = Pki.create(tmp_path / "pki", ["localhost"])
+    link = SuperLink(database=tmp_path / "link.db", pki=pki, host="127.0.0.1", port=0)
+    link.start()
+    yield link
+    link.stop()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> SiteHome:
+    config = SiteConfig(
+        name="north",
+        cohort="main",
+        declared_patients=6,
+        device="cpu",
+        foundation="embedded",
+        tile_store="tiles",
+        microbatch_tiles=1,
+    )
+    return SiteHome.create(tmp_path / "north", config, policy_of("key"))
+
+
+@pytest.fixture
+def joined(link, home, tmp_path) -> Iterator[list[str]]:
+    """A site that takes part; the list grows with every message that its app sees."""
+    keys = home.path / "keys"
+    keys.mkdir()
+    shutil.copy(tmp_path / "pki" / "ca.crt", keys / "ca.crt")
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    (keys / "node.key").write_bytes(private)
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    link.admit("north", public)
+    record = CoordinatorRecord(
+        site="north",
+        signer="key",
+        registrar_address="",
+        ca_fingerprint="",
+        fleet_address=f"localhost:{link.port}",
+    )
+    seen: list[str] = []
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        seen.append(str(context.node_config["site-home"]))
+        return Message(RecordDict({"reply": ConfigRecord({"fine": True})}), reply_to=message)
+
+    stop = threading.Event()
+    site = threading.Thread(target=supernode.join, args=(home, record, app, stop))
+    site.start()
+    yield seen
+    stop.set()
+    site.join(timeout=60)
+    assert not site.is_alive()
+
+
+def ask(grid: Grid, message_type: str = "train") -> Message:
+    deadline = time.monotonic() + 60
+    while not (nodes := list(grid.get_node_ids())):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    content = RecordDict({"request": ConfigRecord({"please": 1})})
+    message = Message(content, dst_node_id=nodes[0], message_type=message_type)
+    (reply,) = grid.send_and_receive([message], timeout=60)
+    return reply
+
+
+def built(folder: Path, **files: str) -> Fab:
+    """A bundle as Flower's own command builds it, with these files beside a good declaration."""
+    folder.mkdir()
+    for name, text in ({"pyproject.toml": bundle.TEXT} | files).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    content = build_fab_from_disk(folder)
+    return Fab(sha256(content).hexdigest(), content, {})
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_what_a_coordinator_sends_is_never_run(link, joined, home, tmp_path, monkeypatch) -> None:
+    """Bundles with code, with our names and other content, of another version; then an honest one.
+
+    The same node answers all of them, so nothing that was refused did any harm.
+    """
+    marker = tmp_path / "code-ran"
+    evil = EVIL.format(marker=marker)
+    other_version = bundle.TEXT.replace(f'version = "{bundle.__version__}"', 'version = "9.9.9"')
+    other_app = bundle.TEXT.replace(bundle.CLIENT_APP, "payload:app")
+    hostile = {
+        "code beside a good declaration": built(tmp_path / "a", **{"payload.py": evil}),
+        "an app of the bundle": built(
+            tmp_path / "b", **{"pyproject.toml": other_app, "payload.py": evil}
+        ),
+        "our module again": built(tmp_path / "c", **{"crafts_client/client_app.py": evil}),
+        "a module that shadows torch": built(tmp_path / "d", **{"torch.py": evil}),
+        "another version": built(tmp_path / "e", **{"pyproject.toml": other_version}),
+    }
+    for what, fab in hostile.items():
+        monkeypatch.setattr(superlink, "_bundle", lambda fab=fab: fab)
+        with link.grid() as grid:
+            reply = ask(grid)
+        assert reply.has_error(), what
+        assert reply.error.code == BUNDLE_REFUSED.code, what
+    assert joined == []
+    assert not marker.exists()
+    monkeypatch.undo()
+    with link.grid() as grid:
+        assert ask(grid).content["reply"]["fine"] is True
+    with link.grid() as grid:
+        assert ask(grid, "query.something").error.code == 100, "a kind that the app does not have"
+    assert joined == [str(home.path.resolve())]
+    assert is_running(home)
+    with pytest.raises(HomeError, match="another crafts-client join"):
+        supernode.join(home, None, None, threading.Event())
+    assert (home.path / "keys" / "executor.secret").stat().st_mode & 0o77 == 0
+
+
+def test_no_task_but_a_client_apps_is_ever_asked_for(monkeypatch) -> None:
+    """An agent, a connector or a model that a run carries waits for ever."""
+    asked = []
+
+    def acquire(_, request) -> AcquireTaskResponse:
+        asked.append(list(request.supported_task_types))
+        return AcquireTaskResponse()
+
+    monkeypatch.setattr(supernode.RuntimeHttpClient, "AcquireTask", acquire)
+    executor = Executor(1, b"secret", ClientApp())
+    assert not executor.work_once()
+    executor.close()
+    assert asked == [[TaskType.CLIENT_APP]]
