@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
+from crafts_server.audit_log import Event
 
 if TYPE_CHECKING:
     from crafts_server.enrolments import Enrolments
@@ -27,10 +28,12 @@ foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify
 plan_app = typer.Typer(no_args_is_help=True, help="Check or sign a plan.")
 sites_app = typer.Typer(no_args_is_help=True, help="Invite hospitals, see and revoke them.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
+log_app = typer.Typer(no_args_is_help=True, help="What the coordinator did, for auditors.")
 app.add_typer(foundation_app, name="foundation")
 app.add_typer(plan_app, name="plan")
 app.add_typer(sites_app, name="sites")
 app.add_typer(runs_app, name="runs")
+app.add_typer(log_app, name="log")
 
 Home = Annotated[
     Path, typer.Option(envvar="CRAFTS_SERVER_HOME", help="The coordinator's home directory.")
@@ -98,6 +101,7 @@ def sites_invite(
 
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         token = enrolments.invite(name, valid_for=timedelta(days=days))
+        opened.audit_log.write(Event.INVITED, site=name, days=days)
         token += f".{opened.pki.enrolment_fingerprint}"
         config = opened.config
     command = f"crafts-client enroll {config.hosts[0]}:{config.enrolment_port} --token {token}"
@@ -129,8 +133,9 @@ def sites_revoke(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """From now on the site's certificate and node count no more."""
-    with one_line_errors("crafts-server"), _enrolments(home) as (_, enrolments):
+    with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         enrolments.revoke(name)
+        opened.audit_log.write(Event.REVOKED, site=name)
     typer.echo(f"{name} is revoked")
 
 
@@ -251,7 +256,9 @@ def plan_sign(
         from crafts_server.home import CoordinatorHome
 
         loaded = Plan.load(plan)
-        signed = CoordinatorHome.open(home).sign_plan(loaded)
+        opened = CoordinatorHome.open(home)
+        signed = opened.sign_plan(loaded)
+        opened.audit_log.write(Event.SIGNED, plan=loaded.hash, study=loaded.study.name)
         if out is not None:
             write_file(out, json.dumps(asdict(signed), indent=1) + "\n")
     _print(
@@ -308,17 +315,22 @@ def runs_show(
 def serve(home: Home = DEFAULT_HOME) -> None:
     """Listen for hospitals and train the queued plans, until Ctrl-C. Goes on where it stopped."""
     with one_line_errors("crafts-server"):
+        from crafts_core.durable import exclusive_lock
+        from crafts_server.errors import HomeError
         from crafts_server.home import CoordinatorHome
         from crafts_server.service import Service
 
-        service = Service(CoordinatorHome.open(home))
-        stop = run_as_service()
-        service.start()
-        try:
-            typer.echo(json.dumps(service.ports))
-            service.work(stop)
-        finally:
-            service.stop()
+        opened = CoordinatorHome.open(home)
+        held = HomeError(f"another crafts-server serve runs in {home}")
+        with exclusive_lock(home / "serve.lock", held=held):
+            service = Service(opened)
+            stop = run_as_service()
+            service.start()
+            try:
+                typer.echo(json.dumps(service.ports))
+                service.work(stop)
+            finally:
+                service.stop()
 
 
 @app.command()
@@ -336,6 +348,54 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
         f"{loaded.study.name} waits to be trained; see crafts-server runs list",
         as_json,
     )
+
+
+@app.command()
+def stop(
+    plan: Annotated[str, typer.Argument(help="Beginning of the plan's hash.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Stop training a plan, within seconds. Committed rounds stay; `train` goes on with them."""
+    with one_line_errors("crafts-server"):
+        from crafts_server.home import CoordinatorHome
+        from crafts_server.service import stop_plan
+
+        stopped = stop_plan(CoordinatorHome.open(home), plan)
+    typer.echo(f"plan {stopped[:16]} is stopped")
+
+
+@log_app.command("verify")
+def log_verify(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Check every line of the audit log against the one before; exit 1 if one was changed."""
+    with one_line_errors("crafts-server"):
+        from crafts_server.home import CoordinatorHome
+
+        entries = CoordinatorHome.open(home).audit_log.verify()
+    head = entries[-1].hash if entries else ""
+    _print(
+        {"entries": len(entries), "head": head},
+        f"{len(entries)} lines as they were written; head {head[:16] or '-'}",
+        as_json,
+    )
+
+
+@log_app.command("show")
+def log_show(
+    home: Home = DEFAULT_HOME,
+    last: Annotated[int, typer.Option(min=1, help="How many of the newest lines.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """What the coordinator did."""
+    with one_line_errors("crafts-server"):
+        from crafts_server.home import CoordinatorHome
+
+        entries = CoordinatorHome.open(home).audit_log.verify()[-last:]
+    lines = [
+        f"{entry.at}  {entry.event:22} "
+        + "  ".join(f"{key}={value}" for key, value in entry.facts.items())
+        for entry in entries
+    ]
+    _print([asdict(entry) for entry in entries], "\n".join(lines) or "nothing yet", as_json)
 
 
 @app.command()
@@ -378,6 +438,7 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
         num_sites=len(sites),
         named_sites=named_sites,
     )
+    home.audit_log.write(Event.EXPORTED, run=run_id, round=chain[-1].round, named=named_sites)
     return [generator] if lora is None else [generator, lora]
 
 

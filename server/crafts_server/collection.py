@@ -27,25 +27,33 @@ class Patience:
     join_wait_s: float = 60.0
     """How long to wait for more sites once all that are there have answered and too few are good;
     never beyond the deadline."""
+    sleep: Callable[[float], None] = time.sleep
+    """May raise to end the run; committed rounds stay."""
 
 
 @dataclass(slots=True)
 class SiteDirectory:
     """Which node is which site, as far as this process has heard."""
 
+    enrolled_as: Callable[[int], str | None] = lambda _: None
+    """The name that a node is enrolled under; None where nobody enrols, as in a simulation."""
     names: dict[int, str] = field(default_factory=dict)
     holders: dict[int, str] = field(default_factory=dict)
     """Node -> hash of the stage's first adapter that it is known to hold."""
 
     def label(self, node_id: int) -> str:
-        return self.names.get(node_id, f"node {node_id}")
+        return self.names.get(node_id) or self.enrolled_as(node_id) or f"node {node_id}"
 
     def bind(self, node_id: int, site: str) -> None:
-        """Remember a node's name. Nodes are authenticated by Flower, names are only said.
+        """Remember a node's name. Nodes are authenticated by Flower, names are said.
 
         Raises:
-            UpdateRefusedError: the node had another name, or another node has this one.
+            UpdateRefusedError: the node is enrolled under, or had, another name, or another node
+                has this one.
         """
+        enrolled = self.enrolled_as(node_id)
+        if enrolled is not None and enrolled != site:
+            raise UpdateRefusedError(f"this node is enrolled as {enrolled} and says {site}")
         if self.names.get(node_id, site) != site:
             raise UpdateRefusedError(f"this node was {self.names[node_id]} before, now {site}")
         if site in self.names.values() and node_id not in self.names:
@@ -106,7 +114,7 @@ class Collection:
             is_open = self._pending or (self._num_accepted < min_sites and waits_for_joiners)
             if not is_open or now >= deadline:
                 return self._replies()
-            time.sleep(min(self._patience.poll_s, deadline - now))
+            self._patience.sleep(min(self._patience.poll_s, deadline - now))
 
     def _ask_newcomers(self) -> int:
         """Send the request to every node that has not had it; how many were asked."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -31,6 +32,10 @@ def _ignore(_receipt: RoundReceipt) -> None:
     pass
 
 
+def _nobody(_node_id: int) -> None:
+    return None
+
+
 class Coordinator:
     """Runs one plan to its end, over as many processes as it takes."""
 
@@ -45,6 +50,7 @@ class Coordinator:
         rule: AggregationRule | None = None,
         probe_of_round: ProbeOfRound | None = None,
         on_round: OnRound = _ignore,
+        enrolled_as: Callable[[int], str | None] = _nobody,
     ) -> None:
         """Sign the plan and get ready.
 
@@ -57,6 +63,7 @@ class Coordinator:
             rule: Another aggregation rule than the plan names, for research.
             probe_of_round: Another public probe than the foundation's.
             on_round: Called after each committed round.
+            enrolled_as: Node id to the site's name, where sites enrol.
 
         Raises:
             HomeError: the plan is for another foundation.
@@ -74,10 +81,19 @@ class Coordinator:
         self._rule = rule or rule_of(plan.aggregation)
         self._probe_of_round = probe_of_round
         self._on_round = on_round
+        self._enrolled_as = enrolled_as
         self._signed_plan = home.sign_plan(plan)
 
     @classmethod
-    def open(cls, home_path: Path, plan_hash: str, *, on_round: OnRound = _ignore) -> Self:
+    def open(
+        cls,
+        home_path: Path,
+        plan_hash: str,
+        *,
+        on_round: OnRound = _ignore,
+        patience: Patience | None = None,
+        enrolled_as: Callable[[int], str | None] = _nobody,
+    ) -> Self:
         """From a home on disk and a plan that was signed in it.
 
         Raises:
@@ -91,7 +107,12 @@ class Coordinator:
             registry.close()
         verify(home.public_key, record.json.encode(), record.signature)
         plan = Plan.parse(json.loads(record.json))
-        return cls(home, plan, load(home.foundation_path), on_round=on_round)
+        return cls(
+            *(home, plan, load(home.foundation_path)),
+            on_round=on_round,
+            patience=patience,
+            enrolled_as=enrolled_as,
+        )
 
     def run(self, grid: Grid) -> Checkpoint:
         """Run the plan's rounds, or what an earlier call left of them.
@@ -146,6 +167,7 @@ class Coordinator:
             probe_of_round=self._probe(),
             spool_path=self._home.spool_path(run_id),
             patience=self._patience,
+            enrolled_as=self._enrolled_as,
         )
 
     def _probe(self) -> ProbeOfRound:

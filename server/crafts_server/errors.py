@@ -7,6 +7,8 @@ CraftsError
     ├── EnrolmentError          a site: its invitation, certificate or ledger head does not count
     ├── RegistryError           the operator: the database cannot be used
     ├── CheckpointError         the operator: a checkpoint is missing, altered or rolled back
+    ├── AuditLogError           the operator: the audit log was altered or cannot be written
+    ├── RunStoppedError         nobody: the operator stopped the plan, or the coordinator ends
     ├── AggregationError        the operator: a round cannot be finished with the sites there are
     └── UpdateRefusedError      a site: its update is not what the plan says; the round goes on
 """
@@ -36,6 +38,14 @@ class RegistryError(ServerError):
 
 class CheckpointError(ServerError):
     """A checkpoint is missing, altered, out of order, or older than what was committed."""
+
+
+class AuditLogError(ServerError):
+    """The audit log is not as it was written, or cannot be used."""
+
+
+class RunStoppedError(ServerError):
+    """Somebody asked for the run to stop; committed rounds stay."""
 
 
 class AggregationError(ServerError):

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
+from sqlalchemy.exc import OperationalError
 
 T = TypeVar("T")
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def patiently(call: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
-    """Call again after 5xx answers and broken connections, for about a minute.
+    """Call again after 5xx answers, broken connections and a busy database, for about a minute.
 
     Flower's own client gives up on 500, which a locked state database answers with. Asking a site
     twice is harmless: it sends the same sealed reply again.
@@ -22,7 +23,7 @@ def patiently(call: Callable[[], T], *, sleep: Callable[[float], None] = time.sl
         except httpx.HTTPStatusError as error:
             if error.response.status_code < 500:
                 raise
-        except httpx.TransportError:
+        except (httpx.TransportError, OperationalError):
             pass
         sleep(wait_s)
     return call()

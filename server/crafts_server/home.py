@@ -6,6 +6,9 @@
     signing.key        Ed25519, signs plans and checkpoints (mode 0600)
     pki/               certificate authority and the coordinator's certificates
     registry.db        unless coordinator.toml names another database
+    audit.jsonl        what the coordinator did, each line chained to the one before
+    superlink.db       nodes and messages under way (Flower's)
+    queue/             plans that wait or are trained
     checkpoints/RUN/   signed checkpoints
     spool/RUN/         updates of the open round
 """
@@ -24,6 +27,7 @@ from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import Plan, describe_first_error
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
+from crafts_server.audit_log import AuditLog
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.errors import HomeError
 from crafts_server.messages import SignedPlan
@@ -51,6 +55,8 @@ class HomeConfig(BaseModel):
     fleet_port: Annotated[int, Field(ge=0, le=65535)] = 8443
     enrolment_port: Annotated[int, Field(ge=0, le=65535)] = 8444
     registrar_port: Annotated[int, Field(ge=0, le=65535)] = 8445
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    """For Prometheus, on loopback; 0 takes a free one."""
 
 
 class CoordinatorHome:
@@ -115,6 +121,11 @@ class CoordinatorHome:
     def public_key(self) -> str:
         """What sites put into ``allowed_signers``."""
         return public_key_of(self._key())
+
+    @property
+    def audit_log(self) -> AuditLog:
+        """What was done here, for auditors."""
+        return AuditLog(self.path / "audit.jsonl")
 
     def registry(self) -> Registry:
         """Open the registry; the caller closes it."""

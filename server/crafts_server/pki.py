@@ -96,6 +96,12 @@ class Pki:
             _write(path, certificate)
 
     @property
+    def server_expires_at(self) -> datetime:
+        """When the certificate that sites see ends; ``renew`` at the next start is in time."""
+        pem = (self.folder / "server.crt").read_bytes()
+        return x509.load_pem_x509_certificate(pem).not_valid_after_utc
+
+    @property
     def ca_path(self) -> Path:
         return self.folder / "ca.crt"
 

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import MANIFEST_NAME, FoundationManifest, read_manifest
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
+from crafts_server.audit_log import Event
 from crafts_server.enrolments import Enrolments, Witness
 from crafts_server.errors import EnrolmentError, PkiError
 from crafts_server.home import CoordinatorHome
@@ -153,6 +154,7 @@ class RegistrarService:
         site = self._site(context)
         self._enrolments.revoke(site)
         log.info("left site=%s", site)
+        self._home.audit_log.write(Event.LEFT, site=site)
         return messages.LeaveReply()
 
     def _site(self, context: grpc.ServicerContext) -> str:

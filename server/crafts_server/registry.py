@@ -90,6 +90,13 @@ class Registry:
             raise RegistryError(f"the registry's URL cannot be used: {reason}") from error
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
+        try:
+            self._make_or_check_tables()
+        except RegistryError:
+            self._engine.dispose()
+            raise
+
+    def _make_or_check_tables(self) -> None:
         with self.session() as session:
             Base.metadata.create_all(session.connection())
             version = session.scalars(select(RegistryInfoRow.format_version)).one_or_none()

@@ -61,6 +61,7 @@ class Study:
     probe_of_round: ProbeOfRound
     spool_path: Path
     patience: Patience
+    enrolled_as: Callable[[int], str | None]
 
 
 def run_rounds(
@@ -91,7 +92,7 @@ def run_rounds(
     if chain[-1].round == study.plan.num_rounds:
         return chain[-1]
     study.registry.set_status(study.run_id, RunStatus.RUNNING)
-    sites = SiteDirectory()
+    sites = SiteDirectory(enrolled_as=study.enrolled_as)
     for planned in study.plan.rounds():
         if planned.round < len(chain):
             continue

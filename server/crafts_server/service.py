@@ -7,14 +7,21 @@ is finished. What a kill leaves behind, the next start goes on with.
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from sqlalchemy.exc import OperationalError
+
+from crafts_core import __version__
 from crafts_core.errors import CraftsError
 from crafts_core.plan import Plan
+from crafts_server.audit_log import Event
+from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.enrolments import Enrolments
-from crafts_server.errors import AggregationError, RegistryError
+from crafts_server.errors import AggregationError, HomeError, RegistryError, RunStoppedError
 from crafts_server.home import CoordinatorHome
+from crafts_server.metrics import Metrics
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registrar import (
     EnrolmentService,
@@ -46,6 +53,8 @@ class Service:
             host=config.listen,
             port=config.fleet_port,
         )
+        self.metrics = Metrics()
+        self._audit = home.audit_log
         self.ports: dict[str, int] = {}
         self._over = threading.Event()
         self._looking = threading.Thread(target=self._watch_sites, name="sites", daemon=True)
@@ -71,7 +80,7 @@ class Service:
                 signer=self._home.public_key,
                 registrar_address=f"{config.hosts[0]}:{registrar_port}",
                 fleet_address=f"{config.hosts[0]}:{self.superlink.port}",
-                on_enrolled=self.superlink.admit,
+                on_enrolled=self._enrolled,
             ),
             pki,
             f"{config.listen}:{config.enrolment_port}",
@@ -81,7 +90,10 @@ class Service:
             "fleet": self.superlink.port,
             "registrar": registrar_port,
             "enrolment": enrolment_port,
+            "metrics": self.metrics.start(config.metrics_port),
         }
+        self.metrics.certificate_expires.set(pki.server_expires_at.timestamp())
+        self._audit.write(Event.STARTED, version=__version__, signer=self._home.public_key)
         self._looking.start()
 
     def stop(self) -> None:
@@ -90,58 +102,100 @@ class Service:
         self._looking.join()
         for server in self._grpc:
             server.stop(2.0).wait()
+        self.metrics.stop()
         self.superlink.stop()
         self._registry.close()
+        self._audit.write(Event.ENDED)
 
     def work(self, stop: threading.Event) -> None:
         """Train what is queued, oldest first, until ``stop`` is set."""
         while not stop.is_set():
             waiting = queued_plans(self._home)
-            if not waiting or not self._train(waiting[0]):
+            if not waiting or not self._train(waiting[0], stop):
                 stop.wait(_TRY_AGAIN_S if waiting else _LOOK_S)
 
-    def _train(self, entry: Path) -> bool:
-        """One plan; whether it left the queue."""
+    def _train(self, entry: Path, stop: threading.Event) -> bool:
+        """One plan; False if it is worth trying again later."""
+        plan = entry.name
         try:
             with self.superlink.grid() as grid:
-                Coordinator.open(self._home.path, entry.name, on_round=_say).run(grid)
+                Coordinator.open(
+                    self._home.path,
+                    plan,
+                    on_round=self._committed,
+                    patience=Patience(sleep=_until_stopped(entry, stop)),
+                    enrolled_as=self.superlink.site_of,
+                ).run(grid)
+        except RunStoppedError:
+            log.info("plan %s was stopped", plan[:16])
+            return True
         except AggregationError as error:
             log.warning("%s", error)
+            self.metrics.short_rounds.labels(plan[:16]).inc()
+            self._audit.write(Event.SHORT, plan=plan, why=str(error))
+            return False
+        except (RegistryError, OperationalError, OSError) as error:
+            # A busy database, a full disk: committed rounds are safe, and it may pass.
+            log.error("trying again in %.0f s: %s", _TRY_AGAIN_S, _first_line(error))
             return False
         except CraftsError as error:
-            log.error("plan %s cannot be trained: %s", entry.name[:16], error)
+            log.error("plan %s cannot be trained: %s", plan[:16], error)
+            self._audit.write(Event.FAILED, plan=plan, why=str(error))
             entry.rename(entry.with_suffix(".failed"))
             return True
-        log.info("plan %s is finished", entry.name[:16])
-        entry.unlink()
+        log.info("plan %s is finished", plan[:16])
+        self._audit.write(Event.FINISHED, plan=plan)
+        entry.unlink(missing_ok=True)
         return True
 
+    def _committed(self, receipt: RoundReceipt) -> None:
+        log.info(
+            "committed round=%d stage=%s sites=%d refused=%d missing=%d bytes_up=%d seconds=%.0f",
+            receipt.round,
+            receipt.stage,
+            len(receipt.sites),
+            len(receipt.refused),
+            len(receipt.missing),
+            receipt.bytes_up,
+            receipt.seconds,
+        )
+        self.metrics.committed(receipt.run_id, receipt)
+        self._audit.write(
+            Event.COMMITTED,
+            run=receipt.run_id,
+            round=receipt.round,
+            state=receipt.state_hash,
+            sites=[site.site for site in receipt.sites],
+            missing=list(receipt.missing),
+        )
+        for refusal in receipt.refused:
+            self._audit.write(
+                Event.REFUSED,
+                run=receipt.run_id,
+                round=receipt.round,
+                site=refusal.site,
+                why=refusal.reason,
+            )
+
+    def _enrolled(self, site: str, node_public_key: str) -> None:
+        self.superlink.admit(site, node_public_key)
+        self._audit.write(Event.ENROLLED, site=site)
+
     def _watch_sites(self) -> None:
-        """Enrolled nodes may connect, revoked ones no more, whoever changed it."""
+        """Enrolled nodes may connect, revoked or replaced ones no more, whoever changed it."""
         while True:
             try:
-                for site in self._enrolments.sites():
-                    if site.revoked_at is None:
-                        self.superlink.admit(site.name, site.node_public_key)
-                    else:
-                        self.superlink.dismiss(site.node_public_key)
-            except RegistryError as error:  # locked now, answered at the next look
-                log.warning("%s", error)
+                sites = self._enrolments.sites()
+                admitted = {s.name: s.node_public_key for s in sites if s.revoked_at is None}
+                self.superlink.admit_only(admitted)
+                self.metrics.sites_enrolled.set(len(admitted))
+                self.metrics.sites_online.set(self.superlink.num_online)
+                self.metrics.plans_queued.set(len(queued_plans(self._home)))
+                self.metrics.audit_entries.set(self._audit.num_entries)
+            except (CraftsError, OperationalError) as error:  # locked now: the next look is soon
+                log.warning("%s", _first_line(error))
             if self._over.wait(_LOOK_S):
                 return
-
-
-def _say(receipt: RoundReceipt) -> None:
-    log.info(
-        "committed round=%d stage=%s sites=%d refused=%d missing=%d bytes_up=%d seconds=%.0f",
-        receipt.round,
-        receipt.stage,
-        len(receipt.sites),
-        len(receipt.refused),
-        len(receipt.missing),
-        receipt.bytes_up,
-        receipt.seconds,
-    )
 
 
 def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
@@ -150,9 +204,41 @@ def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
     folder = home.path / "queue"
     folder.mkdir(exist_ok=True)
     (folder / plan.hash).touch()
+    home.audit_log.write(Event.QUEUED, plan=plan.hash, study=plan.study.name)
+
+
+def stop_plan(home: CoordinatorHome, beginning: str) -> str:
+    """Take a plan out of the queue; who trains it stops within seconds. Its hash.
+
+    Raises:
+        HomeError: none or several waiting plans begin like this.
+    """
+    found = [path for path in queued_plans(home) if path.name.startswith(beginning)]
+    if len(found) != 1:
+        raise HomeError(
+            f"{len(found)} queued plans begin with {beginning!r}, expected one; "
+            "see crafts-server runs list"
+        )
+    found[0].unlink(missing_ok=True)
+    home.audit_log.write(Event.STOPPED, plan=found[0].name)
+    return found[0].name
 
 
 def queued_plans(home: CoordinatorHome) -> list[Path]:
     """What waits, oldest first; the names are the plans' hashes."""
     entries = [path for path in (home.path / "queue").glob("*") if not path.suffix]
     return sorted(entries, key=lambda path: path.stat().st_mtime)
+
+
+def _until_stopped(entry: Path, stop: threading.Event) -> Callable[[float], None]:
+    """A sleep that ends the run when the program ends or the plan has left the queue."""
+
+    def sleep(seconds: float) -> None:
+        if stop.wait(seconds) or not entry.exists():
+            raise RunStoppedError("the run was stopped; committed rounds stay")
+
+    return sleep
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ talks to the same state by function calls: there is no control port and no execu
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +29,7 @@ from flwr.common.constant import (
 )
 from flwr.server.superlink.linkstate import LinkState
 from flwr.serverapp import Grid
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 """Flower cuts arrays into pieces of 5 MB; nothing legal is larger."""
 _HEARTBEAT_S = 20.0
+_ADMITTED = [NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE]
 _CLOSED = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
 
 Scope = MutableMapping[str, Any]
@@ -145,11 +146,24 @@ class SuperLink:
         if self.state.get_node_id_by_public_key(key) is None:
             self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=site)
 
-    def dismiss(self, node_public_key: str) -> None:
-        """The node with this key may connect no more. Again is fine."""
-        node_id = self.state.get_node_id_by_public_key(_as_flower_has_it(node_public_key))
-        if node_id is not None:
-            self.state.delete_node(NOOP_FLWR_AID, node_id)
+    def admit_only(self, sites: Mapping[str, str]) -> None:
+        """Let these sites' nodes (name to key) connect, and no other any more."""
+        for site, key in sites.items():
+            self.admit(site, key)
+        keys = {_as_flower_has_it(key) for key in sites.values()}
+        for node in self.state.get_node_info(statuses=_ADMITTED):
+            if node.public_key not in keys:
+                self.state.delete_node(NOOP_FLWR_AID, node.node_id)
+
+    def site_of(self, node_id: int) -> str | None:
+        """The name that a node was admitted under."""
+        nodes = self.state.get_node_info(node_ids=[node_id])
+        return nodes[0].name if nodes else None
+
+    @property
+    def num_online(self) -> int:
+        """Sites that are connected."""
+        return len(self.state.get_node_info(statuses=[NodeStatus.ONLINE]))
 
     @contextmanager
     def grid(self) -> Iterator[Grid]:

@@ -54,7 +54,11 @@ def run(
     ] = False,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of hospitals.")] = None,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="Slides or tiles read at a time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Slides or tiles read at a time.")] = 2,
+    processes: Annotated[
+        bool,
+        typer.Option("--processes", help="Train with the real programs, on loopback with TLS."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what goes wrong at a site, with tracebacks.")
@@ -98,7 +102,8 @@ def run(
                 out,
                 source=source,
                 device=device,
-                num_processes=processes,
+                num_workers=workers,
+                real_processes=processes,
                 progress=progress,
             )
     if as_json:
@@ -106,3 +111,35 @@ def run(
     else:
         typer.echo(headline(report.evaluation))
         typer.echo(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def faults(
+    out: Annotated[Path, typer.Option(help="New folder for homes and logs.")],
+    only: Annotated[
+        str, typer.Option(help="Run the faults whose group or name holds this text.")
+    ] = "",
+    table: Annotated[Path | None, typer.Option(help="Write the table here, as Markdown.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the faults; run none.")] = False,
+) -> None:
+    """Make everything go wrong with small studies, and check what must hold; exit 1 if not."""
+    with one_line_errors("crafts-sim"):
+        from crafts_simulations.faults.matrix import CASES, as_markdown, run_matrix
+
+        cases = [case for case in CASES if only in f"{case.group} {case.fault}"]
+        if list_only:
+            for case in cases:
+                typer.echo(f"{case.group:12} {case.fault}")
+            return
+        outcomes = run_matrix(
+            cases,
+            out,
+            on_outcome=lambda each: typer.echo(
+                f"{each.verdict:7} {each.seconds:4.0f} s  {each.group:12} {each.fault}: "
+                f"{each.observed}"
+            ),
+        )
+        if table is not None:
+            table.write_text(as_markdown(outcomes), encoding="utf-8")
+    if any(outcome.verdict == "FAILED" for outcome in outcomes):
+        raise typer.Exit(1)

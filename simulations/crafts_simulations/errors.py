@@ -3,6 +3,7 @@
 CraftsError
 ├── ScenarioError    whoever wrote the scenario or the command line
 ├── WorkspaceError   whoever chose the output folder
+├── ProcessError     whoever looks into the logs: a program did not do what it should
 └── HospitalError    the same, about one synthetic hospital (``hospital``)
 """
 
@@ -15,3 +16,7 @@ class ScenarioError(CraftsError):
 
 class WorkspaceError(CraftsError):
     """The output folder belongs to another run, or cannot be used."""
+
+
+class ProcessError(CraftsError):
+    """A program of the federation did not do in time what it should."""

@@ -1,7 +1,7 @@
 """The rounds of a simulated study, and the generator they end in.
 
 The coordinator is ``crafts_server``'s ServerApp, every site ``crafts_client``'s ClientApp; between
-them is a local grid instead of a network.
+them is a local grid, or the real programs with TLS on loopback.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,12 @@ from crafts_server.export import export_generator
 from crafts_server.home import CoordinatorHome
 from crafts_server.receipts import RoundReceipt
 from crafts_server.server_app import make_server_app
+from crafts_simulations.errors import ProcessError
 from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.processes import Programs
 from crafts_simulations.study import LocalStudy
+
+_LONGEST_S = 7 * 24 * 3600.0
 
 
 def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
@@ -52,6 +56,34 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
     make_server_app(coordinator)(grid, context)
     coordinator.run(grid)
     return coordinator.chain()
+
+
+def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
+    """The same rounds by the programs that hospitals run.
+
+    Returns:
+        All checkpoints, round 0 first.
+    """
+    plan, progress, names = study.plan, study.progress, study.scenario.participants
+    sites = {name: study.workspace.site(name) for name in names}
+    with Programs(home, sites, study.workspace.path / "logs") as programs:
+        progress("starting the coordinator", 0, 1)
+        programs.start_coordinator()
+        for name in names:
+            programs.enrol(name)
+            programs.start_site(name)
+        progress("starting the coordinator", 1, 1)
+        programs.train(plan)
+
+        def is_over() -> bool:
+            progress("training", max(len(programs.chain(plan)) - 1, 0), plan.num_rounds)
+            return programs.is_finished(plan)
+
+        programs.wait(is_over, "the study did not end", within_s=_LONGEST_S)
+        chain = programs.chain(plan)
+    if len(chain) - 1 != plan.num_rounds:
+        raise ProcessError(f"the study ended early; see {study.workspace.path / 'logs'}")
+    return chain
 
 
 def _nodes(study: LocalStudy) -> dict[str, LocalNode]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from crafts_client.home import EMBEDDED
 from crafts_core.foundation import embedded_path, load
-from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.home import CoordinatorHome
 from crafts_simulations import federation, results
 from crafts_simulations.errors import ScenarioError
+from crafts_simulations.processes import loopback_config
 from crafts_simulations.report import Report
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource, make_sites
@@ -26,7 +27,8 @@ def run_scenario(
     *,
     source: TileSource | None = None,
     device: str = "cpu",
-    num_processes: int = 2,
+    num_workers: int = 2,
+    real_processes: bool = False,
     progress: StepProgress = lambda _what, _done, _total: None,
 ) -> Report:
     """Run a scenario in ``out``, or what is left of it.
@@ -36,7 +38,8 @@ def run_scenario(
         out: An empty folder, or one that holds this very run.
         source: Real tiles; needed exactly when the scenario deals tiles.
         device: Torch device of coordinator and sites.
-        num_processes: Slides or tiles read at a time; 1 does everything in this process.
+        num_workers: Slides or tiles read at a time; 1 does everything in this process.
+        real_processes: Train with the real programs on loopback instead of in this process.
         progress: Called with what is being done, how much is done, and how much there is.
 
     Raises:
@@ -52,20 +55,19 @@ def run_scenario(
         foundation = load(_foundation_path(scenario), device=device)
         progress("loading the foundation", 1, 1)
         plan = scenario.plan(foundation.manifest.hash)
-        home = CoordinatorHome.create(
-            workspace.coordinator, HomeConfig(foundation=str(foundation.path.resolve()))
-        )
+        home = CoordinatorHome.create(workspace.coordinator, loopback_config(foundation.path))
         study = LocalStudy(
             workspace=workspace,
             scenario=scenario,
             plan=plan,
             foundation=foundation,
             signer=home.public_key,
-            num_processes=num_processes,
+            num_workers=num_workers,
             progress=progress,
         )
         make_sites(study, source)
-        chain = federation.federate(study, home)
+        federate = federation.federate_with_processes if real_processes else federation.federate
+        chain = federate(study, home)
         federation.export(study, chain)
         evaluation, leakage = results.evaluate(study), results.attack(study)
         num_parameters = sum(tensor.numel() for tensor in chain[-1].state().values())

@@ -80,7 +80,7 @@ def _make_synthetic(study: LocalStudy) -> None:
         table = make_hospital(
             folder,
             site.hospital(),
-            num_processes=study.num_processes,
+            num_processes=study.num_workers,
             progress=partial(study.progress, f"{name}: drawing slides"),
         )
         home = _home(study, name, site.declared_patients, site.policy)
@@ -89,7 +89,7 @@ def _make_synthetic(study: LocalStudy) -> None:
         test_table = make_hospital(
             study.workspace.hospital(f"{name}-heldout"),
             site.heldout_hospital(),
-            num_processes=study.num_processes,
+            num_processes=study.num_workers,
             progress=partial(study.progress, f"{name}: drawing held-out slides"),
         )
         heldout_rows += read_table(test_table)
@@ -182,7 +182,7 @@ def _ingest_slides(
             mpp=manifest.mpp,
             max_tiles_per_slide=study.scenario.scenario.max_tiles_per_slide,
         ),
-        num_processes=study.num_processes,
+        num_processes=study.num_workers,
         progress=partial(study.progress, f"{who}: cutting tiles"),
     )
     _keep(report, store)
@@ -202,7 +202,7 @@ def _ingest_tiles(
         tile_px=study.foundation.manifest.tile_px,
         mpp=study.foundation.manifest.mpp,
         source_mpp=study.scenario.tiles.source_mpp,
-        num_processes=study.num_processes,
+        num_processes=study.num_workers,
         progress=partial(study.progress, f"{who}: reading tiles"),
     )
     _keep(report, store)

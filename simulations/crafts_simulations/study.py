@@ -22,6 +22,6 @@ class LocalStudy:
     foundation: Foundation
     signer: str
     """The coordinator's public key, which the sites trust."""
-    num_processes: int
+    num_workers: int
     """Slides at a time. Speed only."""
     progress: StepProgress

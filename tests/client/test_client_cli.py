@@ -18,7 +18,8 @@ from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import GridNoise
-from support.sites import make_site_home, plan_values, write_store
+from crafts_simulations.small_study import write_random_store
+from support.sites import make_site_home, plan_values
 
 
 def run(*arguments: object):
@@ -231,8 +232,8 @@ def test_a_patient_who_withdraws_is_read_no_more(
 
 
 def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> None:
-    write_store(home.tile_store_path.with_name("more"), foundation, num_patients=8, seed=2)
-    write_store(home.tile_store_path.with_name("others"), foundation, num_patients=8, seed=3)
+    write_random_store(home.tile_store_path.with_name("more"), foundation, num_patients=8, seed=2)
+    write_random_store(home.tile_store_path.with_name("others"), foundation, num_patients=8, seed=3)
     few = run("attack", foundation.path, "--others", home.path / "others", "--home", home.path)
     assert few.exit_code == 1
     assert "at least 8 patients on each side, got 6" in few.stderr

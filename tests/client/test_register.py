@@ -9,7 +9,8 @@ from crafts_client.home import SiteHome
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_privacy.ledger import Ledger
-from support.sites import make_site_home, write_store
+from crafts_simulations.small_study import write_random_store
+from support.sites import make_site_home
 
 
 def rename_cohort(home: SiteHome, cohort: str) -> SiteHome:
@@ -41,7 +42,7 @@ def test_patients_who_come_later_share_the_cohorts_ledger(
     Site(home, foundation).answer(coordinator.message(plan, state))
     before = Ledger(home.ledger_path).epsilon("main", 1e-3)
     home.tile_store_path.rename(tmp_path / "old")
-    write_store(home.tile_store_path, foundation, num_patients=9)
+    write_random_store(home.tile_store_path, foundation, num_patients=9)
 
     request = coordinator.request(plan, state, number=2)
     Site(home, foundation).answer(coordinator.message(plan, state, request=request))

@@ -25,15 +25,16 @@ from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_privacy.sampling import PoissonSampler
+from crafts_simulations.small_study import write_random_store
 from support.noise import FixedSampler, NoNoise
-from support.sites import plan_values, without_privacy, write_store
+from support.sites import plan_values, without_privacy
 
 SEED = 11
 
 
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory, foundation: Foundation) -> PatientTiles:
-    store = write_store(tmp_path_factory.mktemp("store") / "tiles", foundation)
+    store = write_random_store(tmp_path_factory.mktemp("store") / "tiles", foundation)
     return PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
 
 

@@ -4,6 +4,9 @@ import pytest
 
 from crafts_core.foundation import Foundation
 from support.foundations import tiny_foundation
+from support.postgres import database_url, postgres
+
+__all__ = ["database_url", "postgres"]
 
 
 @pytest.fixture(scope="session")

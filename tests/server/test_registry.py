@@ -1,12 +1,15 @@
 """The registry answers what people ask, and refuses what it cannot know."""
 
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 
-from crafts_server.errors import RegistryError
+from crafts_server.enrolments import Enrolments, Witness
+from crafts_server.errors import EnrolmentError, RegistryError
 from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt
 from crafts_server.registry import CheckpointRecord, PlanRecord, Registry, RunStatus
 
@@ -14,18 +17,14 @@ HASH = "a" * 64
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'registry.db'}"
-
-
-@pytest.fixture
-def registry(url: str) -> Registry:
-    registry = Registry(url)
+def registry(database_url: str) -> Iterator[Registry]:
+    registry = Registry(database_url)
     registry.add_plan(
         PlanRecord(hash=HASH, study="lungs", json="{}", signature="s", public_key="k")
     )
     registry.start_run("run", HASH)
-    return registry
+    yield registry
+    registry.close()
 
 
 def receipt() -> RoundReceipt:
@@ -64,19 +63,30 @@ def receipt() -> RoundReceipt:
     )
 
 
+@contextmanager
+def database(url: str) -> Iterator[Connection]:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
 def record(number: int) -> CheckpointRecord:
     return CheckpointRecord(round=number, manifest_hash=HASH, state_hash=HASH)
 
 
-def test_a_committed_round_is_remembered_by_the_next_process(registry: Registry, url: str) -> None:
+def test_a_committed_round_is_remembered_by_the_next_process(
+    registry: Registry, database_url: str
+) -> None:
     registry.record("run", record(0), None)
     registry.record("run", record(1), receipt())
     registry.close()
-    again = Registry(url)
+    again = Registry(database_url)
     assert again.checkpoints("run") == [record(0), record(1)]
     assert again.sites() == ["aachen"]
     assert again.run("run").rounds == 1
-    with create_engine(url).connect() as connection:
+    again.close()
+    with database(database_url) as connection:
         rows = connection.execute(text("SELECT site, outcome FROM participation ORDER BY id"))
         assert rows.all() == [("aachen", "used"), ("bern", "refused"), ("node 5", "missing")]
 
@@ -116,12 +126,28 @@ def test_unknown_runs_are_refused(registry: Registry) -> None:
         registry.set_status("nobody", RunStatus.STOPPED)
 
 
-def test_another_format_is_refused(registry: Registry, url: str) -> None:
+def test_another_format_is_refused(registry: Registry, database_url: str) -> None:
     registry.close()
-    with create_engine(url).begin() as connection:
+    with database(database_url) as connection:
         connection.execute(text("UPDATE registry_info SET format_version = 99"))
     with pytest.raises(RegistryError, match="format 99"):
-        Registry(url)
+        Registry(database_url)
+
+
+def test_sites_are_invited_enrolled_witnessed_and_revoked(registry: Registry) -> None:
+    enrolments = Enrolments(registry)
+    token = enrolments.invite("aachen", valid_for=timedelta(hours=1))
+    assert enrolments.enrol(token, fingerprint=HASH, node_public_key="key") == "aachen"
+    with pytest.raises(EnrolmentError, match="unknown, used or expired"):
+        enrolments.enrol(token, fingerprint="b" * 64, node_public_key="other")
+    assert enrolments.is_enrolled("aachen", HASH)
+    head = Witness(entries=2, head=HASH)
+    assert enrolments.witness("aachen", "ledger", head, "").entries == 0
+    with pytest.raises(EnrolmentError, match="2 entries long"):
+        enrolments.witness("aachen", "ledger", Witness(entries=1, head=HASH), HASH)
+    enrolments.revoke("aachen")
+    assert not enrolments.is_enrolled("aachen", HASH)
+    assert [site.revoked_at is None for site in enrolments.sites()] == [False]
 
 
 def test_a_database_that_is_none_is_one_clear_line(tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ Also the contract test of the private parts of Flower that both sides use.
 import io
 import json
 import os
-import socket
 import ssl
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -23,162 +21,102 @@ from crafts_client.home import SiteHome
 from crafts_core import bundle
 from crafts_core.plan import Plan
 from crafts_privacy.ledger import Ledger
-from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.home import CoordinatorHome
 from crafts_server.pki import Pki
 from crafts_server.superlink import MAX_BODY_BYTES, SuperLink
+from crafts_simulations.processes import Programs, loopback_config
 from support.sites import make_site_home, plan_values
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+pytestmark = pytest.mark.network
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Programs:
-    """The installed programs, started as a user starts them; all end with the test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-        roots = os.pathsep.join(path for path in sys.path if path)
-        self._environment = os.environ | {
-            "PYTHONPATH": roots,
-            "OMP_NUM_THREADS": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-        }
-
-    def command(self, program: str, *arguments: object) -> list[str]:
-        module = {"crafts-server": "crafts_server", "crafts-client": "crafts_client"}[program]
-        start = f"from {module}.cli import app; app()"
-        return [sys.executable, "-c", start, *map(str, arguments)]
-
-    def run(self, program: str, *arguments: object) -> str:
-        done = subprocess.run(
-            self.command(program, *arguments),
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
+@pytest.mark.slow
+def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database) -> None:
+    """Two hospitals enrol, approve and train by command; coordinator and a site are killed."""
+    config = loopback_config(foundation.path).model_copy(update={"registry": database})
+    home = CoordinatorHome.create(tmp_path / "coordinator", config)
+    server = ("--home", str(home.path))
+    sites = {
+        name: make_site_home(
+            *(tmp_path / name, foundation, home.public_key),
+            name=name,
+            seed=seed,
+            require_approval=True,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        for seed, name in enumerate(("north", "south"))
+    }
+    values = plan_values(foundation.manifest.hash)
+    values["stage"] = [values["stage"][0] | {"rounds": 3}]
+    values["aggregation"] |= {"min_sites": 2, "deadline_s": 300.0}
+    plan, file = Plan.parse(values), tmp_path / "plan.toml"
+    file.write_text(_toml(values))
+    paths = {name: site.path for name, site in sites.items()}
+    with Programs(home, paths, tmp_path / "logs") as programs:
+        programs.start_coordinator()
+        run("crafts_server", "plan", "sign", file, *server)
+        for name, site in sites.items():
+            invited = run("crafts_server", "sites", "invite", name, "--json", *server)
+            words = json.loads(invited)["command"].split()[1:]
+            run("crafts_client", *words, *at(site))
+            checked = json.loads(run("crafts_client", "doctor", "--json", *at(site)))
+            assert {each["subject"] for each in checked} >= {"fleet", "clock", "registrar"}
+            assert {each["verdict"] for each in checked} == {"ok"}
+            run("crafts_client", "plan", "approve", plan.hash[:12], *at(site))
+            programs.start_site(name)
+        run("crafts_server", "train", file, *server)
 
-    def start(self, name: str, program: str, *arguments: object) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(
-                self.command(program, *arguments), env=self._environment, stdout=log, stderr=log
-            )
+        def rounds() -> int:
+            return len(programs.chain(plan)) - 1
 
-    def kill(self, name: str) -> None:
-        process = self.running.pop(name)
-        process.kill()
-        process.wait()
-
-    def stop(self) -> None:
-        for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def logs(self) -> str:
-        return "\n".join(
-            f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log")
-        )
+        programs.wait(lambda: rounds() >= 1, "no round", within_s=180)
+        programs.kill("coordinator")
+        programs.kill("south")
+        before = rounds()
+        programs.start_coordinator()
+        programs.start_site("south")
+        programs.wait(lambda: rounds() > before, "no further round", within_s=300)
+        programs.wait(lambda: programs.is_finished(plan), "no end", within_s=300)
+        assert rounds() == plan.num_rounds
+        for name, site in sites.items():
+            events = Ledger(site.ledger_path).events("main")
+            assert len(events) == plan.num_rounds, f"{name} was charged once for each round"
+            told = json.loads(run("crafts_client", "status", "--json", *at(site)))
+            assert (told["running"], told["rounds_answered"]) == (True, plan.num_rounds)
+        port = home.config.metrics_port
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read()
+        assert b"crafts_sites_online 2.0" in metrics
+        run("crafts_client", "leave", *at(sites["south"]))
+        listed = json.loads(run("crafts_server", "sites", "list", "--json", *server))["sites"]
+        assert [site["revoked_at"] is None for site in listed] == [True, False]
+    events = [entry.event for entry in home.audit_log.verify()]
+    assert events.count("round committed") == plan.num_rounds
+    assert {"plan signed", "site enrolled", "plan finished", "site left"} <= set(events)
+    said = "".join(programs.log(name) for name in ("coordinator", "north", "south"))
+    assert "patient0" not in said
+    assert "slide0" not in said
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> Iterator[Programs]:
-    programs = Programs(tmp_path)
-    yield programs
-    programs.stop()
+def database(request: pytest.FixtureRequest) -> str:
+    """PostgreSQL, as a large coordinator has it; SQLite where none can be started."""
+    try:
+        return request.getfixturevalue("postgres").new_database()
+    except pytest.skip.Exception:
+        return "sqlite"
 
 
-def wait_for(condition, programs: Programs, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, programs.logs()
-        time.sleep(0.5)
-
-
-def test_a_study_over_the_network_survives_kills(tmp_path, foundation, programs) -> None:
-    """Two hospitals enrol, join and train; coordinator and one site are killed in the middle."""
-    home = CoordinatorHome.create(
-        tmp_path / "coordinator",
-        HomeConfig(
-            foundation=str(foundation.path),
-            hosts=("localhost",),
-            listen="127.0.0.1",
-            fleet_port=free_port(),
-            enrolment_port=free_port(),
-            registrar_port=free_port(),
-        ),
+def run(module: str, *words: object) -> str:
+    """A command, as a person types it."""
+    start = f"from {module}.cli import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", start, *map(str, words)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    server = ["--home", home.path]
-    programs.start("coordinator", "crafts-server", "serve", *server)
-    wait_for(
-        lambda: b'"fleet"' in (tmp_path / "coordinator.log").read_bytes(), programs, seconds=60
-    )
-    sites = {}
-    for index, name in enumerate(("north", "south")):
-        site = make_site_home(
-            *(tmp_path / name, foundation, home.public_key),
-            name=name,
-            seed=index,
-            require_approval=True,
-        )
-        invited = json.loads(
-            programs.run("crafts-server", "sites", "invite", name, "--json", *server)
-        )
-        words = invited["command"].split()[1:]
-        programs.run("crafts-client", *words, "--home", site.path)
-        checked = json.loads(programs.run("crafts-client", "doctor", "--json", *at(site)))
-        assert {each["subject"] for each in checked} >= {"fleet", "clock", "registrar", "ledger"}
-        assert not json.loads(programs.run("crafts-client", "status", "--json", *at(site)))[
-            "running"
-        ]
-        programs.start(name, "crafts-client", "join", *at(site))
-        sites[name] = site
-
-    values = plan_values(foundation.manifest.hash)
-    values["stage"][0]["rounds"] = 3
-    values["aggregation"] |= {"min_sites": 2, "deadline_s": 300.0}
-    plan = Plan.parse(values)
-    file = tmp_path / "plan.json"
-    file.with_suffix(".toml").write_text(_toml(values))
-    programs.run("crafts-server", "train", file.with_suffix(".toml"), *server)
-    for site in sites.values():
-        programs.run("crafts-client", "plan", "approve", plan.hash[:12], *at(site))
-
-    def rounds() -> int:
-        runs = json.loads(programs.run("crafts-server", "runs", "list", "--json", *server))
-        return max((run["rounds"] for run in runs), default=0)
-
-    wait_for(lambda: rounds() >= 1, programs, seconds=180)
-    programs.kill("coordinator")
-    before = rounds()
-    programs.start("coordinator", "crafts-server", "serve", *server)
-    wait_for(lambda: rounds() > before, programs, seconds=240)
-    wait_for(lambda: rounds() == plan.num_rounds, programs, seconds=300)
-    wait_for(lambda: not list((home.path / "queue").iterdir()), programs, seconds=30)
-    for name, site in sites.items():
-        events = Ledger(site.ledger_path).events("main")
-        assert len(events) == plan.num_rounds, f"{name} was charged once for each round"
-        told = json.loads(programs.run("crafts-client", "status", "--json", *at(site)))
-        assert (told["running"], told["rounds_answered"]) == (True, plan.num_rounds)
-    programs.run("crafts-client", "leave", *at(sites["south"]))
-    left = json.loads(programs.run("crafts-server", "sites", "list", "--json", *server))
-    assert [site["revoked_at"] is None for site in left] == [True, False]
-    text = programs.logs()
-    assert "patient0" not in text
-    assert "slide0" not in text
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def at(site: SiteHome) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from support.foundations import tiny_foundation
 from support.scenarios import tiny_scenario, tiny_scenario_values
 
 pytestmark = pytest.mark.slow
-run_scenario = partial(simulation.run_scenario, num_processes=1)
+run_scenario = partial(simulation.run_scenario, num_workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ class TestRealTiles:
 
 class TestCommandLine:
     def run(self, *arguments: object):
-        return CliRunner().invoke(cli.app, ["run", "--processes", "1", *map(str, arguments)])
+        return CliRunner().invoke(cli.app, ["run", "--workers", "1", *map(str, arguments)])
 
     @pytest.fixture
     def file(self, tmp_path: Path, foundation: Foundation) -> Path:
@@ -444,3 +444,14 @@ def _to_toml(values: dict) -> str:
                     text = f"{{ {inner} }}"
                 lines.append(f"{key} = {text}")
     return "\n".join(lines) + "\n"
+
+
+@pytest.mark.network
+def test_the_same_scenario_with_the_real_programs(values: dict, source, tmp_path: Path) -> None:
+    """Coordinator and sites as processes with TLS; from the result on, everything is the same."""
+    out = tmp_path / "out"
+    report = run_scenario(parse_scenario(values), out, source=source, real_processes=True)
+    assert [receipt.round for receipt in report.rounds] == [1]
+    assert report.rounds[0].weights.keys() == {"site-1", "site-2", "site-3"}
+    assert "site enrolled" in (out / "coordinator" / "audit.jsonl").read_text()
+    assert "answered round=1" in (out / "logs" / "site-1.log").read_text()

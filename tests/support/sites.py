@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.metadata import Metadata
 
@@ -15,42 +14,8 @@ from crafts_core.adapters import State, initial_state
 from crafts_core.exchange import RoundRequest, state_hash
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
-from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
-from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import signing
-
-CAPTIONS = ("tissue with glands", "tissue with sheets", "tissue with spindle cells")
-
-
-def write_store(
-    path: Path, foundation: Foundation, *, num_patients: int = 6, tiles_each: int = 3, seed: int = 0
-) -> TileStore:
-    """A finished store of random tiles with its latent cache."""
-    rng = np.random.default_rng(seed)
-    side = foundation.manifest.tile_px
-    with TileStoreWriter(path, cohort="main", tile_px=side, mpp=1.0) as writer:
-        for patient in range(num_patients):
-            for number in range(tiles_each):
-                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-                record = TileRecord(
-                    tile_id=f"{patient:04d}{number:04d}",
-                    patient=f"patient{patient:04d}",
-                    case="",
-                    slide=f"slide{patient:04d}",
-                    x=number * side,
-                    y=0,
-                    level0_width=side,
-                    level0_height=side,
-                    mpp=1.0,
-                    caption=CAPTIONS[patient % 3],
-                    label="",
-                    tissue_fraction=1.0,
-                    sharpness=1.0,
-                )
-                writer.add(record, encode_tile(pixels))
-    store = TileStore.open(path)
-    LatentCache.build(store, foundation)
-    return store
+from crafts_simulations.small_study import write_random_store
 
 
 def policy_of(signer: str, **changes: object) -> Policy:
@@ -96,7 +61,7 @@ def make_site_home(
         microbatch_tiles=microbatch_tiles,
     )
     home = SiteHome.create(path, config, policy_of(signer, **policy))
-    write_store(home.tile_store_path, foundation, num_patients=num_patients, seed=seed)
+    write_random_store(home.tile_store_path, foundation, num_patients=num_patients, seed=seed)
     return home
 
 

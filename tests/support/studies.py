@@ -106,6 +106,7 @@ def small_study(
     if registry.newest_run(plan.hash) is None:
         registry.start_run(RUN_ID, plan.hash)
     return Study(
+        enrolled_as=lambda _: None,
         plan=plan,
         signed_plan=SignedPlan(json=plan.to_json(), signature="s", public_key="k"),
         run_id=RUN_ID,

@@ -1,0 +1,66 @@
+"""All faults, one after the other, and the table that they make."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from crafts_core.foundation import embedded_path, load
+from crafts_simulations.errors import WorkspaceError
+from crafts_simulations.faults import messages, programs
+from crafts_simulations.faults.case import Case, Outcome, Verdict
+
+CASES: tuple[Case, ...] = (*messages.CASES, *programs.CASES)
+
+
+def run_matrix(
+    cases: Sequence[Case], out: Path, *, on_outcome: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """Each case in a folder of its own below ``out``, with the embedded foundation.
+
+    Raises:
+        WorkspaceError: ``out`` is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WorkspaceError(f"{out} is not an empty folder; choose another --out")
+    foundation = load(embedded_path())
+    outcomes = []
+    for number, case in enumerate(cases, start=1):
+        folder = out / f"{number:02d}"
+        folder.mkdir(parents=True)
+        outcome = case.run(folder, foundation)
+        on_outcome(outcome)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def as_markdown(outcomes: Iterable[Outcome]) -> str:
+    """The table, with where and when it was made."""
+    rows = [
+        f"| {each.group} | {each.fault} | {each.must_hold} | {each.verdict} | "
+        f"{_cell(each.observed)} | {each.seconds:.0f} |"
+        for each in outcomes
+    ]
+    held = sum(" held | " in row for row in rows)
+    return "\n".join(
+        [
+            "# What goes wrong, and what holds then",
+            "",
+            "Made by `crafts-sim faults --out DIR --table docs/faults.md` on "
+            f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores: {held} of {len(rows)} "
+            f"{Verdict.HELD}. The groups `update`, `checkpoint` and the ledger's lock run real "
+            "coordinators and sites in one process; all others the installed programs on loopback "
+            "with TLS. The coordinator and Flower's SuperLink are one process here, and so are a "
+            "site's executor, policy gate and client app. A full disk is the kernel's refusal to "
+            "let any file of the process grow (RLIMIT_FSIZE).",
+            "",
+            "| group | fault | what must hold | verdict | observed | seconds |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
