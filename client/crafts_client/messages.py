@@ -8,13 +8,13 @@ the coordinator does not know that the site holds it, ``stage_start``. A reply c
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from crafts_client.outbox import Release
 from crafts_client.signed_plan import SignedPlan
 from crafts_core.adapters import State
-from crafts_core.array_bytes import decode_arrays
+from crafts_core.array_bytes import PACKED, packed, unpacked
 from crafts_core.exchange import ExchangeError, RoundRequest, check_tensors
 
 
@@ -61,17 +61,19 @@ def read_state(record: ArrayRecord, expected: Mapping[str, Tensor]) -> State:
     Raises:
         ExchangeError: names the first array that is not as expected.
     """
-    state = decode_arrays({name: array.data for name, array in record.items()}, expected)
+    state = unpacked({name: array.data for name, array in record.items()}, expected)
     check_tensors(state, expected)
     return state
 
 
 def write_reply(release: Release) -> RecordDict:
     """A release as the content of a reply."""
+    (dtype,) = {tensor.dtype for tensor in release.delta.values()}
+    values = Array.from_numpy_ndarray(packed(release.delta, dtype))
     return RecordDict(
         {
             "reply": ConfigRecord(dict(release.reply.to_scalars())),
-            "delta": ArrayRecord.from_torch_state_dict(release.delta),
+            "delta": ArrayRecord({PACKED: values}),
         }
     )
 

@@ -50,10 +50,20 @@ log = logging.getLogger(__name__)
 
 BUNDLE_REFUSED = Error(115, "the run's bundle is not the installed version's; nothing was loaded")
 _POLL_S = 0.5
-_BACK_OFF_S = 60.0
-"""Flower takes a node for online so long after it vanished, and refuses it meanwhile."""
+_BACK_OFF_S = 20.0
+"""Flower takes a node for online for a minute after it vanished, and refuses it meanwhile."""
 _RETRY_S = 120.0
 """The SuperNode may be started again while a task is worked on."""
+_DIES_WITH_US = """
+import ctypes, os, signal, sys
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, where there is one
+except AttributeError:
+    pass
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""A SuperNode that outlived us would keep the node's place, and no new one could connect."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -118,7 +128,8 @@ class SuperNode:
             "--node-config": f'{HOME_KEY}="{self._home.path.resolve()}"',
         }
         program = Path(sys.executable).with_name("flower-supernode")
-        return [str(program), *(word for pair in options.items() for word in pair)]
+        words = [str(program), *(word for pair in options.items() for word in pair)]
+        return [sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *words]
 
 
 class Executor:

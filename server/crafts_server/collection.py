@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from crafts_core.exchange import ExchangeError
 from crafts_server.errors import UpdateRefusedError
-from crafts_server.grid_calls import patiently
+from crafts_server.grid_calls import NODE_UNAVAILABLE, patiently
 from crafts_server.messages import error_sentence
 from crafts_server.receipts import Refusal
 
@@ -99,6 +99,7 @@ class Collection:
         self._patience = patience
         self._asked: set[int] = set()
         self._pending: dict[str, int] = {}
+        self._lost: set[int] = set()
         self._num_accepted = 0
         self._refused: list[Refusal] = []
 
@@ -111,7 +112,11 @@ class Collection:
                 last_news = time.monotonic()
             now = time.monotonic()
             waits_for_joiners = now - last_news < self._patience.join_wait_s
-            is_open = self._pending or (self._num_accepted < min_sites and waits_for_joiners)
+            is_open = (
+                self._pending
+                or self._lost
+                or (self._num_accepted < min_sites and waits_for_joiners)
+            )
             if not is_open or now >= deadline:
                 return self._replies()
             self._patience.sleep(min(self._patience.poll_s, deadline - now))
@@ -120,6 +125,7 @@ class Collection:
         """Send the request to every node that has not had it; how many were asked."""
         newcomers = sorted(set(patiently(self._node_ids)) - self._asked)
         for node_id in newcomers:
+            self._lost.discard(node_id)
             self._asked.add(node_id)
             pushed = patiently(partial(self._grid.push_messages, [self._compose(node_id)]))
             message_id = next(iter(pushed), None)
@@ -140,6 +146,12 @@ class Collection:
         return heard
 
     def _take(self, node_id: int, message: Message) -> None:
+        if message.has_error() and message.error.code == NODE_UNAVAILABLE:
+            # Flower delivers a request once. The node may come back: then it is asked again, and
+            # sends the same sealed reply.
+            self._lost.add(node_id)
+            self._asked.discard(node_id)
+            return
         if message.has_error():
             self._refuse(node_id, error_sentence(message))
             return
@@ -156,10 +168,12 @@ class Collection:
 
     def _replies(self) -> Replies:
         return Replies(
-            num_asked=len(self._asked),
+            num_asked=len(self._asked | self._lost),
             num_accepted=self._num_accepted,
             refused=tuple(self._refused),
-            missing=tuple(sorted(self._sites.label(node) for node in self._pending.values())),
+            missing=tuple(
+                sorted(self._sites.label(node) for node in {*self._pending.values(), *self._lost})
+            ),
         )
 
     def _node_ids(self) -> list[int]:

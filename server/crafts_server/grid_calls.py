@@ -8,6 +8,8 @@ import httpx
 from sqlalchemy.exc import OperationalError
 
 T = TypeVar("T")
+NODE_UNAVAILABLE = 5
+"""Flower's error code for a node that stopped saying that it is there."""
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 

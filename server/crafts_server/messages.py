@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from crafts_core.adapters import State
-from crafts_core.array_bytes import decode_arrays
+from crafts_core.array_bytes import PACKED, packed, unpacked
 from crafts_core.exchange import ExchangeError, RoundReply, RoundRequest
 
 TRAIN = "train"
@@ -47,11 +47,9 @@ def as_travelled(state: Mapping[str, Tensor], wire_dtype: str) -> State:
 
 
 def encode(state: Mapping[str, Tensor], wire_dtype: str) -> WireState:
-    """Tensors as numpy arrays of the wire dtype, sorted by name."""
-    arrays = ArrayRecord()
-    for name in sorted(state):
-        tensor = state[name].detach().to("cpu", _DTYPES[wire_dtype]).contiguous()
-        arrays[name] = Array.from_numpy_ndarray(tensor.numpy())
+    """Tensors as one array of the wire dtype."""
+    values = packed(state, _DTYPES[wire_dtype])
+    arrays = ArrayRecord({PACKED: Array.from_numpy_ndarray(values)})
     return WireState(arrays=arrays, num_bytes=_num_bytes(arrays))
 
 
@@ -101,7 +99,7 @@ def read_reply(message: Message, schema: Mapping[str, Tensor]) -> tuple[RoundRep
     if len(content) != 2:
         raise ExchangeError(f"expected exactly 2 records, got {len(content)}")
     reply = RoundReply.from_scalars(dict(record))
-    delta = decode_arrays({name: array.data for name, array in arrays.items()}, schema)
+    delta = unpacked({name: array.data for name, array in arrays.items()}, schema)
     return reply, delta, _num_bytes(arrays)
 
 

@@ -2,8 +2,13 @@
 
 import httpx
 import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
-from crafts_server.grid_calls import patiently
+from crafts_server.collection import Collection, Patience, SiteDirectory
+from crafts_server.errors import RunStoppedError
+from crafts_server.grid_calls import NODE_UNAVAILABLE, patiently
+from support.fake_grid import FakeGrid
 
 REQUEST = httpx.Request("POST", "https://superlink/v1/runtime")
 
@@ -40,3 +45,57 @@ def test_patience_ends_after_a_minute() -> None:
     with pytest.raises(httpx.ConnectError):
         patiently(failing(*[httpx.ConnectError("gone")] * 20), sleep=waits.append)
     assert 60 <= sum(waits) <= 90
+
+
+ANSWER = RecordDict({"reply": ConfigRecord({"fine": True})})
+
+
+def collection(grid: FakeGrid, sleep, accepted: list[int]) -> Collection:
+    return Collection(
+        grid,
+        SiteDirectory(),
+        compose=lambda node: Message(RecordDict(), dst_node_id=node, message_type="train"),
+        accept=lambda node, _message: accepted.append(node),
+        patience=Patience(poll_s=0.0, join_wait_s=0.0, sleep=sleep),
+    )
+
+
+def test_a_node_that_dies_with_the_request_is_asked_again_when_it_is_back() -> None:
+    """Flower never delivers a message twice; without this the node has refused for good."""
+    sites = {1: lambda _: ANSWER, 2: lambda _: Error(NODE_UNAVAILABLE, "no heartbeat")}
+    grid, accepted, naps = FakeGrid(sites), [], []
+
+    def sleep(_seconds: float) -> None:
+        naps.append(len(naps))
+        if naps[-1] == 0:
+            del grid.sites[2]
+        if naps[-1] == 3:
+            grid.sites[2] = lambda _: ANSWER
+        assert len(naps) < 9, "it waits for ever"
+
+    replies = collection(grid, sleep, accepted).run(min_sites=1, deadline_s=60)
+    assert accepted == [1, 2]
+    assert [node for node, _ in grid.requests] == [1, 2, 2]
+    assert (replies.num_asked, replies.num_accepted, replies.missing) == (2, 2, ())
+
+
+def test_a_node_that_does_not_come_back_is_missing_not_refused() -> None:
+    grid = FakeGrid({1: lambda _: ANSWER, 2: lambda _: Error(NODE_UNAVAILABLE, "no heartbeat")})
+
+    def sleep(_seconds: float) -> None:
+        grid.sites.pop(2, None)
+
+    replies = collection(grid, sleep, []).run(min_sites=1, deadline_s=0.2)
+    assert (replies.refused, replies.missing) == ((), ("node 2",))
+
+
+def test_a_sleep_may_end_the_run() -> None:
+    def sleep(_seconds: float) -> None:
+        raise RunStoppedError("the operator asked for it")
+
+    with pytest.raises(RunStoppedError):
+        collection(FakeGrid({1: lambda _: None}), sleep, []).run(min_sites=1, deadline_s=60)
+
+
+def test_flowers_code_for_a_lost_node_is_what_we_think() -> None:
+    assert ErrorCode.NODE_UNAVAILABLE == NODE_UNAVAILABLE

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
-from crafts_core.adapters import initial_state, merged_unet
+from crafts_core.adapters import State, initial_state, merged_unet
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
@@ -58,13 +58,13 @@ def tiny_plan(foundation: Foundation) -> Plan:
     )
 
 
-def nudging_site(name: str, seed: int) -> SiteFunction:
+def nudging_site(name: str, seed: int, like: State) -> SiteFunction:
     def answer(content: RecordDict) -> RecordDict:
         request = RoundRequest.from_scalars(dict(content["request"]))
         generator = torch.Generator().manual_seed(seed + request.round)
         delta = {
             key: 0.05 * torch.randn(tensor.shape, generator=generator)
-            for key, tensor in received(content["adapter"]).items()
+            for key, tensor in received(content["adapter"], like).items()
             if key.endswith(f".{request.factor}")
         }
         return reply_with(request, name, delta)
@@ -72,8 +72,10 @@ def nudging_site(name: str, seed: int) -> SiteFunction:
     return answer
 
 
-def grid() -> FakeGrid:
-    return FakeGrid({1: nudging_site("aachen", 10), 2: nudging_site("bern", 20)})
+def grid(foundation: Foundation) -> FakeGrid:
+    like = initial_state(foundation, tiny_plan(foundation).adapter, 0)
+    sites = (nudging_site("aachen", 10, like), nudging_site("bern", 20, like))
+    return FakeGrid(dict(enumerate(sites, start=1)))
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ class FinishedRun:
 def finished(tmp_path_factory: pytest.TempPathFactory, foundation: Foundation) -> FinishedRun:
     path = tmp_path_factory.mktemp("coordinator") / "home"
     home = CoordinatorHome.create(path, HomeConfig(foundation=str(foundation.path)))
-    plan, sites = tiny_plan(foundation), grid()
+    plan, sites = tiny_plan(foundation), grid(foundation)
     coordinator = Coordinator(home, plan, foundation, patience=NOW, probe_size=SMALL)
     last = coordinator.run(sites)
     return FinishedRun(home=home, plan=plan, coordinator=coordinator, sites=sites, last=last)
@@ -138,7 +140,7 @@ def test_the_server_app_runs_the_coordinator_it_was_made_for(
         on_round=lambda receipt: seen.append(receipt.round),
     )
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    make_server_app(coordinator)(grid(), context)
+    make_server_app(coordinator)(grid(foundation), context)
     assert seen == [1, 2]
 
 
@@ -149,10 +151,10 @@ def test_the_installed_server_app_finds_home_and_plan_in_its_run_configuration(
     home.sign_plan(plan)
     values = {"coordinator-home": str(home.path), "plan-hash": plan.hash[:12]}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=values)
-    installed_app(grid(), context)
+    installed_app(grid(foundation), context)
     with pytest.raises(HomeError, match="coordinator-home"):
         installed_app(
-            grid(),
+            grid(foundation),
             Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}),
         )
 

@@ -68,7 +68,7 @@ def test_the_hash_names_what_a_site_receives(wire_dtype: str) -> None:
     message = request(adapter=encode(small_state(), wire_dtype))
     got = received(message.content["adapter"])
     assert state_hash(got) == state_hash(as_travelled(small_state(), wire_dtype))
-    assert message.content["adapter"]["layer.first"].dtype == wire_dtype
+    assert message.content["adapter"]["values"].dtype == wire_dtype
 
 
 def test_an_honest_reply_is_read() -> None:

@@ -79,7 +79,7 @@ def test_margins_connect_from_round_to_round(tmp_path: Path) -> None:
 def test_bytes_are_the_arrays_that_travelled(tmp_path: Path) -> None:
     _, receipts = run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
     header = 128
-    assert receipts[0].bytes_down == 3 * 2 * (header + 4 * 4)
+    assert receipts[0].bytes_down == 3 * (header + 2 * 4 * 4)
     assert receipts[0].bytes_up == 3 * (header + 4 * 4)
 
 
@@ -188,8 +188,8 @@ def hostile(name: str, kind: str):  # type: ignore[no-untyped-def]
         request = RoundRequest.from_scalars(dict(content["request"]))
         good = honest(content)
         assert isinstance(good, RecordDict)
-        delta = received(good["delta"])
-        (key,) = delta
+        key = f"layer.{request.factor}"
+        delta = received(good["delta"], {key: small_state()[key]})
         match kind:
             case "nan":
                 delta[key] = delta[key] * float("nan")

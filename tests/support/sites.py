@@ -16,6 +16,7 @@ from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_privacy import signing
 from crafts_simulations.small_study import write_random_store
+from support.wire import as_record
 
 
 def policy_of(signer: str, **changes: object) -> Policy:
@@ -159,10 +160,10 @@ class Coordinator:
                     "public_key": self.public_key,
                 }
             ),
-            "adapter": ArrayRecord.from_torch_state_dict(state),
+            "adapter": as_record(state),
         }
         if stage_start is not None:
-            records["stage_start"] = ArrayRecord.from_torch_state_dict(stage_start)
+            records["stage_start"] = as_record(stage_start)
         return RecordDict(records)  # type: ignore[arg-type]
 
     def message(self, plan: Plan, state: State, **options: object) -> RoundMessage:

@@ -19,6 +19,7 @@ from crafts_server.messages import SignedPlan
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rounds import Study
 from support.fake_grid import SiteFunction
+from support.wire import as_record, from_record
 
 FACTORS = {"second": (".second",), "first": (".first",), "both": (".first", ".second")}
 RUN_ID = "run-of-a-test"
@@ -119,8 +120,9 @@ def small_study(
     )
 
 
-def received(arrays: ArrayRecord) -> State:
-    return {name: torch.from_numpy(array.numpy()).float() for name, array in arrays.items()}
+def received(arrays: ArrayRecord, like: State | None = None) -> State:
+    """An adapter of the small study, or what has other tensors."""
+    return from_record(arrays, like or small_state())
 
 
 def honest_site(name: str, goal: float, *, declared_patients: int = 100) -> SiteFunction:
@@ -163,7 +165,7 @@ def reply_with(request: RoundRequest, name: str, delta: State, **changes: object
     return RecordDict(
         {
             "reply": ConfigRecord(dict(reply.to_scalars())),
-            "delta": ArrayRecord.from_torch_state_dict(delta),
+            "delta": as_record(delta),
         }
     )
 

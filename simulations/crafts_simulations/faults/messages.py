@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.home import SiteHome
 from crafts_client.site import Site
+from crafts_core.array_bytes import PACKED
 from crafts_core.foundation import Foundation
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
@@ -31,6 +34,7 @@ from crafts_simulations.local_grid import LocalGrid, LocalNode
 from crafts_simulations.small_study import SmallStudy, make_small_study
 
 HOSTILE = "site-3"
+Values = npt.NDArray[Any]
 Spoil = Callable[[RecordDict, list[RecordDict]], RecordDict]
 """A good answer, and the ones of earlier rounds, to a bad answer."""
 
@@ -59,35 +63,34 @@ def replayed(_good: RecordDict, earlier: list[RecordDict]) -> RecordDict:
 
 def truncated(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
     """An array that ends too soon."""
-    delta = good.array_records["delta"]
-    name, array = next(iter(delta.items()))
-    delta[name] = Array(array.dtype, array.shape, array.stype, array.data[:-7])
+    array = good.array_records["delta"][PACKED]
+    array.data = array.data[:-7]
     return good
 
 
 def oversized(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
     """Ten times the numbers."""
-    return _with_delta(good, lambda tensor: torch.cat([tensor] * 10))
+    return _with_values(good, lambda values: np.tile(values, 10))
 
 
 def not_finite(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
     """One NaN, and the norm that was declared before."""
 
-    def spoil(tensor: torch.Tensor) -> torch.Tensor:
-        tensor.view(-1)[0] = torch.nan
-        return tensor
+    def spoil(values: Values) -> Values:
+        values[0] = np.nan
+        return values
 
-    return _with_delta(good, spoil)
+    return _with_values(good, spoil)
 
 
 def wrong_shape(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
     """As many numbers, in another shape."""
-    return _with_delta(good, lambda tensor: tensor.reshape(-1))
+    return _with_values(good, lambda values: values.reshape(2, -1))
 
 
 def too_long(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
     """A thousand times the declared update: an attempt to outweigh the others."""
-    return _with_delta(good, lambda tensor: tensor * 1000)
+    return _with_values(good, lambda values: values * values.dtype.type(1000))
 
 
 def wrong_round(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
@@ -116,9 +119,9 @@ def with_code(good: RecordDict, _earlier: list[RecordDict]) -> RecordDict:
     return good
 
 
-def _with_delta(good: RecordDict, change: Callable[[torch.Tensor], torch.Tensor]) -> RecordDict:
-    state = good.array_records["delta"].to_torch_state_dict()
-    good["delta"] = ArrayRecord({name: change(tensor) for name, tensor in state.items()})
+def _with_values(good: RecordDict, change: Callable[[Values], Values]) -> RecordDict:
+    values = change(good.array_records["delta"][PACKED].numpy().copy())
+    good["delta"] = ArrayRecord({PACKED: Array.from_numpy_ndarray(values)})
     return good
 
 
@@ -199,7 +202,7 @@ def checkpoint_changed(change: Callable[[Path, Path], None]) -> Experiment:
 
 def one_byte(checkpoints: Path, _copy: Path) -> None:
     """Of the newest adapter."""
-    path = _newest(checkpoints) / "state.safetensors"
+    path = _newest(checkpoints) / "adapter.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(bytes(content))

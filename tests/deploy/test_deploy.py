@@ -1,0 +1,161 @@
+"""What deploy/ refers to exists: commands, options, ports, metrics. No container runs here."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from crafts_client.cli import app as client_app
+from crafts_core import __version__
+from crafts_server.cli import app as server_app
+from crafts_server.home import HomeConfig
+from crafts_server.metrics import Metrics
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
+PORTS = {
+    HomeConfig.model_fields[f"{name}_port"].default for name in ("fleet", "enrolment", "registrar")
+}
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+PROGRAMS = {"crafts-server": server_app, "crafts-client": client_app}
+
+
+def check_command(program: str, words: list[str]) -> None:
+    command = typer.main.get_command(PROGRAMS[program]).commands[words[0]]
+    known = {option for each in command.params for option in each.opts}
+    assert {word.split("=")[0] for word in words[1:]} <= known, (program, words)
+
+
+def test_every_command_of_the_compose_file_exists() -> None:
+    ours = {
+        name: service
+        for name, service in COMPOSE["services"].items()
+        if service.get("image", "").startswith("crafts-")
+    }
+    assert set(ours) >= {"coordinator", "coordinator-init", "site-north", "site-south", "site-east"}
+    for service in ours.values():
+        check_command(service["image"], service["command"])
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_the_compose_file_opens_three_ports_and_grafana_on_loopback() -> None:
+    published = [p for s in COMPOSE["services"].values() for p in s.get("ports", [])]
+    assert {int(port.split(":")[0]) for port in published if port.count(":") == 1} == PORTS
+    assert [port for port in published if port.count(":") == 2] == ["127.0.0.1:3000:3000"]
+    assert COMPOSE["networks"]["store"] == {"internal": True}
+
+
+def test_files_and_volumes_of_the_compose_file_exist() -> None:
+    for service in COMPOSE["services"].values():
+        for mount in service.get("volumes", []):
+            source = mount.split(":")[0]
+            if source.startswith("./"):
+                assert (DEPLOY / "compose" / source).exists(), source
+            elif not source.startswith("${"):
+                assert source in COMPOSE["volumes"]
+        if "build" in service:
+            assert (DEPLOY.parent / service["build"]["dockerfile"]).is_file()
+
+
+def test_the_container_recipe_copies_what_the_package_is_made_of() -> None:
+    recipe = (DEPLOY / "containers" / "Containerfile").read_text()
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", recipe, re.MULTILINE)
+    for names in copied:
+        for name in names.split():
+            assert (DEPLOY.parent / name).exists(), name
+    assert re.search(r"^USER 10001:10001$", recipe, re.MULTILINE)
+
+
+def known_metrics() -> set[str]:
+    names = set()
+    for family in Metrics()._registry.collect():
+        names |= {family.name, f"{family.name}_total"}
+    return names
+
+
+@pytest.mark.parametrize("file", ["alerts.yml", "grafana/dashboards/study.json"])
+def test_every_metric_that_is_looked_at_exists(file: str) -> None:
+    text = (DEPLOY / "compose" / file).read_text()
+    looked_at = set(re.findall(r"\bcrafts_[a-z_]+", text)) - {"crafts_study"}
+    assert looked_at
+    assert looked_at <= known_metrics()
+
+
+def test_prometheus_asks_the_port_of_the_metrics() -> None:
+    scraped = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())
+    (target,) = scraped["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert target == f"127.0.0.1:{HomeConfig.model_fields['metrics_port'].default}"
+    dashboard = json.loads((DEPLOY / "compose/grafana/dashboards/study.json").read_text())
+    sources = {panel["datasource"]["uid"] for panel in dashboard["panels"]}
+    provisioned = DEPLOY / "compose/grafana/provisioning/datasources/prometheus.yml"
+    assert sources == {yaml.safe_load(provisioned.read_text())["datasources"][0]["uid"]}
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_units_start_what_exists_and_give_up_what_they_can(unit: Path) -> None:
+    text = unit.read_text()
+    program, *words = re.search(r"^ExecStart=\S*/(crafts-\S+) (.+)$", text, re.MULTILINE).groups()
+    check_command(program, words)
+    assert "NoNewPrivileges=yes" in text
+    assert "Restart=always" in text
+    variable = {"crafts-server": "CRAFTS_SERVER_HOME", "crafts-client": "CRAFTS_SITE_HOME"}[program]
+    assert variable in text
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_systemd_itself_accepts_the_units(unit: Path, tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None or "user" in unit.stem:
+        pytest.skip("no systemd-analyze, or no user session to check a user unit in")
+    text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.MULTILINE)
+    (tmp_path / unit.name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / unit.name)], capture_output=True, text=True
+    )
+    ours = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+def test_compose_itself_accepts_the_file() -> None:
+    program = shutil.which("docker-compose")
+    if program is None:
+        pytest.skip("docker-compose is not installed")
+    folder = DEPLOY / "compose"
+    command = [program, "--env-file", ".env.example", "-f", "compose.yaml", "config"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+CHART = DEPLOY / "helm" / "crafts-server"
+TEMPLATES = sorted((CHART / "templates").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_every_value_of_the_chart_exists_and_blocks_are_closed(template: Path) -> None:
+    text, values = template.read_text(), yaml.safe_load((CHART / "values.yaml").read_text())
+    for path in re.findall(r"\.Values\.([A-Za-z.]+)", text):
+        found = values
+        for key in path.split("."):
+            assert key in found, path
+            found = found[key]
+    opened = len(re.findall(r"\{\{-? if ", text))
+    assert opened == len(re.findall(r"\{\{-? end ", text))
+
+
+def test_the_chart_is_of_this_version_and_opens_the_same_ports() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert chart["appVersion"] == values["image"]["tag"] == __version__
+    service = values["service"]
+    assert {service[f"{name}Port"] for name in ("fleet", "enrolment", "registrar")} == PORTS
+    text = (CHART / "templates" / "statefulset.yaml").read_text()
+    assert set(map(int, re.findall(r"containerPort: (\d+)", text))) == PORTS
+    for args in re.findall(r'args: (\["(?:init|serve)".*\])', text):
+        words = yaml.safe_load(re.sub(r"\{\{.*?\}\}", "x", args))
+        check_command("crafts-server", words)
