@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,6 +65,9 @@ class Programs:
         logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Programs":
+        if threading.current_thread() is threading.main_thread():
+            # Ended by SIGTERM we would leave programs behind that hold homes and ports.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         return self
 
     def __exit__(self, *_: object) -> None:

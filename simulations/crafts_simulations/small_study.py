@@ -39,10 +39,11 @@ def make_small_study(
     rounds: int = 2,
     min_sites: int = 2,
     deadline_s: float = 120.0,
+    rank: int = 2,
 ) -> SmallStudy:
     """Everything that a study needs, in an empty folder."""
     coordinator = CoordinatorHome.create(folder / "coordinator", loopback_config(foundation.path))
-    plan = _plan(foundation.manifest.hash, rounds, min_sites, deadline_s)
+    plan = _plan(foundation.manifest.hash, rounds, min_sites, deadline_s, rank)
     sites = {}
     for number in range(1, num_sites + 1):
         name = f"site-{number}"
@@ -98,13 +99,13 @@ def write_random_store(
     return store
 
 
-def _plan(foundation: str, rounds: int, min_sites: int, deadline_s: float) -> Plan:
+def _plan(foundation: str, rounds: int, min_sites: int, deadline_s: float, rank: int) -> Plan:
     return Plan.parse(
         {
             "study": {"name": "small", "foundation": foundation, "seed": 3},
             "adapter": {
                 "kind": "lora",
-                "rank": 2,
+                "rank": rank,
                 "first_factor": "random",
                 "schedule": "second_only",
             },

@@ -21,7 +21,9 @@ class Link:
         self.port = int(self._listener.getsockname()[1])
         self.bytes_per_s: int | None = None
         """Of each direction of each connection; ``None`` is as fast as it goes."""
-        self.num_bytes = 0
+        self.bytes_in = 0
+        """To the target, with TLS and all."""
+        self.bytes_out = 0
 
     def __enter__(self) -> "Link":
         threading.Thread(target=self._accept, daemon=True).start()
@@ -57,16 +59,21 @@ class Link:
                 continue
             far.settimeout(None)
             self._open |= {near, far}
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+            for source, sink, inward in ((near, far, True), (far, near, False)):
+                passing = threading.Thread(target=self._pass_on, args=(source, sink, inward))
+                passing.daemon = True
+                passing.start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket, inward: bool) -> None:
         with suppress(OSError):
             while piece := source.recv(_PIECE_BYTES):
                 if self.bytes_per_s is not None:
                     time.sleep(len(piece) / self.bytes_per_s)
                 sink.sendall(piece)
-                self.num_bytes += len(piece)
+                if inward:
+                    self.bytes_in += len(piece)
+                else:
+                    self.bytes_out += len(piece)
         for end in (source, sink):
             self._open.discard(end)
             with suppress(OSError):

@@ -211,7 +211,7 @@ def slow(bytes_per_s: int) -> Act:
     def act(programs: Programs, study: SmallStudy, link: Link) -> str:
         link.bytes_per_s = bytes_per_s
         finish(programs, study)
-        return f"{link.num_bytes // 1024} KiB at {bytes_per_s // 1024} KiB/s"
+        return f"{(link.bytes_in + link.bytes_out) // 1024} KiB at {bytes_per_s // 1024} KiB/s"
 
     return through_a_link(act)
 
