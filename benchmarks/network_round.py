@@ -8,9 +8,10 @@ Both run in one call, on loopback, with TLS, through the same kind of SuperLink:
 * ``bare Flower``: FedAvg from ``flwr.serverapp.strategy`` on the same Grid and two stock SuperNodes
   that start a ClientApp for each message; the app sends the arrays back and trains nothing.
 
-Bytes are counted on the TCP connection of one site, both ways, so TLS, HTTP and protobuf are in;
-what the site's polling costs while nothing happens is measured before and taken off. The first
-round is left out of both (start-up).
+Bytes are counted on the TCP connection of one of our sites, both ways, so TLS, HTTP and protobuf
+are in; what its polling costs while nothing happens is measured before and taken off. (An echo has
+no bytes to compare: Flower does not send again what it has stored.) The first round is left out of
+both (start-up).
 
     python benchmarks/network_round.py --rank 64 --rounds 4 --out results/network.json
 """
@@ -125,7 +126,7 @@ def ours(folder: Path, rank: int, rounds: int) -> dict[str, Any]:
 
 
 def bare_flower(folder: Path, state: State, rounds: int) -> dict[str, Any]:
-    """Seconds and bytes of FedAvg rounds with stock SuperNodes and the same adapter."""
+    """Seconds of FedAvg rounds with stock SuperNodes and the same adapter."""
     folder.mkdir()
     pki = Pki.create(folder / "pki", ["localhost"])
     link = superlink.SuperLink(database=folder / "link.db", pki=pki, host="127.0.0.1", port=0)
@@ -134,16 +135,14 @@ def bare_flower(folder: Path, state: State, rounds: int) -> dict[str, Any]:
     arrays = ArrayRecord({name: Array.from_numpy_ndarray(value) for name, value in half.items()})
     fab = _fab(folder / "app")
     superlink._bundle = lambda: fab  # the one difference: code in the bundle
-    marks: list[tuple[float, int, int]] = []
+    marks: list[float] = []
     try:
-        with Link(link.port) as near, _stock_nodes(folder, pki, link, near.port):
+        with _stock_nodes(folder, pki, link):
             while link.num_online < 2:
                 time.sleep(0.5)
-            time.sleep(5)
-            idle = idle_rate(near)
 
             def mark(*_: object) -> None:
-                marks.append((time.monotonic(), near.bytes_in, near.bytes_out))
+                marks.append(time.monotonic())
 
             strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2)
             with link.grid() as grid:
@@ -153,17 +152,7 @@ def bare_flower(folder: Path, state: State, rounds: int) -> dict[str, Any]:
     finally:
         link.stop()
     # The marks: before the first round, then after each.
-    first, last = marks[1], marks[-1]
-    took = last[0] - first[0]
-    seconds = [later[0] - earlier[0] for earlier, later in itertools.pairwise(marks[1:])]
-    size = sum(value.nbytes for value in half.values())
-    return {
-        "seconds": seconds,
-        "bytes_up": (last[1] - first[1] - idle[0] * took) / (rounds - 1),
-        "bytes_down": (last[2] - first[2] - idle[1] * took) / (rounds - 1),
-        "adapter_bytes_up": size,
-        "adapter_bytes_down": size,
-    }
+    return {"seconds": [after - before for before, after in itertools.pairwise(marks[1:])]}
 
 
 def idle_rate(link: Link) -> tuple[float, float]:
@@ -175,19 +164,17 @@ def idle_rate(link: Link) -> tuple[float, float]:
 
 
 @contextmanager
-def _stock_nodes(
-    folder: Path, pki: Pki, link: superlink.SuperLink, through_port: int
-) -> Iterator[None]:
-    """Two SuperNodes as Flower ships them; the first goes through the counted connection."""
+def _stock_nodes(folder: Path, pki: Pki, link: superlink.SuperLink) -> Iterator[None]:
+    """Two SuperNodes as Flower ships them."""
     nodes = []
     program = Path(sys.executable).with_name("flower-supernode")
-    for number, port in enumerate((through_port, link.port)):
+    for number in range(2):
         key = ec.generate_private_key(ec.SECP256R1())
         public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
         link.admit(f"node-{number}", public)
         path = folder / f"node-{number}.key"
         path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-        command = [str(program), "--superlink", f"localhost:{port}"]
+        command = [str(program), "--superlink", f"localhost:{link.port}"]
         command += ["--root-certificates", str(pki.ca_path)]
         command += ["--auth-supernode-private-key", str(path), "--port", str(29500 + number)]
         with (folder / f"node-{number}.log").open("wb") as log:
@@ -233,10 +220,10 @@ def main() -> None:
             "bare_flower": bare_flower(folder / "bare", state, wanted.rounds),
         }
     for who in ("ours", "bare_flower"):
-        each = result[who]
-        each["median_seconds"] = statistics.median(each["seconds"])
-        for way in ("up", "down"):
-            each[f"bytes_{way}_ratio"] = each[f"bytes_{way}"] / each[f"adapter_bytes_{way}"]
+        result[who]["median_seconds"] = statistics.median(result[who]["seconds"])
+    for way in ("up", "down"):
+        sent = result["ours"]
+        sent[f"bytes_{way}_ratio"] = sent[f"bytes_{way}"] / sent[f"adapter_bytes_{way}"]
     result["seconds_ratio"] = (
         result["ours"]["median_seconds"] / result["bare_flower"]["median_seconds"]
     )

@@ -96,6 +96,36 @@ def test_a_plan_trains_only_while_somebody_here_approves_it(
     assert ask(home, foundation, content).error.code == 112, "what cannot be read approves nothing"
 
 
+@pytest.mark.parametrize(
+    ("rule", "limit"),
+    [
+        (Rule.EPSILON, {"max_epsilon": 7.9}),
+        (Rule.DELTA, {"max_delta": 1e-4}),
+        (Rule.SAMPLE_RATE, {"max_sample_rate": 0.4}),
+        (Rule.TILES, {"max_tiles_per_patient": 1}),
+        (Rule.STAGE, {"allowed_stages": ("pretraining",)}),
+        (Rule.STEPS, {"max_local_steps": 1}),
+        (Rule.ROUNDS, {"max_rounds": 3}),
+        (Rule.PATIENTS, {"min_patients": 7}),
+        (Rule.NOISE, {"min_noise_multiplier": 1e3}),
+        (Rule.SECURE_AGGREGATION, {"require_secure_aggregation": True}),
+        (Rule.APPROVAL, {"require_approval": True}),
+    ],
+)
+def test_whatever_a_coordinator_sends_the_sites_own_limits_hold(
+    tmp_path, foundation, coordinator, rule: Rule, limit: dict[str, object]
+) -> None:
+    """The same well-signed plan that a generous site trains; nothing is reserved or released."""
+    home = make_site_home(tmp_path / "strict", foundation, coordinator.public_key, **limit)
+    plan = coordinator.plan()
+
+    reply = ask(home, foundation, coordinator.content(plan, coordinator.start(plan)))
+
+    assert reply.error == error_of(rule)
+    assert Ledger(home.ledger_path).entries() == ()
+    assert not list(home.outbox_path.glob("*.safetensors"))
+
+
 def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinator) -> None:
     plan = coordinator.plan()
 
