@@ -48,6 +48,8 @@ format: $(STAMP)  ## Format and sort in place
 
 bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/private_step.py
+	$(BIN)/python benchmarks/network_round.py
+	$(BIN)/python benchmarks/coordinator_memory.py
 
 proto: $(STAMP)  ## Regenerate the registrar's messages from its contract
 	$(BIN)/python -m pip install --quiet --target .proto-tools "grpcio-tools==1.76.0"

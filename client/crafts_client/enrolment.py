@@ -14,9 +14,12 @@ Private keys are made here and never leave.
 """
 
 import hashlib
+import http.client
 import ssl
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import grpc
 from cryptography import x509
@@ -91,9 +94,8 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
         signing_request_pem=_signing_request(tls_key, home.config.name),
         node_public_key=_public_text(node_key),
     )
-    with grpc.secure_channel(
-        f"{name}:{port}", grpc.ssl_channel_credentials(root_certificates=pem.encode())
-    ) as channel:
+    credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
+    with _channel(f"{name}:{port}", credentials) as channel:
         reply = _call(channel, ENROLMENT, "Enrol", request)
     record = CoordinatorRecord(
         site=reply.site,
@@ -129,7 +131,7 @@ class Registrar:
             raise EnrolmentError(
                 f"cannot read {error.filename}: {error.strerror}; enroll again"
             ) from error
-        self._channel = grpc.secure_channel(self.record.registrar_address, credentials)
+        self._channel = _channel(self.record.registrar_address, credentials)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +172,19 @@ def forget_coordinator(home: SiteHome) -> None:
         (home.path / "keys" / name).unlink(missing_ok=True)
 
 
+def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:
+    """As the environment says, through an HTTP proxy; gRPC by itself reads small letters only."""
+    proxy = _proxy_for(address.rpartition(":")[0])
+    options = [("grpc.http_proxy", proxy.geturl())] if proxy else [("grpc.enable_http_proxy", 0)]
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def _proxy_for(host: str) -> SplitResult | None:
+    """The proxy of ``HTTPS_PROXY``, unless ``NO_PROXY`` excepts the host."""
+    proxy = getproxies().get("https")
+    return urlsplit(proxy) if proxy and not proxy_bypass(host) else None
+
+
 def _call(channel: grpc.Channel, service: str, name: str, request: Any) -> Any:
     call = calls_of(service)[name]
     stub = channel.unary_unary(
@@ -196,13 +211,24 @@ def _host_and_port(text: str) -> tuple[str, int]:
 
 def _certificate_shown(name: str, port: int) -> str:
     """PEM of what the port shows, trusted by nobody yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    proxy = _proxy_for(name)
+    first = (proxy.hostname or "", proxy.port or 80) if proxy else (name, port)
+    connection = http.client.HTTPSConnection(*first, context=context, timeout=TIMEOUT_S)
+    if proxy:
+        connection.set_tunnel(name, port)
     try:
-        return ssl.get_server_certificate((name, port), timeout=TIMEOUT_S)
+        connection.connect()
+        certificate = connection.sock.getpeercert(binary_form=True)
+        return ssl.DER_cert_to_PEM_cert(certificate or b"")
     except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         raise EnrolmentError(
             f"cannot reach {name}:{port} ({reason}); check host, port and firewall"
         ) from error
+    finally:
+        connection.close()
 
 
 def _fingerprint(pem: bytes) -> str:

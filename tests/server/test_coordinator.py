@@ -328,3 +328,19 @@ def test_importing_the_command_line_loads_neither_torch_nor_flower() -> None:
         [sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)}
     )
     assert result.returncode == 0
+
+
+def test_the_surface_grows_only_on_purpose() -> None:
+    import typer
+
+    commands = typer.main.get_command(app).commands
+    surface = {
+        f"{name} {sub}".strip()
+        for name, command in commands.items()
+        for sub in getattr(command, "commands", {"": None})
+    }
+    assert surface == {
+        *("init", "serve", "train", "stop", "export", "log show", "log verify"),
+        *("sites invite", "sites list", "sites revoke", "plan check", "plan sign"),
+        *("runs list", "runs show", "foundation build", "foundation import", "foundation verify"),
+    }
