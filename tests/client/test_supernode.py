@@ -1,9 +1,11 @@
 """A site's executor on a real SuperNode, under a coordinator that sends code."""
 
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from crafts_core import bundle
 from crafts_server import superlink
 from crafts_server.pki import Pki
 from crafts_server.superlink import SuperLink
+from support.proxy import Proxy
 from support.sites import policy_of
 
 EVIL = "import pathlib; pathlib.Path('{marker}').touch()\napp = None\n"
@@ -63,20 +66,23 @@ def home(tmp_path: Path) -> SiteHome:
 @pytest.fixture
 def joined(link, home, tmp_path) -> Iterator[list[str]]:
     """A site that takes part; the list grows with every message that its app sees."""
+    with taking_part(link, home, tmp_path / "pki" / "ca.crt", "localhost") as seen:
+        yield seen
+
+
+@contextmanager
+def taking_part(link: SuperLink, home: SiteHome, ca: Path, host: str) -> Iterator[list[str]]:
     keys = home.path / "keys"
     keys.mkdir()
-    shutil.copy(tmp_path / "pki" / "ca.crt", keys / "ca.crt")
+    shutil.copy(ca, keys / "ca.crt")
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     (keys / "node.key").write_bytes(private)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     link.admit("north", public)
     record = CoordinatorRecord(
-        site="north",
-        signer="key",
-        registrar_address="",
-        ca_fingerprint="",
-        fleet_address=f"localhost:{link.port}",
+        site="north", signer="key", registrar_address="", ca_fingerprint="",
+        fleet_address=f"{host}:{link.port}",
     )
     seen: list[str] = []
     app = ClientApp()
@@ -89,9 +95,11 @@ def joined(link, home, tmp_path) -> Iterator[list[str]]:
     stop = threading.Event()
     site = threading.Thread(target=supernode.join, args=(home, record, app, stop))
     site.start()
-    yield seen
-    stop.set()
-    site.join(timeout=60)
+    try:
+        yield seen
+    finally:
+        stop.set()
+        site.join(timeout=60)
     assert not site.is_alive()
 
 
@@ -154,6 +162,28 @@ def test_what_a_coordinator_sends_is_never_run(link, joined, home, tmp_path, mon
     with pytest.raises(HomeError, match="another crafts-client join"):
         supernode.join(home, None, None, threading.Event())
     assert (home.path / "keys" / "executor.secret").stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_rounds_go_through_a_proxy_where_there_is_one(home, tmp_path, monkeypatch) -> None:
+    """Under this machine's own name, as loopback never goes through a proxy."""
+    host = socket.gethostname()
+    try:
+        socket.gethostbyname(host)
+    except OSError:
+        pytest.skip("this machine does not know its own name")
+    pki = Pki.create(tmp_path / "named", [host])
+    link = SuperLink(database=tmp_path / "named.db", pki=pki, host="0.0.0.0", port=0)
+    proxy = Proxy()
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    link.start()
+    with taking_part(link, home, pki.ca_path, host) as seen, link.grid() as grid:
+        assert ask(grid).content["reply"]["fine"] is True
+    assert len(seen) == 1
+    assert set(proxy.asked) == {f"{host}:{link.port}"}
+    link.stop()
+    proxy.stop()
 
 
 def test_no_task_but_a_client_apps_is_ever_asked_for(monkeypatch) -> None:

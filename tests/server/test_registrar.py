@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import grpc
@@ -43,6 +42,7 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
+from support.proxy import Proxy
 from support.sites import make_site_home, plan_values
 
 pytestmark = pytest.mark.network
@@ -284,47 +284,12 @@ def test_a_site_that_leaves_is_revoked_and_keeps_what_it_owns(coordinator, site)
     assert "this site is not enrolled" in again.output
 
 
-class Proxy:
-    """An HTTP proxy that tunnels, as hospitals have it."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        proxy = self
-
-        class Tunnel(BaseHTTPRequestHandler):
-            def do_CONNECT(self) -> None:
-                proxy.asked.append(self.path)
-                host, _, port = self.path.rpartition(":")
-                with socket.create_connection((host, int(port))) as far:
-                    self.send_response(200)
-                    self.end_headers()
-                    near = self.connection
-                    back = threading.Thread(target=_pour, args=(far, near), daemon=True)
-                    back.start()
-                    _pour(near, far)
-                    back.join()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Tunnel)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-def _pour(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while piece := source.recv(65536):
-            sink.sendall(piece)
-        sink.shutdown(socket.SHUT_WR)
-
-
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy"])
 def test_a_site_behind_a_proxy_enrols_and_asks(
     coordinator, site, monkeypatch, variable: str
 ) -> None:
     proxy = Proxy()
-    monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.server.server_port}")
+    monkeypatch.setenv(variable, proxy.url)
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     enrol(site, coordinator.host, coordinator.invite("north"))
@@ -337,8 +302,7 @@ def test_a_site_behind_a_proxy_enrols_and_asks(
     with Registrar(site) as registrar:
         registrar.call("ListPlans")
     assert len(proxy.asked) == asked
-    proxy.server.shutdown()
-    proxy.server.server_close()
+    proxy.stop()
 
 
 class TestDoctor:
