@@ -31,18 +31,27 @@ class Patience:
     """May raise to end the run; committed rounds stay."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    """What is known of a node beside what it says. Nobody is known in a simulation."""
+
+    enrolled_as: Callable[[int], str | None] = lambda _: None
+    """The site's name that its key was enrolled under."""
+    connected_since: Callable[[int], str | None] = lambda _: None
+    """Changes when the node's process is another one."""
+
+
 @dataclass(slots=True)
 class SiteDirectory:
     """Which node is which site, as far as this process has heard."""
 
-    enrolled_as: Callable[[int], str | None] = lambda _: None
-    """The name that a node is enrolled under; None where nobody enrols, as in a simulation."""
+    members: Members = field(default_factory=Members)
     names: dict[int, str] = field(default_factory=dict)
     holders: dict[int, str] = field(default_factory=dict)
     """Node -> hash of the stage's first adapter that it is known to hold."""
 
     def label(self, node_id: int) -> str:
-        return self.names.get(node_id) or self.enrolled_as(node_id) or f"node {node_id}"
+        return self.names.get(node_id) or self.members.enrolled_as(node_id) or f"node {node_id}"
 
     def bind(self, node_id: int, site: str) -> None:
         """Remember a node's name. Nodes are authenticated by Flower, names are said.
@@ -51,7 +60,7 @@ class SiteDirectory:
             UpdateRefusedError: the node is enrolled under, or had, another name, or another node
                 has this one.
         """
-        enrolled = self.enrolled_as(node_id)
+        enrolled = self.members.enrolled_as(node_id)
         if enrolled is not None and enrolled != site:
             raise UpdateRefusedError(f"this node is enrolled as {enrolled} and says {site}")
         if self.names.get(node_id, site) != site:
@@ -100,6 +109,7 @@ class Collection:
         self._asked: set[int] = set()
         self._pending: dict[str, int] = {}
         self._lost: set[int] = set()
+        self._connected_since: dict[int, str | None] = {}
         self._num_accepted = 0
         self._refused: list[Refusal] = []
 
@@ -122,10 +132,19 @@ class Collection:
             self._patience.sleep(min(self._patience.poll_s, deadline - now))
 
     def _ask_newcomers(self) -> int:
-        """Send the request to every node that has not had it; how many were asked."""
+        """Send the request to every node that has not had it; how many were asked.
+
+        Flower delivers a request once, so a node whose process has died with it is asked again
+        when it is back; it sends the same sealed reply.
+        """
+        for asked_by, node_id in list(self._pending.items()):
+            if self._since(node_id) != self._connected_since[node_id]:
+                del self._pending[asked_by]
+                self._asked.discard(node_id)
         newcomers = sorted(set(patiently(self._node_ids)) - self._asked)
         for node_id in newcomers:
             self._lost.discard(node_id)
+            self._connected_since[node_id] = self._since(node_id)
             self._asked.add(node_id)
             pushed = patiently(partial(self._grid.push_messages, [self._compose(node_id)]))
             message_id = next(iter(pushed), None)
@@ -147,8 +166,6 @@ class Collection:
 
     def _take(self, node_id: int, message: Message) -> None:
         if message.has_error() and message.error.code == NODE_UNAVAILABLE:
-            # Flower delivers a request once. The node may come back: then it is asked again, and
-            # sends the same sealed reply.
             self._lost.add(node_id)
             self._asked.discard(node_id)
             return
@@ -175,6 +192,9 @@ class Collection:
                 sorted(self._sites.label(node) for node in {*self._pending.values(), *self._lost})
             ),
         )
+
+    def _since(self, node_id: int) -> str | None:
+        return patiently(partial(self._sites.members.connected_since, node_id))
 
     def _node_ids(self) -> list[int]:
         return list(self._grid.get_node_ids())

@@ -3,7 +3,6 @@
 import json
 import logging
 import secrets
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -17,7 +16,7 @@ from crafts_core.plan import Plan
 from crafts_privacy.signing import verify
 from crafts_server.aggregation import AggregationRule, rule_of
 from crafts_server.checkpoints import Checkpoint
-from crafts_server.collection import Patience
+from crafts_server.collection import Members, Patience
 from crafts_server.errors import HomeError, RegistryError
 from crafts_server.home import CoordinatorHome
 from crafts_server.probe import FoundationProbe, ProbeOfRound, ProbeSize
@@ -30,10 +29,6 @@ log = logging.getLogger(__name__)
 
 def _ignore(_receipt: RoundReceipt) -> None:
     pass
-
-
-def _nobody(_node_id: int) -> None:
-    return None
 
 
 class Coordinator:
@@ -50,7 +45,7 @@ class Coordinator:
         rule: AggregationRule | None = None,
         probe_of_round: ProbeOfRound | None = None,
         on_round: OnRound = _ignore,
-        enrolled_as: Callable[[int], str | None] = _nobody,
+        members: Members | None = None,
     ) -> None:
         """Sign the plan and get ready.
 
@@ -63,7 +58,7 @@ class Coordinator:
             rule: Another aggregation rule than the plan names, for research.
             probe_of_round: Another public probe than the foundation's.
             on_round: Called after each committed round.
-            enrolled_as: Node id to the site's name, where sites enrol.
+            members: What is known of nodes, where sites enrol.
 
         Raises:
             HomeError: the plan is for another foundation.
@@ -81,7 +76,7 @@ class Coordinator:
         self._rule = rule or rule_of(plan.aggregation)
         self._probe_of_round = probe_of_round
         self._on_round = on_round
-        self._enrolled_as = enrolled_as
+        self._members = members or Members()
         self._signed_plan = home.sign_plan(plan)
 
     @classmethod
@@ -92,7 +87,7 @@ class Coordinator:
         *,
         on_round: OnRound = _ignore,
         patience: Patience | None = None,
-        enrolled_as: Callable[[int], str | None] = _nobody,
+        members: Members | None = None,
     ) -> Self:
         """From a home on disk and a plan that was signed in it.
 
@@ -111,7 +106,7 @@ class Coordinator:
             *(home, plan, load(home.foundation_path)),
             on_round=on_round,
             patience=patience,
-            enrolled_as=enrolled_as,
+            members=members,
         )
 
     def run(self, grid: Grid) -> Checkpoint:
@@ -167,7 +162,7 @@ class Coordinator:
             probe_of_round=self._probe(),
             spool_path=self._home.spool_path(run_id),
             patience=self._patience,
-            enrolled_as=self._enrolled_as,
+            members=self._members,
         )
 
     def _probe(self) -> ProbeOfRound:

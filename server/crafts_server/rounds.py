@@ -29,7 +29,7 @@ from crafts_server.aggregation import (
     aggregate,
 )
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
-from crafts_server.collection import Collection, Patience, Replies, SiteDirectory
+from crafts_server.collection import Collection, Members, Patience, Replies, SiteDirectory
 from crafts_server.errors import AggregationError, CheckpointError
 from crafts_server.messages import (
     SignedPlan,
@@ -61,7 +61,7 @@ class Study:
     probe_of_round: ProbeOfRound
     spool_path: Path
     patience: Patience
-    enrolled_as: Callable[[int], str | None]
+    members: Members
 
 
 def run_rounds(
@@ -92,7 +92,7 @@ def run_rounds(
     if chain[-1].round == study.plan.num_rounds:
         return chain[-1]
     study.registry.set_status(study.run_id, RunStatus.RUNNING)
-    sites = SiteDirectory(enrolled_as=study.enrolled_as)
+    sites = SiteDirectory(members=study.members)
     for planned in study.plan.rounds():
         if planned.round < len(chain):
             continue

@@ -16,7 +16,7 @@ from crafts_core import __version__
 from crafts_core.errors import CraftsError
 from crafts_core.plan import Plan
 from crafts_server.audit_log import Event
-from crafts_server.collection import Patience
+from crafts_server.collection import Members, Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.enrolments import Enrolments
 from crafts_server.errors import AggregationError, HomeError, RegistryError, RunStoppedError
@@ -124,7 +124,10 @@ class Service:
                     plan,
                     on_round=self._committed,
                     patience=Patience(sleep=_until_stopped(entry, stop)),
-                    enrolled_as=self.superlink.site_of,
+                    members=Members(
+                        enrolled_as=self.superlink.site_of,
+                        connected_since=self.superlink.connected_since,
+                    ),
                 ).run(grid)
         except RunStoppedError:
             log.info("plan %s was stopped", plan[:16])

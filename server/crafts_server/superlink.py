@@ -160,6 +160,11 @@ class SuperLink:
         nodes = self.state.get_node_info(node_ids=[node_id])
         return nodes[0].name if nodes else None
 
+    def connected_since(self, node_id: int) -> str | None:
+        """When the node's present process said that it is there."""
+        nodes = self.state.get_node_info(node_ids=[node_id])
+        return nodes[0].last_activated_at if nodes else None
+
     @property
     def num_online(self) -> int:
         """Sites that are connected."""

@@ -81,7 +81,10 @@ def taking_part(link: SuperLink, home: SiteHome, ca: Path, host: str) -> Iterato
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     link.admit("north", public)
     record = CoordinatorRecord(
-        site="north", signer="key", registrar_address="", ca_fingerprint="",
+        site="north",
+        signer="key",
+        registrar_address="",
+        ca_fingerprint="",
         fleet_address=f"{host}:{link.port}",
     )
     seen: list[str] = []

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from crafts_server.collection import Collection, Patience, SiteDirectory
+from crafts_server.collection import Collection, Members, Patience, SiteDirectory
 from crafts_server.errors import RunStoppedError
 from crafts_server.grid_calls import NODE_UNAVAILABLE, patiently
 from support.fake_grid import FakeGrid
@@ -50,10 +50,10 @@ def test_patience_ends_after_a_minute() -> None:
 ANSWER = RecordDict({"reply": ConfigRecord({"fine": True})})
 
 
-def collection(grid: FakeGrid, sleep, accepted: list[int]) -> Collection:
+def collection(grid: FakeGrid, sleep, accepted: list[int], members=None) -> Collection:
     return Collection(
         grid,
-        SiteDirectory(),
+        SiteDirectory(members=members or Members()),
         compose=lambda node: Message(RecordDict(), dst_node_id=node, message_type="train"),
         accept=lambda node, _message: accepted.append(node),
         patience=Patience(poll_s=0.0, join_wait_s=0.0, sleep=sleep),
@@ -77,6 +77,23 @@ def test_a_node_that_dies_with_the_request_is_asked_again_when_it_is_back() -> N
     assert accepted == [1, 2]
     assert [node for node, _ in grid.requests] == [1, 2, 2]
     assert (replies.num_asked, replies.num_accepted, replies.missing) == (2, 2, ())
+
+
+def test_a_node_that_was_never_seen_away_but_is_another_process_is_asked_again() -> None:
+    """Restarted in the moment that Flower gave it up: nobody saw an error, the request is lost."""
+    grid, accepted, naps = FakeGrid({1: lambda _: None}), [], []
+
+    def sleep(_seconds: float) -> None:
+        naps.append(len(naps))
+        if naps[-1] == 1:
+            grid.sites[1] = lambda _: ANSWER
+        assert len(naps) < 6, "it waits for ever"
+
+    members = Members(connected_since=lambda _: "10:00" if len(naps) < 3 else "10:01")
+    replies = collection(grid, sleep, accepted, members).run(min_sites=1, deadline_s=60)
+    assert accepted == [1]
+    assert [node for node, _ in grid.requests] == [1, 1]
+    assert replies.num_asked == 1
 
 
 def test_a_node_that_does_not_come_back_is_missing_not_refused() -> None:

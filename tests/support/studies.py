@@ -14,7 +14,7 @@ from crafts_core.plan import Plan
 from crafts_privacy.signing import create_signing_key, load_signing_key
 from crafts_server.aggregation import AggregationRule, PublicProbe, rule_of
 from crafts_server.checkpoints import CheckpointStore
-from crafts_server.collection import Patience
+from crafts_server.collection import Members, Patience
 from crafts_server.messages import SignedPlan
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rounds import Study
@@ -107,7 +107,7 @@ def small_study(
     if registry.newest_run(plan.hash) is None:
         registry.start_run(RUN_ID, plan.hash)
     return Study(
-        enrolled_as=lambda _: None,
+        members=Members(),
         plan=plan,
         signed_plan=SignedPlan(json=plan.to_json(), signature="s", public_key="k"),
         run_id=RUN_ID,
