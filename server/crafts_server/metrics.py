@@ -31,30 +31,31 @@ class Metrics:
         self.certificate_expires = gauge(
             "certificate_expires_timestamp_seconds", "When the server certificate ends"
         )
-        self._round = gauge("round", "Newest committed round", "study")
-        self._margin = gauge("alignment_margin", "On the public probe, after the round", "study")
-        self._round_seconds = gauge("round_seconds", "Duration of the newest round", "study")
-        self._rounds = counter("rounds", "Rounds committed since the start", "study")
-        self._updates = counter("updates", "Answers of sites", "study", "outcome")
-        self._bytes = counter("bytes", "Of adapters and updates", "study", "direction")
-        self.short_rounds = counter("short_rounds", "Rounds with too few good updates", "study")
+        self._round = gauge("round", "Newest committed round", "run")
+        self._margin = gauge("alignment_margin", "On the public probe, after the round", "run")
+        self._round_seconds = gauge("round_seconds", "Duration of the newest round", "run")
+        self._rounds = counter("rounds", "Rounds committed since the start", "run")
+        self._updates = counter("updates", "Answers of sites", "run", "outcome")
+        self._bytes = counter("bytes", "Of adapters and updates", "run", "direction")
+        self.short_rounds = counter("short_rounds", "Rounds with too few good updates")
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
 
-    def committed(self, study: str, receipt: RoundReceipt) -> None:
+    def committed(self, receipt: RoundReceipt) -> None:
         """Count a round."""
-        self._round.labels(study).set(receipt.round)
-        self._margin.labels(study).set(receipt.margin_after)
-        self._round_seconds.labels(study).set(receipt.seconds)
-        self._rounds.labels(study).inc()
+        run = receipt.run_id
+        self._round.labels(run).set(receipt.round)
+        self._margin.labels(run).set(receipt.margin_after)
+        self._round_seconds.labels(run).set(receipt.seconds)
+        self._rounds.labels(run).inc()
         for outcome, number in (
             ("used", len(receipt.sites)),
             ("refused", len(receipt.refused)),
             ("missing", len(receipt.missing)),
         ):
-            self._updates.labels(study, outcome).inc(number)
-        self._bytes.labels(study, "down").inc(receipt.bytes_down)
-        self._bytes.labels(study, "up").inc(receipt.bytes_up)
+            self._updates.labels(run, outcome).inc(number)
+        self._bytes.labels(run, "down").inc(receipt.bytes_down)
+        self._bytes.labels(run, "up").inc(receipt.bytes_up)
 
     def start(self, port: int) -> int:
         """Answer on loopback; the port that was taken.

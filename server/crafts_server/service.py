@@ -134,7 +134,7 @@ class Service:
             return True
         except AggregationError as error:
             log.warning("%s", error)
-            self.metrics.short_rounds.labels(plan[:16]).inc()
+            self.metrics.short_rounds.inc()
             self._audit.write(Event.SHORT, plan=plan, why=str(error))
             return False
         except (RegistryError, OperationalError, OSError) as error:
@@ -162,7 +162,7 @@ class Service:
             receipt.bytes_up,
             receipt.seconds,
         )
-        self.metrics.committed(receipt.run_id, receipt)
+        self.metrics.committed(receipt)
         self._audit.write(
             Event.COMMITTED,
             run=receipt.run_id,

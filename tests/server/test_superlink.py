@@ -46,13 +46,15 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
         for seed, name in enumerate(("north", "south"))
     }
     values = plan_values(foundation.manifest.hash)
-    values["stage"] = [values["stage"][0] | {"rounds": 3}]
+    values["stage"] = [values["stage"][0] | {"rounds": 2}]
     values["aggregation"] |= {"min_sites": 2, "deadline_s": 300.0}
     plan, file = Plan.parse(values), tmp_path / "plan.toml"
     file.write_text(_toml(values))
     paths = {name: site.path for name, site in sites.items()}
     with Programs(home, paths, tmp_path / "logs") as programs:
         programs.start_coordinator()
+        ports = config.fleet_port, config.enrolment_port, config.registrar_port
+        assert listening(programs.pid("coordinator")) == {*ports, config.metrics_port}
         run("crafts_server", "plan", "sign", file, *server)
         for name, site in sites.items():
             invited = run("crafts_server", "sites", "invite", name, "--json", *server)
@@ -103,6 +105,21 @@ def database(request: pytest.FixtureRequest) -> str:
         return request.getfixturevalue("postgres").new_database()
     except pytest.skip.Exception:
         return "sqlite"
+
+
+def listening(pid: int) -> set[int]:
+    """The TCP ports that a process listens on (Linux)."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {
+        int(fields[1].rpartition(":")[2], 16)
+        for fields in lines
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in links
+    }
 
 
 def run(module: str, *words: object) -> str:
