@@ -12,6 +12,7 @@ import typer
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
+from crafts_client.tiles_cli import tiles_app
 from crafts_core import __version__
 from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.durable import write_file
@@ -34,6 +35,7 @@ ledger_app = typer.Typer(no_args_is_help=True, help="What this site has spent.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(network_app)
+app.add_typer(tiles_app, name="tiles")
 
 
 @app.callback()
@@ -132,27 +134,6 @@ def ingest(
         "patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
         "skipped": len(report.skipped),
         "report": str(site.ingest_report_path),
-    }
-    _print(result, as_json)
-
-
-@app.command()
-def tiles(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Count what the tile store holds. The exact numbers are private: they stay here."""
-    from crafts_core.tiles import TileStore
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        store = TileStore.open(site.tile_store_path)
-    per_patient = [len(store.tile_rows_of(index)) for index in range(store.num_patients)]
-    result = {
-        "tiles": store.num_tiles,
-        "patients": store.num_patients,
-        "declared_patients": site.config.declared_patients,
-        "fewest_tiles_of_a_patient": min(per_patient),
-        "most_tiles_of_a_patient": max(per_patient),
-        "tile_px": store.tile_px,
-        "mpp": store.mpp,
     }
     _print(result, as_json)
 

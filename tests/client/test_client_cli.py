@@ -40,7 +40,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     surface = {name: options(command) for name, command in commands.items()}
     surface |= {
         f"{group} {name}": options(command)
-        for group in ("policy", "ledger", "plan", "foundation")
+        for group in ("policy", "ledger", "plan", "foundation", "tiles")
         for name, command in commands[group].commands.items()
     }
 
@@ -48,7 +48,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
         *("plan", "plan list", "plan show", "plan approve"),
-        *("foundation", "foundation fetch"),
+        *("foundation", "foundation fetch", "tiles stats", "tiles check", "tiles show"),
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
     assert surface["init"] == {
@@ -93,7 +93,7 @@ def test_init_then_ingest_of_ready_tiles_makes_a_site_that_can_train(
     store = TileStore.open(home / "tiles")
     LatentCache.open(store, foundation.manifest.hash)
     Site.open(home)
-    counted = json.loads(run("tiles", "--home", home, "--json").stdout)
+    counted = json.loads(run("tiles", "stats", "--home", home, "--json").stdout)
     assert (counted["patients"], counted["most_tiles_of_a_patient"]) == (4, 2)
 
 
@@ -297,7 +297,7 @@ def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(("tiles",), ("budget",), ("policy", "show"), ("audit",), ("report",)),
+        *(("tiles", "stats"), ("budget",), ("policy", "show"), ("audit",), ("report",)),
         *(("ledger", "verify"), ("ledger", "show"), ("ledger", "export", "ledger.csv")),
     ],
 )

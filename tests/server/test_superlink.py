@@ -109,7 +109,7 @@ def database(request: pytest.FixtureRequest) -> str:
 
 def listening(pid: int) -> set[int]:
     """The TCP ports that a process listens on (Linux)."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
     lines = [
         line.split()
         for name in ("tcp", "tcp6")

@@ -1,0 +1,98 @@
+"""``crafts-client tiles``: look at what ingest made. Numbers and pictures are private."""
+
+import json
+import random
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crafts_client.home import SiteHome
+from crafts_client.network_cli import AsJson, Home
+from crafts_core.command_line import one_line_errors
+
+tiles_app = typer.Typer(no_args_is_help=True, help="Look at the tile store. Nothing leaves.")
+_MOST_SHOWN = 400
+
+
+@tiles_app.command("stats")
+def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Count tiles by patient and by label."""
+    from crafts_core.tiles import TileStore
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        store = TileStore.open(site.tile_store_path)
+    per_patient = [len(store.tile_rows_of(index)) for index in range(store.num_patients)]
+    labels = [str(label) for label in store.labels]
+    values = {
+        "tiles": store.num_tiles,
+        "patients": store.num_patients,
+        "declared_patients": site.config.declared_patients,
+        "fewest_tiles_of_a_patient": min(per_patient),
+        "most_tiles_of_a_patient": max(per_patient),
+        "tile_px": store.tile_px,
+        "mpp": store.mpp,
+        "tiles_by_label": {label or "-": labels.count(label) for label in sorted(set(labels))},
+    }
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    for key, value in values.items():
+        typer.echo(f"{key:26} {value}")
+
+
+@tiles_app.command("check")
+def tiles_check(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Compare every file of the store with its hash, and the latent cache with its foundation."""
+    from crafts_core.foundation import verify
+    from crafts_core.tiles import TileStore
+    from crafts_core.tiles.latents import LatentCache
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        store = TileStore.open(site.tile_store_path)
+        store.verify()
+        foundation = verify(site.foundation_path)
+        LatentCache.open(store, foundation.hash)
+    values = {"tiles": store.num_tiles, "index": store.index_hash, "foundation": foundation.hash}
+    text = f"{store.num_tiles} tiles are as they were written; latents of {foundation.name}"
+    typer.echo(json.dumps(values) if as_json else text)
+
+
+@tiles_app.command("show")
+def tiles_show(
+    out: Annotated[Path, typer.Argument(help="Picture to write, for example sheet.png.")],
+    home: Home = Path("site"),
+    number: Annotated[
+        int, typer.Option(min=1, max=_MOST_SHOWN, help="Tiles on the sheet, from all patients.")
+    ] = 64,
+    patient: Annotated[
+        str | None, typer.Option(help="One patient's tiles; the name in the table of ingest.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same choice of tiles.")] = 0,
+) -> None:
+    """Draw a contact sheet of tiles, to see with your own eyes what would train."""
+    import math
+
+    import numpy as np
+
+    from crafts_client.ingest import Salt
+    from crafts_core.sampling import contact_sheet
+    from crafts_core.tiles import TileStore, TileStoreError
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        store = TileStore.open(site.tile_store_path)
+        rows = list(range(store.num_tiles))
+        if patient is not None:
+            name = Salt.load(site.salt_path).patient_id(patient)
+            if name not in store.patients:
+                raise TileStoreError(f"no tile of patient {patient} is in the store")
+            rows = store.tile_rows_of(store.patients.index(name)).tolist()
+        chosen = sorted(random.Random(seed).sample(rows, min(number, len(rows))))  # noqa: S311
+        images_NHWC = store.read_images(np.array(chosen))
+        sheet = contact_sheet(images_NHWC, columns=math.ceil(math.sqrt(len(chosen))))
+        sheet.save(out)
+        out.chmod(0o600)
+    typer.echo(f"{len(chosen)} of {len(rows)} tiles in {out}; it shows patients, keep it here")
