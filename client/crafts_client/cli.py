@@ -95,7 +95,7 @@ def init(
 @app.command()
 def ingest(
     table: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="CSV or TSV: file, patient, label.")
+        Path, typer.Argument(dir_okay=False, help="CSV or TSV: file, patient, label.")
     ],
     home: Home = Path("site"),
     ready_tiles: Annotated[
@@ -108,9 +108,20 @@ def ingest(
         int | None, typer.Option(min=1, help="Most tiles of one slide; all if absent.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Slides at a time.")] = 2,
+    plan_table: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Only write TABLE: a line for each slide below this folder, to fill in.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Cut slides (or take ready tiles) into the tile store and fill the latent cache."""
+    if plan_table is not None:
+        _plan_table(table, plan_table)
+        return
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
     from crafts_client.preparation import prepare_site
     from crafts_core.foundation import load
@@ -136,6 +147,18 @@ def ingest(
         "report": str(site.ingest_report_path),
     }
     _print(result, as_json)
+
+
+def _plan_table(table: Path, folder: Path) -> None:
+    from crafts_client.ingest import find_slides, write_template
+
+    with one_line_errors("crafts-client"):
+        slides = find_slides(folder)
+        write_template(table, slides)
+    typer.echo(
+        f"{table}: {len(slides)} slides; fill in patient, and label or caption (mpp only where a "
+        f"slide does not know its scale), then run: crafts-client ingest {table}"
+    )
 
 
 @app.command()

@@ -56,7 +56,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("--signer", "--max-epsilon", "--max-delta"),
     }
     assert surface["ingest"] == {
-        *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes", "--json"),
+        *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
+        *("--plan-table", "--json"),
     }
 
 

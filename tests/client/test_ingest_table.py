@@ -4,9 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from crafts_client.ingest import IngestError, TableColumns, read_table
+from crafts_client.ingest import (
+    IngestError,
+    TableColumns,
+    find_slides,
+    read_table,
+    write_template,
+)
 from crafts_client.ingest.errors import MAX_LINES
-from support.slides import write_table
+from support.slides import write_table, write_tissue_slide
 
 
 @pytest.fixture
@@ -134,3 +140,35 @@ def test_file_that_is_no_table_is_refused(folder: Path, content: bytes, fault: s
 
 def test_missing_table_is_refused(tmp_path: Path) -> None:
     assert "cannot read table" in problems_of(tmp_path / "none.csv")[0]
+
+
+def test_a_template_lists_the_slides_and_nothing_else(tmp_path: Path) -> None:
+    """A person fills in whose each is; unfilled it is refused, filled in it is read."""
+    (tmp_path / "deep").mkdir()
+    write_tissue_slide(tmp_path / "deep" / "b.tiff")
+    write_tissue_slide(tmp_path / "a.tiff")
+    (tmp_path / "notes.txt").write_text("no slide")
+    table = tmp_path / "slides.csv"
+    write_template(table, find_slides(tmp_path))
+    header, *lines = table.read_text().splitlines()
+    assert lines == ["a.tiff,,,,,", "deep/b.tiff,,,,,"]
+    assert set(problems_of(table)) == {
+        f"slides.csv line {number}: {problem}"
+        for number in (2, 3)
+        for problem in ("no patient", "neither a caption nor a label")
+    }
+    filled = [lines[0].replace(",,,,,", ",p1,,COAD,,"), lines[1].replace(",,,,,", ",p2,,LUAD,,")]
+    table.write_text("\n".join([header, *filled]) + "\n")
+    assert [row.patient for row in read_table(table)] == ["p1", "p2"]
+
+
+def test_a_template_writes_over_nothing_and_wants_slides(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    with pytest.raises(IngestError, match="no slide was found"):
+        write_template(table, find_slides(tmp_path))
+    write_tissue_slide(tmp_path / "a.tiff")
+    write_template(table, find_slides(tmp_path))
+    with pytest.raises(IngestError, match="exists"):
+        write_template(table, find_slides(tmp_path))
+    with pytest.raises(IngestError, match="cannot write"):
+        write_template(tmp_path / "no" / "t.csv", find_slides(tmp_path))

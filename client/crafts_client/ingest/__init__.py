@@ -4,7 +4,8 @@ from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.report import IngestReport
-from crafts_client.ingest.table import TableColumns, TableRow, read_table
+from crafts_client.ingest.slides import find_slides
+from crafts_client.ingest.table import TableColumns, TableRow, read_table, write_template
 from crafts_client.ingest.tiling import TilingOptions
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "TableColumns",
     "TableRow",
     "TilingOptions",
+    "find_slides",
     "ingest_slides",
     "ingest_tiles",
     "read_table",
+    "write_template",
 ]

@@ -32,6 +32,12 @@ class MissingScaleError(SlideError):
     """The file does not say how large a pixel is; the table must."""
 
 
+def find_slides(folder: Path) -> list[Path]:
+    """Every file below a folder that OpenSlide takes for a slide, in order of their names."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if openslide.OpenSlide.detect_format(path) is not None]
+
+
 class Slide:
     """An open slide with a known scale. Holds no label, macro or description."""
 

@@ -80,6 +80,34 @@ def read_table(
     return tuple(rows)
 
 
+def write_template(path: Path, slides: Sequence[Path]) -> None:
+    """A table with a line for each slide, for a person to fill in whose it is and what it shows.
+
+    Args:
+        path: A new ``.csv`` or ``.tsv``; files below its folder are named relative to it.
+        slides: Files, as ``find_slides`` gives them.
+
+    Raises:
+        IngestError: there is no slide, the table exists, or it cannot be written.
+    """
+    if not slides:
+        raise IngestError("no slide was found there; is it the right folder?")
+    base = path.parent.resolve()
+    names = [slide.resolve() for slide in slides]
+    lines = [name.relative_to(base) if name.is_relative_to(base) else name for name in names]
+    columns = TableColumns()
+    header = [getattr(columns, key)[0] for key in TableColumns.__dataclass_fields__]
+    try:
+        with path.open("x", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter=_delimiter(path, ","))
+            writer.writerow(header)
+            writer.writerows([line, *[""] * (len(header) - 1)] for line in lines)
+    except FileExistsError as error:
+        raise IngestError(f"{path} exists; choose another name or remove it first") from error
+    except OSError as error:
+        raise IngestError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header cells, and each later line that is not empty with its line number."""
     try:
