@@ -16,7 +16,6 @@ Private keys are made here and never leave.
 import hashlib
 import http.client
 import ssl
-from pathlib import Path
 from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -30,15 +29,13 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_pem_private_key,
-    load_ssh_private_key,
 )
 from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
-from crafts_core.durable import create_secret, write_file
+from crafts_core.durable import write_file
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
 
 DEFAULT_PORT = 8444
@@ -65,7 +62,10 @@ class CoordinatorRecord(BaseModel):
 
 
 def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
-    """Trade an invitation for a certificate. Interrupted, the same command goes on.
+    """Trade an invitation for a certificate, with new keys.
+
+    Keys of an earlier enrolment are replaced once the coordinator has answered, never used again:
+    a key that was revoked stays revoked.
 
     Args:
         home: The site's home; the invitation must be for its name.
@@ -86,9 +86,7 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
             f"{name}:{port} shows another certificate ({shown[:16]}) than the invitation names "
             f"({wanted[:16]}): a wrong host, or TLS inspection on the way; ask your network people"
         )
-    keys = home.path / "keys"
-    keys.mkdir(mode=0o700, exist_ok=True)
-    tls_key, node_key = _tls_key(keys / "tls.key"), _node_key(keys / "node.key")
+    tls_key, node_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     request = messages.EnrolRequest(
         token=secret,
         signing_request_pem=_signing_request(tls_key, home.config.name),
@@ -104,6 +102,13 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
         fleet_address=reply.fleet_address,
         ca_fingerprint=_fingerprint(reply.ca_pem),
     )
+    keys = home.path / "keys"
+    keys.mkdir(mode=0o700, exist_ok=True)
+    for name, key, form in (
+        ("tls.key", tls_key, PrivateFormat.PKCS8),
+        ("node.key", node_key, PrivateFormat.OpenSSH),
+    ):
+        write_file(keys / name, key.private_bytes(Encoding.PEM, form, NoEncryption()), mode=0o600)
     write_file(keys / "ca.crt", reply.ca_pem)
     write_file(keys / "tls.crt", reply.certificate_pem)
     write_file(home.coordinator_path, record.model_dump_json(indent=1) + "\n")
@@ -233,25 +238,6 @@ def _certificate_shown(name: str, port: int) -> str:
 
 def _fingerprint(pem: bytes) -> str:
     return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256()).hex()
-
-
-def _tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The site's key; one that is there stays."""
-    if not path.exists():
-        key = ec.generate_private_key(ec.SECP256R1())
-        create_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    loaded = load_pem_private_key(path.read_bytes(), password=None)
-    assert isinstance(loaded, ec.EllipticCurvePrivateKey)
-    return loaded
-
-
-def _node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    if not path.exists():
-        key = ec.generate_private_key(ec.SECP256R1())
-        create_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    loaded = load_ssh_private_key(path.read_bytes(), password=None)
-    assert isinstance(loaded, ec.EllipticCurvePrivateKey)
-    return loaded
 
 
 def _public_text(key: ec.EllipticCurvePrivateKey) -> str:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,15 +141,23 @@ class SuperLink:
         self._thread.join(timeout=30)
 
     def admit(self, site: str, node_public_key: str) -> None:
-        """Let the node with this key (a line as in OpenSSH) connect. Again is fine."""
+        """Let the node with this key (a line as in OpenSSH) connect. Again is fine.
+
+        Raises:
+            ServerError: the key was dismissed before.
+        """
         key = _as_flower_has_it(node_public_key)
         if self.state.get_node_id_by_public_key(key) is None:
-            self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=site)
+            try:
+                self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=site)
+            except ValueError as error:  # Flower never takes a key twice
+                raise ServerError(f"the node key of {site} was revoked; enroll again") from error
 
     def admit_only(self, sites: Mapping[str, str]) -> None:
         """Let these sites' nodes (name to key) connect, and no other any more."""
         for site, key in sites.items():
-            self.admit(site, key)
+            with suppress(ServerError):  # said when it enrolled; the others come in
+                self.admit(site, key)
         keys = {_as_flower_has_it(key) for key in sites.values()}
         for node in self.state.get_node_info(statuses=_ADMITTED):
             if node.public_key not in keys:

@@ -171,11 +171,14 @@ def test_a_revoked_or_replaced_certificate_is_refused(coordinator, site) -> None
         coordinator.enrolments.revoke("north")
         with pytest.raises(EnrolmentError, match="revoked or replaced"):
             registrar.call("ListPlans")
-    old = (site.path / "keys" / "tls.crt").read_bytes()
+    files = [site.path / "keys" / name for name in ("tls.crt", "tls.key", "node.key")]
+    old = [file.read_bytes() for file in files]
     enrol(site, coordinator.host, coordinator.invite("north"))
     with Registrar(site) as registrar:
         registrar.call("ListPlans")
-    (site.path / "keys" / "tls.crt").write_bytes(old)
+    for file, content in zip(files, old, strict=True):
+        assert file.read_bytes() != content, "a new enrolment has new keys"
+        file.write_bytes(content)
     with Registrar(site) as registrar, pytest.raises(EnrolmentError, match="revoked or replaced"):
         registrar.call("ListPlans")
 

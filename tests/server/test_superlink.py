@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from crafts_client.home import SiteHome
 from crafts_core import bundle
 from crafts_core.plan import Plan
 from crafts_privacy.ledger import Ledger
+from crafts_server.errors import ServerError
 from crafts_server.home import CoordinatorHome
 from crafts_server.pki import Pki
 from crafts_server.superlink import MAX_BODY_BYTES, SuperLink
@@ -193,6 +196,26 @@ def _routes(server: SuperLink) -> list:
     from flwr.superlink.main import create_app
 
     return [context.original_route for context in iter_route_contexts(create_app().routes)]
+
+
+def node_key() -> str:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def test_a_dismissed_key_never_comes_back_and_keeps_nobody_out(link) -> None:
+    server, _ = link
+    old, other, new = node_key(), node_key(), node_key()
+    server.admit_only({"north": old})
+    server.admit_only({})
+    with pytest.raises(ServerError, match="north was revoked"):
+        server.admit("north", old)
+    server.admit_only({"north": old, "south": other})
+    assert {node.name for node in server.state.get_node_info(statuses=["registered"])} == {"south"}
+    server.admit_only({"north": new, "south": other})
+    nodes = {n.name: n.node_id for n in server.state.get_node_info(statuses=["registered"])}
+    assert nodes.keys() == {"north", "south"}
+    assert server.site_of(nodes["north"]) == "north"
 
 
 def test_a_body_without_an_end_or_too_long_is_not_read(link) -> None:
