@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from crafts_core.exchange import ExchangeError
 from crafts_server.errors import UpdateRefusedError
-from crafts_server.grid_calls import NODE_UNAVAILABLE, patiently
+from crafts_server.grid_calls import LOST_ON_THE_WAY, patiently
 from crafts_server.messages import error_sentence
 from crafts_server.receipts import Refusal
 
@@ -165,7 +165,7 @@ class Collection:
         return heard
 
     def _take(self, node_id: int, message: Message) -> None:
-        if message.has_error() and message.error.code == NODE_UNAVAILABLE:
+        if message.has_error() and message.error.code in LOST_ON_THE_WAY:
             self._lost.add(node_id)
             self._asked.discard(node_id)
             return

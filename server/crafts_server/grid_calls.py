@@ -8,8 +8,9 @@ import httpx
 from sqlalchemy.exc import OperationalError
 
 T = TypeVar("T")
-NODE_UNAVAILABLE = 5
-"""Flower's error code for a node that stopped saying that it is there."""
+LOST_ON_THE_WAY = frozenset({3, 4, 5})
+"""Flower's error codes for a message that expired or is gone, a reply whose upload never ended, and
+a node that stopped saying that it is there: no answer of the site's."""
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 

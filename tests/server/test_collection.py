@@ -7,7 +7,7 @@ from flwr.common.constant import ErrorCode
 
 from crafts_server.collection import Collection, Members, Patience, SiteDirectory
 from crafts_server.errors import RunStoppedError
-from crafts_server.grid_calls import NODE_UNAVAILABLE, patiently
+from crafts_server.grid_calls import LOST_ON_THE_WAY, patiently
 from support.fake_grid import FakeGrid
 
 REQUEST = httpx.Request("POST", "https://superlink/v1/runtime")
@@ -62,7 +62,7 @@ def collection(grid: FakeGrid, sleep, accepted: list[int], members=None) -> Coll
 
 def test_a_node_that_dies_with_the_request_is_asked_again_when_it_is_back() -> None:
     """Flower never delivers a message twice; without this the node has refused for good."""
-    sites = {1: lambda _: ANSWER, 2: lambda _: Error(NODE_UNAVAILABLE, "no heartbeat")}
+    sites = {1: lambda _: ANSWER, 2: lambda _: Error(5, "no heartbeat")}
     grid, accepted, naps = FakeGrid(sites), [], []
 
     def sleep(_seconds: float) -> None:
@@ -97,7 +97,7 @@ def test_a_node_that_was_never_seen_away_but_is_another_process_is_asked_again()
 
 
 def test_a_node_that_does_not_come_back_is_missing_not_refused() -> None:
-    grid = FakeGrid({1: lambda _: ANSWER, 2: lambda _: Error(NODE_UNAVAILABLE, "no heartbeat")})
+    grid = FakeGrid({1: lambda _: ANSWER, 2: lambda _: Error(5, "no heartbeat")})
 
     def sleep(_seconds: float) -> None:
         grid.sites.pop(2, None)
@@ -114,5 +114,10 @@ def test_a_sleep_may_end_the_run() -> None:
         collection(FakeGrid({1: lambda _: None}), sleep, []).run(min_sites=1, deadline_s=60)
 
 
-def test_flowers_code_for_a_lost_node_is_what_we_think() -> None:
-    assert ErrorCode.NODE_UNAVAILABLE == NODE_UNAVAILABLE
+def test_flowers_codes_for_what_is_lost_are_what_we_think() -> None:
+    unavailable = (
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+    )
+    assert set(unavailable) == LOST_ON_THE_WAY
