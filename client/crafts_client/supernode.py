@@ -52,6 +52,8 @@ BUNDLE_REFUSED = Error(115, "the run's bundle is not the installed version's; no
 _POLL_S = 0.5
 _BACK_OFF_S = 20.0
 """Flower takes a node for online for a minute after it vanished, and refuses it meanwhile."""
+_SILENCE_S = 45.0
+"""A SuperNode takes up to half a minute to start on a busy machine."""
 _RETRY_S = 120.0
 """The SuperNode may be started again while a task is worked on."""
 _DIES_WITH_US = """
@@ -81,12 +83,24 @@ class SuperNode:
             file.write(self.secret)
         self._process: subprocess.Popen[bytes] | None = None
         self._ended_at = -_BACK_OFF_S
+        self._heard_at = 0.0
+        self.silence_s = _SILENCE_S
 
     def supervise(self) -> None:
-        """Start the process if it is not running; call this every now and then."""
-        if self._process is not None and self._process.poll() is None:
-            return
+        """Start the process if it is not running or not working; call this every now and then.
+
+        Flower's SuperNode gives up when a link breaks within a TLS handshake, closes its port and
+        then hangs at its end: a process that does not answer on its port is taken for dead.
+        """
         now = time.monotonic()
+        if self._process is not None and self._process.poll() is None:
+            if self._answers():
+                self._heard_at = now
+            if now - self._heard_at <= self.silence_s:
+                return
+            log.warning("the SuperNode does not answer; it is killed")
+            self._process.kill()
+            self._process.wait()
         if self._process is not None:
             log.warning(
                 "the SuperNode ended with status %s (supernode.log); starting it again in %.0f s",
@@ -103,6 +117,14 @@ class SuperNode:
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
             )
+        self._heard_at = now
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5):
+                return True
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """End it politely, so that the coordinator knows at once."""
@@ -222,14 +244,28 @@ def join(home: SiteHome, record: CoordinatorRecord, app: ClientApp, stop: thread
     with _the_only_one(home):
         node = SuperNode(home, record)
         executor = Executor(node.port, node.secret, app)
+        # In a thread, because a task may take hours and the connection must last that long. The
+        # thread stays to the end: the kernel ends the SuperNode with the thread that started it.
+        over = threading.Event()
+        keeper = threading.Thread(target=_keep, args=(node, over), name="SuperNode", daemon=True)
+        keeper.start()
         try:
             while not stop.is_set():
-                node.supervise()
                 if not executor.work_once():
                     stop.wait(_POLL_S)
         finally:
+            over.set()
+            keeper.join()
             executor.close()
-            node.stop()
+
+
+def _keep(node: SuperNode, over: threading.Event) -> None:
+    try:
+        while not over.is_set():
+            node.supervise()
+            over.wait(_POLL_S)
+    finally:
+        node.stop()
 
 
 def is_running(home: SiteHome) -> bool:

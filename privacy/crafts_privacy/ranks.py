@@ -63,6 +63,9 @@ class ProcessRanks:
                 timeout=timedelta(seconds=timeout_s),
             )
         except RuntimeError as error:
+            # torch counts groups in their names; after a failure it would wait under another
+            # name than the new processes, for ever.
+            distributed.distributed_c10d._world.group_count = 0
             raise RankError("not all devices of this site came up; see the log") from error
 
     def sum_(self, sum_D: Tensor, *, failed: bool) -> None:

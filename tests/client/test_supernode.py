@@ -202,3 +202,25 @@ def test_no_task_but_a_client_apps_is_ever_asked_for(monkeypatch) -> None:
     assert not executor.work_once()
     executor.close()
     assert asked == [[TaskType.CLIENT_APP]]
+
+
+def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatch) -> None:
+    """As Flower's does when a link breaks within a TLS handshake."""
+    (home.path / "keys").mkdir()
+    record = CoordinatorRecord(
+        site="north", signer="key", registrar_address="", ca_fingerprint="",
+        fleet_address="localhost:1",
+    )
+    node = supernode.SuperNode(home, record)
+    monkeypatch.setattr(node, "_command", lambda: ["sleep", "600"])
+    node.supervise()
+    first = node._process
+    node.supervise()
+    assert node._process is first, "it may still be starting"
+    node.silence_s = -1.0
+    node.supervise()
+    assert first.returncode == -9
+    monkeypatch.setattr(supernode, "_BACK_OFF_S", 0.0)
+    node.supervise()
+    assert node._process.poll() is None
+    node.stop()

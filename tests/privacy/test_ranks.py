@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from crafts_privacy.errors import RankError
 from crafts_privacy.noise import GridNoise
@@ -88,6 +88,10 @@ def test_ranks_are_one_device(tmp_path: Path) -> None:
 def test_a_rank_that_never_comes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="not all devices"):
         ProcessRanks(tmp_path / "meeting", 0, 2, timeout_s=1)
+    again = ProcessRanks(tmp_path / "again", 0, 1, timeout_s=5)
+    # New processes count from 0: under another name they would not meet.
+    assert distributed.group.WORLD.group_name == "0"
+    again.close()
 
 
 if __name__ == "__main__":
