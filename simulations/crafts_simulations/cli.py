@@ -115,7 +115,9 @@ def run(
 
 @app.command()
 def faults(
-    out: Annotated[Path, typer.Option(help="New folder for homes and logs.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for homes and logs; what held in it is not run again.")
+    ],
     only: Annotated[
         str, typer.Option(help="Run the faults whose group or name holds this text.")
     ] = "",

@@ -208,7 +208,10 @@ def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatc
     """As Flower's does when a link breaks within a TLS handshake."""
     (home.path / "keys").mkdir()
     record = CoordinatorRecord(
-        site="north", signer="key", registrar_address="", ca_fingerprint="",
+        site="north",
+        signer="key",
+        registrar_address="",
+        ca_fingerprint="",
         fleet_address="localhost:1",
     )
     node = supernode.SuperNode(home, record)

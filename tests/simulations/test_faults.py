@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from crafts_core.foundation import Foundation
 from crafts_simulations.cli import app
 from crafts_simulations.errors import WorkspaceError
-from crafts_simulations.faults import messages
+from crafts_simulations.faults import matrix, messages
 from crafts_simulations.faults.case import Case, Outcome, Verdict
 from crafts_simulations.faults.matrix import CASES, as_markdown, run_matrix
 from support.foundations import tiny_foundation
@@ -59,3 +59,24 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(WorkspaceError, match="not an empty folder"):
         run_matrix([], tmp_path, on_outcome=print)
+
+
+def test_what_held_is_not_tried_again(foundation, tmp_path: Path, monkeypatch) -> None:
+    tried: list[str] = []
+
+    def case(fault: str, *, holds: list[bool]) -> Case:
+        def experiment(folder: Path, _foundation: Foundation) -> str:
+            tried.append(fault)
+            (folder / "something").touch()
+            assert holds.pop(0), "not yet"
+            return "fine"
+
+        return Case(group="disk", fault=fault, must_hold="all", experiment=experiment)
+
+    cases = (case("first", holds=[True]), case("second", holds=[False, True]))
+    monkeypatch.setattr(matrix, "CASES", cases)
+    monkeypatch.setattr(matrix, "load", lambda _: foundation)
+    outcomes = [run_matrix(cases, tmp_path / "out", on_outcome=lambda _: None) for _ in range(2)]
+    assert tried == ["first", "second", "second"]
+    verdicts = [[outcome.verdict for outcome in each] for each in outcomes]
+    assert verdicts == [[Verdict.HELD, Verdict.FAILED], [Verdict.HELD, Verdict.HELD]]

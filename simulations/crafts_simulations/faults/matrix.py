@@ -1,15 +1,20 @@
 """All faults, one after the other, and the table that they make."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from crafts_core.durable import append_line
 from crafts_core.foundation import embedded_path, load
 from crafts_simulations.errors import WorkspaceError
 from crafts_simulations.faults import messages, programs
 from crafts_simulations.faults.case import Case, Outcome, Verdict
 
+_OUTCOMES = "outcomes.jsonl"
 CASES: tuple[Case, ...] = (*messages.CASES, *programs.CASES)
 
 
@@ -18,20 +23,37 @@ def run_matrix(
 ) -> list[Outcome]:
     """Each case in a folder of its own below ``out``, with the embedded foundation.
 
+    What held before in this folder is not tried again, so that a call that was interrupted, or
+    found something that was mended since, goes on.
+
     Raises:
-        WorkspaceError: ``out`` is not an empty folder.
+        WorkspaceError: ``out`` holds something else.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WorkspaceError(f"{out} is not an empty folder; choose another --out")
+    kept = _kept(out)
     foundation = load(embedded_path())
     outcomes = []
-    for number, case in enumerate(cases, start=1):
-        folder = out / f"{number:02d}"
-        folder.mkdir(parents=True)
-        outcome = case.run(folder, foundation)
+    for case in cases:
+        outcome = kept.get((case.group, case.fault))
+        if outcome is None:
+            folder = out / f"{CASES.index(case) + 1:02d}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            outcome = case.run(folder, foundation)
+            append_line(out / _OUTCOMES, json.dumps(asdict(outcome)))
         on_outcome(outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def _kept(out: Path) -> dict[tuple[str, str], Outcome]:
+    """What held in earlier calls."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / _OUTCOMES).exists():
+        raise WorkspaceError(f"{out} is not an empty folder; choose another --out")
+    if not out.exists() or not (out / _OUTCOMES).exists():
+        return {}
+    lines = (out / _OUTCOMES).read_text(encoding="utf-8").splitlines()
+    outcomes = [Outcome(**json.loads(line)) for line in lines]
+    return {(o.group, o.fault): o for o in outcomes if o.verdict == Verdict.HELD}
 
 
 def as_markdown(outcomes: Iterable[Outcome]) -> str:
