@@ -89,8 +89,8 @@ class SuperNode:
     def supervise(self) -> None:
         """Start the process if it is not running or not working; call this every now and then.
 
-        Flower's SuperNode gives up when a link breaks within a TLS handshake, closes its port and
-        then hangs at its end: a process that does not answer on its port is taken for dead.
+        Flower's SuperNode gives up when a link breaks within a TLS handshake or the coordinator
+        answers 500, and then hangs at its end: a process that is silent is taken for dead.
         """
         now = time.monotonic()
         if self._process is not None and self._process.poll() is None:
@@ -120,11 +120,12 @@ class SuperNode:
         self._heard_at = now
 
     def _answers(self) -> bool:
+        """Whether it speaks; one that hangs may keep its port open."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=5):
-                return True
-        except OSError:
+            httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5, trust_env=False)
+        except httpx.HTTPError:
             return False
+        return True
 
     def stop(self) -> None:
         """End it politely, so that the coordinator knows at once."""

@@ -215,6 +215,7 @@ def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatc
         fleet_address="localhost:1",
     )
     node = supernode.SuperNode(home, record)
+    listener = socket.create_server(("127.0.0.1", node.port))  # open, and nobody accepts
     monkeypatch.setattr(node, "_command", lambda: ["sleep", "600"])
     node.supervise()
     first = node._process
@@ -227,3 +228,4 @@ def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatc
     node.supervise()
     assert node._process.poll() is None
     node.stop()
+    listener.close()
