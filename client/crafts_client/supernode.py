@@ -84,6 +84,7 @@ class SuperNode:
         self._process: subprocess.Popen[bytes] | None = None
         self._ended_at = -_BACK_OFF_S
         self._heard_at = 0.0
+        self._log_path, self._log_start = home.path / "supernode.log", 0
         self.silence_s = _SILENCE_S
 
     def supervise(self) -> None:
@@ -96,9 +97,9 @@ class SuperNode:
         if self._process is not None and self._process.poll() is None:
             if self._answers():
                 self._heard_at = now
-            if now - self._heard_at <= self.silence_s:
+            if now - self._heard_at <= self.silence_s and not self._has_failed():
                 return
-            log.warning("the SuperNode does not answer; it is killed")
+            log.warning("the SuperNode failed and did not end (supernode.log); it is killed")
             self._process.kill()
             self._process.wait()
         if self._process is not None:
@@ -110,7 +111,8 @@ class SuperNode:
             self._process, self._ended_at = None, now
         if now - self._ended_at < _BACK_OFF_S:
             return
-        with (self._home.path / "supernode.log").open("ab") as log_file:
+        with self._log_path.open("ab") as log_file:
+            self._log_start = log_file.tell()
             self._process = subprocess.Popen(  # noqa: S603  # our own words, no shell
                 self._command(),
                 env=_environment(self._home),
@@ -118,6 +120,13 @@ class SuperNode:
                 stderr=subprocess.STDOUT,
             )
         self._heard_at = now
+
+    def _has_failed(self) -> bool:
+        """Whether it wrote of an error: its connection ends then, and the rest lives on."""
+        with self._log_path.open("rb") as file:
+            file.seek(self._log_start)
+            written = file.read()
+        return b"ERROR" in written or b"Traceback" in written
 
     def _answers(self) -> bool:
         """Whether it speaks; one that hangs may keep its port open."""

@@ -225,7 +225,16 @@ def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatc
     node.supervise()
     assert first.returncode == -9
     monkeypatch.setattr(supernode, "_BACK_OFF_S", 0.0)
+    node.silence_s = 600.0
+    words = "echo ERROR: SSL/TLS handshake error detected.; sleep 600"
+    monkeypatch.setattr(node, "_command", lambda: ["sh", "-c", words])
     node.supervise()
-    assert node._process.poll() is None
+    second = node._process
+    assert second.poll() is None
+    deadline = time.monotonic() + 30
+    while second.poll() is None:
+        assert time.monotonic() < deadline, "its connection has failed, and it stays"
+        time.sleep(0.1)
+        node.supervise()
     node.stop()
     listener.close()
