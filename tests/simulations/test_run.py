@@ -450,7 +450,8 @@ def _to_toml(values: dict) -> str:
 def test_the_same_scenario_with_the_real_programs(values: dict, source, tmp_path: Path) -> None:
     """Coordinator and sites as processes with TLS; from the result on, everything is the same."""
     out = tmp_path / "out"
-    report = run_scenario(parse_scenario(values), out, source=source, real_processes=True)
+    scenario = parse_scenario(values, "t.toml")
+    report = run_scenario(scenario, out, source=source, real_processes=True)
     assert [receipt.round for receipt in report.rounds] == [1]
     assert report.rounds[0].weights.keys() == {"site-1", "site-2", "site-3"}
     assert "site enrolled" in (out / "coordinator" / "audit.jsonl").read_text()
