@@ -64,6 +64,9 @@ class SiteConfig(BaseModel):
     """Compute activations twice instead of keeping them: less memory, a third more time."""
     compile: bool = False
     """Let torch compile the denoiser. Not used where its gradients turn out wrong."""
+    views: Annotated[int, Field(ge=1, le=64)] = 1
+    """Variants of each tile in the latent cache, mirrored and stained otherwise; 1 is the tile as
+    it is. Takes effect with the next ingest."""
     more_devices: tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
     """Share each step's patients with these as well, a process for each."""
 

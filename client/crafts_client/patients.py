@@ -37,18 +37,22 @@ class PatientTiles:
     def batch(self, patient: int, *, max_tiles: int, generator: torch.Generator) -> TileBatch:
         """Up to ``max_tiles`` of one patient's tiles, drawn uniformly without replacement.
 
-        Each tile weighs the same and the weights sum to one, whatever the number of tiles. The
-        profiles v and w are those of design section 6.
+        Each tile weighs the same and the weights sum to one, whatever the number of tiles; where
+        the cache has several views of a tile, one is drawn. The profiles v and w are those of
+        design section 6.
         """
         all_rows = torch.from_numpy(self._store.tile_rows_of(self._places[patient]))
         chosen = torch.randperm(len(all_rows), generator=generator)[:max_tiles]
         rows = all_rows[chosen].numpy()
+        view_B = None
+        if self._cache.views > 1:
+            view_B = torch.randint(self._cache.views, (len(rows),), generator=generator).numpy()
         caption_ids = self._store.caption_ids(rows)
         foundation, device = self._foundation, self._foundation.device
-        tile_BD = self._cache.tile_embeddings(rows).to(device)
+        tile_BD = self._cache.tile_embeddings(rows, view_B).to(device)
         caption_BD = self._cache.caption_embeddings(caption_ids).to(device)
         return TileBatch(
-            latents_BCHW=self._cache.latents(rows).to(device),
+            latents_BCHW=self._cache.latents(rows, view_B).to(device),
             text_BLD=self._cache.text(caption_ids).to(device),
             null_text_LD=foundation.null_text_LD,
             weight_B=torch.full((len(rows),), 1.0 / len(rows), device=device),

@@ -73,4 +73,6 @@ def prepare_site(
 def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:
     """Compute latents and embeddings once; goes on where it was interrupted."""
     store = TileStore.open(home.tile_store_path)
-    LatentCache.build(store, foundation, progress=partial(progress, "latents"))
+    LatentCache.build(
+        store, foundation, views=home.config.views, progress=partial(progress, "latents")
+    )

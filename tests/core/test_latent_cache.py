@@ -12,7 +12,7 @@ from torch import Tensor
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileRecord, TileStore, TileStoreError, TileStoreWriter, encode_tile
 from crafts_core.tiles import latents as latents_module
-from crafts_core.tiles.latents import LatentCache, cache_folder
+from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
 
 
 def make_store(path: Path, tile_px: int, *, num_tiles: int = 7, seed: int = 0) -> TileStore:
@@ -112,6 +112,85 @@ def test_cache_of_other_tiles_is_refused(
     with pytest.raises(TileStoreError, match="other tiles"):
         LatentCache.open(other, foundation.manifest.hash)
     assert len(LatentCache.build(other, foundation).latents(range(8))) == 8
+
+
+def grow(store: TileStore, path: Path, *, without: str | None = None) -> TileStore:
+    """The store's tiles without a patient's, and one tile more of a new patient."""
+    rng = np.random.default_rng(9)
+    with TileStoreWriter(path, cohort="x", tile_px=store.tile_px, mpp=1.0) as writer:
+        rows = store.rows().to_pylist()
+        for place, row in enumerate(rows):
+            if row["patient"] != without:
+                kept = {key: row[key] for key in TileRecord.__dataclass_fields__}
+                writer.add(TileRecord(**kept), encode_tile(store.read_images([place])[0]))
+        new = dict(rows[0], patient="new", tile_id="new", caption="tissue new")
+        pixels = rng.integers(0, 256, (store.tile_px, store.tile_px, 3), dtype=np.uint8)
+        writer.add(
+            TileRecord(**{key: new[key] for key in TileRecord.__dataclass_fields__}),
+            encode_tile(pixels),
+        )
+    return TileStore.open(path)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_only_new_tiles_are_computed(
+    store: TileStore,
+    foundation: Foundation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    views: int,
+) -> None:
+    """Keys name file and place of the pixels; both stores' are made equal for the shared tiles."""
+    monkeypatch.setattr(
+        latents_module,
+        "tile_keys",
+        lambda s: [f"{name:16}".encode() for name in s.index["tile_id"].to_pylist()],
+    )
+    before = LatentCache.build(store, foundation, views=views)
+    wanted = [before.latents([row], [views - 1]) for row in (3, 4, 5, 6)]
+    grown = grow(store, tmp_path / "grown", without="p0")
+    (store.path / "latents").rename(grown.path / "latents")
+    read: list[int] = []
+    read_images = TileStore.read_images
+    monkeypatch.setattr(
+        TileStore, "read_images", lambda s, rows: (read.extend(rows), read_images(s, rows))[1]
+    )
+    cache = LatentCache.build(grown, foundation, views=views, batch_size=3)
+    assert read == [4]
+    for row, latents in enumerate(wanted):
+        assert torch.equal(cache.latents([row], [views - 1]), latents)
+    assert [path.name for path in (grown.path / "latents").iterdir()] == [
+        cache_folder(grown, foundation.manifest.hash).name
+    ], "rows of patients who left stay nowhere"
+    fresh = foundation.generator.encode_images(
+        torch.from_numpy(read_images(grown, [4])).permute(0, 3, 1, 2) / 127.5 - 1
+    )
+    torch.testing.assert_close(cache.latents([4]), fresh, atol=5e-3, rtol=5e-3)
+
+
+def test_a_tile_cut_anew_is_computed_anew(store: TileStore, foundation: Foundation) -> None:
+    keys = latents_module.tile_keys(store)
+    assert len(set(keys)) == store.num_tiles
+    other = make_store(store.path.with_name("other"), store.tile_px, seed=1)
+    assert set(keys).isdisjoint(latents_module.tile_keys(other)), "same ids, other pixels"
+
+
+def test_views_are_the_tile_itself_and_others(store: TileStore, foundation: Foundation) -> None:
+    cache = LatentCache.build(store, foundation, views=3)
+    plain = LatentCache.build(store, foundation, views=1)
+    assert not torch.equal(cache.latents([2], [1]), cache.latents([2], [2]))
+    torch.testing.assert_close(cache.latents([2, 6]), plain.latents([2, 6]), atol=2e-3, rtol=2e-3)
+
+
+def test_a_changed_row_is_found(store: TileStore, foundation: Foundation) -> None:
+    LatentCache.build(store, foundation)
+    check_cache(store, foundation.manifest.hash)
+    path = cache_folder(store, foundation.manifest.hash) / "latents.f16"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TileStoreError, match=r"latents.f16 was changed"):
+        check_cache(store, foundation.manifest.hash)
 
 
 def test_tiles_of_another_size_are_refused(foundation: Foundation, tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crafts_core.durable import write_file
 from crafts_core.tiles import TileRecord, TileStore, TileStoreError, TileStoreWriter, encode_tile
+from crafts_core.tiles import writer as writer_module
 from crafts_core.tiles.records import decode_tile
+from crafts_core.tiles.writer import ShardWriter, commit_store, describe_file, shard_path
 
 TILE_PX = 16
 PATIENTS = ("a", "a", "a", "b", "c", "c")
@@ -166,12 +170,90 @@ def test_torn_shard_is_refused(tmp_path: Path) -> None:
         TileStore.open(path)
 
 
-@pytest.mark.parametrize("name", ["index.parquet", "captions.parquet"])
-def test_changed_index_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", ["index", "captions"])
+def test_changed_index_is_refused(tmp_path: Path, kind: str) -> None:
     path = write_store(tmp_path / "s")
-    flip_byte(path / name, 40)
-    with pytest.raises(TileStoreError, match=f"{name} was changed"):
+    [file] = path.glob(f"{kind}-*.parquet")
+    flip_byte(file, 40)
+    with pytest.raises(TileStoreError, match=f"{file.name} was changed"):
         TileStore.open(path)
+
+
+def test_rows_are_what_was_committed(path: Path) -> None:
+    rows = TileStore.open(path).rows()
+    assert rows.column("caption").to_pylist() == [f"caption {row % 2}" for row in range(6)]
+    assert rows.column("patient").to_pylist() == list(PATIENTS)
+
+
+def test_store_shrinks_and_grows_in_place(tmp_path: Path) -> None:
+    """Fewer rows, then all of them again: every time exactly what the manifest names is there."""
+    path = write_store(tmp_path / "s", shard_bytes=3000)
+    whole, files = TileStore.open(path), files_of(path)
+    rows, about = whole.rows(), {"cohort": "lung", "tile_px": TILE_PX, "mpp": 1.0, "sources": {}}
+    shards = whole.shards
+    kept = rows.filter(pc.not_equal(rows["patient"], "c"))
+    names = set(kept["shard"].to_pylist())
+    left = {name: (path / shard_path(name)).read_bytes() for name in shards.keys() - names}
+    commit_store(path, kept, shards={name: shards[name] for name in names}, **about)
+    fewer = TileStore.open(path)
+    fewer.verify()
+    assert fewer.patients == ("a", "b")
+    assert not any((path / shard_path(name)).exists() for name in left)
+    for name, content in left.items():
+        (path / shard_path(name)).write_bytes(content)
+    commit_store(path, rows, shards=shards, **about)
+    assert files_of(path) == files
+
+
+def test_former_content_counts_until_the_manifest_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_store(tmp_path / "s")
+    store = TileStore.open(path)
+
+    def killed(file: Path, content: object) -> None:
+        if file.name == "store.json":
+            raise KeyboardInterrupt
+        write_file(file, content)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer_module, "write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        commit_store(
+            path, store.rows()[:3], cohort="lung", tile_px=TILE_PX, mpp=1.0, shards=store.shards,
+            sources={},
+        )  # fmt: skip
+    TileStore.open(path).verify()
+    assert TileStore.open(path).num_tiles == 6
+
+
+def test_shard_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "whole.tar") as whole:
+        for row in range(3):
+            whole.append(f"{row}.jpg", jpeg(row))
+        whole.finish()
+    with ShardWriter(tmp_path / "cut.tar") as begun:
+        begun.append("0.jpg", jpeg(0))
+        kept, digest = begun.num_bytes, begun.sha256
+        begun.append("torn.jpg", b"half of it")
+    with ShardWriter(tmp_path / "cut.tar", keep_bytes=kept, digest=digest) as again:
+        for row in (1, 2):
+            again.append(f"{row}.jpg", jpeg(row))
+        assert again.finish() == describe_file(tmp_path / "whole.tar")
+    assert (tmp_path / "cut.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["changed", "too short"])
+def test_shard_that_is_not_what_was_written_does_not_go_on(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "s.tar"
+    with ShardWriter(path) as shard:
+        shard.append("0.jpg", jpeg(0))
+        kept, digest = shard.num_bytes, shard.sha256
+    if damage == "changed":
+        flip_byte(path, 600)
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TileStoreError, match="not what was written"):
+        ShardWriter(path, keep_bytes=kept, digest=digest)
 
 
 def test_changed_pixel_is_found_by_verify(tmp_path: Path) -> None:

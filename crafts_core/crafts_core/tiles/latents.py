@@ -1,13 +1,18 @@
 """The latent cache: what a foundation makes of each tile and caption, computed once.
 
-Raw float16 rows on disk, one per tile or caption, below the store in a folder named by the
-foundation's hash. Building appends, so it resumes where it stopped and a full disk is an ordinary
-error; reading maps the files.
+Raw float16 rows on disk, below the store in a folder named by the foundation's hash. Building
+appends, so it resumes where it stopped and a full disk is an ordinary error; reading maps files.
+When tiles came or went, rows of the others are copied from the former cache, not computed again.
 
-Shape letters: N tiles or captions, C latent channels, h and w latent pixels, L tokens, D features.
+A tile may have several *views*: itself, and variants that are mirrored and stained otherwise
+(``augment.py``). Row ``tile * views + view`` is one view of one tile.
+
+Shape letters: N tiles or captions, V views, C latent channels, h and w latent pixels, L tokens,
+D features.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -23,12 +28,13 @@ from torch import Tensor
 
 from crafts_core.durable import write_file
 from crafts_core.foundation import Foundation
+from crafts_core.tiles.augment import view_of
 from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import Rows, TileStore
+from crafts_core.tiles.writer import Sha256, describe_file
 
 Progress = Callable[[int, int], None]
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Model = TypeVar("Model", bound=BaseModel)
 
 LATENTS = "latents.f16"
@@ -39,7 +45,11 @@ CAPTION_EMBEDDINGS = "caption_embeddings.f16"
 ARRAY_NAMES = (LATENTS, TILE_EMBEDDINGS, TEXT, NULL_TEXT, CAPTION_EMBEDDINGS)
 META_NAME = "meta.json"
 _PROGRESS_NAME = "progress.json"
+_KEYS_NAME = "keys.bin"
+_KEY_BYTES = 16
 _BATCHES_PER_COMMIT = 16
+Keys = list[bytes]
+"""What each tile's rows were made from, in the order of the store's rows."""
 
 
 class CacheMeta(BaseModel):
@@ -47,10 +57,12 @@ class CacheMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     foundation: Sha256
     index: Sha256
+    views: Annotated[int, Field(ge=1)]
     shapes: Mapping[str, Shape]
+    sha256: Mapping[str, Sha256]
 
 
 class BuildProgress(BaseModel):
@@ -59,14 +71,17 @@ class BuildProgress(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     index: Sha256
+    views: Annotated[int, Field(ge=1)]
     shapes: Mapping[str, Shape]
 
 
 class LatentCache:
     """Latents, text states and aligner embeddings of one store under one foundation."""
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[np.float16]]) -> None:
+    def __init__(self, arrays: Mapping[str, npt.NDArray[np.float16]], views: int) -> None:
         self._arrays = arrays
+        self.views = views
+        """How many variants of each tile there are; view 0 is the tile itself."""
 
     @classmethod
     def build(
@@ -74,13 +89,21 @@ class LatentCache:
         store: TileStore,
         foundation: Foundation,
         *,
+        views: int = 1,
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> Self:
         """Compute what is missing and open the cache.
 
         A finished cache is opened as it is; an interrupted one goes on after its last committed
-        batch; one that was made from another index is removed and made again.
+        batch; one that was made from another index gives the rows of the tiles that both have.
+
+        Args:
+            store: Whose tiles.
+            foundation: What encodes them, on its own device.
+            views: Variants of each tile, the tile itself among them.
+            batch_size: Tiles in one pass.
+            progress: Called with tiles done and tiles in all.
 
         Raises:
             TileStoreError: tiles have another size than the foundation's, a tile cannot be
@@ -93,19 +116,27 @@ class LatentCache:
             )
         foundation_hash = foundation.manifest.hash
         folder = cache_folder(store, foundation_hash)
+        former = folder.with_name(f"{folder.name}.former")
         meta = _read_model(folder / META_NAME, CacheMeta)
-        if meta is not None and _is_whole(folder, meta, store, foundation_hash):
-            return cls.open(store, foundation_hash)
-        begun = _read_model(folder / _PROGRESS_NAME, BuildProgress)
-        if meta is not None or begun is None or begun.index != store.index_hash:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            begun = BuildProgress(index=store.index_hash, shapes={})
-            write_file(folder / _PROGRESS_NAME, _json(begun))
-        shapes = _build_captions(folder, store, foundation, batch_size)
-        shapes |= _build_tiles(folder, store, foundation, begun, batch_size, progress)
-        meta = CacheMeta(foundation=foundation_hash, index=store.index_hash, shapes=shapes)
-        write_file(folder / META_NAME, _json(meta))
+        is_whole = meta is not None and _is_whole(folder, meta, store, foundation_hash)
+        if meta is None or not is_whole or meta.views != views:
+            begun = _begin(folder, former, store, views)
+            keys = tile_keys(store)
+            shapes = _build_captions(folder, store, foundation, batch_size)
+            old = _Former.open(former, views)
+            shapes |= _build_tiles(
+                folder, store, foundation, begun, keys, old, batch_size, progress
+            )
+            write_file(folder / _KEYS_NAME, b"".join(keys))
+            meta = CacheMeta(
+                foundation=foundation_hash,
+                index=store.index_hash,
+                views=views,
+                shapes=shapes,
+                sha256={name: describe_file(folder / name).sha256 for name in shapes},
+            )
+            write_file(folder / META_NAME, _json(meta))
+        shutil.rmtree(former, ignore_errors=True)
         return cls.open(store, foundation_hash)
 
     @classmethod
@@ -116,36 +147,26 @@ class LatentCache:
             TileStoreError: it is missing or unfinished, was made from another store or
                 foundation, or a file has another size than it should.
         """
+        meta = _finished(store, foundation_hash)
         folder = cache_folder(store, foundation_hash)
-        meta = _read_model(folder / META_NAME, CacheMeta)
-        if meta is None:
-            raise TileStoreError(
-                f"{store.path} has no finished latent cache for foundation {foundation_hash[:16]}; "
-                "build it first"
-            )
-        if not _is_whole(folder, meta, store, foundation_hash):
-            raise TileStoreError(
-                f"{folder} is torn, or was made from other tiles or another foundation; "
-                "build it again"
-            )
         arrays = {
             name: np.memmap(folder / name, dtype=np.float16, mode="r", shape=shape)
             for name, shape in meta.shapes.items()
         }
-        return cls(arrays)
+        return cls(arrays, meta.views)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of one tile."""
         return self._arrays[LATENTS].shape[1:]
 
-    def latents(self, rows: Rows) -> Tensor:
-        """Scaled clean latents of store rows, float32 (N, C, h, w)."""
-        return self._rows(LATENTS, rows)
+    def latents(self, rows: Rows, view_N: Rows | None = None) -> Tensor:
+        """Scaled clean latents of store rows, float32 (N, C, h, w); of view 0 unless said."""
+        return self._rows(LATENTS, self._view_rows(rows, view_N))
 
-    def tile_embeddings(self, rows: Rows) -> Tensor:
-        """Aligner embeddings of the real tiles, float32 (N, D), unit norm to fp16 rounding."""
-        return self._rows(TILE_EMBEDDINGS, rows)
+    def tile_embeddings(self, rows: Rows, view_N: Rows | None = None) -> Tensor:
+        """Aligner embeddings of the tiles, float32 (N, D), unit norm to fp16 rounding."""
+        return self._rows(TILE_EMBEDDINGS, self._view_rows(rows, view_N))
 
     def text(self, caption_ids: Rows) -> Tensor:
         """Text encoder states of captions, float32 (N, L, D)."""
@@ -158,6 +179,11 @@ class LatentCache:
     def caption_embeddings(self, caption_ids: Rows) -> Tensor:
         """Aligner embeddings of captions, float32 (N, D)."""
         return self._rows(CAPTION_EMBEDDINGS, caption_ids)
+
+    def _view_rows(self, rows: Rows, view_N: Rows | None) -> Rows:
+        return np.asarray(rows, dtype=np.int64) * self.views + (
+            0 if view_N is None else np.asarray(view_N, dtype=np.int64)
+        )
 
     def _rows(self, name: str, rows: Rows) -> Tensor:
         values = self._arrays[name][np.asarray(rows, dtype=np.int64)]
@@ -189,23 +215,109 @@ def _build_tiles(
     store: TileStore,
     foundation: Foundation,
     begun: BuildProgress,
+    keys: Keys,
+    old: "_Former",
     batch_size: int,
     progress: Progress | None,
 ) -> dict[str, tuple[int, ...]]:
-    """Encode tiles in store order, committing every few batches. Returns the files' shapes."""
-    num_done = begun.shapes[LATENTS][0] if LATENTS in begun.shapes else 0
+    """Rows in store order, committing every few batches. Returns the files' shapes."""
+    num_done = begun.shapes[LATENTS][0] // begun.views if LATENTS in begun.shapes else 0
     with _RowFiles(folder, (LATENTS, TILE_EMBEDDINGS), begun.shapes) as files:
         for number, chunk in enumerate(_chunks(num_done, store.num_tiles, batch_size), start=1):
-            image_NCHW = torch.from_numpy(store.read_images(chunk)).permute(0, 3, 1, 2)
-            image_NCHW = image_NCHW.to(torch.float32) / 127.5 - 1
-            files.append(LATENTS, foundation.generator.encode_images(image_NCHW))
-            files.append(TILE_EMBEDDINGS, foundation.aligner.embed_images(image_NCHW))
+            new = np.array([place for place in chunk if keys[place] not in old.places], np.int64)
+            made = _encode(store, foundation, new, keys, begun.views) if len(new) else {}
+            for name, values in old.merged(made, [keys[place] for place in chunk]).items():
+                files.append(name, values)
             if number % _BATCHES_PER_COMMIT == 0:
-                state = BuildProgress(index=store.index_hash, shapes=files.commit())
+                state = begun.model_copy(update={"shapes": files.commit()})
                 write_file(folder / _PROGRESS_NAME, _json(state))
             if progress is not None:
                 progress(int(chunk[-1]) + 1, store.num_tiles)
         return files.commit()
+
+
+def _encode(
+    store: TileStore, foundation: Foundation, chunk: npt.NDArray[np.int64], keys: Keys, views: int
+) -> dict[str, Tensor]:
+    """Both kinds of rows of some tiles, the views of a tile side by side."""
+    image_NHWC = store.read_images(chunk)
+    image_MHWC = np.stack(
+        [
+            view_of(image, view, key=keys[place])
+            for image, place in zip(image_NHWC, chunk, strict=True)
+            for view in range(views)
+        ]
+    )
+    image_MCHW = torch.from_numpy(image_MHWC).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    return {
+        LATENTS: foundation.generator.encode_images(image_MCHW),
+        TILE_EMBEDDINGS: foundation.aligner.embed_images(image_MCHW),
+    }
+
+
+class _Former:
+    """Rows of a cache that was made for other tiles, by what they were made from."""
+
+    def __init__(
+        self, arrays: Mapping[str, npt.NDArray[np.float16]], keys: Keys, views: int
+    ) -> None:
+        self._arrays, self._views = arrays, views
+        self.places = {key: place for place, key in enumerate(keys)}
+
+    @classmethod
+    def open(cls, folder: Path, views: int) -> Self:
+        """The former cache if it is finished, whole and of as many views; else an empty one."""
+        meta = _read_model(folder / META_NAME, CacheMeta)
+        if meta is None or meta.views != views or not _has_sizes(folder, meta):
+            return cls({}, [], views)
+        data = (folder / _KEYS_NAME).read_bytes()
+        keys = [data[at : at + _KEY_BYTES] for at in range(0, len(data), _KEY_BYTES)]
+        arrays = {
+            name: np.memmap(folder / name, dtype=np.float16, mode="r", shape=meta.shapes[name])
+            for name in (LATENTS, TILE_EMBEDDINGS)
+        }
+        return cls(arrays, keys, views)
+
+    def merged(self, made: Mapping[str, Tensor], keys: Keys) -> dict[str, Tensor]:
+        """Rows of all ``keys`` in their order: ours, and between them those that were made."""
+        place_N = np.array([self.places.get(key, -1) for key in keys])
+        row_M = (place_N[:, None] * self._views + np.arange(self._views)).ravel()
+        is_new_M = torch.from_numpy(np.repeat(place_N < 0, self._views))
+        if is_new_M.all():
+            return dict(made)
+        merged = {}
+        for name, array in self._arrays.items():
+            # Row 0 stands where the new ones come in.
+            rows = torch.from_numpy(array[np.maximum(row_M, 0)])
+            if name in made:
+                rows[is_new_M] = made[name].to("cpu", torch.float16)
+            merged[name] = rows
+        return merged
+
+
+def tile_keys(store: TileStore) -> Keys:
+    """For each row a hash of its id and of the file and place that its pixels come from."""
+    shards = {name: stored.sha256 for name, stored in store.shards.items()}
+    columns = (store.index.column(name).to_pylist() for name in ("tile_id", "shard", "offset"))
+    return [
+        hashlib.sha256(f"{tile_id} {shards[shard]} {offset}".encode()).digest()[:_KEY_BYTES]
+        for tile_id, shard, offset in zip(*columns, strict=True)
+    ]
+
+
+def check_cache(store: TileStore, foundation_hash: str) -> None:
+    """Compare every file of the cache with its hash.
+
+    Raises:
+        TileStoreError: names the first file that changed.
+    """
+    meta = _finished(store, foundation_hash)
+    folder = cache_folder(store, foundation_hash)
+    for name, expected in meta.sha256.items():
+        if describe_file(folder / name).sha256 != expected:
+            raise TileStoreError(
+                f"{folder / name} was changed; remove {folder} and run ingest again"
+            )
 
 
 class _RowFiles:
@@ -264,9 +376,44 @@ def _num_bytes(shape: Sequence[int]) -> int:
     return math.prod(shape) * np.dtype(np.float16).itemsize
 
 
+def _begin(folder: Path, former: Path, store: TileStore, views: int) -> BuildProgress:
+    """Go on with an interrupted build, or start; a finished cache is kept as the former one."""
+    begun = _read_model(folder / _PROGRESS_NAME, BuildProgress)
+    is_finished = (folder / META_NAME).exists()
+    wanted = (store.index_hash, views)
+    if begun is not None and not is_finished and (begun.index, begun.views) == wanted:
+        return begun
+    if is_finished:
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    begun = BuildProgress(index=store.index_hash, views=views, shapes={})
+    write_file(folder / _PROGRESS_NAME, _json(begun))
+    return begun
+
+
+def _finished(store: TileStore, foundation_hash: str) -> CacheMeta:
+    folder = cache_folder(store, foundation_hash)
+    meta = _read_model(folder / META_NAME, CacheMeta)
+    if meta is None:
+        raise TileStoreError(
+            f"{store.path} has no finished latent cache for foundation {foundation_hash[:16]}; "
+            "build it first"
+        )
+    if not _is_whole(folder, meta, store, foundation_hash):
+        raise TileStoreError(
+            f"{folder} is torn, or was made from other tiles or another foundation; build it again"
+        )
+    return meta
+
+
 def _is_whole(folder: Path, meta: CacheMeta, store: TileStore, foundation_hash: str) -> bool:
-    if meta.foundation != foundation_hash or meta.index != store.index_hash:
-        return False
+    made_from = (meta.foundation, meta.index)
+    return made_from == (foundation_hash, store.index_hash) and _has_sizes(folder, meta)
+
+
+def _has_sizes(folder: Path, meta: CacheMeta) -> bool:
     return meta.shapes.keys() == set(ARRAY_NAMES) and all(
         (folder / name).is_file() and (folder / name).stat().st_size == _num_bytes(shape)
         for name, shape in meta.shapes.items()

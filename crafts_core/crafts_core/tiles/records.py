@@ -15,7 +15,7 @@ from crafts_core.errors import CraftsError
 
 JPEG_QUALITY = 95
 
-INDEX_SCHEMA = pa.schema(
+ROW_SCHEMA = pa.schema(
     [
         ("tile_id", pa.string()),
         ("patient", pa.string()),
@@ -26,16 +26,24 @@ INDEX_SCHEMA = pa.schema(
         ("level0_width", pa.float64()),
         ("level0_height", pa.float64()),
         ("mpp", pa.float64()),
-        ("shard", pa.int32()),
+        ("shard", pa.string()),
         ("offset", pa.int64()),
         ("length", pa.int32()),
-        ("caption_id", pa.int32()),
+        ("caption", pa.string()),
         ("label", pa.string()),
         ("tissue_fraction", pa.float32()),
         ("sharpness", pa.float32()),
     ]
 )
-"""One row per tile; rows of one patient follow each other. ``shard`` is the shard's number."""
+"""One row per tile, with its caption; ``shard`` is the shard's name."""
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("caption_id", pa.int32()) if field.name == "caption" else field
+        for field in ROW_SCHEMA
+    ]
+)
+"""The same with the caption's place among the distinct captions; rows of one patient follow each
+other."""
 
 
 class TileStoreError(CraftsError):

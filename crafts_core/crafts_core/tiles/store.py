@@ -19,14 +19,13 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from crafts_core.plan import describe_first_error
-from crafts_core.tiles.records import INDEX_SCHEMA, TileStoreError, decode_tile
+from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileStoreError, decode_tile
 from crafts_core.tiles.writer import (
-    CAPTIONS_NAME,
-    INDEX_NAME,
     MANIFEST_NAME,
+    StoredFile,
     StoreManifest,
     describe_file,
-    shard_name,
+    shard_path,
 )
 
 Rows = Sequence[int] | npt.NDArray[np.int64]
@@ -51,7 +50,9 @@ class TileStore:
         if np.any(np.diff(self._patient_N) < 0):
             raise TileStoreError(f"{path}: rows of a patient do not follow each other; build anew")
         self._starts = np.searchsorted(self._patient_N, np.arange(len(self.patients) + 1))
-        self._shard_N = _numpy(index.column("shard"), np.int64)
+        shards = index.column("shard").combine_chunks().dictionary_encode()
+        self._shards: tuple[str, ...] = tuple(shards.dictionary.to_pylist())
+        self._shard_N = _numpy(shards.indices, np.int64)
         self._offset_N = _numpy(index.column("offset"), np.int64)
         self._length_N = _numpy(index.column("length"), np.int64)
         self._caption_N = _numpy(index.column("caption_id"), np.int64)
@@ -68,11 +69,11 @@ class TileStore:
             file = path / name
             if not file.is_file() or file.stat().st_size != expected.num_bytes:
                 raise TileStoreError(f"{path}: {name} is missing or torn; build the store again")
-        for name in (INDEX_NAME, CAPTIONS_NAME):
+        for name in (manifest.index, manifest.captions):
             if describe_file(path / name) != manifest.files.get(name):
                 raise TileStoreError(f"{path}: {name} was changed; build the store again")
-        index = pq.read_table(path / INDEX_NAME)
-        captions = pq.read_table(path / CAPTIONS_NAME).column("caption").to_pylist()
+        index = pq.read_table(path / manifest.index)
+        captions = pq.read_table(path / manifest.captions).column("caption").to_pylist()
         if not index.schema.equals(INDEX_SCHEMA) or index.num_rows != manifest.num_tiles:
             raise TileStoreError(f"{path}: the index is of another format; build the store again")
         return cls(path, manifest, index, captions)
@@ -110,7 +111,18 @@ class TileStore:
     @property
     def index_hash(self) -> str:
         """SHA-256 of the index: what caches of this store are keyed by."""
-        return self.manifest.files[INDEX_NAME].sha256
+        return self.manifest.files[self.manifest.index].sha256
+
+    @property
+    def shards(self) -> dict[str, StoredFile]:
+        """What each shard is, by its name."""
+        return {name: self.manifest.files[shard_path(name)] for name in self._shards}
+
+    def rows(self) -> pa.Table:
+        """Every tile with its caption, as ``commit_store`` takes them (``ROW_SCHEMA``)."""
+        captions = pa.array(self.captions, pa.string()).take(self.index.column("caption_id"))
+        place = self.index.schema.get_field_index("caption_id")
+        return self.index.set_column(place, "caption", captions).cast(ROW_SCHEMA)
 
     @property
     def labels(self) -> npt.NDArray[np.object_]:
@@ -142,7 +154,7 @@ class TileStore:
         image_NHWC = np.empty((len(row_N), self.tile_px, self.tile_px, 3), dtype=np.uint8)
         for shard in np.unique(self._shard_N[row_N]):
             places = np.flatnonzero(self._shard_N[row_N] == shard)
-            with (self.path / shard_name(int(shard))).open("rb", buffering=0) as file:
+            with (self.path / shard_path(self._shards[shard])).open("rb", buffering=0) as file:
                 for place in places:
                     file.seek(self._offset_N[row_N[place]])
                     jpeg = file.read(self._length_N[row_N[place]])

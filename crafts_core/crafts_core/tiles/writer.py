@@ -1,10 +1,14 @@
-"""Writing a tile store: tar shards, a Parquet index and a manifest, all or nothing.
+"""Writing a tile store: tar shards, a Parquet index, and a manifest that makes them count.
 
-The same tiles in the same order give the same bytes, so a store can be compared by hash.
+``store.json`` is the commit point: it names the index, the captions and every shard with their
+hashes, and is replaced in one rename. Whatever else lies in the folder is unfinished or left over,
+so a store can grow and shrink in place and is whole at every instant. The same tiles in the same
+order give the same bytes, so stores can be compared by hash.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
 import tarfile
@@ -17,14 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from crafts_core.durable import sync
-from crafts_core.tiles.records import INDEX_SCHEMA, TileRecord, TileStoreError
+from crafts_core.durable import sync, write_file
+from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileRecord, TileStoreError
 
 MANIFEST_NAME = "store.json"
-INDEX_NAME = "index.parquet"
-CAPTIONS_NAME = "captions.parquet"
+SHARDS = "shards"
 SHARD_BYTES = 256 * 2**20
 _TAR_BLOCK = 512
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class StoredFile(BaseModel):
@@ -33,7 +37,7 @@ class StoredFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class StoreManifest(BaseModel):
@@ -41,22 +45,160 @@ class StoreManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     cohort: Annotated[str, Field(min_length=1)]
     tile_px: Annotated[int, Field(ge=8, le=4096)]
     mpp: Annotated[float, Field(gt=0)] | None
     """Microns per pixel of every tile; None where ready tiles came without a scale."""
     num_tiles: Annotated[int, Field(ge=1)]
     num_patients: Annotated[int, Field(ge=1)]
+    index: Annotated[str, Field(pattern=r"^index-[0-9a-f]{16}\.parquet$")]
+    captions: Annotated[str, Field(pattern=r"^captions-[0-9a-f]{16}\.parquet$")]
     files: Mapping[str, StoredFile]
+    """By path below the store."""
+    sources: Mapping[str, Sha256]
+    """Pseudonym of each slide to what was cut from it (a keyed hash), so that it is cut once."""
     versions: Mapping[str, str]
 
 
-class TileStoreWriter:
-    """Takes tiles patient by patient and commits a whole store, or leaves nothing.
+class ShardWriter:
+    """A plain tar whose headers hold nothing but name and size, and that can go on growing."""
 
-    Used as a context manager: leaving it without an error finishes the store, leaving it with
-    one removes what was written.
+    def __init__(self, path: Path, *, keep_bytes: int = 0, digest: str | None = None) -> None:
+        """Open a shard to append to; what lies behind ``keep_bytes`` is cut off.
+
+        Args:
+            path: Made if it is missing.
+            keep_bytes: A length that ``num_bytes`` had before.
+            digest: ``sha256`` at that length.
+
+        Raises:
+            TileStoreError: the first ``keep_bytes`` are not what was written.
+        """
+        self._file: BinaryIO = path.open("r+b" if path.exists() else "x+b")
+        self._digest = hashlib.sha256()
+        self.num_bytes = keep_bytes
+        left = keep_bytes
+        while left and (piece := self._file.read(min(left, 2**20))):
+            self._digest.update(piece)
+            left -= len(piece)
+        if left or (digest is not None and self.sha256 != digest):
+            self._file.close()
+            raise TileStoreError(f"{path} is not what was written to it")
+        self._file.truncate(keep_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A full disk fails again here, on bytes that do not count anyway.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was appended so far."""
+        return self._digest.copy().hexdigest()
+
+    def append(self, name: str, data: bytes) -> int:
+        """Add a member and return the byte offset of its data."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        offset = self.num_bytes + _TAR_BLOCK
+        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _TAR_BLOCK))
+        return offset
+
+    def flush(self) -> None:
+        """Hand everything to the kernel: it outlives this process."""
+        self._file.flush()
+
+    def finish(self) -> StoredFile:
+        """Write the end of the archive."""
+        self._write(bytes(2 * _TAR_BLOCK))
+        self._file.flush()
+        return StoredFile(num_bytes=self.num_bytes, sha256=self.sha256)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.num_bytes += len(data)
+
+
+def commit_store(
+    path: Path,
+    rows: pa.Table,
+    *,
+    cohort: str,
+    tile_px: int,
+    mpp: float | None,
+    shards: Mapping[str, StoredFile],
+    sources: Mapping[str, str],
+) -> StoreManifest:
+    """Make ``rows`` the content of the store at ``path``, at once, and remove what is left over.
+
+    Args:
+        path: A folder whose ``shards/`` holds every shard that the rows name.
+        rows: ``ROW_SCHEMA``; the rows of a patient follow each other.
+        cohort: Under which name these patients are accounted for.
+        tile_px: Side of every tile.
+        mpp: Its scale, where it is known.
+        shards: What each shard that the rows name must be, by its name.
+        sources: See ``StoreManifest``.
+
+    Raises:
+        TileStoreError: there is no row.
+        OSError: the disk refuses; the store is what it was.
+    """
+    if rows.num_rows == 0:
+        raise TileStoreError("no tile was added; a store needs at least one")
+    captions = rows.column("caption").combine_chunks().dictionary_encode()
+    index = rows.set_column(
+        rows.schema.get_field_index("caption"), "caption_id", captions.indices.cast(pa.int32())
+    ).cast(INDEX_SCHEMA)
+    texts = pa.table({"caption": captions.dictionary})
+    files = {shard_path(name): stored for name, stored in shards.items()}
+    names = []
+    for kind, table in (("index", index), ("captions", texts)):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        stored = describe_bytes(buffer.getvalue())
+        names.append(f"{kind}-{stored.sha256[:16]}.parquet")
+        files[names[-1]] = stored
+        write_file(path / names[-1], buffer.getvalue())
+    for name in shards:
+        sync(path / shard_path(name))
+    sync(path / SHARDS)
+    manifest = StoreManifest(
+        cohort=cohort,
+        tile_px=tile_px,
+        mpp=mpp,
+        num_tiles=index.num_rows,
+        num_patients=len(index.column("patient").unique()),
+        index=names[0],
+        captions=names[1],
+        files=dict(sorted(files.items())),
+        sources=dict(sorted(sources.items())),
+        versions={"pyarrow": pa.__version__},
+    )
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    write_file(path / MANIFEST_NAME, text + "\n")
+    _remove_left_over(path, manifest)
+    return manifest
+
+
+def _remove_left_over(path: Path, manifest: StoreManifest) -> None:
+    """Files of ours that the manifest does not name: former indexes, shards of who left."""
+    for pattern in ("index-*.parquet", "captions-*.parquet", f"{SHARDS}/*.tar"):
+        for file in path.glob(pattern):
+            if str(file.relative_to(path)) not in manifest.files:
+                file.unlink()
+
+
+class TileStoreWriter:
+    """A new store from tiles in memory, patient by patient; a context manager.
+
+    The store appears at ``path`` when the context is left without an error; leaving it with one
+    removes what was written.
     """
 
     def __init__(
@@ -72,22 +214,18 @@ class TileStoreWriter:
             raise TileStoreError(f"{path} exists; choose another folder or remove it first")
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
-        self._cohort = cohort
-        self._tile_px = tile_px
-        self._mpp = mpp
+        self._about = {"cohort": cohort, "tile_px": tile_px, "mpp": mpp}
         self._shard_bytes = shard_bytes
-        self._files: dict[str, StoredFile] = {}
-        self._columns: dict[str, list[object]] = {name: [] for name in INDEX_SCHEMA.names}
-        self._caption_ids: dict[str, int] = {}
+        self._shards: dict[str, StoredFile] = {}
+        self._columns: dict[str, list[object]] = {name: [] for name in ROW_SCHEMA.names}
         self._patients: dict[str, None] = {}
         self._patient: str | None = None
         self._tile_ids: set[str] = set()
-        self._shard: _ShardWriter | None = None
-        self._num_shards = 0
+        self._shard: ShardWriter | None = None
 
     def __enter__(self) -> Self:
         shutil.rmtree(self._partial, ignore_errors=True)
-        (self._partial / "shards").mkdir(parents=True)
+        (self._partial / SHARDS).mkdir(parents=True)
         return self
 
     def __exit__(
@@ -99,10 +237,13 @@ class TileStoreWriter:
         try:
             if kind is None:
                 self._close_shard()
-                self._commit()
+                rows = pa.table(self._columns, schema=ROW_SCHEMA)
+                commit_store(self._partial, rows, shards=self._shards, sources={}, **self._about)  # type: ignore[arg-type]
+                self._partial.rename(self._path)
+                sync(self._path.parent)
         finally:
             if self._shard is not None:
-                self._shard.abandon()
+                self._shard.__exit__()
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, record: TileRecord, jpeg: bytes) -> None:
@@ -118,98 +259,26 @@ class TileStoreWriter:
         self._patient = record.patient
         self._patients[record.patient] = None
         self._tile_ids.add(record.tile_id)
-        shard = self._open_shard()
-        offset = shard.append(f"{record.tile_id}.jpg", jpeg)
-        caption_id = self._caption_ids.setdefault(record.caption, len(self._caption_ids))
-        placed = {
-            "shard": self._num_shards - 1,
-            "offset": offset,
-            "length": len(jpeg),
-            "caption_id": caption_id,
-        }
-        for name, values in self._columns.items():
-            values.append(placed[name] if name in placed else getattr(record, name))
-        if shard.num_bytes >= self._shard_bytes:
-            self._close_shard()
-
-    def _open_shard(self) -> "_ShardWriter":
+        name = f"{len(self._shards):06d}"
         if self._shard is None:
-            self._shard = _ShardWriter(self._partial / shard_name(self._num_shards))
-            self._num_shards += 1
-        return self._shard
+            self._shard = ShardWriter(self._partial / shard_path(name))
+        offset = self._shard.append(f"{record.tile_id}.jpg", jpeg)
+        placed = {"shard": name, "offset": offset, "length": len(jpeg)}
+        for column, values in self._columns.items():
+            values.append(placed[column] if column in placed else getattr(record, column))
+        if self._shard.num_bytes >= self._shard_bytes:
+            self._close_shard()
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self._files[shard_name(self._num_shards - 1)] = self._shard.close()
+            self._shards[f"{len(self._shards):06d}"] = self._shard.finish()
+            self._shard.__exit__()
             self._shard = None
 
-    def _commit(self) -> None:
-        if not self._patients:
-            raise TileStoreError("no tile was added; a store needs at least one")
-        index = pa.table(self._columns, schema=INDEX_SCHEMA)
-        captions = pa.table(
-            {
-                "caption_id": pa.array(range(len(self._caption_ids)), pa.int32()),
-                "caption": pa.array(list(self._caption_ids), pa.string()),
-            }
-        )
-        for name, table in ((INDEX_NAME, index), (CAPTIONS_NAME, captions)):
-            pq.write_table(table, self._partial / name, compression="zstd")
-            self._files[name] = describe_file(self._partial / name)
-        manifest = StoreManifest(
-            cohort=self._cohort,
-            tile_px=self._tile_px,
-            mpp=self._mpp,
-            num_tiles=index.num_rows,
-            num_patients=len(self._patients),
-            files=dict(sorted(self._files.items())),
-            versions={"pyarrow": pa.__version__},
-        )
-        text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
-        (self._partial / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-        for name in (*self._files, MANIFEST_NAME, "shards", "."):
-            sync(self._partial / name)
-        self._partial.rename(self._path)
-        sync(self._path.parent)
 
-
-class _ShardWriter:
-    """A plain tar whose headers hold nothing but name and size."""
-
-    def __init__(self, path: Path) -> None:
-        self.num_bytes = 0
-        self._file: BinaryIO = path.open("xb")
-        self._digest = hashlib.sha256()
-
-    def append(self, name: str, data: bytes) -> int:
-        """Add a member and return the byte offset of its data."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.num_bytes
-        self._write(data)
-        self._write(bytes(-len(data) % _TAR_BLOCK))
-        return offset
-
-    def close(self) -> StoredFile:
-        self._write(bytes(2 * _TAR_BLOCK))
-        self._file.close()
-        return StoredFile(num_bytes=self.num_bytes, sha256=self._digest.hexdigest())
-
-    def abandon(self) -> None:
-        """Close whatever the disk says: the file is about to be removed."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.num_bytes += len(data)
-
-
-def shard_name(number: int) -> str:
+def shard_path(name: str) -> str:
     """Path of a shard below the store."""
-    return f"shards/{number:06d}.tar"
+    return f"{SHARDS}/{name}.tar"
 
 
 def describe_file(path: Path) -> StoredFile:
@@ -217,3 +286,8 @@ def describe_file(path: Path) -> StoredFile:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return StoredFile(num_bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def describe_bytes(content: bytes) -> StoredFile:
+    """Size and SHA-256 of what would be a file."""
+    return StoredFile(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
