@@ -49,7 +49,7 @@ def prepare_site(
             salt=salt,
             tile_px=manifest.tile_px,
             num_processes=num_processes,
-            progress=partial(progress, "tiles"),
+            progress=progress,
         )
     else:
         report = ingest_slides(
@@ -63,7 +63,7 @@ def prepare_site(
                 max_tiles_per_slide=max_tiles_per_slide,
             ),
             num_processes=num_processes,
-            progress=partial(progress, "slides"),
+            progress=progress,
         )
     report.write(home.ingest_report_path)
     fill_cache(home, foundation, progress)

@@ -54,7 +54,9 @@ def run(
     ] = False,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of hospitals.")] = None,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
-    workers: Annotated[int, typer.Option(min=1, help="Slides or tiles read at a time.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that draw and read slides; 0 is this one alone.")
+    ] = 2,
     processes: Annotated[
         bool,
         typer.Option("--processes", help="Train with the real programs, on loopback with TLS."),

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from crafts_client.ingest.pool import run_jobs
+from crafts_client.ingest.pool import Beat, Pool
 from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 from crafts_core.procedural import Stain, phenotype, render_region
@@ -106,13 +106,19 @@ def make_hospital(
     planned = plan_slides(folder, config)
     missing = [slide for slide in planned if not slide.path.exists()]
     done = len(planned) - len(missing)
-    for _ in run_jobs(draw_slide, missing, num_processes=num_processes):
-        done += 1
-        if progress is not None:
-            progress(done, len(planned))
+    with Pool(num_processes) as pool:
+        for _ in pool.run(_draw, missing):
+            done += 1
+            if progress is not None:
+                progress(done, len(planned))
     table = folder / TABLE_NAME
     _write_table(table, planned)
     return table
+
+
+def _draw(slide: "PlannedSlide", beat: Beat) -> None:
+    draw_slide(slide)
+    beat(1)
 
 
 def plan_slides(folder: Path, config: HospitalConfig) -> tuple[PlannedSlide, ...]:

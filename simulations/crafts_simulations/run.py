@@ -38,7 +38,7 @@ def run_scenario(
         out: An empty folder, or one that holds this very run.
         source: Real tiles; needed exactly when the scenario deals tiles.
         device: Torch device of coordinator and sites.
-        num_workers: Slides or tiles read at a time; 1 does everything in this process.
+        num_workers: Slides or tiles read at a time; 0 does everything in this process.
         real_processes: Train with the real programs on loopback instead of in this process.
         progress: Called with what is being done, how much is done, and how much there is.
 

@@ -28,6 +28,7 @@ from crafts_client.policy import Policy
 from crafts_client.preparation import fill_cache
 from crafts_core.plan import Plan, describe_first_error
 from crafts_core.tiles import TileStore
+from crafts_core.tiles.writer import MANIFEST_NAME
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import make_hospital
 from crafts_simulations.study import LocalStudy, StepProgress
@@ -169,7 +170,7 @@ def _home(
 def _ingest_slides(
     study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str
 ) -> None:
-    if store.exists():
+    if (store / MANIFEST_NAME).exists():
         return
     manifest = study.foundation.manifest
     report = ingest_slides(
@@ -183,7 +184,7 @@ def _ingest_slides(
             max_tiles_per_slide=study.scenario.scenario.max_tiles_per_slide,
         ),
         num_processes=study.num_workers,
-        progress=partial(study.progress, f"{who}: cutting tiles"),
+        progress=_named(study.progress, who),
     )
     _keep(report, store)
 
@@ -191,7 +192,7 @@ def _ingest_slides(
 def _ingest_tiles(
     study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str
 ) -> None:
-    if store.exists():
+    if (store / MANIFEST_NAME).exists():
         return
     assert study.scenario.tiles is not None
     report = ingest_tiles(
@@ -203,7 +204,7 @@ def _ingest_tiles(
         mpp=study.foundation.manifest.mpp,
         source_mpp=study.scenario.tiles.source_mpp,
         num_processes=study.num_workers,
-        progress=partial(study.progress, f"{who}: reading tiles"),
+        progress=_named(study.progress, who),
     )
     _keep(report, store)
 

@@ -3,9 +3,12 @@
 import json
 import resource
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +24,11 @@ from crafts_client.ingest import (
     ingest_slides,
     ingest_tiles,
     read_table,
+    remove_patient,
+    shard_cut,
+    survey,
 )
-from crafts_core.tiles import TileStore
+from crafts_core.tiles import TileStore, TileStoreError
 from crafts_simulations.slides import write_slide
 from support.slides import (
     REAL_DATA,
@@ -48,7 +54,7 @@ def make_site(folder: Path, num_slides: int = 3) -> Path:
 
 
 def run(
-    table: Path, out: Path, options: TilingOptions = OPTIONS, processes: int = 1
+    table: Path, out: Path, options: TilingOptions = OPTIONS, processes: int = 0
 ) -> IngestReport:
     return ingest_slides(
         read_table(table), out, cohort="colon", salt=SALT, options=options, num_processes=processes
@@ -112,14 +118,14 @@ def test_store_does_not_depend_on_the_order_of_the_table(
     site: Path, store: TileStore, tmp_path: Path
 ) -> None:
     rows = read_table(site)[::-1]
-    ingest_slides(rows, tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS, num_processes=1)
+    ingest_slides(rows, tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS, num_processes=0)
     assert files_of(tmp_path / "s") == files_of(store.path)
 
 
 def test_another_salt_gives_other_ids(site: Path, store: TileStore, tmp_path: Path) -> None:
     ingest_slides(
         read_table(site), tmp_path / "s", cohort="colon", salt=Salt(bytes(32)), options=OPTIONS,
-        num_processes=1,
+        num_processes=0,
     )  # fmt: skip
     other = TileStore.open(tmp_path / "s")
     for column in ("patient", "case", "slide", "tile_id"):
@@ -127,46 +133,159 @@ def test_another_salt_gives_other_ids(site: Path, store: TileStore, tmp_path: Pa
         assert ids.isdisjoint(other.index[column].to_pylist())
 
 
-def test_interrupted_run_goes_on_with_what_is_left(
+def test_interrupted_run_goes_on_with_the_tiles_that_are_left(
     site: Path, store: TileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = cutting._cut
-    seen = []
+    monkeypatch.setattr(shard_cut, "_COMMIT_EVERY_S", 0.0)
+    cut_place, num_cut = cutting._cut_place, Counter[str]()
 
-    def counted(*arguments: object) -> object:
-        seen.append(1)
-        return cut(*arguments)  # type: ignore[arg-type]
-
-    def stop_after_two(done: int, total: int) -> None:
-        if done == 2:
+    def counted(*arguments: Any) -> None:
+        num_cut["places"] += 1
+        cut_place(*arguments)
+        if num_cut["places"] in (5, 19):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cutting, "_cut", counted)
-    arguments = {"cohort": "colon", "salt": SALT, "options": OPTIONS, "num_processes": 1}
-    rows = read_table(site)
-    with pytest.raises(KeyboardInterrupt):
-        ingest_slides(rows, tmp_path / "s", progress=stop_after_two, **arguments)
-    assert not (tmp_path / "s").exists()
-    ingest_slides(rows, tmp_path / "s", **arguments)
-    assert len(seen) == 3
+    monkeypatch.setattr(cutting, "_cut_place", counted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(site, tmp_path / "s")
+        with pytest.raises(TileStoreError, match="unfinished"):
+            TileStore.open(tmp_path / "s")
+    report = run(site, tmp_path / "s")
+    assert num_cut["places"] == report.num_tiles + report.rejected.get("blurred", 0)
     assert files_of(tmp_path / "s") == files_of(store.path)
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_part_made_with_other_options_is_not_taken(site: Path, tmp_path: Path) -> None:
+def test_what_was_begun_with_other_options_is_not_taken(site: Path, tmp_path: Path) -> None:
     rows = read_table(site)
 
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+    def stop(step: str, done: int, total: int) -> None:
+        if step == "cutting tiles":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         ingest_slides(
             rows, tmp_path / "s", cohort="c", salt=SALT, options=TilingOptions(tile_px=64, mpp=1.0),
-            num_processes=1, progress=stop,
+            num_processes=0, progress=stop,
         )  # fmt: skip
     run(site, tmp_path / "s")
     images = TileStore.open(tmp_path / "s").read_images([0])
     assert images.shape[1:3] == (32, 32)
+    assert len(list((tmp_path / "s" / "shards").iterdir())) == 3
+
+
+def test_same_table_again_reads_nothing(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(site, tmp_path / "s")
+    before = files_of(tmp_path / "s")
+    monkeypatch.setattr(survey, "Slide", None)
+    again = run(site, tmp_path / "s")
+    assert files_of(tmp_path / "s") == before
+    assert (again.num_tiles, again.already) == (report.num_tiles, 3)
+
+
+def test_new_slides_are_added_and_only_they_are_cut(
+    site: Path, store: TileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First one slide, then all; or one after the other: the same store."""
+    rows = read_table(site)
+    arguments = {"cohort": "colon", "salt": SALT, "options": OPTIONS, "num_processes": 0}
+    ingest_slides(rows[:1], tmp_path / "grown", **arguments)
+    opened, real = [], survey.Slide.open.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        survey.Slide,
+        "open",
+        classmethod(lambda cls, path, mpp=None: (opened.append(path), real(cls, path, mpp=mpp))[1]),
+    )
+    assert ingest_slides(rows, tmp_path / "grown", **arguments).already == 1
+    assert {path.name for path in opened} == {"DOE-1.svs", "DOE-2.svs"}
+    for row in rows:
+        ingest_slides([row], tmp_path / "one by one", **arguments)
+    for name in ("grown", "one by one"):
+        assert files_of(tmp_path / name) == files_of(store.path)
+
+
+def test_corrected_caption_reaches_the_store_without_cutting(
+    site: Path, store: TileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(site, tmp_path / "s")
+    monkeypatch.setattr(survey, "Slide", None)
+    rows = [replace(row, caption="corrected") for row in read_table(site)]
+    ingest_slides(rows, tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS, num_processes=0)
+    assert TileStore.open(tmp_path / "s").captions == ("corrected",)
+
+
+def test_changed_slide_is_cut_again_and_its_old_tiles_go(site: Path, tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    run(table, tmp_path / "s")
+    old = set(TileStore.open(tmp_path / "s").shards)
+    write_tissue_slide(tmp_path / "site" / "DOE-1.svs", seed=9)
+    report = run(table, tmp_path / "s")
+    assert report.already == 2
+    store = TileStore.open(tmp_path / "s")
+    store.verify()
+    assert len(old & set(store.shards)) == 2
+    assert len(list((tmp_path / "s" / "shards").iterdir())) == 3
+
+
+def test_slide_that_broke_since_keeps_the_tiles_cut_before(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    before = run(table, tmp_path / "s").num_tiles
+    (tmp_path / "site" / "DOE-1.svs").write_bytes(b"not a slide")
+    assert [s.file for s in run(table, tmp_path / "s").skipped] == ["DOE-1.svs"]
+    assert TileStore.open(tmp_path / "s").num_tiles == before
+
+
+def test_file_of_another_patient_is_refused_before_work(tmp_path: Path) -> None:
+    """A corrected table must not leave the tiles with the wrong patient as well."""
+    table = make_site(tmp_path / "site")
+    run(table, tmp_path / "s")
+    text = table.read_text().replace("DOE-1.svs,DOE-1", "DOE-1.svs,DOE-0")
+    table.write_text(text)
+    with pytest.raises(IngestError, match=r"line 3: DOE-1.svs was ingested as another patient's"):
+        run(table, tmp_path / "s")
+
+
+def test_forgotten_patient_leaves_no_byte(site: Path, store: TileStore, tmp_path: Path) -> None:
+    """The store is the one that was never given the patient's slides."""
+    run(site, tmp_path / "s")
+    gone = SALT.patient_id("DOE-1")
+    assert remove_patient(tmp_path / "s", gone) > 0
+    ingest_slides(
+        [row for row in read_table(site) if row.patient != "DOE-1"], tmp_path / "without",
+        cohort="colon", salt=SALT, options=OPTIONS, num_processes=0,
+    )  # fmt: skip
+    assert files_of(tmp_path / "s") == files_of(tmp_path / "without")
+    TileStore.open(tmp_path / "s").verify()
+
+
+def test_last_patient_takes_the_store_along(tmp_path: Path) -> None:
+    run(make_site(tmp_path / "site", 1), tmp_path / "s")
+    remove_patient(tmp_path / "s", SALT.patient_id("DOE-0"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_withdrawn_patients_slides_are_not_opened(site: Path, tmp_path: Path) -> None:
+    report = ingest_slides(
+        read_table(site), tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS,
+        num_processes=0, withdrawn={SALT.patient_id("DOE-0")},
+    )  # fmt: skip
+    assert [(s.patient, s.skipped) for s in report.skipped] == [
+        ("DOE-0", "the patient withdrew; nothing is read")
+    ] * 2
+    assert TileStore.open(tmp_path / "s").patients == (SALT.patient_id("DOE-1"),)
+
+
+def test_two_ingests_into_one_store_are_refused(site: Path, tmp_path: Path) -> None:
+    def another(step: str, done: int, total: int) -> None:
+        with pytest.raises(IngestError, match="another ingest is at work"):
+            run(site, tmp_path / "s")
+
+    ingest_slides(
+        read_table(site), tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS,
+        num_processes=0, progress=another,
+    )  # fmt: skip
 
 
 def test_unreadable_slide_is_named_skipped_and_counted(tmp_path: Path) -> None:
@@ -220,9 +339,10 @@ def test_run_that_leaves_nothing_says_why(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-def test_existing_store_is_never_overwritten(site: Path, store: TileStore) -> None:
-    with pytest.raises(IngestError, match="exists"):
-        run(site, store.path)
+def test_store_of_other_tiles_is_never_mixed(site: Path, tmp_path: Path) -> None:
+    run(site, tmp_path / "s")
+    with pytest.raises(IngestError, match=r"32 px at 1\.0 microns.*these are of colon, 16"):
+        run(site, tmp_path / "s", TilingOptions(tile_px=16, mpp=1.0))
 
 
 def test_limit_per_slide_is_kept_and_stable(site: Path, store: TileStore, tmp_path: Path) -> None:
@@ -247,14 +367,12 @@ def test_tiles_under_pen_and_blurred_tiles_are_rejected(tmp_path: Path) -> None:
     assert rows.min() >= 128
 
 
-def test_full_disk_is_one_clear_line_and_loses_no_finished_slide(
+def test_full_disk_is_one_clear_line_and_loses_nothing(
     site: Path, store: TileStore, tmp_path: Path
 ) -> None:
-    with files_no_larger_than(60_000), pytest.raises(IngestError, match="run the same command"):
+    with files_no_larger_than(30_000), pytest.raises(IngestError, match="run the same command"):
         run(site, tmp_path / "s")
-    assert not (tmp_path / "s").exists()
-    parts = list((tmp_path / ".s.parts").glob("*.parquet"))
-    assert len(parts) == 3
+    assert not (tmp_path / "s" / "store.json").exists()
     run(site, tmp_path / "s")
     assert files_of(tmp_path / "s") == files_of(store.path)
 
@@ -293,7 +411,9 @@ def make_tiles(folder: Path) -> Path:
 
 def test_ready_tiles_are_resampled_whole(tmp_path: Path) -> None:
     table = make_tiles(tmp_path / "tiles")
-    ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    ingest_tiles(
+        read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+    )
     store = TileStore.open(tmp_path / "s")
     assert (store.num_patients, store.num_tiles, store.mpp) == (3, 5, None)
     assert store.captions == ("H&E, lung adenocarcinoma, lung",)
@@ -304,7 +424,9 @@ def test_ready_tiles_are_resampled_whole(tmp_path: Path) -> None:
 
 def test_unreadable_ready_tile_is_named_skipped_and_counted(tmp_path: Path) -> None:
     table = make_tiles(tmp_path / "tiles")
-    report = ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    report = ingest_tiles(
+        read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+    )
     assert [(s.file, s.patient) for s in report.skipped] == [("5.png", "g9")]
     assert report.num_tiles == 5
 
@@ -315,7 +437,9 @@ def test_ready_tile_that_is_not_square_is_cropped_not_squeezed(tmp_path: Path) -
     )
     Image.fromarray(wide.astype(np.uint8)).save(tmp_path / "wide.png")
     table = write_table(tmp_path / "t.csv", "file,patient,label", ["wide.png,p,COAD"])
-    ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    ingest_tiles(
+        read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+    )
     assert TileStore.open(tmp_path / "s").read_images([0]).min() > 150
 
 
@@ -328,7 +452,14 @@ def test_ready_tile_of_known_resolution_gives_its_centre_at_the_stores(tmp_path:
     rows = ["a.png,p,COAD", "small.png,p,COAD"]
     table = write_table(tmp_path / "t.csv", "file,patient,label", rows)
     report = ingest_tiles(
-        read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32, mpp=1, source_mpp=0.5
+        read_table(table),
+        tmp_path / "s",
+        cohort="x",
+        salt=SALT,
+        tile_px=32,
+        mpp=1,
+        source_mpp=0.5,
+        num_processes=0,
     )
     store = TileStore.open(tmp_path / "s")
     assert store.read_images([0]).min() > 170
@@ -342,7 +473,9 @@ def test_image_far_too_large_is_skipped(tmp_path: Path, monkeypatch: pytest.Monk
     table = make_tiles(tmp_path / "tiles")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(IngestError, match="far too large"):
-        ingest_tiles(read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+        ingest_tiles(
+            read_table(table), tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+        )
     assert not (tmp_path / "s").exists()
 
 
@@ -356,7 +489,7 @@ def test_real_slides_become_a_store(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", "file,patient,label,mpp", rows)
     report = ingest_slides(
         read_table(table, root=REAL_DATA), tmp_path / "s", cohort="x", salt=SALT,
-        options=TilingOptions(tile_px=64, mpp=1.0, max_tiles_per_slide=30), num_processes=1,
+        options=TilingOptions(tile_px=64, mpp=1.0, max_tiles_per_slide=30), num_processes=0,
     )  # fmt: skip
     assert [source.num_tiles for source in report.sources] == [30, 30, 0]
     assert [s.file for s in report.skipped] == ["wsi/broken.svs"]
@@ -381,5 +514,5 @@ def test_table_with_other_column_names_and_root(tmp_path: Path) -> None:
         REAL_DATA / "atlas_tiles" / "atlas_tiles.tsv", root=REAL_DATA, columns=columns
     )
     assert len({row.patient for row in rows}) == 15
-    ingest_tiles(rows[::60], tmp_path / "s", cohort="x", salt=SALT, tile_px=32)
+    ingest_tiles(rows[::60], tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0)
     assert TileStore.open(tmp_path / "s").num_tiles == len(rows[::60])

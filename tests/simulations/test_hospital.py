@@ -35,7 +35,7 @@ CONFIG = HospitalConfig(
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_hospital(tmp_path_factory.mktemp("north"), CONFIG, num_processes=1)
+    return make_hospital(tmp_path_factory.mktemp("north"), CONFIG, num_processes=0)
 
 
 def bytes_of(table: Path) -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def test_slides_are_aperio_with_glass_around_tissue(table: Path) -> None:
 
 
 def test_hospital_made_twice_is_the_same_to_the_byte(table: Path, tmp_path: Path) -> None:
-    again = make_hospital(tmp_path, CONFIG, num_processes=1)
+    again = make_hospital(tmp_path, CONFIG, num_processes=0)
     assert bytes_of(again) == bytes_of(table)
 
 
@@ -79,18 +79,18 @@ def test_interrupted_hospital_is_completed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_hospital(tmp_path, CONFIG, num_processes=1, progress=stop)
+        make_hospital(tmp_path, CONFIG, num_processes=0, progress=stop)
     drawn = []
     draw = hospital.draw_slide
     monkeypatch.setattr(hospital, "draw_slide", lambda slide: drawn.append(draw(slide)))
-    again = make_hospital(tmp_path, CONFIG, num_processes=1)
+    again = make_hospital(tmp_path, CONFIG, num_processes=0)
     assert len(drawn) == 1
     assert bytes_of(again) == bytes_of(table)
 
 
 def test_folder_of_another_hospital_is_refused(table: Path) -> None:
     with pytest.raises(HospitalError, match="another configuration"):
-        make_hospital(table.parent, replace(CONFIG, seed=8), num_processes=1)
+        make_hospital(table.parent, replace(CONFIG, seed=8), num_processes=0)
 
 
 def test_patients_follow_the_case_mix(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_client_ingests_a_hospital_like_any_other(table: Path, tmp_path: Path) -
         cohort="north",
         salt=Salt(bytes(32)),
         options=TilingOptions(tile_px=32, mpp=1.0),
-        num_processes=1,
+        num_processes=0,
     )
     store = TileStore.open(tmp_path / "store")
     assert not report.skipped

@@ -31,7 +31,7 @@ from support.foundations import tiny_foundation
 from support.scenarios import tiny_scenario, tiny_scenario_values
 
 pytestmark = pytest.mark.slow
-run_scenario = partial(simulation.run_scenario, num_workers=1)
+run_scenario = partial(simulation.run_scenario, num_workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ class TestRealTiles:
 
 class TestCommandLine:
     def run(self, *arguments: object):
-        return CliRunner().invoke(cli.app, ["run", "--workers", "1", *map(str, arguments)])
+        return CliRunner().invoke(cli.app, ["run", "--workers", "0", *map(str, arguments)])
 
     @pytest.fixture
     def file(self, tmp_path: Path, foundation: Foundation) -> Path:

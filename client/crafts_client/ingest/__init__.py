@@ -5,6 +5,7 @@ from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.report import IngestReport
 from crafts_client.ingest.slides import find_slides
+from crafts_client.ingest.store_update import remove_patient
 from crafts_client.ingest.table import TableColumns, TableRow, read_table, write_template
 from crafts_client.ingest.tiling import TilingOptions
 
@@ -19,5 +20,6 @@ __all__ = [
     "ingest_slides",
     "ingest_tiles",
     "read_table",
+    "remove_patient",
     "write_template",
 ]

@@ -1,94 +1,108 @@
-"""Cutting one slide: mask, grid, read, judge. Runs in a process of its own."""
+"""Cutting a stretch of a slide into one shard: read, judge, keep. Runs in a process of its own."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import SlideError
-from crafts_client.ingest.parts import CutTile, read_part_counts, write_part
-from crafts_client.ingest.report import SourceOutcome
+from crafts_client.ingest.pool import Beat
+from crafts_client.ingest.shard_cut import CutTile, Shard, ShardCut, cut_shard
 from crafts_client.ingest.slides import Slide
-from crafts_client.ingest.table import TableRow
-from crafts_client.ingest.tiling import (
-    Candidate,
-    TilingOptions,
-    candidates,
-    grid,
-    in_drawn_order,
-)
-from crafts_client.ingest.tissue import Pixels, find_tissue, sharpness, tissue_fraction
+from crafts_client.ingest.survey import SlideJob, Survey, survey_slide
+from crafts_client.ingest.tiling import Candidate
+from crafts_client.ingest.tissue import sharpness, tissue_fraction
 from crafts_core.tiles.records import encode_tile
 
-THUMBNAIL_PX = 1024
-THUMBNAIL_MPP = 4.0
-"""Finer thumbnails of small slides only slow the filters down."""
 MAX_UNREADABLE = 0.2
 """A slide with more damaged places than this part is not trusted at all."""
+PLACES_PER_SHARD = 2048
+"""So that several processes can work on one slide, and a shard stays handy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlideJob:
-    """All that a process needs to cut one slide."""
+class CutJob:
+    """A stretch of the places of one slide."""
 
-    row: TableRow
-    slide_id: str
-    part: Path
-    options: TilingOptions
+    slide: SlideJob
+    store: Path
+    salt: Salt
+    shard: str
+    start: int
+    stop: int
+    num_places: int
+    """Of the whole slide."""
 
 
-def cut_slide(job: SlideJob) -> SourceOutcome:
-    """Commit the part of one slide, unless it is there, and say what became of the slide."""
+def cut_jobs(slide: SlideJob, survey: Survey, store: Path, salt: Salt) -> list[CutJob]:
+    """Stretches of equal length; a limited number of tiles comes from one stretch."""
+    num_places = len(survey.places_N5)
+    length = PLACES_PER_SHARD if slide.options.max_tiles_per_slide is None else max(num_places, 1)
+    return [
+        CutJob(
+            slide=slide,
+            store=store,
+            salt=salt,
+            shard=f"{slide.source.key[:32]}-{number:04d}",
+            start=start,
+            stop=min(start + length, num_places),
+            num_places=num_places,
+        )
+        for number, start in enumerate(range(0, num_places, length))
+    ]
+
+
+def cut_stretch(job: CutJob, beat: Beat) -> Shard:
+    """Go on with a shard until all its places are done.
+
+    Raises:
+        SlideError: too much of the slide is damaged.
+    """
+    with cut_shard(job.store, job.shard, job.slide.source.key) as cut:
+        beat(cut.next_place)
+        if not cut.is_finished:
+            survey = survey_slide(job.slide, lambda _: None)
+            places = survey.places(job.start, job.stop)
+            with Slide.open(job.slide.source.row.path, mpp=job.slide.source.row.mpp) as slide:
+                for place in places[cut.next_place :]:
+                    _cut_place(slide, place, job, cut)
+                    beat(1)
+        return cut.finish()
+
+
+def _cut_place(slide: Slide, place: Candidate, job: CutJob, cut: ShardCut) -> None:
+    options = job.slide.options
+    if cut.num_tiles == options.max_tiles_per_slide:
+        cut.reject("not_drawn")
+        return
     try:
-        if not job.part.exists():
-            with Slide.open(job.row.path, mpp=job.row.mpp) as slide:
-                tiles, rejected = _cut(slide, bytes.fromhex(job.slide_id), job.options)
-            write_part(job.part, tiles, rejected)
-    except SlideError as error:
-        return SourceOutcome.of(job.row, num_tiles=0, rejected={}, skipped=str(error))
-    num_tiles, rejected = read_part_counts(job.part)
-    skipped = None if num_tiles else "no place on it has enough clean tissue"
-    return SourceOutcome.of(job.row, num_tiles=num_tiles, rejected=rejected, skipped=skipped)
+        pixels = slide.read(place.box, (options.tile_px, options.tile_px))
+    except SlideError:
+        cut.reject("unreadable")
+        check_damage(cut.num_rejected("unreadable"), job.num_places)
+        return
+    sharp = sharpness(pixels)
+    if tissue_fraction(pixels) < options.min_coloured:
+        cut.reject("background")
+    elif sharp < options.min_sharpness:
+        cut.reject("blurred")
+    else:
+        tile = CutTile(
+            x=place.x,
+            y=place.y,
+            width=place.width,
+            height=place.height,
+            tissue_fraction=place.tissue_fraction,
+            sharpness=sharp,
+            jpeg=encode_tile(pixels),
+        )
+        cut.keep(job.salt.tile_id(job.slide.source.slide_id, place.x, place.y), tile)
 
 
-def _cut(slide: Slide, key: bytes, options: TilingOptions) -> tuple[list[CutTile], dict[str, int]]:
-    frame_N4 = grid(slide, options)
-    thumbnail = slide.thumbnail(max_px=THUMBNAIL_PX, min_mpp=THUMBNAIL_MPP)
-    thumbnail_mpp = slide.mpp_x * slide.size_px[0] / thumbnail.shape[1]
-    mask = find_tissue(thumbnail, mpp=thumbnail_mpp, slide_px=slide.size_px)
-    places, unwanted = candidates(frame_N4, mask, options)
-    rejected = Counter(unwanted)
-    limit = options.max_tiles_per_slide
-    if limit is not None:
-        places = in_drawn_order(places, key)
-    tiles: list[CutTile] = []
-    for number, place in enumerate(places):
-        if len(tiles) == limit:
-            rejected["not_drawn"] = len(places) - number
-            break
-        try:
-            pixels = slide.read(place.box, (options.tile_px, options.tile_px))
-        except SlideError:
-            rejected["unreadable"] += 1
-            continue
-        sharp = sharpness(pixels)
-        if tissue_fraction(pixels) < options.min_coloured:
-            rejected["background"] += 1
-        elif sharp < options.min_sharpness:
-            rejected["blurred"] += 1
-        else:
-            tiles.append(_cut_tile(place, pixels, sharp))
-    if rejected["unreadable"] > MAX_UNREADABLE * len(places):
-        raise SlideError(f"damaged: {rejected['unreadable']} of its tiles cannot be decoded")
-    return sorted(tiles, key=lambda tile: (tile.y, tile.x)), dict(rejected)
+def check_damage(num_unreadable: int, num_places: int) -> None:
+    """Refuse a slide that is damaged in too many places.
 
-
-def _cut_tile(place: Candidate, pixels: Pixels, sharp: float) -> CutTile:
-    return CutTile(
-        x=place.x,
-        y=place.y,
-        width=place.width,
-        height=place.height,
-        tissue_fraction=place.tissue_fraction,
-        sharpness=sharp,
-        jpeg=encode_tile(pixels),
-    )
+    Raises:
+        SlideError: it is.
+    """
+    if num_unreadable > MAX_UNREADABLE * num_places:
+        raise SlideError(f"damaged: {num_unreadable} of its tiles cannot be decoded")

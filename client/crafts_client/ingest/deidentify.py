@@ -66,11 +66,23 @@ class Salt:
     def slide_id(self, patient: str, name: str) -> str:
         return self._pseudonym("slide", patient, name)
 
+    def file_id(self, name: str) -> str:
+        """Of a file, whoever's it is."""
+        return self._pseudonym("file", name)
+
+    def key(self, *parts: str) -> str:
+        """64 hex digits that are the same only for the same parts."""
+        return self._digest("key", *parts)
+
     def tile_id(self, slide_id: str, x: int, y: int) -> str:
         return self._pseudonym("tile", slide_id, str(x), str(y))
 
     def _pseudonym(self, *parts: str) -> str:
-        """128 bits of HMAC-SHA256 over length-prefixed parts, so no two tuples collide."""
+        """128 bits are enough that no two of a site collide."""
+        return self._digest(*parts)[:_ID_HEX]
+
+    def _digest(self, *parts: str) -> str:
+        """HMAC-SHA256 over length-prefixed parts, so no two tuples collide."""
         encoded = [part.encode() for part in parts]
         message = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
-        return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:_ID_HEX]
+        return hmac.new(self._key, message, hashlib.sha256).hexdigest()

@@ -1,24 +1,30 @@
-"""From a site's table to its tile store. Nothing but pseudonyms and pixels goes in."""
+"""From a site's table to its tile store. Nothing but pseudonyms and pixels goes in.
 
-import contextlib
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+A store is made and added to in place: shards grow below ``shards/`` while journals in ``work/`` say
+how far they have come, and one rename makes the result count. So the same command goes on with what
+an interrupted one left, does nothing where everything is there, and cuts only what is new.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
-from crafts_client.ingest.cutting import SlideJob, cut_slide
+from crafts_client.ingest.cutting import CutJob, check_damage, cut_jobs, cut_stretch
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, SlideError
-from crafts_client.ingest.parts import CutTile, part_path, read_part
-from crafts_client.ingest.pool import run_jobs
-from crafts_client.ingest.ready_tiles import TileJob, prepare_tile
-from crafts_client.ingest.report import IngestReport, SourceOutcome
-from crafts_client.ingest.slides import MissingScaleError, Slide
+from crafts_client.ingest.pool import SILENCE_S, Beat, Pool
+from crafts_client.ingest.ready_tiles import GroupJob, cut_group
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.shard_cut import WORK, Shard
+from crafts_client.ingest.store_update import Source, StoreUpdate, Target, open_update
+from crafts_client.ingest.survey import SlideJob, Survey, missing_scale, survey_slide
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tiling import TilingOptions
-from crafts_core.tiles.records import TileRecord
-from crafts_core.tiles.writer import TileStoreWriter
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Name of the step, done, in all."""
 
 
 def ingest_slides(
@@ -29,49 +35,46 @@ def ingest_slides(
     salt: Salt,
     options: TilingOptions,
     num_processes: int = 2,
-    progress: Progress | None = None,
+    withdrawn: Collection[str] = (),
+    progress: Progress = lambda *_: None,
+    silence_s: float = SILENCE_S,
 ) -> IngestReport:
-    """Cut every slide of a table into tiles and commit them as one store at ``out``.
+    """Cut every slide of a table into tiles, as the store at ``out`` or into it.
 
-    A slide that cannot be used is skipped and named in the report. Interrupted, the same call
-    goes on with the slides that are left; the store appears only when it is whole, and is the
-    same to the byte.
+    A slide that cannot be used is skipped and named in the report; what was cut from it before
+    stays. Interrupted, the same call goes on with the tiles that are left, and the store ends up
+    the same to the byte.
 
     Args:
         rows: From ``read_table``.
-        out: Folder of the store; must not exist.
+        out: Folder of the store; one that is there gets what is new in the table.
         cohort: The name under which these patients are accounted for.
         salt: The site's key for pseudonyms.
         options: What a tile is.
-        num_processes: 1 runs everything in this process.
-        progress: Called with slides done and slides in all.
+        num_processes: 0 runs everything in this process, where a damaged file may end it.
+        withdrawn: Pseudonyms of patients whose slides are not read.
+        progress: Called with the step, what is done of it and what there is.
+        silence_s: A slide that nothing is heard of for so long is skipped.
 
     Raises:
-        IngestError: a slide has no scale (all such are named), no slide gave a tile, or the disk
-            refuses.
+        IngestError: a slide has no scale (all such are named), no slide gave a tile, the store is
+            of other tiles, another ingest is at work, or the disk refuses.
     """
-    _refuse_existing(out)
-    _refuse_missing_scale(rows)
-    parts = out.with_name(f".{out.name}.parts")
-    outcomes: list[SourceOutcome] = []
-    with _disk_errors(out):
-        parts.mkdir(parents=True, exist_ok=True)
-        jobs = [_slide_job(row, parts, salt, options) for row in rows]
-        for outcome in run_jobs(cut_slide, jobs, num_processes=num_processes):
-            outcomes.append(outcome)
-            if progress is not None:
-                progress(len(outcomes), len(jobs))
-        report = IngestReport.of("slides", outcomes)
-        _refuse_nothing(report)
-        with TileStoreWriter(
-            out, cohort=cohort, tile_px=options.tile_px, mpp=options.mpp
-        ) as writer:
-            for job in _patient_by_patient(jobs, salt):
-                for tile in read_part(job.part):
-                    record = _record(job.row, tile, job.slide_id, salt, options.mpp)
-                    writer.add(record, tile.jpeg)
-        shutil.rmtree(parts)
-    return report
+    target = Target(
+        store=out,
+        cohort=cohort,
+        salt=salt,
+        tile_px=options.tile_px,
+        mpp=options.mpp,
+        withdrawn=withdrawn,
+    )
+    with open_update(target) as update, Pool(num_processes, silence_s=silence_s) as pool:
+        sources = update.new(Source.of(row, salt, asdict(options)) for row in rows)
+        jobs = [_slide_job(source, target, options) for source in _largest_first(sources)]
+        _refuse_missing_scale(pool, jobs, progress)
+        surveys = _survey(pool, jobs, progress)
+        _cut(pool, jobs, surveys, update, target, progress)
+        return update.commit("slides")
 
 
 def ingest_tiles(
@@ -83,44 +86,154 @@ def ingest_tiles(
     tile_px: int,
     mpp: float | None = None,
     source_mpp: float | None = None,
-    num_processes: int = 1,
-    progress: Progress | None = None,
+    num_processes: int = 2,
+    withdrawn: Collection[str] = (),
+    progress: Progress = lambda *_: None,
 ) -> IngestReport:
-    """Commit ready tiles, one image file each, as a store at ``out``.
+    """Take ready tiles, one image file each, as the store at ``out`` or into it.
 
     ``mpp`` is what a pixel of the store measures. An image whose own resolution is known (the
     table's ``mpp``, else ``source_mpp``) gives its central ``tile_px * mpp`` microns; any other
     image is resampled whole (its central square). An unreadable or too small image is skipped and
-    named in the report.
+    named in the report. Everything else is as in ``ingest_slides``.
 
     Raises:
-        IngestError: no image could be used, or the disk refuses.
+        IngestError: no image could be used, the store is of other tiles, another ingest is at
+            work, or the disk refuses.
     """
-    _refuse_existing(out)
-    ordered = sorted(rows, key=lambda row: (salt.patient_id(row.patient), _slide_id(row, salt)))
-    jobs = [
-        TileJob(row=row, tile_px=tile_px, side_px=_side_px(row.mpp or source_mpp, mpp, tile_px))
-        for row in ordered
-    ]
-    prepared = run_jobs(prepare_tile, jobs, num_processes=num_processes, chunk_size=32)
-    outcomes: list[SourceOutcome] = []
-    with (
-        _disk_errors(out),
-        contextlib.closing(prepared),
-        TileStoreWriter(out, cohort=cohort, tile_px=tile_px, mpp=mpp) as writer,
-    ):
-        for row, tile in zip(ordered, prepared, strict=True):
-            if isinstance(tile, SlideError):
-                skipped = SourceOutcome.of(row, num_tiles=0, rejected={}, skipped=str(tile))
-                outcomes.append(skipped)
-            else:
-                writer.add(_record(row, tile, _slide_id(row, salt), salt, mpp), tile.jpeg)
-                outcomes.append(SourceOutcome.of(row, num_tiles=1, rejected={}, skipped=None))
-            if progress is not None:
-                progress(len(outcomes), len(jobs))
-        report = IngestReport.of("tiles", outcomes)
-        _refuse_nothing(report)
-    return report
+    target = Target(
+        store=out, cohort=cohort, salt=salt, tile_px=tile_px, mpp=mpp, withdrawn=withdrawn
+    )
+    with open_update(target) as update, Pool(num_processes) as pool:
+        sides = {row.name: _side_px(row.mpp or source_mpp, mpp, tile_px) for row in rows}
+        sources = update.new(Source.of(row, salt, [tile_px, sides[row.name]]) for row in rows)
+        groups = _by_patient(sources)
+        jobs = [_group_job(group, target, sides) for group in groups]
+        on_beat = _counting(progress, "reading tiles", len(sources))
+        for place, shard in pool.run(cut_group, jobs, on_beat=on_beat):
+            _take_group(groups[place], shard, update)
+        return update.commit("tiles")
+
+
+# ---- slides ---------------------------------------------------------------------------------
+
+
+def _slide_job(source: Source, target: Target, options: TilingOptions) -> SlideJob:
+    survey = target.store / WORK / f"{source.key[:32]}.npz"
+    return SlideJob(source=source, survey=survey, options=options)
+
+
+def _largest_first(sources: Iterable[Source]) -> list[Source]:
+    """So that the last process to end does not work on a large slide alone."""
+    return sorted(sources, key=lambda source: -source.row.path.stat().st_size)
+
+
+def _refuse_missing_scale(pool: Pool, jobs: Sequence[SlideJob], progress: Progress) -> None:
+    """Look at every header first: a wrong guess of scale would spoil the whole store."""
+    unknown = [job.source.row for job in jobs if job.source.row.mpp is None]
+    on_beat = _counting(progress, "reading headers", len(unknown))
+    found = [problem for _, problem in pool.run(missing_scale, unknown, on_beat=on_beat)]
+    # A slide that cannot be opened at all is skipped later, by name.
+    problems = [problem for problem in found if isinstance(problem, str)]
+    if problems:
+        raise IngestError(*sorted(problems, key=lambda text: int(text.split()[1].rstrip(":"))))
+
+
+def _survey(
+    pool: Pool, jobs: Sequence[SlideJob], progress: Progress
+) -> dict[int, Survey | SlideError]:
+    on_beat = _counting(progress, "finding tissue", len(jobs))
+    return dict(pool.run(survey_slide, jobs, on_beat=on_beat))
+
+
+def _cut(
+    pool: Pool,
+    jobs: Sequence[SlideJob],
+    surveys: dict[int, Survey | SlideError],
+    update: StoreUpdate,
+    target: Target,
+    progress: Progress,
+) -> None:
+    stretches: list[CutJob] = []
+    owners: list[int] = []
+    for place, job in enumerate(jobs):
+        survey = surveys[place]
+        if isinstance(survey, SlideError):
+            update.skip(job.source, str(survey))
+        elif cuts := cut_jobs(job, survey, target.store, target.salt):
+            stretches += cuts
+            owners += [place] * len(cuts)
+        else:
+            update.done(job.source, 0, survey.rejected)
+    on_beat = _counting(progress, "cutting tiles", sum(cut.stop - cut.start for cut in stretches))
+    missing = Counter(owners)
+    cut: dict[int, list[Shard | SlideError]] = {place: [] for place in missing}
+    for number, shard in pool.run(cut_stretch, stretches, on_beat=on_beat):
+        place = owners[number]
+        cut[place].append(shard)
+        missing[place] -= 1
+        if missing[place] == 0:
+            survey = surveys[place]
+            assert isinstance(survey, Survey)
+            _take_slide(jobs[place].source, survey, cut.pop(place), update)
+
+
+def _take_slide(
+    source: Source, survey: Survey, shards: Sequence[Shard | SlideError], update: StoreUpdate
+) -> None:
+    """Everything of one slide, or nothing of it."""
+    whole = [shard for shard in shards if isinstance(shard, Shard)]
+    rejected = Counter(survey.rejected)
+    for shard in whole:
+        rejected.update(reason for _, reason in shard.rejected)
+    try:
+        for shard_or_error in shards:
+            if isinstance(shard_or_error, SlideError):
+                raise shard_or_error
+        check_damage(rejected["unreadable"], len(survey.places_N5))
+    except SlideError as error:
+        update.skip(source, str(error))
+        return
+    for shard in whole:
+        update.add(source, shard, shard.tiles)
+    update.done(source, sum(len(shard.tiles) for shard in whole), rejected)
+
+
+# ---- ready tiles ----------------------------------------------------------------------------
+
+
+def _by_patient(sources: Iterable[Source]) -> list[list[Source]]:
+    def patient(source: Source) -> str:
+        return source.row.patient
+
+    ordered = sorted(sources, key=lambda source: (patient(source), source.slide_id))
+    return [list(group) for _, group in groupby(ordered, patient)]
+
+
+def _group_job(group: Sequence[Source], target: Target, sides: dict[str, float | None]) -> GroupJob:
+    key = target.salt.key(*(source.key for source in group))
+    return GroupJob(
+        paths=tuple(source.row.path for source in group),
+        slide_ids=tuple(source.slide_id for source in group),
+        side_px=tuple(sides[source.row.name] for source in group),
+        tile_px=target.tile_px,
+        store=target.store,
+        salt=target.salt,
+        shard=key[:32],
+        key=key,
+    )
+
+
+def _take_group(group: Sequence[Source], shard: Shard | SlideError, update: StoreUpdate) -> None:
+    if isinstance(shard, SlideError):
+        for source in group:
+            update.skip(source, f"one of this patient's images: {shard}")
+        return
+    for tile in shard.tiles:
+        update.add(group[tile.place], shard, [tile])
+        update.done(group[tile.place], 1, {})
+    for place, reason in shard.rejected:
+        update.skip(group[place], reason)
 
 
 def _side_px(image_mpp: float | None, store_mpp: float | None, tile_px: int) -> float | None:
@@ -130,81 +243,13 @@ def _side_px(image_mpp: float | None, store_mpp: float | None, tile_px: int) -> 
     return tile_px * store_mpp / image_mpp
 
 
-def _slide_job(row: TableRow, parts: Path, salt: Salt, options: TilingOptions) -> SlideJob:
-    slide_id = _slide_id(row, salt)
-    part = part_path(parts, slide_id, row, options)
-    return SlideJob(row=row, slide_id=slide_id, part=part, options=options)
+def _counting(progress: Progress, step: str, total: int) -> Beat:
+    done = 0
 
+    def on_beat(places: int) -> None:
+        nonlocal done
+        # A shard that is tried a second time is counted from where it was.
+        done = min(done + places, total)
+        progress(step, done, total)
 
-def _slide_id(row: TableRow, salt: Salt) -> str:
-    return salt.slide_id(row.patient, row.name)
-
-
-def _patient_by_patient(jobs: Sequence[SlideJob], salt: Salt) -> Iterator[SlideJob]:
-    """The slides that were cut, in an order that says nothing about the table's."""
-    ordered = sorted(jobs, key=lambda job: (salt.patient_id(job.row.patient), job.slide_id))
-    return (job for job in ordered if job.part.exists())
-
-
-def _record(
-    row: TableRow, tile: CutTile, slide_id: str, salt: Salt, mpp: float | None
-) -> TileRecord:
-    return TileRecord(
-        tile_id=salt.tile_id(slide_id, tile.x, tile.y),
-        patient=salt.patient_id(row.patient),
-        case=salt.case_id(row.patient, row.case),
-        slide=slide_id,
-        x=tile.x,
-        y=tile.y,
-        level0_width=tile.width,
-        level0_height=tile.height,
-        mpp=mpp,
-        caption=row.caption,
-        label=row.label,
-        tissue_fraction=tile.tissue_fraction,
-        sharpness=tile.sharpness,
-    )
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise IngestError(f"{out} exists; choose another folder or remove it first")
-
-
-def _refuse_missing_scale(rows: Sequence[TableRow]) -> None:
-    """Look at every header first: a wrong guess of scale would spoil the whole store."""
-    problems = []
-    for row in rows:
-        if row.mpp is None:
-            # A slide that cannot be opened at all is skipped later, by name.
-            with contextlib.suppress(SlideError):
-                problem = _missing_scale(row)
-                problems += [problem] if problem else []
-    if problems:
-        raise IngestError(*problems)
-
-
-def _missing_scale(row: TableRow) -> str | None:
-    try:
-        with Slide.open(row.path):
-            return None
-    except MissingScaleError as error:
-        return f"line {row.line}: {row.name}: {error}"
-
-
-def _refuse_nothing(report: IngestReport) -> None:
-    if report.num_tiles == 0:
-        reasons = (f"line {s.line}: {s.file}: {s.skipped}" for s in report.skipped)
-        raise IngestError("no tile is left to train on", *reasons)
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """One clear line for a full or failing disk; committed parts stay for the next run."""
-    try:
-        yield
-    except OSError as error:
-        raise IngestError(
-            f"writing {out} failed: {error.strerror or error}; nothing finished is lost: mend it "
-            "and run the same command again"
-        ) from error
+    return on_beat

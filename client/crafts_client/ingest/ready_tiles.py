@@ -2,13 +2,15 @@
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import SlideError
-from crafts_client.ingest.parts import CutTile
-from crafts_client.ingest.table import TableRow
+from crafts_client.ingest.pool import Beat
+from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
 from crafts_core.tiles.records import encode_tile
 
@@ -16,21 +18,47 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TileJob:
-    """All that a process needs to prepare one ready tile."""
+class GroupJob:
+    """Ready tiles of one patient, which become one shard."""
 
-    row: TableRow
-    tile_px: int
-    side_px: float | None
+    paths: tuple[Path, ...]
+    slide_ids: tuple[str, ...]
+    """Of each image: here every one is a slide of its own."""
+    side_px: tuple[float | None, ...]
     """Side of the central square that becomes the tile, in the image's pixels; None: all of it."""
+    tile_px: int
+    store: Path
+    salt: Salt
+    shard: str
+    key: str
 
 
-def prepare_tile(job: TileJob) -> CutTile | SlideError:
-    """The image's central square, resampled; or why it cannot be used."""
+def cut_group(job: GroupJob, beat: Beat) -> Shard:
+    """Go on with a shard until all its images are done; why one gives no tile is its rejection."""
+    with cut_shard(job.store, job.shard, job.key) as cut:
+        beat(cut.next_place)
+        while cut.next_place < len(job.paths):
+            place = cut.next_place
+            try:
+                tile = prepare_tile(job.paths[place], job.side_px[place], job.tile_px)
+            except SlideError as error:
+                cut.reject(str(error))
+            else:
+                cut.keep(job.salt.tile_id(job.slide_ids[place], tile.x, tile.y), tile)
+            beat(1)
+        return cut.finish()
+
+
+def prepare_tile(path: Path, side_px: float | None, tile_px: int) -> CutTile:
+    """The image's central square, resampled.
+
+    Raises:
+        SlideError: why it cannot be used.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(job.row.path, formats=FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 opaque = _opaque(image)
     except (
         OSError,
@@ -38,15 +66,17 @@ def prepare_tile(job: TileJob) -> CutTile | SlideError:
         SyntaxError,  # what Pillow raises for a broken PNG
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
-    ):
-        return SlideError(f"not a readable image ({', '.join(FORMATS)}), or far too large")
+    ) as error:
+        raise SlideError(
+            f"not a readable image ({', '.join(FORMATS)}), or far too large"
+        ) from error
     whole = min(opaque.size)
-    side = float(whole) if job.side_px is None else job.side_px
+    side = float(whole) if side_px is None else side_px
     if side > whole:
-        return SlideError(f"{whole} pixels wide, but a tile at this resolution needs {side:.0f}")
+        raise SlideError(f"{whole} pixels wide, but a tile at this resolution needs {side:.0f}")
     left, top = (opaque.width - side) / 2, (opaque.height - side) / 2
     resized = opaque.resize(
-        (job.tile_px, job.tile_px),
+        (tile_px, tile_px),
         Image.Resampling.HAMMING,
         box=(left, top, left + side, top + side),
     )

@@ -49,9 +49,17 @@ class IngestReport(BaseModel):
     rejected: dict[str, int]
     tiles_per_patient: dict[str, int]
     sources: tuple[SourceOutcome, ...]
+    already: int = 0
+    """Sources whose tiles were in the store before."""
 
     @classmethod
-    def of(cls, kind: Literal["slides", "tiles"], outcomes: Iterable[SourceOutcome]) -> Self:
+    def of(
+        cls,
+        kind: Literal["slides", "tiles"],
+        outcomes: Iterable[SourceOutcome],
+        *,
+        already: int = 0,
+    ) -> Self:
         sources = tuple(sorted(outcomes, key=lambda outcome: outcome.line))
         rejected: Counter[str] = Counter()
         per_patient: Counter[str] = Counter()
@@ -64,6 +72,7 @@ class IngestReport(BaseModel):
             rejected=dict(sorted(rejected.items())),
             tiles_per_patient=dict(sorted(per_patient.items())),
             sources=sources,
+            already=already,
         )
 
     @property

@@ -28,7 +28,7 @@ def view_of(image_HWC: Pixels, view: int, *, key: bytes) -> Pixels:
         return image_HWC
     seed = hashlib.sha256(key + view.to_bytes(4, "big")).digest()
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
-    turned_HWC = np.rot90(image_HWC, rng.integers(4))
+    turned_HWC = np.rot90(image_HWC, int(rng.integers(4)))
     if rng.integers(2):
         turned_HWC = turned_HWC[:, ::-1]
     return stained_otherwise(

@@ -40,6 +40,17 @@ class StoredFile(BaseModel):
     sha256: Sha256
 
 
+class StoredSource(BaseModel):
+    """What is known of a slide whose tiles are in a store: hashes that only the site can make."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: Sha256
+    """Of the file's state and of how it was cut: what is the same is not cut again."""
+    file: str
+    """Of the file's name alone: a file belongs to one patient."""
+
+
 class StoreManifest(BaseModel):
     """``store.json``: written last, so a directory without it is an unfinished store."""
 
@@ -56,8 +67,8 @@ class StoreManifest(BaseModel):
     captions: Annotated[str, Field(pattern=r"^captions-[0-9a-f]{16}\.parquet$")]
     files: Mapping[str, StoredFile]
     """By path below the store."""
-    sources: Mapping[str, Sha256]
-    """Pseudonym of each slide to what was cut from it (a keyed hash), so that it is cut once."""
+    sources: Mapping[str, StoredSource]
+    """By the pseudonym of the slide."""
     versions: Mapping[str, str]
 
 
@@ -132,7 +143,7 @@ def commit_store(
     tile_px: int,
     mpp: float | None,
     shards: Mapping[str, StoredFile],
-    sources: Mapping[str, str],
+    sources: Mapping[str, StoredSource],
 ) -> StoreManifest:
     """Make ``rows`` the content of the store at ``path``, at once, and remove what is left over.
 

@@ -1,0 +1,300 @@
+"""A store that is being added to: what is there, what is new, and the rename that makes it so."""
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.report import IngestReport, SourceOutcome
+from crafts_client.ingest.shard_cut import WORK, PlacedTile, Shard
+from crafts_client.ingest.table import TableRow
+from crafts_core.durable import exclusive_lock
+from crafts_core.tiles.records import ROW_SCHEMA
+from crafts_core.tiles.store import TileStore
+from crafts_core.tiles.writer import MANIFEST_NAME, SHARDS, StoredFile, StoredSource, commit_store
+
+_ROWS_PER_TABLE = 20_000
+_LOCK = "ingest.lock"
+_ORDER = [(column, "ascending") for column in ("patient", "slide", "y", "x", "tile_id")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Whose tiles go where."""
+
+    store: Path
+    cohort: str
+    salt: Salt
+    tile_px: int
+    mpp: float | None
+    withdrawn: Collection[str]
+    """Pseudonyms of patients whose slides are not read any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A slide or ready tile of the table."""
+
+    row: TableRow
+    slide_id: str
+    key: str
+    """See ``StoredSource``."""
+
+    @classmethod
+    def of(cls, row: TableRow, salt: Salt, how: object) -> "Source":
+        """``how`` is what decides the tiles beside the file: anything that JSON can say."""
+        slide_id = salt.slide_id(row.patient, row.name)
+        made_from = json.dumps([how, row.mpp, _state_of(row.path)], sort_keys=True)
+        return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from))
+
+
+class StoreUpdate:
+    """What a run adds to a store. ``open_update`` is the way in."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._old = _open_old(target)
+        self._old_rows = ROW_SCHEMA.empty_table() if self._old is None else self._old.rows()
+        self._sources: dict[str, StoredSource] = dict(
+            {} if self._old is None else self._old.manifest.sources
+        )
+        self._shards: dict[str, StoredFile] = {} if self._old is None else self._old.shards
+        self._replaced: set[str] = set()
+        self._rows: dict[str, TableRow] = {}
+        self._tables: list[pa.Table] = []
+        self._columns: dict[str, list[object]] = {name: [] for name in ROW_SCHEMA.names}
+        self._outcomes: list[SourceOutcome] = []
+        self._num_already = 0
+
+    def new(self, sources: Iterable[Source]) -> list[Source]:
+        """Those that must be read; of the others it is noted that they are here, or left out.
+
+        Raises:
+            IngestError: a file's tiles are in the store under another patient.
+        """
+        sources = list(sources)
+        self._refuse_other_patients(sources)
+        wanted = []
+        num_tiles = Counter(self._old_rows["slide"].to_pylist())
+        for source in sources:
+            known = self._sources.get(source.slide_id)
+            if self._target.salt.patient_id(source.row.patient) in self._target.withdrawn:
+                self.skip(source, "the patient withdrew; nothing is read")
+            elif known is not None and known.key == source.key:
+                self._rows[source.slide_id] = source.row
+                self._num_already += 1
+                self.done(source, num_tiles[source.slide_id], {})
+            else:
+                wanted.append(source)
+        return wanted
+
+    def add(self, source: Source, shard: Shard, tiles: Sequence[PlacedTile]) -> None:
+        """Tiles of a source that lie in a shard; what was cut from it before goes."""
+        if not tiles:
+            return
+        for name, values in _columns(source, self._target, shard.name, tiles).items():
+            self._columns[name] += values
+        if len(self._columns["patient"]) >= _ROWS_PER_TABLE:
+            self._pack()
+        self._shards[shard.name] = shard.stored
+        self._replaced.add(source.slide_id)
+        file = self._target.salt.file_id(source.row.name)
+        self._sources[source.slide_id] = StoredSource(key=source.key, file=file)
+
+    def done(self, source: Source, num_tiles: int, rejected: Mapping[str, int]) -> None:
+        """All of a source was read."""
+        skipped = None if num_tiles else "no place on it has enough clean tissue"
+        self._outcomes.append(
+            SourceOutcome.of(
+                source.row, num_tiles=num_tiles, rejected=dict(rejected), skipped=skipped
+            )
+        )
+
+    def skip(self, source: Source, why: str) -> None:
+        """Nothing comes from a source in this run."""
+        self._outcomes.append(SourceOutcome.of(source.row, num_tiles=0, rejected={}, skipped=why))
+
+    def commit(self, kind: Literal["slides", "tiles"]) -> IngestReport:
+        """Make it the store's content.
+
+        Raises:
+            IngestError: no tile is there at all.
+        """
+        report = IngestReport.of(kind, self._outcomes, already=self._num_already)
+        self._pack()
+        replaced = pa.array(sorted(self._replaced), pa.string())
+        kept = self._old_rows.filter(pc.invert(pc.is_in(self._old_rows["slide"], replaced)))
+        rows = pa.concat_tables([_as_in_table(kept, self._rows, self._target.salt), *self._tables])
+        if rows.num_rows == 0:
+            shutil.rmtree(self._target.store / WORK)
+            shutil.rmtree(self._target.store / SHARDS, ignore_errors=True)
+            reasons = (f"line {s.line}: {s.file}: {s.skipped}" for s in report.skipped)
+            raise IngestError("no tile is left to train on", *reasons)
+        present = set(rows["shard"].unique().to_pylist())
+        commit_store(
+            self._target.store,
+            rows.sort_by(_ORDER),
+            cohort=self._target.cohort,
+            tile_px=self._target.tile_px,
+            mpp=self._target.mpp,
+            shards={name: stored for name, stored in self._shards.items() if name in present},
+            sources=self._sources,
+        )
+        shutil.rmtree(self._target.store / WORK, ignore_errors=True)
+        return report
+
+    def _pack(self) -> None:
+        """Python's lists take ten times the memory of Arrow's."""
+        self._tables.append(pa.table(self._columns, schema=ROW_SCHEMA))
+        self._columns = {name: [] for name in ROW_SCHEMA.names}
+
+    def _refuse_other_patients(self, sources: Sequence[Source]) -> None:
+        owners = {known.file: slide_id for slide_id, known in self._sources.items()}
+        problems = []
+        for source in sources:
+            owner = owners.get(self._target.salt.file_id(source.row.name))
+            if owner is not None and owner != source.slide_id:
+                problems.append(
+                    f"line {source.row.line}: {source.row.name} was ingested as another patient's; "
+                    "if that was wrong, run crafts-client tiles forget with the former name first"
+                )
+        if problems:
+            raise IngestError(*problems)
+
+
+@contextlib.contextmanager
+def open_update(target: Target) -> Iterator[StoreUpdate]:
+    """Hold the store, and turn what the disk refuses into one clear line.
+
+    Raises:
+        IngestError: another ingest is at work, the store is of other tiles, or the disk refuses.
+    """
+    out = target.store
+    held = IngestError(f"another ingest is at work in {out}; wait for it, or end it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(out / _LOCK, held=held):
+            (out / WORK).mkdir(exist_ok=True)
+            try:
+                yield StoreUpdate(target)
+            finally:
+                _remove_if_empty(out)
+    except OSError as error:
+        raise IngestError(
+            f"writing {out} failed: {error.strerror or error}; nothing finished is lost: mend it "
+            "and run the same command again"
+        ) from error
+
+
+def _remove_if_empty(out: Path) -> None:
+    """Leave no trace where nothing was begun."""
+    kept = [path for path in out.rglob("*") if path.is_file() and path.name != _LOCK]
+    if out.exists() and not kept:
+        shutil.rmtree(out)
+
+
+def remove_patient(path: Path, patient: str) -> int:
+    """Take all tiles of a pseudonym out of a store; how many. The last patient takes it along.
+
+    Raises:
+        TileStoreError: there is no finished store.
+        IngestError: an ingest is at work.
+    """
+    held = IngestError(f"an ingest is at work in {path}; wait for it, or end it")
+    with exclusive_lock(path / _LOCK, held=held):
+        store = TileStore.open(path)
+        rows = store.rows()
+        is_theirs = pc.equal(rows["patient"], patient)
+        left = rows.filter(pc.invert(is_theirs))
+        if left.num_rows == 0:
+            shutil.rmtree(path)
+            return int(rows.num_rows)
+        theirs = rows.filter(is_theirs)
+        shards, slides = (set(theirs[column].to_pylist()) for column in ("shard", "slide"))
+        if shared := shards & set(left["shard"].to_pylist()):
+            raise IngestError(
+                f"shard {min(shared)} holds tiles of several patients; such a store was not made "
+                "by ingest: make it anew without this patient"
+            )
+        # What an interrupted run left may be of this patient.
+        shutil.rmtree(path / WORK, ignore_errors=True)
+        manifest = store.manifest
+        commit_store(
+            path,
+            left,
+            cohort=manifest.cohort,
+            tile_px=manifest.tile_px,
+            mpp=manifest.mpp,
+            shards={name: stored for name, stored in store.shards.items() if name not in shards},
+            sources={name: s for name, s in manifest.sources.items() if name not in slides},
+        )
+        return int(theirs.num_rows)
+
+
+def _open_old(target: Target) -> TileStore | None:
+    if not (target.store / MANIFEST_NAME).exists():
+        return None
+    old = TileStore.open(target.store)
+    is_, wanted = ((about.cohort, about.tile_px, about.mpp) for about in (old.manifest, target))
+    if is_ != wanted:
+        raise IngestError(
+            f"{target.store} holds tiles of cohort {is_[0]}, {is_[1]} px at {is_[2]} microns per "
+            f"pixel; these are of {wanted[0]}, {wanted[1]} px at {wanted[2]}: choose another folder"
+        )
+    return old
+
+
+def _columns(
+    source: Source, target: Target, shard: str, tiles: Sequence[PlacedTile]
+) -> dict[str, list[object]]:
+    row, salt = source.row, target.salt
+    same = {
+        "patient": salt.patient_id(row.patient),
+        "case": salt.case_id(row.patient, row.case),
+        "slide": source.slide_id,
+        "mpp": target.mpp,
+        "shard": shard,
+        "caption": row.caption,
+        "label": row.label,
+    }
+    renamed = {"level0_width": "width", "level0_height": "height"}
+    return {
+        name: [same[name]] * len(tiles)
+        if name in same
+        else [getattr(tile, renamed.get(name, name)) for tile in tiles]
+        for name in ROW_SCHEMA.names
+    }
+
+
+def _as_in_table(rows: pa.Table, table: Mapping[str, TableRow], salt: Salt) -> pa.Table:
+    """Rows that stay, with what the table now says about their slides."""
+    says: Mapping[str, Callable[[TableRow], str]] = {
+        "case": lambda row: salt.case_id(row.patient, row.case),
+        "caption": lambda row: row.caption,
+        "label": lambda row: row.label,
+    }
+    slides = rows["slide"].to_pylist()
+    for name, say in says.items():
+        known = {slide: say(row) for slide, row in table.items()}
+        values = [
+            known.get(slide, value)
+            for slide, value in zip(slides, rows[name].to_pylist(), strict=True)
+        ]
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(name), pa.array(values, pa.string()))
+    return rows
+
+
+def _state_of(path: Path) -> list[tuple[int, int]]:
+    """Sizes and times of a file, or of the files of a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
