@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_client.tiles_cli import tiles_app
@@ -107,7 +109,12 @@ def ingest(
     max_tiles: Annotated[
         int | None, typer.Option(min=1, help="Most tiles of one slide; all if absent.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Slides at a time.")] = 2,
+    tissue: Annotated[
+        TissueMethod, typer.Option(help="How tissue is told from glass.")
+    ] = TissueMethod.OTSU,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that read; all cores if absent.")
+    ] = len(os.sched_getaffinity(0)),
     plan_table: Annotated[
         Path | None,
         typer.Option(
@@ -118,12 +125,16 @@ def ingest(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cut slides (or take ready tiles) into the tile store and fill the latent cache."""
+    """Cut slides (or take ready tiles) into the tile store and fill the latent cache.
+
+    Interrupted, the same command goes on. What is in the store already is not read again; slides
+    that are new in the table are added.
+    """
     if plan_table is not None:
         _plan_table(table, plan_table)
         return
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
-    from crafts_client.preparation import prepare_site
+    from crafts_client.preparation import IngestOptions, prepare_site
     from crafts_core.foundation import load
 
     with one_line_errors("crafts-client"):
@@ -135,18 +146,26 @@ def ingest(
                 foundation,
                 table=table,
                 root=root,
-                ready_tiles=ready_tiles,
-                max_tiles_per_slide=max_tiles,
-                num_processes=processes,
+                options=IngestOptions(
+                    ready_tiles=ready_tiles,
+                    max_tiles_per_slide=max_tiles,
+                    tissue=tissue,
+                    num_processes=processes,
+                ),
                 progress=progress,
             )
     result = {
         "tiles": report.num_tiles,
         "patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
+        "already_in_the_store": report.already,
         "skipped": len(report.skipped),
         "report": str(site.ingest_report_path),
+        "page": str(site.path / "ingest.html"),
     }
     _print(result, as_json)
+    if not as_json:
+        for source in report.skipped:
+            typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
 
 
 def _plan_table(table: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@
     salt                the key of its pseudonyms (0600)
     tiles/              the tile store, with the latent cache below it
     ingest.json         what ingest did, with names: for the operator only (0600)
+    ingest.html         the same to look at, with pictures/ (0600)
     keys/               certificate, its key, the node's key (0600), the coordinator's authority
     coordinator.json    where the coordinator is
     approved.json       the plans that a person here approved
@@ -137,6 +138,11 @@ class SiteHome:
     @property
     def ingest_report_path(self) -> Path:
         return self.path / "ingest.json"
+
+    @property
+    def pictures_path(self) -> Path:
+        """Thumbnails and overlays of slides, which ``ingest.html`` shows. Private."""
+        return self.path / "pictures"
 
     @property
     def register_path(self) -> Path:

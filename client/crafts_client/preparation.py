@@ -1,8 +1,12 @@
 """From a site's table to everything its trainer needs: tile store, report, latent cache."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from crafts_client.home import SiteHome
 from crafts_client.ingest import (
@@ -12,13 +16,28 @@ from crafts_client.ingest import (
     ingest_slides,
     ingest_tiles,
     read_table,
+    remove_patient,
 )
+from crafts_client.ingest.ingest_page import write_ingest_page
+from crafts_client.ingest.pictures import remove_pictures
+from crafts_client.ingest.tissue import TissueMethod
+from crafts_client.register import PatientRegister
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileStore
-from crafts_core.tiles.latents import LatentCache
+from crafts_core.tiles.latents import LatentCache, cache_folder
 
 StepProgress = Callable[[str, int, int], None]
 """Name of the step, done, in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestOptions:
+    """What the operator chose."""
+
+    ready_tiles: bool
+    max_tiles_per_slide: int | None
+    tissue: TissueMethod
+    num_processes: int
 
 
 def prepare_site(
@@ -27,45 +46,54 @@ def prepare_site(
     *,
     table: Path,
     root: Path | None,
-    ready_tiles: bool,
-    max_tiles_per_slide: int | None,
-    num_processes: int,
+    options: IngestOptions,
     progress: StepProgress,
 ) -> IngestReport:
-    """Ingest a table at a site whose store does not exist yet.
+    """Ingest what is new in a table, and encode what is new in the store.
 
-    Ready tiles are resampled whole to the foundation's size; their scale is taken as it is.
+    Ready tiles are resampled whole to the foundation's size; their scale is taken as it is. Slides
+    of patients who withdrew are not read.
 
     Raises:
         IngestError: everything that is wrong with the table, or the disk.
+        HomeError: a patient is in another cohort of this home.
     """
-    rows = read_table(table, root=root)
-    manifest, salt = foundation.manifest, Salt.load(home.salt_path)
-    if ready_tiles:
+    config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
+    rows = read_table(table, root=root, cohort=config.cohort)
+    register = PatientRegister(home.register_path)
+    register.refuse_elsewhere((salt.patient_id(row.patient) for row in rows), config.cohort)
+    if options.ready_tiles:
         report = ingest_tiles(
             rows,
             home.tile_store_path,
-            cohort=home.config.cohort,
+            cohort=config.cohort,
             salt=salt,
             tile_px=manifest.tile_px,
-            num_processes=num_processes,
+            num_processes=options.num_processes,
+            withdrawn=register.withdrawn,
+            former=_former_report(home),
             progress=progress,
         )
     else:
         report = ingest_slides(
             rows,
             home.tile_store_path,
-            cohort=home.config.cohort,
+            cohort=config.cohort,
             salt=salt,
             options=TilingOptions(
                 tile_px=manifest.tile_px,
                 mpp=manifest.mpp,
-                max_tiles_per_slide=max_tiles_per_slide,
+                tissue=options.tissue,
+                max_tiles_per_slide=options.max_tiles_per_slide,
             ),
-            num_processes=num_processes,
+            num_processes=options.num_processes,
+            withdrawn=register.withdrawn,
+            pictures=home.pictures_path,
+            former=_former_report(home),
             progress=progress,
         )
-    report.write(home.ingest_report_path)
+    _write_report(home, report)
+    register.enrol(TileStore.open(home.tile_store_path).patients, config.cohort)
     fill_cache(home, foundation, progress)
     return report
 
@@ -76,3 +104,56 @@ def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -
     LatentCache.build(
         store, foundation, views=home.config.views, progress=partial(progress, "latents")
     )
+
+
+def forget(
+    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: StepProgress
+) -> int:
+    """Withdraw a patient and remove every trace but the pseudonym in the register; tiles removed.
+
+    The ledger keeps what was spent. Killed on the way, the same call goes on.
+
+    Args:
+        home: Whose patient.
+        patient: The name in the table of ingest.
+        load: Gives the home's foundation, if something is left that it must encode.
+        progress: Of the cache.
+
+    Raises:
+        HomeError: nobody of this name was ever here.
+        IngestError: an ingest is at work.
+    """
+    pseudonym = Salt.load(home.salt_path).patient_id(patient)
+    register = PatientRegister(home.register_path)
+    path = home.tile_store_path
+    if path.exists():
+        register.enrol(TileStore.open(path).patients, home.config.cohort)
+    register.withdraw(pseudonym)
+    num_tiles = remove_patient(path, pseudonym) if path.exists() else 0
+    report = _former_report(home)
+    if report is not None:
+        for source in report.sources:
+            if source.patient == patient and source.picture is not None:
+                remove_pictures(home.pictures_path, source.picture)
+        _write_report(home, report.without(patient))
+    if path.exists():
+        foundation, store = load(), TileStore.open(path)
+        fill_cache(home, foundation, progress)
+        current = cache_folder(store, foundation.manifest.hash)
+        for folder in (path / "latents").iterdir():
+            if folder != current:
+                shutil.rmtree(folder)
+    return num_tiles
+
+
+def _former_report(home: SiteHome) -> IngestReport | None:
+    """What the last ingest said, if it is there and of this version."""
+    try:
+        return IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _write_report(home: SiteHome, report: IngestReport) -> None:
+    report.write(home.ingest_report_path)
+    write_ingest_page(report, home.path)

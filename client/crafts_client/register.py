@@ -38,8 +38,19 @@ class PatientRegister:
         Raises:
             HomeError: a patient belongs to another cohort; nothing is noted.
         """
-        known, wanted = self._read(), list(dict.fromkeys(patients))
-        elsewhere = [p for p in wanted if p in known and known[p].cohort != cohort]
+        wanted = list(dict.fromkeys(patients))
+        self.refuse_elsewhere(wanted, cohort)
+        known = self._read()
+        self._append([(p, cohort, False) for p in wanted if p not in known])
+
+    def refuse_elsewhere(self, patients: Iterable[str], cohort: str) -> None:
+        """Check that nobody of these is known under another cohort.
+
+        Raises:
+            HomeError: somebody is.
+        """
+        known = self._read()
+        elsewhere = [p for p in set(patients) if p in known and known[p].cohort != cohort]
         if elsewhere:
             other = known[elsewhere[0]].cohort
             raise HomeError(
@@ -47,7 +58,6 @@ class PatientRegister:
                 f"budget they share for life; set cohort = {json.dumps(other)} in site.toml and "
                 "ingest again"
             )
-        self._append([(p, cohort, False) for p in wanted if p not in known])
 
     def withdraw(self, patient: str) -> None:
         """From the next round on, no tile of this patient is read. Again is fine.

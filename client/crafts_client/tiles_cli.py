@@ -44,17 +44,17 @@ def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
 @tiles_app.command("check")
 def tiles_check(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Compare every file of the store with its hash, and the latent cache with its foundation."""
+    """Compare every file of the store and of its latent cache with its hash."""
     from crafts_core.foundation import verify
     from crafts_core.tiles import TileStore
-    from crafts_core.tiles.latents import LatentCache
+    from crafts_core.tiles.latents import check_cache
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         store = TileStore.open(site.tile_store_path)
         store.verify()
         foundation = verify(site.foundation_path)
-        LatentCache.open(store, foundation.hash)
+        check_cache(store, foundation.hash)
     values = {"tiles": store.num_tiles, "index": store.index_hash, "foundation": foundation.hash}
     text = f"{store.num_tiles} tiles are as they were written; latents of {foundation.name}"
     typer.echo(json.dumps(values) if as_json else text)
@@ -96,3 +96,33 @@ def tiles_show(
         sheet.save(out)
         out.chmod(0o600)
     typer.echo(f"{len(chosen)} of {len(rows)} tiles in {out}; it shows patients, keep it here")
+
+
+@tiles_app.command("forget")
+def tiles_forget(
+    patient: Annotated[str, typer.Argument(help="The patient's name in the table of ingest.")],
+    home: Home = Path("site"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Withdraw a patient and remove tiles, latents, pictures and report lines.
+
+    What was spent for the patient stays in the ledger; only the pseudonym is kept, so that the
+    patient's slides are never read again.
+    """
+    from crafts_client.preparation import forget
+    from crafts_core.foundation import load
+
+    if not yes:
+        typer.confirm(f"Remove everything of {patient}? It cannot be undone", abort=True)
+    with one_line_errors("crafts-client"), progress_bars() as progress:
+        site = SiteHome.open(home)
+        num_tiles = forget(
+            site,
+            patient,
+            lambda: load(site.foundation_path, device=site.config.device),
+            progress,
+        )
+    typer.echo(
+        f"{num_tiles} tiles removed; remove the patient's lines from your table, and restart "
+        "crafts-client join if it runs"
+    )

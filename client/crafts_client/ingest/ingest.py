@@ -36,6 +36,8 @@ def ingest_slides(
     options: TilingOptions,
     num_processes: int = 2,
     withdrawn: Collection[str] = (),
+    pictures: Path | None = None,
+    former: IngestReport | None = None,
     progress: Progress = lambda *_: None,
     silence_s: float = SILENCE_S,
 ) -> IngestReport:
@@ -53,6 +55,8 @@ def ingest_slides(
         options: What a tile is.
         num_processes: 0 runs everything in this process, where a damaged file may end it.
         withdrawn: Pseudonyms of patients whose slides are not read.
+        pictures: Folder for a thumbnail and an overlay of each slide; none are drawn if absent.
+        former: What was said of slides that are in the store already.
         progress: Called with the step, what is done of it and what there is.
         silence_s: A slide that nothing is heard of for so long is skipped.
 
@@ -68,7 +72,7 @@ def ingest_slides(
         mpp=options.mpp,
         withdrawn=withdrawn,
     )
-    with open_update(target) as update, Pool(num_processes, silence_s=silence_s) as pool:
+    with open_update(target, former) as update, Pool(num_processes, silence_s=silence_s) as pool:
         sources = update.new(Source.of(row, salt, asdict(options)) for row in rows)
         jobs = [_slide_job(source, target, options) for source in _largest_first(sources)]
         _refuse_missing_scale(pool, jobs, progress)
@@ -88,6 +92,7 @@ def ingest_tiles(
     source_mpp: float | None = None,
     num_processes: int = 2,
     withdrawn: Collection[str] = (),
+    former: IngestReport | None = None,
     progress: Progress = lambda *_: None,
 ) -> IngestReport:
     """Take ready tiles, one image file each, as the store at ``out`` or into it.
@@ -104,7 +109,7 @@ def ingest_tiles(
     target = Target(
         store=out, cohort=cohort, salt=salt, tile_px=tile_px, mpp=mpp, withdrawn=withdrawn
     )
-    with open_update(target) as update, Pool(num_processes) as pool:
+    with open_update(target, former) as update, Pool(num_processes) as pool:
         sides = {row.name: _side_px(row.mpp or source_mpp, mpp, tile_px) for row in rows}
         sources = update.new(Source.of(row, salt, [tile_px, sides[row.name]]) for row in rows)
         groups = _by_patient(sources)

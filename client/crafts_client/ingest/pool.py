@@ -26,6 +26,7 @@ SILENCE_S = 300.0
 MAX_TRIES = 2
 """The system ends processes for its own reasons, too; twice is the file's fault."""
 _BEAT_EVERY_S = 0.1
+_STARTS_WITHIN_S = 120.0
 _LOOK_S = 1.0
 DIED = "reading it ends the reading process: damaged beyond what its decoder bears"
 HANGS = "reading it never ends: damaged"
@@ -127,10 +128,10 @@ class _Worker:
         self._process.start()
         theirs.close()
         self.place = -1
-        self.heard_at = time.monotonic()
+        self.heard_at = time.monotonic() + _STARTS_WITHIN_S
 
     def take(self, place: int, function: Callable[..., Any], job: Any) -> None:
-        self.place, self.heard_at = place, time.monotonic()
+        self.place, self.heard_at = place, max(self.heard_at, time.monotonic())
         with suppress(OSError):  # it has died meanwhile, which the next look finds out
             self.end_of_pipe.send((function, job))
 
@@ -166,6 +167,7 @@ def _serve(pipe: "connection.Connection[Any, Any]") -> None:
     """What a worker does until nobody is at the other end any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who waits for us
     try:
+        pipe.send(_Beat(0))
         while True:
             function, job = pipe.recv()
             beats = _Beats(pipe)

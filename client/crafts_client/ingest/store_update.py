@@ -60,8 +60,10 @@ class Source:
 class StoreUpdate:
     """What a run adds to a store. ``open_update`` is the way in."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, former: IngestReport | None) -> None:
         self._target = target
+        said = () if former is None else former.sources
+        self._said = {(outcome.file, outcome.patient): outcome for outcome in said}
         self._old = _open_old(target)
         self._old_rows = ROW_SCHEMA.empty_table() if self._old is None else self._old.rows()
         self._sources: dict[str, StoredSource] = dict(
@@ -92,10 +94,18 @@ class StoreUpdate:
             elif known is not None and known.key == source.key:
                 self._rows[source.slide_id] = source.row
                 self._num_already += 1
-                self.done(source, num_tiles[source.slide_id], {})
+                self._say_again(source, num_tiles[source.slide_id])
             else:
                 wanted.append(source)
         return wanted
+
+    def _say_again(self, source: Source, num_tiles: int) -> None:
+        """What an earlier run found of a slide that is here already."""
+        said = self._said.get((source.row.name, source.row.patient))
+        if said is None or said.num_tiles != num_tiles:
+            self.done(source, num_tiles, {})
+        else:
+            self._outcomes.append(said.model_copy(update={"line": source.row.line}))
 
     def add(self, source: Source, shard: Shard, tiles: Sequence[PlacedTile]) -> None:
         """Tiles of a source that lie in a shard; what was cut from it before goes."""
@@ -172,8 +182,12 @@ class StoreUpdate:
 
 
 @contextlib.contextmanager
-def open_update(target: Target) -> Iterator[StoreUpdate]:
+def open_update(target: Target, former: IngestReport | None) -> Iterator[StoreUpdate]:
     """Hold the store, and turn what the disk refuses into one clear line.
+
+    Args:
+        target: What is written.
+        former: What was said of slides that are in the store already.
 
     Raises:
         IngestError: another ingest is at work, the store is of other tiles, or the disk refuses.
@@ -185,7 +199,7 @@ def open_update(target: Target) -> Iterator[StoreUpdate]:
         with exclusive_lock(out / _LOCK, held=held):
             (out / WORK).mkdir(exist_ok=True)
             try:
-                yield StoreUpdate(target)
+                yield StoreUpdate(target, former)
             finally:
                 _remove_if_empty(out)
     except OSError as error:

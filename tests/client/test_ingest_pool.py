@@ -1,0 +1,51 @@
+"""Processes that read damaged files: one that dies or hangs costs its file and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.pool import DIED, HANGS, Pool
+from support.pool_jobs import behave
+
+
+def outcomes(jobs: list[tuple[str, str]], silence_s: float = 60) -> list[str]:
+    with Pool(2, silence_s=silence_s) as pool:
+        found = dict(pool.run(behave, jobs))
+    return [str(found[place]) for place in range(len(jobs))]
+
+
+def test_file_that_kills_its_reader_is_named_and_the_others_go_on() -> None:
+    told = outcomes([("fine", "a"), ("die", "b"), ("refuse", "odd"), ("fine", "c")])
+    assert told == ["fine a", DIED, "odd", "fine c"]
+
+
+def test_process_that_the_system_ended_is_tried_again(tmp_path: Path) -> None:
+    assert outcomes([("die once", str(tmp_path / "died"))]) == [f"die once {tmp_path / 'died'}"]
+
+
+@pytest.mark.slow
+def test_file_that_never_ends_is_given_up_but_a_slow_one_is_not() -> None:
+    """The slow job takes longer than the limit in all, and gives signs of life meanwhile."""
+    told = outcomes([("hang", "a"), ("slow", "b"), ("fine", "c")], silence_s=3)
+    assert told == [HANGS, "slow b", "fine c"]
+
+
+def test_other_errors_end_the_run() -> None:
+    with pytest.raises(OSError, match="no space left"):
+        outcomes([("raise", "a")])
+
+
+def test_in_this_process_a_refusal_is_a_result_too() -> None:
+    beats: list[int] = []
+    with Pool(0) as pool:
+        told = dict(pool.run(behave, [("refuse", "odd"), ("fine", "a")], on_beat=beats.append))
+    assert isinstance(told[0], SlideError)
+    assert told[1] == "fine a"
+
+
+def test_beats_of_all_processes_arrive() -> None:
+    beats: list[int] = []
+    with Pool(2, silence_s=60) as pool:
+        list(pool.run(behave, [("slow", "a"), ("slow", "b")], on_beat=beats.append))
+    assert sum(beats) == 24
