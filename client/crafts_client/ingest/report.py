@@ -3,18 +3,60 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, TypedDict, Unpack
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import write_file
 
+MAX_DENSITY = 0.8
+"""Where the histograms of ``Stain`` end."""
 
-class SourceOutcome(BaseModel):
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Stain(_Record):
+    """How strongly one slide's tissue is stained, in optical density (log10)."""
+
+    hematoxylin: float
+    """Mean over the tissue."""
+    eosin: float
+    hematoxylin_shares: tuple[float, ...]
+    """Parts of the tissue in equal steps of density from 0 to ``MAX_DENSITY``; last open."""
+    eosin_shares: tuple[float, ...]
+
+
+class CaptionNote(_Record):
+    """What was taken out of one line's caption, and what somebody should look at."""
+
+    line: int
+    found: dict[str, int]
+    """How many of each kind of identifying words were taken out."""
+    marked: str
+    """The caption as it is kept, with marks where words were."""
+    look_at: tuple[str, ...]
+    """Words that stayed and may be names."""
+
+
+class SourceFacts(TypedDict, total=False):
+    """What the reader knows of a source, beside what became of it; see ``SourceOutcome``."""
+
+    scanner: str | None
+    reader: str | None
+    mpp: float | None
+    size_px: tuple[int, int] | None
+    copied: int
+    identifiers: tuple[str, ...]
+    stain: Stain | None
+    picture: str | None
+    seconds: float | None
+
+
+class SourceOutcome(_Record):
     """What became of one slide or ready tile."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     line: int
     file: str
@@ -24,10 +66,31 @@ class SourceOutcome(BaseModel):
     """Places on the slide that gave no tile, by reason."""
     skipped: str | None
     """Why nothing at all came from this file; None if it was used."""
+    scanner: str | None = None
+    reader: str | None = None
+    """The program or library part that decoded it."""
+    mpp: float | None = None
+    """Microns per level-0 pixel."""
+    size_px: tuple[int, int] | None = None
+    """Level-0 width and height."""
+    copied: int = 0
+    """Tiles whose compressed bytes went into the store as they were."""
+    identifiers: tuple[str, ...] = ()
+    """Kinds of identifying things that the file has and the store does not."""
+    stain: Stain | None = None
+    picture: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    """Name of its pictures without the ending; None if there are none."""
+    seconds: float | None = None
 
     @classmethod
     def of(
-        cls, row: TableRow, *, num_tiles: int, rejected: dict[str, int], skipped: str | None
+        cls,
+        row: TableRow,
+        *,
+        num_tiles: int,
+        rejected: dict[str, int],
+        skipped: str | None,
+        **facts: Unpack[SourceFacts],
     ) -> Self:
         return cls(
             line=row.line,
@@ -36,21 +99,21 @@ class SourceOutcome(BaseModel):
             num_tiles=num_tiles,
             rejected={reason: number for reason, number in sorted(rejected.items()) if number},
             skipped=skipped,
+            **facts,
         )
 
 
-class IngestReport(BaseModel):
+class IngestReport(_Record):
     """Counts over a whole table. Exact counts are private: they stay at the site."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["slides", "tiles"]
     num_tiles: int
     rejected: dict[str, int]
     tiles_per_patient: dict[str, int]
     sources: tuple[SourceOutcome, ...]
+    captions: tuple[CaptionNote, ...] = ()
     already: int = 0
-    """Sources whose tiles were in the store before."""
+    """Sources of the table that were in the store before; they are not in ``sources``."""
 
     @classmethod
     def of(
@@ -58,6 +121,7 @@ class IngestReport(BaseModel):
         kind: Literal["slides", "tiles"],
         outcomes: Iterable[SourceOutcome],
         *,
+        captions: Iterable[CaptionNote] = (),
         already: int = 0,
     ) -> Self:
         sources = tuple(sorted(outcomes, key=lambda outcome: outcome.line))
@@ -72,7 +136,22 @@ class IngestReport(BaseModel):
             rejected=dict(sorted(rejected.items())),
             tiles_per_patient=dict(sorted(per_patient.items())),
             sources=sources,
+            captions=tuple(sorted(captions, key=lambda note: note.line)),
             already=already,
+        )
+
+    def without(self, patient: str) -> Self:
+        """The report as if this patient had never been in the table.
+
+        A caption whose line is no source's could be anybody's, so it goes, too.
+        """
+        sources = [source for source in self.sources if source.patient != patient]
+        lines = {source.line for source in sources}
+        return self.of(
+            self.kind,
+            sources,
+            captions=[note for note in self.captions if note.line in lines],
+            already=self.already,
         )
 
     @property

@@ -153,8 +153,9 @@ def pen_mask(smooth_HW3: Pixels) -> Mask:
     red_HW = (hue_HW > 345) | (hue_HW < 15)
 
     def ink(green: float, blue: float, red: float, black: float) -> Mask:
-        inked: Mask = green_HW & (saturation_HW > green) | blue_HW & (saturation_HW > blue)
-        return inked | red_HW & (saturation_HW > red) | (value_HW < black)
+        cold_HW = green_HW & (saturation_HW > green) | blue_HW & (saturation_HW > blue)
+        inked_HW: Mask = cold_HW | red_HW & (saturation_HW > red) | (value_HW < black)
+        return inked_HW
 
     # Single pixels are pigment, folds or compression; a stroke survives the opening.
     stroke_HW = ndimage.binary_opening(ink(0.15, 0.35, 0.6, 60), iterations=1)
@@ -236,7 +237,8 @@ def sharpness(tile: Pixels) -> float:
     laplacian_HW += middle_HW[:, :-2] + middle_HW[:, 2:]
     laplacian_HW -= middle_HW[:, 1:-1] << 2
     values = laplacian_HW.astype(np.float32).ravel()
-    return max(0.0, float(values @ values) / values.size - float(values.mean()) ** 2)
+    mean_square = float(np.dot(values, values)) / values.size
+    return max(mean_square - float(values.mean()) ** 2, 0.0)
 
 
 def tissue_fraction(tile: Pixels, method: TissueMethod = TissueMethod.OTSU) -> float:
@@ -245,7 +247,7 @@ def tissue_fraction(tile: Pixels, method: TissueMethod = TissueMethod.OTSU) -> f
         return 1.0
     red, green, blue = np.moveaxis(tile[::2, ::2].astype(np.uint16), 2, 0)
     if method is TissueMethod.LUMINANCE:
-        is_tissue_HW = red + green + blue < 3 * 255 * (1 - DARKNESS_CAP)
+        is_tissue_HW: Mask = red + green + blue < 3 * 255 * (1 - DARKNESS_CAP)
     else:
         least = SATURATION_FLOOR if method is TissueMethod.FIXED else SATURATION_CAP
         high_HW = np.maximum(np.maximum(red, green), blue)
