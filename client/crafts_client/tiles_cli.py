@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home
-from crafts_core.command_line import one_line_errors
+from crafts_core.command_line import one_line_errors, progress_bars
 
 tiles_app = typer.Typer(no_args_is_help=True, help="Look at the tile store. Nothing leaves.")
 _MOST_SHOWN = 400

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.lossless import TileCopier, tile_copier
 from crafts_client.ingest.pool import Beat
 from crafts_client.ingest.shard_cut import CutTile, Shard, ShardCut, cut_shard
-from crafts_client.ingest.slides import Slide
+from crafts_client.ingest.slides import Pixels, Slide
 from crafts_client.ingest.survey import SlideJob, Survey, survey_slide
 from crafts_client.ingest.tiling import Candidate
-from crafts_client.ingest.tissue import sharpness, tissue_fraction
-from crafts_core.tiles.records import encode_tile
+from crafts_client.ingest.tissue import judge
+from crafts_core.tiles.records import TileStoreError, decode_tile, encode_tile
 
 MAX_UNREADABLE = 0.2
 """A slide with more damaged places than this part is not trusted at all."""
@@ -62,28 +63,37 @@ def cut_stretch(job: CutJob, beat: Beat) -> Shard:
         if not cut.is_finished:
             survey = survey_slide(job.slide, lambda _: None)
             places = survey.places(job.start, job.stop)
-            with Slide.open(job.slide.source.row.path, mpp=job.slide.source.row.mpp) as slide:
+            row = job.slide.source.row
+            with Slide.open(row.path, mpp=row.mpp) as slide:
+                options = job.slide.options
+                copier = (
+                    tile_copier(row.path, slide, options.tile_px, options.mpp)
+                    if options.copy_stored_tiles
+                    else None
+                )
                 for place in places[cut.next_place :]:
-                    _cut_place(slide, place, job, cut)
+                    _cut_place(slide, copier, place, job, cut)
                     beat(1)
         return cut.finish()
 
 
-def _cut_place(slide: Slide, place: Candidate, job: CutJob, cut: ShardCut) -> None:
+def _cut_place(
+    slide: Slide, copier: TileCopier | None, place: Candidate, job: CutJob, cut: ShardCut
+) -> None:
     options = job.slide.options
     if cut.num_tiles == options.max_tiles_per_slide:
         cut.reject("not_drawn")
         return
     try:
-        pixels = slide.read(place.box, (options.tile_px, options.tile_px))
+        pixels, jpeg = _read_place(slide, copier, place, options.tile_px)
     except SlideError:
         cut.reject("unreadable")
         check_damage(cut.num_rejected("unreadable"), job.num_places)
         return
-    sharp = sharpness(pixels)
-    if tissue_fraction(pixels) < options.min_coloured:
+    quality = judge(pixels, options.tissue)
+    if quality.tissue_fraction < options.min_coloured:
         cut.reject("background")
-    elif sharp < options.min_sharpness:
+    elif quality.sharpness < options.min_sharpness:
         cut.reject("blurred")
     else:
         tile = CutTile(
@@ -92,10 +102,24 @@ def _cut_place(slide: Slide, place: Candidate, job: CutJob, cut: ShardCut) -> No
             width=place.width,
             height=place.height,
             tissue_fraction=place.tissue_fraction,
-            sharpness=sharp,
-            jpeg=encode_tile(pixels),
+            sharpness=quality.sharpness,
+            jpeg=jpeg if jpeg is not None else encode_tile(pixels),
+            is_copy=jpeg is not None,
         )
         cut.keep(job.salt.tile_id(job.slide.source.slide_id, place.x, place.y), tile)
+
+
+def _read_place(
+    slide: Slide, copier: TileCopier | None, place: Candidate, tile_px: int
+) -> tuple[Pixels, bytes | None]:
+    """Pixels, and the file's own JPEG where it has just this tile."""
+    jpeg = copier.copy(place.x, place.y) if copier is not None else None
+    if jpeg is not None:
+        try:
+            return decode_tile(jpeg, tile_px), jpeg
+        except TileStoreError:  # damaged: OpenSlide says the same, or knows better
+            pass
+    return slide.read(place.box, (tile_px, tile_px)), None
 
 
 def check_damage(num_unreadable: int, num_places: int) -> None:

@@ -7,7 +7,7 @@ an interrupted one left, does nothing where everything is there, and cuts only w
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, SlideError
 from crafts_client.ingest.pool import SILENCE_S, Beat, Pool
 from crafts_client.ingest.ready_tiles import GroupJob, cut_group
-from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.report import IngestReport, SourceFacts
 from crafts_client.ingest.shard_cut import WORK, Shard
 from crafts_client.ingest.store_update import Source, StoreUpdate, Target, open_update
-from crafts_client.ingest.survey import SlideJob, Survey, missing_scale, survey_slide
+from crafts_client.ingest.survey import SlideJob, Survey, draw_slide, missing_scale, survey_slide
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tiling import TilingOptions
 
@@ -74,7 +74,7 @@ def ingest_slides(
     )
     with open_update(target, former) as update, Pool(num_processes, silence_s=silence_s) as pool:
         sources = update.new(Source.of(row, salt, asdict(options)) for row in rows)
-        jobs = [_slide_job(source, target, options) for source in _largest_first(sources)]
+        jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
         _refuse_missing_scale(pool, jobs, progress)
         surveys = _survey(pool, jobs, progress)
         _cut(pool, jobs, surveys, update, target, progress)
@@ -123,9 +123,11 @@ def ingest_tiles(
 # ---- slides ---------------------------------------------------------------------------------
 
 
-def _slide_job(source: Source, target: Target, options: TilingOptions) -> SlideJob:
+def _slide_job(
+    source: Source, target: Target, options: TilingOptions, pictures: Path | None
+) -> SlideJob:
     survey = target.store / WORK / f"{source.key[:32]}.npz"
-    return SlideJob(source=source, survey=survey, options=options)
+    return SlideJob(source=source, survey=survey, options=options, pictures=pictures)
 
 
 def _largest_first(sources: Iterable[Source]) -> list[Source]:
@@ -151,6 +153,18 @@ def _survey(
     return dict(pool.run(survey_slide, jobs, on_beat=on_beat))
 
 
+@dataclass(slots=True, kw_only=True)
+class _Whole:
+    """A slide of which stretches are being cut."""
+
+    job: SlideJob
+    survey: Survey
+    num_missing: int
+    shards: dict[int, Shard] = field(default_factory=dict)
+    """By the first place of the stretch."""
+    problem: str | None = None
+
+
 def _cut(
     pool: Pool,
     jobs: Sequence[SlideJob],
@@ -159,49 +173,56 @@ def _cut(
     target: Target,
     progress: Progress,
 ) -> None:
-    stretches: list[CutJob] = []
-    owners: list[int] = []
+    stretches: list[tuple[CutJob, _Whole]] = []
     for place, job in enumerate(jobs):
         survey = surveys[place]
         if isinstance(survey, SlideError):
             update.skip(job.source, str(survey))
-        elif cuts := cut_jobs(job, survey, target.store, target.salt):
-            stretches += cuts
-            owners += [place] * len(cuts)
+            continue
+        cuts = cut_jobs(job, survey, target.store, target.salt)
+        whole = _Whole(job=job, survey=survey, num_missing=len(cuts))
+        stretches += [(cut, whole) for cut in cuts]
+        if not cuts:
+            update.done(job.source, 0, survey.rejected, **survey.facts)
+    on_beat = _counting(
+        progress, "cutting tiles", sum(cut.stop - cut.start for cut, _ in stretches)
+    )
+    drawings: list[tuple[SlideJob, tuple[int, ...]]] = []
+    cuts = [cut for cut, _ in stretches]
+    for number, shard in pool.run(cut_stretch, cuts, on_beat=on_beat):
+        cut, whole = stretches[number]
+        whole.num_missing -= 1
+        if isinstance(shard, SlideError):
+            whole.problem = str(shard)
         else:
-            update.done(job.source, 0, survey.rejected)
-    on_beat = _counting(progress, "cutting tiles", sum(cut.stop - cut.start for cut in stretches))
-    missing = Counter(owners)
-    cut: dict[int, list[Shard | SlideError]] = {place: [] for place in missing}
-    for number, shard in pool.run(cut_stretch, stretches, on_beat=on_beat):
-        place = owners[number]
-        cut[place].append(shard)
-        missing[place] -= 1
-        if missing[place] == 0:
-            survey = surveys[place]
-            assert isinstance(survey, Survey)
-            _take_slide(jobs[place].source, survey, cut.pop(place), update)
+            whole.shards[cut.start] = shard
+        if whole.num_missing == 0:
+            drawings.append((whole.job, _take_slide(whole, update)))
+    if drawings and drawings[0][0].pictures is not None:
+        on_beat = _counting(progress, "drawing pictures", len(drawings))
+        for _ in pool.run(draw_slide, drawings, on_beat=on_beat):
+            pass
 
 
-def _take_slide(
-    source: Source, survey: Survey, shards: Sequence[Shard | SlideError], update: StoreUpdate
-) -> None:
-    """Everything of one slide, or nothing of it."""
-    whole = [shard for shard in shards if isinstance(shard, Shard)]
+def _take_slide(whole: _Whole, update: StoreUpdate) -> tuple[int, ...]:
+    """Everything of one slide, or nothing of it; which of its places gave a tile."""
+    source, survey = whole.job.source, whole.survey
     rejected = Counter(survey.rejected)
-    for shard in whole:
+    for shard in whole.shards.values():
         rejected.update(reason for _, reason in shard.rejected)
     try:
-        for shard_or_error in shards:
-            if isinstance(shard_or_error, SlideError):
-                raise shard_or_error
         check_damage(rejected["unreadable"], len(survey.places_N5))
     except SlideError as error:
-        update.skip(source, str(error))
-        return
-    for shard in whole:
+        whole.problem = str(error)
+    if whole.problem is not None:
+        update.skip(source, whole.problem, **survey.facts)
+        return ()
+    for shard in whole.shards.values():
         update.add(source, shard, shard.tiles)
-    update.done(source, sum(len(shard.tiles) for shard in whole), rejected)
+    tiles = [(start, tile) for start, shard in whole.shards.items() for tile in shard.tiles]
+    facts = SourceFacts(**survey.facts, copied=sum(tile.is_copy for _, tile in tiles))
+    update.done(source, len(tiles), rejected, **facts)
+    return tuple(start + tile.place for start, tile in tiles)
 
 
 # ---- ready tiles ----------------------------------------------------------------------------

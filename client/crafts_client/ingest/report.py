@@ -113,7 +113,7 @@ class IngestReport(_Record):
     sources: tuple[SourceOutcome, ...]
     captions: tuple[CaptionNote, ...] = ()
     already: int = 0
-    """Sources of the table that were in the store before; they are not in ``sources``."""
+    """Sources of the table that were in the store before."""
 
     @classmethod
     def of(

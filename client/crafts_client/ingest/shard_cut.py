@@ -37,6 +37,8 @@ class CutTile:
     tissue_fraction: float
     sharpness: float
     jpeg: bytes
+    is_copy: bool = False
+    """Whether the slide's own compressed bytes were taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class PlacedTile:
     height: float
     tissue_fraction: float
     sharpness: float
+    is_copy: bool
     offset: int
     length: int
 
@@ -130,6 +133,7 @@ class ShardCut:
                 height=tile.height,
                 tissue_fraction=tile.tissue_fraction,
                 sharpness=tile.sharpness,
+                is_copy=tile.is_copy,
                 offset=offset,
                 length=len(tile.jpeg),
             )

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError
-from crafts_client.ingest.report import IngestReport, SourceOutcome
+from crafts_client.ingest.report import IngestReport, SourceFacts, SourceOutcome
 from crafts_client.ingest.shard_cut import WORK, PlacedTile, Shard
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import exclusive_lock
@@ -120,18 +120,26 @@ class StoreUpdate:
         file = self._target.salt.file_id(source.row.name)
         self._sources[source.slide_id] = StoredSource(key=source.key, file=file)
 
-    def done(self, source: Source, num_tiles: int, rejected: Mapping[str, int]) -> None:
+    def done(
+        self,
+        source: Source,
+        num_tiles: int,
+        rejected: Mapping[str, int],
+        **facts: Unpack[SourceFacts],
+    ) -> None:
         """All of a source was read."""
         skipped = None if num_tiles else "no place on it has enough clean tissue"
         self._outcomes.append(
             SourceOutcome.of(
-                source.row, num_tiles=num_tiles, rejected=dict(rejected), skipped=skipped
+                source.row, num_tiles=num_tiles, rejected=dict(rejected), skipped=skipped, **facts
             )
         )
 
-    def skip(self, source: Source, why: str) -> None:
+    def skip(self, source: Source, why: str, **facts: Unpack[SourceFacts]) -> None:
         """Nothing comes from a source in this run."""
-        self._outcomes.append(SourceOutcome.of(source.row, num_tiles=0, rejected={}, skipped=why))
+        self._outcomes.append(
+            SourceOutcome.of(source.row, num_tiles=0, rejected={}, skipped=why, **facts)
+        )
 
     def commit(self, kind: Literal["slides", "tiles"]) -> IngestReport:
         """Make it the store's content.

@@ -1,20 +1,25 @@
 """The first look at a slide: what it is, where its tissue lies, which places may give a tile."""
 
+import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from crafts_client.ingest.pictures import draw_overlay, stain_densities, write_pictures
 from crafts_client.ingest.pool import Beat
+from crafts_client.ingest.report import SourceFacts, Stain
 from crafts_client.ingest.slides import MissingScaleError, Slide
+from crafts_client.ingest.source_audit import audit_source
 from crafts_client.ingest.store_update import Source
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tiling import Candidate, TilingOptions, candidates, grid, in_drawn_order
-from crafts_client.ingest.tissue import find_tissue
+from crafts_client.ingest.tissue import Pixels, TissueMask, find_tissue
 
 THUMBNAIL_PX = 1024
 THUMBNAIL_MPP = 4.0
@@ -29,6 +34,12 @@ class SlideJob:
     survey: Path
     """Where the answer is kept."""
     options: TilingOptions
+    pictures: Path | None
+
+    @property
+    def picture(self) -> str:
+        """Name of the slide's pictures: a pseudonym."""
+        return self.source.slide_id[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +49,13 @@ class Survey:
     places_N5: npt.NDArray[np.float64]
     """x, y, width, height and tissue fraction of each candidate, in the order of cutting."""
     rejected: dict[str, int]
+    facts: SourceFacts
+    frame: tuple[int, int, float, float]
+    """What ``TissueMask`` needs beside its masks: their shape and scales."""
+    masks: npt.NDArray[np.uint8]
+    """Tissue, pen and fold, packed in bits."""
+    thumbnail: npt.NDArray[np.uint8]
+    """Bytes of a PNG."""
 
     def places(self, start: int, stop: int) -> list[Candidate]:
         """Some of the candidates."""
@@ -52,18 +70,38 @@ class Survey:
         try:
             with np.load(path, allow_pickle=False) as values:
                 about: dict[str, Any] = json.loads(str(values["about"]))
-                if about["key"] != key:
+                if about.pop("key") != key:
                     return None
-                return cls(places_N5=values["places"], rejected=about["rejected"])
-        except (OSError, ValueError, KeyError, BadZipFile):
+                stain = about["facts"]["stain"]
+                about["facts"]["stain"] = None if stain is None else Stain(**stain)
+                arrays = {name: values[name] for name in ("places_N5", "masks", "thumbnail")}
+                return cls(**about, **arrays)
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
             return None
 
     def write(self, path: Path, key: str) -> None:
-        """Keep it for whoever cuts."""
+        """Keep it for whoever cuts and draws."""
+        stain = self.facts.get("stain")
+        facts = {**self.facts, "stain": None if stain is None else stain.model_dump()}
+        about = {"key": key, "rejected": self.rejected, "facts": facts, "frame": self.frame}
         partial = path.with_suffix(".partial.npz")
-        about = json.dumps({"key": key, "rejected": self.rejected})
-        np.savez(partial, places=self.places_N5, about=np.array(about))
+        np.savez(
+            partial,
+            about=np.array(json.dumps(about)),
+            places_N5=self.places_N5,
+            masks=self.masks,
+            thumbnail=self.thumbnail,
+        )
         partial.rename(path)
+
+    def mask(self) -> TissueMask:
+        """As it was found."""
+        height, width, scale_x, scale_y = self.frame
+        bits = np.unpackbits(self.masks, axis=1, count=height * width).astype(np.bool_)
+        tissue, pen, fold = bits.reshape(3, height, width)
+        return TissueMask(
+            is_tissue_HW=tissue, is_pen_HW=pen, is_fold_HW=fold, scale_x=scale_x, scale_y=scale_y
+        )
 
 
 def missing_scale(row: TableRow, beat: Beat) -> str | None:
@@ -90,20 +128,58 @@ def survey_slide(job: SlideJob, beat: Beat) -> Survey:
     survey = Survey.read(job.survey, job.source.key)
     if survey is None:
         with Slide.open(job.source.row.path, mpp=job.source.row.mpp) as slide:
-            survey = _look(slide, job)
+            survey = _look(slide, job, beat)
         survey.write(job.survey, job.source.key)
     beat(1)
-    return survey
+    # The pictures stay on disk: the others need what is small.
+    return replace(survey, masks=survey.masks[:, :0], thumbnail=survey.thumbnail[:0])
 
 
-def _look(slide: Slide, job: SlideJob) -> Survey:
+def draw_slide(job: tuple[SlideJob, tuple[int, ...]], beat: Beat) -> None:
+    """Draw a slide's pictures, once it is known which of its places gave a tile."""
+    slide, kept = job
+    survey = Survey.read(slide.survey, slide.source.key)
+    if survey is not None and slide.pictures is not None:
+        with Image.open(io.BytesIO(survey.thumbnail.tobytes())) as image:
+            thumbnail: Pixels = np.asarray(image.convert("RGB"))
+        is_kept_N = np.zeros(len(survey.places_N5), dtype=np.bool_)
+        is_kept_N[list(kept)] = True
+        overlay = draw_overlay(thumbnail, survey.mask(), survey.places_N5[:, :4], is_kept_N)
+        write_pictures(slide.pictures, slide.picture, thumbnail, overlay)
+    beat(1)
+
+
+def _look(slide: Slide, job: SlideJob, beat: Beat) -> Survey:
     options = job.options
     frame_N4 = grid(slide, options)
-    thumbnail = slide.thumbnail(max_px=THUMBNAIL_PX, min_mpp=THUMBNAIL_MPP)
+    thumbnail = slide.thumbnail(max_px=THUMBNAIL_PX, min_mpp=THUMBNAIL_MPP, beat=lambda: beat(0))
     thumbnail_mpp = slide.mpp_x * slide.size_px[0] / thumbnail.shape[1]
-    mask = find_tissue(thumbnail, mpp=thumbnail_mpp, slide_px=slide.size_px)
+    mask = find_tissue(thumbnail, mpp=thumbnail_mpp, slide_px=slide.size_px, method=options.tissue)
     places, rejected = candidates(frame_N4, mask, options)
     if options.max_tiles_per_slide is not None:
         places = in_drawn_order(places, bytes.fromhex(job.source.slide_id))
     place_N5 = [(p.x, p.y, p.width, p.height, p.tissue_fraction) for p in places]
-    return Survey(places_N5=np.array(place_N5, dtype=np.float64).reshape(-1, 5), rejected=rejected)
+    facts = SourceFacts(
+        scanner=slide.scanner,
+        reader=slide.reader,
+        mpp=slide.mpp_x,
+        size_px=slide.size_px,
+        identifiers=audit_source(job.source.row.path, slide),
+        stain=stain_densities(thumbnail, mask.is_tissue_HW),
+        picture=None if job.pictures is None else job.picture,
+    )
+    masks = [mask.is_tissue_HW, mask.is_pen_HW, mask.is_fold_HW]
+    return Survey(
+        places_N5=np.array(place_N5, dtype=np.float64).reshape(-1, 5),
+        rejected=rejected,
+        facts=facts,
+        frame=(*mask.is_tissue_HW.shape, mask.scale_x, mask.scale_y),
+        masks=np.packbits([flat.ravel() for flat in masks], axis=1),
+        thumbnail=_png(thumbnail) if job.pictures is not None else np.zeros(0, dtype=np.uint8),
+    )
+
+
+def _png(pixels: Pixels) -> npt.NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)

@@ -34,6 +34,8 @@ class TilingOptions:
     On four real slides at 1 micron per pixel the least sharp tile measured 487; blurred by two of
     their pixels, tiles of three of them at most 25, of the fourth, whose JPEG is coarse, 61.
     """
+    copy_stored_tiles: bool = True
+    """Take a slide's own JPEG where it has just the tile that is wanted."""
     max_tiles_per_slide: int | None = None
     """None keeps every good tile."""
 
