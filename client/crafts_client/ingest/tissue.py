@@ -245,15 +245,17 @@ def tissue_fraction(tile: Pixels, method: TissueMethod = TissueMethod.OTSU) -> f
     """Part of one tile that is coloured, or dark, by every second of its own pixels each way."""
     if method is TissueMethod.ALL:
         return 1.0
-    red, green, blue = np.moveaxis(tile[::2, ::2].astype(np.uint16), 2, 0)
+    red, green, blue = np.moveaxis(tile[::2, ::2], 2, 0)
     if method is TissueMethod.LUMINANCE:
-        is_tissue_HW: Mask = red + green + blue < 3 * 255 * (1 - DARKNESS_CAP)
+        sum_HW = np.add(red, green, dtype=np.uint16) + blue
+        is_tissue_HW: Mask = sum_HW < 3 * 255 * (1 - DARKNESS_CAP)
     else:
         least = SATURATION_FLOOR if method is TissueMethod.FIXED else SATURATION_CAP
         high_HW = np.maximum(np.maximum(red, green), blue)
         low_HW = np.minimum(np.minimum(red, green), blue)
         # (high - low) / high > least, in whole numbers.
-        is_tissue_HW = (high_HW - low_HW) * 255 > high_HW * round(255 * least)
+        span_HW = np.multiply(high_HW - low_HW, 255, dtype=np.uint16)
+        is_tissue_HW = span_HW > np.multiply(high_HW, round(255 * least), dtype=np.uint16)
     return float(np.count_nonzero(is_tissue_HW)) / is_tissue_HW.size
 
 
