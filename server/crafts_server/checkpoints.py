@@ -25,7 +25,7 @@ from crafts_core.durable import write_directory
 from crafts_core.exchange import Sha256, state_hash
 from crafts_core.plan import describe_first_error
 from crafts_privacy.signing import SignatureError, public_key_of, sign, verify
-from crafts_server.errors import CheckpointError
+from crafts_server.errors import CheckpointError, StorageError
 from crafts_server.receipts import RoundReceipt
 
 _ADAPTER, _MOMENTUM, _RECEIPT = "adapter.safetensors", "momentum.safetensors", "receipt.json"
@@ -129,7 +129,8 @@ class CheckpointStore:
         """Commit the round after ``parent`` (round 0 without one). Durable when it returns.
 
         Raises:
-            CheckpointError: the disk refuses, or the round is committed already.
+            CheckpointError: the round is committed already.
+            StorageError: the disk refuses.
         """
         files = {_ADAPTER: _bytes_of(state), _MOMENTUM: _bytes_of(momentum)}
         if receipt is not None:
@@ -147,8 +148,10 @@ class CheckpointStore:
         path = self._directory / f"round-{manifest.round:04d}"
         try:
             write_directory(path, {**files, _MANIFEST: signed, _SIGNATURE: signature})
+        except FileExistsError as error:
+            raise CheckpointError(f"cannot write {path}: it is committed already") from error
         except OSError as error:
-            raise CheckpointError(
+            raise StorageError(
                 f"cannot write checkpoint {path}: {error.strerror or error}; "
                 "nothing is lost, make room and run the same command again"
             ) from error

@@ -7,6 +7,7 @@ CraftsError
     ├── EnrolmentError          a site: its invitation, certificate or ledger head does not count
     ├── RegistryError           the operator: the database cannot be used
     ├── CheckpointError         the operator: a checkpoint is missing, altered or rolled back
+    ├── StorageError            the operator: the disk is full or refuses; it may pass
     ├── AuditLogError           the operator: the audit log was altered or cannot be written
     ├── RunStoppedError         nobody: the operator stopped the plan, or the coordinator ends
     ├── AggregationError        the operator: a round cannot be finished with the sites there are
@@ -38,6 +39,10 @@ class RegistryError(ServerError):
 
 class CheckpointError(ServerError):
     """A checkpoint is missing, altered, out of order, or older than what was committed."""
+
+
+class StorageError(ServerError):
+    """Something cannot be written now. What was committed stays; it is tried again."""
 
 
 class AuditLogError(ServerError):

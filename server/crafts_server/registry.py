@@ -333,9 +333,9 @@ def _remember_sites(session: Session, names: Sequence[str]) -> None:
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     """Committed means on disk; references are checked; a busy file is waited for."""
+    connection.execute("PRAGMA busy_timeout = 20000")  # first: the next line reads the file
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA busy_timeout = 10000")
 
 
 def _now() -> datetime:

@@ -8,6 +8,7 @@ is finished. What a kill leaves behind, the next start goes on with.
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
@@ -19,7 +20,13 @@ from crafts_server.audit_log import Event
 from crafts_server.collection import Members, Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.enrolments import Enrolments
-from crafts_server.errors import AggregationError, HomeError, RegistryError, RunStoppedError
+from crafts_server.errors import (
+    AggregationError,
+    HomeError,
+    RegistryError,
+    RunStoppedError,
+    StorageError,
+)
 from crafts_server.home import CoordinatorHome
 from crafts_server.metrics import Metrics
 from crafts_server.receipts import RoundReceipt
@@ -56,6 +63,7 @@ class Service:
         self.metrics = Metrics()
         self._audit = home.audit_log
         self.ports: dict[str, int] = {}
+        self._stop = threading.Event()
         self._over = threading.Event()
         self._looking = threading.Thread(target=self._watch_sites, name="sites", daemon=True)
 
@@ -109,6 +117,7 @@ class Service:
 
     def work(self, stop: threading.Event) -> None:
         """Train what is queued, oldest first, until ``stop`` is set."""
+        self._stop = stop
         while not stop.is_set():
             waiting = queued_plans(self._home)
             if not waiting or not self._train(waiting[0], stop):
@@ -135,19 +144,19 @@ class Service:
         except AggregationError as error:
             log.warning("%s", error)
             self.metrics.short_rounds.inc()
-            self._audit.write(Event.SHORT, plan=plan, why=str(error))
+            self._note(Event.SHORT, plan=plan, why=str(error))
             return False
-        except (RegistryError, OperationalError, OSError) as error:
+        except (RegistryError, StorageError, OperationalError, OSError) as error:
             # A busy database, a full disk: committed rounds are safe, and it may pass.
             log.error("trying again in %.0f s: %s", _TRY_AGAIN_S, _first_line(error))
             return False
         except CraftsError as error:
             log.error("plan %s cannot be trained: %s", plan[:16], error)
-            self._audit.write(Event.FAILED, plan=plan, why=str(error))
+            self._note(Event.FAILED, plan=plan, why=str(error))
             entry.rename(entry.with_suffix(".failed"))
             return True
         log.info("plan %s is finished", plan[:16])
-        self._audit.write(Event.FINISHED, plan=plan)
+        self._note(Event.FINISHED, plan=plan)
         entry.unlink(missing_ok=True)
         return True
 
@@ -163,7 +172,7 @@ class Service:
             receipt.seconds,
         )
         self.metrics.committed(receipt)
-        self._audit.write(
+        self._note(
             Event.COMMITTED,
             run=receipt.run_id,
             round=receipt.round,
@@ -172,13 +181,24 @@ class Service:
             missing=list(receipt.missing),
         )
         for refusal in receipt.refused:
-            self._audit.write(
+            self._note(
                 Event.REFUSED,
                 run=receipt.run_id,
                 round=receipt.round,
                 site=refusal.site,
                 why=refusal.reason,
             )
+
+    def _note(self, event: Event, **facts: object) -> None:
+        """Write to the audit log, however long the disk is full: nothing goes on without it."""
+        while True:
+            try:
+                self._audit.write(event, **facts)
+                return
+            except OSError as error:
+                log.error("the audit log cannot be written, trying again: %s", error)
+                if self._stop.wait(_LOOK_S):
+                    raise
 
     def _enrolled(self, site: str, node_public_key: str) -> None:
         self.superlink.admit(site, node_public_key)
@@ -195,7 +215,7 @@ class Service:
                 self.metrics.sites_online.set(self.superlink.num_online)
                 self.metrics.plans_queued.set(len(queued_plans(self._home)))
                 self.metrics.audit_entries.set(self._audit.num_entries)
-            except (CraftsError, OperationalError) as error:  # locked now: the next look is soon
+            except (CraftsError, OperationalError, OSError) as error:  # the next look is soon
                 log.warning("%s", _first_line(error))
             if self._over.wait(_LOOK_S):
                 return
@@ -229,8 +249,11 @@ def stop_plan(home: CoordinatorHome, beginning: str) -> str:
 
 def queued_plans(home: CoordinatorHome) -> list[Path]:
     """What waits, oldest first; the names are the plans' hashes."""
-    entries = [path for path in (home.path / "queue").glob("*") if not path.suffix]
-    return sorted(entries, key=lambda path: path.stat().st_mtime)
+    since: dict[Path, float] = {}
+    for path in (home.path / "queue").glob("*"):
+        with suppress(FileNotFoundError):  # it has left meanwhile
+            since[path] = path.stat().st_mtime
+    return sorted((path for path in since if not path.suffix), key=since.__getitem__)
 
 
 def _until_stopped(entry: Path, stop: threading.Event) -> Callable[[float], None]:

@@ -4,11 +4,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crafts_core.adapters import State
-from crafts_server.errors import AggregationError
+from crafts_server.errors import StorageError
 
 
 class UpdateSpool:
@@ -27,13 +28,13 @@ class UpdateSpool:
             What reads it again.
 
         Raises:
-            AggregationError: the disk refuses.
+            StorageError: the disk refuses.
         """
         path = self._directory / f"{site}.safetensors"
         try:
             save_file({name: tensor.contiguous() for name, tensor in delta.items()}, path)
-        except OSError as error:
-            raise AggregationError(
+        except (OSError, SafetensorError) as error:  # which one, safetensors' versions differ in
+            raise StorageError(
                 f"cannot keep the update of {site} in {self._directory}: {error}; "
                 "make room and run the same command again"
             ) from error

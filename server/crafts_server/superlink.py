@@ -27,7 +27,7 @@ from flwr.common.constant import (
     TRANSPORT_TYPE_GRPC_RERE,
     SubStatus,
 )
-from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.linkstate import LinkState, SqlLinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.fab import Fab
@@ -37,6 +37,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
+from sqlalchemy.exc import OperationalError
 
 from crafts_core import __version__, bundle
 from crafts_server.errors import ServerError
@@ -93,6 +94,7 @@ class SuperLink:
         )
         app = create_app(config, _NothingElse)  # type: ignore[arg-type]  # our stand-in, see below
         self._factory = app.state.linkstate_factory
+        _count_if_possible(self.state)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 _fleet_only(app),
@@ -109,9 +111,9 @@ class SuperLink:
         self._thread = threading.Thread(target=self._server.run, name="superlink", daemon=True)
 
     @property
-    def state(self) -> LinkState:
+    def state(self) -> SqlLinkState:
         """Flower's state; its objects are safe to use from any thread."""
-        return cast(LinkState, self._factory.state())
+        return cast(SqlLinkState, self._factory.state())
 
     @property
     def port(self) -> int:
@@ -216,7 +218,10 @@ class SuperLink:
         try:
             yield grid
         except BaseException:
-            state.finish_task(task_id, SubStatus.FAILED, "")
+            with suppress(
+                OperationalError
+            ):  # what is raised says more; heartbeats end the run, too
+                state.finish_task(task_id, SubStatus.FAILED, "")
             raise
         else:
             state.finish_task(task_id, SubStatus.COMPLETED, "")
@@ -245,10 +250,28 @@ class _NothingElse:
         pass
 
 
+def _count_if_possible(state: LinkState) -> None:
+    """Let Flower's counting of bytes and seconds fail by itself.
+
+    It comes last in a call, in a transaction of its own. A message that was delivered before would
+    be lost with it.
+    """
+
+    def made_optional(count: Callable[..., None]) -> Callable[..., None]:
+        def counted(*args: Any, **kwargs: Any) -> None:
+            with suppress(OperationalError):
+                count(*args, **kwargs)
+
+        return counted
+
+    for name in ("store_traffic", "add_clientapp_runtime"):
+        setattr(state, name, made_optional(getattr(state, name)))
+
+
 class _StateGrid(HttpGrid):
     """Flower's Grid with function calls where it makes HTTP requests."""
 
-    def __init__(self, state: LinkState, task_id: int) -> None:
+    def __init__(self, state: SqlLinkState, task_id: int) -> None:
         super().__init__(token="in this process")  # noqa: S106  # no token is ever sent
         self._state, self._task_id = state, task_id
 
@@ -261,26 +284,31 @@ class _StateGrid(HttpGrid):
 class _InProcess:
     """The five calls that the Grid makes, answered by the handlers that HTTP would reach."""
 
-    def __init__(self, state: LinkState, task: Any) -> None:
-        self._context = (state, task)
+    def __init__(self, state: SqlLinkState, task: Any) -> None:
+        self._state, self._task = state, task
 
     def GetNodes(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.get_nodes(request, *self._context)
+        return self._answer(runtime_handlers.get_nodes, request)
 
     def PushMessages(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.push_messages(request, *self._context)
+        return self._answer(runtime_handlers.push_messages, request)
 
     def PushObject(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.push_object(request, *self._context)
+        return self._answer(runtime_handlers.push_object, request)
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.pull_messages(request, *self._context)
+        return self._answer(runtime_handlers.pull_messages, request)
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.pull_object(request, *self._context)
+        return self._answer(runtime_handlers.pull_object, request)
 
     def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.confirm_message_received(request, *self._context)
+        return self._answer(runtime_handlers.confirm_message_received, request)
+
+    def _answer(self, handler: Callable[..., Any], request: Any) -> Any:
+        """In one transaction: a reply that was claimed and not handed out would be lost."""
+        with self._state.session():
+            return handler(request, self._state, self._task)
 
 
 def _as_flower_has_it(node_public_key: str) -> bytes:
@@ -315,9 +343,23 @@ def _fleet_only(app: Any) -> Any:
         elif int(length) > MAX_BODY_BYTES:
             await _answer(send, 413)
         else:
-            await app(scope, receive, send)
+            await app(scope, receive, _busy_not_broken(send))
 
     return serve
+
+
+def _busy_not_broken(send: Send) -> Send:
+    """503 where Flower answers 500: to a locked database, a full disk, whatever it did not expect.
+
+    Its nodes try again after 503, and end, or lose the reply that they were sending, after 500.
+    """
+
+    async def forward(part: MutableMapping[str, Any]) -> None:
+        if part.get("status") == 500:
+            part = {**part, "status": 503}
+        await send(part)
+
+    return forward
 
 
 async def _answer(send: Send, status: int) -> None:

@@ -12,7 +12,7 @@ from crafts_core import durable
 from crafts_core.adapters import State
 from crafts_privacy.signing import create_signing_key, load_signing_key, sign
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
-from crafts_server.errors import CheckpointError
+from crafts_server.errors import CheckpointError, StorageError
 
 PLAN_HASH = "0" * 64
 
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_last_round_and_says_so(
 
     parent = store.latest()
     monkeypatch.setattr(durable.os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*nothing is lost"):
+    with pytest.raises(StorageError, match=r"No space left.*nothing is lost"):
         write(store, parent, 3.0)
     monkeypatch.undo()
     assert store.latest() == parent

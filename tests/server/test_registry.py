@@ -1,5 +1,7 @@
 """The registry answers what people ask, and refuses what it cannot know."""
 
+import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -172,3 +174,19 @@ def test_a_url_that_cannot_be_used_is_one_line_without_its_password(url: str) ->
         Registry(url)
     assert "hunter2" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_registry_that_somebody_holds_is_waited_for_from_the_first_connection(tmp_path) -> None:
+    """Longer than the five seconds that Python's driver waits by itself."""
+    url = f"sqlite:///{tmp_path / 'registry.db'}"
+    Registry(url).close()
+    holder = sqlite3.connect(tmp_path / "registry.db", check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(6.0, holder.rollback)
+    timer.start()
+    late = Registry(url)
+    assert late.plans() == []
+    timer.join()
+    late.close()
+    holder.close()

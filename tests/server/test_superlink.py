@@ -6,6 +6,7 @@ Also the contract test of the private parts of Flower that both sides use.
 import io
 import json
 import os
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -13,11 +14,17 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supernode.fleet_http_connection import http_request_response
+from sqlalchemy.exc import OperationalError
 
 from crafts_client.home import SiteHome
 from crafts_core import bundle
@@ -28,6 +35,7 @@ from crafts_server.home import CoordinatorHome
 from crafts_server.pki import Pki
 from crafts_server.superlink import MAX_BODY_BYTES, SuperLink
 from crafts_simulations.processes import Programs, loopback_config
+from support.disk import fill_disk, full_disk
 from support.sites import make_site_home, plan_values
 
 pytestmark = pytest.mark.network
@@ -221,6 +229,69 @@ def test_a_dismissed_key_never_comes_back_and_keeps_nobody_out(link) -> None:
 def test_a_body_without_an_end_or_too_long_is_not_read(link) -> None:
     huge = {"Content-Length": str(MAX_BODY_BYTES + 1)}
     assert status(link, "/v1/fleet/push-object", **huge) == 413
+
+
+@contextmanager
+def connected(server: SuperLink) -> Iterator[tuple]:
+    """The connection that a stock SuperNode keeps, by Flower's own code: a node and its calls."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    server.admit("north", public.decode())
+    authority = Path(server._server.config.ssl_certfile).with_name("ca.crt").read_bytes()
+    address, keys = f"localhost:{server.port}", (key, key.public_key())
+    with http_request_response(address, False, authority, keys) as calls:
+        yield calls
+
+
+def asked(grid: Grid, node_id: int) -> str:
+    """The id of a message to a node."""
+    content = RecordDict({"request": ConfigRecord({"please": 1})})
+    (message_id,) = grid.push_messages(
+        [Message(content, dst_node_id=node_id, message_type="train")]
+    )
+    return message_id
+
+
+def test_a_node_waits_for_a_coordinator_whose_disk_is_full(link) -> None:
+    """It tries again after 503; after Flower's own 500 it would end."""
+    server, _ = link
+    with connected(server) as calls, server.grid() as grid:
+        node_id, receive, *_ = calls
+        message_id = asked(grid, node_id)
+        timer = fill_disk(for_s=0.5)
+        message, _ = receive()
+        timer.join()
+        assert message.metadata.message_id == message_id
+
+
+def test_what_was_delivered_is_not_lost_with_its_count(link) -> None:
+    server, _ = link
+    with server.grid() as grid, full_disk():
+        server.state.store_traffic(grid.run.run_id, bytes_sent=1, bytes_recv=1)
+        server.state.add_clientapp_runtime(grid.run.run_id, 1.0)
+
+
+def test_a_reply_that_was_not_handed_out_is_there_the_next_time(link, monkeypatch) -> None:
+    """The state fails between the claim of a reply and its end."""
+    server, _ = link
+    with connected(server) as calls, server.grid() as grid:
+        node_id, receive, send, _run, _fab, _pull, push_object, _confirm = calls
+        message_id = asked(grid, node_id)
+        message, _ = receive()
+        reply = Message(Error(100, "no"), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        _, session = send(reply, get_object_tree(reply), 1.0)
+        push_object(grid.run.run_id, session, reply.object_id, reply.deflate())
+
+        def busy(message_ins_ids: set[str]) -> None:
+            raise OperationalError("DELETE", {}, sqlite3.OperationalError("database is locked"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.state, "delete_messages", busy)
+            with pytest.raises(OperationalError):
+                grid.pull_messages([message_id])
+        (answer,) = grid.pull_messages([message_id])
+        assert answer.error.code == 100
 
 
 def zipped(**files: str) -> bytes:

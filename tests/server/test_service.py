@@ -1,0 +1,66 @@
+"""The coordinator's program on a disk that is full for a while."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flwr.serverapp import Grid
+
+from crafts_core.plan import Plan
+from crafts_server import service as module
+from crafts_server.errors import AggregationError, StorageError
+from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.pki import Pki
+from crafts_server.service import Service, queue_plan, queued_plans
+from support.disk import fill_disk
+from support.sites import plan_values
+
+
+@pytest.fixture
+def service(tmp_path: Path, foundation) -> Iterator[Service]:
+    config = HomeConfig(foundation=str(foundation.path))
+    home = CoordinatorHome.create(tmp_path / "coordinator", config)
+    Pki.create(home.path / "pki", ["localhost"])
+    queue_plan(home, Plan.parse(plan_values(foundation.manifest.hash)))
+    service = Service(home)
+    yield service
+    service._registry.close()
+
+
+class Run:
+    """A coordinator whose run does this."""
+
+    def __init__(self, does: Callable[[], None]) -> None:
+        self._does = does
+
+    def run(self, _grid: Grid) -> None:
+        self._does()
+
+
+def train(service: Service, monkeypatch: pytest.MonkeyPatch, does: Callable[[], None]) -> bool:
+    monkeypatch.setattr(module.Coordinator, "open", lambda *_, **__: Run(does))
+    (entry,) = queued_plans(service._home)
+    return service._train(entry, threading.Event())
+
+
+def test_a_plan_that_a_full_disk_stopped_is_tried_again(service, monkeypatch) -> None:
+    def full() -> None:
+        raise StorageError("cannot write checkpoint")
+
+    assert not train(service, monkeypatch, full)
+    assert len(queued_plans(service._home)) == 1
+
+
+def test_the_audit_log_is_waited_for_while_the_disk_is_full(service, monkeypatch) -> None:
+    """Instead of ending the program, or going on without the line."""
+    timers = []
+
+    def short() -> None:
+        timers.append(fill_disk(for_s=0.3))
+        raise AggregationError("round 1: too few")
+
+    monkeypatch.setattr(module, "_LOOK_S", 0.05)
+    assert not train(service, monkeypatch, short)
+    timers[0].join()
+    assert service._audit.verify()[-1].event == "round without a result"
