@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from crafts_client.errors import EnrolmentError
+from crafts_client.errors import CoordinatorBusyError, EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_core.durable import write_file
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
@@ -45,7 +45,6 @@ _STATUS_IS_PUBLIC = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.INTERNAL,
 }
 
 
@@ -149,6 +148,7 @@ class Registrar:
 
         Raises:
             EnrolmentError: the coordinator refuses, or cannot be reached.
+        CoordinatorBusyError: it failed; ask again.
         """
         request = calls_of(REGISTRAR)[name].request(**fields)
         return _call(self._channel, REGISTRAR, name, request)
@@ -200,6 +200,8 @@ def _call(channel: grpc.Channel, service: str, name: str, request: Any) -> Any:
     try:
         return stub(request, timeout=TIMEOUT_S)
     except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.INTERNAL:
+            raise CoordinatorBusyError(f"the coordinator says: {error.details()}") from error
         if error.code() in _STATUS_IS_PUBLIC:
             raise EnrolmentError(f"the coordinator says: {error.details()}") from error
         raise EnrolmentError(

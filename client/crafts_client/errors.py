@@ -4,6 +4,7 @@ CraftsError
 ├── IngestError      the site's operator: table, slides or disk (``crafts_client.ingest``)
 ├── HomeError        the site's operator: the home is missing, incomplete or says nonsense
 ├── EnrolmentError   the site's operator: the coordinator does not know this site, or is away
+│   └── CoordinatorBusyError   the coordinator: it failed, and may be able to answer soon
 ├── PolicyError      the coordinator: it asks for what this site's policy does not allow
 ├── OutboxError      the site's operator: a sealed release was altered or cannot be read
 └── TrainingError    the site's operator: training gave something that must not leave
@@ -18,6 +19,10 @@ class HomeError(CraftsError):
 
 class EnrolmentError(CraftsError):
     """The site is not enrolled, its invitation does not count, or the coordinator is away."""
+
+
+class CoordinatorBusyError(EnrolmentError):
+    """The coordinator was reached and failed: its database is locked, its disk is full."""
 
 
 class OutboxError(CraftsError):

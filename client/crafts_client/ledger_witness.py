@@ -8,21 +8,39 @@ is a count and two hashes.
 """
 
 import hashlib
+import time
 
 from crafts_client.enrolment import Registrar
+from crafts_client.errors import CoordinatorBusyError
 from crafts_client.home import SiteHome
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
 
+_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+
 
 def witness_ledger(home: SiteHome) -> None:
     """Compare the ledger with what the coordinator saw last, and show it the head.
+
+    A coordinator that fails is asked again for half a minute, from the start, as it may have kept
+    the head and not said so. A site that refuses a round because of it is out of that round.
 
     Raises:
         LedgerTamperedError: the ledger is an old copy, or another one.
         LedgerError: the ledger is not in order by itself.
         EnrolmentError: the coordinator cannot be reached or refuses; nothing may be released.
     """
+    for wait_s in _WAITS_S:
+        try:
+            _witness(home)
+        except CoordinatorBusyError:
+            time.sleep(wait_s)
+        else:
+            return
+    _witness(home)
+
+
+def _witness(home: SiteHome) -> None:
     ledger = Ledger(home.ledger_path)
     head = ledger.verify()
     hashes = [entry.hash for entry in ledger.entries()][: head.sequence]

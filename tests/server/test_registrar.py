@@ -1,5 +1,6 @@
 """Enrolment and registrar over TLS on loopback: a site's whole way in, strangers outside."""
 
+import hashlib
 import json
 import shutil
 import ssl
@@ -21,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
+from crafts_client import ledger_witness
 from crafts_client.cli import app as client_app
 from crafts_client.enrolment import Registrar, enrol
 from crafts_client.errors import EnrolmentError
@@ -32,7 +34,7 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
 from crafts_server.cli import app as server_app
-from crafts_server.enrolments import Enrolments
+from crafts_server.enrolments import Enrolments, Witness
 from crafts_server.errors import PkiError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki, fingerprint
@@ -42,6 +44,7 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
+from support.disk import fill_disk
 from support.proxy import Proxy
 from support.sites import make_site_home, plan_values
 
@@ -232,40 +235,54 @@ def test_a_ledger_put_back_from_a_copy_is_found(coordinator, site) -> None:
             say(5, heads[4])  # as long, with another history
 
 
+def spend(site: SiteHome, *, round: int) -> None:
+    event = PrivacyEvent(noise_multiplier=5.0, sample_rate=0.1, steps=1)
+    ledger = Ledger(site.ledger_path)
+    reservation = ledger.reserve(
+        cohort="main",
+        plan_hash="0" * 64,
+        run_id="r",
+        round=round,
+        stage="s",
+        event=event,
+        max_epsilon=9.0,
+        delta=1e-3,
+    )
+    ledger.commit(reservation, "0" * 64)
+
+
+def test_a_ledger_is_witnessed_once_the_coordinators_disk_has_room(
+    coordinator, site, monkeypatch
+) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    spend(site, round=1)
+    monkeypatch.setattr(ledger_witness, "_WAITS_S", (0.05,) * 100)
+    timer = fill_disk(for_s=0.5)
+    witness_ledger(site)
+    timer.join()
+    name = hashlib.sha256(b"main").hexdigest()[:32]
+    kept = coordinator.enrolments.witness("north", name, Witness(entries=0, head=""), "")
+    assert kept.entries == 2
+
+
 def test_a_site_finds_its_ledger_put_back_together_with_its_local_witness(
     coordinator, site
 ) -> None:
     enrol(site, coordinator.host, coordinator.invite("north"))
     files = [site.ledger_path, site.ledger_path.with_name(site.ledger_path.name + ".head")]
-
-    def spend(round: int) -> None:
-        event = PrivacyEvent(noise_multiplier=5.0, sample_rate=0.1, steps=1)
-        ledger = Ledger(site.ledger_path)
-        reservation = ledger.reserve(
-            cohort="main",
-            plan_hash="0" * 64,
-            run_id="r",
-            round=round,
-            stage="s",
-            event=event,
-            max_epsilon=9.0,
-            delta=1e-3,
-        )
-        ledger.commit(reservation, "0" * 64)
-
     witness_ledger(site)
-    spend(1)
+    spend(site, round=1)
     witness_ledger(site)
     witness_ledger(site)
     copies = [path.read_bytes() for path in files]
-    spend(2)
+    spend(site, round=2)
     witness_ledger(site)
     for path, copy in zip(files, copies, strict=True):
         path.write_bytes(copy)
     Ledger(site.ledger_path).verify()  # by itself it cannot know
     with pytest.raises(LedgerTamperedError, match=r"with 4 entries, and this one \(2 entries\)"):
         witness_ledger(site)
-    spend(7)  # as long as the real one, and another
+    spend(site, round=7)  # as long as the real one, and another
     with pytest.raises(LedgerTamperedError, match="does not continue it"):
         witness_ledger(site)
     for path in files:
