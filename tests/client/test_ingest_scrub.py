@@ -172,6 +172,7 @@ def test_own_names_go_in_any_shape(name: str) -> None:
     [
         ("lung_aca-0", "", "lung_aca/lungaca1352.jpeg", "lung adenocarcinoma"),
         ("p", "breast-lobular-carcinoma", "HE.svs", "breast lobular carcinoma, HE"),
+        ("p", "high-grade-glioma-Wyss", "a.svs", "high grade glioma"),
         ("17", "3", "12.svs", "3 of 17 nodes, 12 o'clock, block 3"),
         ("A1", "G2", "T1.svs", "T1, G2, block A1"),
         ("p1", "", "p1.svs", "p16 and p53"),
@@ -225,7 +226,7 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts)
 def test_scrubbing_twice_is_scrubbing_once(text: str) -> None:
     once = scrub(text, known=KNOWN)
@@ -233,7 +234,7 @@ def test_scrubbing_twice_is_scrubbing_once(text: str) -> None:
     assert (twice.text, twice.found) == (once.text, {})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts)
 def test_nothing_grows_and_no_long_number_is_left(text: str) -> None:
     clean = scrub(text).text
@@ -241,7 +242,7 @@ def test_nothing_grows_and_no_long_number_is_left(text: str) -> None:
     assert not re.search(r"\d{5}", clean)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     texts,
     texts,
@@ -252,8 +253,8 @@ def test_nothing_grows_and_no_long_number_is_left(text: str) -> None:
 def test_known_names_are_gone(before: str, after: str, name: str, separator: str, case) -> None:
     written = case(name.replace("-", separator))
     clean = scrub(f"{before} {written} {after}", known=(name,)).text
-    squashed = re.sub(r"[\W_]", "", clean.lower())
-    assert re.sub(r"[\W_]", "", name.lower()) not in squashed
+    left, parts = (re.findall(r"[^\W\d_]+|\d+", text.lower()) for text in (clean, name))
+    assert all(left[start : start + len(parts)] != parts for start in range(len(left)))
 
 
 HOSTILE = [

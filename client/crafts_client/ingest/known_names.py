@@ -7,6 +7,7 @@ separators (``P-0123`` is found as ``p_0123``, ``P0123`` and ``P. 0123``).
 import re
 import unicodedata
 from collections.abc import Collection, Iterator
+from itertools import groupby
 from pathlib import PurePath
 
 from crafts_client.ingest.plain_words import SURNAMES_TOO, is_plain
@@ -23,10 +24,10 @@ _UMLAUT = {"ä": "ae?", "ö": "oe?", "ü": "ue?", "ß": "(?:ß|ss)"}
 
 
 def identifying_names(*, patient: str, case: str, file: str) -> tuple[str, ...]:
-    """What of a row's own names would identify it: whole, and their obvious parts.
+    """What of a row's own names would identify it: what stands between words, and its parts.
 
-    A word of pathology is no name (a case called ``breast-carcinoma``), and a short number is one
-    only beside what it counts: ``patient 17``.
+    A word of pathology is no name (a case called ``breast-carcinoma-Wyss`` is ``Wyss``), and a
+    short number is one only beside what it counts: ``patient 17``.
     """
     path = PurePath(file)
     found: dict[str, None] = {}
@@ -54,29 +55,27 @@ def fold(text: str) -> str:
 
 def _of_name(name: str, what: str) -> Iterator[str]:
     parts = _PARTS.findall(name)
-    if not _says_nothing(parts) and not _CLINICAL.fullmatch("".join(parts)):
-        yield name.strip()
-    for part in parts:
-        if part.isdecimal() and len(part) < 4:
-            yield from (f"{what} {part}",) if len(parts) == 1 else ()
-        elif len(part) > 2 and not _is_harmless(part) and not _CLINICAL.fullmatch(part):
-            yield part
+    if len(parts) == 1 and _is_short_number(parts[0]):
+        yield f"{what} {parts[0]}"
+    for plain, group in groupby(parts, _is_plain_word):
+        run = list(group)
+        if plain or _is_short_number("".join(run)) or _CLINICAL.fullmatch("".join(run)):
+            continue
+        yield "-".join(run)
+        yield from (part for part in run if len(part) > 2 and not _says_nothing(part))
 
 
-def _says_nothing(parts: list[str]) -> bool:
-    """Words of pathology, numbered or not, or a short number."""
-    words = [part for part in parts if not part.isdecimal()]
-    if not words:
-        return len("".join(parts)) < 4
-    return all(len(word) > 1 and _is_harmless(word) for word in words)
+def _is_plain_word(part: str) -> bool:
+    letters = part.isalpha() and len(part) > 1
+    return letters and is_plain(part) and part.lower() not in SURNAMES_TOO
 
 
-def _is_harmless(part: str) -> bool:
-    if part.isdecimal():
-        return len(part) < 4
-    return len(part) == 1 or (
-        part.isalpha() and is_plain(part) and part.lower() not in SURNAMES_TOO
-    )
+def _is_short_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 4
+
+
+def _says_nothing(part: str) -> bool:
+    return _is_short_number(part) or _CLINICAL.fullmatch(part) is not None
 
 
 def _folded(character: str) -> str:

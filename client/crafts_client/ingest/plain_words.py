@@ -40,7 +40,7 @@ confirming confirms confluent conjunctival connective consensus considered consi
 consistent consisting consists contact contain contained containing contour contrast control
 conventional convoluted copy cord core corner corpora corpus corrected cortex could
 counterstained counts covered cribriform criteria crowded crowding crush cryotherapy
-cryptococcus cryptosporidium crypts cuboidal curettage curettings curvature curvilinear
+cryptococcus cryptosporidium crypts cuboidal curettage curettings curvature curvilinear cut
 cutaneous cyclin cyst cystic cytogenetics cytokeratin cytomegalovirus cytoplasm cytoplasmic
 dark darkly data date day dear debris decidual dedifferentiated deep deeper deeply defined
 definite definitive degree demarcated demonstrate demonstrated demonstrating dendritic dense
@@ -140,20 +140,20 @@ since sincerely single singly sinonasal sinus sinusoidal site situ six sixth siz
 skin skull sky slide slight slightly slit slough small smaller smear smoker smoking smooth
 society soft solar sole solid somatic somatostatin some sometimes source space special
 specific specified specimen spectrum spinal spindle spindled spindling spine spleen splenic
-sporadic spread spreading sputum squamous stage staging stain stained staining standard
-starry status stem stippled stomach stomal stool storiform strands stratified streptococcus
-striated striking strips stroma stromal strong strongly strongyloides structure struma
-studies study subcutis subepithelial submitted submucosa submucosal subpial subtype
-subungual such suggesting suggestive sulcus summary superficial superior supporting surface
-surgeon surgery surround surrounded surrounding suspected suture swab swelling swollen
-synaptophysin synopsis synoptic synovial system tail taken takes tall template ten tendon
-tenth terminal test testicular testis tetrazolium than thank that the their them then
+sporadic spread spreading sputum squamous squash stage staging stain stained staining
+standard starry status stem stippled stomach stomal stool storiform strands stratified
+streptococcus striated striking strips stroma stromal strong strongly strongyloides
+structure struma studies study subcutis subepithelial submitted submucosa submucosal subpial
+subtype subungual such suggesting suggestive sulcus summary superficial superior supporting
+surface surgeon surgery surround surrounded surrounding suspected suture swab swelling
+swollen synaptophysin synopsis synoptic synovial system tail taken takes tall template ten
+tendon tenth terminal test testicular testis tetrazolium than thank that the their them then
 therapy there therefore these they thick thickened thickening thickness thigh thin third
 this thorax those three throat thrombus through throughout thumb thus thymic thymoma thymus
 thyroglobulin thyroid tibia time tingible tissue today toe together tomography tongue tonsil
 tonsillar top total touch toward trabeculae trachea tract traditional transbronchial
 transformed transit transitional transplant transverse trauma traverses treated treatment
-trial trichrome true trunk tubal tube tubules tubulopapillary tufts tumor tumoral tumour
+trial trichrome tru true trunk tubal tube tubules tubulopapillary tufts tumor tumoral tumour
 tunica twelve two type ulcer ulcerated ulna ultrasound umbilicus under underlying underwent
 undifferentiated uneven uniform unit unknown unless unremarkable until unusual upper ureter
 ureteral urethra urethral urinary urothelial used using usual usually uterine uterus uveal

@@ -125,13 +125,13 @@ def scrub(text: str, *, known: Collection[str] = ()) -> Scrubbed:
 
 def _visible(text: str) -> str:
     """Composed letters, and no characters that cannot be seen but split a word."""
-    composed = unicodedata.normalize("NFC", text)
-    usable = composed if len(composed) <= len(text) else text
-    return "".join(
+    seen = "".join(
         letter
-        for letter in usable
+        for letter in text
         if letter.isspace() or unicodedata.category(letter) not in _INVISIBLE
     )
+    composed = unicodedata.normalize("NFC", seen)
+    return composed if len(composed) <= len(seen) else seen
 
 
 def _find(text: str, names: re.Pattern[str] | None) -> list[Span]:
