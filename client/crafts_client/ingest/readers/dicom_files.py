@@ -23,6 +23,7 @@ from crafts_client.ingest.readers.seam import (
     pyramid,
 )
 
+CACHE_BYTES = 16 * 2**20
 _PREAMBLE_BYTES = 128
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _REFUSED = "not a DICOM slide that can be read, or its header is damaged"
@@ -40,7 +41,14 @@ class WsiDicomFile:
         with foreign(_REFUSED), ExitStack() as opened:
             import wsidicom
 
-            self._slide: Any = opened.enter_context(wsidicom.WsiDicom.open(files))
+            settings = wsidicom.Settings(
+                strict_tile_size_check=False,  # or a level with tiles of its own is left out
+                decoded_frame_cache_size=CACHE_BYTES,
+                encoded_frame_cache_size=CACHE_BYTES,
+            )
+            self._slide: Any = opened.enter_context(
+                wsidicom.WsiDicom.open(files, settings=settings)
+            )
             if len(self._slide.pyramids) != 1:
                 raise SlideError(f"its series holds {len(self._slide.pyramids)} pictures, not one")
             self._pyramid: Any = list(self._slide.pyramids[0])
