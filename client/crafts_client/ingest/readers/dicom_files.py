@@ -37,7 +37,7 @@ class WsiDicomFile:
     has_plain_tiles: bool = False
 
     def __init__(self, path: Path) -> None:
-        files = instances(path)
+        self.files = instances(path)
         with foreign(_REFUSED), ExitStack() as opened:
             import wsidicom
 
@@ -47,7 +47,7 @@ class WsiDicomFile:
                 encoded_frame_cache_size=CACHE_BYTES,
             )
             self._slide: Any = opened.enter_context(
-                wsidicom.WsiDicom.open(files, settings=settings)
+                wsidicom.WsiDicom.open(self.files, settings=settings)
             )
             if len(self._slide.pyramids) != 1:
                 raise SlideError(f"its series holds {len(self._slide.pyramids)} pictures, not one")
@@ -92,7 +92,11 @@ def slide_series(folder: Path) -> dict[str, list[Path]]:
     """The files of each series in a folder that holds a slide's picture, in order of name."""
     files: dict[str, list[Path]] = defaultdict(list)
     with_picture: set[str] = set()
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:  # a folder that may not be read has nothing for us
+        return {}
+    for path in paths:
         if path.is_file() and is_dicom(path) and (header := _slide_header(path)) is not None:
             series, is_picture = header
             files[series].append(path)
