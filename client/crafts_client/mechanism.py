@@ -5,8 +5,6 @@ round ends at the plan's target epsilon and never above it. What the cohort spen
 does not weaken or strengthen this noise: the ledger holds it against the site's lifetime budget.
 """
 
-from functools import lru_cache
-
 from crafts_core.plan import Plan
 from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.patient_sgd import Mechanism
@@ -32,19 +30,14 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
             stability=stability,
         )
     return Mechanism(
-        noise_multiplier=_calibrated(
-            privacy.target_epsilon, privacy.delta, privacy.sample_rate, plan.total_steps
+        noise_multiplier=calibrate_noise_multiplier(
+            target_epsilon=privacy.target_epsilon,
+            delta=privacy.delta,
+            sample_rate=privacy.sample_rate,
+            steps=plan.total_steps,
         ),
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=privacy.sample_rate,
         expected_patients=expected_patients,
         stability=stability,
-    )
-
-
-@lru_cache(maxsize=64)
-def _calibrated(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Seconds of accounting for a number that never changes."""
-    return calibrate_noise_multiplier(
-        target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps
     )
