@@ -115,7 +115,7 @@ def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: 
     relation = NeighboringRelation.ADD_OR_REMOVE_ONE
     composed = _composed(merged, max(COARSE, _FINEST_RELATIVE * largest), relation)
     epsilons = np.linspace(0.0, largest, 400)
-    deltas = np.array([composed.get_delta_for_epsilon(value) for value in epsilons])
+    deltas = np.asarray(composed.get_delta_for_epsilon(epsilons))
     by_positive = np.exp(epsilons) * false_positive_rate + deltas
     by_negative = 1 - np.exp(-epsilons) * (1 - false_positive_rate - deltas)
     return float(min(1.0, by_positive.min(), by_negative.min()))
