@@ -49,6 +49,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
         *("plan", "plan list", "plan show", "plan approve"),
         *("foundation", "foundation fetch", "tiles stats", "tiles check", "tiles show"),
+        "tiles forget",
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
     assert surface["init"] == {
@@ -57,6 +58,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface["ingest"] == {
         *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
+        "--tissue",
         *("--plan-table", "--json"),
     }
 

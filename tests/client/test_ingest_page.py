@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from crafts_client.ingest.caption_notes import CaptionNote
 from crafts_client.ingest.ingest_page import write_ingest_page
 from crafts_client.ingest.pictures import write_pictures
-from crafts_client.ingest.report import CaptionNote, IngestReport, SourceOutcome, Stain
+from crafts_client.ingest.report import IngestReport, SourceOutcome, Stain
 from crafts_client.ingest.stain_outliers import far_stains
 
 HOSTILE = """<script>alert(1)</script>"><img src=x onerror='alert(2)'>&"""

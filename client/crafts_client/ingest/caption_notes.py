@@ -22,10 +22,11 @@ class CaptionNote(BaseModel):
     """How often each kind of identifier was removed, from caption and label."""
     marked: str | None
     """The text with ``[date]`` and the like in place of what was removed; None: composed."""
-    marked_label: str | None
+    marked_label: str | None = None
     """The same of a label that is none of the vocabulary."""
     look_at: tuple[str, ...]
-    notes: tuple[str, ...]
+    """Words that stayed and may be names."""
+    notes: tuple[str, ...] = ()
 
 
 def caption_report(rows: Iterable[TableRow]) -> tuple[CaptionNote, ...]:

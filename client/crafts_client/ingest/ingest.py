@@ -78,7 +78,7 @@ def ingest_slides(
         _refuse_missing_scale(pool, jobs, progress)
         surveys = _survey(pool, jobs, progress)
         _cut(pool, jobs, surveys, update, target, progress)
-        return update.commit("slides")
+        return update.commit("slides", rows)
 
 
 def ingest_tiles(
@@ -117,7 +117,7 @@ def ingest_tiles(
         on_beat = _counting(progress, "reading tiles", len(sources))
         for place, shard in pool.run(cut_group, jobs, on_beat=on_beat):
             _take_group(groups[place], shard, update)
-        return update.commit("tiles")
+        return update.commit("tiles", rows)
 
 
 # ---- slides ---------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crafts_client.ingest import ingest_charts
+from crafts_client.ingest.caption_notes import CaptionNote
 from crafts_client.ingest.pictures import OVERLAY_COLOURS, picture_paths
-from crafts_client.ingest.report import CaptionNote, IngestReport, SourceOutcome, Stain
+from crafts_client.ingest.report import IngestReport, SourceOutcome, Stain
 from crafts_client.ingest.stain_outliers import far_stains, scanner_of
 from crafts_core.durable import write_file
 
@@ -216,10 +217,11 @@ def _stain_chart(used: Sequence[SourceOutcome], series: dict[str, int]) -> Marku
 
 
 def _is_worth_a_look(note: CaptionNote) -> bool:
-    return bool(note.found or note.look_at)
+    return bool(note.found or note.look_at or note.notes)
 
 
 def _marked(note: CaptionNote) -> list[tuple[str, bool]]:
-    """The caption in pieces, and whether each is a mark such as ``[date]``."""
-    pieces = re.split(r"(\[[^\[\]]*\])", note.marked)
+    """Caption, label and notes in pieces, and whether each is a mark such as ``[date]``."""
+    texts = (note.marked, note.marked_label, *note.notes)
+    pieces = re.split(r"(\[[^\[\]]*\])", " · ".join(text for text in texts if text))
     return [(piece, piece.startswith("[") and piece.endswith("]")) for piece in pieces if piece]

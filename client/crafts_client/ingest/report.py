@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_client.ingest.caption_notes import CaptionNote
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import write_file
 
@@ -27,18 +28,6 @@ class Stain(_Record):
     hematoxylin_shares: tuple[float, ...]
     """Parts of the tissue in equal steps of density from 0 to ``MAX_DENSITY``; last open."""
     eosin_shares: tuple[float, ...]
-
-
-class CaptionNote(_Record):
-    """What was taken out of one line's caption, and what somebody should look at."""
-
-    line: int
-    found: dict[str, int]
-    """How many of each kind of identifying words were taken out."""
-    marked: str
-    """The caption as it is kept, with marks where words were."""
-    look_at: tuple[str, ...]
-    """Words that stayed and may be names."""
 
 
 class SourceFacts(TypedDict, total=False):

@@ -12,6 +12,7 @@ from typing import Literal, Unpack
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.report import IngestReport, SourceFacts, SourceOutcome
@@ -141,13 +142,19 @@ class StoreUpdate:
             SourceOutcome.of(source.row, num_tiles=0, rejected={}, skipped=why, **facts)
         )
 
-    def commit(self, kind: Literal["slides", "tiles"]) -> IngestReport:
+    def commit(self, kind: Literal["slides", "tiles"], table: Sequence[TableRow]) -> IngestReport:
         """Make it the store's content.
+
+        Args:
+            kind: What the sources were.
+            table: Every row that was asked for; the report tells what became of its words.
 
         Raises:
             IngestError: no tile is there at all.
         """
-        report = IngestReport.of(kind, self._outcomes, already=self._num_already)
+        report = IngestReport.of(
+            kind, self._outcomes, captions=caption_report(table), already=self._num_already
+        )
         self._pack()
         replaced = pa.array(sorted(self._replaced), pa.string())
         kept = self._old_rows.filter(pc.invert(pc.is_in(self._old_rows["slide"], replaced)))

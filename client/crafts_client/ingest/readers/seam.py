@@ -23,7 +23,7 @@ MAX_CHUNK_PX = 2**26
 """No scanner stores more pixels in one piece; a decoder would allocate what a header claims."""
 _LEVEL_TOLERANCE = 0.1
 _LEVEL_TOLERANCE_PX = 2.0
-_LIBRARY_LOGS = ("tifffile", "tiffslide", "pydicom", "wsidicom", "PIL")
+_LIBRARY_LOGS = ("tifffile", "tiffslide", "pydicom", "wsidicom", "fsspec", "zarr", "PIL")
 DAMAGED = "damaged: its pixels cannot be decoded"
 WHITE = (255, 255, 255)
 
@@ -132,11 +132,12 @@ def _shows(level: Level, whole: Size) -> bool:
 @contextlib.contextmanager
 def _no_logs() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LIBRARY_LOGS]
-    before = [logger.disabled for logger in loggers]
+    before = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.disabled = True
+        # A level holds for a logger's children, too; `disabled` does not.
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,193 @@
+"""Ingest as its operator knows it: a folder and a table in, a store and a page out."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from crafts_client import preparation
+from crafts_client.cli import app
+from crafts_client.home import SiteHome
+from crafts_client.ingest import Salt, ingest_slides, ingest_tiles
+from crafts_client.register import PatientRegister
+from crafts_client.site import Site
+from crafts_core.foundation import Foundation
+from crafts_core.tiles import TileStore
+from support.sites import make_site_home
+from support.slide_files import write_dicom_slide, write_tiled_tiff
+from support.slides import tissue_image, write_table, write_tissue_slide
+
+NAME = "ZEBRA"
+"""Stands wherever a hospital may have written a patient's name."""
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without processes of its own: they take seconds to start, and have a test of their own."""
+    for name, function in (("ingest_slides", ingest_slides), ("ingest_tiles", ingest_tiles)):
+        monkeypatch.setattr(
+            preparation, name, lambda *a, _f=function, **k: _f(*a, **(k | {"num_processes": 0}))
+        )
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation: Foundation) -> SiteHome:
+    """A home without a store."""
+    home = make_site_home(tmp_path / "site", foundation, "key")
+    home.tile_store_path.rename(tmp_path / "elsewhere")
+    return home
+
+
+def write_hospital(folder: Path) -> Path:
+    """Slides of every kind that carry a name in every place, and their table."""
+    folder.mkdir()
+    image = tissue_image()
+    write_tissue_slide(folder / f"{NAME}-1.svs", seed=1, label=NAME)
+    write_tiled_tiff(
+        folder / f"{NAME}-2.tif", image, mpp=1.0, tile_px=32, description=f"Patient = {NAME}",
+        extratags=[(315, "s", 0, NAME, True)],
+    )  # fmt: skip
+    fields = {"PatientName": f"{NAME}^A", "PatientID": NAME, "AccessionNumber": NAME}
+    write_dicom_slide(folder / f"{NAME}-3", image, fields=fields)
+    exif = Image.Exif()
+    exif[0x013B] = NAME
+    Image.fromarray(image).save(folder / f"{NAME}-4.jpg", exif=exif, comment=NAME.encode())
+    rows = [
+        f"{NAME}-1.svs,{NAME} Anna,case {NAME},COAD,glands of Mrs. {NAME} seen 3.4.2021,",
+        f"{NAME}-2.tif,{NAME} Bert,,COAD,,",
+        f"{NAME}-3,{NAME} Carla,,normal colon,,",
+        f"{NAME}-4.jpg,{NAME} Dora,,LUAD,,0.5",
+    ]
+    return write_table(folder / "slides.csv", "file,patient,case,label,caption,mpp", rows)
+
+
+def everything_in(path: Path) -> dict[str, bytes]:
+    """Every file's bytes and, where they are packed, what is in them."""
+    found = {}
+    for file in (f for f in path.rglob("*") if f.is_file()):
+        content = file.read_bytes()
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                content += b"".join(archive.read(name) for name in archive.namelist())
+        found[str(file.relative_to(path))] = content
+    return found
+
+
+def test_no_planted_name_is_in_the_store_or_comes_to_a_log(
+    home: SiteHome, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_hospital(tmp_path / "hospital")
+    caplog.set_level("DEBUG")
+    done = run("ingest", table, "--home", home.path)
+    assert done.exit_code == 0, done.output
+    store = TileStore.open(home.tile_store_path)
+    assert store.num_patients == 4
+    columns = json.dumps(store.rows().to_pylist())
+    words = NAME.encode(), NAME.lower().encode(), NAME.encode("utf-16-le")
+    for name, content in everything_in(home.tile_store_path).items():
+        assert not any(word in content for word in words), name
+    assert NAME not in columns
+    assert "2021" not in columns
+    assert NAME not in caplog.text
+    for name in ("site.toml", "patients.jsonl"):
+        assert NAME.encode() not in (home.path / name).read_bytes()
+    pictures = list(home.pictures_path.iterdir())
+    assert len(pictures) == 8
+    assert not any(NAME in path.name for path in pictures)
+    assert not any(NAME.encode() in path.read_bytes() for path in pictures)
+
+
+def test_the_page_says_what_was_found_and_left(home: SiteHome, tmp_path: Path) -> None:
+    table = write_hospital(tmp_path / "hospital")
+    (tmp_path / "hospital" / "torn.svs").write_bytes(b"II*\0")
+    table.write_text(table.read_text() + "torn.svs,p9,,COAD,,\n")
+    done = run("ingest", table, "--home", home.path)
+    assert "skipped line 6: torn.svs:" in done.stdout
+    page = (home.path / "ingest.html").read_text()
+    report = json.loads(home.ingest_report_path.read_text())
+    readers = {source["reader"] for source in report["sources"]}
+    assert readers >= {"openslide", "wsidicom", "image"}
+    copied = {source["file"]: source["copied"] for source in report["sources"]}
+    assert copied[f"{NAME}-2.tif"] > 0
+    assert copied[f"{NAME}-1.svs"] == 0
+    assert any("label" in text for source in report["sources"] for text in source["identifiers"])
+    assert "[date]" in page
+    assert (home.path / "ingest.html").stat().st_mode & 0o77 == 0
+
+
+def test_what_is_there_is_not_read_again_and_new_slides_join(
+    home: SiteHome, tmp_path: Path, foundation: Foundation
+) -> None:
+    folder = tmp_path / "hospital"
+    for number in range(3):
+        write_tissue_slide(folder / f"{number}.svs", seed=number)
+    rows = [f"{number}.svs,p{number},COAD" for number in range(3)]
+    first = write_table(folder / "a.csv", "file,patient,label", rows[:2])
+    assert json.loads(run("ingest", first, "--home", home.path, "--json").stdout)["patients"] == 2
+    Site.open(home.path)
+    table = write_table(folder / "a.csv", "file,patient,label", rows)
+    told = json.loads(run("ingest", table, "--home", home.path, "--json").stdout)
+    assert (told["already_in_the_store"], told["patients"]) == (2, 3)
+    assert run("tiles", "check", "--home", home.path).exit_code == 0
+    report = json.loads(home.ingest_report_path.read_text())
+    assert all(source["scanner"] for source in report["sources"]), "also of those read before"
+    Site.open(home.path)
+
+
+def test_patient_of_another_cohort_is_refused_before_work(home: SiteHome, tmp_path: Path) -> None:
+    table = write_hospital(tmp_path / "hospital")
+    salt = Salt.load(home.salt_path)
+    PatientRegister(home.register_path).enrol([salt.patient_id(f"{NAME} Bert")], "lung")
+    done = run("ingest", table, "--home", home.path)
+    assert done.exit_code == 1
+    assert "belong to cohort lung" in done.output
+    assert not home.tile_store_path.exists()
+
+
+def test_forgotten_patient_leaves_only_a_pseudonym(home: SiteHome, tmp_path: Path) -> None:
+    """Tiles, latents, captions, pictures and the report's lines go; the ledger is not touched."""
+    folder = tmp_path / "hospital"
+    for number in range(3):
+        write_tissue_slide(folder / f"{number}.svs", seed=number)
+    rows = [f"{number}.svs,Jones {number},COAD,large glands {number}" for number in range(3)]
+    table = write_table(folder / "a.csv", "file,patient,label,caption", rows)
+    run("ingest", table, "--home", home.path)
+    pseudonym = Salt.load(home.salt_path).patient_id("Jones 1")
+    before = everything_in(home.path)
+    assert any(b"Jones 1" in content for content in before.values())
+    store = TileStore.open(home.tile_store_path)
+    row = store.tile_rows_of(store.patients.index(pseudonym))[0]
+    [latents] = [c for name, c in before.items() if name.endswith("latents.f16")]
+    size = len(latents) // store.num_tiles
+    theirs = latents[row * size : (row + 1) * size]
+
+    assert run("tiles", "forget", "Jones 1", "--home", home.path).exit_code == 1, "it asks first"
+    done = run("tiles", "forget", "Jones 1", "--home", home.path, "--yes")
+
+    assert done.exit_code == 0, done.output
+    left = everything_in(home.path)
+    mentions = [name for name, content in left.items() if pseudonym.encode() in content]
+    assert mentions == ["patients.jsonl"]
+    for trace in (b"Jones 1", b"large glands 1", theirs):
+        assert not [name for name, content in left.items() if trace in content]
+    assert len(list(home.pictures_path.iterdir())) == 4
+    Site.open(home.path)
+    assert run("tiles", "check", "--home", home.path).exit_code == 0
+    again = run("ingest", table, "--home", home.path)
+    assert "the patient withdrew; nothing is read" in again.stdout
+    assert pseudonym not in TileStore.open(home.tile_store_path).patients
+
+
+def test_nobody_unknown_is_forgotten(home: SiteHome, tmp_path: Path) -> None:
+    run("ingest", write_hospital(tmp_path / "hospital"), "--home", home.path)
+    done = run("tiles", "forget", "Smith", "--home", home.path, "--yes")
+    assert done.exit_code == 1
+    assert "no such patient" in done.output
