@@ -24,6 +24,7 @@ from flwr.proto.runtime_pb2 import AcquireTaskResponse
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from crafts_client import supernode
 from crafts_client.enrolment import CoordinatorRecord
@@ -37,6 +38,9 @@ from crafts_server.superlink import SuperLink
 from support.proxy import Proxy
 from support.sites import policy_of
 
+RECORD = CoordinatorRecord(
+    site="north", signer="key", registrar_address="", ca_fingerprint="", fleet_address="localhost:1"
+)
 EVIL = "import pathlib; pathlib.Path('{marker}').touch()\napp = None\n"
 
 
@@ -204,17 +208,43 @@ def test_no_task_but_a_client_apps_is_ever_asked_for(monkeypatch) -> None:
     assert asked == [[TaskType.CLIENT_APP]]
 
 
+def test_an_answer_that_comes_too_late_ends_neither_the_site_nor_its_supernode(
+    home, monkeypatch
+) -> None:
+    """The SuperNode forgets a task whose run is over while its answer is handed in."""
+
+    def forgotten(*_: object) -> None:
+        raise ObjectPushError("0" * 64, 1, "session")
+
+    task = (None, None, None, Fab("", b"", {}))
+    monkeypatch.setattr(
+        supernode.RuntimeHttpClient, "AcquireTask", lambda *_: AcquireTaskResponse(token="t")
+    )
+    monkeypatch.setattr(supernode, "pull_task_input", lambda _: task)
+    monkeypatch.setattr(supernode, "Message", lambda *_, **__: None)
+    monkeypatch.setattr(supernode, "push_message", forgotten)
+    executor = Executor(1, b"secret", ClientApp())
+    assert executor.work_once()
+    executor.close()
+
+    (home.path / "keys").mkdir()
+    node = supernode.SuperNode(home, RECORD)
+    monkeypatch.setattr(node, "_answers", lambda: True)
+    words = "echo ERROR: Failed to store object 0: not pre-registered; echo done; sleep 600"
+    monkeypatch.setattr(node, "_command", lambda: ["sh", "-c", words])
+    node.supervise()
+    first = node._process
+    while b"done" not in (home.path / "supernode.log").read_bytes():
+        time.sleep(0.01)
+    node.supervise()
+    assert node._process is first
+    node.stop()
+
+
 def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatch) -> None:
     """As Flower's does when a link breaks within a TLS handshake."""
     (home.path / "keys").mkdir()
-    record = CoordinatorRecord(
-        site="north",
-        signer="key",
-        registrar_address="",
-        ca_fingerprint="",
-        fleet_address="localhost:1",
-    )
-    node = supernode.SuperNode(home, record)
+    node = supernode.SuperNode(home, RECORD)
     listener = socket.create_server(("127.0.0.1", node.port))  # open, and nobody accepts
     monkeypatch.setattr(node, "_command", lambda: ["sleep", "600"])
     node.supervise()
