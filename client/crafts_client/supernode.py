@@ -54,6 +54,7 @@ _BACK_OFF_S = 20.0
 """Flower takes a node for online for a minute after it vanished, and refuses it meanwhile."""
 _SILENCE_S = 45.0
 """A SuperNode takes up to half a minute to start on a busy machine."""
+_ANSWERS_WITHIN_S = 5.0
 _RETRY_S = 120.0
 """The SuperNode may be started again while a task is worked on."""
 _ANSWER_TOO_LATE = b"Failed to store object"
@@ -135,7 +136,8 @@ class SuperNode:
     def _answers(self) -> bool:
         """Whether it speaks; one that hangs may keep its port open."""
         try:
-            httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5, trust_env=False)
+            url = f"http://127.0.0.1:{self.port}/health"
+            httpx.get(url, timeout=_ANSWERS_WITHIN_S, trust_env=False)
         except httpx.HTTPError:
             return False
         return True

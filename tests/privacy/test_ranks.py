@@ -77,7 +77,7 @@ def test_ranks_are_one_device(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)], env=environment)
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     for name, drawn in CASES.items():
         assert first[name] == second[name] == train(Alone(), drawn)

@@ -376,7 +376,7 @@ def test_kill_9_in_a_round_loses_no_committed_round(tmp_path: Path, undisturbed:
         [sys.executable, "-c", CHILD, str(tmp_path / "home")],
         env=environment,
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
