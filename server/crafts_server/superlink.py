@@ -3,15 +3,18 @@
 All of the coordinator's private imports of Flower are here; ``tests/server/test_superlink.py`` is
 their contract test. Flower's APIs share one port, and most of them would let whoever reaches it
 start code at every site. So only what nodes need is reachable at all: one TLS listener that
-answers POST below ``/v1/fleet/``, with a size limit, and 404 to everything else. The round loop
-talks to the same state by function calls: there is no control port and no executor to protect.
+answers what enrolled nodes POST below ``/v1/fleet/``, and 404 to everything else (``fleet_gate``).
+The round loop talks to the same state by function calls: there is no control port and no executor
+to protect.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +27,24 @@ from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
     TRANSPORT_TYPE_GRPC_RERE,
     SubStatus,
 )
 from flwr.server.superlink.linkstate import LinkState, SqlLinkState
 from flwr.serverapp import Grid
-from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
+from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -41,19 +55,13 @@ from sqlalchemy.exc import OperationalError
 
 from crafts_core import __version__, bundle
 from crafts_server.errors import ServerError
+from crafts_server.fleet_gate import MAX_CONNECTIONS, FleetGate, PunctualProtocol
 from crafts_server.pki import Pki
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 16 << 20
-"""Flower cuts arrays into pieces of 5 MB; nothing legal is larger."""
 _HEARTBEAT_S = 20.0
 _ADMITTED = [NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE]
-_CLOSED = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class SuperLink:
@@ -95,14 +103,17 @@ class SuperLink:
         app = create_app(config, _NothingElse)  # type: ignore[arg-type]  # our stand-in, see below
         self._factory = app.state.linkstate_factory
         _count_if_possible(self.state)
+        self.gate = FleetGate(app, self._is_node)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                _fleet_only(app),
+                self.gate,
                 host=host,
                 port=port,
                 ssl_certfile=str(pki.folder / "server.crt"),
                 ssl_keyfile=str(pki.folder / "server.key"),
+                http=PunctualProtocol,
                 ws="none",
+                limit_concurrency=MAX_CONNECTIONS,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -229,6 +240,26 @@ class SuperLink:
             over.set()
             beating.join()
 
+    def _is_node(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether an admitted node signed these headers just now.
+
+        Flower asks the same, and for the node's number, once it has read the whole body.
+        """
+        try:
+            key, signature = (
+                b64decode(headers[name.lower().encode()], validate=True)
+                for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+            )
+            timestamp = headers[TIMESTAMP_HEADER.lower().encode()]
+            age_s = (now() - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
+        except (KeyError, ValueError, TypeError):
+            return False
+        if not -SYSTEM_TIME_TOLERANCE < age_s < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            return False
+        if self.state.get_node_id_by_public_key(key) is None:
+            return False
+        return verify_signature(bytes_to_public_key(key), timestamp, signature)
+
     def _heartbeats(self, task_id: int, over: threading.Event) -> None:
         while not over.wait(_HEARTBEAT_S):
             try:
@@ -323,45 +354,3 @@ def _bundle() -> Fab:
         (Path(folder) / bundle.FILE).write_text(bundle.TEXT, encoding="utf-8")
         content = build_fab_from_disk(Path(folder))
     return Fab(sha256(content).hexdigest(), content, {})
-
-
-def _fleet_only(app: Any) -> Any:
-    """Answer what nodes need; for the rest there is nothing here."""
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await app(scope, receive, send)
-            return
-        path = str(scope.get("path", ""))
-        is_fleet = path.startswith("/v1/fleet/") and path not in _CLOSED
-        if scope["type"] != "http" or scope["method"] != "POST" or not is_fleet:
-            await _answer(send, 404)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if not length.isdigit():
-            await _answer(send, 411)
-        elif int(length) > MAX_BODY_BYTES:
-            await _answer(send, 413)
-        else:
-            await app(scope, receive, _busy_not_broken(send))
-
-    return serve
-
-
-def _busy_not_broken(send: Send) -> Send:
-    """503 where Flower answers 500: to a locked database, a full disk, whatever it did not expect.
-
-    Its nodes try again after 503, and end, or lose the reply that they were sending, after 500.
-    """
-
-    async def forward(part: MutableMapping[str, Any]) -> None:
-        if part.get("status") == 500:
-            part = {**part, "status": 503}
-        await send(part)
-
-    return forward
-
-
-async def _answer(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": b""})

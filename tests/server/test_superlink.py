@@ -6,12 +6,9 @@ Also the contract test of the private parts of Flower that both sides use.
 import io
 import json
 import sqlite3
-import ssl
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
-from flwr.supernode.fleet_http_connection import http_request_response
 from sqlalchemy.exc import OperationalError
 from typer import Typer
 from typer.testing import CliRunner
@@ -33,11 +29,13 @@ from crafts_privacy.ledger import Ledger
 from crafts_server.cli import app as crafts_server
 from crafts_server.errors import ServerError
 from crafts_server.home import CoordinatorHome
-from crafts_server.pki import Pki
-from crafts_server.superlink import MAX_BODY_BYTES, SuperLink
+from crafts_server.superlink import SuperLink
 from crafts_simulations.processes import Programs, loopback_config
 from support.disk import fill_disk, full_disk
 from support.sites import make_site_home, plan_values
+from support.superlinks import connected, link
+
+__all__ = ["link"]
 
 pytestmark = pytest.mark.network
 
@@ -156,15 +154,6 @@ def _toml(values: dict) -> str:
     return "\n".join(lines)
 
 
-@pytest.fixture
-def link(tmp_path: Path) -> Iterator[tuple[SuperLink, ssl.SSLContext]]:
-    pki = Pki.create(tmp_path / "pki", ["localhost"])
-    link = SuperLink(database=tmp_path / "link.db", pki=pki, host="127.0.0.1", port=0)
-    link.start()
-    yield link, ssl.create_default_context(cafile=str(pki.ca_path))
-    link.stop()
-
-
 def status(link, path: str, *, method: str = "POST", data: bytes = b"", **headers: str) -> int:
     server, context = link
     url = f"https://localhost:{server.port}{path}"
@@ -218,26 +207,6 @@ def test_a_dismissed_key_never_comes_back_and_keeps_nobody_out(link) -> None:
     nodes = {n.name: n.node_id for n in server.state.get_node_info(statuses=["registered"])}
     assert nodes.keys() == {"north", "south"}
     assert server.site_of(nodes["north"]) == "north"
-
-
-def test_a_body_without_an_end_or_too_long_is_not_read(link) -> None:
-    huge = {"Content-Length": str(MAX_BODY_BYTES + 1)}
-    assert status(link, "/v1/fleet/push-object", **huge) == 413
-
-
-@contextmanager
-def connected(server: SuperLink) -> Iterator[tuple]:
-    """The connection that a stock SuperNode keeps, by Flower's own code: a node and its calls."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    server.admit("north", public.decode())
-    authority = Path(server._server.config.ssl_certfile).with_name("ca.crt").read_bytes()
-    address, keys = f"localhost:{server.port}", (key, key.public_key())
-    connection = http_request_response(address, False, authority, keys)
-    try:
-        yield connection.__enter__()
-    finally:
-        connection.__exit__(None, None, None)  # by itself it would swallow what a test raises
 
 
 def asked(grid: Grid, node_id: int) -> str:
