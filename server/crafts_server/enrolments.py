@@ -9,7 +9,8 @@ import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, CursorResult, Update, func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from crafts_server.errors import EnrolmentError
@@ -17,7 +18,13 @@ from crafts_server.registry import Registry
 from crafts_server.registry_rows import EnrolmentRow, InvitationRow, WitnessRow
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+MAX_LEDGERS = 64
+"""Of one site; it has one for each cohort."""
+_LEDGER_NAME = re.compile(r"[a-z0-9-]{1,64}")
+_HEAD = re.compile(r"[0-9a-f]{64}")
+_MAX_ENTRIES = 2**31 - 1
 _TOKEN_BYTES = 24
+_NO_TOKEN = "the token is unknown, used or expired; ask for a new invitation"  # noqa: S105
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +79,7 @@ class Enrolments:
             EnrolmentError: it is unknown, used or expired; the sentence is public.
         """
         with self._registry.session() as session:
-            return _invitation(session, token).site
+            return _invited(session, token)
 
     def enrol(self, token: str, *, fingerprint: str, node_public_key: str) -> str:
         """Use up a token: from now on the certificate speaks for the site, an older one does not.
@@ -81,26 +88,28 @@ class Enrolments:
             EnrolmentError: as above, or another site has the same node key.
         """
         with self._registry.session() as session:
-            invitation = _invitation(session, token)
+            site = _invited(session, token)
+            # One statement: of several who come at once with the token, one finds it unused.
+            using = update(InvitationRow).where(*_counts(token)).values(used=True)
+            if not _changes_a_row(session, using):
+                raise EnrolmentError(_NO_TOKEN)
             other = session.scalars(
                 select(EnrolmentRow).where(
-                    EnrolmentRow.node_public_key == node_public_key,
-                    EnrolmentRow.site != invitation.site,
+                    EnrolmentRow.node_public_key == node_public_key, EnrolmentRow.site != site
                 )
             ).first()
             if other is not None:
                 raise EnrolmentError("this node key belongs to another site; make a new home")
-            invitation.used = True
             session.merge(
                 EnrolmentRow(
-                    site=invitation.site,
+                    site=site,
                     fingerprint=fingerprint,
                     node_public_key=node_public_key,
                     enrolled_at=_now(),
                     revoked_at=None,
                 )
             )
-            return invitation.site
+            return site
 
     def revoke(self, name: str) -> None:
         """The site's certificate and node count no more; its open invitation neither.
@@ -160,35 +169,76 @@ class Enrolments:
         Raises:
             EnrolmentError: it is shorter than, or another than, the one that was witnessed.
         """
-        with self._registry.session() as session:
-            row = session.get(WitnessRow, (site, ledger))
-            kept = (
-                Witness(entries=0, head="")
-                if row is None
-                else Witness(entries=row.entries, head=row.head)
-            )
-            if not seen.head:
-                return kept
-            if seen.entries < kept.entries or (kept.entries and hash_at_kept != kept.head):
-                raise EnrolmentError(
-                    f"the ledger was {kept.entries} entries long when it was last witnessed and is "
-                    "another now; do not train, restore its newest copy"
-                )
-            session.merge(
-                WitnessRow(
-                    site=site, ledger=ledger, entries=seen.entries, head=seen.head, seen_at=_now()
-                )
-            )
-            return kept
+        if not (
+            _LEDGER_NAME.fullmatch(ledger)
+            and 0 <= seen.entries <= _MAX_ENTRIES
+            and (not seen.head or _HEAD.fullmatch(seen.head))
+        ):
+            raise EnrolmentError("this is no name, length or head of a ledger")
+        while True:
+            with self._registry.session() as session:
+                kept = _kept(session, site, ledger)
+                if not seen.head:
+                    return kept
+                if seen.entries < kept.entries or (kept.entries and hash_at_kept != kept.head):
+                    raise EnrolmentError(
+                        f"the ledger was {kept.entries} entries long when it was last witnessed "
+                        "and is another now; do not train, restore its newest copy"
+                    )
+                if _keep(session, site, ledger, kept=kept, seen=seen):
+                    return kept
+            # Somebody else wrote in between: look again.
 
 
-def _invitation(session: Session, token: str) -> InvitationRow:
-    row = session.scalars(
-        select(InvitationRow).where(InvitationRow.token_hash == _hashed(token))
-    ).first()
-    if row is None or row.used or row.expires_at <= _now():
-        raise EnrolmentError("the token is unknown, used or expired; ask for a new invitation")
-    return row
+def _kept(session: Session, site: str, ledger: str) -> Witness:
+    row = session.get(WitnessRow, (site, ledger))
+    if row is None:
+        return Witness(entries=0, head="")
+    return Witness(entries=row.entries, head=row.head)
+
+
+def _keep(session: Session, site: str, ledger: str, *, kept: Witness, seen: Witness) -> bool:
+    """Replace what was kept; False if it is not what is there any more."""
+    values = {"entries": seen.entries, "head": seen.head, "seen_at": _now()}
+    if kept.head:
+        is_kept = (
+            WitnessRow.site == site,
+            WitnessRow.ledger == ledger,
+            WitnessRow.entries == kept.entries,
+            WitnessRow.head == kept.head,
+        )
+        return _changes_a_row(session, update(WitnessRow).where(*is_kept).values(values))
+    num_ledgers = session.scalar(select(func.count()).where(WitnessRow.site == site))
+    if num_ledgers is not None and num_ledgers >= MAX_LEDGERS:
+        raise EnrolmentError(f"{MAX_LEDGERS} ledgers of this site are witnessed, and no more")
+    try:
+        with session.begin_nested():
+            session.add(WitnessRow(site=site, ledger=ledger, **values))
+    except IntegrityError:
+        return False
+    return True
+
+
+def _changes_a_row(session: Session, statement: Update) -> bool:
+    result = session.execute(statement)
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
+
+
+def _invited(session: Session, token: str) -> str:
+    site = session.scalar(select(InvitationRow.site).where(*_counts(token)))
+    if site is None:
+        raise EnrolmentError(_NO_TOKEN)
+    return site
+
+
+def _counts(token: str) -> tuple[ColumnElement[bool], ...]:
+    """What holds for the invitation that a token may still use."""
+    return (
+        InvitationRow.token_hash == _hashed(token),
+        InvitationRow.used.is_(False),
+        InvitationRow.expires_at > _now(),
+    )
 
 
 def _hashed(token: str) -> str:

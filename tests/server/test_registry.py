@@ -2,7 +2,8 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, create_engine, text
 
-from crafts_server.enrolments import Enrolments, Witness
+from crafts_server.enrolments import MAX_LEDGERS, Enrolments, Witness
 from crafts_server.errors import EnrolmentError, RegistryError
 from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt
 from crafts_server.registry import CheckpointRecord, PlanRecord, Registry, RunStatus
@@ -150,6 +151,85 @@ def test_sites_are_invited_enrolled_witnessed_and_revoked(registry: Registry) ->
     enrolments.revoke("aachen")
     assert not enrolments.is_enrolled("aachen", HASH)
     assert [site.revoked_at is None for site in enrolments.sites()] == [False]
+
+
+def at_once(num: int, act: Callable[[int], object]) -> list[object]:
+    """What each of so many threads got, or the error that it met."""
+    start = threading.Barrier(num)
+
+    def one(number: int) -> object:
+        start.wait()
+        try:
+            return act(number)
+        except EnrolmentError as error:
+            return error
+
+    with ThreadPoolExecutor(num) as pool:
+        return list(pool.map(one, range(num)))
+
+
+def test_of_many_who_come_with_one_token_one_is_enrolled(registry: Registry) -> None:
+    enrolments = Enrolments(registry)
+    for turn in range(5):
+        token = enrolments.invite(f"site-{turn}", valid_for=timedelta(hours=1))
+        answers = at_once(
+            6,
+            lambda number, turn=turn, token=token: enrolments.enrol(
+                token, fingerprint=f"{number:064x}", node_public_key=f"key {turn} {number}"
+            ),
+        )
+        (winner,) = [n for n, answer in enumerate(answers) if answer == f"site-{turn}"]
+        assert enrolments.is_enrolled(f"site-{turn}", f"{winner:064x}")
+
+
+def test_a_shorter_head_never_replaces_a_longer_one(registry: Registry) -> None:
+    """Whether the ledger is new to the coordinator or known."""
+    enrolments = Enrolments(registry)
+    for turn in range(5):
+        for base in (0, 10):
+            before = enrolments.witness("north", f"l{turn}", Witness(entries=0, head=""), "")
+            answers = at_once(
+                6,
+                lambda number, turn=turn, base=base, before=before: enrolments.witness(
+                    "north",
+                    f"l{turn}",
+                    Witness(entries=base + number + 1, head=f"{base + number + 1:064x}"),
+                    before.head,
+                ),
+            )
+            after = enrolments.witness("north", f"l{turn}", Witness(entries=0, head=""), "")
+            kept = [n for n, answer in enumerate(answers) if isinstance(answer, Witness)]
+            assert len(kept) == 1, "the others do not continue what the first had witnessed"
+            assert after.entries == base + kept[0] + 1
+
+
+def test_a_node_key_speaks_for_one_site(registry: Registry) -> None:
+    enrolments = Enrolments(registry)
+    north, south = (enrolments.invite(n, valid_for=timedelta(hours=1)) for n in ("north", "south"))
+    enrolments.enrol(north, fingerprint=HASH, node_public_key="key")
+    with pytest.raises(EnrolmentError, match="belongs to another site"):
+        enrolments.enrol(south, fingerprint="b" * 64, node_public_key="key")
+    assert [site.name for site in enrolments.sites()] == ["north"]
+    enrolments.enrol(south, fingerprint="b" * 64, node_public_key="another")
+
+
+def test_what_is_no_ledger_is_not_kept(registry: Registry) -> None:
+    enrolments = Enrolments(registry)
+    names = [(name, 1, HASH) for name in ("", "l" * 65, "L/..")]
+    others = [("l", -1, HASH), ("l", 2**31, HASH), ("l", 1, HASH + "a"), ("l", 1, "x")]
+    for ledger, entries, head in names + others:
+        with pytest.raises(EnrolmentError, match="no name, length or head"):
+            enrolments.witness("north", ledger, Witness(entries=entries, head=head), "")
+
+
+def test_a_site_has_so_many_ledgers_and_no_more(registry: Registry) -> None:
+    enrolments, head = Enrolments(registry), Witness(entries=1, head=HASH)
+    for number in range(MAX_LEDGERS):
+        enrolments.witness("north", f"l{number}", head, "")
+    with pytest.raises(EnrolmentError, match="and no more"):
+        enrolments.witness("north", "another", head, "")
+    enrolments.witness("north", "l0", Witness(entries=2, head="b" * 64), HASH)
+    enrolments.witness("south", "another", head, "")
 
 
 def test_a_database_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
