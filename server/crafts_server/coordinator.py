@@ -120,6 +120,7 @@ class Coordinator:
         Raises:
             AggregationError: too few sites; call again to go on.
             CheckpointError: the checkpoints are not what was committed.
+            DivergedError: the plan's steps are too large; another plan is needed.
             HomeError: another coordinator runs in this home.
         """
         with self._home.exclusive():

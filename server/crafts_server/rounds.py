@@ -30,7 +30,7 @@ from crafts_server.aggregation import (
 )
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.collection import Collection, Members, Patience, Replies, SiteDirectory
-from crafts_server.errors import AggregationError, CheckpointError
+from crafts_server.errors import AggregationError, CheckpointError, DivergedError
 from crafts_server.messages import (
     SignedPlan,
     WireState,
@@ -85,6 +85,8 @@ def run_rounds(
     Raises:
         AggregationError: too few good updates at a round's deadline. Committed rounds stay.
         CheckpointError: the checkpoints are not what was committed.
+        DivergedError: a round's result is not finite; it is not committed, and would be the same
+            again.
     """
     chain = recover(study.store, study.registry, run_id=study.run_id, plan_hash=study.plan.hash)
     if not chain:
@@ -272,7 +274,7 @@ class _Round:
         """Refuse to commit an adapter under which the generator no longer computes."""
         for margin in (result.margin_before, result.step.margin_after):
             if not math.isfinite(margin):
-                raise AggregationError(
+                raise DivergedError(
                     f"round {self._planned.round}: the alignment margin is {margin}, so training "
                     "has diverged; use a plan with a smaller learning_rate or max_grad_norm"
                 )

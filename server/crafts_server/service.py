@@ -153,7 +153,8 @@ class Service:
         except CraftsError as error:
             log.error("plan %s cannot be trained: %s", plan[:16], error)
             self._note(Event.FAILED, plan=plan, why=str(error))
-            entry.rename(entry.with_suffix(".failed"))
+            with suppress(FileNotFoundError):  # it was stopped meanwhile
+                entry.rename(entry.with_suffix(".failed"))
             return True
         log.info("plan %s is finished", plan[:16])
         self._note(Event.FINISHED, plan=plan)
@@ -217,6 +218,8 @@ class Service:
                 self.metrics.audit_entries.set(self._audit.num_entries)
             except (CraftsError, OperationalError, OSError) as error:  # the next look is soon
                 log.warning("%s", _first_line(error))
+            except Exception:  # a thread that ended here would let revoked sites stay
+                log.exception("looking after sites failed; the next look is soon")
             if self._over.wait(_LOOK_S):
                 return
 

@@ -1,6 +1,7 @@
 """The round loop on a grid of honest, silent and hostile sites, and under crashes anywhere."""
 
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -17,13 +18,14 @@ from crafts_core.adapters import State
 from crafts_core.exchange import RoundRequest, state_hash
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
-from crafts_server.errors import AggregationError, CheckpointError
+from crafts_server.errors import AggregationError, CheckpointError, DivergedError
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import RunStatus
 from crafts_server.rounds import Study, run_rounds
 from support.fake_grid import FakeGrid
 from support.studies import (
     RUN_ID,
+    QuadraticProbe,
     honest_site,
     received,
     reply_with,
@@ -167,6 +169,15 @@ def test_a_stopped_run_goes_on_when_the_sites_are_back(tmp_path: Path, undisturb
     last, receipts = run(small_study(tmp_path / "home"), FakeGrid(three_sites()))
     assert [receipt.round for receipt in receipts] == [3, 4]
     assert same(last.state(), undisturbed)
+
+
+def test_a_diverged_round_is_not_committed(tmp_path: Path, monkeypatch) -> None:
+    """And says so by an error of its own: the sites are all there."""
+    study = small_study(tmp_path / "home")
+    monkeypatch.setattr(QuadraticProbe, "margin", lambda *_: math.nan)
+    with pytest.raises(DivergedError, match=r"round 1.*smaller learning_rate"):
+        run(study, FakeGrid(three_sites()))
+    assert [checkpoint.round for checkpoint in study.store.chain()] == [0]
 
 
 def test_a_late_joiner_is_waited_for_and_asked(tmp_path: Path) -> None:

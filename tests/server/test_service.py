@@ -1,6 +1,7 @@
-"""The coordinator's program on a disk that is full for a while."""
+"""The coordinator's program goes on: with a full disk, a plan that fails, files that vanish."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from flwr.serverapp import Grid
 
 from crafts_core.plan import Plan
 from crafts_server import service as module
-from crafts_server.errors import AggregationError, StorageError
+from crafts_server.errors import AggregationError, DivergedError, StorageError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki
 from crafts_server.service import Service, queue_plan, queued_plans
@@ -64,3 +65,47 @@ def test_the_audit_log_is_waited_for_while_the_disk_is_full(service, monkeypatch
     assert not train(service, monkeypatch, short)
     timers[0].join()
     assert service._audit.verify()[-1].event == "round without a result"
+
+
+def test_a_plan_that_diverged_is_not_tried_again(service, monkeypatch) -> None:
+    def diverge() -> None:
+        raise DivergedError("round 1: the alignment margin is nan")
+
+    assert train(service, monkeypatch, diverge)
+    assert queued_plans(service._home) == []
+    assert [entry.event for entry in service._audit.verify()][-1] == "plan failed"
+
+
+def test_a_plan_that_fails_while_it_is_stopped_ends_nothing(service, monkeypatch) -> None:
+    def fail() -> None:
+        (entry,) = queued_plans(service._home)
+        entry.unlink()
+        raise DivergedError("round 1: the alignment margin is nan")
+
+    assert train(service, monkeypatch, fail)
+
+
+def test_a_plan_that_leaves_while_the_queue_is_read_is_not_missed(service) -> None:
+    """As a link that leads nowhere does: it is listed, and is not there."""
+    (service._home.path / "queue" / "gone").symlink_to("nowhere")
+    assert len(queued_plans(service._home)) == 1
+
+
+def test_sites_are_looked_after_whatever_happened(service, monkeypatch) -> None:
+    """Revocation closes the fleet path by this thread."""
+    looks = []
+
+    def fail_first(_sites: object) -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            raise KeyError("unforeseen")
+
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(service.superlink, "admit_only", fail_first)
+    service._looking.start()
+    deadline = time.monotonic() + 10
+    while len(looks) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    service._over.set()
+    service._looking.join()
+    assert len(looks) >= 3
