@@ -74,7 +74,7 @@ class AuditLog:
                 "facts": facts,
                 "previous": newest.hash if newest else _START,
             }
-            append_line(self._path, json.dumps(values | {"hash": _hashed(values)}))
+            append_line(self._path, json.dumps(values | {"hash": _hashed(values)}), mode=0o600)
 
     def verify(self) -> list[Entry]:
         """Every entry, oldest first.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click.core import ParameterSource
 
 from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
 from crafts_server.audit_log import Event
@@ -45,12 +46,17 @@ DEFAULT_HOME = Path("coordinator")
 
 @app.command()
 def init(
+    context: typer.Context,
     home: Home = DEFAULT_HOME,
     foundation: Annotated[
         str, typer.Option(help="'embedded', or a foundation directory.")
     ] = "embedded",
     registry: Annotated[
-        str, typer.Option(help="'sqlite', or a SQLAlchemy database URL.")
+        str,
+        typer.Option(
+            envvar="CRAFTS_REGISTRY",
+            help="'sqlite', or a SQLAlchemy database URL; with a password, by the variable.",
+        ),
     ] = "sqlite",
     host: Annotated[
         list[str] | None,
@@ -68,6 +74,14 @@ def init(
         made = CoordinatorHome.create(home, config)
         made.registry().close()
         public_key = made.public_key
+    if context.get_parameter_source("registry") == ParameterSource.COMMANDLINE and _has_password(
+        registry
+    ):
+        typer.echo(
+            "crafts-server: a password on the command line is seen by others on this machine; "
+            "change it, and give the URL by CRAFTS_REGISTRY",
+            err=True,
+        )
     _print(
         {"home": str(home), "public_key": public_key},
         f"Coordinator home {home}. Sites trust it by adding this key to allowed_signers:\n"
@@ -87,6 +101,12 @@ def _checked_config(foundation: str, registry: str, hosts: list[str]) -> "HomeCo
         return HomeConfig(foundation=foundation, registry=registry, hosts=tuple(hosts))
     except ValidationError as error:
         raise HomeError(describe_first_error(error)) from error
+
+
+def _has_password(registry: str) -> bool:
+    from sqlalchemy import make_url
+
+    return registry != "sqlite" and make_url(registry).password is not None
 
 
 @sites_app.command("invite")

@@ -1,5 +1,7 @@
 """The coordinator's home: one directory with everything that must survive a restart.
 
+Only its owner may enter it or read a file in it: the configuration may hold a password.
+
 ::
 
     coordinator.toml   where the foundation and the registry are
@@ -46,8 +48,8 @@ class HomeConfig(BaseModel):
 
     foundation: Annotated[str, Field(min_length=1)] = EMBEDDED
     """``embedded``, or a foundation directory (absolute, or relative to the home)."""
-    registry: Annotated[str, Field(min_length=1)] = SQLITE
-    """``sqlite`` for registry.db in the home, or a SQLAlchemy URL."""
+    registry: Annotated[str, Field(min_length=1, repr=False)] = SQLITE
+    """``sqlite`` for registry.db in the home, or a SQLAlchemy URL, which may hold a password."""
     hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")], ...] = ("localhost",)
     """Names and addresses under which sites reach the coordinator; the first is told to them."""
     listen: str = "0.0.0.0"  # noqa: S104  # what is reachable there is enrolment, registrar, fleet
@@ -74,15 +76,18 @@ class CoordinatorHome:
             HomeError: the place cannot be written.
         """
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (path / _CONFIG).exists():
                 values = config.model_dump(mode="json")
                 lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
-                write_file(path / _CONFIG, "".join(lines))
+                write_file(path / _CONFIG, "".join(lines), mode=0o600)
             if not (path / _KEY).exists():
                 create_signing_key(path / _KEY)
             home = cls.open(path)
+            home.close_to_others()
             Pki.create(home.pki.folder, home.config.hosts)
+            # Made here, it belongs to whoever serves, also where another user queues the plans.
+            (path / "queue").mkdir(exist_ok=True)
         except OSError as error:
             raise HomeError(f"cannot create {path}: {error.strerror or error}") from error
         return home
@@ -105,6 +110,18 @@ class CoordinatorHome:
             raise HomeError(f"{path / _CONFIG}: {describe_first_error(error)}") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise HomeError(f"cannot read {path / _CONFIG}: {error}") from error
+
+    def close_to_others(self) -> None:
+        """Take back what a copy, or an older version, let others on this machine read.
+
+        Raises:
+            OSError: it belongs to somebody else.
+        """
+        files = [path for path in self.path.iterdir() if path.is_file() and not path.is_symlink()]
+        for path in (self.path, *files):
+            mode = path.stat().st_mode & 0o777
+            if mode & 0o077:
+                path.chmod(mode & 0o700)
 
     @property
     def foundation_path(self) -> Path:
@@ -130,7 +147,10 @@ class CoordinatorHome:
     def registry(self) -> Registry:
         """Open the registry; the caller closes it."""
         if self.config.registry == SQLITE:
-            return Registry(f"sqlite:///{self.path / 'registry.db'}")
+            path = self.path / "registry.db"
+            if not path.exists():
+                path.touch(mode=0o600)
+            return Registry(f"sqlite:///{path}")
         return Registry(self.config.registry)
 
     def checkpoints(self, run_id: str) -> CheckpointStore:

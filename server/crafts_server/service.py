@@ -52,6 +52,7 @@ class Service:
         """Open everything; nothing listens yet."""
         self._home = home
         config = home.config
+        home.close_to_others()
         self._registry = home.registry()
         self._enrolments = Enrolments(self._registry)
         self.superlink = SuperLink(

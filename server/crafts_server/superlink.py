@@ -76,6 +76,8 @@ class SuperLink:
             host: Address to bind.
             port: 0 takes a free one.
         """
+        if not database.exists():
+            database.touch(mode=0o600)
         config = SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,

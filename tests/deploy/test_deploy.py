@@ -45,6 +45,18 @@ def test_every_command_of_the_compose_file_exists() -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
+def test_the_registrys_password_is_on_no_command_line() -> None:
+    """It comes by the variable that ``init`` reads."""
+    init = typer.main.get_command(server_app).commands["init"]
+    variables = {option.envvar for option in init.params if getattr(option, "envvar", None)}
+    assert "CRAFTS_REGISTRY" in variables
+    service = COMPOSE["services"]["coordinator-init"]
+    assert "POSTGRES_PASSWORD" in service["environment"]["CRAFTS_REGISTRY"]
+    chart = (DEPLOY / "helm/crafts-server/templates/statefulset.yaml").read_text()
+    assert "- name: CRAFTS_REGISTRY" in chart
+    assert not any("--registry" in word for word in (chart, *service["command"]))
+
+
 def test_the_compose_file_opens_three_ports_and_grafana_on_loopback() -> None:
     published = [p for s in COMPOSE["services"].values() for p in s.get("ports", [])]
     assert {int(port.split(":")[0]) for port in published if port.count(":") == 1} == PORTS

@@ -1,0 +1,85 @@
+"""What other users of the coordinator's machine may read: nothing."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crafts_core.plan import Plan
+from crafts_server.cli import app
+from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.service import Service, queue_plan
+from support.sites import plan_values
+
+SECRET = "postgresql+nosuchdriver://crafts:hunter2@localhost/crafts"
+
+
+@pytest.fixture(autouse=True)
+def _a_usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation) -> CoordinatorHome:
+    config = HomeConfig(foundation=str(foundation.path))
+    return CoordinatorHome.create(tmp_path / "coordinator", config)
+
+
+def open_to_others(home: CoordinatorHome) -> set[str]:
+    files = {path for path in home.path.iterdir() if path.is_file()}
+    return {path.name for path in files | {home.path} if path.stat().st_mode & 0o077}
+
+
+def test_nobody_else_reads_a_home_that_is_used(home, foundation) -> None:
+    queue_plan(home, Plan.parse(plan_values(foundation.manifest.hash)))
+    Service(home)._registry.close()
+    made = {path.name for path in home.path.iterdir()}
+    assert made >= {"coordinator.toml", "registry.db", "superlink.db", "audit.jsonl", "signing.key"}
+    assert open_to_others(home) == set()
+
+
+def test_files_are_closed_from_their_first_byte_on(home, foundation) -> None:
+    """Before anything closes what is there."""
+    queue_plan(home, Plan.parse(plan_values(foundation.manifest.hash)))
+    assert open_to_others(home) == set()
+
+
+def test_a_home_of_an_older_version_is_closed_by_serve(home) -> None:
+    home.registry().close()
+    for path in (home.path, home.path / "coordinator.toml", home.path / "registry.db"):
+        path.chmod(path.stat().st_mode | 0o055)
+    assert open_to_others(home) == {"coordinator.toml", "registry.db", "coordinator"}
+    Service(home)._registry.close()
+    assert open_to_others(home) == set()
+
+
+def test_the_password_of_the_registry_is_not_shown(tmp_path: Path) -> None:
+    assert "hunter2" not in repr(HomeConfig(registry=SECRET))
+
+
+@pytest.mark.parametrize("by", ["variable", "option"])
+def test_the_registry_is_named_by_a_variable(tmp_path: Path, by: str) -> None:
+    """And by an option, which says what is wrong with that."""
+    where, url = ["init", "--home", str(tmp_path / "home")], f"sqlite:///{tmp_path / 'other.db'}"
+    if by == "variable":
+        done = CliRunner().invoke(app, where, env={"CRAFTS_REGISTRY": url})
+    else:
+        done = CliRunner().invoke(app, [*where, "--registry", url])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert CoordinatorHome.open(tmp_path / "home").config.registry == url
+
+
+def test_a_password_on_the_command_line_is_warned_of(tmp_path: Path, postgres) -> None:
+    where, url = ["init", "--home", str(tmp_path / "home")], postgres.new_database()
+    url = url.replace("postgres:@", "postgres:hunter2@")
+    assert "hunter2" in url
+    done = CliRunner().invoke(app, [*where, "--registry", url])
+    assert done.exit_code == 0
+    assert "give the URL by CRAFTS_REGISTRY" in done.stderr
+    assert "hunter2" not in done.output
+    quiet = CliRunner().invoke(app, where, env={"CRAFTS_REGISTRY": url})
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
