@@ -129,8 +129,15 @@ def plan_approve(
         elif refused:
             raise EnrolmentError(f"not approved: {'; '.join(refused)}")
         else:
-            site.approvals.approve(plan)
+            site.approvals.approve(plan, runs_so_far=_runs_so_far(site, plan))
     typer.echo(f"{plan.study.name} is {'not approved any more' if take_back else 'approved'}")
+
+
+def _runs_so_far(site: SiteHome, plan: "Plan") -> int:
+    from crafts_privacy.ledger import Ledger
+
+    entries = Ledger(site.ledger_path).entries() if site.ledger_path.exists() else ()
+    return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
 
 
 def _offered_plan(site: SiteHome, plan_hash: str) -> "tuple[Plan, list[str]]":

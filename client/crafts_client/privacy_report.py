@@ -180,11 +180,10 @@ def _finite(value: float) -> float | None:
 
 
 def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ...]:
-    """What each run was charged: reserved and not abandoned."""
-    abandoned = {entry.reservation for entry in entries if entry.kind is EntryKind.ABANDONED}
+    """What each run was charged."""
     charged: dict[tuple[str, str], list[LedgerEntry]] = {}
     for entry in entries:
-        if entry.kind is EntryKind.RESERVED and entry.sequence not in abandoned:
+        if entry.kind is EntryKind.RESERVED:
             charged.setdefault((entry.run_id, entry.plan_hash), []).append(entry)
     return tuple(
         RunSpending(

@@ -25,7 +25,7 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.messages import RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
-from crafts_client.policy import PolicyError, check_not_replayed, check_request
+from crafts_client.policy import PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import open_signed_plan
 from crafts_client.speed import Speed
@@ -44,7 +44,7 @@ from crafts_core.plan import AdapterConfig, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
-from crafts_privacy.ledger import EntryKind, Ledger, Reservation
+from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, PlanLimit, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
 
@@ -114,6 +114,8 @@ class Site:
         if sealed is not None:
             self._commit_sealed(sealed)
             return sealed
+        runs = {entry.run_id for entry in self._entries_of(plan.hash)}
+        check_run(request, runs, self._home.approvals.runs_of(plan.hash))
         check_not_replayed(request, self._last_released_round(request))
         return self._train(plan, planned.stage, message)
 
@@ -134,7 +136,7 @@ class Site:
             stage_start=self._stage_start(message, stage, state),
             withdrawn=self._register.withdrawn,
         )
-        reservation = self._reserve(request, task)
+        reservation = self._reserve(plan, request, task)
         try:
             delta = _as_wire(self._train_everywhere(trainer, plan.adapter, task), plan)
             update_norm = global_norm(delta)
@@ -168,9 +170,16 @@ class Site:
             self._workers.close()
         self._workers = self._trainer = None
 
-    def _reserve(self, request: RoundRequest, task: TrainingTask) -> Reservation:
-        """Charge the round against the cohort's lifetime, over all studies."""
-        policy = self._home.policy
+    def _reserve(self, plan: Plan, request: RoundRequest, task: TrainingTask) -> Reservation:
+        """Charge the round against the plan's target and the cohort's lifetime over all studies."""
+        policy, privacy = self._home.policy, plan.privacy
+        unlimited = float("inf")
+        # Steps without noise have no finite epsilon; the policy has allowed them by name.
+        if privacy.target_epsilon is None or privacy.delta is None:
+            lifetime, limit = unlimited, PlanLimit(max_epsilon=unlimited, delta=policy.max_delta)
+        else:
+            lifetime = policy.max_epsilon
+            limit = PlanLimit(max_epsilon=privacy.target_epsilon, delta=privacy.delta)
         return self._ledger.reserve(
             cohort=self._home.config.cohort,
             plan_hash=request.plan_hash,
@@ -178,9 +187,9 @@ class Site:
             round=request.round,
             stage=task.stage.name,
             event=task.charged,
-            # Steps without noise have no finite epsilon; the policy has allowed them by name.
-            max_epsilon=policy.max_epsilon if task.mechanism.private else float("inf"),
+            max_epsilon=lifetime,
             delta=policy.max_delta,
+            plan_limit=limit,
         )
 
     def _commit_sealed(self, sealed: Release) -> None:
@@ -202,11 +211,13 @@ class Site:
         """0 if this run released nothing yet."""
         rounds = (
             entry.round
-            for entry in self._ledger.entries()
-            if entry.kind is EntryKind.COMMITTED
-            and (entry.plan_hash, entry.run_id) == (request.plan_hash, request.run_id)
+            for entry in self._entries_of(request.plan_hash)
+            if entry.kind is EntryKind.COMMITTED and entry.run_id == request.run_id
         )
         return max(rounds, default=0)
+
+    def _entries_of(self, plan_hash: str) -> list[LedgerEntry]:
+        return [entry for entry in self._ledger.entries() if entry.plan_hash == plan_hash]
 
     def _trainer_for(self, config: AdapterConfig) -> Trainer:
         """The warm trainer, or a new one where the adapter is another."""

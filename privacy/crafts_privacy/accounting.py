@@ -84,7 +84,17 @@ def epsilon(
         ValueError: ``delta`` is not in (0, 1).
     """
     _check_delta(delta)
-    merged = merge(events)
+    return _epsilon(merge(events), delta, discretization, neighboring_relation)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(
+    merged: tuple[PrivacyEvent, ...],
+    delta: float,
+    discretization: float,
+    neighboring_relation: NeighboringRelation,
+) -> float:
+    """Tenths of a second; a ledger asks for a plan and for a life that may be the same."""
     if not merged:
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged):

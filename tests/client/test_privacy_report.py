@@ -14,7 +14,7 @@ from crafts_client.site import Site
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.ledger import Ledger, LedgerTamperedError
+from crafts_privacy.ledger import Ledger, LedgerTamperedError, PlanLimit
 from support.sites import make_site_home
 
 
@@ -121,6 +121,7 @@ def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
         event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1),
         max_epsilon=math.inf,
         delta=1e-3,
+        plan_limit=PlanLimit(max_epsilon=math.inf, delta=1e-3),
     )
 
     report = privacy_report(trained)
