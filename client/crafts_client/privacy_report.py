@@ -10,7 +10,7 @@ signed.
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_client.home import SiteHome
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
+from crafts_client.site_ledger import existing_ledger
 from crafts_core import __version__
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
-from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry
+from crafts_privacy.ledger import EntryKind, LedgerEntry
 
 FALSE_POSITIVE_RATE = 0.01
 _LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
@@ -114,11 +115,12 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         LedgerError: another process holds the ledger.
     """
     cohort, delta = site.config.cohort, site.policy.max_delta
-    ledger = Ledger(site.ledger_path) if site.ledger_path.exists() else None
+    ledger = existing_ledger(site)
     all_entries = () if ledger is None else ledger.entries()
     entries = [entry for entry in all_entries if entry.cohort == cohort]
     events = () if ledger is None else ledger.events(cohort)
-    transmissions = _transmissions(entries, Outbox(site.outbox_path).records())
+    records = Outbox(site.outbox_path).records()
+    transmissions = _transmissions(entries, records)
     lifetime = _spending(events, delta)
     audit = _record(site.audit_path)
     versions = _versions()
@@ -138,8 +140,9 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         audit=audit,
         leakage=_record(site.leakage_path),
         versions=versions,
-        unsubstantiated=tuple(
-            _unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions)
+        unsubstantiated=(
+            *_unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions),
+            *_uncommitted(all_entries, records),
         ),
     )
 
@@ -222,6 +225,23 @@ def _transmissions(
             )
         )
     return tuple(found)
+
+
+def _uncommitted(
+    entries: Sequence[LedgerEntry], records: dict[str, ReleaseRecord]
+) -> Iterator[str]:
+    """What was sealed and, by the ledger, may still leave, or has left and the ledger forgot it.
+
+    A release whose payment was committed to another never left: one entry pays for one.
+    """
+    committed = [entry for entry in entries if entry.kind is EntryKind.COMMITTED]
+    hashes, closed = {e.detail for e in committed}, {e.reservation for e in committed}
+    waiting = [r for r in records.values() if r.hash not in hashes and r.reservation not in closed]
+    if waiting:
+        yield (
+            f"transmissions: {len(waiting)} sealed updates are not committed in the ledger; start "
+            "crafts-client join, which commits what a crash left"
+        )
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import open_signed_plan
+from crafts_client.site_ledger import open_ledger
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core.adapters import State
@@ -44,7 +45,7 @@ from crafts_core.plan import AdapterConfig, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
-from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, PlanLimit, Reservation
+from crafts_privacy.ledger import EntryKind, LedgerEntry, PlanLimit, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
 
@@ -73,8 +74,9 @@ class Site:
         self._home = home
         self._foundation = foundation
         self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
-        self._ledger = Ledger(home.ledger_path)
+        self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
+        self._settle()
         store = TileStore.open(home.tile_store_path)
         if store.cohort != home.config.cohort:
             raise HomeError(
@@ -146,7 +148,7 @@ class Site:
             raise
         reply = self._reply(request, stage, mechanism, delta, update_norm)
         source = type(self._randomness.noise).__name__
-        release = self._outbox.seal(request, reply, delta, reservation.sequence, noise=source)
+        release = self._outbox.seal(request, reply, delta, reservation, noise=source)
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
@@ -198,14 +200,23 @@ class Site:
         Raises:
             LedgerError: the reservation released something else: the file is not sent.
         """
-        entries = self._ledger.entries()
-        if not 1 <= sealed.reservation <= len(entries):
+        sequence, entry_hash = sealed.payment
+        paid = self._ledger.entries()[sequence - 1 : sequence]
+        if not paid or paid[0].hash != entry_hash:
             raise OutboxError("a sealed release names a reservation that the ledger lacks")
-        reservation = Reservation.of(entries[sealed.reservation - 1])
-        reply = sealed.reply
+        reservation, reply = Reservation.of(paid[0]), sealed.reply
         if reservation.key[1:] != (reply.plan_hash, reply.run_id, reply.round):
             raise OutboxError("a sealed release names the reservation of another round")
+        self._outbox.remember(sealed)
         self._ledger.commit(reservation, sealed.hash)
+
+    def _settle(self) -> None:
+        """Commit what a crash left sealed, so that the ledger names all that may leave."""
+        waiting = {held.sequence: held for held in self._ledger.open_reservations()}
+        for record in reversed(self._outbox.records().values()):  # the newest of each
+            reservation = waiting.pop(record.reservation, None)
+            if reservation is not None:
+                self._ledger.commit(reservation, record.hash)
 
     def _last_released_round(self, request: RoundRequest) -> int:
         """0 if this run released nothing yet."""

@@ -51,6 +51,7 @@ class Reservation:
     """Permission to train one round. ``sequence`` is its entry in the ledger."""
 
     sequence: int
+    entry_hash: str
     cohort: str
     plan_hash: str
     run_id: str
@@ -73,6 +74,7 @@ class Reservation:
     def of(cls, entry: LedgerEntry) -> "Reservation":
         return cls(
             sequence=entry.sequence,
+            entry_hash=entry.hash,
             cohort=entry.cohort,
             plan_hash=entry.plan_hash,
             run_id=entry.run_id,
@@ -132,7 +134,8 @@ class Ledger:
                 this, passes the plan's limit; nothing is recorded.
         """
         reservation = Reservation(
-            sequence=0,
+            sequence=0,  # until it is written
+            entry_hash="",
             cohort=cohort,
             plan_hash=plan_hash,
             run_id=run_id,
@@ -157,7 +160,7 @@ class Ledger:
                 return held
             reservation = replace(reservation, sequence=len(transaction.entries) + 1)
             transaction.append(_entry(reservation, EntryKind.RESERVED, ""))
-            return reservation
+            return Reservation.of(transaction.entries[-1])
 
     def commit(self, reservation: Reservation, release_hash: str) -> None:
         """Record that the result with this SHA-256 may now leave. Again with the same is fine.
