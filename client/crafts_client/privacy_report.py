@@ -25,13 +25,11 @@ from crafts_client.site_ledger import existing_ledger
 from crafts_core import __version__
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
-from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
+from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent, SecondOpinion
 from crafts_privacy.ledger import EntryKind, LedgerEntry
 
 FALSE_POSITIVE_RATE = 0.01
 _LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
-_OPINIONS_AGREE = 0.02
-"""Opacus' bound may lie this far below ours, as a share; more means that one of them is wrong."""
 
 
 class _Record(BaseModel):
@@ -182,6 +180,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
 def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ...]:
     """What each run was charged."""
     charged: dict[tuple[str, str], list[LedgerEntry]] = {}
@@ -274,10 +276,11 @@ def _unsubstantiated(
             f"lifetime budget: epsilon {lifetime.epsilon:.3f} is spent, the policy allows "
             f"{epsilon_allowed:g}"
         )
-    if lifetime.epsilon is not None and lifetime.epsilon_second_opinion is not None:
-        lowest = lifetime.epsilon * (1 - _OPINIONS_AGREE)
-        if lifetime.epsilon_second_opinion < lowest:
-            found.append("accounting: the two accountants disagree; ask the developers")
+    opinion = SecondOpinion(
+        _or_infinity(lifetime.epsilon_second_opinion), lifetime.second_accountant
+    )
+    if not opinion.agrees_with(_or_infinity(lifetime.epsilon)):
+        found.append("accounting: the two accountants disagree; ask the developers")
     unknown = sum(1 for sent in transmissions if sent.num_bytes is None)
     if unknown:
         found.append(f"transmissions: the outbox has no record of {unknown} committed updates")

@@ -132,6 +132,15 @@ def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
     assert any("without noise" in line for line in report.unsubstantiated)
 
 
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_accountants_that_disagree_are_named(trained, monkeypatch, factor: float) -> None:
+    """An accountant of record that is off by a tenth, too high or too low."""
+    right = accounting.epsilon
+    monkeypatch.setattr(accounting, "epsilon", lambda *a, **k: factor * right(*a, **k))
+
+    assert any("accountants disagree" in line for line in privacy_report(trained).unsubstantiated)
+
+
 def test_more_than_the_policy_allows_is_named(trained) -> None:
     policy = (trained.path / "policy.toml").read_text()
     (trained.path / "policy.toml").write_text(
