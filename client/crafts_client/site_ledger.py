@@ -11,6 +11,7 @@ from crafts_client.outbox import Outbox
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.ledger_rows import RESTORE
+from crafts_privacy.witness import head_path
 
 
 def existing_ledger(home: SiteHome) -> Ledger | None:
@@ -21,8 +22,8 @@ def existing_ledger(home: SiteHome) -> Ledger | None:
         LedgerError: another process holds it.
         OutboxError: a sealed release cannot be read.
     """
-    head_path = home.ledger_path.with_name(home.ledger_path.name + ".head")
-    if home.ledger_path.exists() or head_path.exists() or Outbox(home.outbox_path).payments():
+    known = home.ledger_path.exists() or head_path(home.ledger_path).exists()
+    if known or Outbox(home.outbox_path).payments():
         return open_ledger(home)
     return None
 
