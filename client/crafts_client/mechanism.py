@@ -8,8 +8,6 @@ round that cost twice leaves the plan's last one refused. What the cohort spent 
 does not weaken or strengthen this noise: the ledger holds it against the site's lifetime budget.
 """
 
-from functools import lru_cache
-
 from crafts_core.plan import Plan
 from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.patient_sgd import Mechanism
@@ -35,19 +33,14 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
             stability=stability,
         )
     return Mechanism(
-        noise_multiplier=_calibrated(
-            privacy.target_epsilon, privacy.delta, privacy.sample_rate, plan.total_steps
+        noise_multiplier=calibrate_noise_multiplier(
+            target_epsilon=privacy.target_epsilon,
+            delta=privacy.delta,
+            sample_rate=privacy.sample_rate,
+            steps=plan.total_steps,
         ),
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=privacy.sample_rate,
         expected_patients=expected_patients,
         stability=stability,
-    )
-
-
-@lru_cache(maxsize=64)
-def _calibrated(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Seconds of accounting for a number that never changes."""
-    return calibrate_noise_multiplier(
-        target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps
     )

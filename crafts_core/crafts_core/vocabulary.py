@@ -7,7 +7,7 @@ scanner never enter a caption: they belong to a laboratory, not to a tissue.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -40,6 +40,9 @@ PATTERN_PHRASES: dict[GrowthPattern, str] = {
     "alveoli": "thin walls around air spaces",
 }
 GROWTH_PATTERNS: tuple[GrowthPattern, ...] = tuple(PATTERN_PHRASES)
+GRADES: tuple[Grade, ...] = get_args(Grade)
+STROMA_AMOUNTS: tuple[Stroma, ...] = get_args(Stroma)
+FEATURES: tuple[Feature, ...] = get_args(Feature)
 
 
 class VocabularyError(CraftsError):
@@ -54,6 +57,19 @@ class TissueAttributes:
     nuclear_grade: Grade
     stroma: Stroma
     features: tuple[Feature, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialAttributes:
+    """What a person noted of a tissue. A caption says nothing of what is None."""
+
+    growth_pattern: GrowthPattern | None = None
+    nuclear_grade: Grade | None = None
+    stroma: Stroma | None = None
+    features: tuple[Feature, ...] = ()
+
+
+SomeAttributes = TissueAttributes | PartialAttributes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,18 +208,16 @@ def sample_attributes(
     patterns = list(look.patterns)
     weights = np.array(list(look.patterns.values()))
     pattern = patterns[rng.choice(len(patterns), p=weights / weights.sum())]
-    grades: tuple[Grade, ...] = ("low", "intermediate", "high")
-    amounts: tuple[Stroma, ...] = ("scant", "moderate", "abundant")
     return TissueAttributes(
         growth_pattern=pattern,
-        nuclear_grade=grades[rng.choice(3, p=look.grades)],
-        stroma=amounts[rng.choice(3, p=look.stroma)],
+        nuclear_grade=GRADES[rng.choice(3, p=look.grades)],
+        stroma=STROMA_AMOUNTS[rng.choice(3, p=look.stroma)],
         features=tuple(feature for feature, p in look.features.items() if rng.random() < p),
     )
 
 
 def compose_caption(
-    cancer: CancerType | None, attributes: TissueAttributes | None, *, organ: str | None = None
+    cancer: CancerType | None, attributes: SomeAttributes | None, *, organ: str | None = None
 ) -> str:
     """The caption of a tile, by a fixed grammar.
 
@@ -215,15 +229,18 @@ def compose_caption(
     else:
         parts = ["H&E", cancer.name, cancer.organ]
     if attributes is not None:
-        parts.append(PATTERN_PHRASES[attributes.growth_pattern])
-        parts.append(f"{attributes.nuclear_grade} grade nuclei")
-        parts.append(f"{attributes.stroma} stroma")
+        if attributes.growth_pattern is not None:
+            parts.append(PATTERN_PHRASES[attributes.growth_pattern])
+        if attributes.nuclear_grade is not None:
+            parts.append(f"{attributes.nuclear_grade} grade nuclei")
+        if attributes.stroma is not None:
+            parts.append(f"{attributes.stroma} stroma")
         parts.extend(attributes.features)
     return ", ".join(parts)
 
 
-def label_caption(label: str) -> str:
-    """The caption of a bare label: TCGA code, plain name, ``normal <organ>``, or LC25000 class.
+def label_caption(label: str, attributes: SomeAttributes | None = None) -> str:
+    """The caption of a label: TCGA code, plain name, ``normal <organ>``, or LC25000 class.
 
     Raises:
         VocabularyError: the label is none of these; says what is known.
@@ -231,9 +248,9 @@ def label_caption(label: str) -> str:
     known = _DATASET_LABELS.get(label.strip().lower(), label.strip())
     organ = known.lower().removeprefix("normal ")
     if organ != known.lower() and organ in _NORMAL_LOOKS:
-        return compose_caption(None, None, organ=organ)
+        return compose_caption(None, attributes, organ=organ)
     named = [cancer for cancer in CANCER_TYPES if cancer.name == known.lower()]
-    return compose_caption(named[0] if named else cancer_type(known), None)
+    return compose_caption(named[0] if named else cancer_type(known), attributes)
 
 
 def label_code(label: str) -> str | None:

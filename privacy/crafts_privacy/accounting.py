@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import dp_accounting
 import numpy as np
-from dp_accounting import pld
+from dp_accounting.pld import privacy_loss_distribution as pld
 
 from crafts_privacy.errors import CalibrationError
 
@@ -100,23 +100,14 @@ def epsilon(
         ValueError: ``delta`` is not in (0, 1).
     """
     _check_delta(delta)
-    return _epsilon(merge(events), delta, discretization, neighboring_relation)
-
-
-@lru_cache(maxsize=256)
-def _epsilon(
-    merged: tuple[PrivacyEvent, ...],
-    delta: float,
-    discretization: float,
-    neighboring_relation: NeighboringRelation,
-) -> float:
-    """Tenths of a second; a ledger asks for a plan and for a life that may be the same."""
+    merged = merge(events)
     if not merged:
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
     discretization = max(discretization, _FINEST_RELATIVE * _rough_epsilon(merged, delta))
-    return float(_composed(merged, discretization, neighboring_relation).get_epsilon(delta))
+    composed = _composed(merged, discretization, neighboring_relation)
+    return float(composed.get_epsilon_for_delta(delta))
 
 
 def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: float) -> float:
@@ -138,9 +129,9 @@ def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: 
         return 1.0
     largest = max(1.0, 2 * _rough_epsilon(merged, 1e-6))
     relation = NeighboringRelation.ADD_OR_REMOVE_ONE
-    accountant = _composed(merged, max(COARSE, _FINEST_RELATIVE * largest), relation)
+    composed = _composed(merged, max(COARSE, _FINEST_RELATIVE * largest), relation)
     epsilons = np.linspace(0.0, largest, 400)
-    deltas = np.array([accountant.get_delta(value) for value in epsilons])
+    deltas = np.asarray(composed.get_delta_for_epsilon(epsilons))
     by_positive = np.exp(epsilons) * false_positive_rate + deltas
     by_negative = 1 - np.exp(-epsilons) * (1 - false_positive_rate - deltas)
     return float(min(1.0, by_positive.min(), by_negative.min()))
@@ -203,7 +194,18 @@ def calibrate_noise_multiplier(
         raise ValueError(f"expected finite target_epsilon > 0, got {target_epsilon}")
     if steps < 1:
         raise ValueError(f"expected steps >= 1, got {steps}")
+    return _calibrated(target_epsilon, delta, sample_rate, steps, merge(spent))
 
+
+@lru_cache(maxsize=64)
+def _calibrated(
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    spent: tuple[PrivacyEvent, ...],
+) -> float:
+    """Seconds of work; every round of a plan asks for the same."""
     coarse = max(COARSE, 1e-4 * target_epsilon)
 
     def fits(noise_multiplier: float, discretization: float) -> bool:
@@ -293,20 +295,32 @@ def _composed(
     merged: Sequence[PrivacyEvent],
     discretization: float,
     neighboring_relation: NeighboringRelation,
-) -> pld.PLDAccountant:
-    accountant = pld.PLDAccountant(
-        dp_accounting.NeighboringRelation[neighboring_relation.name], discretization
-    )
+) -> pld.PrivacyLossDistribution:
+    """What dp-accounting's ``PLDAccountant`` composes, to the last bit."""
+    composed = pld.identity(value_discretization_interval=discretization)
     for event in merged:
-        accountant.compose(_dp_event(event), event.steps)
-    return accountant
+        noise_multiplier, sample_rate = event.noise_multiplier, event.sample_rate
+        if sample_rate == 1.0:  # closed form, no sampling
+            noise_multiplier /= math.sqrt(event.steps)
+        step = _one_step(noise_multiplier, sample_rate, discretization, neighboring_relation)
+        composed = composed.compose(step if sample_rate == 1.0 else step.self_compose(event.steps))
+    return composed
 
 
-def _dp_event(event: PrivacyEvent) -> dp_accounting.DpEvent:
-    gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-    if event.sample_rate == 1.0:
-        return gaussian  # closed form, no sampling
-    return dp_accounting.PoissonSampledDpEvent(event.sample_rate, gaussian)
+@lru_cache(maxsize=16)
+def _one_step(
+    noise_multiplier: float,
+    sample_rate: float,
+    discretization: float,
+    neighboring_relation: NeighboringRelation,
+) -> pld.PrivacyLossDistribution:
+    """Nearly all the work, and the same in every round of a study."""
+    return pld.from_gaussian_mechanism(
+        standard_deviation=noise_multiplier,
+        value_discretization_interval=discretization,
+        sampling_prob=sample_rate,
+        neighboring_relation=dp_accounting.NeighboringRelation[neighboring_relation.name],
+    )
 
 
 def _rough_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:

@@ -118,7 +118,7 @@ def test_tile_that_the_edge_cuts_off_is_not_copied(tmp_path: Path) -> None:
         assert _copier(path, slide).copy(384, 0) is not None
 
 
-@pytest.mark.parametrize("num_bytes", [0, 1, 10, 2**31 - 1])
+@pytest.mark.parametrize("num_bytes", [0, 1, 10, 2 * 10**8])
 def test_impossible_byte_count_is_no_copy(path: Path, num_bytes: int) -> None:
     _set_tag(path, "TileByteCounts", 27, num_bytes)
     with Slide.open(path) as slide:

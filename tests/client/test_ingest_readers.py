@@ -265,6 +265,26 @@ def test_tag_that_claims_more_than_the_file_is_refused(tmp_path: Path) -> None:
         Slide.open(path)
 
 
+@pytest.mark.parametrize(
+    "tag, value", [("TileWidth", 2**31 - 16), ("TileLength", 0), ("ImageWidth", 2**32 - 1)]
+)
+def test_tiles_that_openslide_would_die_of_are_refused(
+    tmp_path: Path, tag: str, value: int
+) -> None:
+    """OpenSlide ends the process when there is no room for a tile as large as a header claims."""
+    path = write_tiled_tiff(tmp_path / "s.tif", tissue_image())
+    _set_tag_values(path, tag, {0: value})
+    with pytest.raises(SlideError, match="header is damaged"):
+        Slide.open(path)
+
+
+def test_byte_count_that_openslide_would_die_of_is_refused(tmp_path: Path) -> None:
+    path = write_tiled_tiff(tmp_path / "s.tif", tissue_image(256))
+    _set_tag_values(path, "TileByteCounts", {3: 3 * 10**9})
+    with pytest.raises(SlideError, match="header is damaged"):
+        Slide.open(path)
+
+
 def test_compressed_picture_larger_than_its_tile_is_not_decoded(tmp_path: Path) -> None:
     path = write_tiffslide_only(tmp_path / "s.tif", tissue_image())
     with tifffile.TiffFile(path) as file:

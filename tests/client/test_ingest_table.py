@@ -11,7 +11,10 @@ from crafts_client.ingest import (
     read_table,
     write_template,
 )
+from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.errors import MAX_LINES
+from crafts_client.ingest.identifiers import Kind
+from crafts_client.ingest.scrub import scrub
 from support.slides import write_table, write_tissue_slide
 
 
@@ -88,6 +91,12 @@ def test_every_fault_is_told_at_once(folder: Path) -> None:
         assert fault in told
 
 
+@pytest.mark.parametrize("mpp", ["0.049", "20.1", "96", "2500"])
+def test_scale_of_no_microscope_is_a_fault(folder: Path, mpp: str) -> None:
+    table = write_table(folder / "t.csv", "file,patient,label,mpp", [f"a.svs,p1,COAD,{mpp}"])
+    assert f"mpp {mpp} cannot be right: microns per pixel, from 0.05 to 20" in problems_of(table)[0]
+
+
 @pytest.mark.parametrize("mpp", ["0", "-1", "nan", "inf"])
 def test_scale_that_is_no_scale_is_a_fault(folder: Path, mpp: str) -> None:
     table = write_table(folder / "t.csv", "file,patient,label,mpp", [f"a.svs,p1,COAD,{mpp}"])
@@ -151,13 +160,17 @@ def test_a_template_lists_the_slides_and_nothing_else(tmp_path: Path) -> None:
     table = tmp_path / "slides.csv"
     write_template(table, find_slides(tmp_path))
     header, *lines = table.read_text().splitlines()
-    assert lines == ["a.tiff,,,,,", "deep/b.tiff,,,,,"]
+    empty = "," * header.count(",")
+    assert lines == [f"a.tiff{empty}", f"deep/b.tiff{empty}"]
     assert set(problems_of(table)) == {
         f"slides.csv line {number}: {problem}"
         for number in (2, 3)
         for problem in ("no patient", "neither a caption nor a label")
     }
-    filled = [lines[0].replace(",,,,,", ",p1,,COAD,,"), lines[1].replace(",,,,,", ",p2,,LUAD,,")]
+    filled = [
+        line.replace(",,,", f",{who},,COAD", 1)
+        for line, who in zip(lines, ("p1", "p2"), strict=True)
+    ]
     table.write_text("\n".join([header, *filled]) + "\n")
     assert [row.patient for row in read_table(table)] == ["p1", "p2"]
 
@@ -172,3 +185,172 @@ def test_a_template_writes_over_nothing_and_wants_slides(tmp_path: Path) -> None
         write_template(table, find_slides(tmp_path))
     with pytest.raises(IngestError, match="cannot write"):
         write_template(tmp_path / "no" / "t.csv", find_slides(tmp_path))
+
+
+ATTRIBUTES = "growth_pattern,nuclear_grade,stroma,features"
+
+
+@pytest.mark.parametrize(
+    ("cells", "caption"),
+    [
+        (
+            "glands,high,abundant,necrosis; goblet cells",
+            "glands with lumina, high grade nuclei, abundant stroma, goblet cells, necrosis",
+        ),
+        ("Glands,,,necrosis|Necrosis | goblet_cells", "glands with lumina, goblet cells, necrosis"),
+        (",LOW,,", "low grade nuclei"),
+        (",,scant,", "scant stroma"),
+    ],
+)  # fmt: skip
+def test_label_and_attributes_compose_the_caption(folder: Path, cells: str, caption: str) -> None:
+    header = f"file,patient,label,{ATTRIBUTES}"
+    rows = [f"a.svs,p1,COAD,{cells}", f"b.svs,p2,normal colon,{cells}"]
+    cancer, normal = read_table(write_table(folder / "t.csv", header, rows))
+    assert cancer.caption == f"H&E, colon adenocarcinoma, colon, {caption}"
+    assert normal.caption == f"H&E, normal colon, {caption}"
+    assert (cancer.scrubbed, cancer.notes) == (None, ())
+
+
+def test_unknown_attributes_are_told_with_what_is_allowed(folder: Path) -> None:
+    header = f"file,patient,label,{ATTRIBUTES}"
+    rows = ["a.svs,p1,COAD,blobs,worst,none,necrosis;frogs;", "b.svs,p2,COAD,,,,"]
+    told = problems_of(write_table(folder / "t.csv", header, rows))
+    assert [problem.split(":")[0] for problem in told] == [
+        "t.csv line 2",
+        "t.csv line 2",
+        "t.csv line 2",
+        "t.csv line 2",
+    ]
+    assert "features 'frogs' is none of: clear cytoplasm, " in told[0]
+    assert "growth_pattern 'blobs' is none of: glands, crypts, " in told[1]
+    assert "nuclear_grade 'worst' is none of: low, intermediate, high" in told[2]
+    assert "stroma 'none' is none of: scant, moderate, abundant" in told[3]
+
+
+def test_attributes_without_a_label_are_no_caption(folder: Path) -> None:
+    table = write_table(folder / "t.csv", "file,patient,label,stroma", ["a.svs,p1,,scant"])
+    assert "neither a caption nor a label" in problems_of(table)[0]
+
+
+def test_caption_comes_scrubbed_of_identifiers_and_own_names(folder: Path) -> None:
+    row = 'a.svs,Kowalczyk,PX-77,COAD,"Colon of KOWALCZYK, case px77, signed by Dr. Wyss, 3 cm"'
+    (read,) = read_table(write_table(folder / "t.csv", "file,patient,case,label,caption", [row]))
+    assert read.caption == "Colon of, case, 3 cm"
+    assert read.scrubbed is not None
+    assert read.scrubbed.found == {Kind.NAME: 1, Kind.KNOWN: 2}
+    assert scrub(read.caption).text == read.caption
+
+
+def test_caption_of_nothing_but_names_is_a_fault(folder: Path) -> None:
+    table = write_table(folder / "t.csv", "file,patient,caption", ["a.svs,p1,Dr. Wyss 12/03/2021"])
+    assert "nothing is left of its text" in problems_of(table)[0]
+
+
+def test_report_is_a_caption_cut_at_a_sentence(folder: Path) -> None:
+    report = "Seen by Dr. Wyss. " + "Glands of the colon with necrosis. " * 40
+    table = write_table(folder / "t.csv", "file,patient,report", [f"a.svs,p1,{report}"])
+    (row,) = read_table(table)
+    assert row.caption == ("Glands of the colon with necrosis. " * 28).strip()
+    assert row.notes == ("its report has 1399 characters; the first 979 are its caption",)
+    assert row.scrubbed is not None
+    assert row.scrubbed.found == {Kind.NAME: 1}
+
+
+def test_report_of_one_endless_sentence_is_cut_at_a_word(folder: Path) -> None:
+    rows = [f"a.svs,p1,{'glands ' * 200}", f"b.svs,p2,{'g' * 1200}"]
+    words, letters = read_table(write_table(folder / "t.csv", "file,patient,report", rows))
+    assert words.caption == ("glands " * 143).strip()
+    assert letters.caption == "g" * 1000
+
+
+def test_what_is_not_used_is_noted(folder: Path) -> None:
+    header = "file,patient,label,stroma,caption,report"
+    table = write_table(folder / "t.csv", header, ["a.svs,p1,COAD,scant,glands,much longer"])
+    (row,) = read_table(table)
+    assert row.caption == "glands"
+    assert row.notes == (
+        "its report is not used: it has a caption",
+        "its attributes are not used: it has a text of its own",
+    )
+
+
+def test_free_label_is_scrubbed_and_a_known_one_is_not(folder: Path) -> None:
+    rows = ["a.svs,p1,COAD,glands", "b.svs,p2,tumor of Dr. Wyss,glands"]
+    known, free = read_table(write_table(folder / "t.csv", "file,patient,label,caption", rows))
+    assert (known.label, known.scrubbed_label) == ("COAD", None)
+    assert free.label == "tumor of"
+    assert free.scrubbed_label is not None
+
+
+def test_folder_is_a_slide_but_not_with_its_parts(folder: Path) -> None:
+    (folder / "series").mkdir()
+    (folder / "series" / "1.dcm").touch()
+    header = "file,patient,label"
+    table = write_table(folder / "t.csv", header, ["series,p1,COAD"])
+    assert read_table(table)[0].path == folder / "series"
+    table = write_table(folder / "t.csv", header, ["series/1.dcm,p1,COAD", "series,p1,COAD"])
+    assert "line 2: file series/1.dcm lies inside series" in problems_of(table)[0]
+    table = write_table(folder / "t.csv", header, [".,p1,COAD"])
+    assert "file . is the folder of all slides" in problems_of(table)[0]
+
+
+def test_one_slide_under_two_names_is_found(folder: Path) -> None:
+    (folder / "link.svs").symlink_to(folder / "a.svs")
+    (folder / "B.svs").touch()
+    rows = ["a.svs,p1,COAD", "link.svs,p2,COAD", "b.svs,p3,COAD", "B.svs,p3,COAD"]
+    told = problems_of(write_table(folder / "t.csv", "file,patient,label", rows))
+    assert told == (
+        "t.csv line 3: file link.svs is listed before, on line 2, for another patient",
+        "t.csv line 5: file B.svs differs only in capitals from b.svs on line 4; if they are two, "
+        "rename one",
+    )
+
+
+def test_one_patient_under_two_names_is_found(folder: Path) -> None:
+    rows = ["a.svs,P 1,c1,COAD", "b.svs,p  1,c1,COAD"]
+    (told,) = problems_of(write_table(folder / "t.csv", "file,patient,case,label", rows))
+    assert told.startswith("t.csv line 3: patient p  1 is written P 1 on line 2; ")
+
+
+def test_a_case_belongs_to_one_patient(folder: Path) -> None:
+    rows = ["a.svs,p1,c1,COAD", "b.svs,p2,c1,COAD"]
+    (told,) = problems_of(write_table(folder / "t.csv", "file,patient,case,label", rows))
+    assert told == "t.csv line 3: case c1 belongs to patient p1 on line 2, and to p2 here"
+
+
+def test_a_patient_belongs_to_one_cohort(folder: Path) -> None:
+    rows = ["a.svs,p1,x,COAD", "b.svs,p1,y,COAD"]
+    (told,) = problems_of(write_table(folder / "t.csv", "file,patient,cohort,label", rows))
+    assert told.startswith("t.csv line 3: patient p1 is in cohort y here and in x on line 2; ")
+
+
+def test_a_table_holds_the_sites_cohort_only(folder: Path) -> None:
+    rows = ["a.svs,p1,x,COAD", "b.svs,p2,y,COAD"]
+    table = write_table(folder / "t.csv", "file,patient,cohort,label", rows)
+    assert problems_of(table) == (
+        "t.csv line 3: belongs to cohort y, but line 2 to x; one table for each cohort",
+    )
+    with pytest.raises(IngestError) as caught:
+        read_table(table, cohort="x")
+    assert caught.value.problems == (
+        "t.csv line 3: belongs to cohort y; ingest it in that cohort's home",
+    )
+    table = write_table(folder / "t.csv", "file,patient,cohort,label", [rows[0], "b.svs,p2,,COAD"])
+    assert len(read_table(table, cohort="x")) == len(read_table(table)) == 2
+
+
+def test_report_of_captions_tells_what_went_and_what_to_look_at(folder: Path) -> None:
+    rows = [
+        "a.svs,p1,tumor of Dr. Wyss,glands of Kowalczyk on 12/03/2021",
+        "b.svs,p2,COAD,plain glands",
+    ]
+    table = write_table(folder / "t.csv", "file,patient,label,caption", rows)
+    (note,) = caption_report(read_table(table))
+    assert note.model_dump(mode="json") == {
+        "line": 2,
+        "found": {"date": 1, "name": 1},
+        "marked": "glands of Kowalczyk [date]",
+        "marked_label": "tumor of [name]",
+        "look_at": ["Kowalczyk"],
+        "notes": [],
+    }

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -15,7 +17,7 @@ from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.ledger import Ledger, LedgerTamperedError, PlanLimit
-from support.sites import make_site_home
+from support.sites import Coordinator, make_site_home
 
 
 def run(*arguments: object):
@@ -27,19 +29,31 @@ def home(tmp_path, foundation, coordinator) -> SiteHome:
     return make_site_home(tmp_path / "site", foundation, coordinator.public_key)
 
 
-@pytest.fixture
-def trained(home, foundation, coordinator) -> SiteHome:
+@pytest.fixture(scope="module")
+def one_round(tmp_path_factory: pytest.TempPathFactory, foundation) -> Path:
+    """A home that has answered one round. It stays as it is; tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    coordinator = Coordinator(folder, foundation)
+    home = make_site_home(folder / "site", foundation, coordinator.public_key)
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
-    return home
+    return home.path
 
 
-def audited(home: SiteHome, **changes: object) -> None:
+@pytest.fixture
+def trained(one_round: Path, tmp_path: Path) -> SiteHome:
+    shutil.copytree(one_round, tmp_path / "site")
+    return SiteHome.open(tmp_path / "site")
+
+
+@pytest.fixture(scope="module")
+def audit_record(tmp_path_factory: pytest.TempPathFactory, one_round: Path) -> dict:
     """A record as `crafts-client audit` leaves it."""
-    done = run("audit", "--home", home.path)
+    path = tmp_path_factory.mktemp("audited") / "site"
+    shutil.copytree(one_round, path)
+    done = run("audit", "--home", path)
     assert done.exit_code == 0, done.output
-    record = json.loads(home.audit_path.read_text()) | changes
-    write_file(home.audit_path, json.dumps(record))
+    return json.loads(SiteHome.open(path).audit_path.read_text())
 
 
 def test_a_round_is_reported_as_the_ledger_and_the_accountants_have_it(trained) -> None:
@@ -59,8 +73,10 @@ def test_a_round_is_reported_as_the_ledger_and_the_accountants_have_it(trained) 
 
 
 @pytest.mark.slow
-def test_the_command_writes_both_files_and_exits_zero_once_audited(trained, tmp_path) -> None:
-    audited(trained)
+def test_the_command_writes_both_files_and_exits_zero_once_audited(
+    trained, audit_record, tmp_path
+) -> None:
+    write_file(trained.audit_path, json.dumps(audit_record))
 
     done = run("report", "--home", trained.path, "--out", tmp_path / "out")
 
@@ -86,8 +102,10 @@ def test_an_engine_that_was_never_audited_is_not_claimed(trained, tmp_path) -> N
 @pytest.mark.parametrize(
     ("changes", "reason"), [({"passed": False}, "failed"), ({"version": "0"}, "another version")]
 )
-def test_an_audit_that_failed_or_is_old_carries_nothing(trained, changes, reason) -> None:
-    audited(trained, **changes)
+def test_an_audit_that_failed_or_is_old_carries_nothing(
+    trained, audit_record, changes, reason
+) -> None:
+    write_file(trained.audit_path, json.dumps(audit_record | changes))
 
     (line,) = privacy_report(trained).unsubstantiated
 

@@ -7,6 +7,7 @@ many libraries in it, would not be safe.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -63,7 +64,10 @@ class Study:
 
 
 def study_plan(foundation: Foundation) -> Plan:
+    """As little training as there can be: what is killed is everything around it."""
     values = plan_values(foundation.manifest.hash)
+    values["adapter"] |= {"targets": ["to_q"]}  # type: ignore[operator]
+    values["privacy"] |= {"tiles_per_patient": 1, "draws_per_tile": 1}  # type: ignore[operator]
     values["stage"] = [
         {"name": "pretraining", "rounds": 2000, "local_steps": 1, "learning_rate": 0.01}
     ]
@@ -177,6 +181,7 @@ def drive(folder: Path, kills: int, seed: int, broken: bool) -> dict[str, Any]:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     mechanism_of(study.plan, declared_patients=PATIENTS)  # once for all forks
+    gc.freeze()  # a collection in a fork would copy every page of the libraries
     generator = random.Random(seed)
     done: int = 0
     found: list[str] = []
@@ -202,7 +207,7 @@ def driven(folder: Path, *options: str) -> dict[str, Any]:
         env=os.environ | {"PYTHONPATH": roots, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
@@ -222,7 +227,7 @@ def test_no_kill_leaves_the_ledger_below_what_was_released(tmp_path: Path, kills
 
 def test_a_site_that_releases_before_it_charges_is_caught(tmp_path: Path) -> None:
     """Control: the outside witness does see an under-counting site."""
-    result = driven(tmp_path, "--kills", "15", "--seed", "1", "--broken")
+    result = driven(tmp_path, "--kills", "5", "--seed", "1", "--broken")
     assert any("without a charge" in violation for violation in result["violations"])
 
 

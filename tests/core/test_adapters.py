@@ -241,19 +241,19 @@ def test_influence_is_the_mean_square_of_the_jacobian(foundation: Foundation) ->
     weight = unet.conv_out.weight
     exact = torch.zeros(2)
     num_draws = 40
-    for _ in range(num_draws):
-        noise = torch.randn(tile.shape, generator=generator)
-        timestep = torch.randint(1000, (1,), generator=generator)
-        noisy = schedule.noisy(tile, noise, timestep)
-        with torch.no_grad():
-            base = unet(noisy, timestep, text).sample
-            for row in range(2):
-                for output in range(len(weight)):
-                    before = weight.clone()
-                    weight[output] += rows["conv_out"][row].reshape(weight[output].shape)
-                    moved = unet(noisy, timestep, text).sample - base
-                    exact[row] += moved.square().mean() / len(weight) / num_draws
-                    weight.copy_(before)
+    noise = torch.randn(num_draws, *tile.shape[1:], generator=generator)
+    timesteps = torch.randint(1000, (num_draws,), generator=generator)
+    noisy = schedule.noisy(tile.expand_as(noise), noise, timesteps)
+    texts = text.expand(num_draws, -1, -1)
+    with torch.no_grad():
+        base = unet(noisy, timesteps, texts).sample
+        for row in range(2):
+            for output in range(len(weight)):
+                before = weight.clone()
+                weight[output] += rows["conv_out"][row].reshape(weight[output].shape)
+                moved = unet(noisy, timesteps, texts).sample - base
+                exact[row] += moved.square().mean() / len(weight)
+                weight.copy_(before)
     torch.testing.assert_close(estimated, exact, rtol=0.25, atol=0)
 
 

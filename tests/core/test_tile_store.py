@@ -98,6 +98,13 @@ def test_shards_are_plain_tars_that_say_nothing_but_ids(path: Path) -> None:
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
 
 
+@pytest.mark.parametrize(("name", "size"), [("a.jpg", 0), ("b" * 90, 8**11 - 1), ("c.jpg", 513)])
+def test_headers_are_what_the_library_writes(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert writer_module._tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
 def test_patient_who_comes_back_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="follow each other"):
         write_tiles(tmp_path / "s", [record(row, patient) for row, patient in enumerate("aba")])

@@ -1,6 +1,7 @@
 """The public words: 30 types, exact captions, a prompt bank that never changes by accident."""
 
 import hashlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from crafts_core.vocabulary import (
     CANCER_TYPES,
     NORMAL_ORGANS,
     PATTERN_PHRASES,
+    PartialAttributes,
     VocabularyError,
+    cancer_type,
     compose_caption,
     corpus,
     label_caption,
@@ -96,3 +99,26 @@ def test_the_corpus_holds_every_word_a_caption_can_hold() -> None:
         for organ in NORMAL_ORGANS
     ]
     assert {word for text in captions for word in text.replace(",", " ").split()} <= words
+
+
+def test_a_caption_says_only_what_was_noted() -> None:
+    colon = cancer_type("COAD")
+    noted = PartialAttributes(stroma="scant", features=("necrosis",))
+    assert (
+        compose_caption(colon, noted) == "H&E, colon adenocarcinoma, colon, scant stroma, necrosis"
+    )
+    assert compose_caption(colon, PartialAttributes()) == compose_caption(colon, None)
+
+
+def test_a_label_is_composed_with_its_attributes() -> None:
+    noted = PartialAttributes(growth_pattern="crypts")
+    assert label_caption("normal colon", noted) == "H&E, normal colon, regular crypts"
+    assert label_caption("lung_aca", noted) == "H&E, lung adenocarcinoma, lung, regular crypts"
+
+
+def test_all_attributes_are_composed_as_by_the_grammar_of_prompts() -> None:
+    rng = np.random.default_rng(1)
+    for cancer in CANCER_TYPES:
+        drawn = sample_attributes(rng, cancer)
+        same = PartialAttributes(**asdict(drawn))
+        assert compose_caption(cancer, same) == compose_caption(cancer, drawn)

@@ -69,7 +69,7 @@ def test_epsilon_equals_dp_accounting_for_the_same_events() -> None:
     for one in events:
         gaussian = dp_accounting.GaussianDpEvent(one.noise_multiplier)
         theirs.compose(dp_accounting.PoissonSampledDpEvent(one.sample_rate, gaussian), one.steps)
-    assert epsilon(events, 1e-4) == pytest.approx(theirs.get_epsilon(1e-4), abs=1e-9)
+    assert epsilon(events, 1e-4) == theirs.get_epsilon(1e-4)
 
 
 @pytest.mark.parametrize(("noise_multiplier", "steps"), [(1.0, 1), (5.0, 10), (2.0, 30)])

@@ -5,11 +5,8 @@ Also the contract test of the private parts of Flower that both sides use.
 
 import io
 import json
-import os
 import sqlite3
 import ssl
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -25,11 +22,15 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supernode.fleet_http_connection import http_request_response
 from sqlalchemy.exc import OperationalError
+from typer import Typer
+from typer.testing import CliRunner
 
+from crafts_client.cli import app as crafts_client
 from crafts_client.home import SiteHome
 from crafts_core import bundle
 from crafts_core.plan import Plan
 from crafts_privacy.ledger import Ledger
+from crafts_server.cli import app as crafts_server
 from crafts_server.errors import ServerError
 from crafts_server.home import CoordinatorHome
 from crafts_server.pki import Pki
@@ -66,17 +67,17 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
         programs.start_coordinator()
         ports = config.fleet_port, config.enrolment_port, config.registrar_port
         assert listening(programs.pid("coordinator")) == {*ports, config.metrics_port}
-        run("crafts_server", "plan", "sign", file, *server)
+        run(crafts_server, "plan", "sign", file, *server)
         for name, site in sites.items():
-            invited = run("crafts_server", "sites", "invite", name, "--json", *server)
+            invited = run(crafts_server, "sites", "invite", name, "--json", *server)
             words = json.loads(invited)["command"].split()[1:]
-            run("crafts_client", *words, *at(site))
-            checked = json.loads(run("crafts_client", "doctor", "--json", *at(site)))
+            run(crafts_client, *words, *at(site))
+            checked = json.loads(run(crafts_client, "doctor", "--json", *at(site)))
             assert {each["subject"] for each in checked} >= {"fleet", "clock", "registrar"}
             assert {each["verdict"] for each in checked} == {"ok"}
-            run("crafts_client", "plan", "approve", plan.hash[:12], *at(site))
+            run(crafts_client, "plan", "approve", plan.hash[:12], *at(site))
             programs.start_site(name)
-        run("crafts_server", "train", file, *server)
+        run(crafts_server, "train", file, *server)
 
         def rounds() -> int:
             return len(programs.chain(plan)) - 1
@@ -93,13 +94,13 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
         for name, site in sites.items():
             events = Ledger(site.ledger_path).events("main")
             assert len(events) == plan.num_rounds, f"{name} was charged once for each round"
-            told = json.loads(run("crafts_client", "status", "--json", *at(site)))
+            told = json.loads(run(crafts_client, "status", "--json", *at(site)))
             assert (told["running"], told["rounds_answered"]) == (True, plan.num_rounds)
         port = home.config.metrics_port
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read()
         assert b"crafts_sites_online 2.0" in metrics
-        run("crafts_client", "leave", *at(sites["south"]))
-        listed = json.loads(run("crafts_server", "sites", "list", "--json", *server))["sites"]
+        run(crafts_client, "leave", *at(sites["south"]))
+        listed = json.loads(run(crafts_server, "sites", "list", "--json", *server))["sites"]
         assert [site["revoked_at"] is None for site in listed] == [True, False]
     events = [entry.event for entry in home.audit_log.verify()]
     assert events.count("round committed") == plan.num_rounds
@@ -133,17 +134,10 @@ def listening(pid: int) -> set[int]:
     }
 
 
-def run(module: str, *words: object) -> str:
-    """A command, as a person types it."""
-    start = f"from {module}.cli import app; app()"
-    done = subprocess.run(
-        [sys.executable, "-c", start, *map(str, words)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def run(program: Typer, *words: object) -> str:
+    """A command beside the running programs."""
+    done = CliRunner().invoke(program, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
@@ -239,8 +233,11 @@ def connected(server: SuperLink) -> Iterator[tuple]:
     server.admit("north", public.decode())
     authority = Path(server._server.config.ssl_certfile).with_name("ca.crt").read_bytes()
     address, keys = f"localhost:{server.port}", (key, key.public_key())
-    with http_request_response(address, False, authority, keys) as calls:
-        yield calls
+    connection = http_request_response(address, False, authority, keys)
+    try:
+        yield connection.__enter__()
+    finally:
+        connection.__exit__(None, None, None)  # by itself it would swallow what a test raises
 
 
 def asked(grid: Grid, node_id: int) -> str:
@@ -284,7 +281,8 @@ def test_a_reply_that_was_not_handed_out_is_there_the_next_time(link, monkeypatc
         push_object(grid.run.run_id, session, reply.object_id, reply.deflate())
 
         def busy(message_ins_ids: set[str]) -> None:
-            raise OperationalError("DELETE", {}, sqlite3.OperationalError("database is locked"))
+            if message_ins_ids:
+                raise OperationalError("DELETE", {}, sqlite3.OperationalError("database is locked"))
 
         with monkeypatch.context() as patch:
             patch.setattr(server.state, "delete_messages", busy)

@@ -8,12 +8,13 @@ nothing that is read from a file, be it the name of a field, is repeated.
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers import jpeg_stream
-from crafts_client.ingest.readers.dicom_files import instances
+from crafts_client.ingest.readers.dicom_files import WsiDicomFile
 from crafts_client.ingest.readers.jpeg_stream import JpegError
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.seam import foreign
@@ -122,16 +123,16 @@ def audit_source(path: Path, slide: Slide) -> tuple[str, ...]:
 def _looks(path: Path, slide: Slide) -> Iterator[Callable[[], set[str]]]:
     """What is to be looked at; each may fail by itself."""
     source = slide.source
+    if isinstance(source, WsiDicomFile):
+        yield from (partial(_dicom_kinds, file) for file in source.files)
+        return
     if isinstance(source, OpenSlideFile):
         yield lambda: _picture_kinds(source.associated_images())
         yield lambda: _named_kinds(source.property_names())
-    if slide.reader == "wsidicom":
-        for file in instances(path):
-            yield lambda file=file: _dicom_kinds(file)  # type: ignore[misc]
-    elif is_tiff(path):
-        yield lambda: _tiff_kinds(path)
+    if is_tiff(path):
+        yield partial(_tiff_kinds, path)
     elif slide.reader == "image":
-        yield lambda: _image_kinds(path)
+        yield partial(_image_kinds, path)
 
 
 def _picture_kinds(names: Iterable[str]) -> set[str]:

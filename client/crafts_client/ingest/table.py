@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError
-from crafts_core.vocabulary import VocabularyError, label_caption
-
-MAX_CAPTION_CHARACTERS = 1000
+from crafts_client.ingest.known_names import identifying_names
+from crafts_client.ingest.row_captions import read_caption
+from crafts_client.ingest.scrub import Scrubbed
+from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
+from crafts_client.ingest.table_checks import problems_between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,12 @@ class TableColumns:
     label: tuple[str, ...] = ("label", "cancer_type", "class")
     caption: tuple[str, ...] = ("caption",)
     mpp: tuple[str, ...] = ("mpp",)
+    growth_pattern: tuple[str, ...] = ("growth_pattern",)
+    nuclear_grade: tuple[str, ...] = ("nuclear_grade",)
+    stroma: tuple[str, ...] = ("stroma",)
+    features: tuple[str, ...] = ("features",)
+    report: tuple[str, ...] = ("report", "report_text")
+    cohort: tuple[str, ...] = ("cohort",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,23 +44,36 @@ class TableRow:
     name: str
     """The file as the table has it: what its id is made from."""
     path: Path
+    """A file, or the folder of a DICOM series."""
     patient: str
     case: str
     label: str
+    """A word of the vocabulary, or scrubbed free text."""
     caption: str
+    """Scrubbed, or composed from the vocabulary."""
     mpp: float | None
     """Overrides what the file says about its scale, in microns per level-0 pixel."""
+    scrubbed: Scrubbed | None = None
+    """What scrubbing did to the caption; None for a composed one."""
+    scrubbed_label: Scrubbed | None = None
+    notes: tuple[str, ...] = ()
+    """What the operator should know of the row although it is not wrong."""
 
 
 def read_table(
-    path: Path, *, root: Path | None = None, columns: TableColumns | None = None
+    path: Path,
+    *,
+    root: Path | None = None,
+    columns: TableColumns | None = None,
+    cohort: str | None = None,
 ) -> tuple[TableRow, ...]:
-    """Read and check a table.
+    """Read and check a table; captions come scrubbed.
 
     Args:
         path: ``.csv`` (comma, semicolon or tab) or ``.tsv``.
         root: What relative file names are relative to; the table's own folder if absent.
         columns: Column names, where they differ from the known ones.
+        cohort: The site's own; a row that names another is wrong. None: a table may name any one.
 
     Raises:
         IngestError: with one line for everything that is wrong.
@@ -61,20 +82,21 @@ def read_table(
     found = _find_columns(path, header, columns or TableColumns())
     base = path.parent if root is None else root
     rows: list[TableRow] = []
-    problems: list[str] = []
-    first_line: dict[Path, int] = {}
+    cohorts: dict[int, str] = {}
+    problems: list[tuple[int, str]] = []
     for number, cells in lines:
-        values = {key: cells[place].strip() for key, place in found.items() if place < len(cells)}
-        row, wrong = _read_row(number, values, base)
         if len(cells) != len(header):
-            wrong = [f"expected {len(header)} cells, got {len(cells)}"]
-        elif row.path in first_line:
-            wrong.append(f"file {row.name} is listed before, on line {first_line[row.path]}")
-        first_line.setdefault(row.path, number)
-        problems += [f"{path.name} line {number}: {problem}" for problem in wrong]
+            problems.append((number, f"expected {len(header)} cells, got {len(cells)}"))
+            continue
+        values = {key: cells[place].strip() for key, place in found.items()}
+        row, wrong = _read_row(number, values, base)
+        problems += [(number, problem) for problem in wrong]
         rows.append(row)
+        cohorts[number] = values.get("cohort", "")
+    problems += problems_between(rows, cohorts, cohort=cohort)
     if problems:
-        raise IngestError(*problems)
+        ordered = sorted(problems, key=lambda problem: problem[0])
+        raise IngestError(*(f"{path.name} line {line}: {problem}" for line, problem in ordered))
     if not rows:
         raise IngestError(f"{path} has a header but no rows")
     return tuple(rows)
@@ -147,9 +169,9 @@ def _find_columns(path: Path, header: Sequence[str], columns: TableColumns) -> d
         )
         if key not in found
     ]
-    if "caption" not in found and "label" not in found:
+    if not found.keys() & {"caption", "label", "report"}:
         wanted = " or ".join((*columns.caption, *columns.label))
-        problems.append(f"{path.name}: no column {wanted} (what is shown)")
+        problems.append(f"{path.name}: no column {wanted} (what is shown; a report will do)")
     if problems:
         raise IngestError(*problems)
     return found
@@ -157,17 +179,14 @@ def _find_columns(path: Path, header: Sequence[str], columns: TableColumns) -> d
 
 def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[TableRow, list[str]]:
     """The row as far as it can be read, and what is wrong with it."""
-    problems: list[str] = []
-    name, patient = values.get("file", ""), values.get("patient", "")
+    name, patient, case = (values.get(key, "") for key in ("file", "patient", "case"))
     path = (base / name).resolve()
-    if not name:
-        problems.append("no file")
-    elif not path.is_file():
-        problems.append(f"file {name} does not exist below {base}")
+    problem = _file_problem(name, path, base)
+    problems = [problem] if problem else []
     if not patient:
         problems.append("no patient")
-    caption, problem = _caption(values.get("caption", ""), values.get("label", ""))
-    problems += [problem] if problem else []
+    shown = read_caption(values, identifying_names(patient=patient, case=case, file=name))
+    problems += shown.problems
     mpp, problem = _mpp(values.get("mpp", ""))
     problems += [problem] if problem else []
     row = TableRow(
@@ -175,26 +194,25 @@ def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[Table
         name=name,
         path=path,
         patient=patient,
-        case=values.get("case", ""),
-        label=values.get("label", ""),
-        caption=caption,
+        case=case,
+        label=shown.label,
+        caption=shown.caption,
         mpp=mpp,
+        scrubbed=shown.scrubbed,
+        scrubbed_label=shown.scrubbed_label,
+        notes=tuple(shown.notes),
     )
     return row, problems
 
 
-def _caption(caption: str, label: str) -> tuple[str, str | None]:
-    """The row's own caption, else the one its label stands for; and what is wrong."""
-    if caption:
-        if len(caption) > MAX_CAPTION_CHARACTERS:
-            return "", f"caption is longer than {MAX_CAPTION_CHARACTERS} characters"
-        return " ".join(caption.split()), None
-    if not label:
-        return "", "neither a caption nor a label"
-    try:
-        return label_caption(label), None
-    except VocabularyError as error:
-        return "", f"{error} (or give a caption)"
+def _file_problem(name: str, path: Path, base: Path) -> str | None:
+    if not name:
+        return "no file"
+    if not (path.is_file() or path.is_dir()):
+        return f"file {name} does not exist below {base}"
+    if base.resolve().is_relative_to(path):
+        return f"file {name} is the folder of all slides, not a slide"
+    return None
 
 
 def _mpp(text: str) -> tuple[float | None, str | None]:
@@ -206,4 +224,8 @@ def _mpp(text: str) -> tuple[float | None, str | None]:
         return None, f"mpp {text!r} is not a number"
     if not (math.isfinite(mpp) and mpp > 0):
         return None, f"mpp must be above zero, got {text}"
+    if not MIN_MPP <= mpp <= MAX_MPP:
+        return None, (
+            f"mpp {text} cannot be right: microns per pixel, from {MIN_MPP:g} to {MAX_MPP:g}"
+        )
     return mpp, None

@@ -28,6 +28,7 @@ MANIFEST_NAME = "store.json"
 SHARDS = "shards"
 SHARD_BYTES = 256 * 2**20
 _TAR_BLOCK = 512
+_BUFFER_BYTES = 2**20
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -86,7 +87,8 @@ class ShardWriter:
         Raises:
             TileStoreError: the first ``keep_bytes`` are not what was written.
         """
-        self._file: BinaryIO = path.open("r+b" if path.exists() else "x+b")
+        mode = "r+b" if path.exists() else "x+b"
+        self._file: BinaryIO = path.open(mode, buffering=_BUFFER_BYTES)  # type: ignore[assignment]
         self._digest = hashlib.sha256()
         self.num_bytes = keep_bytes
         left = keep_bytes
@@ -113,10 +115,9 @@ class ShardWriter:
 
     def append(self, name: str, data: bytes) -> int:
         """Add a member and return the byte offset of its data."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
         offset = self.num_bytes + _TAR_BLOCK
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _TAR_BLOCK))
+        for piece in (_tar_header(name, len(data)), data, bytes(-len(data) % _TAR_BLOCK)):
+            self._write(piece)
         return offset
 
     def flush(self) -> None:
@@ -285,6 +286,24 @@ class TileStoreWriter:
             self._shards[f"{len(self._shards):06d}"] = self._shard.finish()
             self._shard.__exit__()
             self._shard = None
+
+
+def _tar_header(name: str, num_bytes: int) -> bytes:
+    """What ``tarfile`` writes for a member of this name and size, in a tenth of the time."""
+    start, end = _HEADER
+    size = b"%011o\0" % num_bytes
+    fields = name.encode().ljust(100, b"\0") + start + size + end
+    checksum = b"%06o\0 " % (sum(fields) + 8 * ord(" "))
+    return fields[:148] + checksum + fields[148:]
+
+
+def _split_header() -> tuple[bytes, bytes]:
+    """A header without name, size and checksum, from the library that knows the format."""
+    whole = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+    return whole[100:124], whole[136:148] + whole[156:]
+
+
+_HEADER = _split_header()
 
 
 def shard_path(name: str) -> str:

@@ -23,6 +23,7 @@ from crafts_client.ingest.readers.seam import (
     pyramid,
 )
 
+CACHE_BYTES = 16 * 2**20
 _PREAMBLE_BYTES = 128
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _REFUSED = "not a DICOM slide that can be read, or its header is damaged"
@@ -36,11 +37,18 @@ class WsiDicomFile:
     has_plain_tiles: bool = False
 
     def __init__(self, path: Path) -> None:
-        files = instances(path)
+        self.files = instances(path)
         with foreign(_REFUSED), ExitStack() as opened:
             import wsidicom
 
-            self._slide: Any = opened.enter_context(wsidicom.WsiDicom.open(files))
+            settings = wsidicom.Settings(
+                strict_tile_size_check=False,  # or a level with tiles of its own is left out
+                decoded_frame_cache_size=CACHE_BYTES,
+                encoded_frame_cache_size=CACHE_BYTES,
+            )
+            self._slide: Any = opened.enter_context(
+                wsidicom.WsiDicom.open(self.files, settings=settings)
+            )
             if len(self._slide.pyramids) != 1:
                 raise SlideError(f"its series holds {len(self._slide.pyramids)} pictures, not one")
             self._pyramid: Any = list(self._slide.pyramids[0])
@@ -84,7 +92,11 @@ def slide_series(folder: Path) -> dict[str, list[Path]]:
     """The files of each series in a folder that holds a slide's picture, in order of name."""
     files: dict[str, list[Path]] = defaultdict(list)
     with_picture: set[str] = set()
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:  # a folder that may not be read has nothing for us
+        return {}
+    for path in paths:
         if path.is_file() and is_dicom(path) and (header := _slide_header(path)) is not None:
             series, is_picture = header
             files[series].append(path)

@@ -8,7 +8,11 @@ from crafts_client.ingest.readers.image_files import ImageFile
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.seam import Reader
 from crafts_client.ingest.readers.tiff_files import TiffSlideFile
-from crafts_client.ingest.readers.tiff_header import is_tiff
+from crafts_client.ingest.readers.tiff_header import (
+    check_tiff_header,
+    is_beyond_classic,
+    is_tiff,
+)
 
 
 def open_reader(path: Path) -> Reader:
@@ -19,6 +23,8 @@ def open_reader(path: Path) -> Reader:
     """
     if path.is_dir() or is_dicom(path):
         return WsiDicomFile(path)
+    if is_tiff(path) and not is_beyond_classic(path):
+        check_tiff_header(path)
     if OpenSlideFile.reads(path):
         try:
             return OpenSlideFile(path)

@@ -1,0 +1,130 @@
+"""What a row of the site's table shows: its own words, scrubbed, or words of the public grammar."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from crafts_client.ingest.scrub import Scrubbed, scrub
+from crafts_core.vocabulary import (
+    FEATURES,
+    GRADES,
+    GROWTH_PATTERNS,
+    STROMA_AMOUNTS,
+    PartialAttributes,
+    VocabularyError,
+    label_caption,
+)
+
+MAX_CAPTION_CHARACTERS = 1000
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s)")
+_SEPARATORS = re.compile(r"[;|]")
+_Word = TypeVar("_Word", bound=str)
+
+
+@dataclass(slots=True)
+class RowCaption:
+    """The caption and label of one row, as far as they can be read, and what is wrong with them."""
+
+    caption: str = ""
+    scrubbed: Scrubbed | None = None
+    label: str = ""
+    scrubbed_label: Scrubbed | None = None
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_caption(cells: Mapping[str, str], known: Collection[str]) -> RowCaption:
+    """The row's caption, else its report, else what its label and attributes stand for.
+
+    Args:
+        cells: By column: caption, report, label and the four attributes. Others are ignored.
+        known: The row's own names, which must not be left in free text.
+    """
+    row = RowCaption()
+    attributes = _attributes(cells, row.problems)
+    label, text, report = (cells.get(key, "") for key in ("label", "caption", "report"))
+    _read_label(label, row, known)
+    if text or report:
+        _read_text(text, report, row, known)
+        if attributes != PartialAttributes():
+            row.notes.append("its attributes are not used: it has a text of its own")
+    elif label:
+        try:
+            row.caption = label_caption(label, attributes)
+        except VocabularyError as error:
+            row.problems.append(f"{error} (or give a caption)")
+    else:
+        row.problems.append("neither a caption nor a label")
+    return row
+
+
+def _read_text(text: str, report: str, row: RowCaption, known: Collection[str]) -> None:
+    if len(text) > MAX_CAPTION_CHARACTERS:
+        row.problems.append(f"caption is longer than {MAX_CAPTION_CHARACTERS} characters")
+        return
+    if text and report:
+        row.notes.append("its report is not used: it has a caption")
+    row.scrubbed = scrub(text or report, known=known)
+    row.caption = row.scrubbed.text
+    if len(row.caption) > MAX_CAPTION_CHARACTERS:
+        # Cut text is scrubbed once more: what follows a number can decide what it is.
+        row.caption = scrub(_cut(row.caption), known=known).text
+        row.notes.append(
+            f"its report has {len(row.scrubbed.text)} characters; the first {len(row.caption)} are "
+            "its caption"
+        )
+    if not row.caption:
+        row.problems.append(
+            "nothing is left of its text once names, dates and numbers are removed; say what the "
+            "tissue shows"
+        )
+
+
+def _read_label(label: str, row: RowCaption, known: Collection[str]) -> None:
+    """A label of the vocabulary stays as it is; any other is free text."""
+    row.label = label
+    try:
+        if label:
+            label_caption(label)
+    except VocabularyError:
+        row.scrubbed_label = scrub(label, known=known)
+        row.label = row.scrubbed_label.text
+
+
+def _cut(text: str) -> str:
+    """As many whole sentences as a caption may hold; of a longer one, whole words."""
+    head = text[: MAX_CAPTION_CHARACTERS + 1]
+    ends = [match.end() for match in _SENTENCE_END.finditer(head)]
+    if ends:
+        return head[: ends[-1]]
+    return head.rsplit(" ", 1)[0][:MAX_CAPTION_CHARACTERS]
+
+
+def _attributes(cells: Mapping[str, str], problems: list[str]) -> PartialAttributes:
+    """The attributes that are filled in; a word that is unknown is a problem and left out."""
+    named = [word for word in _SEPARATORS.split(cells.get("features", "")) if word.strip()]
+    features = {_one_of("features", word, FEATURES, problems) for word in named}
+    return PartialAttributes(
+        growth_pattern=_cell(cells, "growth_pattern", GROWTH_PATTERNS, problems),
+        nuclear_grade=_cell(cells, "nuclear_grade", GRADES, problems),
+        stroma=_cell(cells, "stroma", STROMA_AMOUNTS, problems),
+        features=tuple(feature for feature in FEATURES if feature in features),
+    )
+
+
+def _cell(
+    cells: Mapping[str, str], column: str, allowed: Sequence[_Word], problems: list[str]
+) -> _Word | None:
+    word = cells.get(column, "")
+    return _one_of(column, word, allowed, problems) if word else None
+
+
+def _one_of(column: str, word: str, allowed: Sequence[_Word], problems: list[str]) -> _Word | None:
+    """The allowed value that is written so, in any case and with _ for spaces."""
+    written = " ".join(word.lower().replace("_", " ").split())
+    if written in allowed:
+        return allowed[[str(value) for value in allowed].index(written)]
+    problems.append(f"{column} {word.strip()!r} is none of: {', '.join(allowed)}")
+    return None

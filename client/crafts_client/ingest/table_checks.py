@@ -1,0 +1,129 @@
+"""What the rows of a table must be together: one slide once, one patient, one cohort.
+
+Patients are what privacy is promised to. A slide listed for two of them, or a patient written in
+two ways, would count one person twice and break the promise without a sign.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+Problem = tuple[int, str]
+"""Line of the table, and what is wrong there."""
+
+
+class CheckedRow(Protocol):
+    """What is compared between rows."""
+
+    @property
+    def line(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def patient(self) -> str: ...
+    @property
+    def case(self) -> str: ...
+
+
+def problems_between(
+    rows: Sequence[CheckedRow], cohorts: Mapping[int, str], *, cohort: str | None
+) -> list[Problem]:
+    """Everything that is wrong between rows, each with the line it is told at.
+
+    Args:
+        rows: As read; empty cells are told elsewhere and not compared.
+        cohorts: The cohort of each line that names one.
+        cohort: The only one that is allowed; None allows any, but one only.
+    """
+    return [
+        *_twice([row for row in rows if row.name]),
+        *_nested([row for row in rows if row.name]),
+        *_spellings([row for row in rows if row.patient]),
+        *_shared_cases([row for row in rows if row.patient and row.case]),
+        *_other_cohorts(rows, cohorts, cohort),
+    ]
+
+
+def _twice(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
+    first: dict[str, CheckedRow] = {}
+    for row in rows:
+        before = first.setdefault(str(row.path).casefold(), row)
+        if before is row:
+            continue
+        if before.path != row.path:
+            told = (
+                f"file {row.name} differs only in capitals from {before.name} on line "
+                f"{before.line}; if they are two, rename one"
+            )
+            yield row.line, told
+        else:
+            whose = ", for another patient" if before.patient != row.patient else ""
+            yield row.line, f"file {row.name} is listed before, on line {before.line}{whose}"
+
+
+def _nested(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
+    """A folder is one slide: no other row may be a part of it."""
+    listed = {row.path: row for row in rows}
+    for row in rows:
+        for folder in row.path.parents:
+            if folder in listed:
+                told = (
+                    f"file {row.name} lies inside {listed[folder].name}, which is listed as a "
+                    f"slide on line {listed[folder].line}"
+                )
+                yield row.line, told
+
+
+def _spellings(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
+    first: dict[str, CheckedRow] = {}
+    for row in rows:
+        before = first.setdefault(_plain(row.patient), row)
+        if before.patient != row.patient:
+            told = (
+                f"patient {row.patient} is written {before.patient} on line {before.line}; "
+                "write one patient in one way, and tell two apart by more than capitals"
+            )
+            yield row.line, told
+
+
+def _shared_cases(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
+    first: dict[str, CheckedRow] = {}
+    for row in rows:
+        before = first.setdefault(row.case, row)
+        if _plain(before.patient) != _plain(row.patient):
+            told = (
+                f"case {row.case} belongs to patient {before.patient} on line {before.line}, "
+                f"and to {row.patient} here"
+            )
+            yield row.line, told
+
+
+def _other_cohorts(
+    rows: Sequence[CheckedRow], cohorts: Mapping[int, str], cohort: str | None
+) -> Iterator[Problem]:
+    named = [row for row in rows if cohorts.get(row.line)]
+    first_of: dict[str, CheckedRow] = {}
+    for row in named:
+        own, before = cohorts[row.line], first_of.setdefault(_plain(row.patient), row)
+        if row.patient and cohorts[before.line] != own:
+            told = (
+                f"patient {row.patient} is in cohort {own} here and in {cohorts[before.line]} "
+                f"on line {before.line}; a patient belongs to one cohort"
+            )
+            yield row.line, told
+        elif cohort is not None and own != cohort:
+            yield row.line, f"belongs to cohort {own}; ingest it in that cohort's home"
+        elif cohort is None and own != cohorts[named[0].line]:
+            told = (
+                f"belongs to cohort {own}, but line {named[0].line} to "
+                f"{cohorts[named[0].line]}; one table for each cohort"
+            )
+            yield row.line, told
+
+
+def _plain(name: str) -> str:
+    """The name without what people write now so, now so."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
