@@ -1,13 +1,14 @@
 """The plans that a person at this site has read and approved, by hash: ``approved.json``.
 
-A plan's hash covers every word of it, so an approval is for exactly what was shown. It is asked
-for before each round; taken back, the site answers no further round of that plan.
+A plan's hash covers every word of it, so an approval is for exactly what was shown, and for one run
+of it: approving it again once it ran allows one run more. It is asked for before each round; taken
+back, the site answers no further round of that plan.
 """
 
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from crafts_client.errors import HomeError
 from crafts_core.durable import write_file
@@ -21,6 +22,8 @@ class Approval(BaseModel):
 
     study: str
     approved_at: datetime
+    runs: int = Field(default=1, ge=1)
+    """How many runs of it may spend here, all within its one target epsilon."""
 
 
 _FILE = TypeAdapter(dict[str, Approval])
@@ -47,10 +50,19 @@ class Approvals:
                 f"cannot read {self._path}; remove it and approve the plans again"
             ) from error
 
-    def approve(self, plan: Plan) -> None:
-        """Say yes to a plan. Again is fine."""
+    def runs_of(self, plan_hash: str) -> int:
+        """How many runs of a plan are allowed; one without a word of anybody."""
+        approval = self.all().get(plan_hash)
+        return 1 if approval is None else approval.runs
+
+    def approve(self, plan: Plan, *, runs_so_far: int = 0) -> None:
+        """Say yes to a plan, and to one run more than it has had. Again is fine."""
+        runs = runs_so_far + 1
         known = self.all()
-        known.setdefault(plan.hash, Approval(study=plan.study.name, approved_at=datetime.now(UTC)))
+        if plan.hash not in known or known[plan.hash].runs < runs:
+            known[plan.hash] = Approval(
+                study=plan.study.name, approved_at=datetime.now(UTC), runs=runs
+            )
         self._write(known)
 
     def take_back(self, plan: Plan) -> None:

@@ -276,14 +276,14 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Print what the cohort's lifetime budget is, and what is left of it."""
+    from crafts_client.site_ledger import existing_ledger
     from crafts_privacy.accounting import epsilon
-    from crafts_privacy.ledger import Ledger
     from crafts_privacy.ledger_export import charged, read_export
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        has_ledger = site.ledger_path.exists()
-        events = Ledger(site.ledger_path).events(site.config.cohort) if has_ledger else ()
+        ledger = existing_ledger(site)
+        events = () if ledger is None else ledger.events(site.config.cohort)
         for_plan = {} if plan is None else _left_for(site, plan, events)
         elsewhere = [event for export in also or () for event in charged(read_export(export))]
     policy = site.policy
@@ -467,11 +467,13 @@ def ledger_export(
 
 def _ledger(site: SiteHome) -> "Ledger":
     """The site's ledger, verified; never a new one."""
-    from crafts_privacy.ledger import Ledger, LedgerError
+    from crafts_client.site_ledger import existing_ledger
+    from crafts_privacy.ledger import LedgerError
 
-    if not site.ledger_path.exists():
+    ledger = existing_ledger(site)
+    if ledger is None:
         raise LedgerError(f"no ledger at {site.ledger_path}; nothing was trained here yet")
-    return Ledger(site.ledger_path)
+    return ledger
 
 
 def _checked(model: type[Any], **values: object) -> Any:

@@ -22,11 +22,11 @@ from cryptography import x509
 
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
+from crafts_client.site_ledger import existing_ledger
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import verify
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
-from crafts_privacy.ledger import Ledger
 
 _TIMEOUT_S = 15.0
 _LEAST_DISK_BYTES = 2 << 30
@@ -221,8 +221,10 @@ def data(home: SiteHome) -> Iterator[Finding]:
 
 def ledger(home: SiteHome) -> Iterator[Finding]:
     """In order, and not spent."""
-    kept = Ledger(home.ledger_path)
-    kept.verify()
+    kept = existing_ledger(home)
+    if kept is None:
+        yield _ok("ledger", "nothing was trained here yet")
+        return
     spent = kept.epsilon(home.config.cohort, home.policy.max_delta)
     allowed = home.policy.max_epsilon
     found = f"epsilon {spent:.3f} of {allowed:g} spent"

@@ -11,8 +11,8 @@
     keys/               certificate, its key, the node's key (0600), the coordinator's authority
     coordinator.json    where the coordinator is
     approved.json       the plans that a person here approved
-    patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600)
-    ledger.db           what was spent
+    patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600), with its .head
+    ledger.db           what was spent, with its .head
     audit.json          the newest audit of the engine
     leakage.json        the newest attack on a finished generator: private, it stays here
     outbox/             sealed releases
@@ -35,7 +35,7 @@ from crafts_core.durable import write_file
 from crafts_core.foundation import embedded_path
 from crafts_core.plan import describe_first_error
 
-SITE_NAME, POLICY_NAME = "site.toml", "policy.toml"
+SITE_NAME, POLICY_NAME, LEDGER_NAME = "site.toml", "policy.toml", "ledger.db"
 EMBEDDED = "embedded"
 
 
@@ -165,7 +165,7 @@ class SiteHome:
 
     @property
     def ledger_path(self) -> Path:
-        return self.path / "ledger.db"
+        return self.path / LEDGER_NAME
 
     @property
     def audit_path(self) -> Path:

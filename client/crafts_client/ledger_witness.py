@@ -13,8 +13,8 @@ import time
 from crafts_client.enrolment import Registrar
 from crafts_client.errors import CoordinatorBusyError
 from crafts_client.home import SiteHome
+from crafts_client.site_ledger import open_ledger
 from crafts_privacy.errors import LedgerTamperedError
-from crafts_privacy.ledger import Ledger
 
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -41,7 +41,7 @@ def witness_ledger(home: SiteHome) -> None:
 
 
 def _witness(home: SiteHome) -> None:
-    ledger = Ledger(home.ledger_path)
+    ledger = open_ledger(home)
     head = ledger.verify()
     hashes = [entry.hash for entry in ledger.entries()][: head.sequence]
     # The cohort is what the budget belongs to; its name is the hospital's own.

@@ -1,7 +1,10 @@
 """From a plan to the mechanism that one site runs, the same in every round.
 
 The noise is calibrated once for all the steps of the plan, so that a site that takes part in every
-round ends at the plan's target epsilon and never above it. What the cohort spent in other studies
+round of one run ends just below the plan's target epsilon. That it never ends above, whatever a
+coordinator asks for and in however many runs, is the ledger's doing: it refuses a round with which
+the plan's charges would pass the target (``Ledger.reserve``). Lost rounds are charges too, so a
+round that cost twice leaves the plan's last one refused. What the cohort spent in other studies
 does not weaken or strengthen this noise: the ledger holds it against the site's lifetime budget.
 """
 

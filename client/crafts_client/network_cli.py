@@ -129,8 +129,16 @@ def plan_approve(
         elif refused:
             raise EnrolmentError(f"not approved: {'; '.join(refused)}")
         else:
-            site.approvals.approve(plan)
+            site.approvals.approve(plan, runs_so_far=_runs_so_far(site, plan))
     typer.echo(f"{plan.study.name} is {'not approved any more' if take_back else 'approved'}")
+
+
+def _runs_so_far(site: SiteHome, plan: "Plan") -> int:
+    from crafts_client.site_ledger import existing_ledger
+
+    ledger = existing_ledger(site)
+    entries = () if ledger is None else ledger.entries()
+    return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
 
 
 def _offered_plan(site: SiteHome, plan_hash: str) -> "tuple[Plan, list[str]]":
@@ -204,8 +212,9 @@ def doctor(home: Home = Path("site"), as_json: AsJson = False) -> None:
 def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """What this site is part of, whether it is running, and the rounds that it has answered."""
     from crafts_client.enrolment import coordinator_record
+    from crafts_client.site_ledger import existing_ledger
     from crafts_client.supernode import is_running
-    from crafts_privacy.ledger import EntryKind, Ledger
+    from crafts_privacy.ledger import EntryKind
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
@@ -213,7 +222,8 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
             coordinator = coordinator_record(site).fleet_address
         except EnrolmentError:
             coordinator = None
-        entries = Ledger(site.ledger_path).entries() if site.ledger_path.exists() else ()
+        ledger = existing_ledger(site)
+        entries = () if ledger is None else ledger.entries()
         answered = [entry for entry in entries if entry.kind is EntryKind.COMMITTED]
         last = answered[-1] if answered else None
         values = {

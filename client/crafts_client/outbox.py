@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from crafts_client.errors import OutboxError
 from crafts_core.adapters import State
 from crafts_core.durable import append_line, write_file
 from crafts_core.exchange import RoundReply, RoundRequest
+from crafts_privacy.ledger import Reservation
 
 _SEAL = "seal"
 _RECORDS = "releases.jsonl"
@@ -30,14 +32,24 @@ REFUSED_RELEASE = hashlib.sha256(b"refused: nothing was released").hexdigest()
 something about the update."""
 
 
+class Payment(NamedTuple):
+    """The ledger's reserving entry that paid for a release."""
+
+    reservation: int
+    entry_hash: str
+
+
 class _Seal(BaseModel):
     """What a sealed file says about itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reservation: int = Field(ge=1)
+    entry_hash: str
     request: RoundRequest
     reply: RoundReply
+    noise: str
+    """Where the noise of privacy came from."""
 
 
 class ReleaseRecord(BaseModel):
@@ -47,10 +59,12 @@ class ReleaseRecord(BaseModel):
 
     hash: str
     """SHA-256 of the sealed file, as in the ledger."""
+    reservation: int = Field(ge=1)
+    entry_hash: str
     num_bytes: int
     """Of the tensors' numbers."""
     tensors: tuple[str, ...]
-    noise: str = "not recorded"
+    noise: str
     """Where the noise of privacy came from."""
 
 
@@ -58,10 +72,10 @@ class ReleaseRecord(BaseModel):
 class Release:
     """One reply, sealed."""
 
-    reservation: int
-    """The ledger's entry that pays for it."""
+    payment: Payment
     reply: RoundReply
     delta: State
+    noise: str
     hash: str
     """SHA-256 of the sealed file: what the ledger commits."""
 
@@ -77,25 +91,49 @@ class Outbox:
         request: RoundRequest,
         reply: RoundReply,
         delta: Mapping[str, Tensor],
-        reservation: int,
+        reservation: Reservation,
         *,
-        noise: str = "not recorded",
+        noise: str,
     ) -> Release:
         """Write a release durably. Nothing has left yet, and nothing may before the commit."""
-        seal = _Seal(reservation=reservation, request=request, reply=reply)
+        payment = Payment(reservation.sequence, reservation.entry_hash)
+        seal = _Seal(**payment._asdict(), request=request, reply=reply, noise=noise)
         tensors = {name: tensor.contiguous() for name, tensor in delta.items()}
         data = save(tensors, metadata={_SEAL: seal.model_dump_json()})
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(self._path(request), data, mode=0o600)
         digest = hashlib.sha256(data).hexdigest()
+        release = Release(payment=payment, reply=reply, delta=tensors, hash=digest, noise=noise)
+        self._remember(release)
+        return release
+
+    def remember(self, release: Release) -> None:
+        """Make sure of the record of a release that was found: a crash may have come before it."""
+        if release.hash not in self.records():
+            self._remember(release)
+
+    def _remember(self, release: Release) -> None:
         record = ReleaseRecord(
-            hash=digest,
-            num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            tensors=tuple(sorted(tensors)),
-            noise=noise,
+            **release.payment._asdict(),
+            hash=release.hash,
+            num_bytes=sum(tensor.nbytes for tensor in release.delta.values()),
+            tensors=tuple(sorted(release.delta)),
+            noise=release.noise,
         )
         append_line(self._folder / _RECORDS, record.model_dump_json(), mode=0o600)
-        return Release(reservation=reservation, reply=reply, delta=dict(delta), hash=digest)
+
+    def payments(self) -> set[Payment]:
+        """What paid for everything that was ever sealed here, as far as is still known.
+
+        Raises:
+            OutboxError: a sealed file is not what was sealed.
+        """
+        known = {Payment(each.reservation, each.entry_hash) for each in self.records().values()}
+        for path in self._folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # dropped meanwhile
+                seal = _read_seal(path)
+                known.add(Payment(seal.reservation, seal.entry_hash))
+        return known
 
     def records(self) -> dict[str, ReleaseRecord]:
         """Everything ever sealed here, by hash; whether it left is in the ledger."""
@@ -121,20 +159,19 @@ class Outbox:
             data = path.read_bytes()
         except FileNotFoundError:
             return None
+        seal = _read_seal(path)
         try:
-            num_header_bytes = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + num_header_bytes])
-            seal = _Seal.model_validate_json(header["__metadata__"][_SEAL])
             delta = load(data)
-        except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
+        except SafetensorError as error:
             raise OutboxError(f"{path} is not a sealed release; it was altered") from error
         if seal.request != request:
             raise OutboxError(f"{path} answers another request; it was moved or altered")
         return Release(
-            reservation=seal.reservation,
+            payment=Payment(seal.reservation, seal.entry_hash),
             reply=seal.reply,
             delta=delta,
             hash=hashlib.sha256(data).hexdigest(),
+            noise=seal.noise,
         )
 
     def drop_before(self, run_id: str, round: int) -> None:
@@ -148,3 +185,13 @@ class Outbox:
         canonical = json.dumps(request.to_scalars(), sort_keys=True, separators=(",", ":"))
         identity = hashlib.sha256(canonical.encode()).hexdigest()[:32]
         return self._folder / f"{request.run_id}.{request.round:05d}.{identity}.safetensors"
+
+
+def _read_seal(path: Path) -> _Seal:
+    """Of a sealed file, without reading its numbers."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return _Seal.model_validate_json(header["__metadata__"][_SEAL])
+    except (ValueError, KeyError, TypeError, ValidationError, OverflowError) as error:
+        raise OutboxError(f"{path} is not a sealed release; it was altered") from error

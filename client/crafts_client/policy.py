@@ -6,7 +6,7 @@ in a message can loosen a policy, and what no rule knows is refused by the parse
 """
 
 import tomllib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -43,6 +43,7 @@ class Rule(StrEnum):
     REPLAY = "replay"
     UPDATE_NORM = "update_norm"
     APPROVAL = "approval"
+    RUN = "run"
 
 
 class PolicyError(CraftsError):
@@ -283,6 +284,25 @@ def check_request(plan: Plan, request: RoundRequest, *, foundation_hash: str) ->
             Rule.FACTOR, f"round {request.round} trains factor {planned.factor}, not another"
         )
     return planned
+
+
+def check_run(request: RoundRequest, known_runs: Collection[str], allowed_runs: int) -> None:
+    """A plan runs once. The coordinator chooses the ids of runs, so another one asks a person.
+
+    Args:
+        request: What the coordinator asks for.
+        known_runs: Runs of this plan that the ledger has seen.
+        allowed_runs: How many a person here has allowed.
+
+    Raises:
+        PolicyError: rule ``run``.
+    """
+    if request.run_id not in known_runs and len(known_runs) >= allowed_runs:
+        raise PolicyError(
+            Rule.RUN,
+            f"the plan has had {len(known_runs)} runs; to let another spend what is left of it, "
+            f"run crafts-client plan approve {request.plan_hash[:16]} again",
+        )
 
 
 def check_not_replayed(request: RoundRequest, last_released_round: int) -> None:

@@ -10,7 +10,7 @@ signed.
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,16 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_client.home import SiteHome
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
+from crafts_client.site_ledger import existing_ledger
 from crafts_core import __version__
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
-from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
-from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry
+from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent, SecondOpinion
+from crafts_privacy.ledger import EntryKind, LedgerEntry
 
 FALSE_POSITIVE_RATE = 0.01
 _LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
-_OPINIONS_AGREE = 0.02
-"""Opacus' bound may lie this far below ours, as a share; more means that one of them is wrong."""
 
 
 class _Record(BaseModel):
@@ -114,11 +113,12 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         LedgerError: another process holds the ledger.
     """
     cohort, delta = site.config.cohort, site.policy.max_delta
-    ledger = Ledger(site.ledger_path) if site.ledger_path.exists() else None
+    ledger = existing_ledger(site)
     all_entries = () if ledger is None else ledger.entries()
     entries = [entry for entry in all_entries if entry.cohort == cohort]
     events = () if ledger is None else ledger.events(cohort)
-    transmissions = _transmissions(entries, Outbox(site.outbox_path).records())
+    records = Outbox(site.outbox_path).records()
+    transmissions = _transmissions(entries, records)
     lifetime = _spending(events, delta)
     audit = _record(site.audit_path)
     versions = _versions()
@@ -138,8 +138,9 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         audit=audit,
         leakage=_record(site.leakage_path),
         versions=versions,
-        unsubstantiated=tuple(
-            _unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions)
+        unsubstantiated=(
+            *_unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions),
+            *_uncommitted(all_entries, records),
         ),
     )
 
@@ -179,12 +180,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
 def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ...]:
-    """What each run was charged: reserved and not abandoned."""
-    abandoned = {entry.reservation for entry in entries if entry.kind is EntryKind.ABANDONED}
+    """What each run was charged."""
     charged: dict[tuple[str, str], list[LedgerEntry]] = {}
     for entry in entries:
-        if entry.kind is EntryKind.RESERVED and entry.sequence not in abandoned:
+        if entry.kind is EntryKind.RESERVED:
             charged.setdefault((entry.run_id, entry.plan_hash), []).append(entry)
     return tuple(
         RunSpending(
@@ -225,6 +229,23 @@ def _transmissions(
     return tuple(found)
 
 
+def _uncommitted(
+    entries: Sequence[LedgerEntry], records: dict[str, ReleaseRecord]
+) -> Iterator[str]:
+    """What was sealed and, by the ledger, may still leave, or has left and the ledger forgot it.
+
+    A release whose payment was committed to another never left: one entry pays for one.
+    """
+    committed = [entry for entry in entries if entry.kind is EntryKind.COMMITTED]
+    hashes, closed = {e.detail for e in committed}, {e.reservation for e in committed}
+    waiting = [r for r in records.values() if r.hash not in hashes and r.reservation not in closed]
+    if waiting:
+        yield (
+            f"transmissions: {len(waiting)} sealed updates are not committed in the ledger; start "
+            "crafts-client join, which commits what a crash left"
+        )
+
+
 def _record(path: Path) -> dict[str, Any] | None:
     """A JSON object, if there is a readable one."""
     try:
@@ -255,10 +276,11 @@ def _unsubstantiated(
             f"lifetime budget: epsilon {lifetime.epsilon:.3f} is spent, the policy allows "
             f"{epsilon_allowed:g}"
         )
-    if lifetime.epsilon is not None and lifetime.epsilon_second_opinion is not None:
-        lowest = lifetime.epsilon * (1 - _OPINIONS_AGREE)
-        if lifetime.epsilon_second_opinion < lowest:
-            found.append("accounting: the two accountants disagree; ask the developers")
+    opinion = SecondOpinion(
+        _or_infinity(lifetime.epsilon_second_opinion), lifetime.second_accountant
+    )
+    if not opinion.agrees_with(_or_infinity(lifetime.epsilon)):
+        found.append("accounting: the two accountants disagree; ask the developers")
     unknown = sum(1 for sent in transmissions if sent.num_bytes is None)
     if unknown:
         found.append(f"transmissions: the outbox has no record of {unknown} committed updates")

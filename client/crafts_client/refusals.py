@@ -19,6 +19,7 @@ from crafts_privacy.errors import (
     BudgetExceededError,
     CalibrationError,
     LedgerError,
+    PlanBudgetExceededError,
     RankError,
 )
 
@@ -38,6 +39,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (StageStartMissingError, STAGE_START_MISSING),
     (ExchangeError, Refusal(101, "the message is not what the plan says it should be")),
     (PlanError, Refusal(102, "the plan cannot be read")),
+    (PlanBudgetExceededError, Refusal(117, "the plan has spent its own target epsilon here")),
     (BudgetExceededError, Refusal(104, "the cohort's lifetime privacy budget does not allow it")),
     (LedgerError, Refusal(105, "the site's privacy ledger does not allow it")),
     (CalibrationError, Refusal(106, "no noise reaches the plan's target epsilon")),
@@ -74,6 +76,7 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.REPLAY: Refusal(137, "policy: the round was answered before, from another checkpoint"),
     Rule.UPDATE_NORM: Refusal(138, "policy: the update is longer than the site lets out"),
     Rule.APPROVAL: Refusal(139, "policy: nobody at the site has approved the plan yet"),
+    Rule.RUN: Refusal(140, "policy: the plan has had its run here; its operator can allow another"),
 }
 
 

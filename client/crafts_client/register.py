@@ -3,97 +3,199 @@
 The ledger accounts for cohorts, so what it promises a patient holds only if that patient is in one
 cohort for good. The register keeps pseudonyms (never a name), is appended to and never shortened,
 and is asked before every round. It stays at the site.
+
+A line that is lost could bring a patient back who withdrew, so each line has the hash of the one
+before, and ``patients.jsonl.head`` knows the newest. Only what a crash tore, a last line without
+its end, is passed over: whoever wrote it was not told yes. Everything else that is not as it was
+written stops the site. Not found from inside: both files put back from one older copy.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crafts_client.errors import HomeError
-from crafts_core.durable import append_line
+from crafts_client.home import LEDGER_NAME
+from crafts_core.durable import append_line, exclusive_lock, write_file
+from crafts_privacy.witness import head_path, read_head
+
+_START = "0" * 64
+_RESTORE = "put back the newest copy of it and of its .head file; until then nobody is read"
 
 
 class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    number: int
     patient: str
     cohort: str
     withdrawn: bool
     at: datetime
+    previous: str
+    hash: str = ""
+
+    def computed_hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json(exclude={"hash"}).encode()).hexdigest()
 
 
 class PatientRegister:
-    """The register of one home."""
+    """The register of one home. Safe to use from several processes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._head_path = path.with_name(path.name + ".head")
 
     def enrol(self, patients: Iterable[str], cohort: str) -> None:
         """Note patients who are new here; those who are known must be in the same cohort.
 
         Raises:
-            HomeError: a patient belongs to another cohort; nothing is noted.
+            HomeError: a patient belongs to another cohort, and nothing is noted; or the register
+                is not what was written.
         """
         wanted = list(dict.fromkeys(patients))
-        self.refuse_elsewhere(wanted, cohort)
-        known = self._read()
-        self._append([(p, cohort, False) for p in wanted if p not in known])
+        with self._locked():
+            lines = self._lines()
+            known = _newest(lines)
+            _refuse_elsewhere(known, wanted, cohort)
+            self._append(lines, [(p, cohort, False) for p in wanted if p not in known])
 
     def refuse_elsewhere(self, patients: Iterable[str], cohort: str) -> None:
         """Check that nobody of these is known under another cohort.
 
         Raises:
-            HomeError: somebody is.
+            HomeError: somebody is, or the register is not what was written.
         """
-        known = self._read()
-        elsewhere = [p for p in set(patients) if p in known and known[p].cohort != cohort]
-        if elsewhere:
-            other = known[elsewhere[0]].cohort
-            raise HomeError(
-                f"{len(elsewhere)} patients of cohort {cohort} belong to cohort {other}, whose "
-                f"budget they share for life; set cohort = {json.dumps(other)} in site.toml and "
-                "ingest again"
-            )
+        _refuse_elsewhere(_newest(self._lines()), patients, cohort)
 
     def withdraw(self, patient: str) -> None:
         """From the next round on, no tile of this patient is read. Again is fine.
 
         Raises:
-            HomeError: the patient was never here.
+            HomeError: the patient was never here, or the register is not what was written.
         """
-        known = self._read().get(patient)
-        if known is None:
-            raise HomeError("no such patient here; name the patient as in the table of ingest")
-        if not known.withdrawn:
-            self._append([(patient, known.cohort, True)])
+        with self._locked():
+            lines = self._lines()
+            known = _newest(lines).get(patient)
+            if known is None:
+                raise HomeError("no such patient here; name the patient as in the table of ingest")
+            if not known.withdrawn:
+                self._append(lines, [(patient, known.cohort, True)])
 
     @property
     def withdrawn(self) -> frozenset[str]:
-        """Pseudonyms that must not be trained on."""
-        return frozenset(p for p, line in self._read().items() if line.withdrawn)
+        """Pseudonyms that must not be trained on.
 
-    def _read(self) -> dict[str, _Line]:
-        """The last line of each patient."""
+        Raises:
+            HomeError: the register is not what was written; nobody may be trained on.
+        """
+        return frozenset(p for p, line in _newest(self._lines()).items() if line.withdrawn)
+
+    def _lines(self) -> list[_Line]:
+        """Every line, checked from the first to the one that the head names, and those after it."""
+        head = self._head()  # before the lines: a writer moves it after them
+        *texts, _torn = self._data().split(b"\n")
+        lines: list[_Line] = []
+        for number, text in enumerate(texts, start=1):
+            line = _parsed(text)
+            previous = lines[-1].hash if lines else _START
+            if line is None or (line.number, line.previous) != (number, previous):
+                raise HomeError(f"{self._path}: line {number} is not what was written; {_RESTORE}")
+            lines.append(line)
+        if head is None and not lines:
+            self._refuse_to_begin_anew()
+        elif head not in (_START, *(line.hash for line in lines)):
+            raise HomeError(
+                f"{self._path} and its .head file do not belong together, or lines are missing; "
+                f"{_RESTORE}"
+            )
+        return lines
+
+    def _data(self) -> bytes:
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            return self._path.read_bytes()
         except FileNotFoundError:
-            return {}
-        found = {}
-        for text in lines:
-            with suppress(ValidationError):  # torn by a crash: whoever wrote it was not told yes
-                line = _Line.model_validate_json(text)
-                found[line.patient] = line
-        return found
+            return b""
+        except OSError as error:
+            raise HomeError(f"cannot read {self._path}: {error.strerror}") from error
 
-    def _append(self, entries: list[tuple[str, str, bool]]) -> None:
-        now = datetime.now(UTC)
-        lines = [
-            _Line(patient=patient, cohort=cohort, withdrawn=withdrawn, at=now).model_dump_json()
-            for patient, cohort, withdrawn in entries
-        ]
-        if lines:
-            append_line(self._path, "\n".join(lines), mode=0o600)
+    def _head(self) -> str | None:
+        """The newest line's hash when the last writer was done."""
+        try:
+            return self._head_path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise HomeError(f"cannot read {self._head_path}; {_RESTORE}") from error
+
+    def _refuse_to_begin_anew(self) -> None:
+        """Where the ledger beside has entries, patients were known and some may have withdrawn."""
+        witness = read_head(head_path(self._path.with_name(LEDGER_NAME)))
+        if witness is not None and witness.sequence > 0:
+            raise HomeError(
+                f"{self._path} is missing, but patients were trained on here; {_RESTORE}"
+            )
+
+    def _append(self, lines: Sequence[_Line], entries: list[tuple[str, str, bool]]) -> None:
+        if not entries:
+            return
+        now, added = datetime.now(UTC), list(lines)
+        for patient, cohort, withdrawn in entries:
+            line = _Line(
+                number=len(added) + 1,
+                patient=patient,
+                cohort=cohort,
+                withdrawn=withdrawn,
+                at=now,
+                previous=added[-1].hash if added else _START,
+            )
+            added.append(line.model_copy(update={"hash": line.computed_hash()}))
+        if not lines:  # from here on a register that is missing is missed
+            self._write_head(_START)
+        self._drop_torn_line()
+        text = "\n".join(line.model_dump_json() for line in added[len(lines) :])
+        append_line(self._path, text, mode=0o600)
+        self._write_head(added[-1].hash)
+
+    def _drop_torn_line(self) -> None:
+        data = self._data()
+        if data and not data.endswith(b"\n"):
+            os.truncate(self._path, data.rfind(b"\n") + 1)
+
+    def _write_head(self, head: str) -> None:
+        write_file(self._head_path, head + "\n", mode=0o600)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        held = HomeError(f"{self._path} is in use; try again")
+        lock_path = self._path.with_name(self._path.name + ".lock")
+        return exclusive_lock(lock_path, held=held, timeout_s=30.0)
+
+
+def _newest(lines: Iterable[_Line]) -> dict[str, _Line]:
+    """The last line of each patient."""
+    return {line.patient: line for line in lines}
+
+
+def _refuse_elsewhere(known: dict[str, _Line], patients: Iterable[str], cohort: str) -> None:
+    elsewhere = [p for p in set(patients) if p in known and known[p].cohort != cohort]
+    if elsewhere:
+        other = known[elsewhere[0]].cohort
+        raise HomeError(
+            f"{len(elsewhere)} patients of cohort {cohort} belong to cohort {other}, whose "
+            f"budget they share for life; set cohort = {json.dumps(other)} in site.toml and "
+            "ingest again"
+        )
+
+
+def _parsed(text: bytes) -> _Line | None:
+    """The line, if its hash is of its content."""
+    try:
+        line = _Line.model_validate_json(text)
+    except ValidationError:
+        return None
+    return line if line.hash == line.computed_hash() else None

@@ -25,9 +25,10 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.messages import RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
-from crafts_client.policy import PolicyError, check_not_replayed, check_request
+from crafts_client.policy import PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import open_signed_plan
+from crafts_client.site_ledger import open_ledger
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core.adapters import State
@@ -44,7 +45,7 @@ from crafts_core.plan import AdapterConfig, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
-from crafts_privacy.ledger import EntryKind, Ledger, Reservation
+from crafts_privacy.ledger import EntryKind, LedgerEntry, PlanLimit, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
 
@@ -73,8 +74,9 @@ class Site:
         self._home = home
         self._foundation = foundation
         self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
-        self._ledger = Ledger(home.ledger_path)
+        self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
+        self._settle()
         store = TileStore.open(home.tile_store_path)
         if store.cohort != home.config.cohort:
             raise HomeError(
@@ -114,6 +116,8 @@ class Site:
         if sealed is not None:
             self._commit_sealed(sealed)
             return sealed
+        runs = {entry.run_id for entry in self._entries_of(plan.hash)}
+        check_run(request, runs, self._home.approvals.runs_of(plan.hash))
         check_not_replayed(request, self._last_released_round(request))
         return self._train(plan, planned.stage, message)
 
@@ -134,7 +138,7 @@ class Site:
             stage_start=self._stage_start(message, stage, state),
             withdrawn=self._register.withdrawn,
         )
-        reservation = self._reserve(request, task)
+        reservation = self._reserve(plan, request, task)
         try:
             delta = _as_wire(self._train_everywhere(trainer, plan.adapter, task), plan)
             update_norm = global_norm(delta)
@@ -144,7 +148,7 @@ class Site:
             raise
         reply = self._reply(request, stage, mechanism, delta, update_norm)
         source = type(self._randomness.noise).__name__
-        release = self._outbox.seal(request, reply, delta, reservation.sequence, noise=source)
+        release = self._outbox.seal(request, reply, delta, reservation, noise=source)
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
@@ -168,9 +172,16 @@ class Site:
             self._workers.close()
         self._workers = self._trainer = None
 
-    def _reserve(self, request: RoundRequest, task: TrainingTask) -> Reservation:
-        """Charge the round against the cohort's lifetime, over all studies."""
-        policy = self._home.policy
+    def _reserve(self, plan: Plan, request: RoundRequest, task: TrainingTask) -> Reservation:
+        """Charge the round against the plan's target and the cohort's lifetime over all studies."""
+        policy, privacy = self._home.policy, plan.privacy
+        unlimited = float("inf")
+        # Steps without noise have no finite epsilon; the policy has allowed them by name.
+        if privacy.target_epsilon is None or privacy.delta is None:
+            lifetime, limit = unlimited, PlanLimit(max_epsilon=unlimited, delta=policy.max_delta)
+        else:
+            lifetime = policy.max_epsilon
+            limit = PlanLimit(max_epsilon=privacy.target_epsilon, delta=privacy.delta)
         return self._ledger.reserve(
             cohort=self._home.config.cohort,
             plan_hash=request.plan_hash,
@@ -178,9 +189,9 @@ class Site:
             round=request.round,
             stage=task.stage.name,
             event=task.charged,
-            # Steps without noise have no finite epsilon; the policy has allowed them by name.
-            max_epsilon=policy.max_epsilon if task.mechanism.private else float("inf"),
+            max_epsilon=lifetime,
             delta=policy.max_delta,
+            plan_limit=limit,
         )
 
     def _commit_sealed(self, sealed: Release) -> None:
@@ -189,24 +200,35 @@ class Site:
         Raises:
             LedgerError: the reservation released something else: the file is not sent.
         """
-        entries = self._ledger.entries()
-        if not 1 <= sealed.reservation <= len(entries):
+        sequence, entry_hash = sealed.payment
+        paid = self._ledger.entries()[sequence - 1 : sequence]
+        if not paid or paid[0].hash != entry_hash:
             raise OutboxError("a sealed release names a reservation that the ledger lacks")
-        reservation = Reservation.of(entries[sealed.reservation - 1])
-        reply = sealed.reply
+        reservation, reply = Reservation.of(paid[0]), sealed.reply
         if reservation.key[1:] != (reply.plan_hash, reply.run_id, reply.round):
             raise OutboxError("a sealed release names the reservation of another round")
+        self._outbox.remember(sealed)
         self._ledger.commit(reservation, sealed.hash)
+
+    def _settle(self) -> None:
+        """Commit what a crash left sealed, so that the ledger names all that may leave."""
+        waiting = {held.sequence: held for held in self._ledger.open_reservations()}
+        for record in reversed(self._outbox.records().values()):  # the newest of each
+            reservation = waiting.pop(record.reservation, None)
+            if reservation is not None:
+                self._ledger.commit(reservation, record.hash)
 
     def _last_released_round(self, request: RoundRequest) -> int:
         """0 if this run released nothing yet."""
         rounds = (
             entry.round
-            for entry in self._ledger.entries()
-            if entry.kind is EntryKind.COMMITTED
-            and (entry.plan_hash, entry.run_id) == (request.plan_hash, request.run_id)
+            for entry in self._entries_of(request.plan_hash)
+            if entry.kind is EntryKind.COMMITTED and entry.run_id == request.run_id
         )
         return max(rounds, default=0)
+
+    def _entries_of(self, plan_hash: str) -> list[LedgerEntry]:
+        return [entry for entry in self._ledger.entries() if entry.plan_hash == plan_hash]
 
     def _trainer_for(self, config: AdapterConfig) -> Trainer:
         """The warm trainer, or a new one where the adapter is another."""

@@ -27,6 +27,9 @@ COARSE = 1e-3
 
 _FINEST_RELATIVE = 5e-6
 """No finer than this times a rough epsilon, so that hopeless mechanisms stay affordable."""
+_PRV, _RENYI = "opacus-prv", "opacus-rdp"
+_PRV_ERROR = 0.01
+"""What PRV may be off by; it adds that to its answer."""
 _PRV_MAX_EPSILON = 40.0
 """Opacus' PRV needs memory that grows with epsilon; above this Rényi answers instead."""
 _MAX_NOISE_MULTIPLIER = 1e6
@@ -66,6 +69,19 @@ class SecondOpinion(NamedTuple):
 
     epsilon: float
     accountant: str
+
+    def agrees_with(self, epsilon: float) -> bool:
+        """Whether this carries the figure of record.
+
+        PRV must lie as near on both sides as its error allows, and 2 % or 0.02 more. Rényi is an
+        upper bound, however loose, so only one that lies below speaks against the figure.
+        """
+        if not (math.isfinite(epsilon) and math.isfinite(self.epsilon)):
+            return epsilon == self.epsilon == math.inf
+        allowed = max(0.02 * epsilon, 0.02 + _PRV_ERROR)
+        if self.accountant == _PRV:
+            return abs(self.epsilon - epsilon) <= allowed
+        return self.epsilon >= epsilon - allowed
 
 
 def epsilon(
@@ -124,14 +140,14 @@ def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: 
 def epsilon_second_opinion(events: Iterable[PrivacyEvent], delta: float) -> SecondOpinion:
     """Epsilon under add-or-remove-one by Opacus: PRV where it copes, else Rényi.
 
-    PRV is an upper bound that exceeds PLD by its error allowance of 0.01; Rényi is looser.
+    PRV is an upper bound that exceeds PLD by its error allowance; Rényi is looser.
     """
     _check_delta(delta)
     merged = merge(events)
     if not merged:
-        return SecondOpinion(0.0, "opacus-prv")
+        return SecondOpinion(0.0, _PRV)
     if any(event.noise_multiplier == 0 for event in merged):
-        return SecondOpinion(math.inf, "opacus-rdp")
+        return SecondOpinion(math.inf, _RENYI)
     return _opinion_of_opacus(merged, delta)
 
 
@@ -150,10 +166,10 @@ def _opinion_of_opacus(merged: tuple[PrivacyEvent, ...], delta: float) -> Second
         if bound <= _PRV_MAX_EPSILON:
             prv = PRVAccountant()
             prv.history = history
-            value = float(prv.get_epsilon(delta))
+            value = float(prv.get_epsilon(delta, eps_error=_PRV_ERROR))
             if math.isfinite(value):
-                return SecondOpinion(value, "opacus-prv")
-    return SecondOpinion(bound, "opacus-rdp")
+                return SecondOpinion(value, _PRV)
+    return SecondOpinion(bound, _RENYI)
 
 
 def calibrate_noise_multiplier(

@@ -3,6 +3,7 @@
 CraftsError
 └── PrivacyError
     ├── BudgetExceededError      the site: less training, or a policy that allows more
+    │   └── PlanBudgetExceededError  the coordinator: the plan has had what it was approved for
     ├── CalibrationError         the coordinator: a target that no noise reaches
     ├── RankError                the site: one of its devices failed or is gone
     └── LedgerError              the site: the ledger cannot be used like this
@@ -27,6 +28,18 @@ class BudgetExceededError(PrivacyError):
         self.cohort = cohort
         self.epsilon = epsilon
         self.max_epsilon = max_epsilon
+
+
+class PlanBudgetExceededError(BudgetExceededError):
+    """A plan would spend more, over all of its runs, than its own target."""
+
+    def __init__(self, *, plan_hash: str, epsilon: float, max_epsilon: float) -> None:
+        Exception.__init__(
+            self,
+            f"plan {plan_hash[:16]}: epsilon over all of its runs would reach {epsilon:.3f}, above "
+            f"its target {max_epsilon:.3f}; what is lost to crashes and given up runs counts, so "
+            "ask the coordinator for a new plan for the rest",
+        )
 
 
 class CalibrationError(PrivacyError):

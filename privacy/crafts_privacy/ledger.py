@@ -1,8 +1,9 @@
 """The site's append-only record of what its patients' privacy was spent on.
 
-``reserve`` before training, ``commit`` before the result leaves. What is reserved counts as spent,
-so a process killed at any instruction never leaves the ledger below what was released. Epsilon is
-never stored: it is computed from the events of a cohort whenever somebody asks.
+``reserve`` before training, ``commit`` before the result leaves. What is reserved is spent,
+whatever becomes of it, so a process killed at any instruction never leaves the ledger below what
+was released. Epsilon is never stored: it is computed from the events of a cohort whenever somebody
+asks.
 
 Beside ``ledger.db`` lie ``ledger.db.head`` (the witness) and ``ledger.db.lock``. Every operation
 verifies the whole chain against the witness before it answers. Detected: torn
@@ -19,7 +20,12 @@ from pathlib import Path
 
 from crafts_privacy import accounting
 from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
-from crafts_privacy.errors import BudgetExceededError, LedgerError, LedgerTamperedError
+from crafts_privacy.errors import (
+    BudgetExceededError,
+    LedgerError,
+    LedgerTamperedError,
+    PlanBudgetExceededError,
+)
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 from crafts_privacy.ledger_store import LedgerStore
 from crafts_privacy.witness import LedgerHead
@@ -32,6 +38,8 @@ __all__ = [
     "LedgerError",
     "LedgerHead",
     "LedgerTamperedError",
+    "PlanBudgetExceededError",
+    "PlanLimit",
     "Reservation",
 ]
 
@@ -43,6 +51,7 @@ class Reservation:
     """Permission to train one round. ``sequence`` is its entry in the ledger."""
 
     sequence: int
+    entry_hash: str
     cohort: str
     plan_hash: str
     run_id: str
@@ -65,6 +74,7 @@ class Reservation:
     def of(cls, entry: LedgerEntry) -> "Reservation":
         return cls(
             sequence=entry.sequence,
+            entry_hash=entry.hash,
             cohort=entry.cohort,
             plan_hash=entry.plan_hash,
             run_id=entry.run_id,
@@ -72,6 +82,14 @@ class Reservation:
             stage=entry.stage,
             event=entry.event,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanLimit:
+    """What one plan may spend of a cohort, over all of its runs: its own target."""
+
+    max_epsilon: float
+    delta: float
 
 
 class Ledger:
@@ -98,20 +116,26 @@ class Ledger:
         event: PrivacyEvent,
         max_epsilon: float,
         delta: float,
+        plan_limit: PlanLimit,
     ) -> Reservation:
         """Charge ``event`` to the cohort before any of it runs.
 
         The same cohort, plan, run and round asked again while still reserved gives the same
-        reservation: nothing of it was released, so it costs once. After a commit it is a new
-        training of that round and costs again.
+        reservation: nothing of it was released, so it costs once. After a commit, or for another
+        mechanism, it is a new training of that round and costs again.
+
+        A calibrated plan fits its own limit exactly, because ``accounting.merge`` gives the same
+        composition that the calibration verified; no slack is needed and none is given.
 
         Raises:
-            BudgetExceededError: everything reserved or committed, with this, passes
+            BudgetExceededError: everything that the cohort was charged, with this, passes
                 ``max_epsilon``; nothing is recorded.
-            LedgerError: the same round is reserved for a different mechanism.
+            PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
+                this, passes the plan's limit; nothing is recorded.
         """
         reservation = Reservation(
-            sequence=0,
+            sequence=0,  # until it is written
+            entry_hash="",
             cohort=cohort,
             plan_hash=plan_hash,
             run_id=run_id,
@@ -121,40 +145,50 @@ class Ledger:
         )
         with self._store.transaction() as transaction:
             held = _held(transaction.entries, reservation)
-            events = [entry.event for entry in _counted(transaction.entries, cohort)]
-            epsilon = accounting.epsilon(events if held else [*events, event], delta)
+            charged = _charged(transaction.entries, cohort)
+            new = [] if held else [event]
+            epsilon = accounting.epsilon([*(entry.event for entry in charged), *new], delta)
             if not epsilon <= max_epsilon:  # NaN must refuse too
                 raise BudgetExceededError(cohort=cohort, epsilon=epsilon, max_epsilon=max_epsilon)
+            of_plan = [entry.event for entry in charged if entry.plan_hash == plan_hash]
+            epsilon = accounting.epsilon([*of_plan, *new], plan_limit.delta)
+            if not epsilon <= plan_limit.max_epsilon:
+                raise PlanBudgetExceededError(
+                    plan_hash=plan_hash, epsilon=epsilon, max_epsilon=plan_limit.max_epsilon
+                )
             if held:
                 return held
             reservation = replace(reservation, sequence=len(transaction.entries) + 1)
             transaction.append(_entry(reservation, EntryKind.RESERVED, ""))
-            return reservation
+            return Reservation.of(transaction.entries[-1])
 
     def commit(self, reservation: Reservation, release_hash: str) -> None:
         """Record that the result with this SHA-256 may now leave. Again with the same is fine.
 
         Raises:
-            LedgerError: the reservation is unknown, abandoned, or released something else.
+            LedgerError: the reservation is unknown or released something else.
         """
         if not _SHA256.fullmatch(release_hash):
             raise ValueError("expected release_hash as 64 hexadecimal digits")
-        self._close(reservation, EntryKind.COMMITTED, release_hash)
-
-    def abandon(self, reservation: Reservation, reason: str) -> None:
-        """Give a reservation back: nothing was released and nothing will be.
-
-        Raises:
-            LedgerError: the reservation is unknown or was committed.
-        """
-        if not reason:
-            raise ValueError("expected a reason for abandoning a reservation")
-        self._close(reservation, EntryKind.ABANDONED, reason)
+        with self._store.transaction() as transaction:
+            entries = transaction.entries
+            index = reservation.sequence - 1
+            if not 0 <= index < len(entries) or Reservation.of(entries[index]) != reservation:
+                raise LedgerError(f"reservation {reservation.sequence} is not in this ledger")
+            last = [entry for entry in entries if entry.reservation == reservation.sequence][-1]
+            if (last.kind, last.detail) == (EntryKind.COMMITTED, release_hash):
+                return
+            if last.kind is not EntryKind.RESERVED:
+                raise LedgerError(
+                    f"reservation {reservation.sequence} is already {last.kind} "
+                    f"(entry {last.sequence}); reserve again to train that round again"
+                )
+            transaction.append(_entry(reservation, EntryKind.COMMITTED, release_hash))
 
     def events(self, cohort: str) -> tuple[PrivacyEvent, ...]:
-        """Everything the cohort was charged for: reserved or committed, not abandoned."""
+        """Everything the cohort was charged for: every reservation, whatever became of it."""
         with self._store.transaction() as transaction:
-            return tuple(entry.event for entry in _counted(transaction.entries, cohort))
+            return tuple(entry.event for entry in _charged(transaction.entries, cohort))
 
     def epsilon(
         self,
@@ -169,7 +203,7 @@ class Ledger:
         )
 
     def open_reservations(self) -> tuple[Reservation, ...]:
-        """Reserved and neither committed nor abandoned, such as a crash leaves behind."""
+        """Reserved and not committed, such as a crash leaves behind."""
         with self._store.transaction() as transaction:
             return tuple(Reservation.of(entry) for entry in _open(transaction.entries))
 
@@ -190,22 +224,6 @@ class Ledger:
         with self._store.transaction() as transaction:
             transaction.check_file()
             return transaction.head
-
-    def _close(self, reservation: Reservation, kind: EntryKind, detail: str) -> None:
-        with self._store.transaction() as transaction:
-            entries = transaction.entries
-            index = reservation.sequence - 1
-            if not 0 <= index < len(entries) or Reservation.of(entries[index]) != reservation:
-                raise LedgerError(f"reservation {reservation.sequence} is not in this ledger")
-            last = [entry for entry in entries if entry.reservation == reservation.sequence][-1]
-            if (last.kind, last.detail) == (kind, detail):
-                return
-            if last.kind is not EntryKind.RESERVED:
-                raise LedgerError(
-                    f"reservation {reservation.sequence} is already {last.kind} "
-                    f"(entry {last.sequence}); reserve again to train that round again"
-                )
-            transaction.append(_entry(reservation, kind, detail))
 
 
 def _entry(reservation: Reservation, kind: EntryKind, detail: str) -> LedgerEntry:
@@ -228,15 +246,10 @@ def _entry(reservation: Reservation, kind: EntryKind, detail: str) -> LedgerEntr
     )
 
 
-def _counted(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]:
-    """The cohort's reserving entries that were not abandoned."""
-    abandoned = {entry.reservation for entry in entries if entry.kind is EntryKind.ABANDONED}
+def _charged(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]:
+    """The cohort's reserving entries."""
     return [
-        entry
-        for entry in entries
-        if entry.kind is EntryKind.RESERVED
-        and entry.cohort == cohort
-        and entry.sequence not in abandoned
+        entry for entry in entries if entry.kind is EntryKind.RESERVED and entry.cohort == cohort
     ]
 
 
@@ -251,15 +264,10 @@ def _open(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
 
 
 def _held(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
-    """The open reservation of the same round, if there is one."""
+    """The open reservation of the same round for the same mechanism, if there is one."""
+    same = (wanted.key, wanted.stage, wanted.event)
     for entry in _open(entries):
         held = Reservation.of(entry)
-        if held.key != wanted.key:
-            continue
-        if (held.event, held.stage) != (wanted.event, wanted.stage):
-            raise LedgerError(
-                f"round {held.round} of run {held.run_id} is reserved as entry {held.sequence} "
-                "for another mechanism; abandon that reservation first"
-            )
-        return held
+        if (held.key, held.stage, held.event) == same:
+            return held
     return None

@@ -48,13 +48,8 @@ def read_export(path: Path) -> tuple[LedgerEntry, ...]:
 
 
 def charged(entries: Sequence[LedgerEntry]) -> tuple[PrivacyEvent, ...]:
-    """What was reserved and not abandoned, in all cohorts."""
-    abandoned = {entry.reservation for entry in entries if entry.kind is EntryKind.ABANDONED}
-    return tuple(
-        entry.event
-        for entry in entries
-        if entry.kind is EntryKind.RESERVED and entry.sequence not in abandoned
-    )
+    """What was reserved, in all cohorts."""
+    return tuple(entry.event for entry in entries if entry.kind is EntryKind.RESERVED)
 
 
 def _entry(row: dict[str, str]) -> LedgerEntry:

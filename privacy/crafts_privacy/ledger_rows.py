@@ -26,11 +26,9 @@ class EntryKind(StrEnum):
     """What an entry says about its reservation."""
 
     RESERVED = "reserved"
-    """Training may start; counts as spent from here on."""
+    """Training may start; counts as spent from here on, for good."""
     COMMITTED = "committed"
     """The result may leave."""
-    ABANDONED = "abandoned"
-    """Nothing was released and nothing will be; no longer counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,7 @@ class LedgerEntry:
     sample_rate: float
     steps: int
     detail: str
-    """Hash of what was released, or why it was abandoned; empty while reserved."""
+    """Hash of what was released; empty while reserved."""
     previous_hash: str
     hash: str = ""
 

@@ -30,7 +30,7 @@ from crafts_privacy.ledger_rows import (
     check_chain,
     genesis_hash,
 )
-from crafts_privacy.witness import LedgerHead, read_head, write_head
+from crafts_privacy.witness import LedgerHead, head_path, read_head, write_head
 
 
 class LedgerTransaction:
@@ -78,7 +78,7 @@ class LedgerStore:
 
     def __init__(self, path: Path, *, lock_timeout_s: float) -> None:
         self._path = path
-        self._head_path = path.with_name(path.name + ".head")
+        self._head_path = head_path(path)
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_timeout_s = lock_timeout_s
         self._engine = _engine(path, lock_timeout_s)

@@ -21,6 +21,11 @@ class LedgerHead:
     hash: str
 
 
+def head_path(ledger_path: Path) -> Path:
+    """Where the witness of a ledger lies."""
+    return ledger_path.with_name(ledger_path.name + ".head")
+
+
 def read_head(path: Path) -> LedgerHead | None:
     """The witnessed head; ``None`` if there is no witness file.
 

@@ -256,6 +256,35 @@ def test_the_lifetime_budget_holds_over_studies(tmp_path, foundation, coordinato
     assert Ledger(home.ledger_path).entries() == spent
 
 
+def test_however_a_coordinator_names_its_runs_a_plan_stays_within_its_target(
+    tmp_path, foundation, coordinator
+) -> None:
+    """A person approved one run of four rounds; the coordinator makes up forty."""
+    home = make_site_home(
+        tmp_path / "careful", foundation, coordinator.public_key, require_approval=True
+    )
+    plan = coordinator.plan()
+    home.approvals.approve(plan)
+    state, hospital = coordinator.start(plan), Site(home, foundation)
+
+    def answered(run_id: str, number: int) -> bool | Error:
+        request = coordinator.request(plan, state, run_id=run_id, number=number)
+        app = make_client_app(lambda path: hospital)
+        where = Context(7, 7, {HOME_KEY: str(home.path)}, RecordDict(), {})
+        reply = app(flower_message(coordinator.content(plan, state, request)), where)
+        return reply.has_content() or reply.error
+
+    assert answered("run-0", 1) is True
+    tries = [answered(f"run-{number}", 1) for number in range(1, 40)]
+    assert tries == [error_of(Rule.RUN)] * 39
+    home.approvals.approve(plan, runs_so_far=1)  # the coordinator lost its first run, say
+    assert [answered("run-1", number) for number in (1, 2, 3)] == [True] * 3
+    assert answered("run-1", 4).code == 117, "round 1 was paid for twice: the last one is refused"
+    home.approvals.approve(plan, runs_so_far=2)
+    assert answered("run-2", 1).code == 117
+    assert Ledger(home.ledger_path).epsilon("main", plan.privacy.delta) <= 8.0
+
+
 def test_an_update_over_the_norm_limit_is_charged_closed_and_refused(
     tmp_path, foundation, coordinator
 ) -> None:

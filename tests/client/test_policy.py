@@ -11,6 +11,7 @@ from crafts_client.policy import (
     Rule,
     check_not_replayed,
     check_request,
+    check_run,
 )
 from crafts_client.signed_plan import MAX_PLAN_BYTES, SignedPlan, open_signed_plan
 from crafts_core.exchange import RoundRequest
@@ -147,6 +148,22 @@ def test_a_released_round_is_not_trained_again(number: int) -> None:
 
 def test_the_next_round_is_not_a_replay() -> None:
     check_not_replayed(request(plan(), round=3), last_released_round=2)
+
+
+def test_a_run_that_goes_on_needs_no_new_word() -> None:
+    check_run(request(plan(), run_id="run-1"), known_runs={"run-1"}, allowed_runs=1)
+
+
+@pytest.mark.parametrize(("known_runs", "allowed_runs"), [((), 1), (("run-1",), 2)])
+def test_a_run_that_somebody_allowed_may_begin(known_runs, allowed_runs: int) -> None:
+    check_run(request(plan(), run_id="run-2"), known_runs, allowed_runs)
+
+
+@pytest.mark.parametrize(("known_runs", "allowed_runs"), [(("1",), 1), (("1", "2"), 2)])
+def test_another_run_than_was_allowed_is_refused(known_runs, allowed_runs: int) -> None:
+    with pytest.raises(PolicyError, match="plan approve") as caught:
+        check_run(request(plan(), run_id="run-3"), known_runs, allowed_runs)
+    assert caught.value.rule is Rule.RUN
 
 
 class TestSignedPlan:

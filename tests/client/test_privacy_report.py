@@ -16,7 +16,7 @@ from crafts_client.site import Site
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.ledger import Ledger, LedgerTamperedError
+from crafts_privacy.ledger import Ledger, LedgerTamperedError, PlanLimit
 from support.sites import Coordinator, make_site_home
 
 
@@ -139,6 +139,7 @@ def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
         event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1),
         max_epsilon=math.inf,
         delta=1e-3,
+        plan_limit=PlanLimit(max_epsilon=math.inf, delta=1e-3),
     )
 
     report = privacy_report(trained)
@@ -147,6 +148,15 @@ def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
     assert report.lifetime.max_true_positive_rate == 1.0
     assert report.charged_and_not_sent == 1
     assert any("without noise" in line for line in report.unsubstantiated)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_accountants_that_disagree_are_named(trained, monkeypatch, factor: float) -> None:
+    """An accountant of record that is off by a tenth, too high or too low."""
+    right = accounting.epsilon
+    monkeypatch.setattr(accounting, "epsilon", lambda *a, **k: factor * right(*a, **k))
+
+    assert any("accountants disagree" in line for line in privacy_report(trained).unsubstantiated)
 
 
 def test_more_than_the_policy_allows_is_named(trained) -> None:

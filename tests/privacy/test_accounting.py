@@ -12,6 +12,7 @@ from crafts_privacy.accounting import (
     COARSE,
     NeighboringRelation,
     PrivacyEvent,
+    SecondOpinion,
     calibrate_noise_multiplier,
     epsilon,
     epsilon_second_opinion,
@@ -240,3 +241,37 @@ def test_no_step_is_left_of_a_spent_budget_and_the_search_ends() -> None:
     assert steps_left(kind, max_epsilon=1.0, delta=1e-4, spent=spent) == 0
     quiet = PrivacyEvent(noise_multiplier=1000.0, sample_rate=0.01, steps=0)
     assert steps_left(quiet, max_epsilon=8.0, delta=1e-4, most=50) == 50
+
+
+@pytest.mark.parametrize(
+    ("accountant", "value", "opinion", "agree"),
+    [
+        ("opacus-prv", 8.0, 8.01, True),
+        ("opacus-prv", 8.0, 8.2, False),
+        ("opacus-prv", 8.0, 7.8, False),
+        ("opacus-prv", 0.1, 0.12, True),
+        ("opacus-prv", 0.1, 0.15, False),
+        ("opacus-prv", 0.1, 0.05, False),
+        ("opacus-rdp", 50.0, 60.0, True),
+        ("opacus-rdp", 50.0, 48.0, False),
+        ("opacus-rdp", 50.0, math.inf, False),
+        ("opacus-rdp", math.inf, 50.0, False),
+        ("opacus-rdp", math.inf, math.inf, True),
+    ],
+)
+def test_a_second_opinion_is_compared_in_both_directions(
+    accountant: str, value: float, opinion: float, agree: bool
+) -> None:
+    """PRV must be near on both sides; Renyi is an upper bound that may be loose."""
+    assert SecondOpinion(opinion, accountant).agrees_with(value) is agree
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "delta"),
+    [(0.5, 0.5, 4, 1e-3), (2.0, 0.5, 100, 1e-3), (8.0, 0.1, 10, 1e-4), (1.0, 1.0, 5, 1e-3)],
+)
+def test_the_two_accountants_agree(noise: float, rate: float, steps: int, delta: float) -> None:
+    events = [PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps)]
+    opinion = epsilon_second_opinion(events, delta)
+    assert opinion.accountant == "opacus-prv"
+    assert opinion.agrees_with(epsilon(events, delta))

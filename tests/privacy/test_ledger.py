@@ -16,6 +16,8 @@ from crafts_privacy.ledger import (
     Ledger,
     LedgerError,
     LedgerTamperedError,
+    PlanBudgetExceededError,
+    PlanLimit,
     Reservation,
 )
 from crafts_privacy.witness import read_head, write_head
@@ -24,6 +26,7 @@ PLAN = "a" * 64
 RELEASE = "b" * 64
 DELTA = 1e-4
 EVENT = PrivacyEvent(noise_multiplier=8.0, sample_rate=0.1, steps=10)
+UNLIMITED = PlanLimit(max_epsilon=math.inf, delta=DELTA)
 
 
 def reserve(ledger: Ledger, round: int = 1, **changes: object) -> Reservation:
@@ -36,6 +39,7 @@ def reserve(ledger: Ledger, round: int = 1, **changes: object) -> Reservation:
         "event": EVENT,
         "max_epsilon": 8.0,
         "delta": DELTA,
+        "plan_limit": UNLIMITED,
     }
     return ledger.reserve(**(values | changes))  # type: ignore[arg-type]
 
@@ -95,12 +99,6 @@ def test_what_is_committed_stays_spent(ledger: Ledger) -> None:
     assert ledger.events("breast") == (EVENT,)
 
 
-def test_what_is_abandoned_is_not_spent(ledger: Ledger) -> None:
-    ledger.abandon(reserve(ledger), "out of memory")
-    assert ledger.events("breast") == ()
-    assert [entry.kind for entry in ledger.entries()] == [EntryKind.RESERVED, EntryKind.ABANDONED]
-
-
 def test_cohorts_are_accounted_apart(ledger: Ledger) -> None:
     reserve(ledger)
     assert ledger.events("lung") == ()
@@ -131,11 +129,13 @@ def test_training_a_committed_round_again_costs_again(ledger: Ledger) -> None:
     assert len(ledger.events("breast")) == 2
 
 
-def test_the_same_round_cannot_be_reserved_for_another_mechanism(ledger: Ledger) -> None:
-    reserve(ledger)
+def test_the_same_round_for_another_mechanism_is_charged_anew(ledger: Ledger) -> None:
+    """As after an update that calibrates otherwise: nobody has to give anything back."""
+    first = reserve(ledger)
     cheaper = PrivacyEvent(noise_multiplier=80.0, sample_rate=0.1, steps=10)
-    with pytest.raises(LedgerError, match="another mechanism"):
-        reserve(ledger, event=cheaper)
+    second = reserve(ledger, event=cheaper)
+    assert reserve(ledger, event=cheaper) == second != first
+    assert ledger.events("breast") == (EVENT, cheaper)
 
 
 # Refusing.
@@ -155,10 +155,37 @@ def test_a_calibrated_study_fits_its_budget_to_the_last_round(ledger: Ledger) ->
         target_epsilon=2.0, delta=DELTA, sample_rate=0.1, steps=40
     )
     event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=0.1, steps=10)
+    target = PlanLimit(max_epsilon=2.0, delta=DELTA)
     for number in range(1, 5):
-        reserve(ledger, number, event=event, max_epsilon=2.0)
+        reserve(ledger, number, event=event, max_epsilon=2.0, plan_limit=target)
     with pytest.raises(BudgetExceededError):
         reserve(ledger, 5, event=event, max_epsilon=2.0)
+    with pytest.raises(PlanBudgetExceededError):
+        reserve(ledger, 5, event=event, plan_limit=target)
+
+
+def limit_of(num_events: int) -> PlanLimit:
+    return PlanLimit(
+        max_epsilon=accounting.epsilon([EVENT] * num_events, DELTA / 10), delta=DELTA / 10
+    )
+
+
+def test_a_plan_never_passes_its_own_limit_in_however_many_runs(ledger: Ledger) -> None:
+    for number in range(3):
+        reserve(ledger, run_id=f"run-{number}", plan_limit=limit_of(3))
+    with pytest.raises(PlanBudgetExceededError, match="over all of its runs"):
+        reserve(ledger, run_id="run-3", plan_limit=limit_of(3))
+    assert len(ledger.entries()) == 3
+    reserve(ledger, run_id="run-3", plan_hash="c" * 64, plan_limit=limit_of(1))
+    reserve(ledger, run_id="run-3", cohort="lung", plan_limit=limit_of(1))
+
+
+def test_a_round_that_was_lost_counts_against_its_plan(ledger: Ledger) -> None:
+    reserve(ledger, 1, plan_limit=limit_of(2))  # never committed
+    ledger.commit(reserve(ledger, 2, plan_limit=limit_of(2)), RELEASE)
+    assert reserve(ledger, 1, plan_limit=limit_of(2)).sequence == 1, "asked again it costs once"
+    with pytest.raises(PlanBudgetExceededError):
+        reserve(ledger, 3, plan_limit=limit_of(2))
 
 
 def test_a_policy_lowered_since_refuses_an_open_reservation_too(ledger: Ledger) -> None:
@@ -176,6 +203,8 @@ def test_training_without_noise_is_refused(ledger: Ledger) -> None:
 def test_a_budget_that_is_not_a_number_refuses(ledger: Ledger) -> None:
     with pytest.raises(BudgetExceededError):
         reserve(ledger, max_epsilon=math.nan)
+    with pytest.raises(PlanBudgetExceededError):
+        reserve(ledger, plan_limit=PlanLimit(max_epsilon=math.nan, delta=DELTA))
 
 
 @pytest.mark.parametrize(
@@ -203,32 +232,15 @@ def test_one_reservation_releases_one_thing(ledger: Ledger) -> None:
         ledger.commit(reservation, "c" * 64)
 
 
-def test_what_was_committed_cannot_be_abandoned(ledger: Ledger) -> None:
-    reservation = reserve(ledger)
-    ledger.commit(reservation, RELEASE)
-    with pytest.raises(LedgerError, match="already committed"):
-        ledger.abandon(reservation, "changed my mind")
-
-
-def test_what_was_abandoned_cannot_be_committed(ledger: Ledger) -> None:
-    reservation = reserve(ledger)
-    ledger.abandon(reservation, "disk full")
-    with pytest.raises(LedgerError, match="already abandoned"):
-        ledger.commit(reservation, RELEASE)
-
-
 def test_a_reservation_from_another_ledger_is_refused(ledger: Ledger, tmp_path: Path) -> None:
     foreign = reserve(Ledger(tmp_path / "other.db"), 7)
     with pytest.raises(LedgerError, match="not in this ledger"):
         ledger.commit(foreign, RELEASE)
 
 
-def test_hashes_and_reasons_are_required(ledger: Ledger) -> None:
-    reservation = reserve(ledger)
+def test_a_commit_names_a_hash(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="release_hash"):
-        ledger.commit(reservation, "nope")
-    with pytest.raises(ValueError, match="reason"):
-        ledger.abandon(reservation, "")
+        ledger.commit(reserve(ledger), "nope")
 
 
 # Tampering. Each must be found on the next open, by an already open ledger, and name what to do.
@@ -250,8 +262,8 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: edit(p, "UPDATE ledger_entry SET kind = 'x' WHERE sequence = 2"),
         "entry 2 was edited",
     ),
-    "commit turned into abandon": (
-        lambda p: edit(p, "UPDATE ledger_entry SET kind = 'abandoned' WHERE sequence = 2"),
+    "commit turned into reservation": (
+        lambda p: edit(p, "UPDATE ledger_entry SET kind = 'reserved' WHERE sequence = 2"),
         "entry 2 was edited",
     ),
     "deleted middle row": (

@@ -32,7 +32,7 @@ from crafts_core.foundation_manifest import verify
 from crafts_core.registrar import REGISTRAR, calls_of, messages
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
-from crafts_privacy.ledger import Ledger
+from crafts_privacy.ledger import Ledger, PlanLimit
 from crafts_server.cli import app as server_app
 from crafts_server.enrolments import Enrolments, Witness
 from crafts_server.errors import PkiError
@@ -247,6 +247,7 @@ def spend(site: SiteHome, *, round: int) -> None:
         event=event,
         max_epsilon=9.0,
         delta=1e-3,
+        plan_limit=PlanLimit(max_epsilon=9.0, delta=1e-3),
     )
     ledger.commit(reservation, "0" * 64)
 

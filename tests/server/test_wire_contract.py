@@ -4,7 +4,7 @@ import torch
 from flwr.app import Message
 
 from crafts_client.messages import read_message, read_state, write_reply
-from crafts_client.outbox import Outbox
+from crafts_client.outbox import Payment, Release
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash, state_hash
 from crafts_server.messages import SignedPlan, as_travelled, encode, read_reply, request_message
 from support.fake_grid import FakeGrid
@@ -47,7 +47,7 @@ def test_the_site_reads_the_adapter_that_the_request_names() -> None:
     assert (got.plan.json, got.plan.signature, got.plan.public_key) == ("{}", "s", "k")
 
 
-def test_the_coordinator_reads_the_release_of_a_site(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_coordinator_reads_the_release_of_a_site() -> None:
     delta = {"layer.second": torch.tensor([[0.5], [1.0], [-2.0], [0.0]]).half()}
     reply = RoundReply(
         site="aachen",
@@ -63,7 +63,9 @@ def test_the_coordinator_reads_the_release_of_a_site(tmp_path) -> None:  # type:
         declared_patients=10,
         update_norm=global_norm(delta),
     )
-    release = Outbox(tmp_path).seal(request(), reply, delta, 1)
+    release = Release(
+        payment=Payment(1, HASH), reply=reply, delta=delta, hash=HASH, noise="GridNoise"
+    )
     answer = Message(write_reply(release), reply_to=message())
     got, values, _ = read_reply(answer, {"layer.second": torch.zeros(4, 1)})
     assert got == reply
