@@ -3,7 +3,7 @@
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
-from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.report import IngestReport, SourceOutcome
 from crafts_client.ingest.slides import find_slides
 from crafts_client.ingest.store_update import remove_patient
 from crafts_client.ingest.table import TableColumns, TableRow, read_table, write_template
@@ -13,6 +13,7 @@ __all__ = [
     "IngestError",
     "IngestReport",
     "Salt",
+    "SourceOutcome",
     "TableColumns",
     "TableRow",
     "TilingOptions",
