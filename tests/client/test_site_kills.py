@@ -207,7 +207,7 @@ def driven(folder: Path, *options: str) -> dict[str, Any]:
         env=os.environ | {"PYTHONPATH": roots, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1100,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
@@ -215,6 +215,7 @@ def driven(folder: Path, *options: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.timeout(1200)  # a minute of work, ten where many share two cores
 @pytest.mark.parametrize(
     "kills", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)]
 )
