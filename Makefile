@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install quickstart test test-fast check format bench proto clean
+.PHONY: help install quickstart test test-fast test-exhaustive check format bench proto clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -30,11 +30,14 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)
 	$(BIN)/crafts-sim run quickstart --out $(RUNS)/quickstart
 
-test: $(STAMP)  ## The whole suite (under ten minutes on two cores)
-	$(PYTEST)
+test: $(STAMP)  ## The whole suite (under twelve minutes on two cores)
+	$(PYTEST) -m "not exhaustive"
 
 test-fast: $(STAMP)  ## Without the slow tests (under two minutes)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
+
+test-exhaustive: $(STAMP)  ## What is repeated more often than the suite has time for
+	$(PYTEST) -m exhaustive
 
 check: $(STAMP)  ## Format, lint, types, import contract
 	$(BIN)/ruff format --check .
@@ -50,6 +53,8 @@ bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/private_step.py
 	$(BIN)/python benchmarks/network_round.py
 	$(BIN)/python benchmarks/coordinator_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ingest_speed.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_reads.py
 
 proto: $(STAMP)  ## Regenerate the registrar's messages from its contract
 	$(BIN)/python -m pip install --quiet --target .proto-tools "grpcio-tools==1.76.0"

@@ -70,10 +70,6 @@ def _outcome(
 
 
 def _cells(outcome: SourceOutcome, mpp: float, seconds: float) -> list[str]:
-    found = [
-        sentence.removeprefix("It carries ").partition(";")[0].removesuffix(".")
-        for sentence in outcome.identifiers
-    ]
     return [
         outcome.file,
         outcome.reader or "",
@@ -83,7 +79,7 @@ def _cells(outcome: SourceOutcome, mpp: float, seconds: float) -> list[str]:
         f"{outcome.num_tiles} at {mpp:g}",
         str(outcome.copied or ""),
         ", ".join(f"{number} {why}" for why, number in outcome.rejected.items()),
-        ", ".join(found),
+        ", ".join(outcome.identifiers),
         outcome.skipped or "",
         f"{seconds:.1f}",
     ]

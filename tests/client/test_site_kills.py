@@ -217,7 +217,7 @@ def driven(folder: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(1200)  # a minute of work, ten where many share two cores
 @pytest.mark.parametrize(
-    "kills", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)]
+    "kills", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.exhaustive)]
 )
 def test_no_kill_leaves_the_ledger_below_what_was_released(tmp_path: Path, kills: int) -> None:
     result = driven(tmp_path, "--kills", str(kills), "--seed", str(kills))

@@ -21,7 +21,7 @@ from crafts_client.ingest.readers.seam import foreign
 from crafts_client.ingest.readers.tiff_header import check_tiff_header, is_tiff
 from crafts_client.ingest.slides import Slide
 
-UNSEEN = "Not all of its fields could be looked at; take it that they name somebody."
+UNSEEN = "fields that could not be looked at"
 MAX_PAGES = 64
 MAX_TEXT = 2**20
 MAX_STREAM_BYTES = 2**26
@@ -98,15 +98,15 @@ _PER_FRAME = 0x52009230
 
 
 def audit_source(path: Path, slide: Slide) -> tuple[str, ...]:
-    """One sentence for each kind of identifying thing in a file that ingest leaves there.
+    """Each kind of identifying thing in a file, such as "a date"; ingest copies none of them.
 
     Args:
         path: What ``slide`` was opened from.
         slide: Open.
 
     Returns:
-        Sentences for the operator, in a fixed order. They hold no value and no name of a field.
-        Where the file could not be looked through, the last one says so.
+        Words for the operator, in a fixed order. They hold no value and no name of a field.
+        Where the file could not be looked through, the last says so.
     """
     kinds: set[str] = set()
     is_whole = True
@@ -116,8 +116,7 @@ def audit_source(path: Path, slide: Slide) -> tuple[str, ...]:
                 kinds.update(look())
         except SlideError:
             is_whole = False
-    sentences = [f"It carries {kind}; ingest does not copy it." for kind in sorted(kinds)]
-    return tuple(sentences if is_whole else [*sentences, UNSEEN])
+    return (*sorted(kinds), *(() if is_whole else (UNSEEN,)))
 
 
 def _looks(path: Path, slide: Slide) -> Iterator[Callable[[], set[str]]]:
