@@ -32,7 +32,7 @@ from crafts_client.errors import HomeError
 from crafts_client.ingest import Salt
 from crafts_client.policy import Policy
 from crafts_core.durable import write_file
-from crafts_core.foundation import embedded_path
+from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import describe_first_error
 
 SITE_NAME, POLICY_NAME, LEDGER_NAME = "site.toml", "policy.toml", "ledger.db"

@@ -9,15 +9,19 @@ import tomllib
 from collections.abc import Callable, Collection, Container, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crafts_client.errors import HomeError
 from crafts_core.errors import CraftsError
-from crafts_core.exchange import RoundRequest
 from crafts_core.plan import Plan, RoundOfPlan, StageName, describe_first_error
-from crafts_privacy.patient_sgd import Mechanism
+
+if (
+    TYPE_CHECKING
+):  # torch and the accountants take seconds to import; `crafts-client status` should not
+    from crafts_core.exchange import RoundRequest
+    from crafts_privacy.patient_sgd import Mechanism
 
 
 class Rule(StrEnum):
@@ -127,7 +131,7 @@ class Policy(BaseModel):
                 f"nobody here approved the plan; run crafts-client plan approve {plan.hash[:16]}",
             )
 
-    def check_noise(self, mechanism: Mechanism) -> None:
+    def check_noise(self, mechanism: "Mechanism") -> None:
         """The calibrated noise must not be weaker than the site's floor.
 
         Raises:
@@ -260,7 +264,7 @@ PLAN_RULES: tuple[PlanRule, ...] = (
 )
 
 
-def check_request(plan: Plan, request: RoundRequest, *, foundation_hash: str) -> RoundOfPlan:
+def check_request(plan: Plan, request: "RoundRequest", *, foundation_hash: str) -> RoundOfPlan:
     """The request asks for exactly one round of exactly this plan, on the installed foundation.
 
     Raises:
@@ -286,7 +290,7 @@ def check_request(plan: Plan, request: RoundRequest, *, foundation_hash: str) ->
     return planned
 
 
-def check_run(request: RoundRequest, known_runs: Collection[str], allowed_runs: int) -> None:
+def check_run(request: "RoundRequest", known_runs: Collection[str], allowed_runs: int) -> None:
     """A plan runs once. The coordinator chooses the ids of runs, so another one asks a person.
 
     Args:
@@ -305,7 +309,7 @@ def check_run(request: RoundRequest, known_runs: Collection[str], allowed_runs: 
         )
 
 
-def check_not_replayed(request: RoundRequest, last_released_round: int) -> None:
+def check_not_replayed(request: "RoundRequest", last_released_round: int) -> None:
     """A round that this site released in this run, or an earlier one, is not trained again.
 
     Raises:
