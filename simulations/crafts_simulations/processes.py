@@ -207,6 +207,9 @@ def _free_ports(number: int) -> Iterator[tuple[int, ...]]:
 
 
 def _children(pid: int) -> list[int]:
-    """Processes whose parent this is (Linux)."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
-    return [int(child) for child in children.split()]
+    """Processes that a thread of this one has started (Linux)."""
+    children = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            children += (thread / "children").read_text(encoding="ascii").split()
+    return [int(child) for child in children]
