@@ -59,7 +59,13 @@ def init(
         list[str] | None, typer.Option(help="Public key of a coordinator to trust; repeat.")
     ] = None,
     max_epsilon: Annotated[float, typer.Option(help="Lifetime epsilon of the cohort.")] = 8.0,
-    max_delta: Annotated[float, typer.Option(help="Delta of the lifetime promise.")] = 1e-3,
+    max_delta: Annotated[
+        float | None,
+        typer.Option(
+            help="Delta of the lifetime promise; if absent one in ten times the patients, at most "
+            "0.001."
+        ),
+    ] = None,
 ) -> None:
     """Make a site home: site.toml, policy.toml with careful limits, and the salt."""
     with one_line_errors("crafts-client"):
@@ -78,7 +84,7 @@ def init(
             allowed_signers=tuple(signer or ()),
             allowed_stages=("pretraining", "alignment"),
             max_epsilon=max_epsilon,
-            max_delta=max_delta,
+            max_delta=min(1e-3, 1 / (10 * patients)) if max_delta is None else max_delta,
             min_noise_multiplier=0.3,
             max_sample_rate=0.5,
             min_patients=20,
@@ -377,7 +383,7 @@ def attack(
             )
         except ValueError as error:
             raise CraftsError(str(error)) from error
-        write_file(site.leakage_path, result.model_dump_json(indent=1) + "\n")
+        write_file(site.leakage_path, result.model_dump_json(indent=1) + "\n", mode=0o600)
     if as_json:
         typer.echo(result.model_dump_json())
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch.multiprocessing as multiprocessing
 
+from crafts_client import unusable
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
@@ -101,3 +102,4 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
             )
             made = (config, trainer)
         made[1].train(task)
+        unusable.note(home.unusable_path, made[1].num_unusable_patients, rank=rank)

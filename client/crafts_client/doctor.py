@@ -146,6 +146,29 @@ def registrar(home: SiteHome) -> Iterator[Finding]:
     yield _ok("registrar", f"{channel.record.registrar_address} answers; {len(plans)} plans")
 
 
+def home_folder(home: SiteHome) -> Iterator[Finding]:
+    """Salt, register, ledger and tiles are the owner's alone."""
+    if home.path.stat().st_mode & 0o077:
+        yield _problem("home", "others may enter it", f"chmod 700 {home.path}")
+    else:
+        yield _ok("home", "nobody else may enter it")
+
+
+def delta(home: SiteHome) -> Iterator[Finding]:
+    """Small beside one patient's share of the cohort."""
+    allowed, patients = home.policy.max_delta, home.config.declared_patients
+    found = f"{allowed:g} for {patients} declared patients"
+    if allowed > 1 / patients:
+        yield _warning(
+            "delta",
+            found,
+            f"set max_delta in policy.toml to {1 / (10 * patients):.1g} or less: above one in "
+            "all patients the promise may say nothing about one of them",
+        )
+    else:
+        yield _ok("delta", found)
+
+
 def disk(home: SiteHome) -> Iterator[Finding]:
     """Room for the ledger, sealed releases and a new foundation."""
     free = shutil.disk_usage(home.path).free
@@ -238,6 +261,8 @@ CHECKS: tuple[Check, ...] = (
     enrolment,
     fleet,
     registrar,
+    home_folder,
+    delta,
     disk,
     memory,
     slide_libraries,

@@ -14,7 +14,8 @@
     patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600), with its .head
     ledger.db           what was spent, with its .head
     audit.json          the newest audit of the engine
-    leakage.json        the newest attack on a finished generator: private, it stays here
+    leakage.json        the newest attack on a finished generator: private, it stays here (0600)
+    unusable/           how often patients gave no usable gradient: private, it stays here (0600)
     outbox/             sealed releases
     stage_start.safetensors   the public adapter that the current stage began with
 """
@@ -91,6 +92,7 @@ class SiteHome:
             raise HomeError(f"{path} is a site home already; edit its {SITE_NAME} instead")
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)  # it may have been there
             home = cls(path=path, config=config, policy=policy)
             if not home.salt_path.exists():
                 Salt.create(home.salt_path)
@@ -171,6 +173,11 @@ class SiteHome:
     def audit_path(self) -> Path:
         """The newest audit of the engine."""
         return self.path / "audit.json"
+
+    @property
+    def unusable_path(self) -> Path:
+        """Counts of gradients that were not finite. Private."""
+        return self.path / "unusable"
 
     @property
     def outbox_path(self) -> Path:

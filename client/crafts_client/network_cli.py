@@ -211,6 +211,7 @@ def doctor(home: Home = Path("site"), as_json: AsJson = False) -> None:
 @network_app.command()
 def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """What this site is part of, whether it is running, and the rounds that it has answered."""
+    from crafts_client import unusable
     from crafts_client.enrolment import coordinator_record
     from crafts_client.site_ledger import existing_ledger
     from crafts_client.supernode import is_running
@@ -235,12 +236,13 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
             "last_round": last and last.round,
             "last_plan": last and last.plan_hash[:16],
             "last_at": last and last.recorded_at.isoformat(),
+            "unusable_gradients": unusable.total(site.unusable_path),
         }
     if as_json:
         typer.echo(json.dumps(values))
         return
     for key, value in values.items():
-        typer.echo(f"{key:16} {'-' if value in (None, {}) else value}")
+        typer.echo(f"{key:18} {'-' if value in (None, {}) else value}")
 
 
 @network_app.command()

@@ -139,6 +139,7 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         leakage=_record(site.leakage_path),
         versions=versions,
         unsubstantiated=(
+            *_weak_delta(delta, site.config.declared_patients),
             *_unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions),
             *_uncommitted(all_entries, records),
         ),
@@ -227,6 +228,15 @@ def _transmissions(
             )
         )
     return tuple(found)
+
+
+def _weak_delta(delta: float, declared_patients: int) -> Iterator[str]:
+    """Delta is the chance that the promise says nothing: one patient's data may be published."""
+    if delta > 1 / declared_patients:
+        yield (
+            f"delta: {delta:g} is more than one in {declared_patients} patients, so the promise "
+            "may say nothing about one of them; lower max_delta in policy.toml"
+        )
 
 
 def _uncommitted(

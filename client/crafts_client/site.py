@@ -13,19 +13,20 @@ The order, and what a crash leaves behind::
 So nothing leaves that was not charged, and nothing is charged twice for being asked twice.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from crafts_client import stage_start
+from crafts_client import stage_start, unusable
 from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import HomeError, OutboxError, TrainingError
-from crafts_client.home import SiteHome
+from crafts_client.home import POLICY_NAME, SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.messages import RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
-from crafts_client.policy import PolicyError, check_not_replayed, check_request, check_run
+from crafts_client.policy import Policy, PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import open_signed_plan
 from crafts_client.site_ledger import open_ledger
@@ -107,7 +108,10 @@ class Site:
         Raises:
             CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
         """
-        config, policy, request = self._home.config, self._home.policy, message.request
+        # Read anew: a policy that was tightened holds from this answer on.
+        policy = Policy.load(self._home.path / POLICY_NAME)
+        self._home = replace(self._home, policy=policy)
+        config, request = self._home.config, message.request
         plan = open_signed_plan(message.plan, policy)
         policy.check_plan(plan, declared_patients=config.declared_patients)
         policy.check_approved(plan, self._home.approvals.all())
@@ -157,14 +161,15 @@ class Site:
         self, trainer: Trainer, config: AdapterConfig, task: TrainingTask
     ) -> State:
         """On all of the site's devices. Where one fails, the round stays reserved: nothing left."""
-        if self._workers is None:
-            return trainer.train(task)
         try:
-            self._workers.start(config, task)
+            if self._workers is not None:
+                self._workers.start(config, task)
             return trainer.train(task)
         except RankError:
             self.close()
             raise
+        finally:
+            unusable.note(self._home.unusable_path, trainer.num_unusable_patients)
 
     def close(self) -> None:
         """End the processes of further devices; the next round starts them again."""

@@ -1,7 +1,8 @@
 """The local part of a round: a global adapter goes in, a private delta comes out.
 
-The model stays warm between rounds. No loss, count or norm of a patient is returned, logged or
-kept: everything that leaves this module went through ``PatientSGD``.
+The model stays warm between rounds. No loss, count or norm of a patient is returned or logged:
+everything that leaves the site went through ``PatientSGD``. One count stays, for the site's
+operator: how often a patient's gradient was not finite.
 """
 
 import copy
@@ -119,6 +120,8 @@ class Trainer:
         self._ranks = ranks
         self._public_tiles: TileBatch | None = None
         self._trusted: dict[tuple[StageConfig, Factor], Speed] = {}
+        self.num_unusable_patients = 0
+        """Of the newest round, as ``PatientSGD`` counts them: for the site's own eyes."""
 
     def schema(self) -> State:
         """Tensors with the names and shapes that every global adapter must have."""
@@ -135,6 +138,7 @@ class Trainer:
             BatchCoupledLossError: the loss has no per-patient sensitivity.
             TrainingError: the result is not finite.
         """
+        self.num_unusable_patients = 0
         self._patients.leave_out(task.withdrawn)
         self._adapter.load_state(task.state)
         parameters = self._adapter.trainable(task.factor)
@@ -170,6 +174,7 @@ class Trainer:
                         gradients,
                         group_size,
                     )
+        self.num_unusable_patients = optimizer.num_unusable_patients()
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
         delta = {

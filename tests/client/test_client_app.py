@@ -1,20 +1,26 @@
+import json
 import logging
+import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, RecordDict
+from typer.testing import CliRunner
 
-from crafts_client import refusals, site
+from crafts_client import cli, refusals, site
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.errors import EnrolmentError, OutboxError
+from crafts_client.errors import EnrolmentError, HomeError, OutboxError
 from crafts_client.outbox import REFUSED_RELEASE
-from crafts_client.policy import Rule
+from crafts_client.patients import PatientTiles
+from crafts_client.policy import PolicyError, Rule
 from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
 from crafts_client.site import Site
 from crafts_client.trainer import Trainer
 from crafts_core.adapters import add_delta
 from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash
+from crafts_core.stages.batch import TileBatch
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerError
 from support.sites import (
     Coordinator,
@@ -94,6 +100,53 @@ def test_a_plan_trains_only_while_somebody_here_approves_it(
     assert ask(home, foundation, content).error == error_of(Rule.APPROVAL)
     (home.path / "approved.json").write_text("{")
     assert ask(home, foundation, content).error.code == 112, "what cannot be read approves nothing"
+
+
+def test_a_policy_that_is_tightened_holds_for_a_running_site(home, hospital, coordinator) -> None:
+    plan = coordinator.plan()
+    state = coordinator.start(plan)
+    hospital.answer(coordinator.message(plan, state))
+    second = coordinator.message(plan, state, request=coordinator.request(plan, state, number=2))
+    file = home.path / "policy.toml"
+    generous = file.read_text()
+
+    file.write_text(generous.replace("max_rounds = 100", "max_rounds = 3"))
+    with pytest.raises(PolicyError, match="4 rounds"):
+        hospital.answer(second)
+    file.write_text("max_rounds =")
+    with pytest.raises(HomeError, match="cannot read policy"):
+        hospital.answer(second)
+    file.unlink()
+    with pytest.raises(HomeError, match="cannot read policy"):
+        hospital.answer(second)
+    file.write_text(generous)
+    hospital.answer(second)
+
+
+def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
+    home, hospital, coordinator, monkeypatch, caplog
+) -> None:
+    """One of six patients is damaged, and drawn in each of two steps and two rounds."""
+    batch = PatientTiles.batch
+
+    def damaged(self: PatientTiles, patient: int, **options: object) -> TileBatch:
+        tiles = batch(self, patient, **options)  # type: ignore[arg-type]
+        return replace(tiles, latents_BCHW=tiles.latents_BCHW * (torch.nan if patient == 2 else 1))
+
+    monkeypatch.setattr(PatientTiles, "batch", damaged)
+    privacy = coordinator.plan().privacy.model_dump() | {"sample_rate": 1.0}
+    plan = coordinator.plan(privacy=privacy)
+    state = coordinator.start(plan)
+    with caplog.at_level(logging.DEBUG):
+        for number in (1, 2):
+            request = coordinator.request(plan, state, number=number)
+            hospital.answer(coordinator.message(plan, state, request=request))
+
+    told = CliRunner().invoke(cli.app, ["status", "--json", "--home", str(home.path)]).stdout
+    assert json.loads(told)["unusable_gradients"] == 4
+    (file,) = home.unusable_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

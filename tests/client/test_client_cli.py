@@ -107,6 +107,13 @@ def test_init_trusts_nobody_until_told(tmp_path: Path) -> None:
     assert not SiteHome.open(tmp_path / "site").policy.allow_non_private
 
 
+@pytest.mark.parametrize(("patients", "delta"), [(40, 1e-3), (400, 1 / 4000)])
+def test_init_takes_delta_from_the_number_of_patients(tmp_path, patients, delta) -> None:
+    home = tmp_path / "site"
+    run("init", "--name", "north", "--patients", patients, "--home", home)
+    assert SiteHome.open(home).policy.max_delta == delta
+
+
 def test_policy_check_says_yes_to_an_allowed_plan(tmp_path, home, foundation) -> None:
     plan = _write_plan(tmp_path, foundation)
 
@@ -246,6 +253,7 @@ def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> 
     assert done.exit_code == 0, done.stderr
     assert "loss against the foundation: area 0.50" in done.stdout
     assert json.loads(home.leakage_path.read_text())["patients"] == 8
+    assert home.leakage_path.stat().st_mode & 0o077 == 0
 
 
 def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinator) -> None:

@@ -54,6 +54,12 @@ def test_only_the_owner_enters(home: SiteHome) -> None:
     assert stat.S_IMODE(home.salt_path.stat().st_mode) == 0o600
 
 
+def test_a_folder_that_was_there_becomes_the_owners(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    home = SiteHome.create(tmp_path / "open", config(), policy_of("key"))
+    assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
+
+
 def test_a_missing_home_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(HomeError, match="crafts-client init"):
         SiteHome.open(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -168,6 +169,17 @@ def test_more_than_the_policy_allows_is_named(trained) -> None:
     report = privacy_report(SiteHome.open(trained.path))
 
     assert any("lifetime budget" in line for line in report.unsubstantiated)
+
+
+def test_a_delta_above_one_patients_share_is_named(trained) -> None:
+    site = trained.path / "site.toml"
+    for patients, is_named in ((1000, False), (1001, True)):
+        text = re.sub(
+            r"declared_patients = \d+", f"declared_patients = {patients}", site.read_text()
+        )
+        site.write_text(text)
+        lines = privacy_report(SiteHome.open(trained.path)).unsubstantiated
+        assert any(line.startswith("delta:") for line in lines) is is_named
 
 
 def test_a_site_that_trained_nothing_spent_nothing(home, tmp_path) -> None:
