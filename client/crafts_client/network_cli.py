@@ -3,16 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
-
-if TYPE_CHECKING:
-    from crafts_core.plan import Plan
 
 network_app = typer.Typer()
 plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
@@ -24,7 +21,9 @@ Home = Annotated[
     Path, typer.Option("--home", envvar="CRAFTS_SITE_HOME", help="Folder of the site home.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-PlanHash = Annotated[str, typer.Argument(help="Beginning of a plan's hash, as plan list has it.")]
+PlanHash = Annotated[
+    str, typer.Argument(help="16 digits or more of its hash, as plan list has them.")
+]
 
 
 @network_app.command()
@@ -79,26 +78,34 @@ def join(
 
 @plan_app.command("list")
 def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """The plans that the coordinator signed, and what this site's policy says to each."""
+    """The plans that the coordinator signed, and what this site would say to each."""
+    from crafts_client.offered_plans import offered_plans
+
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         approved = site.approvals.all()
         told: list[dict[str, Any]] = [
             {
-                "hash": plan.hash,
-                "study": plan.study.name,
-                "rounds": plan.num_rounds,
-                "target_epsilon": plan.privacy.target_epsilon,
-                "refused": refused,
-                "approved": plan.hash in approved,
+                "hash": each.plan and each.plan.hash,
+                "study": each.plan and each.plan.study.name,
+                "rounds": each.plan and each.plan.num_rounds,
+                "target_epsilon": each.plan and each.plan.privacy.target_epsilon,
+                "epsilon_after": each.epsilon_after,
+                "refused": each.refused,
+                "remark": each.remark,
+                "approved": each.plan is not None and each.plan.hash in approved,
             }
-            for plan, refused in _offered_plans(site)
+            for each in offered_plans(site)
         ]
     if as_json:
         typer.echo(json.dumps(told))
         return
     for each in told:
         verdict = "; ".join(each["refused"]) or ("approved" if each["approved"] else "allowed")
+        if each["hash"] is None:
+            typer.echo(f"{'unreadable':16}  {verdict}")
+            continue
+        verdict += f"; {each['remark']}" if each["remark"] else ""
         typer.echo(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
     if not told:
         typer.echo("the coordinator has no plan yet")
@@ -106,10 +113,16 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
 @plan_app.command("show")
 def plan_show(plan_hash: PlanHash, home: Home = Path("site")) -> None:
-    """The whole plan as JSON."""
+    """The whole plan as JSON; on stderr, what this site would say to it."""
+    from crafts_client.offered_plans import offered_plan
+
     with one_line_errors("crafts-client"):
-        plan, _ = _offered_plan(SiteHome.open(home), plan_hash)
+        plan, offered = offered_plan(SiteHome.open(home), plan_hash)
     typer.echo(json.dumps(plan.model_dump(mode="json"), indent=1))
+    for line in offered.refused:
+        typer.echo(f"refused: {line}", err=True)
+    if offered.remark:
+        typer.echo(offered.remark, err=True)
 
 
 @plan_app.command("approve")
@@ -120,60 +133,29 @@ def plan_approve(
         bool, typer.Option("--take-back", help="Answer no further round of it.")
     ] = False,
 ) -> None:
-    """Let this site train a plan, exactly as `plan show` prints it."""
+    """Let this site train a plan once, exactly as `plan show` prints it.
+
+    Approved again once it ran, it may have one run more, within the same target epsilon.
+    """
+    from crafts_client.offered_plans import offered_plan, runs_so_far
+
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        plan, refused = _offered_plan(site, plan_hash)
+        plan, offered = offered_plan(site, plan_hash)
+        runs = runs_so_far(site, plan)
         if take_back:
             site.approvals.take_back(plan)
-        elif refused:
-            raise EnrolmentError(f"not approved: {'; '.join(refused)}")
+        elif offered.refused:
+            raise EnrolmentError(f"not approved: {'; '.join(offered.refused)}")
         else:
-            site.approvals.approve(plan, runs_so_far=_runs_so_far(site, plan))
-    typer.echo(f"{plan.study.name} is {'not approved any more' if take_back else 'approved'}")
-
-
-def _runs_so_far(site: SiteHome, plan: "Plan") -> int:
-    from crafts_client.site_ledger import existing_ledger
-
-    ledger = existing_ledger(site)
-    entries = () if ledger is None else ledger.entries()
-    return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
-
-
-def _offered_plan(site: SiteHome, plan_hash: str) -> "tuple[Plan, list[str]]":
-    found = [each for each in _offered_plans(site) if each[0].hash.startswith(plan_hash)]
-    if len(found) != 1:
-        raise EnrolmentError(
-            f"{len(found)} plans begin with {plan_hash!r}; see crafts-client plan list"
-        )
-    return found[0]
-
-
-def _offered_plans(site: SiteHome) -> "list[tuple[Plan, list[str]]]":
-    """The coordinator's plans, and why this site would not take part."""
-    from crafts_client.enrolment import Registrar
-    from crafts_client.policy import PolicyError
-    from crafts_client.signed_plan import SignedPlan, open_signed_plan
-    from crafts_core.plan import Plan
-
-    with Registrar(site) as registrar:
-        signed = registrar.call("ListPlans").plans
-    offered = []
-    for each in signed:
-        plan = Plan.parse(json.loads(each.json))
-        refused: list[str] = []
-        try:
-            open_signed_plan(
-                SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
-                site.policy,
-            )
-        except PolicyError as error:
-            refused.append(str(error))
-        size = site.config.declared_patients
-        refused += [str(error) for error in site.policy.violations(plan, declared_patients=size)]
-        offered.append((plan, refused))
-    return offered
+            site.approvals.approve(plan, runs_so_far=runs)
+    if take_back:
+        typer.echo(f"{plan.study.name} is not approved any more")
+        return
+    again = f" for one run more, after {runs}" if runs else ""
+    typer.echo(f"{plan.study.name} is approved{again}")
+    if offered.remark:
+        typer.echo(offered.remark)
 
 
 @foundation_app.command("fetch")

@@ -480,7 +480,7 @@ def test_from_the_command_line(coordinator, site, foundation, tmp_path: Path, mo
     listed = json.loads(client.invoke(client_app, ["plan", "list", "--json", *where]).stdout)
     assert [each["hash"] for each in listed] == [plan.hash]
     assert "signer" in listed[0]["refused"][0]
-    shown = client.invoke(client_app, ["plan", "show", plan.hash[:8], *where])
+    shown = client.invoke(client_app, ["plan", "show", plan.hash[:16], *where])
     assert Plan.parse(json.loads(shown.stdout)) == plan
 
     fetch = ["foundation", "fetch", "--json", *where]

@@ -73,7 +73,7 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
             checked = json.loads(run(crafts_client, "doctor", "--json", *at(site)))
             assert {each["subject"] for each in checked} >= {"fleet", "clock", "registrar"}
             assert {each["verdict"] for each in checked} == {"ok"}
-            run(crafts_client, "plan", "approve", plan.hash[:12], *at(site))
+            run(crafts_client, "plan", "approve", plan.hash[:16], *at(site))
             programs.start_site(name)
         run(crafts_server, "train", file, *server)
 

@@ -1,0 +1,141 @@
+"""The plans that the coordinator offers, and what this site would say to each.
+
+What comes over the wire is the coordinator's word: a plan that cannot be read, or whose signature
+is not valid, is told of and hides no other.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from crafts_client.errors import EnrolmentError
+from crafts_client.home import SiteHome
+from crafts_client.mechanism import mechanism_of
+from crafts_client.policy import PolicyError
+from crafts_client.signed_plan import SignedPlan, open_signed_plan
+from crafts_client.site_ledger import existing_ledger
+from crafts_core.plan import Plan, PlanError
+from crafts_privacy import accounting
+from crafts_privacy.errors import CalibrationError
+from crafts_privacy.ledger import EntryKind
+
+_PREFIX = re.compile(r"[0-9a-f]{16,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedPlan:
+    """One plan as it was offered; ``plan`` is None where it cannot be read."""
+
+    plan: Plan | None
+    refused: tuple[str, ...]
+    """Why this site would not take part: signature, policy, noise floor, spent budget."""
+    epsilon_after: float | None = None
+    """Of the cohort's life once the site took part in all of it; None where nothing bounds it."""
+    remark: str = ""
+    """Where the site would take part, and not to the end."""
+
+
+def judge(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
+    """What this site would say to a plan. Changes nothing.
+
+    Raises:
+        LedgerError: the ledger cannot say what was spent.
+    """
+    refused: list[str] = []
+    try:
+        plan: Plan | None = open_signed_plan(signed, site.policy)
+    except PolicyError as error:
+        refused.append(str(error))
+        plan = _readable(signed.json)
+    except PlanError as error:
+        return OfferedPlan(plan=None, refused=(str(error),))
+    if plan is None:
+        return OfferedPlan(plan=None, refused=(*refused, "it cannot be read"))
+    size = site.config.declared_patients
+    refused += [str(error) for error in site.policy.violations(plan, declared_patients=size)]
+    if refused or plan.privacy.target_epsilon is None:  # calibrate only what is asked in earnest
+        return OfferedPlan(plan=plan, refused=tuple(refused))
+    return _with_budget(site, plan)
+
+
+def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
+    """Every plan of the coordinator.
+
+    Raises:
+        EnrolmentError: the coordinator cannot be asked.
+    """
+    from crafts_client.enrolment import Registrar  # grpc takes its time to import
+
+    with Registrar(site) as registrar:
+        offered = registrar.call("ListPlans").plans
+    for each in offered:
+        yield judge(
+            site,
+            SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
+        )
+
+
+def offered_plan(site: SiteHome, plan_hash: str) -> tuple[Plan, OfferedPlan]:
+    """The one plan whose hash begins so.
+
+    Raises:
+        EnrolmentError: fewer than 16 digits, which somebody could make another plan fit; or none.
+    """
+    if not _PREFIX.fullmatch(plan_hash):
+        raise EnrolmentError(
+            f"expected at least 16 hexadecimal digits of a plan's hash, got {plan_hash!r}; see "
+            "crafts-client plan list"
+        )
+    for offered in offered_plans(site):
+        if offered.plan is not None and offered.plan.hash.startswith(plan_hash):
+            return offered.plan, offered
+    raise EnrolmentError(f"no plan begins with {plan_hash!r}; see crafts-client plan list")
+
+
+def runs_so_far(site: SiteHome, plan: Plan) -> int:
+    """How many runs of a plan the ledger has seen."""
+    ledger = existing_ledger(site)
+    entries = () if ledger is None else ledger.entries()
+    return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
+
+
+def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:
+    """The rules that need the calibrated noise: its floor, and what is left of the lifetime."""
+    policy = site.policy
+    try:
+        mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
+        policy.check_noise(mechanism)
+    except (PolicyError, CalibrationError) as error:
+        return OfferedPlan(plan=plan, refused=(str(error),))
+    ledger = existing_ledger(site)
+    cohort = site.config.cohort
+    spent = () if ledger is None else ledger.events(cohort)
+    done = sum(
+        entry.steps
+        for entry in (() if ledger is None else ledger.entries())
+        if entry.kind is EntryKind.RESERVED
+        and (entry.cohort, entry.plan_hash) == (cohort, plan.hash)
+    )
+
+    def after(steps: int) -> float:
+        return accounting.epsilon([*spent, mechanism.event(steps)], policy.max_delta)
+
+    all_of_it = after(max(0, plan.total_steps - done))
+    refused, remark = (), ""
+    if after(min(stage.local_steps for stage in plan.stage)) > policy.max_epsilon:
+        refused = (f"lifetime budget: not one more round fits into {policy.max_epsilon:g}",)
+    elif all_of_it > policy.max_epsilon:
+        remark = (
+            f"the lifetime budget ends before its last round: all of it would reach epsilon "
+            f"{all_of_it:.3f} of {policy.max_epsilon:g}"
+        )
+    return OfferedPlan(plan=plan, refused=refused, epsilon_after=all_of_it, remark=remark)
+
+
+def _readable(text: str) -> Plan | None:
+    """A plan that nobody vouches for, to look at."""
+    try:
+        return Plan.parse(json.loads(text))
+    except (ValueError, RecursionError, PlanError):
+        return None
