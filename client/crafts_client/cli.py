@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -402,12 +403,23 @@ def attack(
 @app.command()
 def audit(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Test the training engine with canary patients; exit 1 if a check fails. Spends no budget."""
+    from crafts_client.code_hash import code_sha256
+    from crafts_client.trainer import Randomness
     from crafts_privacy.audit import audit as run_audit
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        result = run_audit(device=site.config.device)
-        record = asdict(result) | {"passed": result.passed, "version": __version__}
+        exact = site.config.exact_noise
+        result = run_audit(
+            make_noise=lambda: Randomness.from_os(exact_noise=exact).noise,
+            device=site.config.device,
+        )
+        record = asdict(result) | {
+            "passed": result.passed,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": __version__,
+            "code_sha256": code_sha256(),
+        }
         write_file(site.audit_path, json.dumps(record, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(record))
@@ -416,6 +428,11 @@ def audit(home: Home = Path("site"), as_json: AsJson = False) -> None:
             verdict = "passed" if check.passed else "FAILED"
             typer.echo(f"{verdict}  {check.name}: {check.question} (p = {check.p_value:.2g})")
         typer.echo(_one_run_line(result.one_run))
+        subject = result.subject
+        typer.echo(
+            f"audited: {subject.noise}, {' and '.join(subject.clippings)} clipping, "
+            f"{subject.optimizer}, {subject.precision} on {subject.device}"
+        )
     if not result.passed:
         raise typer.Exit(1)
 

@@ -19,7 +19,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
-from crafts_client.home import SiteHome
+from crafts_client.code_hash import code_sha256
+from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
 from crafts_client.site_ledger import existing_ledger
 from crafts_core import __version__
@@ -101,7 +102,11 @@ class PrivacyReport(_Record):
     audit: dict[str, Any] | None
     leakage: dict[str, Any] | None
     """The newest attack on a finished generator, if one was made. Not needed for the promise."""
+    not_audited: tuple[str, ...]
+    """How this site trains otherwise than was audited, and what stands for it instead."""
     versions: dict[str, str]
+    code_sha256: str
+    """Over the files of the installed packages; sites with one code have one."""
     unsubstantiated: tuple[str, ...] = Field(description="Claims that the files do not carry.")
 
 
@@ -121,7 +126,7 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
     transmissions = _transmissions(entries, records)
     lifetime = _spending(events, delta)
     audit = _record(site.audit_path)
-    versions = _versions()
+    code = code_sha256()
     return PrivacyReport(
         created=datetime.now(UTC),
         site=site.config.name,
@@ -137,11 +142,15 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         ledger_head="" if ledger is None else str(ledger.verify().hash),
         audit=audit,
         leakage=_record(site.leakage_path),
-        versions=versions,
+        not_audited=tuple(_not_audited(site.config)),
+        versions=_versions(),
+        code_sha256=code,
         unsubstantiated=(
+            *_weak_spending(lifetime, site.policy.max_epsilon),
             *_weak_delta(delta, site.config.declared_patients),
-            *_unsubstantiated(lifetime, site.policy.max_epsilon, transmissions, audit, versions),
+            *_unrecorded(transmissions),
             *_uncommitted(all_entries, records),
+            *_weak_audit(audit, site.config, code),
         ),
     )
 
@@ -270,19 +279,12 @@ def _versions() -> dict[str, str]:
     return {"crafts-federated": __version__, **libraries, "python": platform.python_version()}
 
 
-def _unsubstantiated(
-    lifetime: Spending,
-    epsilon_allowed: float,
-    transmissions: Sequence[Transmission],
-    audit: dict[str, Any] | None,
-    versions: dict[str, str],
-) -> list[str]:
-    """One sentence for each claim that does not stand."""
-    found = []
+def _weak_spending(lifetime: Spending, epsilon_allowed: float) -> Iterator[str]:
+    """What the accountants say against the figure for life."""
     if lifetime.epsilon is None:
-        found.append("privacy: rounds were trained without noise, so no epsilon bounds them")
+        yield "privacy: rounds were trained without noise, so no epsilon bounds them"
     elif lifetime.epsilon > epsilon_allowed:
-        found.append(
+        yield (
             f"lifetime budget: epsilon {lifetime.epsilon:.3f} is spent, the policy allows "
             f"{epsilon_allowed:g}"
         )
@@ -290,14 +292,45 @@ def _unsubstantiated(
         _or_infinity(lifetime.epsilon_second_opinion), lifetime.second_accountant
     )
     if not opinion.agrees_with(_or_infinity(lifetime.epsilon)):
-        found.append("accounting: the two accountants disagree; ask the developers")
+        yield "accounting: the two accountants disagree; ask the developers"
+
+
+def _unrecorded(transmissions: Sequence[Transmission]) -> Iterator[str]:
     unknown = sum(1 for sent in transmissions if sent.num_bytes is None)
     if unknown:
-        found.append(f"transmissions: the outbox has no record of {unknown} committed updates")
+        yield f"transmissions: the outbox has no record of {unknown} committed updates"
+
+
+def _weak_audit(audit: dict[str, Any] | None, config: SiteConfig, code: str) -> Iterator[str]:
+    """Where the newest audit says nothing of the engine that trains."""
     if audit is None:
-        found.append("engine: it was never audited here; run crafts-client audit")
-    elif not audit.get("passed"):
-        found.append("engine: the newest audit failed; run crafts-client audit and look")
-    elif audit.get("version") != versions["crafts-federated"]:
-        found.append("engine: the newest audit is of another version; run crafts-client audit")
-    return found
+        yield "engine: it was never audited here; run crafts-client audit"
+        return
+    subject = audit.get("subject", {})
+    noise = "ExactNoise" if config.exact_noise else "GridNoise"
+    if not audit.get("passed"):
+        yield "engine: the newest audit failed; run crafts-client audit and look"
+    elif audit.get("code_sha256") != code:
+        yield "engine: the newest audit is of other code; run crafts-client audit"
+    elif (subject.get("noise"), subject.get("device")) != (noise, config.device):
+        yield (
+            f"engine: the newest audit is of {subject.get('noise')} on {subject.get('device')}, "
+            f"site.toml says {noise} on {config.device}; run crafts-client audit"
+        )
+
+
+def _not_audited(config: SiteConfig) -> Iterator[str]:
+    """Canaries run in float32 on one device; sites may train otherwise."""
+    compared = "its gradients are compared on public tiles before each stage"
+    if config.precision != "float32":
+        yield f"training in {config.precision}: {compared}"
+    if config.compile:
+        yield f"compiled passes: {compared}"
+    if config.checkpointing:
+        yield f"checkpointed passes: {compared}"
+    if config.more_devices:
+        devices = ", ".join((config.device, *config.more_devices))
+        yield (
+            f"several devices together ({devices}): nothing here checks that; the software's own "
+            "tests compare it with one device"
+        )

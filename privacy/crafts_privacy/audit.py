@@ -36,7 +36,7 @@ from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, Patien
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
 FALSE_ALARM = 1e-6
-"""A right engine fails one statistic with this probability (the audit has nine of them, twice)."""
+"""A right engine fails one statistic with this probability (the audit has 27 of them)."""
 
 CONFIDENCE = 0.95
 """Of the one-run lower bound."""
@@ -49,6 +49,10 @@ _RATE = 0.5
 _NOISE = 0.3
 _LONG, _SHORT = 100.0, 0.1
 """Gradient norms, in units of C, of patients that must and must not be clipped."""
+_NEAR = 0.9
+"""Share of C from which a contribution counts as bound by it."""
+_STABILITY = 0.01
+"""gamma of automatic clipping."""
 _TILES = 2
 _GROUP = 5
 
@@ -112,9 +116,24 @@ class OneRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What was audited. Training differently is not audited by it."""
+
+    noise: str
+    """The class that drew it."""
+    clippings: tuple[str, ...]
+    optimizer: str
+    """What comes after the noise is post-processing, so one stands for all."""
+    device: str
+    precision: str
+    in_groups: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditResult:
     """All evidence. ``passed`` only if every part of it is right and could have been wrong."""
 
+    subject: Subject
     checks: tuple[Check, ...]
     one_run: OneRun
 
@@ -162,12 +181,24 @@ def audit(
     make = _Maker(make_engine, make_noise, make_sampler, device)
     checks = direct_checks(_observe(make))
     if in_groups:
-        together = direct_checks(_observe(make, in_groups=True))
-        checks += tuple(replace(check, name=f"{check.name}, in groups") for check in together)
+        checks += _named("in groups", direct_checks(_observe(make, in_groups=True)))
+    checks += _named("automatic clipping", direct_checks(_observe(make, stability=_STABILITY)))
     return AuditResult(
+        subject=Subject(
+            noise=type(make_noise()).__name__,
+            clippings=("flat", "automatic"),
+            optimizer="sgd without momentum",
+            device=device,
+            precision="float32",
+            in_groups=in_groups,
+        ),
         checks=checks,
         one_run=_one_run(make, coins, num_canaries=num_canaries, claimed_epsilon=claimed_epsilon),
     )
+
+
+def _named(where: str, checks: Sequence[Check]) -> tuple[Check, ...]:
+    return tuple(replace(check, name=f"{check.name}, {where}") for check in checks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +232,11 @@ class Observation:
     mechanism: Mechanism
 
     @property
+    def is_bound_N(self) -> NDArray[np.bool_]:  # noqa: N802  # the shape's letter
+        """Whose contribution the clipping bound holds down."""
+        return self.contribution_N >= _NEAR * self.mechanism.max_grad_norm
+
+    @property
     def standardised_noise(self) -> Vector:
         """What is left (T, D), in units of its claimed standard deviation."""
         residual = self.released_TD.copy()
@@ -208,17 +244,21 @@ class Observation:
         return residual / (self.mechanism.noise_multiplier * self.mechanism.max_grad_norm)
 
 
-def _observe(make: _Maker, *, in_groups: bool = False) -> Observation:
+def _observe(
+    make: _Maker, *, in_groups: bool = False, stability: float | None = None
+) -> Observation:
     """The canary study: two engines, one after the other, as training before and after a restart.
 
     Patient i's gradient lies along coordinate i, a hundred times too long for even i, a tenth of
-    the bound for odd i, and comes in parts that add up, as microbatches of tiles do.
+    the bound for odd i, and comes in parts that add up, as microbatches of tiles do. With
+    ``stability`` the clipping is automatic, which brings all of them near to the bound.
     """
     mechanism = Mechanism(
         noise_multiplier=_NOISE,
         max_grad_norm=_BOUND,
         sample_rate=_RATE,
         expected_patients=_RATE * _PATIENTS,
+        stability=stability,
     )
     layer = make.layer(_COORDINATES)
     length_N = np.where(np.arange(_PATIENTS) % 2 == 0, _LONG, _SHORT) * _BOUND
@@ -256,7 +296,11 @@ def _observe(make: _Maker, *, in_groups: bool = False) -> Observation:
     return Observation(
         released_TD=np.stack(released),
         drawn_TN=np.stack(counts),
-        contribution_N=np.minimum(length_N, _BOUND),
+        contribution_N=(
+            np.minimum(length_N, _BOUND)
+            if stability is None
+            else _BOUND * length_N / (length_N + stability)
+        ),
         mechanism=mechanism,
     )
 
@@ -317,13 +361,12 @@ def direct_checks(seen: Observation) -> tuple[Check, ...]:
 
 
 def _clip(seen: Observation) -> float:
-    """Mean of what the over-long patients added, one-sided above C."""
+    """Mean of what the bound patients added, one-sided above what clipping leaves of them."""
     num = seen.drawn_TN.shape[1]
-    is_long = seen.contribution_N >= seen.mechanism.max_grad_norm
-    inside = seen.drawn_TN.astype(bool) & is_long
+    inside = seen.drawn_TN.astype(bool) & seen.is_bound_N
     if not inside.any():
         return 1.0  # the sampling statistics speak to that
-    excess = (seen.released_TD[:, :num][inside] - seen.mechanism.max_grad_norm).mean()
+    excess = (seen.released_TD[:, :num] - seen.contribution_N)[inside].mean()
     std = seen.mechanism.noise_multiplier * seen.mechanism.max_grad_norm
     return float(stats.norm.sf(excess / (std / math.sqrt(inside.sum()))))
 
@@ -369,13 +412,13 @@ def _rotation(seen: Observation) -> float:
 
 
 def _divisor(seen: Observation) -> float:
-    """Slope of the long patients' sum, beyond its expectation, on the size of the sample."""
+    """Slope of the bound patients' sum, beyond its expectation, on the size of the sample."""
     num = seen.drawn_TN.shape[1]
-    is_long = seen.contribution_N >= seen.mechanism.max_grad_norm
-    noise_TN = seen.standardised_noise[:, :num] * (seen.drawn_TN * is_long)
+    bound_TN = seen.drawn_TN * seen.is_bound_N
+    noise_TN = seen.standardised_noise[:, :num] * bound_TN
     size_T = seen.drawn_TN.sum(axis=1)
     centred_T = size_T - size_T.mean()
-    variance = float((centred_T**2 * (seen.drawn_TN * is_long).sum(axis=1)).sum())
+    variance = float((centred_T**2 * bound_TN.sum(axis=1)).sum())
     if variance == 0:
         return 1.0  # samples of one size: the sampling statistics speak to that
     return _of_z(float((centred_T * noise_TN.sum(axis=1)).sum()) / math.sqrt(variance))

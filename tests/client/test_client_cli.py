@@ -1,6 +1,7 @@
 import csv
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.ledger import Ledger
-from crafts_privacy.noise import GridNoise
+from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_simulations.small_study import write_random_store
 from support.sites import make_site_home, plan_values
 
@@ -276,8 +277,12 @@ def test_the_audit_passes_the_installed_engine_and_leaves_its_record(home) -> No
     done = run("audit", "--home", home.path)
 
     assert done.exit_code == 0, done.output
-    assert len([line for line in done.stdout.splitlines() if line.startswith("passed")]) == 19
-    assert json.loads(home.audit_path.read_text())["passed"]
+    assert len([line for line in done.stdout.splitlines() if line.startswith("passed")]) == 28
+    assert "audited: GridNoise, flat and automatic clipping" in done.stdout
+    record = json.loads(home.audit_path.read_text())
+    assert record["passed"]
+    assert record["subject"] | {"noise": "GridNoise", "device": "cpu"} == record["subject"]
+    assert datetime.fromisoformat(record["at"]) <= datetime.now(UTC)
     assert not home.ledger_path.exists(), "an audit spends nothing"
 
 
@@ -289,6 +294,20 @@ def test_an_audit_that_fails_exits_one(home, monkeypatch) -> None:
     assert done.exit_code == 1
     assert "FAILED  noise scale" in done.stdout
     assert "FAILED  one-run bound" in done.stdout
+
+
+def test_the_audit_draws_its_noise_where_training_does(home, monkeypatch) -> None:
+    """A site with exact noise whose exact noise is broken."""
+    site = home.path / "site.toml"
+    site.write_text(site.read_text().replace("exact_noise = false", "exact_noise = true"))
+    monkeypatch.setattr(ExactNoise, "__init__", lambda self: None)
+    monkeypatch.setattr(ExactNoise, "add_", lambda self, grid_sum_D, std: None)
+
+    done = run("audit", "--home", home.path)
+
+    assert done.exit_code == 1
+    assert "FAILED  noise scale" in done.stdout
+    assert json.loads(home.audit_path.read_text())["subject"]["noise"] == "ExactNoise"
 
 
 def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None:

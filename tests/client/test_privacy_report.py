@@ -101,7 +101,7 @@ def test_an_engine_that_was_never_audited_is_not_claimed(trained, tmp_path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "reason"), [({"passed": False}, "failed"), ({"version": "0"}, "another version")]
+    ("changes", "reason"), [({"passed": False}, "failed"), ({"code_sha256": "0"}, "other code")]
 )
 def test_an_audit_that_failed_or_is_old_carries_nothing(
     trained, audit_record, changes, reason
@@ -111,6 +111,44 @@ def test_an_audit_that_failed_or_is_old_carries_nothing(
     (line,) = privacy_report(trained).unsubstantiated
 
     assert reason in line
+
+
+def set_site(home: SiteHome, key: str, value: str) -> SiteHome:
+    """The home, with another line in its site.toml."""
+    file = home.path / "site.toml"
+    file.write_text(re.sub(rf"^{key} = .*$", f"{key} = {value}", file.read_text(), flags=re.M))
+    return SiteHome.open(home.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value"), [("exact_noise", "true"), ("device", '"cuda:3"')])
+def test_an_audit_of_another_noise_or_device_carries_nothing(
+    trained, audit_record, key, value
+) -> None:
+    write_file(trained.audit_path, json.dumps(audit_record))
+
+    (line,) = privacy_report(set_site(trained, key, value)).unsubstantiated
+
+    assert line.startswith("engine: the newest audit is of GridNoise on cpu, site.toml says")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("precision", '"bfloat16"', "training in bfloat16"),
+        ("more_devices", '["cpu"]', "several devices together (cpu, cpu)"),
+        ("compile", "true", "compiled passes"),
+        ("checkpointing", "true", "checkpointed passes"),
+    ],
+)
+def test_training_that_no_audit_covers_is_said_plainly(home, tmp_path, key, value, says) -> None:
+    report = privacy_report(set_site(home, key, value))
+
+    (line,) = report.not_audited
+    assert line.startswith(says)
+    page, _ = write_privacy_report(report, tmp_path)
+    assert says in page.read_text()
+    assert privacy_report(set_site(home, "name", '"other"')).code_sha256 == report.code_sha256
 
 
 def test_an_update_without_a_record_is_named(trained) -> None:
@@ -172,13 +210,9 @@ def test_more_than_the_policy_allows_is_named(trained) -> None:
 
 
 def test_a_delta_above_one_patients_share_is_named(trained) -> None:
-    site = trained.path / "site.toml"
     for patients, is_named in ((1000, False), (1001, True)):
-        text = re.sub(
-            r"declared_patients = \d+", f"declared_patients = {patients}", site.read_text()
-        )
-        site.write_text(text)
-        lines = privacy_report(SiteHome.open(trained.path)).unsubstantiated
+        site = set_site(trained, "declared_patients", str(patients))
+        lines = privacy_report(site).unsubstantiated
         assert any(line.startswith("delta:") for line in lines) is is_named
 
 

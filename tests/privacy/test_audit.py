@@ -265,6 +265,24 @@ def test_a_fault_of_the_folded_gradients_is_caught(
         assert all(name.endswith("in groups") for name in failed)
 
 
+class AutomaticWithoutNorm(PatientSGD):
+    """Where automatic clipping, and only that, forgets the gradient's own length."""
+
+    def _add_patient(self, grad_D: Tensor) -> None:
+        if self._mechanism.stability is None:
+            super()._add_patient(grad_D)
+        else:
+            grad_D *= self._mechanism.max_grad_norm / (0.5 + self._mechanism.stability)
+            self._sum_D += to_grid_(grad_D, self._step)
+
+
+def test_a_fault_of_automatic_clipping_is_caught() -> None:
+    result = audit(faulty(AutomaticWithoutNorm), seed=1, num_canaries=10)
+    assert caught(result, "clip, automatic clipping")
+    failed = [check.name for check in result.checks if not check.passed]
+    assert all(name.endswith("automatic clipping") for name in failed)
+
+
 @pytest.mark.slow
 def test_the_right_engine_passes_in_20_of_20_seeds() -> None:
     for seed in range(20):
