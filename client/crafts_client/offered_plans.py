@@ -122,7 +122,8 @@ def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:
         return accounting.epsilon([*spent, mechanism.event(steps)], policy.max_delta)
 
     all_of_it = after(max(0, plan.total_steps - done))
-    refused, remark = (), ""
+    refused: tuple[str, ...] = ()
+    remark = ""
     if after(min(stage.local_steps for stage in plan.stage)) > policy.max_epsilon:
         refused = (f"lifetime budget: not one more round fits into {policy.max_epsilon:g}",)
     elif all_of_it > policy.max_epsilon:
