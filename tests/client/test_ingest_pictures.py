@@ -9,13 +9,13 @@ from PIL import Image
 
 from crafts_client.ingest.pictures import (
     OVERLAY_COLOURS,
-    STAINS,
     draw_overlay,
     remove_pictures,
     stain_densities,
     write_pictures,
 )
 from crafts_client.ingest.tissue import TissueMask, find_tissue
+from crafts_core.tiles.augment import STAIN_SC
 from support.slides import tissue_image
 
 FRAMES = np.array([[200, 200, 100, 100], [300, 200, 100, 100], [0, 0, 100, 100]], dtype=float)
@@ -69,7 +69,7 @@ def test_a_large_picture_is_not_enlarged() -> None:
 
 
 def stained(hematoxylin: float, eosin: float) -> np.ndarray:
-    rows = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
+    rows = STAIN_SC / np.linalg.norm(STAIN_SC, axis=1, keepdims=True)
     density = hematoxylin * rows[0] + eosin * rows[1]
     return np.broadcast_to(np.rint(255 * 10**-density), (32, 32, 3)).astype(np.uint8)
 

@@ -14,6 +14,7 @@ from scipy import ndimage
 from crafts_client.ingest.report import MAX_DENSITY, Stain
 from crafts_client.ingest.tissue import Mask, Pixels, TissueMask
 from crafts_core.durable import write_file
+from crafts_core.tiles.augment import STAIN_SC
 
 MAX_PX = 1024
 OVERLAY_COLOURS = {
@@ -24,8 +25,6 @@ OVERLAY_COLOURS = {
     "fold": (0, 190, 225),
 }
 """What the overlay's colours mean; the page's legend is made from this."""
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-"""Absorption of red, green and blue by hematoxylin, eosin and a third: Ruifrok, Johnston (2001)."""
 NUM_DENSITY_STEPS = 16
 _MAX_ENLARGEMENT = 4
 _JPEG_QUALITY = 80
@@ -67,7 +66,7 @@ def stain_densities(thumbnail: Pixels, is_tissue_HW: Mask) -> Stain | None:
     if not len(tissue_N3):
         return None
     density_N3 = -np.log10(np.maximum(tissue_N3, 1) / 255)
-    directions = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
+    directions = STAIN_SC / np.linalg.norm(STAIN_SC, axis=1, keepdims=True)
     hematoxylin_N, eosin_N, _ = np.maximum(density_N3 @ np.linalg.inv(directions), 0).T
     return Stain(
         hematoxylin=round(float(hematoxylin_N.mean()), 4),
