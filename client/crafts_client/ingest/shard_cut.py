@@ -11,9 +11,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crafts_client.ingest.errors import IngestError
 from crafts_core.durable import exclusive_lock
@@ -41,8 +41,7 @@ class CutTile:
     """Whether the slide's own compressed bytes were taken."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedTile:
+class PlacedTile(NamedTuple):
     """A tile that is in a shard. ``place`` is what it was cut for: a number in the job's list."""
 
     place: int
@@ -177,7 +176,7 @@ class ShardCut:
                 "next": state.next_place,
                 "bytes": self._shard.num_bytes,
                 "sha256": self._shard.sha256,
-                "tiles": [asdict(tile) for tile in state.tiles[self._new_tiles :]],
+                "tiles": state.tiles[self._new_tiles :],
                 "rejected": state.rejected[self._new_rejected :],
                 "finished": state.is_finished,
             }
@@ -231,7 +230,7 @@ def _read_journal(path: Path, key: str) -> tuple[_State, int]:
                     next_place=values["next"],
                     num_bytes=values["bytes"],
                     sha256=values["sha256"],
-                    tiles=state.tiles + [PlacedTile(**tile) for tile in values["tiles"]],
+                    tiles=state.tiles + [PlacedTile(*tile) for tile in values["tiles"]],
                     rejected=state.rejected + [(n, reason) for n, reason in values["rejected"]],
                     is_finished=values["finished"],
                 )
