@@ -100,17 +100,26 @@ def fleet(home: SiteHome) -> Iterator[Finding]:
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     way = f"through proxy {httpx.URL(proxy).host}" if proxy else "directly"
     context = ssl.create_default_context(cafile=str(home.path / "keys" / "ca.crt"))
+    started = time.time()
     try:
-        started = time.time()
         response = httpx.get(url, verify=context, timeout=_TIMEOUT_S)
-        seconds = time.time() - started
     except httpx.HTTPError as error:
         yield _unreachable(record, error, way)
+        if _refused_certificate(error) is not None:
+            with suppress(httpx.HTTPError):
+                # Nothing is sent, and an answer's date is only a hint.
+                yield from _clock(httpx.get(url, verify=False, timeout=_TIMEOUT_S))  # noqa: S501
         return
+    seconds = time.time() - started
     yield _ok("fleet", f"{record.fleet_address} answers {way} in {seconds * 1000:.0f} ms")
+    yield from _clock(response)
+
+
+def _clock(answer: httpx.Response) -> Iterator[Finding]:
+    """Ours beside that of whoever has answered just now."""
+    middle = time.time() - answer.elapsed.total_seconds() / 2
     with suppress(KeyError, ValueError):
-        theirs = parsedate_to_datetime(response.headers["date"]).timestamp()
-        skew = abs(started + seconds / 2 - theirs)
+        skew = abs(middle - parsedate_to_datetime(answer.headers["date"]).timestamp())
         if skew > _MOST_SKEW_S:
             yield _problem(
                 "clock",
@@ -121,15 +130,41 @@ def fleet(home: SiteHome) -> Iterator[Finding]:
             yield _ok("clock", f"within {max(skew, 1):.0f} s of the coordinator's")
 
 
+_UNTRUSTED = {
+    9: (
+        "a certificate that is not valid yet by this machine's clock",
+        "set the clock by NTP",
+    ),
+    10: (
+        "a certificate that has expired by this machine's clock",
+        "if the clock is right, ask the coordinator to restart crafts-server serve: it renews it",
+    ),
+    62: (
+        "a certificate for another name",
+        "ask the coordinator to add this name to hosts in coordinator.toml and to restart",
+    ),
+}
+_UNTRUSTED[64] = _UNTRUSTED[62]
+"""What OpenSSL's codes mean here (not yet valid, expired, name, address), and what helps."""
+_FOREIGN = (
+    "a certificate of another authority",
+    "TLS inspection on the way, or another host: ask your network people to let this address "
+    "through untouched",
+)
+
+
+def _refused_certificate(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What of an error's causes says that the certificate was refused."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _unreachable(record: CoordinatorRecord, error: httpx.HTTPError, way: str) -> Finding:
-    text = str(error)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        return _problem(
-            "fleet",
-            f"{record.fleet_address} shows a certificate of another authority ({way})",
-            "TLS inspection on the way, or another host: ask your network people to let this "
-            "address through untouched",
-        )
+    refused = _refused_certificate(error)
+    if refused is not None:
+        shown, advice = _UNTRUSTED.get(refused.verify_code, _FOREIGN)
+        return _problem("fleet", f"{record.fleet_address} shows {shown} ({way})", advice)
     if isinstance(error, httpx.ProxyError):
         return _problem("fleet", f"the proxy refuses ({way})", "ask that CONNECT be allowed")
     return _problem(

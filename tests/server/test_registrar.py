@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
-from crafts_client import ledger_witness
+from crafts_client import doctor, ledger_witness
 from crafts_client.cli import app as client_app
 from crafts_client.enrolment import Registrar, enrol
 from crafts_client.errors import EnrolmentError
@@ -33,6 +33,7 @@ from crafts_core.registrar import REGISTRAR, calls_of, messages
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger, PlanLimit
+from crafts_server import pki
 from crafts_server.cli import app as server_app
 from crafts_server.enrolments import Enrolments, Witness
 from crafts_server.errors import PkiError
@@ -362,6 +363,31 @@ class TestDoctor:
         context.load_cert_chain(other.folder / "server.crt", other.folder / "server.key")
         with self.listening(enrolled, context):
             assert "another authority" in self.findings(enrolled)["fleet"][1]
+
+    @pytest.mark.parametrize(
+        ("starts_days_ago", "ends_in_days", "host", "found", "advice"),
+        [
+            (-1, 9, "localhost", "not valid yet by this machine's clock", "set the clock"),
+            (9, -1, "localhost", "has expired by this machine's clock", "restart crafts-server"),
+            (1, 9, "elsewhere.example", "for another name", "add this name to hosts"),
+            (1, 9, "10.0.0.1", "for another name", "add this name to hosts"),
+        ],
+    )
+    def test_a_certificate_of_ours_that_is_refused(
+        self, enrolled, coordinator, monkeypatch, starts_days_ago, ends_in_days, host, found, advice
+    ) -> None:
+        """It is told apart from another authority's, and clocks are compared."""
+        monkeypatch.setattr(pki, "_BACKDATED", timedelta(days=starts_days_ago))
+        monkeypatch.setattr(pki, "SERVER_DAYS", ends_in_days)
+        folder, context = coordinator.pki.folder, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        (folder / "server.crt").unlink()
+        coordinator.pki.renew([host])
+        context.load_cert_chain(folder / "server.crt", folder / "server.key")
+        with self.listening(enrolled, context, skew=timedelta(hours=5)):
+            told = {finding.subject: finding for finding in doctor.fleet(enrolled)}
+        assert found in told["fleet"].found
+        assert advice in told["fleet"].advice
+        assert told["clock"].verdict == "problem"
 
     @pytest.mark.parametrize(("hours", "verdict"), [(0, "ok"), (7, "problem")])
     def test_the_clock(self, enrolled, coordinator, hours: int, verdict: str) -> None:
