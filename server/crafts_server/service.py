@@ -66,6 +66,9 @@ class Service:
         self.ports: dict[str, int] = {}
         self._stop = threading.Event()
         self._over = threading.Event()
+        self._admitting = threading.Lock()
+        """From looking up who is enrolled until the nodes are as it says: a node that enrols in
+        between would be dismissed, and Flower never takes its key again."""
         self._looking = threading.Thread(target=self._watch_sites, name="sites", daemon=True)
 
     def start(self) -> None:
@@ -203,16 +206,18 @@ class Service:
                     raise
 
     def _enrolled(self, site: str, node_public_key: str) -> None:
-        self.superlink.admit(site, node_public_key)
+        with self._admitting:
+            self.superlink.admit(site, node_public_key)
         self._audit.write(Event.ENROLLED, site=site)
 
     def _watch_sites(self) -> None:
         """Enrolled nodes may connect, revoked or replaced ones no more, whoever changed it."""
         while True:
             try:
-                sites = self._enrolments.sites()
-                admitted = {s.name: s.node_public_key for s in sites if s.revoked_at is None}
-                self.superlink.admit_only(admitted)
+                with self._admitting:
+                    sites = self._enrolments.sites()
+                    admitted = {s.name: s.node_public_key for s in sites if s.revoked_at is None}
+                    self.superlink.admit_only(admitted)
                 self.metrics.sites_enrolled.set(len(admitted))
                 self.metrics.sites_online.set(self.superlink.num_online)
                 self.metrics.plans_queued.set(len(queued_plans(self._home)))

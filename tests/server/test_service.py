@@ -16,6 +16,7 @@ from crafts_server.pki import Pki
 from crafts_server.service import Service, queue_plan, queued_plans
 from support.disk import fill_disk
 from support.sites import plan_values
+from support.superlinks import admitted_nodes, new_key, openssh
 
 
 @pytest.fixture
@@ -109,3 +110,22 @@ def test_sites_are_looked_after_whatever_happened(service, monkeypatch) -> None:
     service._over.set()
     service._looking.join()
     assert len(looks) >= 3
+
+
+def test_a_site_that_enrols_while_sites_are_looked_after_stays(service, monkeypatch) -> None:
+    """Its node would be dismissed by a list that is older than it, and never come back."""
+    looked_up, key, enrolling = service._enrolments.sites, openssh(new_key()), []
+
+    def enrols_meanwhile() -> list:
+        old = looked_up()
+        if not enrolling:
+            enrolling.append(threading.Thread(target=service._enrolled, args=("north", key)))
+            enrolling[0].start()
+            enrolling[0].join(timeout=0.5)
+            service._over.set()
+        return old
+
+    monkeypatch.setattr(service._enrolments, "sites", enrols_meanwhile)
+    service._watch_sites()
+    enrolling[0].join()
+    assert admitted_nodes(service.superlink) == {"north"}

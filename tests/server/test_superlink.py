@@ -12,8 +12,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
@@ -33,7 +31,7 @@ from crafts_server.superlink import SuperLink
 from crafts_simulations.processes import Programs, loopback_config
 from support.disk import fill_disk, full_disk
 from support.sites import make_site_home, plan_values
-from support.superlinks import connected, link
+from support.superlinks import admitted_nodes, connected, link, new_key, openssh
 
 __all__ = ["link"]
 
@@ -189,20 +187,15 @@ def _routes(server: SuperLink) -> list:
     return [context.original_route for context in iter_route_contexts(create_app().routes)]
 
 
-def node_key() -> str:
-    key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-
-
 def test_a_dismissed_key_never_comes_back_and_keeps_nobody_out(link) -> None:
     server, _ = link
-    old, other, new = node_key(), node_key(), node_key()
+    old, other, new = (openssh(new_key()) for _ in range(3))
     server.admit_only({"north": old})
     server.admit_only({})
     with pytest.raises(ServerError, match="north was revoked"):
         server.admit("north", old)
     server.admit_only({"north": old, "south": other})
-    assert {node.name for node in server.state.get_node_info(statuses=["registered"])} == {"south"}
+    assert admitted_nodes(server) == {"south"}
     server.admit_only({"north": new, "south": other})
     nodes = {n.name: n.node_id for n in server.state.get_node_info(statuses=["registered"])}
     assert nodes.keys() == {"north", "south"}

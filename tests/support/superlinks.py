@@ -35,12 +35,24 @@ def listening(folder: Path) -> Iterator[tuple[SuperLink, ssl.SSLContext]]:
     link.stop()
 
 
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def openssh(key: ec.EllipticCurvePrivateKey) -> str:
+    """The public key as a site sends it."""
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
 def admitted_key(server: SuperLink, site: str) -> ec.EllipticCurvePrivateKey:
     """The key of a node that may connect."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    server.admit(site, public.decode())
+    key = new_key()
+    server.admit(site, openssh(key))
     return key
+
+
+def admitted_nodes(server: SuperLink) -> set[str]:
+    return {node.name for node in server.state.get_node_info(statuses=["registered"])}
 
 
 def signed_by(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
