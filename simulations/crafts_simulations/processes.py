@@ -77,9 +77,10 @@ class Programs:
             with suppress(ProcessError):
                 self.wait_end(name)
 
-    def start_coordinator(self) -> None:
-        """``crafts-server serve``, until it listens."""
-        self._start(COORDINATOR, "crafts_server", ["serve", "--home", self.home.path])
+    def start_coordinator(self, *, first_import_from: str = "") -> None:
+        """``crafts-server serve``, until it listens; as for a site, a folder before all others."""
+        arguments: list[object] = ["serve", "--home", self.home.path]
+        self._start(COORDINATOR, "crafts_server", arguments, first_import_from)
         port = self.home.config.enrolment_port  # the last that it opens
 
         def listens() -> bool:

@@ -7,6 +7,8 @@ from contextlib import suppress
 
 LOOPBACK = "127.0.0.1"
 _PIECE_BYTES = 16 * 1024
+_LARGE_BYTES = 2048
+"""Larger than any handshake: a part of an update."""
 
 
 class Link:
@@ -21,6 +23,8 @@ class Link:
         self.port = int(self._listener.getsockname()[1])
         self.bytes_per_s: int | None = None
         """Of each direction of each connection; ``None`` is as fast as it goes."""
+        self.flips = 0
+        """So many of the next large pieces to the target have one bit changed."""
         self.bytes_in = 0
         """To the target, with TLS and all."""
         self.bytes_out = 0
@@ -69,6 +73,9 @@ class Link:
             while piece := source.recv(_PIECE_BYTES):
                 if self.bytes_per_s is not None:
                     time.sleep(len(piece) / self.bytes_per_s)
+                if inward and self.flips and len(piece) > _LARGE_BYTES:
+                    self.flips -= 1
+                    piece = piece[:-1] + bytes([piece[-1] ^ 1])
                 sink.sendall(piece)
                 if inward:
                     self.bytes_in += len(piece)

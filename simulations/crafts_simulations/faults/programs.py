@@ -46,7 +46,7 @@ def federation(
             if ends:
                 finish(programs, study)
         chain = programs.chain(study.plan)
-        expect(len(chain) > 1, "no round was committed")
+        expect(len(chain) > 1 or not ends, "no round was committed")
         check_ledgers(chain, study.sites)
         study.coordinator.audit_log.verify()
         refused = {each.reason for c in chain[1:] for each in c.receipt().refused}
@@ -86,6 +86,16 @@ def has_committed(programs: Programs, study: SmallStudy, rounds: int) -> None:
     )
 
 
+def has_reserved(programs: Programs, study: SmallStudy, name: str) -> None:
+    """Until a site's ledger has paid for a round: it trains."""
+    ledger = SiteHome.open(study.sites[name]).ledger_path
+    programs.wait(
+        lambda: ledger.exists() and bool(Ledger(ledger).entries()),
+        "nothing was reserved",
+        within_s=_ROUND_WITHIN_S,
+    )
+
+
 # ---- programs that are killed ----------------------------------------------------------------
 
 
@@ -110,16 +120,29 @@ def coordinator_killed(phase: str) -> Act:
     return act
 
 
-def coordinator_stays_dead(programs: Programs, study: SmallStudy) -> str:
-    """Killed after a round and not started again: the sites wait, and end when told to."""
-    has_committed(programs, study, 1)
-    programs.kill(COORDINATOR)
-    time.sleep(10)
-    for name in study.sites:
-        expect(programs.is_running(name), f"{name} gave up")
-        status = programs.end(name)
-        expect(status == 0, f"{name} ended with status {status}")
-    return "sites waited and ended politely"
+def coordinator_stays_dead(phase: str) -> Act:
+    """Killed and not started again: the sites wait, and end when told to."""
+
+    def act(programs: Programs, study: SmallStudy) -> str:
+        if phase == "starting":
+            has_said(programs, COORDINATOR, "computing the public starting point")
+        elif phase == "collecting":
+            has_said(programs, FIRST, "answered round=1")
+        else:
+            has_committed(programs, study, 1)
+        programs.kill(COORDINATOR)
+        for path in study.sites.values():
+            programs.wait(
+                (path / "supernode.log").exists, "a site did not start", within_s=_ROUND_WITHIN_S
+            )
+        time.sleep(10)
+        for name in study.sites:
+            expect(programs.is_running(name), f"{name} gave up")
+            status = programs.end(name)
+            expect(status == 0, f"{name} ended with status {status}")
+        return "sites waited and ended politely"
+
+    return act
 
 
 def site_killed(phase: str, *, restarted: bool) -> Act:
@@ -127,13 +150,7 @@ def site_killed(phase: str, *, restarted: bool) -> Act:
 
     def act(programs: Programs, study: SmallStudy) -> str:
         if phase == "training":
-            has_said(programs, COORDINATOR, "computing the public starting point")
-            ledger = SiteHome.open(study.sites[SECOND]).ledger_path
-            programs.wait(
-                lambda: ledger.exists() and bool(Ledger(ledger).entries()),
-                "nothing was reserved",
-                within_s=_ROUND_WITHIN_S,
-            )
+            has_reserved(programs, study, SECOND)
         else:
             has_said(programs, SECOND, "answered round=1")
         programs.kill(SECOND)
@@ -144,12 +161,27 @@ def site_killed(phase: str, *, restarted: bool) -> Act:
     return act
 
 
-def supernode_killed(programs: Programs, study: SmallStudy) -> str:  # noqa: ARG001
+def supernode_killed(phase: str) -> Act:
     """The stock process that keeps the connection."""
-    has_said(programs, SECOND, "answered round=1")
+
+    def act(programs: Programs, study: SmallStudy) -> str:
+        if phase == "training":
+            has_reserved(programs, study, SECOND)
+        else:
+            has_said(programs, SECOND, "answered round=1")
+        programs.kill_supernode(SECOND)
+        has_said(programs, SECOND, "the SuperNode ended")
+        return "started again by the site's program"
+
+    return act
+
+
+def supernode_and_site_killed(programs: Programs, study: SmallStudy) -> str:
+    """The connection first, then the program that would start it again."""
+    has_reserved(programs, study, SECOND)
     programs.kill_supernode(SECOND)
-    has_said(programs, SECOND, "the SuperNode ended")
-    return "started again by the site's program"
+    programs.kill(SECOND)
+    return "not restarted"
 
 
 def everything_killed(programs: Programs, study: SmallStudy) -> str:
@@ -203,6 +235,14 @@ def cut(seconds: float) -> Act:
         return f"cut for {seconds:.0f} s"
 
     return through_a_link(act)
+
+
+def flipped(programs: Programs, study: SmallStudy, link: Link) -> str:
+    """Of three pieces of updates one bit each is changed on the way: TLS refuses what comes."""
+    link.flips = 3
+    finish(programs, study)
+    expect(link.flips == 0, "nothing was changed")
+    return "3 bits changed"
 
 
 def slow(bytes_per_s: int) -> Act:
@@ -287,15 +327,15 @@ def expired(programs: Programs, study: SmallStudy) -> str:
     """A site's certificate has run out: nobody witnesses its ledger, so nothing may leave."""
     programs.kill(SECOND)
     keys = SiteHome.open(study.sites[SECOND]).path / "keys"
-    _let_expire(keys, study.coordinator.path / "pki")
+    let_expire(keys / "tls.crt", study.coordinator.path / "pki")
     programs.start_site(SECOND)
     has_said(programs, SECOND, "code=116")
     return ""
 
 
-def _let_expire(keys: Path, pki: Path) -> None:
+def let_expire(path: Path, pki: Path) -> None:
     """The same certificate, signed by the same authority, with its end an hour ago."""
-    old = x509.load_pem_x509_certificate((keys / "tls.crt").read_bytes())
+    old = x509.load_pem_x509_certificate(path.read_bytes())
     key = load_pem_private_key((pki / "ca.key").read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TypeError("expected the authority's EC key")
@@ -312,7 +352,7 @@ def _let_expire(keys: Path, pki: Path) -> None:
     for extension in old.extensions:
         builder = builder.add_extension(extension.value, extension.critical)
     certificate = builder.sign(key, hashes.SHA256())
-    (keys / "tls.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 COMPLETES = "all rounds are committed, none changes, every release was charged"
@@ -328,11 +368,14 @@ CASES: tuple[Case, ...] = (
         )
         for phase in ("starting", "collecting", "between rounds")
     ),
-    Case(
-        group="kill -9",
-        fault="coordinator and SuperLink, between rounds; not restarted",
-        must_hold="committed rounds stay; sites wait and end when told",
-        experiment=federation(coordinator_stays_dead, ends=False),
+    *(
+        Case(
+            group="kill -9",
+            fault=f"coordinator and SuperLink, {phase}; not restarted",
+            must_hold="committed rounds stay; sites wait and end when told",
+            experiment=federation(coordinator_stays_dead(phase), ends=False),
+        )
+        for phase in ("starting", "collecting", "between rounds")
     ),
     *(
         Case(
@@ -358,7 +401,19 @@ CASES: tuple[Case, ...] = (
         group="kill -9",
         fault="SuperNode of a site",
         must_hold=COMPLETES,
-        experiment=federation(supernode_killed),
+        experiment=federation(supernode_killed("after its answer")),
+    ),
+    Case(
+        group="kill -9",
+        fault="SuperNode of a site that trains",
+        must_hold=COMPLETES,
+        experiment=federation(supernode_killed("training")),
+    ),
+    Case(
+        group="kill -9",
+        fault="SuperNode, then its site, training; not restarted",
+        must_hold=OTHERS,
+        experiment=federation(supernode_and_site_killed, min_sites=1, deadline_s=40.0),
     ),
     Case(
         group="kill -9",
@@ -383,6 +438,12 @@ CASES: tuple[Case, ...] = (
         fault="cut for longer than a round's deadline",
         must_hold=OTHERS,
         experiment=federation(cut(60), min_sites=1, deadline_s=30.0, rounds=3),
+    ),
+    Case(
+        group="link",
+        fault="bits of updates change on the way",
+        must_hold=COMPLETES,
+        experiment=federation(through_a_link(flipped)),
     ),
     Case(
         group="link",

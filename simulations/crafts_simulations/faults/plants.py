@@ -1,0 +1,120 @@
+"""Programs that are made to stop at a point, read another clock, or cheat: from outside.
+
+A folder with a ``sitecustomize.py`` comes before all others on a program's import path, so Python
+runs it first. The products know nothing of it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_PAUSE = """
+import importlib, pathlib, sys, time
+if any("{program}.cli" in word for word in sys.orig_argv):
+    *owners, name = {target!r}.split(":")[1].split(".")
+    owner = importlib.import_module({target!r}.split(":")[0])
+    for each in owners:
+        owner = getattr(owner, each)
+    real = getattr(owner, name)
+    def stop():
+        pathlib.Path({reached!r}).touch()
+        time.sleep(3600)
+    def paused(*args, **kwargs):
+        counts = {when}
+        if counts and {before}:
+            stop()
+        result = real(*args, **kwargs)
+        if counts:
+            stop()
+        return result
+    setattr(owner, name, paused)
+"""
+_CLOCK = """
+import datetime, time
+seconds = {seconds!r}
+real_time, real = time.time, datetime.datetime
+time.time = lambda: real_time() + seconds
+class Kind(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, real)
+    def __subclasscheck__(cls, other):
+        return issubclass(other, real)
+class Shifted(real, metaclass=Kind):
+    @classmethod
+    def now(cls, tz=None):
+        return real.now(tz) + datetime.timedelta(seconds=seconds)
+    @classmethod
+    def utcnow(cls):
+        return real.utcnow() + datetime.timedelta(seconds=seconds)
+datetime.datetime = Shifted
+"""
+_REPLIES = """
+import sys
+if any("crafts_client.cli" in word for word in sys.orig_argv):
+    import crafts_client.messages as module
+    from crafts_core.array_bytes import PACKED
+    from flwr.app import Array, ArrayRecord
+    real, earlier = module.write_reply, []
+    def write_reply(release):
+        good = real(release)
+        {cheat}
+        return good
+    module.write_reply = write_reply
+"""
+_MULTIPLY = """values = good.array_records["delta"][PACKED].numpy() * 1000
+        good["delta"] = ArrayRecord({PACKED: Array.from_numpy_ndarray(values)})"""
+_REPLAY = """earlier.append(real(release))
+        good = earlier[0]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Where a program stops."""
+
+    first_import_from: str
+    reached: Path
+    """Exists once it stands there."""
+
+
+def pause(
+    folder: Path, program: str, target: str, *, before: bool = False, when: str = "True"
+) -> Pause:
+    """A program stops before or after a call.
+
+    Args:
+        folder: To make.
+        program: ``crafts_server`` or ``crafts_client``.
+        target: ``package.module:Class.method`` or ``package.module:function``.
+        before: Rather than after.
+        when: Of ``args`` and ``kwargs``: which calls count.
+    """
+    reached = folder / "reached"
+    text = _PAUSE.format(
+        program=program, target=target, reached=str(reached), before=before, when=when
+    )
+    return Pause(_planted(folder, text), reached)
+
+
+def clock(folder: Path, seconds: float) -> str:
+    """What Python reads from the clock is so much later; TLS libraries read the real one."""
+    return _planted(folder, _CLOCK.format(seconds=seconds))
+
+
+def multiplied(folder: Path) -> str:
+    """A site that sends a thousand times what it declares."""
+    return _planted(folder, _REPLIES.replace("{cheat}", _MULTIPLY))
+
+
+def replayed(folder: Path) -> str:
+    """A site that answers every round with its first answer."""
+    return _planted(folder, _REPLIES.replace("{cheat}", _REPLAY))
+
+
+def never_renewed(folder: Path) -> str:
+    """A coordinator that does not renew certificates at its start, as one that runs for years."""
+    return _planted(folder, "import crafts_server.pki as m\nm.Pki.renew = lambda *_: None\n")
+
+
+def _planted(folder: Path, text: str) -> str:
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
+    return str(folder)
