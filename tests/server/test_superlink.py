@@ -117,7 +117,10 @@ def database(request: pytest.FixtureRequest) -> str:
 
 def listening(pid: int) -> set[int]:
     """The TCP ports that a process listens on (Linux)."""
-    links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            links.append(str(descriptor.readlink()))
     lines = [
         line.split()
         for name in ("tcp", "tcp6")
