@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from crafts_client.home import SiteHome
 from crafts_client.ingest import (
+    IngestError,
     IngestReport,
     Salt,
     TilingOptions,
@@ -19,12 +21,14 @@ from crafts_client.ingest import (
     remove_patient,
 )
 from crafts_client.ingest.ingest_page import write_ingest_page
-from crafts_client.ingest.pictures import remove_pictures
+from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
+from crafts_core.durable import exclusive_lock
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache, cache_folder
+from crafts_core.tiles.writer import MANIFEST_NAME
 
 StepProgress = Callable[[str, int, int], None]
 """Name of the step, done, in all."""
@@ -58,10 +62,23 @@ def prepare_site(
         IngestError: everything that is wrong with the table, or the disk.
         HomeError: a patient is in another cohort of this home.
     """
+    with _one_at_a_time(home):
+        return _prepare(home, foundation, table, root, options, progress)
+
+
+def _prepare(
+    home: SiteHome,
+    foundation: Foundation,
+    table: Path,
+    root: Path | None,
+    options: IngestOptions,
+    progress: StepProgress,
+) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
     rows = read_table(table, root=root, cohort=config.cohort)
     register = PatientRegister(home.register_path)
-    register.refuse_elsewhere((salt.patient_id(row.patient) for row in rows), config.cohort)
+    # Before anything is read: whoever is read can also be forgotten.
+    register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
     if options.ready_tiles:
         report = ingest_tiles(
             rows,
@@ -93,7 +110,6 @@ def prepare_site(
             progress=progress,
         )
     _write_report(home, report)
-    register.enrol(TileStore.open(home.tile_store_path).patients, config.cohort)
     fill_cache(home, foundation, progress)
     return report
 
@@ -123,27 +139,48 @@ def forget(
         HomeError: nobody of this name was ever here.
         IngestError: an ingest is at work.
     """
-    pseudonym = Salt.load(home.salt_path).patient_id(patient)
+    with _one_at_a_time(home):
+        return _forget(home, patient, load, progress)
+
+
+def _forget(
+    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: StepProgress
+) -> int:
+    pseudonym, path = Salt.load(home.salt_path).patient_id(patient), home.tile_store_path
     register = PatientRegister(home.register_path)
-    path = home.tile_store_path
-    if path.exists():
+    if (path / MANIFEST_NAME).exists():
         register.enrol(TileStore.open(path).patients, home.config.cohort)
     register.withdraw(pseudonym)
     num_tiles = remove_patient(path, pseudonym) if path.exists() else 0
     report = _former_report(home)
     if report is not None:
-        for source in report.sources:
-            if source.patient == patient and source.picture is not None:
-                remove_pictures(home.pictures_path, source.picture)
-        _write_report(home, report.without(patient))
-    if path.exists():
-        foundation, store = load(), TileStore.open(path)
+        report = report.without(patient)
+        _write_report(home, report)
+    store = TileStore.open(path) if path.exists() else None
+    _sweep_pictures(home, report, store)
+    if store is not None:
+        foundation = load()
         fill_cache(home, foundation, progress)
         current = cache_folder(store, foundation.manifest.hash)
         for folder in (path / "latents").iterdir():
             if folder != current:
                 shutil.rmtree(folder)
     return num_tiles
+
+
+def _sweep_pictures(home: SiteHome, report: IngestReport | None, store: TileStore | None) -> None:
+    """Remove the pictures of slides that neither the report nor the store names."""
+    kept = {source.picture for source in report.sources} if report is not None else set()
+    slides = store.manifest.sources if store is not None else ()
+    kept |= {picture_name(slide) for slide in slides}
+    for path in home.pictures_path.glob("*.jpg"):
+        if path.stem.removesuffix(OVERLAY_ENDING) not in kept:
+            path.unlink()
+
+
+def _one_at_a_time(home: SiteHome) -> AbstractContextManager[None]:
+    held = IngestError(f"another ingest or forget is at work in {home.path}; wait for it")
+    return exclusive_lock(home.path / "ingest.lock", held=held)
 
 
 def _former_report(home: SiteHome) -> IngestReport | None:

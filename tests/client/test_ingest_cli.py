@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileStore
+from crafts_simulations.slides import write_slide
 from support.sites import make_site_home
 from support.slide_files import write_dicom_slide, write_tiled_tiff
 from support.slides import tissue_image, write_table, write_tissue_slide
@@ -184,6 +186,26 @@ def test_forgotten_patient_leaves_only_a_pseudonym(home: SiteHome, tmp_path: Pat
     again = run("ingest", table, "--home", home.path)
     assert "the patient withdrew; nothing is read" in again.stdout
     assert pseudonym not in TileStore.open(home.tile_store_path).patients
+
+
+def test_patient_without_tiles_is_forgotten_too(home: SiteHome, tmp_path: Path) -> None:
+    """Also pictures that only an older report told of."""
+    folder = tmp_path / "hospital"
+    write_tissue_slide(folder / "a.svs", seed=1)
+    write_tissue_slide(folder / "b.svs", seed=2)
+    glass = np.full((512, 512, 3), 245, dtype=np.uint8)
+    write_slide(folder / "c.svs", glass, mpp=0.5, label="x")
+    rows = ["a.svs,Jones A,COAD", "b.svs,Jones B,COAD", "c.svs,Jones C,COAD"]
+    run("ingest", write_table(folder / "t.csv", "file,patient,label", rows), "--home", home.path)
+    run(
+        "ingest", write_table(folder / "t.csv", "file,patient,label", rows[:1]), "--home", home.path
+    )
+    for name in ("Jones C", "jones  b"):
+        done = run("tiles", "forget", name, "--home", home.path, "--yes")
+        assert done.exit_code == 0, done.output
+    assert len(list(home.pictures_path.iterdir())) == 2
+    left = everything_in(home.path)
+    assert not [n for n, c in left.items() if b"Jones B" in c or b"Jones C" in c]
 
 
 def test_nobody_unknown_is_forgotten(home: SiteHome, tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def test_kinds_and_boundaries_of_ids_never_collide() -> None:
     assert len(ids) == 7
 
 
+@pytest.mark.parametrize("written", ["müller  anna", "MÜLLER ANNA", "Mu\u0308ller Anna "])
+def test_one_person_has_one_pseudonym_however_it_is_written(written: str) -> None:
+    salt = Salt(bytes(32))
+    assert salt.patient_id(written) == salt.patient_id("Müller Anna")
+    assert salt.slide_id(written, "a.svs") == salt.slide_id("Müller Anna", "a.svs")
+    assert salt.patient_id("Muller Anna") != salt.patient_id("Müller Anna")
+
+
 def test_salt_file_is_for_its_owner_only(tmp_path: Path) -> None:
     Salt.create(tmp_path / "salt")
     assert stat.S_IMODE((tmp_path / "salt").stat().st_mode) == 0o600

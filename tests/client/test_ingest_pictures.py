@@ -10,7 +10,6 @@ from PIL import Image
 from crafts_client.ingest.pictures import (
     OVERLAY_COLOURS,
     draw_overlay,
-    remove_pictures,
     stain_densities,
     write_pictures,
 )
@@ -104,12 +103,3 @@ def test_pictures_are_small_jpegs_for_the_owner_only(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert (image.format, image.size) == ("JPEG", (1024, 307))
             assert not image.getexif()
-
-
-def test_pictures_of_one_slide_can_be_removed(tmp_path: Path) -> None:
-    thumbnail = tissue_image(64, margin=8)
-    for name in ("one", "two"):
-        write_pictures(tmp_path, name, thumbnail, Image.fromarray(thumbnail))
-    remove_pictures(tmp_path, "one")
-    remove_pictures(tmp_path, "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["two-overlay.jpg", "two.jpg"]

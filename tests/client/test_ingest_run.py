@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -237,14 +238,69 @@ def test_slide_that_broke_since_keeps_the_tiles_cut_before(tmp_path: Path) -> No
     assert TileStore.open(tmp_path / "s").num_tiles == before
 
 
-def test_file_of_another_patient_is_refused_before_work(tmp_path: Path) -> None:
+def test_slide_of_another_patient_moves_with_the_table(tmp_path: Path) -> None:
     """A corrected table must not leave the tiles with the wrong patient as well."""
     table = make_site(tmp_path / "site")
+    before = run(table, tmp_path / "s").num_tiles
+    table.write_text(table.read_text().replace("DOE-1.svs,DOE-1", "DOE-1.svs,DOE-0"))
+    report = run(table, tmp_path / "s")
+    assert (report.already, report.num_tiles) == (2, before)
+    store = TileStore.open(tmp_path / "s")
+    store.verify()
+    assert store.patients == (SALT.patient_id("DOE-0"),)
+    assert store.num_tiles == before
+
+
+def test_renamed_slide_is_there_once(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    before = run(table, tmp_path / "s").num_tiles
+    (tmp_path / "site" / "DOE-1.svs").rename(tmp_path / "site" / "new.svs")
+    table.write_text(table.read_text().replace("DOE-1.svs", "new.svs"))
     run(table, tmp_path / "s")
-    text = table.read_text().replace("DOE-1.svs,DOE-1", "DOE-1.svs,DOE-0")
-    table.write_text(text)
-    with pytest.raises(IngestError, match=r"line 3: DOE-1.svs was ingested as another patient's"):
+    assert TileStore.open(tmp_path / "s").num_tiles == before
+
+
+def test_copy_of_a_slide_under_another_name_is_refused(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    shutil.copy(tmp_path / "site" / "DOE-0.svs", tmp_path / "site" / "copy.svs")
+    table.write_text(table.read_text() + "copy.svs,DOE-9,COAD,x\n")
+    with pytest.raises(IngestError, match=r"line 5: copy.svs is the same slide as DOE-0.svs on"):
         run(table, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_slide_that_shows_nothing_any_more_takes_its_tiles_along(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site")
+    run(table, tmp_path / "s")
+    glass = np.full((512, 512, 3), 245, dtype=np.uint8)
+    write_slide(tmp_path / "site" / "DOE-1.svs", glass, mpp=0.5, label="x")
+    run(table, tmp_path / "s")
+    assert SALT.patient_id("DOE-1") not in TileStore.open(tmp_path / "s").patients
+
+
+def test_store_whose_removal_was_interrupted_is_removed(tmp_path: Path) -> None:
+    run(make_site(tmp_path / "site", 1), tmp_path / "s")
+    (tmp_path / "s" / "store.json").unlink()
+    assert remove_patient(tmp_path / "s", SALT.patient_id("DOE-0")) == 0
+    assert not (tmp_path / "s").exists()
+
+
+def test_torn_survey_is_made_again(
+    site: Path, store: TileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(step: str, done: int, total: int) -> None:
+        if step == "cutting tiles":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest_slides(
+            read_table(site), tmp_path / "s", cohort="colon", salt=SALT, options=OPTIONS,
+            num_processes=0, progress=stop,
+        )  # fmt: skip
+    for survey_file in (tmp_path / "s" / "work").glob("*.npz"):
+        survey_file.write_bytes(b"")
+    run(site, tmp_path / "s")
+    assert files_of(tmp_path / "s") == files_of(store.path)
 
 
 def test_forgotten_patient_leaves_no_byte(site: Path, store: TileStore, tmp_path: Path) -> None:
@@ -322,7 +378,7 @@ def test_slide_with_too_much_damage_is_skipped(tmp_path: Path) -> None:
 def test_slides_without_scale_are_all_named_before_work_starts(tmp_path: Path) -> None:
     table = make_site(tmp_path / "site")
     for number in (0, 2):
-        write_tissue_slide(tmp_path / "site" / f"DOE-{number}.svs", mpp=352.8)
+        write_tissue_slide(tmp_path / "site" / f"DOE-{number}.svs", seed=number, mpp=352.8)
     with pytest.raises(IngestError) as caught:
         run(table, tmp_path / "s")
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["line 2", "line 4"]
@@ -332,7 +388,7 @@ def test_slides_without_scale_are_all_named_before_work_starts(tmp_path: Path) -
 def test_run_that_leaves_nothing_says_why(tmp_path: Path) -> None:
     table = make_site(tmp_path / "site", 2)
     for number in range(2):
-        (tmp_path / "site" / f"DOE-{number}.svs").write_bytes(b"")
+        (tmp_path / "site" / f"DOE-{number}.svs").write_bytes(bytes(number))
     with pytest.raises(IngestError, match="no tile is left") as caught:
         run(table, tmp_path / "s")
     assert len(caught.value.problems) == 3

@@ -182,6 +182,28 @@ def test_views_are_the_tile_itself_and_others(store: TileStore, foundation: Foun
     torch.testing.assert_close(cache.latents([2, 6]), plain.latents([2, 6]), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["latents.f16", "keys.bin"])
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_damage_is_not_carried_on(
+    store: TileStore, foundation: Foundation, tmp_path: Path, name: str, damage: str
+) -> None:
+    LatentCache.build(store, foundation)
+    path = cache_folder(store, foundation.manifest.hash) / name
+    if damage == "changed":
+        path.write_bytes(path.read_bytes()[16:] + path.read_bytes()[:16])
+    else:
+        path.unlink()
+    with pytest.raises(TileStoreError, match=r"was changed|torn"):
+        check_cache(store, foundation.manifest.hash)
+    grown = grow(store, tmp_path / "grown")
+    (store.path / "latents").rename(grown.path / "latents")
+    cache = LatentCache.build(grown, foundation)
+    images = torch.from_numpy(grown.read_images(range(8))).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = foundation.generator.encode_images(images)
+    torch.testing.assert_close(cache.latents(range(8)), expected, atol=5e-3, rtol=5e-3)
+    check_cache(grown, foundation.manifest.hash)
+
+
 def test_a_changed_row_is_found(store: TileStore, foundation: Foundation) -> None:
     LatentCache.build(store, foundation)
     check_cache(store, foundation.manifest.hash)

@@ -9,6 +9,7 @@ import sqlite3
 import urllib.error
 import urllib.request
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import secrets
 import stat
+import unicodedata
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError
@@ -58,17 +59,14 @@ class Salt:
         return cls(key)
 
     def patient_id(self, patient: str) -> str:
-        return self._pseudonym("patient", patient)
+        """The same however a name is spaced, capitalised or composed in Unicode."""
+        return self._pseudonym("patient", plain_name(patient))
 
     def case_id(self, patient: str, case: str) -> str:
-        return self._pseudonym("case", patient, case)
+        return self._pseudonym("case", plain_name(patient), case)
 
     def slide_id(self, patient: str, name: str) -> str:
-        return self._pseudonym("slide", patient, name)
-
-    def file_id(self, name: str) -> str:
-        """Of a file, whoever's it is."""
-        return self._pseudonym("file", name)
+        return self._pseudonym("slide", plain_name(patient), name)
 
     def key(self, *parts: str) -> str:
         """64 hex digits that are the same only for the same parts."""
@@ -86,3 +84,8 @@ class Salt:
         encoded = [part.encode() for part in parts]
         message = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
         return hmac.new(self._key, message, hashlib.sha256).hexdigest()
+
+
+def plain_name(name: str) -> str:
+    """The name without what people write now so, now so."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())

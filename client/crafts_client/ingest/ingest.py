@@ -73,7 +73,9 @@ def ingest_slides(
         withdrawn=withdrawn,
     )
     with open_update(target, former) as update, Pool(num_processes, silence_s=silence_s) as pool:
-        sources = update.new(Source.of(row, salt, asdict(options)) for row in rows)
+        listed = [Source.of(row, salt, asdict(options)) for row in rows]
+        _refuse_duplicates(listed)
+        sources = update.new(listed)
         jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
         _refuse_missing_scale(pool, jobs, progress)
         surveys = _survey(pool, jobs, progress)
@@ -128,6 +130,19 @@ def _slide_job(
 ) -> SlideJob:
     survey = target.store / WORK / f"{source.key[:32]}.npz"
     return SlideJob(source=source, survey=survey, options=options, pictures=pictures)
+
+
+def _refuse_duplicates(sources: Sequence[Source]) -> None:
+    """One slide under two names would count twice, or for two patients."""
+    first: dict[str, Source] = {}
+    problems = [
+        f"line {source.row.line}: {source.row.name} is the same slide as {before.row.name} on "
+        f"line {before.row.line}"
+        for source in sources
+        if (before := first.setdefault(source.content, source)) is not source
+    ]
+    if problems:
+        raise IngestError(*problems)
 
 
 def _largest_first(sources: Iterable[Source]) -> list[Source]:

@@ -28,7 +28,7 @@ OVERLAY_COLOURS = {
 NUM_DENSITY_STEPS = 16
 _MAX_ENLARGEMENT = 4
 _JPEG_QUALITY = 80
-_OVERLAY_ENDING = "-overlay"
+OVERLAY_ENDING = "-overlay"
 
 
 def draw_overlay(
@@ -91,15 +91,14 @@ def write_pictures(
     return paths
 
 
-def remove_pictures(folder: Path, name: str) -> None:
-    """Delete both pictures of a slide, where they are."""
-    for path in picture_paths(folder, name):
-        path.unlink(missing_ok=True)
+def picture_name(slide_id: str) -> str:
+    """Of a slide's pictures: a part of its pseudonym."""
+    return slide_id[:16]
 
 
 def picture_paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Where the thumbnail and the overlay of a slide lie."""
-    return folder / f"{name}.jpg", folder / f"{name}{_OVERLAY_ENDING}.jpg"
+    return folder / f"{name}.jpg", folder / f"{name}{OVERLAY_ENDING}.jpg"
 
 
 def _tint(pixels: Pixels, where_HW: Mask, colour: tuple[int, int, int]) -> None:

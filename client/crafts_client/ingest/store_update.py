@@ -1,7 +1,9 @@
 """A store that is being added to: what is there, what is new, and the rename that makes it so."""
 
 import contextlib
+import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from crafts_core.tiles.writer import MANIFEST_NAME, SHARDS, StoredFile, StoredSo
 
 _ROWS_PER_TABLE = 20_000
 _LOCK = "ingest.lock"
+_CONTENT_BYTES = 2**20
 _ORDER = [(column, "ascending") for column in ("patient", "slide", "y", "x", "tile_id")]
 
 
@@ -49,13 +52,24 @@ class Source:
     slide_id: str
     key: str
     """See ``StoredSource``."""
+    content: str
 
     @classmethod
     def of(cls, row: TableRow, salt: Salt, how: object) -> "Source":
-        """``how`` is what decides the tiles beside the file: anything that JSON can say."""
+        """``how`` is what decides the tiles beside the file: anything that JSON can say.
+
+        Raises:
+            IngestError: the file cannot be read.
+        """
         slide_id = salt.slide_id(row.patient, row.name)
-        made_from = json.dumps([how, row.mpp, _state_of(row.path)], sort_keys=True)
-        return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from))
+        try:
+            made_from = json.dumps([how, row.mpp, _state_of(row.path)], sort_keys=True)
+            content = salt.key("content", _content_of(row.path))
+        except OSError as error:
+            raise IngestError(
+                f"line {row.line}: {row.name} cannot be read: {error.strerror}"
+            ) from error
+        return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from), content=content)
 
 
 class StoreUpdate:
@@ -72,6 +86,7 @@ class StoreUpdate:
         )
         self._shards: dict[str, StoredFile] = {} if self._old is None else self._old.shards
         self._replaced: set[str] = set()
+        self._moved: dict[str, str] = {}
         self._rows: dict[str, TableRow] = {}
         self._tables: list[pa.Table] = []
         self._columns: dict[str, list[object]] = {name: [] for name in ROW_SCHEMA.names}
@@ -81,11 +96,10 @@ class StoreUpdate:
     def new(self, sources: Iterable[Source]) -> list[Source]:
         """Those that must be read; of the others it is noted that they are here, or left out.
 
-        Raises:
-            IngestError: a file's tiles are in the store under another patient.
+        A slide that is in the store under another name or patient is read again, and what it gave
+        there goes: the table is right.
         """
-        sources = list(sources)
-        self._refuse_other_patients(sources)
+        owners = {known.content: slide_id for slide_id, known in self._sources.items()}
         wanted = []
         num_tiles = Counter(self._old_rows["slide"].to_pylist())
         for source in sources:
@@ -97,6 +111,9 @@ class StoreUpdate:
                 self._num_already += 1
                 self._say_again(source, num_tiles[source.slide_id])
             else:
+                owner = owners.get(source.content, source.slide_id)
+                if owner != source.slide_id:
+                    self._moved[source.slide_id] = owner
                 wanted.append(source)
         return wanted
 
@@ -117,9 +134,16 @@ class StoreUpdate:
         if len(self._columns["patient"]) >= _ROWS_PER_TABLE:
             self._pack()
         self._shards[shard.name] = shard.stored
+        self._replace(source)
+        self._sources[source.slide_id] = StoredSource(key=source.key, content=source.content)
+
+    def _replace(self, source: Source) -> None:
+        """What a slide gave before, wherever it was, goes."""
         self._replaced.add(source.slide_id)
-        file = self._target.salt.file_id(source.row.name)
-        self._sources[source.slide_id] = StoredSource(key=source.key, file=file)
+        former = self._moved.get(source.slide_id)
+        if former is not None:
+            self._replaced.add(former)
+            self._sources.pop(former, None)
 
     def done(
         self,
@@ -129,6 +153,9 @@ class StoreUpdate:
         **facts: Unpack[SourceFacts],
     ) -> None:
         """All of a source was read."""
+        if num_tiles == 0:
+            self._replace(source)
+            self._sources.pop(source.slide_id, None)
         skipped = None if num_tiles else "no place on it has enough clean tissue"
         self._outcomes.append(
             SourceOutcome.of(
@@ -182,19 +209,6 @@ class StoreUpdate:
         self._tables.append(pa.table(self._columns, schema=ROW_SCHEMA))
         self._columns = {name: [] for name in ROW_SCHEMA.names}
 
-    def _refuse_other_patients(self, sources: Sequence[Source]) -> None:
-        owners = {known.file: slide_id for slide_id, known in self._sources.items()}
-        problems = []
-        for source in sources:
-            owner = owners.get(self._target.salt.file_id(source.row.name))
-            if owner is not None and owner != source.slide_id:
-                problems.append(
-                    f"line {source.row.line}: {source.row.name} was ingested as another patient's; "
-                    "if that was wrong, run crafts-client tiles forget with the former name first"
-                )
-        if problems:
-            raise IngestError(*problems)
-
 
 @contextlib.contextmanager
 def open_update(target: Target, former: IngestReport | None) -> Iterator[StoreUpdate]:
@@ -234,17 +248,24 @@ def _remove_if_empty(out: Path) -> None:
 def remove_patient(path: Path, patient: str) -> int:
     """Take all tiles of a pseudonym out of a store; how many. The last patient takes it along.
 
+    An unfinished store is removed whole.
+
     Raises:
-        TileStoreError: there is no finished store.
+        TileStoreError: the store is damaged.
         IngestError: an ingest is at work.
     """
     held = IngestError(f"an ingest is at work in {path}; wait for it, or end it")
     with exclusive_lock(path / _LOCK, held=held):
+        if not (path / MANIFEST_NAME).exists():
+            shutil.rmtree(path)  # whatever an unfinished ingest had cut, of whomever
+            return 0
         store = TileStore.open(path)
         rows = store.rows()
         is_theirs = pc.equal(rows["patient"], patient)
         left = rows.filter(pc.invert(is_theirs))
         if left.num_rows == 0:
+            # First what makes it count: a kill leaves an unfinished store, not a torn one.
+            (path / MANIFEST_NAME).unlink()
             shutil.rmtree(path)
             return int(rows.num_rows)
         theirs = rows.filter(is_theirs)
@@ -325,5 +346,23 @@ def _as_in_table(rows: pa.Table, table: Mapping[str, TableRow], salt: Salt) -> p
 
 def _state_of(path: Path) -> list[tuple[int, int]]:
     """Sizes and times of a file, or of the files of a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
+    return [
+        (status.st_size, status.st_mtime_ns) for status in (file.stat() for file in _files(path))
+    ]
+
+
+def _content_of(path: Path) -> str:
+    """Hash of the length, the beginning and the end of a file, or of the files of a folder."""
+    digest = hashlib.sha256()
+    for file in _files(path):
+        with file.open("rb") as opened:
+            length = opened.seek(0, os.SEEK_END)
+            digest.update(length.to_bytes(8, "big"))
+            for start in (0, max(0, length - _CONTENT_BYTES)):
+                opened.seek(start)
+                digest.update(opened.read(_CONTENT_BYTES))
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]

@@ -11,7 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from crafts_client.ingest.pictures import draw_overlay, stain_densities, write_pictures
+from crafts_client.ingest.pictures import (
+    draw_overlay,
+    picture_name,
+    stain_densities,
+    write_pictures,
+)
 from crafts_client.ingest.pool import Beat
 from crafts_client.ingest.report import SourceFacts, Stain
 from crafts_client.ingest.slides import MissingScaleError, Slide
@@ -38,8 +43,7 @@ class SlideJob:
 
     @property
     def picture(self) -> str:
-        """Name of the slide's pictures: a pseudonym."""
-        return self.source.slide_id[:16]
+        return picture_name(self.source.slide_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +80,7 @@ class Survey:
                 about["facts"]["stain"] = None if stain is None else Stain(**stain)
                 arrays = {name: values[name] for name in ("places_N5", "masks", "thumbnail")}
                 return cls(**about, **arrays)
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):
             return None
 
     def write(self, path: Path, key: str) -> None:

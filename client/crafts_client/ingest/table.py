@@ -6,6 +6,7 @@ is read.
 
 import csv
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,9 @@ def write_template(path: Path, slides: Sequence[Path]) -> None:
     base = path.parent.resolve()
     names = [slide.resolve() for slide in slides]
     lines = [name.relative_to(base) if name.is_relative_to(base) else name for name in names]
+    odd = [line for line in lines if not _is_text(line)]
+    if odd:
+        raise IngestError(f"rename {len(odd)} files whose names are not UTF-8, such as {odd[0]!r}")
     columns = TableColumns()
     header = [getattr(columns, key)[0] for key in TableColumns.__dataclass_fields__]
     try:
@@ -128,6 +132,14 @@ def write_template(path: Path, slides: Sequence[Path]) -> None:
         raise IngestError(f"{path} exists; choose another name or remove it first") from error
     except OSError as error:
         raise IngestError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -180,8 +192,7 @@ def _find_columns(path: Path, header: Sequence[str], columns: TableColumns) -> d
 def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[TableRow, list[str]]:
     """The row as far as it can be read, and what is wrong with it."""
     name, patient, case = (values.get(key, "") for key in ("file", "patient", "case"))
-    path = (base / name).resolve()
-    problem = _file_problem(name, path, base)
+    path, problem = _find_file(name, base)
     problems = [problem] if problem else []
     if not patient:
         problems.append("no patient")
@@ -205,14 +216,22 @@ def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[Table
     return row, problems
 
 
-def _file_problem(name: str, path: Path, base: Path) -> str | None:
+def _find_file(name: str, base: Path) -> tuple[Path, str | None]:
+    """Where a file is, and what is wrong with it."""
     if not name:
-        return "no file"
-    if not (path.is_file() or path.is_dir()):
-        return f"file {name} does not exist below {base}"
+        return base, "no file"
+    try:
+        path = (base / name).resolve()
+        exists = path.is_file() or path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or no name of a file at all
+        return base, f"file {name!r} cannot be looked for: {error}"
+    if not exists:
+        return path, f"file {name} does not exist below {base}"
     if base.resolve().is_relative_to(path):
-        return f"file {name} is the folder of all slides, not a slide"
-    return None
+        return path, f"file {name} is the folder of all slides, not a slide"
+    if not os.access(path, os.R_OK):
+        return path, f"file {name} may not be read; check its permissions"
+    return path, None
 
 
 def _mpp(text: str) -> tuple[float | None, str | None]:

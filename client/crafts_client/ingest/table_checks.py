@@ -4,10 +4,11 @@ Patients are what privacy is promised to. A slide listed for two of them, or a p
 two ways, would count one person twice and break the promise without a sign.
 """
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from crafts_client.ingest.deidentify import plain_name
 
 Problem = tuple[int, str]
 """Line of the table, and what is wrong there."""
@@ -80,7 +81,7 @@ def _nested(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
 def _spellings(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
     first: dict[str, CheckedRow] = {}
     for row in rows:
-        before = first.setdefault(_plain(row.patient), row)
+        before = first.setdefault(plain_name(row.patient), row)
         if before.patient != row.patient:
             told = (
                 f"patient {row.patient} is written {before.patient} on line {before.line}; "
@@ -93,7 +94,7 @@ def _shared_cases(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
     first: dict[str, CheckedRow] = {}
     for row in rows:
         before = first.setdefault(row.case, row)
-        if _plain(before.patient) != _plain(row.patient):
+        if plain_name(before.patient) != plain_name(row.patient):
             told = (
                 f"case {row.case} belongs to patient {before.patient} on line {before.line}, "
                 f"and to {row.patient} here"
@@ -107,7 +108,7 @@ def _other_cohorts(
     named = [row for row in rows if cohorts.get(row.line)]
     first_of: dict[str, CheckedRow] = {}
     for row in named:
-        own, before = cohorts[row.line], first_of.setdefault(_plain(row.patient), row)
+        own, before = cohorts[row.line], first_of.setdefault(plain_name(row.patient), row)
         if row.patient and cohorts[before.line] != own:
             told = (
                 f"patient {row.patient} is in cohort {own} here and in {cohorts[before.line]} "
@@ -122,8 +123,3 @@ def _other_cohorts(
                 f"{cohorts[named[0].line]}; one table for each cohort"
             )
             yield row.line, told
-
-
-def _plain(name: str) -> str:
-    """The name without what people write now so, now so."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())

@@ -123,5 +123,8 @@ def in_drawn_order(places: list[Candidate], key: bytes) -> list[Candidate]:
 
 def _corners(length: int, step: float) -> npt.NDArray[np.float64]:
     """Whole-pixel starts of the tiles that fit; lacking a hundredth of a pixel still fits."""
-    corners: npt.NDArray[np.float64] = np.floor(np.arange(int((length + 0.01) / step)) * step)
+    # 64 * 0.3 / 0.1 is a hair below 192.
+    corners: npt.NDArray[np.float64] = np.floor(
+        np.arange(int((length + 0.01) / step)) * step + 1e-6
+    )
     return corners

@@ -133,7 +133,9 @@ class LatentCache:
                 index=store.index_hash,
                 views=views,
                 shapes=shapes,
-                sha256={name: describe_file(folder / name).sha256 for name in shapes},
+                sha256={
+                    name: describe_file(folder / name).sha256 for name in (*shapes, _KEYS_NAME)
+                },
             )
             write_file(folder / META_NAME, _json(meta))
         shutil.rmtree(former, ignore_errors=True)
@@ -268,7 +270,8 @@ class _Former:
     def open(cls, folder: Path, views: int) -> Self:
         """The former cache if it is finished, whole and of as many views; else an empty one."""
         meta = _read_model(folder / META_NAME, CacheMeta)
-        if meta is None or meta.views != views or not _has_sizes(folder, meta):
+        # Damage must not be carried on under a new hash.
+        if meta is None or meta.views != views or _first_changed(folder, meta) is not None:
             return cls({}, [], views)
         data = (folder / _KEYS_NAME).read_bytes()
         keys = [data[at : at + _KEY_BYTES] for at in range(0, len(data), _KEY_BYTES)]
@@ -313,11 +316,9 @@ def check_cache(store: TileStore, foundation_hash: str) -> None:
     """
     meta = _finished(store, foundation_hash)
     folder = cache_folder(store, foundation_hash)
-    for name, expected in meta.sha256.items():
-        if describe_file(folder / name).sha256 != expected:
-            raise TileStoreError(
-                f"{folder / name} was changed; remove {folder} and run ingest again"
-            )
+    changed = _first_changed(folder, meta)
+    if changed is not None:
+        raise TileStoreError(f"{changed} was changed; remove {folder} and run ingest again")
 
 
 class _RowFiles:
@@ -411,6 +412,15 @@ def _finished(store: TileStore, foundation_hash: str) -> CacheMeta:
 def _is_whole(folder: Path, meta: CacheMeta, store: TileStore, foundation_hash: str) -> bool:
     made_from = (meta.foundation, meta.index)
     return made_from == (foundation_hash, store.index_hash) and _has_sizes(folder, meta)
+
+
+def _first_changed(folder: Path, meta: CacheMeta) -> Path | None:
+    """A file that is not what was written, if there is one."""
+    for name in (*ARRAY_NAMES, _KEYS_NAME):
+        path = folder / name
+        if not path.is_file() or describe_file(path).sha256 != meta.sha256.get(name):
+            return path
+    return None
 
 
 def _has_sizes(folder: Path, meta: CacheMeta) -> bool:

@@ -165,6 +165,10 @@ class TileStore:
 def _read_manifest(path: Path) -> StoreManifest:
     try:
         values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("format_version") not in (None, 2):
+            raise TileStoreError(
+                f"{path} was made by another version; move it away and ingest again"
+            )
         return StoreManifest.model_validate(values)
     except FileNotFoundError as error:
         state = "an unfinished store" if path.is_dir() else "not a folder"

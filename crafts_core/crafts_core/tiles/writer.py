@@ -48,8 +48,8 @@ class StoredSource(BaseModel):
 
     key: Sha256
     """Of the file's state and of how it was cut: what is the same is not cut again."""
-    file: str
-    """Of the file's name alone: a file belongs to one patient."""
+    content: Sha256
+    """Of the file's content alone: a slide is there once, and belongs to one patient."""
 
 
 class StoreManifest(BaseModel):
