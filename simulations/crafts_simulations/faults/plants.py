@@ -28,11 +28,9 @@ if any("{program}.cli" in word for word in sys.orig_argv):
         return result
     setattr(owner, name, paused)
 """
-_CLOCK = """
-import datetime, time
-seconds = {seconds!r}
-real_time, real = time.time, datetime.datetime
-time.time = lambda: real_time() + seconds
+_DATES = """
+import datetime
+seconds, real = {seconds!r}, datetime.datetime
 class Kind(type):
     def __instancecheck__(cls, value):
         return isinstance(value, real)
@@ -46,6 +44,11 @@ class Shifted(real, metaclass=Kind):
     def utcnow(cls):
         return real.utcnow() + datetime.timedelta(seconds=seconds)
 datetime.datetime = Shifted
+"""
+_TIME = """
+import time
+real_time = time.time
+time.time = lambda: real_time() + seconds
 """
 _REPLIES = """
 import sys
@@ -94,9 +97,16 @@ def pause(
     return Pause(_planted(folder, text), reached)
 
 
-def clock(folder: Path, seconds: float) -> str:
-    """What Python reads from the clock is so much later; TLS libraries read the real one."""
-    return _planted(folder, _CLOCK.format(seconds=seconds))
+def clock(folder: Path, seconds: float, *, dates_only: bool = False) -> str:
+    """What Python reads from the clock is so much later; TLS libraries read the real one.
+
+    Args:
+        folder: To make.
+        seconds: Negative is earlier.
+        dates_only: Leave ``time.time``: a gRPC server compares it with the machine's own clock.
+    """
+    text = _DATES.format(seconds=seconds) + ("" if dates_only else _TIME)
+    return _planted(folder, text)
 
 
 def multiplied(folder: Path) -> str:

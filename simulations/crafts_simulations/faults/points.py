@@ -192,7 +192,7 @@ def coordinator_clock_ahead(programs: Programs, study: SmallStudy) -> str:
     """No site's call is believed; then it is set right."""
     programs.kill(COORDINATOR)
     before = len(programs.chain(study.plan))
-    plant = plants.clock(_beside(study, "clock"), _HOUR_S)
+    plant = plants.clock(_beside(study, "clock"), _HOUR_S, dates_only=True)
     programs.start_coordinator(first_import_from=plant)
     for name in study.sites:
         has_said(programs, name, "the SuperNode ended")
