@@ -94,7 +94,7 @@ def test_mutants_are_read_or_refused(sources: Path, tmp_path: Path) -> None:
     _assert_well(outcomes)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_thousands_of_mutants_are_read_or_refused(sources: Path, tmp_path: Path) -> None:
     """As many as fit in a minute on the machine at hand, 4,000 on one that is idle."""
     outcomes = _run(sources, tmp_path, first=10_000, count=4000, limit_s=60)

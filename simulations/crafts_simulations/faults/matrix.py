@@ -76,8 +76,8 @@ def as_markdown(outcomes: Iterable[Outcome]) -> str:
             "SuperLink are one process here, and so are a site's executor, policy gate and client "
             "app. A full disk is the kernel's refusal to "
             "let any file of the process grow (RLIMIT_FSIZE). A wrong clock is what Python reads; "
-            "TLS libraries read the machine's. A call keeps what held in earlier calls, and seconds "
-            "are those of a machine that may have had other work.",
+            "TLS libraries read the machine's. A call keeps what held in earlier calls, and "
+            "seconds are those of a machine that may have had other work.",
             "",
             "| group | fault | what must hold | verdict | observed | seconds |",
             "|---|---|---|---|---|---|",
