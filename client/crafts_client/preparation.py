@@ -1,7 +1,7 @@
 """From a site's table to everything its trainer needs: tile store, report, latent cache."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,14 @@ from crafts_client.ingest import (
     IngestError,
     IngestReport,
     Salt,
+    TableRow,
     TilingOptions,
+    examine_table,
     ingest_slides,
     ingest_tiles,
-    read_table,
     remove_patient,
 )
+from crafts_client.ingest.errors import Problem
 from crafts_client.ingest.ingest_page import write_ingest_page
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.tissue import TissueMethod
@@ -59,8 +61,8 @@ def prepare_site(
     of patients who withdrew are not read.
 
     Raises:
-        IngestError: everything that is wrong with the table, or the disk.
-        HomeError: a patient is in another cohort of this home.
+        IngestError: everything that is wrong with the table and its files, or with the disk.
+        HomeError: the register of patients is not what was written.
     """
     with _one_at_a_time(home):
         return _prepare(home, foundation, table, root, options, progress)
@@ -75,10 +77,12 @@ def _prepare(
     progress: StepProgress,
 ) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
-    rows = read_table(table, root=root, cohort=config.cohort)
+    reading = examine_table(table, root=root, cohort=config.cohort)
+    rows = reading.rows
     register = PatientRegister(home.register_path)
-    # Before anything is read: whoever is read can also be forgotten.
-    register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
+    problems = [*reading.problems, *_of_other_cohorts(rows, register, salt, config.cohort)]
+    if not problems:  # before any pixel is read: whoever is read can also be forgotten
+        register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
     if options.ready_tiles:
         report = ingest_tiles(
             rows,
@@ -89,6 +93,7 @@ def _prepare(
             num_processes=options.num_processes,
             withdrawn=register.withdrawn,
             former=_former_report(home),
+            problems=problems,
             progress=progress,
         )
     else:
@@ -107,11 +112,27 @@ def _prepare(
             withdrawn=register.withdrawn,
             pictures=home.pictures_path,
             former=_former_report(home),
+            problems=problems,
             progress=progress,
         )
     _write_report(home, report)
     fill_cache(home, foundation, progress)
     return report
+
+
+def _of_other_cohorts(
+    rows: Sequence[TableRow], register: PatientRegister, salt: Salt, cohort: str
+) -> Iterator[Problem]:
+    """Patients whose budget is another cohort's, by each of their lines."""
+    cohorts = register.cohorts()
+    for row in rows:
+        other = cohorts.get(salt.patient_id(row.patient), cohort)
+        if other != cohort:
+            told = (
+                f"patient {row.patient} belongs to cohort {other} of this home for life; take the "
+                f'line out, or set cohort = "{other}" in site.toml and ingest again'
+            )
+            yield row.line, told
 
 
 def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:

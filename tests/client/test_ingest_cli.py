@@ -150,7 +150,42 @@ def test_patient_of_another_cohort_is_refused_before_work(home: SiteHome, tmp_pa
     PatientRegister(home.register_path).enrol([salt.patient_id(f"{NAME} Bert")], "lung")
     done = run("ingest", table, "--home", home.path)
     assert done.exit_code == 1
-    assert "belong to cohort lung" in done.output
+    assert "belongs to cohort lung" in done.output
+    assert not home.tile_store_path.exists()
+
+
+def test_everything_wrong_is_told_at_once(home: SiteHome, tmp_path: Path) -> None:
+    """Table, register, scale, copies and damage: one list, so that one mending is enough."""
+    folder = tmp_path / "hospital"
+    for number in range(3):
+        write_tissue_slide(folder / f"{number}.svs", seed=number)
+    write_tissue_slide(folder / "scale.svs", seed=5, mpp=352.8)
+    (folder / "copy.svs").write_bytes((folder / "0.svs").read_bytes())
+    for name in ("torn.svs", "torn-with-scale.svs"):
+        (folder / name).write_bytes(b"II*\0" + name.encode())
+    rows = [
+        "0.svs,anna,COAD,", "1.svs,,COAD,", "2.svs,bert,XXAD,", "scale.svs,carla,COAD,",
+        "copy.svs,dora,COAD,", "torn.svs,emil,COAD,", "torn-with-scale.svs,emil,COAD,0.5",
+        "gone.svs,emil,COAD,",
+    ]  # fmt: skip
+    table = write_table(folder / "t.csv", "file,patient,label,mpp", rows)
+    salt = Salt.load(home.salt_path)
+    PatientRegister(home.register_path).enrol([salt.patient_id("bert")], "lung")
+
+    done = run("ingest", table, "--home", home.path)
+
+    assert done.exit_code == 1
+    told = done.output.split("crafts-client: ")[1].splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        "line 3", "line 4", "line 4", "line 5", "line 6", "line 7", "line 8", "line 9",
+    ]  # fmt: skip
+    for fault in (
+        "line 3: no patient", "line 4: unknown cancer type 'XXAD'",
+        "line 4: patient bert belongs to cohort lung", "line 5: scale.svs: the file's 352.8",
+        "line 6: copy.svs is the same slide as 0.svs on line 2", "line 7: torn.svs would be skip",
+        "line 8: torn-with-scale.svs would be skipped", "line 9: file gone.svs does not exist",
+    ):  # fmt: skip
+        assert fault in done.output, fault
     assert not home.tile_store_path.exists()
 
 

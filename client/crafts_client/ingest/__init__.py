@@ -6,7 +6,14 @@ from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.report import IngestReport, SourceOutcome
 from crafts_client.ingest.slides import find_slides
 from crafts_client.ingest.store_update import remove_patient
-from crafts_client.ingest.table import TableColumns, TableRow, read_table, write_template
+from crafts_client.ingest.table import (
+    TableColumns,
+    TableReading,
+    TableRow,
+    examine_table,
+    read_table,
+    write_template,
+)
 from crafts_client.ingest.tiling import TilingOptions
 
 __all__ = [
@@ -15,8 +22,10 @@ __all__ = [
     "Salt",
     "SourceOutcome",
     "TableColumns",
+    "TableReading",
     "TableRow",
     "TilingOptions",
+    "examine_table",
     "find_slides",
     "ingest_slides",
     "ingest_tiles",

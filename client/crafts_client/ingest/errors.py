@@ -1,10 +1,13 @@
 """What can be wrong with what a site wants to ingest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 from crafts_core.errors import CraftsError
 
 MAX_LINES = 50
+Problem = tuple[int, str]
+"""Line of the table, and what is wrong there."""
 
 
 class IngestError(CraftsError):
@@ -17,6 +20,12 @@ class IngestError(CraftsError):
     def __init__(self, *problems: str) -> None:
         self.problems = problems
         super().__init__("\n".join(_shortened(problems)))
+
+    @classmethod
+    def at_lines(cls, problems: Iterable[Problem]) -> Self:
+        """What is wrong with a table, in the order of its lines."""
+        ordered = sorted(problems, key=lambda problem: problem[0])
+        return cls(*(f"line {line}: {told}" for line, told in ordered))
 
 
 class SlideError(CraftsError):

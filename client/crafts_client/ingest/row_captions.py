@@ -39,7 +39,8 @@ def read_caption(cells: Mapping[str, str], known: Collection[str]) -> RowCaption
     """The row's caption, else its report, else what its label and attributes stand for.
 
     Args:
-        cells: By column: caption, report, label and the four attributes. Others are ignored.
+        cells: By column: caption, report, label and the four attributes. Others are ignored. That
+            all of the first three columns are missing is wrong with the table, not with the row.
         known: The row's own names, which must not be left in free text.
     """
     row = RowCaption()
@@ -55,7 +56,7 @@ def read_caption(cells: Mapping[str, str], known: Collection[str]) -> RowCaption
             row.caption = label_caption(label, attributes)
         except VocabularyError as error:
             row.problems.append(f"{error} (or give a caption)")
-    else:
+    elif cells.keys() & {"caption", "report", "label"}:
         row.problems.append("neither a caption nor a label")
     return row
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.deidentify import Salt
-from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.errors import IngestError, SlideError
 from crafts_client.ingest.report import IngestReport, SourceFacts, SourceOutcome
 from crafts_client.ingest.shard_cut import WORK, PlacedTile, Shard
 from crafts_client.ingest.table import TableRow
@@ -59,16 +59,14 @@ class Source:
         """``how`` is what decides the tiles beside the file: anything that JSON can say.
 
         Raises:
-            IngestError: the file cannot be read.
+            SlideError: the file cannot be read.
         """
         slide_id = salt.slide_id(row.patient, row.name)
         try:
             made_from = json.dumps([how, row.mpp, _state_of(row.path)], sort_keys=True)
             content = salt.key("content", _content_of(row.path))
         except OSError as error:
-            raise IngestError(
-                f"line {row.line}: {row.name} cannot be read: {error.strerror}"
-            ) from error
+            raise SlideError(f"cannot be read: {error.strerror}") from error
         return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from), content=content)
 
 

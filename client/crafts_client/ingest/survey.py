@@ -118,7 +118,7 @@ def missing_scale(row: TableRow, beat: Beat) -> str | None:
         with Slide.open(row.path, mpp=row.mpp):
             return None
     except MissingScaleError as error:
-        return f"line {row.line}: {row.name}: {error}"
+        return str(error)
     finally:
         beat(1)
 
