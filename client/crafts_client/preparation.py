@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -14,6 +16,7 @@ from crafts_client.ingest import (
     IngestError,
     IngestReport,
     Salt,
+    SourceOutcome,
     TableRow,
     TilingOptions,
     examine_table,
@@ -22,13 +25,15 @@ from crafts_client.ingest import (
     remove_patient,
 )
 from crafts_client.ingest.errors import Problem
-from crafts_client.ingest.ingest_page import write_ingest_page
+from crafts_client.ingest.ingest_history import with_refusal, with_run
+from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
+from crafts_client.ingest.report import IngestRun, NothingUsedError
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock
 from crafts_core.foundation import Foundation
-from crafts_core.tiles import TileStore
+from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache, cache_folder
 from crafts_core.tiles.writer import MANIFEST_NAME
 
@@ -65,15 +70,29 @@ def prepare_site(
         HomeError: the register of patients is not what was written.
     """
     with _one_at_a_time(home):
-        return _prepare(home, foundation, table, root, options, progress)
+        former = _former_report(home)
+        try:
+            report = _cut(home, foundation, table, root, options, former, progress)
+        except NothingUsedError as error:
+            _note(home, former, error.report, table)
+            error.point_to(home.path / PAGE_NAME)
+            raise
+        except IngestError as error:
+            _note_refusal(home, former, error, table, "tiles" if options.ready_tiles else "slides")
+            error.point_to(home.path / PAGE_NAME)
+            raise
+        _note(home, former, report, table)
+        fill_cache(home, foundation, progress)
+        return report
 
 
-def _prepare(
+def _cut(
     home: SiteHome,
     foundation: Foundation,
     table: Path,
     root: Path | None,
     options: IngestOptions,
+    former: IngestReport | None,
     progress: StepProgress,
 ) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
@@ -84,7 +103,7 @@ def _prepare(
     if not problems:  # before any pixel is read: whoever is read can also be forgotten
         register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
     if options.ready_tiles:
-        report = ingest_tiles(
+        return ingest_tiles(
             rows,
             home.tile_store_path,
             cohort=config.cohort,
@@ -92,32 +111,28 @@ def _prepare(
             tile_px=manifest.tile_px,
             num_processes=options.num_processes,
             withdrawn=register.withdrawn,
-            former=_former_report(home),
+            former=former,
             problems=problems,
             progress=progress,
         )
-    else:
-        report = ingest_slides(
-            rows,
-            home.tile_store_path,
-            cohort=config.cohort,
-            salt=salt,
-            options=TilingOptions(
-                tile_px=manifest.tile_px,
-                mpp=manifest.mpp,
-                tissue=options.tissue,
-                max_tiles_per_slide=options.max_tiles_per_slide,
-            ),
-            num_processes=options.num_processes,
-            withdrawn=register.withdrawn,
-            pictures=home.pictures_path,
-            former=_former_report(home),
-            problems=problems,
-            progress=progress,
-        )
-    _write_report(home, report)
-    fill_cache(home, foundation, progress)
-    return report
+    return ingest_slides(
+        rows,
+        home.tile_store_path,
+        cohort=config.cohort,
+        salt=salt,
+        options=TilingOptions(
+            tile_px=manifest.tile_px,
+            mpp=manifest.mpp,
+            tissue=options.tissue,
+            max_tiles_per_slide=options.max_tiles_per_slide,
+        ),
+        num_processes=options.num_processes,
+        withdrawn=register.withdrawn,
+        pictures=home.pictures_path,
+        former=former,
+        problems=problems,
+        progress=progress,
+    )
 
 
 def _of_other_cohorts(
@@ -204,8 +219,38 @@ def _one_at_a_time(home: SiteHome) -> AbstractContextManager[None]:
     return exclusive_lock(home.path / "ingest.lock", held=held)
 
 
+def _note(home: SiteHome, former: IngestReport | None, report: IngestReport, table: Path) -> None:
+    """Write what is known after a run; also where nothing of its table could be used."""
+    now, known = datetime.now(UTC), _is_in_store(home)
+    _write_report(home, with_run(former, report, table=table, at=now, is_in_store=known))
+
+
+def _note_refusal(
+    home: SiteHome,
+    former: IngestReport | None,
+    error: IngestError,
+    table: Path,
+    kind: Literal["slides", "tiles"],
+) -> None:
+    run = IngestRun(
+        table=str(table.resolve()),
+        at=datetime.now(UTC),
+        kind=kind,
+        num_problems=len(error.problems),
+        problems=error.problems,
+    )
+    with suppress(OSError, TileStoreError):  # a full disk, a damaged store: the error says so
+        _write_report(home, with_refusal(former, run, is_in_store=_is_in_store(home)))
+
+
+def _is_in_store(home: SiteHome) -> Callable[[SourceOutcome], bool]:
+    salt, path = Salt.load(home.salt_path), home.tile_store_path
+    held = TileStore.open(path).manifest.sources if (path / MANIFEST_NAME).exists() else {}
+    return lambda source: salt.slide_id(source.patient, source.file) in held
+
+
 def _former_report(home: SiteHome) -> IngestReport | None:
-    """What the last ingest said, if it is there and of this version."""
+    """What ingest said so far, if it is there and of this version."""
     try:
         return IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
     except (OSError, ValidationError):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from crafts_client import preparation
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
-from crafts_client.ingest import Salt, ingest_slides, ingest_tiles
+from crafts_client.ingest import IngestReport, Salt, ingest_slides, ingest_tiles
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_core.foundation import Foundation
@@ -186,6 +186,83 @@ def test_everything_wrong_is_told_at_once(home: SiteHome, tmp_path: Path) -> Non
         "line 8: torn-with-scale.svs would be skipped", "line 9: file gone.svs does not exist",
     ):  # fmt: skip
         assert fault in done.output, fault
+    assert not home.tile_store_path.exists()
+
+
+def write_slides(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        write_tissue_slide(folder / name, seed=number)
+
+
+def page_of(home: SiteHome) -> str:
+    return (home.path / "ingest.html").read_text()
+
+
+def test_the_page_shows_the_store_and_not_only_the_newest_table(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs", "b.svs", "c.svs", "d.svs")
+    (folder / "torn.svs").write_bytes(b"II*\0")
+    old = write_table(folder / "old.csv", "file,patient,label", ["a.svs,p1,COAD", "b.svs,p2,COAD"])
+    new = write_table(
+        folder / "new.csv", "file,patient,label", ["c.svs,p3,COAD", "torn.svs,p4,COAD"]
+    )
+    for table in (old, new):
+        assert run("ingest", table, "--home", home.path).exit_code == 0
+    page = page_of(home)
+    assert all(f"<h3>{name}</h3>" in page for name in ("a.svs", "b.svs", "c.svs"))
+    assert page.index(str(new)) < page.index(str(old))
+    assert "torn.svs" in page
+    store = TileStore.open(home.tile_store_path)
+    report = IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
+    assert (report.num_tiles, len(report.sources)) == (store.num_tiles, 4)
+
+    write_table(new, "file,patient,label", ["c.svs,p5,COAD", "d.svs,p6,COAD"])
+    assert run("ingest", new, "--home", home.path).exit_code == 0
+    report = IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
+    assert [(s.file, s.patient) for s in report.sources] == [
+        ("c.svs", "p5"), ("d.svs", "p6"), ("a.svs", "p1"), ("b.svs", "p2"),
+    ]  # fmt: skip
+    assert report.num_tiles == TileStore.open(home.tile_store_path).num_tiles
+
+
+def test_a_refused_table_is_told_on_the_page_to_the_last_problem(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs")
+    good = write_table(folder / "good.csv", "file,patient,label", ["a.svs,p1,COAD"])
+    run("ingest", good, "--home", home.path)
+    rows = [f"gone{number}.svs,p,COAD" for number in range(60)]
+    done = run(
+        "ingest", write_table(folder / "bad.csv", "file,patient,label", rows), "--home", home.path
+    )
+    assert f"... and 10 more; {home.path / 'ingest.html'} has them all" in done.output
+    page = page_of(home)
+    assert "refused: 60 problems" in page
+    assert all(f"file gone{number}.svs does not exist" in page for number in range(60))
+    assert "<h3>a.svs</h3>" in page
+    run("tiles", "forget", "p1", "--home", home.path, "--yes")
+    assert "gone7.svs" not in page_of(home), "what a problem names may be anybody's"
+
+
+def test_there_is_a_page_when_nothing_can_be_used(home: SiteHome, tmp_path: Path) -> None:
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    (folder / "torn.svs").write_bytes(b"II*\0")
+    glass = np.full((512, 512, 3), 245, dtype=np.uint8)
+    write_slide(folder / "glass.svs", glass, mpp=0.5, label="x")
+    rows = ["torn.svs,p1,COAD", "glass.svs,p2,COAD"]
+    done = run(
+        "ingest", write_table(folder / "t.csv", "file,patient,label", rows), "--home", home.path
+    )
+    assert done.exit_code == 1
+    assert "no tile is left to train on" in done.output
+    page = page_of(home)
+    assert "its TIFF header is damaged" in page
+    assert "no place on it has enough clean tissue" in page
+    assert page.count("<img") == 2, "what the glass looks like"
     assert not home.tile_store_path.exists()
 
 

@@ -34,7 +34,6 @@ def used(line: int, **changes: object) -> SourceOutcome:
         "rejected": {"background": 300, "fold": 7, "melted": 2}, "skipped": None,
         "scanner": "Scanner One", "reader": "openslide", "mpp": 0.25, "size_px": (1000, 2000),
         "copied": 30, "identifiers": ("label image",), "stain": stain(), "picture": f"pic{line}",
-        "seconds": 2.0,
     }  # fmt: skip
     return SourceOutcome.model_validate(facts | changes)
 
@@ -154,7 +153,7 @@ def test_ready_tiles_are_counted_not_listed(tmp_path: Path) -> None:
 
 def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
     report = IngestReport.of("slides", [], already=12)
-    assert "12 more were there already" in page_of(report, tmp_path)
+    assert "12 there before the newest run" in page_of(report, tmp_path)
 
 
 def test_forgetting_a_patient_removes_every_mention(tmp_path: Path) -> None:

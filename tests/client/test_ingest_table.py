@@ -378,6 +378,7 @@ def test_report_of_captions_tells_what_went_and_what_to_look_at(folder: Path) ->
     (note,) = caption_report(read_table(table))
     assert note.model_dump(mode="json") == {
         "line": 2,
+        "table": "",
         "found": {"date": 1, "name": 1},
         "marked": "glands of Kowalczyk [date]",
         "marked_label": "tumor of [name]",

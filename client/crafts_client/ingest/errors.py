@@ -1,6 +1,7 @@
 """What can be wrong with what a site wants to ingest."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Self
 
 from crafts_core.errors import CraftsError
@@ -19,7 +20,18 @@ class IngestError(CraftsError):
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
-        super().__init__("\n".join(_shortened(problems)))
+        self._all_in = ""
+        super().__init__(*problems)
+
+    def __str__(self) -> str:
+        lines = [" ".join(problem.split()) for problem in self.problems[:MAX_LINES]]
+        if len(self.problems) > MAX_LINES:
+            lines.append(f"... and {len(self.problems) - MAX_LINES} more{self._all_in}")
+        return "\n".join(lines)
+
+    def point_to(self, page: Path) -> None:
+        """Say where all problems can be read."""
+        self._all_in = f"; {page} has them all"
 
     @classmethod
     def at_lines(cls, problems: Iterable[Problem]) -> Self:
@@ -30,10 +42,3 @@ class IngestError(CraftsError):
 
 class SlideError(CraftsError):
     """One slide cannot be used; the run goes on without it. The message is the public reason."""
-
-
-def _shortened(problems: Sequence[str]) -> list[str]:
-    lines = [" ".join(problem.split()) for problem in problems[:MAX_LINES]]
-    if len(problems) > MAX_LINES:
-        lines.append(f"... and {len(problems) - MAX_LINES} more")
-    return lines

@@ -253,6 +253,7 @@ def _cut(
     progress: Progress,
 ) -> None:
     stretches: list[tuple[CutJob, _Whole]] = []
+    drawings: list[tuple[SlideJob, tuple[int, ...]]] = []
     for place, job in enumerate(jobs):
         survey = surveys[place]
         if isinstance(survey, SlideError):
@@ -263,10 +264,10 @@ def _cut(
         stretches += [(cut, whole) for cut in cuts]
         if not cuts:
             update.done(job.source, 0, survey.rejected, **survey.facts)
+            drawings.append((job, ()))
     on_beat = _counting(
         progress, "cutting tiles", sum(cut.stop - cut.start for cut, _ in stretches)
     )
-    drawings: list[tuple[SlideJob, tuple[int, ...]]] = []
     cuts = [cut for cut, _ in stretches]
     for number, shard in pool.run(cut_stretch, cuts, on_beat=on_beat):
         cut, whole = stretches[number]

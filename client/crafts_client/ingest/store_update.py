@@ -17,7 +17,12 @@ import pyarrow.compute as pc
 from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, SlideError
-from crafts_client.ingest.report import IngestReport, SourceFacts, SourceOutcome
+from crafts_client.ingest.report import (
+    IngestReport,
+    NothingUsedError,
+    SourceFacts,
+    SourceOutcome,
+)
 from crafts_client.ingest.shard_cut import WORK, PlacedTile, Shard
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import exclusive_lock
@@ -163,6 +168,8 @@ class StoreUpdate:
 
     def skip(self, source: Source, why: str, **facts: Unpack[SourceFacts]) -> None:
         """Nothing comes from a source in this run."""
+        if source.slide_id in self._sources:
+            why += "; the tiles that it gave before stay in the store"
         self._outcomes.append(
             SourceOutcome.of(source.row, num_tiles=0, rejected={}, skipped=why, **facts)
         )
@@ -175,7 +182,7 @@ class StoreUpdate:
             table: Every row that was asked for; the report tells what became of its words.
 
         Raises:
-            IngestError: no tile is there at all.
+            NothingUsedError: no tile is there at all.
         """
         report = IngestReport.of(
             kind, self._outcomes, captions=caption_report(table), already=self._num_already
@@ -187,8 +194,7 @@ class StoreUpdate:
         if rows.num_rows == 0:
             shutil.rmtree(self._target.store / WORK)
             shutil.rmtree(self._target.store / SHARDS, ignore_errors=True)
-            reasons = (f"line {s.line}: {s.file}: {s.skipped}" for s in report.skipped)
-            raise IngestError("no tile is left to train on", *reasons)
+            raise NothingUsedError(report)
         present = set(rows["shard"].unique().to_pylist())
         commit_store(
             self._target.store,
