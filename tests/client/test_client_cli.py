@@ -50,6 +50,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
         *("plan", "plan list", "plan show", "plan approve"),
         *("foundation", "foundation fetch", "tiles stats", "tiles check", "tiles show"),
+        "tiles drop",
         "tiles forget",
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }

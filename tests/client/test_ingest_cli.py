@@ -325,3 +325,93 @@ def test_nobody_unknown_is_forgotten(home: SiteHome, tmp_path: Path) -> None:
     done = run("tiles", "forget", "Smith", "--home", home.path, "--yes")
     assert done.exit_code == 1
     assert "no such patient" in done.output
+
+
+def write_image_table(folder: Path) -> Path:
+    folder.mkdir()
+    rows = []
+    for number in range(5):
+        Image.fromarray(tissue_image(96, seed=number, margin=0)).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,p{number // 2},COAD")
+    (folder / "bad.png").write_bytes(b"no image")
+    return write_table(folder / "t.csv", "file,patient,label", [*rows, "bad.png,p0,COAD"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [("slides", "bit"), ("slides", "gone"), ("slides", "index"), ("tiles", "torn"),
+     ("tiles", "latents")],
+)  # fmt: skip
+def test_a_repaired_store_is_one_that_was_never_damaged(
+    home: SiteHome, tmp_path: Path, kind: str, damage: str
+) -> None:
+    folder, store = tmp_path / "hospital", home.tile_store_path
+    if kind == "slides":
+        write_slides(folder, "a.svs", "b.svs")
+        rows = ["a.svs,p1,COAD", "b.svs,p2,LUAD"]
+        words = ["ingest", write_table(folder / "t.csv", "file,patient,label", rows)]
+    else:
+        words = ["ingest", write_image_table(folder), "--ready-tiles"]
+    run(*words, "--home", home.path)
+    whole = everything_in(store)
+    pattern = {"index": "index-*.parquet", "latents": "latents/*/latents.f16"}
+    victim = sorted(store.glob(pattern.get(damage, "shards/*.tar")))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content[: 700 if damage == "torn" else None])
+    if damage == "gone":
+        victim.unlink()
+    assert run("tiles", "check", "--home", home.path).exit_code == 1
+
+    done = run("tiles", "check", "--repair", "--home", home.path)
+
+    assert done.exit_code == 0, done.output
+    assert "now run ingest again" in done.output
+    if damage in ("bit", "torn", "gone"):
+        assert f"damaged: shards/{victim.name}" in done.output
+        assert TileStore.open(store).num_patients == {"slides": 1, "tiles": 2}[kind]
+    again = run(*words, "--home", home.path)
+    assert again.exit_code == 0, again.output
+    assert everything_in(store) == whole
+    assert "nothing is damaged" in run("tiles", "check", "--repair", "--home", home.path).output
+
+
+def test_a_slide_is_dropped_by_its_content_and_the_patient_stays(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs", "b.svs", "c.svs")
+    rows = ["a.svs,p1,COAD", "b.svs,p1,COAD", "c.svs,p2,COAD"]
+    table = write_table(folder / "t.csv", "file,patient,label", [rows[0], rows[2]])
+    run("ingest", table, "--home", home.path)
+    without = everything_in(home.tile_store_path)
+    run("ingest", write_table(table, "file,patient,label", rows), "--home", home.path)
+    moved = (folder / "b.svs").rename(tmp_path / "elsewhere.svs")
+
+    assert run("tiles", "drop", moved, "--home", home.path).exit_code == 1, "it asks first"
+    done = run("tiles", "drop", moved, "--home", home.path, "--yes")
+
+    assert done.exit_code == 0, done.output
+    assert "remove its line from your table" in done.output
+    assert everything_in(home.tile_store_path) == without
+    assert "b.svs" not in page_of(home)
+    assert len(list(home.pictures_path.iterdir())) == 4
+    Site.open(home.path)
+    assert (
+        "no slide in the store" in run("tiles", "drop", moved, "--home", home.path, "--yes").output
+    )
+    assert run("tiles", "drop", "a.svs", "--home", home.path, "--yes").exit_code == 0
+    assert TileStore.open(home.tile_store_path).num_patients == 1
+    moved.rename(folder / "b.svs")
+    assert run("ingest", table, "--home", home.path).exit_code == 0, "nobody withdrew"
+
+
+def test_images_beside_a_dropped_one_come_back(home: SiteHome, tmp_path: Path) -> None:
+    table = write_image_table(tmp_path / "hospital")
+    run("ingest", table, "--ready-tiles", "--home", home.path)
+    done = run("tiles", "drop", tmp_path / "hospital" / "2.png", "--home", home.path, "--yes")
+    assert "1 more images of the patient" in done.output
+    assert TileStore.open(home.tile_store_path).num_tiles == 3
+    table.write_text(table.read_text().replace("2.png,p1,COAD\n", ""))
+    run("ingest", table, "--ready-tiles", "--home", home.path)
+    assert TileStore.open(home.tile_store_path).num_tiles == 4

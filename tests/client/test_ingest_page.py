@@ -162,7 +162,9 @@ def test_forgetting_a_patient_removes_every_mention(tmp_path: Path) -> None:
         skipped(4, "broken").model_copy(update={"patient": "DOE", "file": "DOE-3.svs"}),
     ]  # fmt: skip
     captions = [note(1, "glands"), note(2, "Mrs DOE"), note(9, "DOE, of an older table")]
-    report = IngestReport.of("slides", sources, captions=captions, already=3).without("DOE")
+    report = IngestReport.of("slides", sources, captions=captions, already=3).without_patient(
+        "doe "
+    )
     assert "DOE" not in report.model_dump_json()
     assert "DOE" not in page_of(report, tmp_path)
     assert report == IngestReport.of("slides", sources[:1], captions=captions[:1], already=3)

@@ -1,7 +1,7 @@
 """What ingest did: for the site's own eyes, because it names slides and patients."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypedDict, Unpack
@@ -164,14 +164,18 @@ class IngestReport(_Record):
             runs=tuple(runs),
         )
 
-    def without(self, patient: str) -> Self:
-        """The report as if this patient had never been in a table.
+    def without_patient(self, patient: str) -> Self:
+        """The report as if this patient had never been in a table."""
+        name = plain_name(patient)
+        return self.without(lambda source: plain_name(source.patient) == name)
+
+    def without(self, is_gone: Callable[[SourceOutcome], bool]) -> Self:
+        """The report as if some sources had never been in a table.
 
         A caption whose line is no source's could be anybody's, so it goes, too, and so do the
         problems of a table that was refused.
         """
-        name = plain_name(patient)
-        sources = [source for source in self.sources if plain_name(source.patient) != name]
+        sources = [source for source in self.sources if not is_gone(source)]
         places = {source.place for source in sources}
         return self.of(
             self.kind,

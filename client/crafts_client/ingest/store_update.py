@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Unpack
@@ -69,7 +70,7 @@ class Source:
         slide_id = salt.slide_id(row.patient, row.name)
         try:
             made_from = json.dumps([how, row.mpp, _state_of(row.path)], sort_keys=True)
-            content = salt.key("content", _content_of(row.path))
+            content = content_key(row.path, salt)
         except OSError as error:
             raise SlideError(f"cannot be read: {error.strerror}") from error
         return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from), content=content)
@@ -258,40 +259,78 @@ def remove_patient(path: Path, patient: str) -> int:
         TileStoreError: the store is damaged.
         IngestError: an ingest is at work.
     """
-    held = IngestError(f"an ingest is at work in {path}; wait for it, or end it")
-    with exclusive_lock(path / _LOCK, held=held):
+    with _held(path):
         if not (path / MANIFEST_NAME).exists():
             shutil.rmtree(path)  # whatever an unfinished ingest had cut, of whomever
             return 0
         store = TileStore.open(path)
-        rows = store.rows()
-        is_theirs = pc.equal(rows["patient"], patient)
-        left = rows.filter(pc.invert(is_theirs))
-        if left.num_rows == 0:
-            # First what makes it count: a kill leaves an unfinished store, not a torn one.
-            (path / MANIFEST_NAME).unlink()
-            shutil.rmtree(path)
-            return int(rows.num_rows)
-        theirs = rows.filter(is_theirs)
-        shards, slides = (set(theirs[column].to_pylist()) for column in ("shard", "slide"))
-        if shared := shards & set(left["shard"].to_pylist()):
-            raise IngestError(
-                f"shard {min(shared)} holds tiles of several patients; such a store was not made "
-                "by ingest: make it anew without this patient"
-            )
-        # What an interrupted run left may be of this patient.
-        shutil.rmtree(path / WORK, ignore_errors=True)
-        manifest = store.manifest
-        commit_store(
-            path,
-            left,
-            cohort=manifest.cohort,
-            tile_px=manifest.tile_px,
-            mpp=manifest.mpp,
-            shards={name: stored for name, stored in store.shards.items() if name not in shards},
-            sources={name: s for name, s in manifest.sources.items() if name not in slides},
+        return _take_out(store, pc.equal(store.index["patient"], patient))
+
+
+def remove_slides(
+    path: Path, slides: Collection[str], *, damaged: Collection[str] = ()
+) -> set[str]:
+    """Take slides out of a store, and whatever lies in a shard with them; gives all that went.
+
+    The next ingest cuts those that its table lists, the same to the byte. Ready tiles of a patient
+    share a shard, so they go and come together.
+
+    Args:
+        path: Of the store.
+        slides: Their pseudonyms.
+        damaged: Files of the store that cannot be relied on.
+
+    Raises:
+        TileStoreError: the store is damaged in other places.
+        IngestError: an ingest is at work, or the store was not made by one.
+    """
+    with _held(path):
+        store = TileStore.open(path, without=damaged)
+        theirs = store.index.filter(_is_one_of(store.index["slide"], slides))
+        is_gone = _is_one_of(store.index["shard"], theirs["shard"].unique().to_pylist())
+        gone = set(store.index.filter(is_gone)["slide"].to_pylist())
+        if gone - store.manifest.sources.keys():
+            raise IngestError(f"{path} was not made by ingest; make it anew")
+        _take_out(store, is_gone)
+        return gone
+
+
+def _held(path: Path) -> AbstractContextManager[None]:
+    held = IngestError(f"an ingest is at work in {path}; wait for it, or end it")
+    return exclusive_lock(path / _LOCK, held=held)
+
+
+def _is_one_of(column: pa.ChunkedArray, values: Iterable[str]) -> pa.ChunkedArray:
+    return pc.is_in(column, pa.array(sorted(values), pa.string()))
+
+
+def _take_out(store: TileStore, is_gone: pa.ChunkedArray) -> int:
+    """Go on without some rows and without their shards; how many rows went."""
+    path, rows, manifest = store.path, store.rows(), store.manifest
+    gone, left = rows.filter(is_gone), rows.filter(pc.invert(is_gone))
+    if left.num_rows == 0:
+        # First what makes it count: a kill leaves an unfinished store, not a torn one.
+        (path / MANIFEST_NAME).unlink()
+        shutil.rmtree(path)
+        return int(rows.num_rows)
+    shards, slides = (set(gone[column].to_pylist()) for column in ("shard", "slide"))
+    if shared := shards & set(left["shard"].to_pylist()):
+        raise IngestError(
+            f"shard {min(shared)} holds tiles of several patients; such a store was not made "
+            "by ingest: make it anew without this patient"
         )
-        return int(theirs.num_rows)
+    # What an interrupted run left may be of whoever goes.
+    shutil.rmtree(path / WORK, ignore_errors=True)
+    commit_store(
+        path,
+        left,
+        cohort=manifest.cohort,
+        tile_px=manifest.tile_px,
+        mpp=manifest.mpp,
+        shards={name: stored for name, stored in store.shards.items() if name not in shards},
+        sources={name: s for name, s in manifest.sources.items() if name not in slides},
+    )
+    return int(gone.num_rows)
 
 
 def _open_old(target: Target) -> TileStore | None:
@@ -346,6 +385,15 @@ def _as_in_table(rows: pa.Table, table: Mapping[str, TableRow], salt: Salt) -> p
         place = rows.schema.get_field_index(name)
         rows = rows.set_column(place, rows.schema.field(name), pa.array(values, pa.string()))
     return rows
+
+
+def content_key(path: Path, salt: Salt) -> str:
+    """What is the same for a slide however its file is called; see ``StoredSource``.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return salt.key("content", _content_of(path))
 
 
 def _state_of(path: Path) -> list[tuple[int, int]]:
