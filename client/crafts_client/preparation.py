@@ -65,8 +65,9 @@ def prepare_site(
 ) -> IngestReport:
     """Ingest what is new in a table, and encode what is new in the store.
 
-    Ready tiles are resampled whole to the foundation's size; their scale is taken as it is. Slides
-    of patients who withdrew are not read.
+    Ready tiles are resampled whole to the foundation's size, their scale taken as it is, unless the
+    table gives it: then each gives what the foundation's resolution needs of its middle. Slides of
+    patients who withdrew are not read.
 
     Raises:
         IngestError: everything that is wrong with the table and its files, or with the disk.
@@ -103,6 +104,10 @@ def _cut(
     rows = reading.rows
     register = PatientRegister(home.register_path)
     problems = [*reading.problems, *_of_other_cohorts(rows, register, salt, config.cohort)]
+    has_scale = options.ready_tiles and any(row.mpp is not None for row in rows)
+    if has_scale:
+        told = "no mpp, but other lines have one; give it for all ready tiles, or for none"
+        problems += [(row.line, told) for row in rows if row.mpp is None]
     if not problems:  # before any pixel is read: whoever is read can also be forgotten
         register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
     if options.ready_tiles:
@@ -112,6 +117,7 @@ def _cut(
             cohort=config.cohort,
             salt=salt,
             tile_px=manifest.tile_px,
+            mpp=manifest.mpp if has_scale else None,
             num_processes=options.num_processes,
             withdrawn=register.withdrawn,
             former=former,

@@ -415,3 +415,35 @@ def test_images_beside_a_dropped_one_come_back(home: SiteHome, tmp_path: Path) -
     table.write_text(table.read_text().replace("2.png,p1,COAD\n", ""))
     run("ingest", table, "--ready-tiles", "--home", home.path)
     assert TileStore.open(home.tile_store_path).num_tiles == 4
+
+
+def test_ready_tiles_lose_what_they_carry_and_the_page_says_what(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x013B] = NAME
+    Image.fromarray(tissue_image(96, margin=0)).save(folder / "a.jpg", exif=exif)
+    table = write_table(folder / "t.csv", "file,patient,label", ["a.jpg,p1,COAD"])
+    assert run("ingest", table, "--ready-tiles", "--home", home.path).exit_code == 0
+    assert "EXIF fields: 1 image" in page_of(home)
+    assert not [n for n, c in everything_in(home.path).items() if NAME.encode() in c]
+
+
+def test_scale_of_ready_tiles_is_used_for_all_or_none(
+    home: SiteHome, tmp_path: Path, foundation: Foundation
+) -> None:
+    table = write_image_table(tmp_path / "hospital")
+    about = foundation.manifest
+    mpp = about.mpp * about.tile_px / 48
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0] + ",mpp", *(f"{line},{mpp}" for line in lines[1:])]))
+    done = run("ingest", table, "--ready-tiles", "--home", home.path)
+    assert done.exit_code == 0, done.output
+    store = TileStore.open(home.tile_store_path)
+    assert store.mpp == about.mpp
+    assert set(store.index["level0_width"].to_pylist()) == {48}
+    table.write_text(table.read_text().replace(f"1.png,p0,COAD,{mpp}", "1.png,p0,COAD,"))
+    done = run("ingest", table, "--ready-tiles", "--home", home.path)
+    assert "line 3: no mpp, but other lines have one" in done.output

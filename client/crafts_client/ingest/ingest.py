@@ -6,7 +6,7 @@ an interrupted one left, does nothing where everything is there, and cuts only w
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -16,9 +16,10 @@ from crafts_client.ingest.cutting import CutJob, check_damage, cut_jobs, cut_str
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, Problem, SlideError
 from crafts_client.ingest.pool import SILENCE_S, Beat, Pool
-from crafts_client.ingest.ready_tiles import GroupJob, cut_group
+from crafts_client.ingest.ready_tiles import GroupJob, audit_group, cut_group
 from crafts_client.ingest.report import IngestReport, SourceFacts
 from crafts_client.ingest.shard_cut import WORK, Shard
+from crafts_client.ingest.source_audit import UNSEEN
 from crafts_client.ingest.store_update import Source, StoreUpdate, Target, open_update
 from crafts_client.ingest.survey import SlideJob, Survey, draw_slide, missing_scale, survey_slide
 from crafts_client.ingest.table import TableRow
@@ -133,9 +134,10 @@ def ingest_tiles(
         sources = update.new(listed)
         groups = _by_patient(sources)
         jobs = [_group_job(group, target, sides) for group in groups]
+        identifiers = _identifiers(pool, groups, progress)
         on_beat = _counting(progress, "reading tiles", len(sources))
         for place, shard in pool.run(cut_group, jobs, on_beat=on_beat):
-            _take_group(groups[place], shard, update)
+            _take_group(groups[place], shard, update, identifiers)
         return update.commit("tiles", rows)
 
 
@@ -330,16 +332,38 @@ def _group_job(group: Sequence[Source], target: Target, sides: dict[str, float |
     )
 
 
-def _take_group(group: Sequence[Source], shard: Shard | SlideError, update: StoreUpdate) -> None:
+def _identifiers(
+    pool: Pool, groups: Sequence[Sequence[Source]], progress: Progress
+) -> dict[str, tuple[str, ...]]:
+    """By slide: what its file carries beside the picture.
+
+    Looked at anew in every run, so that an interrupted one loses nothing of it.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    jobs = [[source.row.path for source in group] for group in groups]
+    on_beat = _counting(progress, "looking for identifiers", sum(map(len, jobs)))
+    for place, kinds in pool.run(audit_group, jobs, on_beat=on_beat):
+        seen = [(UNSEEN,)] * len(groups[place]) if isinstance(kinds, SlideError) else kinds
+        found |= {source.slide_id: k for source, k in zip(groups[place], seen, strict=True)}
+    return found
+
+
+def _take_group(
+    group: Sequence[Source],
+    shard: Shard | SlideError,
+    update: StoreUpdate,
+    identifiers: Mapping[str, tuple[str, ...]],
+) -> None:
+    facts = [SourceFacts(identifiers=identifiers[source.slide_id]) for source in group]
     if isinstance(shard, SlideError):
-        for source in group:
-            update.skip(source, f"one of this patient's images: {shard}")
+        for source, known in zip(group, facts, strict=True):
+            update.skip(source, f"one of this patient's images: {shard}", **known)
         return
     for tile in shard.tiles:
         update.add(group[tile.place], shard, [tile])
-        update.done(group[tile.place], 1, {})
+        update.done(group[tile.place], 1, {}, **facts[tile.place])
     for place, reason in shard.rejected:
-        update.skip(group[place], reason)
+        update.skip(group[place], reason, **facts[place])
 
 
 def _side_px(image_mpp: float | None, store_mpp: float | None, tile_px: int) -> float | None:
