@@ -130,6 +130,10 @@ def ingest(
             help="Only write TABLE: a line for each slide below this folder, to fill in.",
         ),
     ] = None,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="With --plan-table: list plain images (PNG, JPEG) as well."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Cut slides (or take ready tiles) into the tile store and fill the latent cache.
@@ -138,8 +142,10 @@ def ingest(
     that are new in the table are added.
     """
     if plan_table is not None:
-        _plan_table(table, plan_table)
+        _plan_table(table, plan_table, processes, images=images or ready_tiles)
         return
+    if images:
+        raise typer.BadParameter("--images has no effect without --plan-table")
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
     from crafts_client.preparation import IngestOptions, prepare_site
     from crafts_core.foundation import load
@@ -175,14 +181,24 @@ def ingest(
             typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
 
 
-def _plan_table(table: Path, folder: Path) -> None:
+def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
     from crafts_client.ingest import find_slides, write_template
 
     with one_line_errors("crafts-client"):
-        slides = find_slides(folder)
-        write_template(table, slides)
+        with progress_bars() as progress:
+            found = find_slides(folder, images=images, num_processes=processes, progress=progress)
+        for path, why in found.left_out:
+            typer.echo(f"left out {path}: {why}", err=True)
+        if found.num_images:
+            typer.echo(
+                f"left out {found.num_images} plain images; --images lists them, too", err=True
+            )
+        write_template(table, found.paths)
+    what = "slides and images" if images else "slides"
+    if found.left_out:
+        typer.echo(f"{len(found.left_out)} files or folders were left out, see above", err=True)
     typer.echo(
-        f"{table}: {len(slides)} slides; fill in patient, and label or caption (mpp only where a "
+        f"{table}: {len(found.paths)} {what}; fill in patient, and label or caption (mpp only where a "
         f"slide does not know its scale), then run: crafts-client ingest {table}"
     )
 

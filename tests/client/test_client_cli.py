@@ -61,7 +61,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     assert surface["ingest"] == {
         *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
         "--tissue",
-        *("--plan-table", "--json"),
+        *("--plan-table", "--images", "--json"),
     }
 
 

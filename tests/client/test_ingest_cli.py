@@ -1,6 +1,7 @@
 """Ingest as its operator knows it: a folder and a table in, a store and a page out."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -447,3 +448,39 @@ def test_scale_of_ready_tiles_is_used_for_all_or_none(
     table.write_text(table.read_text().replace(f"1.png,p0,COAD,{mpp}", "1.png,p0,COAD,"))
     done = run("ingest", table, "--ready-tiles", "--home", home.path)
     assert "line 3: no mpp, but other lines have one" in done.output
+
+
+def test_planned_table_leaves_nothing_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "slides"
+    write_slides(folder, "good.svs", "closed/hidden.svs")
+    image = tissue_image()
+    Image.fromarray(image).save(folder / "plain.png")
+    write_dicom_slide(folder / "dicom", image)
+    whole = (folder / "good.svs").read_bytes()
+    for name, content in (("torn.svs", whole[:2000]), ("odd.ndpi", b"x"), ("notes.txt", b"x")):
+        (folder / name).write_bytes(content)
+    (folder / "link").symlink_to(folder / "dicom")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    words = ("--plan-table", folder, "--processes", 1)
+    done = run("ingest", tmp_path / "t.csv", *words)
+    assert done.exit_code == 0, done.output
+    left_out = [line.partition(": ")[0] for line in done.stderr.splitlines()]
+    names = ("closed", "link", "odd.ndpi", "torn.svs")
+    assert left_out[:4] == [f"left out {folder / name}" for name in names]
+    assert "left out 1 plain images; --images lists them, too" in done.stderr
+    assert "notes.txt" not in done.output
+    listed = [line.partition(",")[0] for line in (tmp_path / "t.csv").read_text().splitlines()]
+    assert listed == ["file", "slides/dicom", "slides/good.svs"]
+
+    run("ingest", tmp_path / "u.csv", *words, "--images")
+    assert "slides/plain.png," in (tmp_path / "u.csv").read_text()
+    assert run("ingest", tmp_path / "t.csv", "--images").exit_code == 2

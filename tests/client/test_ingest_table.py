@@ -188,7 +188,7 @@ def test_a_template_lists_the_slides_and_nothing_else(tmp_path: Path) -> None:
     write_tissue_slide(tmp_path / "a.tiff")
     (tmp_path / "notes.txt").write_text("no slide")
     table = tmp_path / "slides.csv"
-    write_template(table, find_slides(tmp_path))
+    write_template(table, find_slides(tmp_path).paths)
     header, *lines = table.read_text().splitlines()
     empty = "," * header.count(",")
     assert lines == [f"a.tiff{empty}", f"deep/b.tiff{empty}"]
@@ -208,13 +208,13 @@ def test_a_template_lists_the_slides_and_nothing_else(tmp_path: Path) -> None:
 def test_a_template_writes_over_nothing_and_wants_slides(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     with pytest.raises(IngestError, match="no slide was found"):
-        write_template(table, find_slides(tmp_path))
+        write_template(table, find_slides(tmp_path).paths)
     write_tissue_slide(tmp_path / "a.tiff")
-    write_template(table, find_slides(tmp_path))
+    write_template(table, find_slides(tmp_path).paths)
     with pytest.raises(IngestError, match="exists"):
-        write_template(table, find_slides(tmp_path))
+        write_template(table, find_slides(tmp_path).paths)
     with pytest.raises(IngestError, match="cannot write"):
-        write_template(tmp_path / "no" / "t.csv", find_slides(tmp_path))
+        write_template(tmp_path / "no" / "t.csv", find_slides(tmp_path).paths)
 
 
 ATTRIBUTES = "growth_pattern,nuclear_grade,stroma,features"

@@ -2,9 +2,9 @@
 
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.folder_search import FoundSlides, find_slides
 from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.report import IngestReport, SourceOutcome
-from crafts_client.ingest.slides import find_slides
 from crafts_client.ingest.store_update import content_key, remove_patient, remove_slides
 from crafts_client.ingest.table import (
     TableColumns,
@@ -17,6 +17,7 @@ from crafts_client.ingest.table import (
 from crafts_client.ingest.tiling import TilingOptions
 
 __all__ = [
+    "FoundSlides",
     "IngestError",
     "IngestReport",
     "Salt",
