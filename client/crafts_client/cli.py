@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
@@ -119,6 +120,10 @@ def ingest(
     tissue: Annotated[
         TissueMethod, typer.Option(help="How tissue is told from glass.")
     ] = TissueMethod.OTSU,
+    keep: Annotated[
+        list[Artefact] | None,
+        typer.Option(help="Do not leave this out, such as a stain in colours of ink; repeat."),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that read; all cores if absent.")
     ] = len(os.sched_getaffinity(0)),
@@ -146,6 +151,10 @@ def ingest(
         return
     if images:
         raise typer.BadParameter("--images has no effect without --plan-table")
+    if ready_tiles and (keep or max_tiles is not None or tissue is not TissueMethod.OTSU):
+        raise typer.BadParameter(
+            "--keep, --max-tiles and --tissue are for slides: every ready tile is taken"
+        )
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
     from crafts_client.preparation import IngestOptions, prepare_site
     from crafts_core.foundation import load
@@ -163,6 +172,7 @@ def ingest(
                     ready_tiles=ready_tiles,
                     max_tiles_per_slide=max_tiles,
                     tissue=tissue,
+                    keep=tuple(sorted(set(keep or ()))),
                     num_processes=processes,
                 ),
                 progress=progress,
@@ -179,6 +189,8 @@ def ingest(
     if not as_json:
         for source in report.skipped:
             typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
+        for source in report.warned:
+            typer.echo(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
@@ -198,8 +210,8 @@ def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> N
     if found.left_out:
         typer.echo(f"{len(found.left_out)} files or folders were left out, see above", err=True)
     typer.echo(
-        f"{table}: {len(found.paths)} {what}; fill in patient, and label or caption (mpp only where a "
-        f"slide does not know its scale), then run: crafts-client ingest {table}"
+        f"{table}: {len(found.paths)} {what}; fill in patient, and label or caption (mpp only "
+        f"where a slide does not know its scale), then run: crafts-client ingest {table}"
     )
 
 

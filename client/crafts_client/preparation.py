@@ -32,6 +32,7 @@ from crafts_client.ingest.ingest_history import with_refusal, with_run
 from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.report import IngestRun, NothingUsedError
+from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock
@@ -51,6 +52,7 @@ class IngestOptions:
     ready_tiles: bool
     max_tiles_per_slide: int | None
     tissue: TissueMethod
+    keep: tuple[Artefact, ...]
     num_processes: int
 
 
@@ -134,7 +136,7 @@ def _cut(
             mpp=manifest.mpp,
             tissue=options.tissue,
             max_tiles_per_slide=options.max_tiles_per_slide,
-        ),
+        ).keeping(options.keep),
         num_processes=options.num_processes,
         withdrawn=register.withdrawn,
         pictures=home.pictures_path,

@@ -60,7 +60,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface["ingest"] == {
         *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
-        "--tissue",
+        *("--tissue", "--keep"),
         *("--plan-table", "--images", "--json"),
     }
 

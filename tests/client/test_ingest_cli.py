@@ -484,3 +484,26 @@ def test_planned_table_leaves_nothing_out_without_a_word(
     run("ingest", tmp_path / "u.csv", *words, "--images")
     assert "slides/plain.png," in (tmp_path / "u.csv").read_text()
     assert run("ingest", tmp_path / "t.csv", "--images").exit_code == 2
+
+
+def test_filters_can_be_switched_off_and_that_makes_another_cut(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    """A slide half of which is green: first taken for ink, then kept as a stain."""
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    image = tissue_image()
+    image[:, :256] = image[:, :256, (1, 0, 2)]
+    write_slide(folder / "trichrome.svs", image, mpp=0.5, label="x")
+    table = write_table(folder / "t.csv", "file,patient,label", ["trichrome.svs,p1,COAD"])
+    done = run("ingest", table, "--home", home.path)
+    assert "look at line 2: trichrome.svs: 5" in done.stdout
+    assert "--keep pen" in done.stdout
+    assert "taken for marker ink" in page_of(home)
+    few = TileStore.open(home.tile_store_path).num_tiles
+    done = run("ingest", table, "--home", home.path, "--keep", "pen", "--json")
+    told = json.loads(done.stdout)
+    assert told["already_in_the_store"] == 0, "the options are part of what a slide was cut by"
+    assert told["tiles"] == TileStore.open(home.tile_store_path).num_tiles > few
+    done = run("ingest", table, "--home", home.path, "--ready-tiles", "--keep", "pen")
+    assert done.exit_code == 2

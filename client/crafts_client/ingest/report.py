@@ -43,6 +43,7 @@ class SourceFacts(TypedDict, total=False):
     copied: int
     identifiers: tuple[str, ...]
     stain: Stain | None
+    warnings: tuple[str, ...]
     picture: str | None
 
 
@@ -69,6 +70,8 @@ class SourceOutcome(_Record):
     identifiers: tuple[str, ...] = ()
     """Kinds of identifying things that the file has and the store does not."""
     stain: Stain | None = None
+    warnings: tuple[str, ...] = ()
+    """What a person should look at although it was used."""
     picture: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     """Name of its pictures without the ending; None if there are none."""
     table: str = ""
@@ -184,6 +187,11 @@ class IngestReport(_Record):
             already=self.already,
             runs=[run.model_copy(update={"problems": ()}) for run in self.runs],
         )
+
+    @property
+    def warned(self) -> tuple[SourceOutcome, ...]:
+        """Files that a person should look at."""
+        return tuple(source for source in self.sources if source.warnings)
 
     @property
     def skipped(self) -> tuple[SourceOutcome, ...]:

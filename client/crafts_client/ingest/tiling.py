@@ -2,7 +2,10 @@
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +13,15 @@ import numpy.typing as npt
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.slides import MAX_UPSAMPLING, Box, Slide
 from crafts_client.ingest.tissue import TissueMask, TissueMethod
+
+
+class Artefact(StrEnum):
+    """What is left out, unless it is to be kept."""
+
+    PEN = "pen"
+    """Marker ink, or a stain of its colours."""
+    FOLD = "fold"
+    BLURRED = "blurred"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +37,7 @@ class TilingOptions:
     tissue: TissueMethod = TissueMethod.OTSU
     """How tissue is told from glass, on the thumbnail and in a tile."""
     max_pen: float = 0.05
-    """Largest part of a tile that may be ink."""
+    """Largest part of a tile that may be ink; 1 looks for none."""
     max_fold: float = 0.1
     """Largest part of a tile that may be folded tissue."""
     min_sharpness: float = 30.0
@@ -38,6 +50,15 @@ class TilingOptions:
     """Take a slide's own JPEG where it has just the tile that is wanted."""
     max_tiles_per_slide: int | None = None
     """None keeps every good tile."""
+
+    def keeping(self, artefacts: Collection[Artefact]) -> Self:
+        """The same without the filters for these."""
+        return replace(
+            self,
+            max_pen=1.0 if Artefact.PEN in artefacts else self.max_pen,
+            max_fold=1.0 if Artefact.FOLD in artefacts else self.max_fold,
+            min_sharpness=0.0 if Artefact.BLURRED in artefacts else self.min_sharpness,
+        )
 
     def __post_init__(self) -> None:
         if self.tile_px < 8 or not self.mpp > 0:
