@@ -20,7 +20,9 @@ from crafts_client.ingest import (
     IngestReport,
     Salt,
     TableColumns,
+    TableRow,
     TilingOptions,
+    content_key,
     cutting,
     ingest_slides,
     ingest_tiles,
@@ -29,6 +31,7 @@ from crafts_client.ingest import (
     shard_cut,
     survey,
 )
+from crafts_client.ingest.store_update import Source
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_simulations.slides import write_slide
 from support.slides import (
@@ -236,6 +239,26 @@ def test_slide_that_broke_since_keeps_the_tiles_cut_before(tmp_path: Path) -> No
     (tmp_path / "site" / "DOE-1.svs").write_bytes(b"not a slide")
     assert [s.file for s in run(table, tmp_path / "s").skipped] == ["DOE-1.svs"]
     assert TileStore.open(tmp_path / "s").num_tiles == before
+
+
+def test_change_beside_a_mirax_file_is_a_change_of_the_slide(tmp_path: Path) -> None:
+    """The .mrxs file is the same for many slides; the pixels lie in the folder of its name."""
+    (tmp_path / "a.svs").write_bytes(b"x")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mrxs").write_bytes(b"the same")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "Data0000.dat").write_bytes(name.encode())
+    contents = [content_key(tmp_path / name, SALT) for name in ("a.mrxs", "b.mrxs", "a.svs")]
+    assert len(set(contents)) == 3
+    row = TableRow(
+        line=2, name="a.mrxs", path=tmp_path / "a.mrxs", patient="p", case="", label="",
+        caption="x", mpp=None,
+    )  # fmt: skip
+    before = Source.of(row, SALT, "how")
+    (tmp_path / "a" / "Data0000.dat").write_bytes(b"other pixels")
+    after = Source.of(row, SALT, "how")
+    assert before.key != after.key
+    assert before.content != after.content
 
 
 def test_slide_of_another_patient_moves_with_the_table(tmp_path: Path) -> None:

@@ -397,14 +397,14 @@ def content_key(path: Path, salt: Salt) -> str:
 
 
 def _state_of(path: Path) -> list[tuple[int, int]]:
-    """Sizes and times of a file, or of the files of a folder."""
+    """Sizes and times of the files of a slide."""
     return [
         (status.st_size, status.st_mtime_ns) for status in (file.stat() for file in _files(path))
     ]
 
 
 def _content_of(path: Path) -> str:
-    """Hash of the length, the beginning and the end of a file, or of the files of a folder."""
+    """Hash of the length, the beginning and the end of each file of a slide."""
     digest = hashlib.sha256()
     for file in _files(path):
         with file.open("rb") as opened:
@@ -417,4 +417,10 @@ def _content_of(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+    """What a slide consists of: MIRAX keeps its pixels in a folder of the same name beside it."""
+    if path.is_dir():
+        return sorted(path.iterdir())
+    companion = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and companion.is_dir():
+        return [path, *sorted(companion.iterdir())]
+    return [path]
