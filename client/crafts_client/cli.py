@@ -124,6 +124,14 @@ def ingest(
         list[Artefact] | None,
         typer.Option(help="Do not leave this out, such as a stain in colours of ink; repeat."),
     ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Names to take out of all captions, one a line; kept in the home from now on.",
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that read; all cores if absent.")
     ] = len(os.sched_getaffinity(0)),
@@ -156,12 +164,14 @@ def ingest(
             "--keep, --max-tiles and --tissue are for slides: every ready tile is taken"
         )
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
-    from crafts_client.preparation import IngestOptions, prepare_site
+    from crafts_client.preparation import IngestOptions, keep_names, prepare_site
     from crafts_core.foundation import load
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         foundation = load(site.foundation_path, device=site.config.device)
+        if names is not None:
+            keep_names(site, names)
         with progress_bars() as progress:
             report = prepare_site(
                 site,

@@ -30,12 +30,13 @@ from crafts_client.ingest import (
 from crafts_client.ingest.errors import Problem
 from crafts_client.ingest.ingest_history import with_refusal, with_run
 from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
+from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.report import IngestRun, NothingUsedError
 from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
-from crafts_core.durable import exclusive_lock
+from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation import Foundation, verify
 from crafts_core.tiles import TileStore, TileStoreError, damaged_files
 from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
@@ -102,7 +103,8 @@ def _cut(
     progress: StepProgress,
 ) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
-    reading = examine_table(table, root=root, cohort=config.cohort)
+    listed = ListedNames.read(home.names_path) if home.names_path.exists() else NOBODY
+    reading = examine_table(table, root=root, cohort=config.cohort, listed=listed)
     rows = reading.rows
     register = PatientRegister(home.register_path)
     problems = [*reading.problems, *_of_other_cohorts(rows, register, salt, config.cohort)]
@@ -159,6 +161,16 @@ def _of_other_cohorts(
                 f'line out, or set cohort = "{other}" in site.toml and ingest again'
             )
             yield row.line, told
+
+
+def keep_names(home: SiteHome, names: Path) -> None:
+    """Take a list of names into the home, for this and every later ingest.
+
+    Raises:
+        IngestError: it is no such list.
+    """
+    ListedNames.read(names)
+    write_file(home.names_path, names.read_bytes(), mode=0o600)
 
 
 def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:

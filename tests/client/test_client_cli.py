@@ -60,7 +60,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface["ingest"] == {
         *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
-        *("--tissue", "--keep"),
+        *("--tissue", "--keep", "--names"),
         *("--plan-table", "--images", "--json"),
     }
 

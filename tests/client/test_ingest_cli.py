@@ -507,3 +507,20 @@ def test_filters_can_be_switched_off_and_that_makes_another_cut(
     assert told["tiles"] == TileStore.open(home.tile_store_path).num_tiles > few
     done = run("ingest", table, "--home", home.path, "--ready-tiles", "--keep", "pen")
     assert done.exit_code == 2
+
+
+def test_listed_names_are_in_no_caption_then_or_later(home: SiteHome, tmp_path: Path) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs", "b.svs")
+    header = "file,patient,label,caption,names"
+    rows = ["a.svs,17,COAD,glands that Kowalczyk showed to Berger,Anna Berger"]
+    table = write_table(folder / "t.csv", header, rows)
+    run("ingest", table, "--home", home.path)
+    assert TileStore.open(home.tile_store_path).captions == ("glands that Kowalczyk showed to",)
+    (tmp_path / "staff.txt").write_text("Kowalczyk\n")
+    run("ingest", table, "--home", home.path, "--names", tmp_path / "staff.txt")
+    write_table(table, header, [*rows, "b.svs,18,COAD,Kowalczyk saw glands,"])
+    run("ingest", table, "--home", home.path)
+    captions = TileStore.open(home.tile_store_path).captions
+    assert sorted(captions) == ["glands that showed to", "saw glands"]
+    assert home.names_path.stat().st_mode & 0o77 == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError, Problem
 from crafts_client.ingest.known_names import identifying_names
+from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
@@ -36,6 +37,8 @@ class TableColumns:
     features: tuple[str, ...] = ("features",)
     report: tuple[str, ...] = ("report", "report_text")
     cohort: tuple[str, ...] = ("cohort",)
+    names: tuple[str, ...] = ("names",)
+    """People that the row's texts may name: taken out of them, and not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ def examine_table(
     root: Path | None = None,
     columns: TableColumns | None = None,
     cohort: str | None = None,
+    listed: ListedNames = NOBODY,
 ) -> TableReading:
     """Read a table and find everything that is wrong with it.
 
@@ -104,6 +108,7 @@ def examine_table(
         root: What relative file names are relative to; the table's own folder if absent.
         columns: Column names, where they differ from the known ones.
         cohort: The site's own; a row that names another is wrong. None: a table may name any one.
+        listed: Names to be taken out of all its texts.
 
     Raises:
         IngestError: it cannot be read as a table of files at all.
@@ -124,7 +129,7 @@ def examine_table(
             continue
         values = {key: cells[place].strip() for key, place in found.items()}
         file, missing = _find_file(values["file"], base)
-        row, wrong = _read_row(number, values, file)
+        row, wrong = _read_row(number, values, file, listed)
         problems += [(number, problem) for problem in (*filter(None, [missing]), *wrong)]
         rows.append(row)
         if missing is None:
@@ -259,11 +264,14 @@ def _odd_names(header: Sequence[str], columns: TableColumns) -> list[str]:
     return problems
 
 
-def _read_row(number: int, values: Mapping[str, str], path: Path) -> tuple[TableRow, list[str]]:
+def _read_row(
+    number: int, values: Mapping[str, str], path: Path, listed: ListedNames
+) -> tuple[TableRow, list[str]]:
     """The row as far as it can be read, and what is wrong with it beside its file."""
     name, patient, case = (values.get(key, "") for key in ("file", "patient", "case"))
     problems = [] if patient or "patient" not in values else ["no patient"]
-    shown = read_caption(values, identifying_names(patient=patient, case=case, file=name))
+    known = identifying_names(patient=patient, case=case, file=name, names=values.get("names", ""))
+    shown = read_caption(values, known, listed)
     problems += shown.problems
     mpp, problem = _mpp(values.get("mpp", ""))
     problems += [problem] if problem else []
