@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +509,26 @@ def test_unreadable_ready_tile_is_named_skipped_and_counted(tmp_path: Path) -> N
     )
     assert [(s.file, s.patient) for s in report.skipped] == [("5.png", "g9")]
     assert report.num_tiles == 5
+
+
+def test_image_of_two_patients_is_refused_and_of_one_it_stays_twice(tmp_path: Path) -> None:
+    table = make_tiles(tmp_path / "tiles")
+    folder = tmp_path / "tiles"
+    run_tiles = partial(
+        ingest_tiles, out=tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+    )
+    run_tiles(read_table(table))
+    shutil.copy(folder / "0.png", folder / "again.png")
+    table.write_text(table.read_text() + "again.png,lung_aca,g0\n")
+    for already in (5, 6):
+        report = run_tiles(read_table(table))
+        assert (report.already, report.num_tiles) == (already, 6)
+        assert TileStore.open(tmp_path / "s").num_tiles == 6
+    shutil.copy(folder / "0.png", folder / "other.png")
+    table.write_text(table.read_text() + "other.png,lung_aca,g7\n")
+    with pytest.raises(IngestError, match=r"line 9: other.png is the same image as 0.png on line"):
+        run_tiles(read_table(table))
+    assert not (tmp_path / "s" / "work").exists()
 
 
 def test_ready_tile_that_is_not_square_is_cropped_not_squeezed(tmp_path: Path) -> None:

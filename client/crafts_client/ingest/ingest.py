@@ -84,7 +84,7 @@ def ingest_slides(
         Pool(num_processes, silence_s=silence_s) as pool,
     ):
         listed, wrong = _sources(rows, salt, lambda _: asdict(options))
-        wrong += _duplicates(listed)
+        wrong += _duplicates(listed, "slide")
         sources = update.new(listed)
         jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
         _refuse_what_is_wrong(pool, jobs, [*problems, *wrong], progress)
@@ -129,6 +129,8 @@ def ingest_tiles(
     ):
         sides = {row.name: _side_px(row.mpp or source_mpp, mpp, tile_px) for row in rows}
         listed, wrong = _sources(rows, salt, lambda row: [tile_px, sides[row.name]])
+        # The same image twice of one patient is common; of two it breaks what each is promised.
+        wrong += _duplicates(listed, "image", of_two_patients=True)
         if problems or wrong:
             raise IngestError.at_lines([*problems, *wrong])
         sources = update.new(listed)
@@ -169,13 +171,17 @@ def _sources(
     return sources, problems
 
 
-def _duplicates(sources: Sequence[Source]) -> Iterator[Problem]:
+def _duplicates(
+    sources: Sequence[Source], what: str, *, of_two_patients: bool = False
+) -> Iterator[Problem]:
     """One slide under two names would count twice, or for two patients."""
     first: dict[str, Source] = {}
     for source in sources:
         before = first.setdefault(source.content, source)
-        if before.row.path != source.row.path:
-            told = f"{source.row.name} is the same slide as {before.row.name} on line"
+        if before.row.path == source.row.path:
+            continue
+        if not of_two_patients or before.row.patient != source.row.patient:
+            told = f"{source.row.name} is the same {what} as {before.row.name} on line"
             yield source.row.line, f"{told} {before.row.line}"
 
 

@@ -97,13 +97,14 @@ class StoreUpdate:
         self._outcomes: list[SourceOutcome] = []
         self._num_already = 0
 
-    def new(self, sources: Iterable[Source]) -> list[Source]:
+    def new(self, sources: Sequence[Source]) -> list[Source]:
         """Those that must be read; of the others it is noted that they are here, or left out.
 
         A slide that is in the store under another name or patient is read again, and what it gave
         there goes: the table is right.
         """
         owners = {known.content: slide_id for slide_id, known in self._sources.items()}
+        listed = {source.slide_id for source in sources}
         wanted = []
         num_tiles = Counter(self._old_rows["slide"].to_pylist())
         for source in sources:
@@ -116,7 +117,7 @@ class StoreUpdate:
                 self._say_again(source, num_tiles[source.slide_id])
             else:
                 owner = owners.get(source.content, source.slide_id)
-                if owner != source.slide_id:
+                if owner not in listed:
                     self._moved[source.slide_id] = owner
                 wanted.append(source)
         return wanted
@@ -235,6 +236,8 @@ def open_update(target: Target, former: IngestReport | None) -> Iterator[StoreUp
             try:
                 yield StoreUpdate(target, former)
             finally:
+                with contextlib.suppress(OSError):  # a run that was refused had nothing to keep
+                    (out / WORK).rmdir()
                 _remove_if_empty(out)
     except OSError as error:
         raise IngestError(
