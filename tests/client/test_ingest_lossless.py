@@ -14,6 +14,7 @@ from PIL import Image
 from crafts_client.ingest.lossless import TileCopier, tile_copier
 from crafts_client.ingest.readers import jpeg_stream
 from crafts_client.ingest.slides import Slide
+from crafts_client.ingest.tiling import TilingOptions, grid
 from support.slide_files import write_dicom_slide, write_tiffslide_only, write_tiled_tiff
 from support.slides import REAL_DATA, tissue_image
 
@@ -65,6 +66,21 @@ def test_copied_tiles_have_the_pixels_that_openslide_reads(
         assert np.abs(pixels - read).max() <= 2
 
 
+@pytest.mark.parametrize("error", [-4e-7, 4e-7, -9e-4, 9e-4])
+def test_scale_that_is_hardly_off_copies_every_tile_either_way(path: Path, error: float) -> None:
+    """At 9e-4 the eight tiles of a row are off by 0.46 pixels together."""
+    options = TilingOptions(tile_px=TILE_PX, mpp=0.5)
+    with Slide.open(path, mpp=0.5 * (1 + error)) as slide:
+        frame_N4 = grid(slide, options)
+        assert len(frame_N4) == 64
+        assert set(frame_N4[:, 2:].ravel()) == {64.0}
+        copier = _copier(path, slide)
+        assert all(copier.copy(int(x), int(y)) for x, y in frame_N4[:, :2])
+    with Slide.open(path, mpp=0.5 * (1 + 2 * np.sign(error) * 9e-4)) as slide:
+        assert set(grid(slide, options)[:, 2]) != {64.0}
+        assert tile_copier(path, slide, TILE_PX, 0.5) is None
+
+
 def test_scan_is_the_files_own_to_the_byte(path: Path, slide: Slide) -> None:
     stored = _stored_tile(path, 27)
     copied = _copied(path, slide, 192, 192)
@@ -91,7 +107,9 @@ def test_off_the_grid_there_is_nothing_to_copy(path: Path, slide: Slide, x: int,
     assert _copier(path, slide).copy(x, y) is None
 
 
-@pytest.mark.parametrize("tile_px, mpp", [(64, 0.50001), (64, 0.4), (32, 0.5), (64, 4.0)])
+@pytest.mark.parametrize(
+    "tile_px, mpp", [(64, 0.501), (64, 0.499), (64, 0.4), (32, 0.5), (64, 4.0)]
+)
 def test_other_size_or_scale_is_no_copy(path: Path, slide: Slide, tile_px: int, mpp: float) -> None:
     assert tile_copier(path, slide, tile_px, mpp) is None
 

@@ -15,10 +15,10 @@ from crafts_client.ingest.readers.jpeg_stream import JpegError, Segment
 from crafts_client.ingest.readers.seam import Level, foreign
 from crafts_client.ingest.readers.tiff_header import check_tiff_header
 from crafts_client.ingest.slides import Slide
+from crafts_client.ingest.tiling import tile_extent
 
 _JPEG = 7
 _RGB, _YCBCR = 2, 6
-_TOLERANCE = 1e-6
 _MAX_BYTES_PER_PX = 6
 _MAX_HEADER_BYTES = 2**16
 _MAX_PAGES = 64
@@ -81,7 +81,7 @@ def tile_copier(path: Path, slide: Slide, tile_px: int, mpp: float) -> TileCopie
         tile_px: Side of a tile.
         mpp: Microns per pixel of a tile.
     """
-    level = _level_at(slide, mpp)
+    level = _level_at(slide, tile_px, mpp)
     if level is None or not slide.source.has_plain_tiles:
         return None
     try:
@@ -97,15 +97,15 @@ def tile_copier(path: Path, slide: Slide, tile_px: int, mpp: float) -> TileCopie
     return TileCopier(file, page, round(level.downsample) * tile_px)
 
 
-def _level_at(slide: Slide, mpp: float) -> Level | None:
-    """The level of exactly this scale, if level-0 pixels go into its pixels evenly."""
+def _level_at(slide: Slide, tile_px: int, mpp: float) -> Level | None:
+    """The level whose tiles are those of the grid, if level-0 pixels go into its pixels evenly."""
+    extent = tile_extent(slide, tile_px, mpp)
     for level in slide.source.levels:
         is_whole = all(
             length % size == 0 and length // size == level.downsample
             for length, size in zip(slide.size_px, level[:2], strict=True)
         )
-        scales = (slide.mpp_x * level.downsample, slide.mpp_y * level.downsample)
-        if is_whole and all(abs(scale / mpp - 1) <= _TOLERANCE for scale in scales):
+        if is_whole and extent == (tile_px * level.downsample, tile_px * level.downsample):
             return level
     return None
 

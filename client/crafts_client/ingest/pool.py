@@ -3,9 +3,12 @@
 Workers are spawned, never forked: slide handles and their caches do not survive a fork.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,7 @@ MAX_TRIES = 2
 _BEAT_EVERY_S = 0.1
 _STARTS_WITHIN_S = 120.0
 _LOOK_S = 1.0
+_PR_SET_PDEATHSIG = 1
 DIED = "reading it ends the reading process: damaged beyond what its decoder bears"
 HANGS = "reading it never ends: damaged"
 
@@ -159,6 +163,7 @@ class _Raised:
 
 def _serve(pipe: "connection.Connection[Any, Any]") -> None:
     """What a worker does until nobody is at the other end any more."""
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who waits for us
     try:
         pipe.send(_Beat(0))
@@ -175,6 +180,28 @@ def _serve(pipe: "connection.Connection[Any, Any]") -> None:
             pipe.send(said)
     except (EOFError, OSError):
         os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """See to it that a killed program leaves nobody who hangs in a decoder and holds its shard.
+
+    Linux ends this process itself, also inside a library that never gives up the interpreter;
+    elsewhere a thread does, as soon as it may run.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it was too late for the signal
+            os._exit(0)
+    else:
+        sentinel = parent.sentinel
+
+        def watch() -> None:
+            connection.wait([sentinel])
+            os._exit(0)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class _Beats:

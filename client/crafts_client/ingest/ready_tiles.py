@@ -1,6 +1,7 @@
 """Preparing tiles that somebody else has cut: one image file, one tile."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from PIL import Image
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.pool import Beat
+from crafts_client.ingest.readers.image_files import FORMATS
 from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
+from crafts_client.ingest.source_audit import audit_image
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
 from crafts_core.tiles.records import encode_tile
-
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,15 @@ def cut_group(job: GroupJob, beat: Beat) -> Shard:
                 cut.keep(job.salt.tile_id(job.slide_ids[place], tile.x, tile.y), tile)
             beat(1)
         return cut.finish()
+
+
+def audit_group(paths: Sequence[Path], beat: Beat) -> list[tuple[str, ...]]:
+    """What each of some images carries beside its picture; see ``source_audit``."""
+    found = []
+    for path in paths:
+        found.append(audit_image(path))
+        beat(1)
+    return found
 
 
 def prepare_tile(path: Path, side_px: float | None, tile_px: int) -> CutTile:

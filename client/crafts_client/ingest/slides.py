@@ -16,10 +16,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
-from crafts_client.ingest.readers.opening import find_slides, open_reader
+from crafts_client.ingest.readers.opening import open_reader
 from crafts_client.ingest.readers.seam import Reader
 
-__all__ = ["MAX_UPSAMPLING", "Box", "MissingScaleError", "Pixels", "Slide", "find_slides"]
+__all__ = ["MAX_UPSAMPLING", "Box", "MissingScaleError", "Pixels", "Slide"]
 
 MIN_MPP, MAX_MPP = 0.05, 20.0
 """Outside these a scale is a file's placeholder (72 dpi, for one), not a microscope's."""
