@@ -12,12 +12,11 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers.opening import find_slides, open_reader
-from crafts_client.ingest.readers.seam import Reader
+from crafts_client.ingest.readers.seam import Pixels, Reader
 
 __all__ = ["MAX_UPSAMPLING", "Box", "MissingScaleError", "Pixels", "Slide", "find_slides"]
 
@@ -30,7 +29,6 @@ MAX_READ_PX = 4096
 MAX_REGION_PX = 2 * 4096**2
 """No tile needs more pixels of a level; a scale that is far off would."""
 
-Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
 
@@ -112,8 +110,9 @@ class Slide:
         region = self.source.read(number, corner, extent)
         crop = (left, top, min(right, extent[0]), min(bottom, extent[1]))
         if extent != size_px or crop != (0, 0, *extent):
-            region = region.resize(size_px, Image.Resampling.HAMMING, box=crop)
-        return np.asarray(region)
+            image = Image.fromarray(region)
+            return np.asarray(image.resize(size_px, Image.Resampling.HAMMING, box=crop))
+        return region
 
     def thumbnail(
         self, *, max_px: int, min_mpp: float, beat: Callable[[], None] | None = None
