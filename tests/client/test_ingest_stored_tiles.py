@@ -12,10 +12,10 @@ import pytest
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers import stored_tiles
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
-from crafts_client.ingest.readers.stored_tiles import StoredTiles
+from crafts_client.ingest.readers.stored_tiles import StoredLevel, StoredTiles
 from crafts_client.ingest.slides import Slide
 from support.slide_files import set_tile_tag, write_tiffslide_only, write_tiled_tiff
-from support.slides import damage_level0_tile, tissue_image
+from support.slides import damage_tile, tissue_image
 
 SIDE = 500
 """No multiple of a tile's side, nor of the levels' downsamples."""
@@ -94,7 +94,7 @@ def test_where_a_tile_was_left_out_openslide_is_asked(tmp_path: Path) -> None:
 
 def test_damaged_tile_is_an_error_and_its_neighbour_is_not(tmp_path: Path) -> None:
     path = _write(tmp_path)
-    damage_level0_tile(path, 9)
+    damage_tile(path, 9)
     with Slide.open(path) as slide:
         for _ in range(2):
             with pytest.raises(SlideError, match="cannot be decoded"):
@@ -110,14 +110,36 @@ def test_other_tiles_than_jpeg_are_left_to_others(tmp_path: Path) -> None:
             assert tiles.levels == (None, None, None)
 
 
+def test_tile_that_was_taken_in_part_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = _write(tmp_path), []
+    jpeg = StoredLevel.jpeg
+
+    def ask(level: StoredLevel, column: int, row: int) -> bytes | None:
+        asked.append((column, row))
+        return jpeg(level, column, row)
+
+    monkeypatch.setattr(StoredLevel, "jpeg", ask)
+    with closing(StoredTiles.open(path, _levels(path))) as tiles:
+        for corner in ((0, 0), (32, 0), (0, 32), (32, 32)):
+            tiles.read(0, corner, (32, 32))
+        assert asked == [(0, 0)]
+        for _ in range(2):
+            tiles.read(0, (64, 64), (64, 64))
+        assert asked == [(0, 0), (1, 1), (1, 1)]
+        assert len(tiles._cache) == 1
+
+
 def test_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_tiles, "CACHE_BYTES", 5 * 64 * 64 * 3)
     path = _write(tmp_path)
     with closing(StoredTiles.open(path, _levels(path))) as tiles:
-        whole = tiles.read(0, (0, 0), (SIDE, SIDE))
-        assert whole is not None
-        assert len(tiles._decoded) == 5
-    np.testing.assert_array_equal(whole, _openslides(path, 0, (0, 0), (SIDE, SIDE)))
+        for top in range(0, SIDE - 10, 10):
+            strip = tiles.read(0, (0, top), (SIDE, 10))
+            assert strip is not None
+            np.testing.assert_array_equal(strip, _openslides(path, 0, (0, top), (SIDE, 10)))
+            assert 0 < len(tiles._cache) <= 5
 
 
 def _levels(path: Path) -> Any:

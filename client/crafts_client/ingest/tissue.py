@@ -6,10 +6,10 @@ needs privacy budget.
 Shape letters: H and W thumbnail or tile pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from scipy import ndimage
 
 Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
+Number = TypeVar("Number", np.uint8, np.float32)
 Channels = Sequence[npt.NDArray[np.uint8]] | Sequence[npt.NDArray[np.float32]]
 
 SATURATION_FLOOR = 8 / 255
@@ -37,6 +38,8 @@ FOLD_DEVIATIONS = 3.0
 """A fold is this many robust deviations beyond the median of the slide's own tissue."""
 FOLD_FLOOR = 0.15
 """No fold is below this saturation minus brightness, however even the tissue."""
+_THIN_INK, _INK = 1, 2
+_ROWS_AT_A_TIME = 128
 INK_HALO_PX = 12
 """How far beside a stroke its thinner ink is looked for."""
 
@@ -133,15 +136,18 @@ def tissue_mask(thumbnail: Pixels, method: TissueMethod = TissueMethod.OTSU) -> 
     if method is TissueMethod.ALL:
         return np.ones(thumbnail.shape[:2], dtype=np.bool_)
     # What each of the 256 values of a channel is in the light of the glass.
-    steps = np.arange(256, dtype=np.float32)
-    light = [
-        np.minimum(steps / white, 255)[channel_HW]
-        for channel_HW, white in zip(_channels(thumbnail), _glass_colour(thumbnail), strict=True)
-    ]
+    light_C256 = np.minimum(
+        np.arange(256, dtype=np.float32) / _glass_colour(thumbnail)[:, np.newaxis], 255
+    )
+
+    def lit(rows_HW3: Pixels) -> Channels:
+        channels = zip(light_C256, _channels(rows_HW3), strict=True)
+        return [light_256[channel_HW] for light_256, channel_HW in channels]
+
     if method is TissueMethod.LUMINANCE:
-        darkness_HW = np.rint(255 - _brightness(light)).astype(np.uint8)
-        return _above_otsu(darkness_HW, DARKNESS_FLOOR, DARKNESS_CAP)
-    saturation_HW = _saturation(light)
+        darkness_HW = _by_rows(lambda rows: np.rint(255 - _brightness(lit(rows))), thumbnail)
+        return _above_otsu(darkness_HW.astype(np.uint8), DARKNESS_FLOOR, DARKNESS_CAP)
+    saturation_HW = _by_rows(lambda rows: _saturation(lit(rows)), thumbnail)
     if method is TissueMethod.FIXED:
         return _above_otsu(saturation_HW, SATURATION_FLOOR, SATURATION_FLOOR)
     return _above_otsu(saturation_HW, SATURATION_FLOOR, SATURATION_CAP)
@@ -153,6 +159,19 @@ def pen_mask(smooth_HW3: Pixels) -> Mask:
     Beside a stroke of such ink, thinner ink of the same kinds belongs to it; alone it could be
     tissue.
     """
+    strength_HW = _by_rows(_ink_strength, smooth_HW3)
+    # Single pixels are pigment, folds or compression; a stroke survives the opening.
+    stroke_HW = ndimage.binary_opening(strength_HW == _INK, iterations=1)
+    if not stroke_HW.any():
+        return np.zeros_like(stroke_HW)
+    thin_HW = stroke_HW | (strength_HW >= _THIN_INK)
+    halo_HW = ndimage.binary_dilation(stroke_HW, iterations=INK_HALO_PX, mask=thin_HW)
+    grown: Mask = ndimage.binary_dilation(halo_HW, iterations=2)
+    return grown
+
+
+def _ink_strength(smooth_HW3: Pixels) -> Pixels:
+    """What each pixel is by its colour alone: nothing, perhaps thin ink, or ink."""
     channels = _channels(smooth_HW3)
     value_HW = np.maximum(np.maximum(*channels[:2]), channels[2])
     saturation_HW = _saturation(channels) / np.float32(255)
@@ -165,14 +184,10 @@ def pen_mask(smooth_HW3: Pixels) -> Mask:
         inked_HW: Mask = cold_HW | red_HW & (saturation_HW > red) | (value_HW < black)
         return inked_HW
 
-    # Single pixels are pigment, folds or compression; a stroke survives the opening.
-    stroke_HW = ndimage.binary_opening(ink(0.15, 0.35, 0.6, 60), iterations=1)
-    if not stroke_HW.any():
-        return np.zeros_like(stroke_HW)
-    thin_HW = stroke_HW | ink(0.08, 0.2, 0.35, 100)
-    halo_HW = ndimage.binary_dilation(stroke_HW, iterations=INK_HALO_PX, mask=thin_HW)
-    grown: Mask = ndimage.binary_dilation(halo_HW, iterations=2)
-    return grown
+    thin_HW = ink(0.08, 0.2, 0.35, 100)
+    return np.where(ink(0.15, 0.35, 0.6, 60), _INK, np.where(thin_HW, _THIN_INK, 0)).astype(
+        np.uint8
+    )
 
 
 def fold_mask(smooth_HW3: Pixels, is_tissue_HW: Mask) -> Mask:
@@ -183,8 +198,7 @@ def fold_mask(smooth_HW3: Pixels, is_tissue_HW: Mask) -> Mask:
     """
     if not is_tissue_HW.any():
         return np.zeros_like(is_tissue_HW)
-    channels = _channels(smooth_HW3)
-    density_HW = (_saturation(channels).astype(np.float32) - _brightness(channels)) / 255
+    density_HW = _by_rows(_fold_density, smooth_HW3)
     of_tissue = density_HW[is_tissue_HW]
     median = np.median(of_tissue)
     deviation = 1.4826 * np.median(np.abs(of_tissue - median))
@@ -192,6 +206,11 @@ def fold_mask(smooth_HW3: Pixels, is_tissue_HW: Mask) -> Mask:
     folded_HW = drop_small_regions(is_tissue_HW & (density_HW > threshold), MIN_FOLD_PX)
     grown: Mask = ndimage.binary_dilation(folded_HW)
     return grown
+
+
+def _fold_density(smooth_HW3: Pixels) -> npt.NDArray[np.float32]:
+    channels = _channels(smooth_HW3)
+    return (_saturation(channels).astype(np.float32) - _brightness(channels)) / np.float32(255)
 
 
 def smoothed(pixels: Pixels) -> Pixels:
@@ -256,17 +275,17 @@ def sharpness(tile: Pixels) -> float:
 
     Green is where both stains absorb. Some 64 rows are enough for a variance.
     """
-    green_HW = tile[..., 1]
+    green_HW = tile[..., 1].astype(np.int16)
     height, step = len(green_HW), _step(tile)
     above_HW, middle_HW, below_HW = (
-        green_HW[start : height - 2 + start : step].astype(np.int16) for start in range(3)
+        green_HW[start : height - 2 + start : step] for start in range(3)
     )
-    laplacian_HW = (above_HW + below_HW)[:, 1:-1]
+    laplacian_HW = above_HW[:, 1:-1] + below_HW[:, 1:-1]
     laplacian_HW += middle_HW[:, :-2] + middle_HW[:, 2:]
     laplacian_HW -= middle_HW[:, 1:-1] << 2
+    mean = int(laplacian_HW.sum(dtype=np.int64)) / laplacian_HW.size
     values = laplacian_HW.astype(np.float32).ravel()
-    mean_square = float(np.dot(values, values)) / values.size
-    return max(mean_square - float(values.mean()) ** 2, 0.0)
+    return max(float(np.dot(values, values)) / values.size - mean**2, 0.0)
 
 
 def tissue_fraction(tile: Pixels, method: TissueMethod = TissueMethod.OTSU) -> float:
@@ -274,7 +293,7 @@ def tissue_fraction(tile: Pixels, method: TissueMethod = TissueMethod.OTSU) -> f
     if method is TissueMethod.ALL:
         return 1.0
     step = _step(tile)
-    red, green, blue = np.moveaxis(tile[::step, ::step], 2, 0)
+    red, green, blue = (tile[::step, ::step, channel] for channel in range(3))
     if method is TissueMethod.LUMINANCE:
         sum_HW = np.add(red, green, dtype=np.uint16) + blue
         is_tissue_HW: Mask = sum_HW < 3 * 255 * (1 - DARKNESS_CAP)
@@ -318,6 +337,14 @@ def _glass_colour(thumbnail: Pixels) -> npt.NDArray[np.float32]:
     if colour.min() < GLASS_FLOOR:
         return np.ones(3, dtype=np.float32)
     return np.asarray(colour / 255, dtype=np.float32)
+
+
+def _by_rows(
+    function: Callable[[Pixels], npt.NDArray[Number]], pixels_HW3: Pixels
+) -> npt.NDArray[Number]:
+    """A function of single pixels on a few rows at a time, which keeps its arrays small."""
+    parts = np.array_split(pixels_HW3, max(1, len(pixels_HW3) // _ROWS_AT_A_TIME))
+    return np.concatenate([function(part) for part in parts])
 
 
 def _channels(pixels_HW3: Pixels) -> list[Pixels]:

@@ -97,14 +97,14 @@ class StoredLevel:
 
 
 class StoredTiles:
-    """Pixels of the levels of one file, and a cache of the tiles last decoded."""
+    """Pixels of the levels of one file, and a cache of tiles that were taken in part."""
 
     def __init__(self, file: BinaryIO, levels: tuple[StoredLevel | None, ...]) -> None:
         self._file = file
         self.levels = levels
         """None for a level that is not made of plain JPEG tiles."""
-        self._decoded: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
-        self._decoded_bytes = 0
+        self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
+        self._cache_bytes = 0
 
     @classmethod
     def open(cls, path: Path, levels: Sequence[Level]) -> Self:
@@ -126,17 +126,20 @@ class StoredTiles:
         (left, top), (tile_width, tile_height) = corner, level.tile_px
         right, bottom = left + extent[0], top + extent[1]
         if left % tile_width == 0 and top % tile_height == 0 and extent == level.tile_px:
-            return self._tile(number, level, left // tile_width, top // tile_height)
+            return _decoded(level, left // tile_width, top // tile_height)
         region = np.empty((extent[1], extent[0], 3), dtype=np.uint8)
         for row in range(top // tile_height, -(-bottom // tile_height)):
             y = row * tile_height
             y0, y1 = max(top, y), min(bottom, y + tile_height)
             for column in range(left // tile_width, -(-right // tile_width)):
-                tile = self._tile(number, level, column, row)
-                if tile is None:
-                    return None
                 x = column * tile_width
                 x0, x1 = max(left, x), min(right, x + tile_width)
+                if (x1 - x0, y1 - y0) == level.tile_px:  # no neighbour will want it
+                    tile = _decoded(level, column, row)
+                else:
+                    tile = self._cached(number, level, column, row)
+                if tile is None:
+                    return None
                 region[y0 - top : y1 - top, x0 - left : x1 - left] = tile[
                     y0 - y : y1 - y, x0 - x : x1 - x
                 ]
@@ -145,26 +148,32 @@ class StoredTiles:
     def close(self) -> None:
         """Let go of the file and of the cache."""
         self._file.close()
-        self._decoded.clear()
+        self._cache.clear()
 
-    def _tile(self, number: int, level: StoredLevel, column: int, row: int) -> Pixels | None:
+    def _cached(self, number: int, level: StoredLevel, column: int, row: int) -> Pixels | None:
         key = (number, column, row)
-        tile = self._decoded.get(key)
+        tile = self._cache.get(key)
         if tile is not None:
-            self._decoded.move_to_end(key)
+            self._cache.move_to_end(key)
             return tile
-        jpeg = level.jpeg(column, row)
-        if jpeg is None:
-            return None
-        try:
-            decoded: Pixels = simplejpeg.decode_jpeg(jpeg)
-        except ValueError:  # damaged; also where libjpeg would go on with a warning
-            return None
-        self._decoded[key] = decoded
-        self._decoded_bytes += decoded.nbytes
-        while self._decoded_bytes > CACHE_BYTES:
-            self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
-        return decoded
+        tile = _decoded(level, column, row)
+        if tile is not None:
+            self._cache[key] = tile
+            self._cache_bytes += tile.nbytes
+            while self._cache_bytes > CACHE_BYTES:
+                self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return tile
+
+
+def _decoded(level: StoredLevel, column: int, row: int) -> Pixels | None:
+    jpeg = level.jpeg(column, row)
+    if jpeg is None:
+        return None
+    try:
+        tile: Pixels = simplejpeg.decode_jpeg(jpeg)
+    except ValueError:  # damaged; also where libjpeg would go on with a warning
+        return None
+    return tile
 
 
 def _find(path: Path, file: BinaryIO, levels: Sequence[Level]) -> tuple[StoredLevel | None, ...]:
