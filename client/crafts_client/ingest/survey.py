@@ -26,6 +26,9 @@ from crafts_client.ingest.tiling import Candidate, TilingOptions, candidates, gr
 from crafts_client.ingest.tissue import Pixels, TissueMask, find_tissue
 from crafts_core.tiles.records import encode_tile
 
+_BUILD = 2
+"""Goes up when the same slide gives other places or pixels: what an earlier build left half done is
+then begun anew."""
 THUMBNAIL_PX = 1024
 THUMBNAIL_MPP = 4.0
 """Finer thumbnails of small slides only slow the filters down."""
@@ -40,6 +43,11 @@ class SlideJob:
     """Where the answer is kept."""
     options: TilingOptions
     pictures: Path | None
+
+    @property
+    def work_key(self) -> str:
+        """Everything that decides what is kept of the slide while it is worked on."""
+        return f"{self.source.key}-{_BUILD}"
 
     @property
     def picture(self) -> str:
@@ -129,20 +137,21 @@ def survey_slide(job: SlideJob, beat: Beat) -> Survey:
     Raises:
         SlideError: why nothing at all can come from it.
     """
-    survey = Survey.read(job.survey, job.source.key)
+    survey = Survey.read(job.survey, job.work_key)
     if survey is None:
         with Slide.open(job.source.row.path, mpp=job.source.row.mpp) as slide:
             survey = _look(slide, job, beat)
-        survey.write(job.survey, job.source.key)
+        survey.write(job.survey, job.work_key)
     beat(1)
     # The pictures stay on disk: the others need what is small.
-    return replace(survey, masks=survey.masks[:, :0], thumbnail=survey.thumbnail[:0])
+    nothing = np.zeros(0, dtype=np.uint8)
+    return replace(survey, masks=nothing, thumbnail=nothing)
 
 
 def draw_slide(job: tuple[SlideJob, tuple[int, ...]], beat: Beat) -> None:
     """Draw a slide's pictures, once it is known which of its places gave a tile."""
     slide, kept = job
-    survey = Survey.read(slide.survey, slide.source.key)
+    survey = Survey.read(slide.survey, slide.work_key)
     if survey is not None and slide.pictures is not None:
         thumbnail: Pixels = simplejpeg.decode_jpeg(survey.thumbnail)
         is_kept_N = np.zeros(len(survey.places_N5), dtype=np.bool_)

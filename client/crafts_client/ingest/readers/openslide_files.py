@@ -91,6 +91,8 @@ class OpenSlideFile:
         return self._stored_tiles
 
     def _read_region(self, level: int, corner: Size, extent: Size) -> Pixels:
+        # The start of plain tiles can lie between level-0 pixels: where one of them is left to
+        # OpenSlide, it is out of place by less than one of these.
         x, y = self.start(level, corner)
         width, height = extent
         argb_HW = np.empty((height, width), dtype=np.uint32)
