@@ -1,7 +1,6 @@
 """Copied tiles: the stored bytes, the same pixels, and nothing else of the source."""
 
 import io
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,12 @@ from crafts_client.ingest.lossless import TileCopier, tile_copier
 from crafts_client.ingest.readers import jpeg_stream
 from crafts_client.ingest.slides import Slide
 from crafts_client.ingest.tiling import TilingOptions, grid
-from support.slide_files import write_dicom_slide, write_tiffslide_only, write_tiled_tiff
+from support.slide_files import (
+    set_tile_tag,
+    write_dicom_slide,
+    write_tiffslide_only,
+    write_tiled_tiff,
+)
 from support.slides import REAL_DATA, tissue_image
 
 TILE_PX = 64
@@ -138,7 +142,7 @@ def test_tile_that_the_edge_cuts_off_is_not_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 10, 2 * 10**8])
 def test_impossible_byte_count_is_no_copy(path: Path, num_bytes: int) -> None:
-    _set_tag(path, "TileByteCounts", 27, num_bytes)
+    set_tile_tag(path, "TileByteCounts", 27, num_bytes)
     with Slide.open(path) as slide:
         assert _copier(path, slide).copy(192, 192) is None
         assert _copier(path, slide).copy(256, 192) is not None
@@ -146,7 +150,7 @@ def test_impossible_byte_count_is_no_copy(path: Path, num_bytes: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 8, 2**31 - 1])
 def test_impossible_offset_is_no_copy(path: Path, offset: int) -> None:
-    _set_tag(path, "TileOffsets", 27, offset)
+    set_tile_tag(path, "TileOffsets", 27, offset)
     with Slide.open(path) as slide:
         assert _copier(path, slide).copy(192, 192) is None
 
@@ -213,15 +217,6 @@ def _replace_tile(path: Path, number: int, change: Any) -> bytes:
     end = path.stat().st_size
     with path.open("ab") as file:
         file.write(jpeg)
-    _set_tag(path, "TileOffsets", number, end)
-    _set_tag(path, "TileByteCounts", number, len(jpeg))
+    set_tile_tag(path, "TileOffsets", number, end)
+    set_tile_tag(path, "TileByteCounts", number, len(jpeg))
     return jpeg
-
-
-def _set_tag(path: Path, name: str, number: int, value: int) -> None:
-    with tifffile.TiffFile(path) as file:
-        tag = file.pages[0].tags[name]
-        code, start = {3: "H", 4: "I"}[int(tag.dtype)], tag.valueoffset
-    with path.open("r+b") as file:
-        file.seek(start + number * struct.calcsize(code))
-        file.write(struct.pack(f"<{code}", min(value, 2 ** (8 * struct.calcsize(code)) - 1)))

@@ -23,7 +23,7 @@ from support.slide_files import (
     write_tiffslide_only,
     write_tiled_tiff,
 )
-from support.slides import damage_level0_tile, tissue_image, write_tissue_slide
+from support.slides import damage_tile, tissue_image, write_tissue_slide
 
 SIDE = 512
 
@@ -110,7 +110,7 @@ def test_only_a_plain_image_needs_a_scale(any_slide: tuple[str, Path]) -> None:
 
 def test_tiffslide_reads_on_after_a_damaged_place(tmp_path: Path) -> None:
     path = write_tiffslide_only(tmp_path / "s.tif", tissue_image())
-    damage_level0_tile(path, 0)
+    damage_tile(path, 0)
     with Slide.open(path) as slide:
         with pytest.raises(SlideError, match="cannot be decoded"):
             slide.read((0, 0, 64, 64), (64, 64))

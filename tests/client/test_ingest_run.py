@@ -37,7 +37,7 @@ from crafts_core.tiles import TileStore, TileStoreError
 from crafts_simulations.slides import write_slide
 from support.slides import (
     REAL_DATA,
-    damage_level0_tile,
+    damage_tile,
     tissue_image,
     write_table,
     write_tissue_slide,
@@ -383,17 +383,26 @@ def test_one_damaged_place_costs_only_its_tiles(
 ) -> None:
     table = make_site(tmp_path / "site", 1)
     whole = run(table, tmp_path / "whole").num_tiles
-    damage_level0_tile(tmp_path / "site" / "DOE-0.svs", 0)
+    damage_tile(tmp_path / "site" / "DOE-0.svs", 0)
     monkeypatch.setattr(cutting, "MAX_UNREADABLE", 0.5)
     report = run(table, tmp_path / "s")
     assert 0 < report.rejected["unreadable"] < whole
     assert report.num_tiles == whole - report.rejected["unreadable"]
 
 
+def test_damaged_coarse_level_costs_nothing_and_is_said(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site", 1)
+    whole = run(table, tmp_path / "whole")
+    damage_tile(tmp_path / "site" / "DOE-0.svs", 0, page=2)
+    report = run(table, tmp_path / "s")
+    assert (whole.sources[0].damaged_levels, report.sources[0].damaged_levels) == (0, 1)
+    assert report.num_tiles == pytest.approx(whole.num_tiles, rel=0.1)
+
+
 def test_slide_with_too_much_damage_is_skipped(tmp_path: Path) -> None:
     table = make_site(tmp_path / "site", 2)
     for number in range(3):
-        damage_level0_tile(tmp_path / "site" / "DOE-0.svs", number)
+        damage_tile(tmp_path / "site" / "DOE-0.svs", number)
     report = run(table, tmp_path / "s")
     assert [s.file for s in report.skipped] == ["DOE-0.svs"]
     assert "damaged" in str(report.skipped[0].skipped)

@@ -286,6 +286,7 @@ def _cut(
             whole.shards[cut.start] = shard
         if whole.num_missing == 0:
             drawings.append((whole.job, _take_slide(whole, update)))
+            whole.shards.clear()  # what is needed of them is in the update, in a tenth of the room
     if drawings and drawings[0][0].pictures is not None:
         on_beat = _counting(progress, "drawing pictures", len(drawings))
         for _ in pool.run(draw_slide, drawings, on_beat=on_beat):

@@ -40,6 +40,7 @@ class SourceFacts(TypedDict, total=False):
     reader: str | None
     mpp: float | None
     size_px: tuple[int, int] | None
+    damaged_levels: int
     copied: int
     identifiers: tuple[str, ...]
     stain: Stain | None
@@ -65,6 +66,8 @@ class SourceOutcome(_Record):
     """Microns per level-0 pixel."""
     size_px: tuple[int, int] | None = None
     """Level-0 width and height."""
+    damaged_levels: int = 0
+    """Coarse levels with damage, where a finer one was read to find the tissue."""
     copied: int = 0
     """Tiles whose compressed bytes went into the store as they were."""
     identifiers: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ from crafts_core.tiles.records import ROW_SCHEMA
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME, SHARDS, StoredFile, StoredSource, commit_store
 
-_ROWS_PER_TABLE = 20_000
+_ROWS_PER_TABLE = 5_000
 _LOCK = "ingest.lock"
 _CONTENT_BYTES = 2**20
 _ORDER = [(column, "ascending") for column in ("patient", "slide", "y", "x", "tile_id")]
