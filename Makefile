@@ -51,6 +51,7 @@ format: $(STAMP)  ## Format and sort in place
 
 bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/private_step.py
+	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/network_round.py
 	$(BIN)/python benchmarks/coordinator_memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ingest_speed.py
