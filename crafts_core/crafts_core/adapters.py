@@ -25,6 +25,7 @@ from crafts_core.control_net import (
     initial_control_state,
     num_halvings_of,
     own_parameters,
+    steering,
 )
 from crafts_core.exchange import ExchangeError, check_tensors
 from crafts_core.foundation import Foundation
@@ -247,21 +248,6 @@ class Adapter:
         """Take the factors out again. The UNet computes what it did before ``attach``."""
         self._parameters, self._paths, self._controls = {}, {}, {}
         return without_factors(self.unet)
-
-
-def steering(
-    control: Callable[..., Any],
-    noisy_BCHW: Tensor,
-    timesteps_B: Tensor,
-    text_BLD: Tensor,
-    image_BCHW: Tensor,
-) -> dict[str, Any]:
-    """What a ControlNet adds to a denoiser's features, as keyword arguments of its UNet."""
-    steered = control(noisy_BCHW, timesteps_B, text_BLD, image_BCHW)
-    return {
-        "down_block_additional_residuals": steered.down_block_res_samples,
-        "mid_block_additional_residual": steered.mid_block_res_sample,
-    }
 
 
 def _open_control(

@@ -9,14 +9,15 @@ What trains and travels is
 * second factors beside layers of the copied encoder, whose first factors are public and fixed.
 
 Each of these is a weight in its own right, or linear in one, so the average of several sites'
-updates is the update of averaged weights. Zero convolutions and second factors start at zero: at the
-start, the generator draws what it drew. The encoder is the *foundation's*, also where earlier
+updates is the update of averaged weights. Zero convolutions and second factors start at zero: at
+the start, the generator draws what it drew. The encoder is the *foundation's*, also where earlier
 stages trained the generator: everybody has it, so it need not travel.
 
 On the wire a tensor is ``control.<modality>.<name in the ControlNet>``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -73,6 +74,21 @@ def own_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
         name: parameter
         for name, parameter in network.named_parameters()
         if name.startswith(_OWN_PARTS)
+    }
+
+
+def steering(
+    control: Callable[..., Any],
+    noisy_BCHW: Tensor,
+    timesteps_B: Tensor,
+    text_BLD: Tensor,
+    image_BCHW: Tensor,
+) -> dict[str, Any]:
+    """What a ControlNet adds to a denoiser's features, as keyword arguments of its UNet."""
+    steered = control(noisy_BCHW, timesteps_B, text_BLD, image_BCHW)
+    return {
+        "down_block_additional_residuals": steered.down_block_res_samples,
+        "mid_block_additional_residual": steered.mid_block_res_sample,
     }
 
 

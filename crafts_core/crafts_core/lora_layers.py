@@ -1,4 +1,4 @@
-"""Low-rank factors beside the layers of a diffusers model: which layers, put in, added up, taken out.
+"""Low-rank factors beside the layers of a diffusers model: which, put in, merged, taken out.
 
 An adapted layer computes ``W0 x + B (A x)``: A is the *first* factor, B the *second*, their product
 is not scaled. Factor names are ``<module>.first`` and ``<module>.second``, so they do not depend on
@@ -58,9 +58,7 @@ def matching_layers(
 
 def add_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, str]:
     """Put frozen factors beside some layers; gives factor name -> parameter name."""
-    lora = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(names), init_lora_weights=False
-    )
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names), init_lora_weights=False)
     inject_adapter_in_model(lora, model, adapter_name=_PEFT_NAME)
     model.requires_grad_(False)
     paths = {}

@@ -6,23 +6,39 @@ Shape letters: B images of one batch, N all images, C H W latent or pixels, L D 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import ControlNetModel
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from crafts_core.control_net import steering
 from crafts_core.generator import Generator
 
 _MARGIN_PX, _LABEL_PX = 2, 14
+
+
+class Control(NamedTuple):
+    """A trained ControlNet and the condition that steers it, (C, H, W) at image resolution."""
+
+    network: ControlNetModel
+    condition_CHW: Tensor
+
+    def residuals(self, noisy_BCHW: Tensor, timestep: Tensor, text_BLD: Tensor) -> dict[str, Any]:
+        """What is added to the denoiser's features."""
+        image_BCHW = self.condition_CHW.to(noisy_BCHW).expand(len(noisy_BCHW), -1, -1, -1)
+        return steering(self.network, noisy_BCHW, timestep, text_BLD, image_BCHW)
 
 
 def sample_images(
     generator: Generator,
     prompts: Sequence[str],
     *,
+    control: Control | None = None,
     num_inference_steps: int = 30,
     guidance_scale: float = 3.0,
     seed: int = 0,
@@ -37,6 +53,7 @@ def sample_images(
     Args:
         generator: Whose weights draw.
         prompts: One text per image; ``""`` draws without a caption.
+        control: Steers every image, with and without its caption.
         num_inference_steps: DDIM steps (eta 0).
         guidance_scale: 1 follows the caption as trained; more exaggerates it.
         seed: Which images.
@@ -62,6 +79,7 @@ def sample_images(
             noise,
             text_BLD,
             null_1LD,
+            control=control,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
@@ -87,6 +105,7 @@ def denoise(
     text_BLD: Tensor,
     null_1LD: Tensor,
     *,
+    control: Control | None = None,
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
@@ -97,12 +116,24 @@ def denoise(
     latents_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         model_input = scheduler.scale_model_input(latents_BCHW, timestep)
-        prediction = generator.unet(model_input, timestep, text_BLD).sample
+        prediction = _predict(generator, control, model_input, timestep, text_BLD)
         if guidance_scale > 1.0:
-            unconditional = generator.unet(model_input, timestep, null_BLD).sample
+            unconditional = _predict(generator, control, model_input, timestep, null_BLD)
             prediction = unconditional + guidance_scale * (prediction - unconditional)
         latents_BCHW = scheduler.step(prediction, timestep, latents_BCHW).prev_sample
     return latents_BCHW
+
+
+def _predict(
+    generator: Generator,
+    control: Control | None,
+    noisy_BCHW: Tensor,
+    timestep: Tensor,
+    text_BLD: Tensor,
+) -> Tensor:
+    added = {} if control is None else control.residuals(noisy_BCHW, timestep, text_BLD)
+    prediction: Tensor = generator.unet(noisy_BCHW, timestep, text_BLD, **added).sample
+    return prediction
 
 
 def save_png(image_HWC: npt.NDArray[np.uint8], path: Path, *, prompt: str, origin: str) -> None:

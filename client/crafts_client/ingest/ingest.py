@@ -15,7 +15,7 @@ from crafts_client.ingest.cutting import CutJob, check_damage, cut_jobs, cut_str
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, SlideError
 from crafts_client.ingest.pool import SILENCE_S, Beat, Pool
-from crafts_client.ingest.ready_tiles import GroupJob, cut_group
+from crafts_client.ingest.ready_tiles import GroupJob, condition_problems, cut_group
 from crafts_client.ingest.report import IngestReport, SourceFacts
 from crafts_client.ingest.shard_cut import WORK, Shard
 from crafts_client.ingest.store_update import Source, StoreUpdate, Target, open_update
@@ -62,8 +62,10 @@ def ingest_slides(
 
     Raises:
         IngestError: a slide has no scale (all such are named), no slide gave a tile, the store is
-            of other tiles, another ingest is at work, or the disk refuses.
+            of other tiles, another ingest is at work, the disk refuses, or the table names images
+            that lie over whole slides, which are not read.
     """
+    _refuse_conditions_of_slides(rows)
     target = Target(
         store=out,
         cohort=cohort,
@@ -102,11 +104,12 @@ def ingest_tiles(
     ``mpp`` is what a pixel of the store measures. An image whose own resolution is known (the
     table's ``mpp``, else ``source_mpp``) gives its central ``tile_px * mpp`` microns; any other
     image is resampled whole (its central square). An unreadable or too small image is skipped and
-    named in the report. Everything else is as in ``ingest_slides``.
+    named in the report. What lies over a tile (``TableRow.conditions``) is taken along. Everything
+    else is as in ``ingest_slides``.
 
     Raises:
-        IngestError: no image could be used, the store is of other tiles, another ingest is at
-            work, or the disk refuses.
+        IngestError: images over tiles do not fit them (all such are named), no image could be used,
+            the store is of other tiles, another ingest is at work, or the disk refuses.
     """
     target = Target(
         store=out, cohort=cohort, salt=salt, tile_px=tile_px, mpp=mpp, withdrawn=withdrawn
@@ -114,6 +117,7 @@ def ingest_tiles(
     with open_update(target, former) as update, Pool(num_processes) as pool:
         sides = {row.name: _side_px(row.mpp or source_mpp, mpp, tile_px) for row in rows}
         sources = update.new(Source.of(row, salt, [tile_px, sides[row.name]]) for row in rows)
+        _refuse_conditions(pool, sources, progress)
         groups = _by_patient(sources)
         jobs = [_group_job(group, target, sides) for group in groups]
         on_beat = _counting(progress, "reading tiles", len(sources))
@@ -148,6 +152,17 @@ def _refuse_duplicates(sources: Sequence[Source]) -> None:
 def _largest_first(sources: Iterable[Source]) -> list[Source]:
     """So that the last process to end does not work on a large slide alone."""
     return sorted(sources, key=lambda source: -source.row.path.stat().st_size)
+
+
+def _refuse_conditions_of_slides(rows: Sequence[TableRow]) -> None:
+    problems = [
+        f"line {row.line}: {modality} images of whole slides are not read; cut tiles first and use "
+        "--ready-tiles, or remove the column"
+        for row in rows
+        for modality in row.conditions
+    ]
+    if problems:
+        raise IngestError(*problems)
 
 
 def _refuse_missing_scale(pool: Pool, jobs: Sequence[SlideJob], progress: Progress) -> None:
@@ -243,6 +258,21 @@ def _take_slide(whole: _Whole, update: StoreUpdate) -> tuple[int, ...]:
 # ---- ready tiles ----------------------------------------------------------------------------
 
 
+def _refuse_conditions(pool: Pool, sources: Sequence[Source], progress: Progress) -> None:
+    """Look at every header first: a mask over the wrong tile would steer wrongly, unseen."""
+    rows = [source.row for source in sources if source.row.conditions]
+    on_beat = _counting(progress, "reading headers", len(rows))
+    problems: dict[int, list[str]] = {}
+    for place, found in pool.run(condition_problems, rows, on_beat=on_beat):
+        row = rows[place]
+        if isinstance(found, SlideError):
+            found = [f"line {row.line}: {row.name}: {found}"]
+        problems[row.line] = found
+    lines = [text for line in sorted(problems) for text in problems[line]]
+    if lines:
+        raise IngestError(*lines)
+
+
 def _by_patient(sources: Iterable[Source]) -> list[list[Source]]:
     def patient(source: Source) -> str:
         return source.row.patient
@@ -255,6 +285,7 @@ def _group_job(group: Sequence[Source], target: Target, sides: dict[str, float |
     key = target.salt.key(*(source.key for source in group))
     return GroupJob(
         paths=tuple(source.row.path for source in group),
+        conditions=tuple(source.row.conditions for source in group),
         slide_ids=tuple(source.slide_id for source in group),
         side_px=tuple(sides[source.row.name] for source in group),
         tile_px=target.tile_px,

@@ -7,8 +7,8 @@ is read.
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError
@@ -17,6 +17,7 @@ from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
 from crafts_client.ingest.table_checks import problems_between
+from crafts_core.plan import MODALITIES, Modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class TableColumns:
     features: tuple[str, ...] = ("features",)
     report: tuple[str, ...] = ("report", "report_text")
     cohort: tuple[str, ...] = ("cohort",)
+    nuclei: tuple[str, ...] = ("nuclei",)
+    fluorescence: tuple[str, ...] = ("fluorescence",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,8 @@ class TableRow:
     scrubbed_label: Scrubbed | None = None
     notes: tuple[str, ...] = ()
     """What the operator should know of the row although it is not wrong."""
+    conditions: Mapping[Modality, Path] = field(default_factory=dict)
+    """Images that lie over a ready tile."""
 
 
 def read_table(
@@ -95,6 +100,7 @@ def read_table(
         rows.append(row)
         cohorts[number] = values.get("cohort", "")
     problems += problems_between(rows, cohorts, cohort=cohort)
+    problems += _shared_conditions(rows)
     if problems:
         ordered = sorted(problems, key=lambda problem: problem[0])
         raise IngestError(*(f"{path.name} line {line}: {problem}" for line, problem in ordered))
@@ -122,7 +128,8 @@ def write_template(path: Path, slides: Sequence[Path]) -> None:
     if odd:
         raise IngestError(f"rename {len(odd)} files whose names are not UTF-8, such as {odd[0]!r}")
     columns = TableColumns()
-    header = [getattr(columns, key)[0] for key in TableColumns.__dataclass_fields__]
+    keys = [key for key in TableColumns.__dataclass_fields__ if key not in MODALITIES]
+    header = [getattr(columns, key)[0] for key in keys]
     try:
         with path.open("x", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter=_delimiter(path, ","))
@@ -200,6 +207,9 @@ def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[Table
     problems += shown.problems
     mpp, problem = _mpp(values.get("mpp", ""))
     problems += [problem] if problem else []
+    named = {modality: values[modality] for modality in MODALITIES if values.get(modality)}
+    found = {modality: _find_condition(modality, text, base) for modality, text in named.items()}
+    problems += [problem for _, problem in found.values() if problem]
     row = TableRow(
         line=number,
         name=name,
@@ -212,6 +222,7 @@ def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[Table
         scrubbed=shown.scrubbed,
         scrubbed_label=shown.scrubbed_label,
         notes=tuple(shown.notes),
+        conditions={modality: path for modality, (path, _) in found.items()},
     )
     return row, problems
 
@@ -232,6 +243,28 @@ def _find_file(name: str, base: Path) -> tuple[Path, str | None]:
     if not os.access(path, os.R_OK):
         return path, f"file {name} may not be read; check its permissions"
     return path, None
+
+
+def _find_condition(modality: Modality, name: str, base: Path) -> tuple[Path, str | None]:
+    """Where the image over a tile is, and what is wrong with it."""
+    path, problem = _find_file(name, base)
+    if problem is not None:
+        return path, f"{modality} {problem}"
+    if not path.is_relative_to(base.resolve()):
+        return path, f"{modality} file {name} leaves {base}; copy it there, or set --root"
+    if not path.is_file():
+        return path, f"{modality} file {name} is a folder, not an image"
+    return path, None
+
+
+def _shared_conditions(rows: Sequence[TableRow]) -> Iterator[tuple[int, str]]:
+    """One image over two tiles is a mistake, and would mix their patients."""
+    first: dict[Path, int] = {}
+    for row in rows:
+        for modality, path in row.conditions.items():
+            line = first.setdefault(path, row.line)
+            if line != row.line:
+                yield row.line, f"{modality} file {path.name} is also that of line {line}"
 
 
 def _mpp(text: str) -> tuple[float | None, str | None]:

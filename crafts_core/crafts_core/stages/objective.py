@@ -136,8 +136,8 @@ class Objective:
 def assert_per_tile(loss_per_tile: LossPerTile, batch: TileBatch, draws: Draws) -> None:
     """Refuse a loss in which one tile's value depends on another tile.
 
-    Everything about the first tile is changed (latent, text, profiles, condition, noise); the losses
-    of all other tiles must stay what they were. Run it once before training under privacy.
+    Everything about the first tile is changed (latent, text, profiles, condition, noise); the
+    losses of all other tiles must stay what they were. Run it once before training under privacy.
 
     Raises:
         BatchCoupledLossError: the loss has another shape than one value per tile, or values moved.

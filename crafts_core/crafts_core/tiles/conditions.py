@@ -51,7 +51,7 @@ def nuclei_condition(labels_HW: npt.NDArray[Any]) -> Floats:
     * boundary: 1 on foreground pixels of which a pixel above, below, left or right has another
       label or none. The image's own edge is no boundary;
     * distance: how far, from centre to centre, the nearest pixel is that is not of this nucleus,
-      divided by the largest such distance in the nucleus. A nucleus that fills the whole image is 1.
+      divided by the largest such distance in the nucleus. One that fills the whole image is 1.
 
     Which number a nucleus has makes no difference.
     """
@@ -140,7 +140,7 @@ def to_bytes(condition_CHW: Floats, modality: Modality) -> Bytes:
 def to_floats(stored_CHW: Bytes, modality: Modality) -> Floats:
     """What a ControlNet takes, of stored channels (..., C, H, W): the inverse of ``to_bytes``."""
     if modality == "nuclei":
-        return stored_CHW.astype(np.float32) / 255
+        return (stored_CHW / 255).astype(np.float32)
     is_present = stored_CHW > 0
     values = np.where(is_present, (stored_CHW.astype(np.float32) - 1) / 254, 0)
     return np.concatenate([values, is_present], axis=-3).astype(np.float32)
@@ -209,7 +209,7 @@ def read_condition(
         modality: Which of them.
         tile_px: Side of the result. Labels are resampled to the nearest pixel, then measured;
             fluorescence is resampled as tiles are, then normalised.
-        box: Left, top, right, bottom of the square that becomes the tile; the central one if absent.
+        box: Left, top, right, bottom of the square that becomes the tile; else the central one.
         size: Width and height that the file must have.
 
     Raises:
@@ -299,7 +299,8 @@ def _nearest(
     steps = (np.arange(tile_px) + 0.5) / tile_px
     rows = (top + steps * (bottom - top)).astype(np.int64).clip(0, values_HW.shape[0] - 1)
     columns = (left + steps * (right - left)).astype(np.int64).clip(0, values_HW.shape[1] - 1)
-    return values_HW[rows[:, None], columns[None, :]]
+    nearest_HW: npt.NDArray[Any] = values_HW[rows[:, None], columns[None, :]]
+    return nearest_HW
 
 
 def _resampled(

@@ -39,8 +39,8 @@ ROW_SCHEMA = pa.schema(
         ("sharpness", pa.float32()),
     ]
 )
-"""One row per tile, with its caption; ``shard`` is the shard's name. The conditions of a tile lie in
-the same shard; length 0 says that there is none."""
+"""One row per tile, with its caption; ``shard`` is the shard's name. A tile's conditions lie in the
+same shard; length 0 says that there is none."""
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("caption_id", pa.int32()) if field.name == "caption" else field
