@@ -111,7 +111,9 @@ def _sample_to_files(
     from crafts_core.sampling import contact_sheet, sample_images, save_png
 
     generator = Generator.from_directory(_checked(generator_dir), device=device)
-    control = None if steered_by is None else _control(generator_dir, generator, *steered_by, out)
+    control = None
+    if steered_by is not None:
+        control = _control(generator_dir, generator, *steered_by, out=out, count=len(prompts))
     with progress_bars() as progress:
         images = sample_images(
             generator,
@@ -132,9 +134,15 @@ def _sample_to_files(
 
 
 def _control(
-    generator_dir: Path, generator: "Generator", modality: Modality, mask: Path, out: Path
+    generator_dir: Path,
+    generator: "Generator",
+    modality: Modality,
+    mask: Path,
+    *,
+    out: Path,
+    count: int,
 ) -> "Control":
-    """The generator's own ControlNet with a mask, of which ``out`` gets a picture."""
+    """The generator's own ControlNet with one mask for all images; ``out`` gets a picture of it."""
     import torch
     from diffusers import ControlNetModel
 
@@ -155,7 +163,8 @@ def _control(
         directory, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     network = network.to(generator.device).eval().requires_grad_(False)
-    return Control(network, torch.from_numpy(to_floats(stored_CHW, modality)))
+    condition_CHW = torch.from_numpy(to_floats(stored_CHW, modality))
+    return Control(network, condition_CHW.expand(count, -1, -1, -1))
 
 
 @app.command()

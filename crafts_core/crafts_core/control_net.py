@@ -48,8 +48,10 @@ def build_control_net(
         modality: How many channels its condition has.
         num_halvings: How often a condition at image resolution is halved to the latents' size.
     """
-    channels = _STEM_CHANNELS[: num_halvings + 1]
-    channels += _STEM_CHANNELS[-1:] * (num_halvings + 1 - len(channels))
+    # No wider than what it ends in: every number of it gets its share of the noise.
+    widest = int(unet.config.block_out_channels[0])
+    every = (*_STEM_CHANNELS, *[_STEM_CHANNELS[-1]] * num_halvings)[: num_halvings + 1]
+    channels = tuple(min(width, widest) for width in every)
     network: ControlNetModel = ControlNetModel.from_unet(
         unet,
         conditioning_embedding_out_channels=channels,

@@ -23,14 +23,18 @@ _MARGIN_PX, _LABEL_PX = 2, 14
 
 
 class Control(NamedTuple):
-    """A trained ControlNet and the condition that steers it, (C, H, W) at image resolution."""
+    """A trained ControlNet and what steers it: a condition for each image, at image resolution."""
 
     network: ControlNetModel
-    condition_CHW: Tensor
+    conditions_NCHW: Tensor
+
+    def of(self, rows: range) -> "Control":
+        """The part of some images."""
+        return self._replace(conditions_NCHW=self.conditions_NCHW[rows.start : rows.stop])
 
     def residuals(self, noisy_BCHW: Tensor, timestep: Tensor, text_BLD: Tensor) -> dict[str, Any]:
         """What is added to the denoiser's features."""
-        image_BCHW = self.condition_CHW.to(noisy_BCHW).expand(len(noisy_BCHW), -1, -1, -1)
+        image_BCHW = self.conditions_NCHW.to(noisy_BCHW)
         return steering(self.network, noisy_BCHW, timestep, text_BLD, image_BCHW)
 
 
@@ -53,7 +57,7 @@ def sample_images(
     Args:
         generator: Whose weights draw.
         prompts: One text per image; ``""`` draws without a caption.
-        control: Steers every image, with and without its caption.
+        control: Steers each image, with and without its caption.
         num_inference_steps: DDIM steps (eta 0).
         guidance_scale: 1 follows the caption as trained; more exaggerates it.
         seed: Which images.
@@ -67,6 +71,8 @@ def sample_images(
         raise ValueError("num_inference_steps and batch_size must be at least 1")
     if not guidance_scale >= 1.0:
         raise ValueError(f"expected guidance_scale >= 1, got {guidance_scale}")
+    if control is not None and len(control.conditions_NCHW) != len(prompts):
+        raise ValueError(f"expected {len(prompts)} conditions, got {len(control.conditions_NCHW)}")
     side = generator.tile_px
     images = np.empty((len(prompts), side, side, 3), np.uint8)
     null_1LD = generator.encode_captions([""])
@@ -79,7 +85,7 @@ def sample_images(
             noise,
             text_BLD,
             null_1LD,
-            control=control,
+            control=None if control is None else control.of(rows),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )

@@ -161,20 +161,13 @@ def _drawn(
     config: SteeringConfig,
 ) -> Images:
     """One image from each condition under its tile's caption."""
-    return np.concatenate(
-        [
-            sample_images(
-                generator,
-                [caption],
-                control=Control(network, condition_CHW),
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed + number,
-            )
-            for number, (caption, condition_CHW) in enumerate(
-                zip(captions, condition_NCHW, strict=True)
-            )
-        ]
+    return sample_images(
+        generator,
+        captions,
+        control=Control(network, condition_NCHW),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
     )
 
 

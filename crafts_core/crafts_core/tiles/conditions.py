@@ -224,8 +224,8 @@ def read_condition(
         square = box or (left, top, left + side, top + side)
         try:
             if modality == "nuclei":
-                labels_HW = _nearest(np.asarray(image), square, tile_px)
-                return to_bytes(nuclei_condition(_checked_labels(labels_HW, path)), modality)
+                labels_HW = _nearest(_checked_labels(np.asarray(image), path), square, tile_px)
+                return to_bytes(nuclei_condition(labels_HW), modality)
             channels = [_resampled(channel, square, tile_px) for channel in _channels(image)]
             return to_bytes(fluorescence_condition(channels), modality)
         except ConditionError:
