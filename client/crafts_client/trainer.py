@@ -42,7 +42,7 @@ from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
 _LOG = logging.getLogger(__name__)
 
-_AWAKE = 0.02
+_AWAKE = 0.1
 """Standard deviation of what ``_awake`` adds."""
 Drawn = tuple[TileBatch, Draws]
 """A patient's tiles with their noise and timesteps."""
