@@ -286,8 +286,9 @@ def initial_state(
     The second factor is zero. The first has orthogonal rows from the foundation's public update,
     each as long as gives every number of the second factor the same influence on the prediction;
     or, if the plan says ``random``, normal rows of unit expected norm. Full weights start at the
-    foundation's own. A ControlNet's first factors are those that its encoder's layers would have in
-    the denoiser. Everything follows from public files and the seed.
+    foundation's own. The first factors of a ControlNet have the directions that its encoder's
+    layers would get in the denoiser, as unit rows: what passes its zero convolutions has no
+    influence yet that could be made equal. Everything follows from public files and the seed.
 
     Raises:
         AdapterError: the config does not fit the foundation's UNet.
@@ -300,32 +301,39 @@ def initial_state(
         for modality in MODALITIES
         if modality in parts
     }
-    layers: dict[str, nn.Linear | nn.Conv2d] = {}
     if "generator" in parts and config.kind == "full":
         state = {name: _copied(weight) for name, weight in unet.named_parameters()}
     elif "generator" in parts:
         layers = target_layers(unet, config)
-        for name, rows_RI in _first(foundation, config, layers, seed, public_work).items():
+        first = _directions(foundation, config, layers, seed, public_work)
+        if config.first_factor == "public":
+            first = _with_equal_influence(foundation, first, seed, public_work)
+        for name, rows_RI in first.items():
             shape = layers[name].weight.shape
             ones = [1] * (len(shape) - 2)
             state[name + FIRST] = rows_RI.reshape(config.rank, *shape[1:])
             state[name + SECOND] = torch.zeros(shape[0], config.rank, *ones)
     for modality, network in controls.items():
-        first = _first(foundation, config, control_layers(network, config), seed, public_work)
+        layers = control_layers(network, config)
+        first = _directions(foundation, config, layers, seed, public_work)
         state |= initial_control_state(network, modality, first, seed=seed)
     return state
 
 
-def _first(
+def _directions(
     foundation: Foundation,
     config: AdapterConfig,
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     seed: int,
     public_work: PublicUpdateConfig | None,
 ) -> dict[str, Tensor]:
-    """A of every layer, shape (R, I)."""
+    """Rows of unit length for A of every layer, shape (R, I)."""
     if config.first_factor == "public":
-        return _public_first(foundation, list(layers), config.rank, seed, public_work)
+        updates = public_update(foundation, list(layers), seed=seed, config=public_work)
+        return {
+            name: leading_right_directions(update, config.rank, seed=seed)
+            for name, update in updates.items()
+        }
     generator = torch.Generator().manual_seed(seed)
     sizes = {name: layer.weight[0].numel() for name, layer in layers.items()}
     return {
@@ -334,18 +342,13 @@ def _first(
     }
 
 
-def _public_first(
+def _with_equal_influence(
     foundation: Foundation,
-    modules: list[str],
-    rank: int,
+    directions: Mapping[str, Tensor],
     seed: int,
     public_work: PublicUpdateConfig | None,
 ) -> dict[str, Tensor]:
-    """A of every module, shape (R, I): public directions, scaled to equal influence."""
-    updates = public_update(foundation, modules, seed=seed, config=public_work)
-    directions = {
-        name: leading_right_directions(update, rank, seed=seed) for name, update in updates.items()
-    }
+    """Each row as long as gives every number of the second factor the same influence."""
     found = influence(foundation, directions, seed=seed, config=public_work)
     # A direction that moves nothing must not become huge.
     floor = _LEAST_INFLUENCE * max(float(values.max()) for values in found.values())

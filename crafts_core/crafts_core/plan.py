@@ -232,6 +232,11 @@ class Plan(_Section):
         return (*(GENERATOR_ONLY if trains_generator else ()), *modalities)
 
     @property
+    def gives_lora(self) -> bool:
+        """Whether what it trains of the denoiser can be written as a LoRA file."""
+        return self.adapter.kind == "lora" and "generator" in self.parts
+
+    @property
     def num_rounds(self) -> int:
         return sum(stage.rounds for stage in self.stage)
 

@@ -233,6 +233,7 @@ def test_control_drops_half_of_the_captions_unless_told_otherwise() -> None:
     assert plan.stage[0].caption_dropout == 0.5
     assert [entry.factor for entry in plan.rounds()] == ["nuclei", "nuclei"]
     assert plan.parts == ("nuclei",)
+    assert not plan.gives_lora
     told = [control_plan()["stage"][0] | {"caption_dropout": 0.2}]  # type: ignore[index]
     assert Plan.parse(control_plan(stage=told)).stage[0].caption_dropout == 0.2
 
