@@ -10,12 +10,13 @@ groups`` several patients folded into one: clip, integer grid, noise from OS ent
 * ``Opacus hooks``, ``ghost``, ``functorch``: Opacus 1.6 on the same batch, which clips each *tile*
   and so promises a patient less; float noise. What a kind of layer does not support is named.
 
-Time: the variants take turns inside one process, order reversed every other turn; reported are the
-medians and the median of the ratios within a turn. Memory: each variant in a process of its own,
-the rise of peak resident memory over the moment before the first step (Linux; on CUDA the peak
-of allocated memory).
+Time: on a CPU the variants take turns inside one process, order reversed every other turn; reported
+are the medians and the median of the ratios within a turn. A GPU holds one variant at a time, so
+there they follow each other. Memory: the rise of the peak over the moment before the first step; on
+a CPU resident memory of a process of its own for each variant (Linux), on CUDA allocated memory.
 
     python benchmarks/private_step.py --kind lora full --tiles 2 4 8 16 --out results/step.json
+    python benchmarks/private_step.py --device cuda --model sd15 --half --kind lora --tiles 8
 """
 
 import argparse
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +71,50 @@ class Setting:
     patients: int
     tiles: int
     rank: int
-    size: int
     seed: int
     device: str
+    model: str
+    half: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a UNet and of what goes into it."""
+
+    unet: dict[str, Any]
+    condition_channels: tuple[int, ...]
+    latent_px: int
+    text_length: int
+
+    @property
+    def mask_px(self) -> int:
+        """The condition's side: the stem halves it once for each step between its channels."""
+        return self.latent_px * 2 ** (len(self.condition_channels) - 1)
+
+
+SHAPES = {
+    "embedded": Shape(
+        unet={
+            "block_out_channels": (96, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 96,
+            "attention_head_dim": 32,
+            "norm_num_groups": 16,
+        },
+        condition_channels=(16, 32, 96),
+        latent_px=16,
+        text_length=32,
+    ),
+    # Stable Diffusion 1.5, 512 px; what is not named is diffusers' default, which is its shape.
+    "sd15": Shape(
+        unet={"cross_attention_dim": 768},
+        condition_channels=(16, 32, 96, 256),
+        latent_px=64,
+        text_length=77,
+    ),
+}
 
 
 class Everybody:
@@ -82,28 +125,19 @@ class Everybody:
 
 
 class Denoiser(nn.Module):
-    """A UNet of the embedded foundation's shape, steered by a ControlNet or not."""
+    """A UNet, steered by a ControlNet or not."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.unet = UNet2DConditionModel(
-            sample_size=setting.size,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(96, 128),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=96,
-            attention_head_dim=32,
-            norm_num_groups=16,
-        ).requires_grad_(False)
+        shape = SHAPES[setting.model]
+        unet = UNet2DConditionModel(sample_size=shape.latent_px, **shape.unet)
+        self.unet = unet.requires_grad_(False)
         self.control: ControlNetModel | None = None
         if setting.kind == "full":
             self.unet.requires_grad_(True)
         elif setting.kind == "controlnet":
             self.control = ControlNetModel.from_unet(
-                self.unet, conditioning_embedding_out_channels=(16, 32, 96)
+                self.unet, conditioning_embedding_out_channels=shape.condition_channels
             ).requires_grad_(True)
         else:
             lora = LoraConfig(r=setting.rank, target_modules=TARGETS[setting.kind])
@@ -128,26 +162,30 @@ class Workload:
     def __init__(self, setting: Setting) -> None:
         torch.manual_seed(setting.seed)
         self.setting = setting
-        self.model: nn.Module = Denoiser(setting).to(setting.device)
+        with torch.device(setting.device):
+            self.model: nn.Module = Denoiser(setting)
         self.parameters = {
             name: parameter
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
-        count, device = setting.patients * setting.tiles, setting.device
-        shape = (count, 4, setting.size, setting.size)
-        self._inputs = (
-            torch.randn(shape, device=device),
-            torch.randint(0, 1000, (count,), device=device),
-            torch.randn(count, 32, 96, device=device),
-            torch.rand(count, 3, 4 * setting.size, 4 * setting.size, device=device),
-        )
-        self._target = torch.randn(shape, device=device)
+        count, sizes = setting.patients * setting.tiles, SHAPES[setting.model]
+        shape = (count, 4, sizes.latent_px, sizes.latent_px)
+        with torch.device(setting.device):
+            self._inputs = (
+                torch.randn(shape),
+                torch.randint(0, 1000, (count,)),
+                torch.randn(count, sizes.text_length, sizes.unet["cross_attention_dim"]),
+                torch.rand(count, 3, sizes.mask_px, sizes.mask_px),
+            )
+            self._target = torch.randn(shape)
 
     def loss_per_tile(self, first: int, last: int) -> Tensor:
         """Losses (B,) of tiles ``first`` to ``last``."""
-        output = self.model(*(each[first:last] for each in self._inputs))
-        return (output - self._target[first:last]).square().mean((1, 2, 3))
+        setting = self.setting
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.half):
+            output = self.model(*(each[first:last] for each in self._inputs))
+        return (output.float() - self._target[first:last]).square().mean((1, 2, 3))
 
     def loss(self, first: int, last: int) -> Tensor:
         """Their mean."""
@@ -297,22 +335,18 @@ def seconds_of(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def buildable(setting: Setting, names: Sequence[str]) -> tuple[dict[str, Step], dict[str, str]]:
-    """Steps that ran once, and why the others cannot."""
+def measure_in_turns(
+    setting: Setting, names: Sequence[str], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
+    """Seconds and memory of each variant, entry i measured in the same turn, and what failed."""
     steps, failed = {}, {}
     for name in names:
         try:
             step = VARIANTS[name](Workload(setting))
             step()
+            steps[name] = step
         except Exception as error:  # Opacus raises whatever its rules run into
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            steps[name] = step
-    return steps, failed
-
-
-def measure_time(steps: dict[str, Step], setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step of each variant; entry i of each was measured in the same turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-1, repeats):  # the first turn warms up
         order = list(steps) if turn % 2 == 0 else list(reversed(steps))
@@ -320,18 +354,34 @@ def measure_time(steps: dict[str, Step], setting: Setting, repeats: int) -> dict
             taken = seconds_of(steps[name], setting.device)
             if turn >= 0:
                 seconds[name].append(taken)
-    return seconds
+    return seconds, {name: measure_memory(setting, name) for name in steps}, failed
+
+
+def measure_one_by_one(
+    setting: Setting, names: Sequence[str], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
+    """The same where one variant at a time fits; the GPU does nothing else."""
+    seconds, memory, failed = {}, {}, {}
+    for name in names:
+        try:
+            step = VARIANTS[name](Workload(setting))
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            for _ in range(2):  # warms up
+                step()
+            seconds[name] = [seconds_of(step, setting.device) for _ in range(repeats)]
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            del step
+        except Exception as error:  # Opacus raises whatever its rules run into, or it does not fit
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        gc.collect()
+        torch.cuda.empty_cache()
+    return seconds, memory, failed
 
 
 def measure_memory_here(setting: Setting, variant: str) -> float:
     """MiB that a few steps of one variant add to this process's peak."""
     step = VARIANTS[variant](Workload(setting))
-    if setting.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for _ in range(3):
-            step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     before_kib = _reset_peak_kib()
     for _ in range(3):
         step()
@@ -355,16 +405,18 @@ def measure_memory(setting: Setting, variant: str) -> float:
     """The same in a fresh process, so that no variant inherits another's peak."""
     command = [sys.executable, __file__, "--memory-of", variant]
     for name, value in vars(setting).items():
-        command += [f"--{name}", str(value)]
+        if name == "half":
+            command += ["--half"] if value else []
+        else:
+            command += [f"--{name}", str(value)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(finished.stdout)
 
 
 def measure(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, object]:
     """Medians and quartiles, and ratios to the plain step."""
-    steps, failed = buildable(setting, names)
-    seconds = measure_time(steps, setting, repeats)
-    memory = {name: measure_memory(setting, name) for name in steps}
+    by = measure_one_by_one if setting.device == "cuda" else measure_in_turns
+    seconds, memory, failed = by(setting, names, repeats)
     values: dict[str, object] = {"setting": vars(setting)}
     for name, taken in seconds.items():
         over_plain = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
@@ -415,7 +467,8 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[16], help="tiles of a patient, K")
     parser.add_argument("--patients", type=int, help="in a step; 32 tiles in all if absent")
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank")
-    parser.add_argument("--size", type=int, default=16, help="side of the latents")
+    parser.add_argument("--model", default="embedded", choices=list(SHAPES), help="whose shape")
+    parser.add_argument("--half", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=10)
@@ -430,9 +483,10 @@ def main() -> None:
             patients=chosen.patients or max(1, 32 // tiles),
             tiles=tiles,
             rank=chosen.rank,
-            size=chosen.size,
             seed=chosen.seed,
             device=chosen.device,
+            model=chosen.model,
+            half=chosen.half,
         )
         if chosen.memory_of:
             print(measure_memory_here(setting, chosen.memory_of))

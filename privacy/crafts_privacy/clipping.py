@@ -20,7 +20,8 @@ CLIP_MARGIN = 1e-6
 GRID_BITS = 24
 """C is at least 2**24 grid steps, so the grid is as fine as float32 at full length."""
 
-_NORM_CHUNK = 1 << 20
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
+"""Numbers at a time: what stays in a processor's cache, and what fills a GPU."""
 
 
 def clip_(grad_D: Tensor, max_grad_norm: float, *, stability: float | None = None) -> Tensor:
@@ -62,8 +63,7 @@ def norm_float64(grad_D: Tensor) -> Tensor:
     In chunks, because torch makes a float64 copy of what it is given.
     """
     chunks = [
-        torch.linalg.vector_norm(chunk_D, dtype=torch.float64)
-        for chunk_D in torch.split(grad_D, _NORM_CHUNK)
+        torch.linalg.vector_norm(chunk_D, dtype=torch.float64) for chunk_D in chunks_of(grad_D)
     ]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(chunks))
     return norm
@@ -83,4 +83,15 @@ def to_grid_(grad_D: Tensor, step: float) -> Tensor:
     Guarantee: the norm times ``step`` is at most what it was. The values are integers below
     2**25, so a float64 accumulator adds up to 2**28 patients without any rounding.
     """
-    return grad_D.mul_(1.0 / step).trunc_()
+    return grad_D.div_(step, rounding_mode="trunc")
+
+
+def add_float64_(sum_D: Tensor, grad_D: Tensor) -> None:
+    """Add float32 to a float64 sum, in place; twice as fast as leaving the types to torch."""
+    for sum_chunk_D, chunk_D in zip(chunks_of(sum_D), chunks_of(grad_D), strict=True):
+        sum_chunk_D += chunk_D.double()
+
+
+def chunks_of(flat_D: Tensor) -> tuple[Tensor, ...]:
+    """Views of a long vector, for work that makes copies."""
+    return torch.split(flat_D, _CHUNK.get(flat_D.device.type, _CHUNK["cpu"]))

@@ -7,28 +7,24 @@ Gaussian mechanism, and rounding is post-processing.
 
 What is proved: the sensitivity of the integer sum. What is argued: that a Gaussian computed in
 float64 stands for a real one. Its standard deviation is about 2**24 grid steps; the uniform behind
-it keeps 40 or more significant bits out to the tails, so every integer within reach is possible
-and neighbouring integers differ in probability as they should to about 1e-6. Timing side channels
-are out of scope.
+it keeps 39 or more significant bits out to the tails, so every integer within reach is possible
+and neighbouring integers differ in probability as they should to about 1e-6. And that words of a
+key stream (``keystream``) stand for entropy, as they do wherever a key is drawn. Timing side
+channels are out of scope.
 """
 
-import os
-from collections.abc import Callable
+import math
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
-RandomBytes = Callable[[int], bytes]
-"""``random_bytes(n)`` returns n bytes; ``os.urandom`` everywhere but in tests."""
+from crafts_privacy.clipping import chunks_of
+from crafts_privacy.keystream import Stream, key_stream
 
 MAX_STD = 2.0**48
 """Largest noise, in grid steps, for which sum and noise stay exact in float64."""
 
-_CHUNK = 1 << 20
 _TAIL_BITS = 40
 
 
@@ -45,11 +41,11 @@ class NoiseSource(Protocol):
 
 
 class GridNoise:
-    """Noise from the operating system's cryptographic generator. It has no seed."""
+    """Noise under a fresh key of the operating system each time, on the sum's device."""
 
     def add_(self, grid_sum_D: Tensor, std: float) -> None:
         """See :class:`NoiseSource`."""
-        add_gaussian_integers_(grid_sum_D, std, os.urandom)
+        add_gaussian_integers_(grid_sum_D, std, key_stream(grid_sum_D.device))
 
 
 class ExactNoise:
@@ -77,21 +73,20 @@ class ExactNoise:
         opendp = self._opendp
         integers = opendp.vector_domain(opendp.atom_domain(T=int))
         draw = opendp.m.make_gaussian(integers, opendp.l2_distance(T=float), scale=std)
-        for chunk in torch.split(grid_sum_D, _CHUNK):
+        for chunk in chunks_of(grid_sum_D):
             noise = torch.tensor(draw([0] * chunk.numel()), dtype=torch.float64)
             chunk.add_(noise.to(grid_sum_D.device))
 
 
-def add_gaussian_integers_(grid_sum_D: Tensor, std: float, random_bytes: RandomBytes) -> None:
+def add_gaussian_integers_(grid_sum_D: Tensor, std: float, stream: Stream) -> None:
     """Add rounded Gaussians to a float64 vector, chunk by chunk so that memory stays flat.
 
     Raises:
         ValueError: the vector is not float64, or ``std`` is outside what float64 holds exactly.
     """
     _check_noise(grid_sum_D, std)
-    for chunk in torch.split(grid_sum_D, _CHUNK):
-        noise = np.rint(std * standard_normals(chunk.numel(), random_bytes))
-        chunk.add_(torch.from_numpy(noise).to(grid_sum_D.device))
+    for chunk in chunks_of(grid_sum_D):
+        chunk.add_(standard_normals(chunk.numel(), stream).mul_(std).round_())
 
 
 def _check_noise(grid_sum_D: Tensor, std: float) -> None:
@@ -101,23 +96,20 @@ def _check_noise(grid_sum_D: Tensor, std: float) -> None:
         raise ValueError(f"expected a standard deviation of 1 to 2**48 grid steps, got {std}")
 
 
-def standard_normals(num: int, random_bytes: RandomBytes) -> NDArray[np.float64]:
-    """Independent N(0, 1) values by inversion of a uniform with fine tails.
+def standard_normals(num: int, stream: Stream) -> Tensor:
+    """Independent N(0, 1) values, float64 (num,), by inversion of a uniform with fine tails.
 
-    One word gives the sign and 53 bits of the upper-tail probability. Where the leading bits are
-    zero (one value in 8192), a second word supplies the bits below, so that values far out are
-    spaced as finely as the grid needs.
+    One word gives the sign and 53 bits k of the upper-tail probability (k + 1/2) / 2**54. Where
+    k's leading bits are zero (one value in 8192), 1 - 2p would round coarsely: there a second word
+    supplies the bits below, and p itself is inverted, so that values far out are spaced as finely
+    as the grid needs.
     """
-    words = _words(num, random_bytes)
-    tail_probability = (words >> np.uint64(11)).astype(np.float64)
-    in_tail = np.flatnonzero(tail_probability < 2.0**_TAIL_BITS)
-    below = (_words(in_tail.size, random_bytes) >> np.uint64(11)).astype(np.float64)
-    within_cell = np.full(num, 0.5)
-    within_cell[in_tail] = (below + 0.5) * 2.0**-53
-    magnitude: NDArray[np.float64] = -ndtri((tail_probability + within_cell) * 2.0**-54)
-    negative = (words & np.uint64(1)).astype(bool)
-    return np.where(negative, -magnitude, magnitude)
-
-
-def _words(num: int, random_bytes: RandomBytes) -> NDArray[np.uint64]:
-    return np.frombuffer(random_bytes(8 * num), dtype=np.uint64)
+    words = stream(num)
+    tail = (words >> 11) & (2**53 - 1)
+    in_tail = (tail < 2**_TAIL_BITS).nonzero().squeeze(1)
+    above, below = tail[in_tail].double(), (stream(len(in_tail)) >> 11) & (2**53 - 1)
+    far = -torch.special.ndtri((above + (below.double() + 0.5) * 2.0**-53) * 2.0**-54)
+    values = tail.double().add_(0.5).mul_(-(2.0**-53)).add_(1.0)
+    values = values.erfinv_().mul_(math.sqrt(2.0))
+    values[in_tail] = far
+    return values.copysign_((words << 63).view(torch.float64))  # the lowest bit, as a sign

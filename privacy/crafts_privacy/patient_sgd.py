@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.clipping import clip_, grid_step, to_grid_
+from crafts_privacy.clipping import add_float64_, clip_, grid_step, to_grid_
 from crafts_privacy.gradients import FlatGradient, GroupGradients, views_of
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Optimizer
@@ -230,7 +230,7 @@ class PatientSGD:
         self._num_seen += 1
         if self._mechanism.private:
             to_grid_(grad_D, self._step)
-        self._sum_D += grad_D
+        add_float64_(self._sum_D, grad_D)
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -5,12 +5,14 @@ patient is drawn independently; a shuffle or a seeded generator gives neither.
 """
 
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crafts_privacy.noise import RandomBytes
+RandomBytes = Callable[[int], bytes]
+"""``random_bytes(n)`` returns n bytes; ``os.urandom`` everywhere but in tests."""
 
 
 class PatientSampler(Protocol):

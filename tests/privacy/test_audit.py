@@ -330,3 +330,9 @@ def test_randomized_response_is_never_bounded_above_its_epsilon() -> None:
     ]
     assert sum(bound > claim for bound in bounds) <= 6  # 95 % confidence: 2 expected
     assert min(bounds) > claim - 0.3
+
+
+@pytest.mark.gpu
+def test_the_engine_passes_on_a_gpu_and_a_fault_is_caught_there() -> None:
+    assert audit(device="cuda").passed
+    assert not audit(faulty(AutomaticWithoutNorm), device="cuda", num_canaries=10).passed

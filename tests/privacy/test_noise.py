@@ -1,10 +1,9 @@
-import os
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from crafts_privacy.keystream import Stream, key_stream
 from crafts_privacy.noise import ExactNoise, GridNoise, add_gaussian_integers_, standard_normals
 
 N = 200_000
@@ -14,6 +13,18 @@ def noise_of(std: float, num: int = N) -> torch.Tensor:
     values = torch.zeros(num, dtype=torch.float64)
     GridNoise().add_(values, std)
     return values
+
+
+def words_in_turn(*words: list[int]) -> Stream:
+    """Given words, a list for each call."""
+    calls = iter(words)
+
+    def stream(num: int) -> torch.Tensor:
+        given = np.array(next(calls), dtype=np.uint64)
+        assert len(given) == num
+        return torch.from_numpy(given.view(np.int64))
+
+    return stream
 
 
 def looks_gaussian(values: np.ndarray, std: float) -> bool:
@@ -97,24 +108,31 @@ def test_noise_covers_every_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("word", "expected"),
     [
-        ([2**63], 0.6744897501960817),  # tail probability 1/4 on one side
-        ([2**63 + 1], -0.6744897501960817),  # the lowest bit is the sign
-        ([2**64 - 1], 0.0),
+        (2**63, 0.6744897501960817),  # tail probability 1/4 on one side
+        (2**63 + 1, -0.6744897501960817),  # the lowest bit is the sign
+        (2**64 - 1, 0.0),
     ],
 )
-def test_normals_are_the_inverse_of_their_bits(words: list[int], expected: float) -> None:
-    raw = np.array(words, dtype=np.uint64).tobytes()
-    values = standard_normals(1, lambda num: raw if num else b"")
-    assert values[0] == pytest.approx(expected, abs=1e-9)
+def test_normals_are_the_inverse_of_their_bits(word: int, expected: float) -> None:
+    values = standard_normals(1, words_in_turn([word], []))
+    assert values.item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_normals_are_scipys_inverse_of_the_normal_distribution() -> None:
+    """From the middle to where a second word takes over, to a ten thousandth of a grid step."""
+    tails = [*np.geomspace(2**40, 2**53 - 1, 2000).astype(np.uint64), 2**40 - 1, 2**40]
+    words = [int(tail) << 11 for tail in tails]
+    values = standard_normals(len(words), words_in_turn(words, [2**63]))
+    expected = stats.norm.isf([(float(tail) + 0.5) * 2.0**-54 for tail in tails])
+    np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=1e-4 * 2.0**-24)
 
 
 def test_the_far_tail_takes_its_resolution_from_a_second_word() -> None:
     """Leading bits all zero: 53 more bits decide, down to 2**-108 on one side."""
-    words = iter([np.array([0], np.uint64), np.array([0], np.uint64)])
-    values = standard_normals(1, lambda num: next(words).tobytes())
-    assert values[0] == pytest.approx(stats.norm.isf(2.0**-108), rel=1e-9)
+    values = standard_normals(1, words_in_turn([0], [0]))
+    assert values.item() == pytest.approx(stats.norm.isf(2.0**-108), rel=1e-9)
 
 
 @pytest.mark.parametrize("std", [0.0, 0.5, -1.0, float("nan"), float("inf"), 2.0**49])
@@ -125,8 +143,19 @@ def test_a_std_that_the_grid_cannot_hold_is_refused(std: float) -> None:
 
 def test_a_float32_sum_is_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
-        add_gaussian_integers_(torch.zeros(2), 10.0, os.urandom)
+        add_gaussian_integers_(torch.zeros(2), 10.0, key_stream(torch.device("cpu")))
 
 
 def test_an_empty_vector_needs_no_noise() -> None:
     GridNoise().add_(torch.zeros(0, dtype=torch.float64), 10.0)
+
+
+@pytest.mark.gpu
+def test_noise_on_a_gpu_is_gaussian_whole_and_fresh() -> None:
+    values = torch.zeros((1 << 23) + 17, dtype=torch.float64, device="cuda")
+    GridNoise().add_(values, 2.0**24)
+    first = values.cpu().numpy()
+    assert looks_gaussian(first[-N:], 2.0**24)
+    assert (first == first.round()).all()
+    GridNoise().add_(values.zero_(), 2.0**24)
+    assert abs(np.corrcoef(first[:N], values[:N].cpu().numpy())[0, 1]) < 6 / np.sqrt(N)

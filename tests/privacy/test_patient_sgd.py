@@ -627,7 +627,6 @@ def test_a_loss_per_tile_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_bound_holds_on_a_gpu() -> None:
     model, noise = make_model().cuda(), RecordingNoise()
     sgd = optimizer(model, noise=noise, sampler=FixedSampler([4]))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,10 +15,14 @@ class SeededNoise:
     """The production transform behind reproducible bytes."""
 
     def __init__(self, seed: int) -> None:
-        self._bytes = np.random.default_rng(seed).bytes
+        self._generator = np.random.default_rng(seed)
 
     def add_(self, grid_sum_D: Tensor, std: float) -> None:
-        add_gaussian_integers_(grid_sum_D, std, self._bytes)
+        def stream(num: int) -> Tensor:
+            words = self._generator.integers(-(2**63), 2**63, num)
+            return torch.from_numpy(words).to(grid_sum_D.device)
+
+        add_gaussian_integers_(grid_sum_D, std, stream)
 
 
 class NoNoise:
