@@ -1,4 +1,4 @@
-"""The weights that travel: how they sit in the UNet, how they go in and out, and where they start.
+"""The weights that travel: how they sit in the UNet, and how they go in and out.
 
 ``lora_layers`` says what the two factors of a layer are; their names on the wire are those of the
 UNet's modules. ``kind = "full"`` trains every UNet weight under its own name. A plan with a control
@@ -22,7 +22,6 @@ from crafts_core.control_net import (
     control_prefix,
     control_state,
     generator_state,
-    initial_control_state,
     num_halvings_of,
     own_parameters,
     steering,
@@ -46,12 +45,6 @@ from crafts_core.plan import (
     Modality,
     Part,
 )
-from crafts_core.public_update import (
-    PublicUpdateConfig,
-    influence,
-    leading_right_directions,
-    public_update,
-)
 
 __all__ = [
     "Adapter",
@@ -60,7 +53,6 @@ __all__ = [
     "State",
     "add_delta",
     "factor_names",
-    "initial_state",
     "lora_tensors",
     "merged_control_net",
     "merged_unet",
@@ -68,8 +60,6 @@ __all__ = [
 ]
 
 State = dict[str, Tensor]
-_LEAST_INFLUENCE = 1e-6
-"""Relative to the most influential direction."""
 
 
 class Condition(NamedTuple):
@@ -271,91 +261,6 @@ def target_layers(
         AdapterError: a target matches nothing, or the rank is larger than a layer allows.
     """
     return matching_layers(unet, config.targets, config.rank)
-
-
-def initial_state(
-    foundation: Foundation,
-    config: AdapterConfig,
-    seed: int,
-    parts: Sequence[Part] = GENERATOR_ONLY,
-    *,
-    public_work: PublicUpdateConfig | None = None,
-) -> State:
-    """Where a study starts: an adapter that changes nothing yet.
-
-    The second factor is zero. The first has orthogonal rows from the foundation's public update,
-    each as long as gives every number of the second factor the same influence on the prediction;
-    or, if the plan says ``random``, normal rows of unit expected norm. Full weights start at the
-    foundation's own. The first factors of a ControlNet have the directions that its encoder's
-    layers would get in the denoiser, as unit rows: what passes its zero convolutions has no
-    influence yet that could be made equal. Everything follows from public files and the seed.
-
-    Raises:
-        AdapterError: the config does not fit the foundation's UNet.
-    """
-    unet, state = foundation.generator.unet, {}
-    controls = {
-        modality: build_control_net(
-            unet, modality, num_halvings=num_halvings_of(foundation.generator)
-        )
-        for modality in MODALITIES
-        if modality in parts
-    }
-    if "generator" in parts and config.kind == "full":
-        state = {name: _copied(weight) for name, weight in unet.named_parameters()}
-    elif "generator" in parts:
-        layers = target_layers(unet, config)
-        first = _directions(foundation, config, layers, seed, public_work)
-        if config.first_factor == "public":
-            first = _with_equal_influence(foundation, first, seed, public_work)
-        for name, rows_RI in first.items():
-            shape = layers[name].weight.shape
-            ones = [1] * (len(shape) - 2)
-            state[name + FIRST] = rows_RI.reshape(config.rank, *shape[1:])
-            state[name + SECOND] = torch.zeros(shape[0], config.rank, *ones)
-    for modality, network in controls.items():
-        layers = control_layers(network, config)
-        first = _directions(foundation, config, layers, seed, public_work)
-        state |= initial_control_state(network, modality, first, seed=seed)
-    return state
-
-
-def _directions(
-    foundation: Foundation,
-    config: AdapterConfig,
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
-    seed: int,
-    public_work: PublicUpdateConfig | None,
-) -> dict[str, Tensor]:
-    """Rows of unit length for A of every layer, shape (R, I)."""
-    if config.first_factor == "public":
-        updates = public_update(foundation, list(layers), seed=seed, config=public_work)
-        return {
-            name: leading_right_directions(update, config.rank, seed=seed)
-            for name, update in updates.items()
-        }
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {name: layer.weight[0].numel() for name, layer in layers.items()}
-    return {
-        name: torch.randn(config.rank, size, generator=generator) / size**0.5
-        for name, size in sizes.items()
-    }
-
-
-def _with_equal_influence(
-    foundation: Foundation,
-    directions: Mapping[str, Tensor],
-    seed: int,
-    public_work: PublicUpdateConfig | None,
-) -> dict[str, Tensor]:
-    """Each row as long as gives every number of the second factor the same influence."""
-    found = influence(foundation, directions, seed=seed, config=public_work)
-    # A direction that moves nothing must not become huge.
-    floor = _LEAST_INFLUENCE * max(float(values.max()) for values in found.values())
-    return {
-        name: rows_RI / found[name].clamp(min=floor).sqrt()[:, None]
-        for name, rows_RI in directions.items()
-    }
 
 
 def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:

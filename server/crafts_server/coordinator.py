@@ -9,10 +9,11 @@ from typing import Self
 
 from flwr.serverapp import Grid
 
-from crafts_core.adapters import State, initial_state
+from crafts_core.adapters import State
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
+from crafts_core.starting_point import initial_state
 from crafts_privacy.signing import verify
 from crafts_server.aggregation import AggregationRule, rule_of
 from crafts_server.checkpoints import Checkpoint

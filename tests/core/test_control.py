@@ -18,7 +18,6 @@ from crafts_core.adapters import (
     State,
     add_delta,
     factor_names,
-    initial_state,
     lora_tensors,
     merged_control_net,
 )
@@ -31,6 +30,7 @@ from crafts_core.plan import AdapterConfig, Plan, PlanError
 from crafts_core.sampling import Control, sample_images
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import BatchCoupledLossError, Objective, assert_per_tile
+from crafts_core.starting_point import initial_state
 from crafts_core.tiles.conditions import nuclei_condition
 
 CONFIG = AdapterConfig(kind="lora", rank=2, first_factor="random")

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from crafts_core.adapters import Adapter, initial_state
+from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
 from crafts_core.foundation import Foundation, embedded_path, load
 from crafts_core.plan import AdapterConfig, StageConfig
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective
+from crafts_core.starting_point import initial_state
 from crafts_core.tiles.conditions import nuclei_condition
 from crafts_core.vocabulary import cancer_type, compose_caption, sample_attributes
 
