@@ -147,6 +147,14 @@ def test_labels_of_every_width_read_the_same(tmp_path: Path, suffix: str, dtype:
     assert np.array_equal(found, to_bytes(nuclei_condition(labels), "nuclei"))
 
 
+def test_big_endian_labels_are_read(tmp_path: Path) -> None:
+    labels = np.tri(8, dtype=np.uint16) * 300
+    big = Image.frombytes("I;16B", (8, 8), labels.astype(">u2").tobytes())
+    big.save(tmp_path / "m.tif")
+    found = read_condition(tmp_path / "m.tif", "nuclei", tile_px=8)
+    assert np.array_equal(found, to_bytes(nuclei_condition(labels), "nuclei"))
+
+
 def test_labels_are_resampled_before_they_are_measured(tmp_path: Path) -> None:
     labels = np.zeros((6, 4), np.uint8)
     labels[2:4, 1:3] = 9

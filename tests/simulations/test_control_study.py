@@ -7,7 +7,6 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from crafts_client.home import SiteHome
 from crafts_core.foundation import Foundation
-from crafts_core.plan import MODALITIES
 from crafts_core.tiles import TileStore
 from crafts_privacy.ledger import Ledger
 from crafts_simulations.report import Report
@@ -84,6 +83,4 @@ def test_the_generator_is_steered_by_stock_diffusers(finished: Path, report: Rep
 
 
 def test_the_shipped_scenario_trains_control_alone() -> None:
-    scenario = load_scenario("control")
-    assert scenario.plan("0" * 64).parts == ("nuclei",)
-    assert set(scenario.plan("0" * 64).parts) <= set(MODALITIES)
+    assert load_scenario("control").plan("0" * 64).parts == ("nuclei",)

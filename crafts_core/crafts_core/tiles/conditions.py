@@ -224,7 +224,9 @@ def read_condition(
         square = box or (left, top, left + side, top + side)
         try:
             if modality == "nuclei":
-                labels_HW = _nearest(_checked_labels(np.asarray(image), path), square, tile_px)
+                # Big-endian files give numbers that scipy does not take.
+                whole_HW = _checked_labels(np.asarray(image).astype(np.int64), path)
+                labels_HW = _nearest(whole_HW, square, tile_px)
                 return to_bytes(nuclei_condition(labels_HW), modality)
             channels = [_resampled(channel, square, tile_px) for channel in _channels(image)]
             return to_bytes(fluorescence_condition(channels), modality)
