@@ -8,16 +8,20 @@ seconds of a core, with those of the wall beside:
     stored      256 px at the slide's own scale, decoded and encoded again
     small       64 px at 1 micron per pixel: what the embedded foundation takes
     copied      as ``stored``, with compressed tiles copied; the bare loop decodes and encodes
+    elsewhere   as ``stored``, with every pixel read through OpenSlide, as where a slide is not
+                a TIFF of plain JPEG tiles
 
 Ingest does everything: header, thumbnail, tissue, pen and fold masks, pictures, grid, reads,
 judging each tile, encoding, shard and journal with hashes, index and manifest. ``two_cores`` is the
-time of one process over the time of two on the same slides, start of processes included; ``memory``
-the peak of a process that ingests a slide, one four times as large, and four slides.
+time of one process over the time of two on the same eight slides of a quarter of the area, each
+from a program of its own, start of processes included; ``memory`` the peak of a program that
+ingests one of these, one four times as large, and four.
 
     OMP_NUM_THREADS=1 python benchmarks/ingest_speed.py --out results/ingest.json
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +41,7 @@ import openslide
 from PIL import Image
 
 from crafts_client.ingest import Salt, TilingOptions, ingest_slides, read_table
+from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.records import JPEG_QUALITY
@@ -48,7 +54,9 @@ SETTINGS = {
     "stored": {"tile_px": 256, "mpp": MPP, "copy_stored_tiles": False},
     "small": {"tile_px": 64, "mpp": 2 * MPP, "copy_stored_tiles": False},
     "copied": {"tile_px": 256, "mpp": MPP, "copy_stored_tiles": True},
+    "elsewhere": {"tile_px": 256, "mpp": MPP, "copy_stored_tiles": False},
 }
+NUM_SMALLER = 8
 
 
 class Seconds(NamedTuple):
@@ -122,13 +130,25 @@ def bare(slide: Path, tiles: list[tuple[int, int, float]], options: TilingOption
     return now() - started
 
 
+@contextlib.contextmanager
+def through_openslide() -> Iterator[None]:
+    """As if the slide's vendor stored its tiles in another way."""
+    whole = OpenSlideFile._tiles
+    OpenSlideFile._tiles = lambda _: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        OpenSlideFile._tiles = whole  # type: ignore[method-assign]
+
+
 def compare(name: str, slide: Path, folder: Path, repeats: int) -> dict[str, Any]:
     """One setting: medians over runs that take turns."""
     options = TilingOptions(**SETTINGS[name])  # type: ignore[arg-type]
     pairs = []
     for number in range(repeats + 1):  # the first warms the file cache
         out = folder / f"{name}-{number}"
-        ours = ingest([slide], out, options, 0)
+        with through_openslide() if name == "elsewhere" else contextlib.nullcontext():
+            ours = ingest([slide], out, options, 0)
         index = TileStore.open(out).index
         columns = (index.column(c).to_pylist() for c in ("x", "y", "level0_width"))
         tiles = list(zip(*columns, strict=True))
@@ -150,60 +170,64 @@ def compare(name: str, slide: Path, folder: Path, repeats: int) -> dict[str, Any
     }
 
 
-def two_cores(slides: list[Path], folder: Path, repeats: int) -> dict[str, Any]:
-    """The same slides with one process and with two."""
-    options = TilingOptions(**SETTINGS["stored"])  # type: ignore[arg-type]
-    ratios = []
-    for number in range(repeats):
-        one, two = (
-            ingest(slides, folder / f"cores-{processes}-{number}", options, processes).wall
-            for processes in (1, 2)
-        )
-        ratios.append(one / two)
-    return {"slides": len(slides), "ratio": round(statistics.median(ratios), 3), "ratios": ratios}
+class Alone(NamedTuple):
+    """What one ingest took in a program of its own."""
+
+    wall_s: float
+    peak_mib: float
+    """Of the program itself, without its workers."""
 
 
-def memory(slides: dict[str, list[Path]], folder: Path) -> dict[str, float]:
-    """Peak resident MiB of a process of its own for each."""
-    return {
-        name: float(
-            subprocess.run(
-                [
-                    sys.executable,
-                    __file__,
-                    "--peak",
-                    str(folder / f"memory-{name}"),
-                    *map(str, some),
-                ],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
-        for name, some in slides.items()
-    }
+def alone(setting: str, processes: int, out: Path, slides: list[Path]) -> Alone:
+    """Run ``print_alone`` in a new program."""
+    asked = [setting, str(processes), str(out), *map(str, slides)]
+    command = [sys.executable, __file__, "--alone", *asked]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Alone(**json.loads(done.stdout))
 
 
-def print_peak(out: Path, slides: list[Path]) -> None:
-    """Ingest in this process and print its peak."""
-    ingest(slides, out, TilingOptions(**SETTINGS["small"]), 0)  # type: ignore[arg-type]
+def print_alone(setting: str, processes: str, out: str, *slides: str) -> None:
+    """Ingest in this program and print what it took."""
+    options = TilingOptions(**SETTINGS[setting])  # type: ignore[arg-type]
+    took = ingest([Path(slide) for slide in slides], Path(out), options, int(processes))
     # Not ru_maxrss, which begins with what the parent had.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     [peak] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-    print(round(int(peak) / 1024, 1))
+    print(json.dumps(Alone(round(took.wall, 3), round(int(peak) / 1024, 1))._asdict()))
+
+
+def two_cores(slides: list[Path], folder: Path, repeats: int) -> dict[str, Any]:
+    """The same slides with one process and with two."""
+    ratios = []
+    for number in range(repeats + 1):  # the first warms the file cache
+        one, two = (
+            alone("stored", processes, folder / f"cores-{processes}-{number}", slides).wall_s
+            for processes in (1, 2)
+        )
+        ratios.append(round(one / two, 3))
+    median = round(statistics.median(ratios[1:]), 3)
+    return {"slides": len(slides), "ratio": median, "ratios": sorted(ratios[1:])}
+
+
+def memory(slides: dict[str, list[Path]], folder: Path) -> dict[str, float]:
+    """Peak resident MiB of a program that does everything itself."""
+    return {
+        name: alone("small", 0, folder / f"memory-{name}", some).peak_mib
+        for name, some in slides.items()
+    }
 
 
 def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slide", type=Path, help="a real slide instead of a drawn one")
-    parser.add_argument("--side", type=int, default=8192, help="of the drawn slide")
+    parser.add_argument("--side", type=int, default=16384, help="of the drawn slide")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--peak", type=Path, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
-        print_peak(arguments.peak[0], arguments.peak[1:])
+    if arguments.alone:
+        print_alone(*arguments.alone)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -219,10 +243,12 @@ def main() -> None:
             result["settings"].append(compare(name, slide, folder, arguments.repeats))
             print(result["settings"][-1])
         if not arguments.slide:
-            half = [drawn_slide(folder / f"{n}.svs", arguments.side // 2, n) for n in range(4)]
-            result["two_cores"] = two_cores(half, folder, max(1, arguments.repeats // 2))
+            smaller = [
+                drawn_slide(folder / f"{n}.svs", arguments.side // 2, n) for n in range(NUM_SMALLER)
+            ]
+            result["two_cores"] = two_cores(smaller, folder, max(1, arguments.repeats // 2))
             print(result["two_cores"])
-            some = {"one": half[:1], "four times as large": [slide], "four": half}
+            some = {"one": smaller[:1], "four times as large": [slide], "four": smaller[:4]}
             result["peak_mib"] = memory(some, folder)
             print(result["peak_mib"])
     if arguments.out:

@@ -56,7 +56,8 @@ from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 BOUND, NOISE = 1e-3, 1.0
 """Low enough that patients are clipped."""
-GROUP_ROWS = 16
+GROUP_ROWS = {"cpu": 16, "cuda": 32}
+"""Tiles that fill a pass, as crafts_client.speed has it."""
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS = {"lora": ATTENTION, "lora-conv": [*ATTENTION, "conv1", "conv2"]}
 KINDS = ("lora", "lora-conv", "full", "controlnet")
@@ -75,6 +76,7 @@ class Setting:
     device: str
     model: str
     half: bool
+    compile: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,8 @@ class Workload:
                 torch.rand(count, 3, sizes.mask_px, sizes.mask_px),
             )
             self._target = torch.randn(shape)
+        if setting.compile:
+            self.model.compile()
 
     def loss_per_tile(self, first: int, last: int) -> Tensor:
         """Losses (B,) of tiles ``first`` to ``last``."""
@@ -213,10 +217,10 @@ def private_step(work: Workload) -> Step:
 
 
 def private_step_in_groups(work: Workload) -> Step:
-    """As many patients to a backward pass as fill 16 tiles."""
+    """As many patients to a backward pass as fill it."""
     optimizer, patients = _private_sgd(work), work.setting.patients
     gradients = GroupGradients(work.model, list(work.parameters.values())).__enter__()
-    group_size = max(1, GROUP_ROWS // work.setting.tiles)
+    group_size = max(1, GROUP_ROWS[work.setting.device] // work.setting.tiles)
     return lambda: optimizer.step_in_groups(patients, work.group_loss, gradients, group_size)
 
 
@@ -405,8 +409,8 @@ def measure_memory(setting: Setting, variant: str) -> float:
     """The same in a fresh process, so that no variant inherits another's peak."""
     command = [sys.executable, __file__, "--memory-of", variant]
     for name, value in vars(setting).items():
-        if name == "half":
-            command += ["--half"] if value else []
+        if isinstance(value, bool):
+            command += [f"--{name}"] if value else []
         else:
             command += [f"--{name}", str(value)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -418,15 +422,17 @@ def measure(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, o
     by = measure_one_by_one if setting.device == "cuda" else measure_in_turns
     seconds, memory, failed = by(setting, names, repeats)
     values: dict[str, object] = {"setting": vars(setting)}
+    # One batch may be more than a GPU holds.
+    base = "plain" if "plain" in seconds else "plain, by patient"
     for name, taken in seconds.items():
-        over_plain = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
+        over_plain = [a / b for a, b in zip(taken, seconds[base], strict=True)]
         low, _, high = statistics.quantiles(over_plain, n=4)
         values[name] = {
             "median_s": round(statistics.median(taken), 5),
             "rise_of_peak_memory_mib": round(memory[name], 1),
             "time_over_plain": round(statistics.median(over_plain), 3),
             "time_over_plain_quartiles": [round(low, 3), round(high, 3)],
-            "memory_over_plain": round(memory[name] / max(memory["plain"], 1e-9), 3),
+            "memory_over_plain": round(memory[name] / max(memory[base], 1e-9), 3),
         }
     return values | {name: {"failed": why} for name, why in failed.items()}
 
@@ -469,6 +475,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank")
     parser.add_argument("--model", default="embedded", choices=list(SHAPES), help="whose shape")
     parser.add_argument("--half", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="for variants without hooks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=10)
@@ -487,6 +494,7 @@ def main() -> None:
             device=chosen.device,
             model=chosen.model,
             half=chosen.half,
+            compile=chosen.compile,
         )
         if chosen.memory_of:
             print(measure_memory_here(setting, chosen.memory_of))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
@@ -119,6 +120,18 @@ def ingest(
     tissue: Annotated[
         TissueMethod, typer.Option(help="How tissue is told from glass.")
     ] = TissueMethod.OTSU,
+    keep: Annotated[
+        list[Artefact] | None,
+        typer.Option(help="Do not leave this out, such as a stain in colours of ink; repeat."),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Names to take out of all captions, one a line; kept in the home from now on.",
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that read; all cores if absent.")
     ] = len(os.sched_getaffinity(0)),
@@ -130,6 +143,10 @@ def ingest(
             help="Only write TABLE: a line for each slide below this folder, to fill in.",
         ),
     ] = None,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="With --plan-table: list plain images (PNG, JPEG) as well."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Cut slides (or take ready tiles) into the tile store and fill the latent cache.
@@ -138,15 +155,23 @@ def ingest(
     that are new in the table are added.
     """
     if plan_table is not None:
-        _plan_table(table, plan_table)
+        _plan_table(table, plan_table, processes, images=images or ready_tiles)
         return
+    if images:
+        raise typer.BadParameter("--images has no effect without --plan-table")
+    if ready_tiles and (keep or max_tiles is not None or tissue is not TissueMethod.OTSU):
+        raise typer.BadParameter(
+            "--keep, --max-tiles and --tissue are for slides: every ready tile is taken"
+        )
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
-    from crafts_client.preparation import IngestOptions, prepare_site
+    from crafts_client.preparation import IngestOptions, keep_names, prepare_site
     from crafts_core.foundation import load
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         foundation = load(site.foundation_path, device=site.config.device)
+        if names is not None:
+            keep_names(site, names)
         with progress_bars() as progress:
             report = prepare_site(
                 site,
@@ -157,6 +182,7 @@ def ingest(
                     ready_tiles=ready_tiles,
                     max_tiles_per_slide=max_tiles,
                     tissue=tissue,
+                    keep=tuple(sorted(set(keep or ()))),
                     num_processes=processes,
                 ),
                 progress=progress,
@@ -173,17 +199,29 @@ def ingest(
     if not as_json:
         for source in report.skipped:
             typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
+        for source in report.warned:
+            typer.echo(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
 
 
-def _plan_table(table: Path, folder: Path) -> None:
+def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
     from crafts_client.ingest import find_slides, write_template
 
     with one_line_errors("crafts-client"):
-        slides = find_slides(folder)
-        write_template(table, slides)
+        with progress_bars() as progress:
+            found = find_slides(folder, images=images, num_processes=processes, progress=progress)
+        for path, why in found.left_out:
+            typer.echo(f"left out {path}: {why}", err=True)
+        if found.num_images:
+            typer.echo(
+                f"left out {found.num_images} plain images; --images lists them, too", err=True
+            )
+        write_template(table, found.paths)
+    what = "slides and images" if images else "slides"
+    if found.left_out:
+        typer.echo(f"{len(found.left_out)} files or folders were left out, see above", err=True)
     typer.echo(
-        f"{table}: {len(slides)} slides; fill in patient, and label or caption (mpp only where a "
-        f"slide does not know its scale), then run: crafts-client ingest {table}"
+        f"{table}: {len(found.paths)} {what}; fill in patient, and label or caption (mpp only "
+        f"where a slide does not know its scale), then run: crafts-client ingest {table}"
     )
 
 

@@ -7,6 +7,7 @@
     salt                the key of its pseudonyms (0600)
     tiles/              the tile store, with the latent cache below it
     ingest.json         what ingest did, with names: for the operator only (0600)
+    names.txt           names to take out of every caption, if you list some (0600)
     ingest.html         the same to look at, with pictures/ (0600)
     keys/               certificate, its key, the node's key (0600), the coordinator's authority
     coordinator.json    where the coordinator is
@@ -140,6 +141,11 @@ class SiteHome:
     @property
     def ingest_report_path(self) -> Path:
         return self.path / "ingest.json"
+
+    @property
+    def names_path(self) -> Path:
+        """People that no caption may name, one a line. Optional, written by the operator."""
+        return self.path / "names.txt"
 
     @property
     def pictures_path(self) -> Path:

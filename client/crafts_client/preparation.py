@@ -1,12 +1,15 @@
 """From a site's table to everything its trainer needs: tile store, report, latent cache."""
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from crafts_client.home import SiteHome
@@ -14,21 +17,30 @@ from crafts_client.ingest import (
     IngestError,
     IngestReport,
     Salt,
+    SourceOutcome,
+    TableRow,
     TilingOptions,
+    content_key,
+    examine_table,
     ingest_slides,
     ingest_tiles,
-    read_table,
     remove_patient,
+    remove_slides,
 )
-from crafts_client.ingest.ingest_page import write_ingest_page
+from crafts_client.ingest.errors import Problem
+from crafts_client.ingest.ingest_history import with_refusal, with_run
+from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
+from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
+from crafts_client.ingest.report import IngestRun, NothingUsedError
+from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
-from crafts_core.durable import exclusive_lock
-from crafts_core.foundation import Foundation
-from crafts_core.tiles import TileStore
-from crafts_core.tiles.latents import LatentCache, cache_folder
-from crafts_core.tiles.writer import MANIFEST_NAME
+from crafts_core.durable import exclusive_lock, write_file
+from crafts_core.foundation import Foundation, verify
+from crafts_core.tiles import TileStore, TileStoreError, damaged_files
+from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
+from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
 
 StepProgress = Callable[[str, int, int], None]
 """Name of the step, done, in all."""
@@ -41,6 +53,7 @@ class IngestOptions:
     ready_tiles: bool
     max_tiles_per_slide: int | None
     tissue: TissueMethod
+    keep: tuple[Artefact, ...]
     num_processes: int
 
 
@@ -55,63 +68,109 @@ def prepare_site(
 ) -> IngestReport:
     """Ingest what is new in a table, and encode what is new in the store.
 
-    Ready tiles are resampled whole to the foundation's size; their scale is taken as it is. Slides
-    of patients who withdrew are not read.
+    Ready tiles are resampled whole to the foundation's size, their scale taken as it is, unless the
+    table gives it: then each gives what the foundation's resolution needs of its middle. Slides of
+    patients who withdrew are not read.
 
     Raises:
-        IngestError: everything that is wrong with the table, or the disk.
-        HomeError: a patient is in another cohort of this home.
+        IngestError: everything that is wrong with the table and its files, or with the disk.
+        HomeError: the register of patients is not what was written.
     """
     with _one_at_a_time(home):
-        return _prepare(home, foundation, table, root, options, progress)
+        former = _former_report(home)
+        try:
+            report = _cut(home, foundation, table, root, options, former, progress)
+        except NothingUsedError as error:
+            _note(home, former, error.report, table)
+            error.point_to(home.path / PAGE_NAME)
+            raise
+        except IngestError as error:
+            _note_refusal(home, former, error, table, "tiles" if options.ready_tiles else "slides")
+            error.point_to(home.path / PAGE_NAME)
+            raise
+        _note(home, former, report, table)
+        fill_cache(home, foundation, progress)
+        return report
 
 
-def _prepare(
+def _cut(
     home: SiteHome,
     foundation: Foundation,
     table: Path,
     root: Path | None,
     options: IngestOptions,
+    former: IngestReport | None,
     progress: StepProgress,
 ) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
-    rows = read_table(table, root=root, cohort=config.cohort)
+    listed = ListedNames.read(home.names_path) if home.names_path.exists() else NOBODY
+    reading = examine_table(table, root=root, cohort=config.cohort, listed=listed)
+    rows = reading.rows
     register = PatientRegister(home.register_path)
-    # Before anything is read: whoever is read can also be forgotten.
-    register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
+    problems = [*reading.problems, *_of_other_cohorts(rows, register, salt, config.cohort)]
+    has_scale = options.ready_tiles and any(row.mpp is not None for row in rows)
+    if has_scale:
+        told = "no mpp, but other lines have one; give it for all ready tiles, or for none"
+        problems += [(row.line, told) for row in rows if row.mpp is None]
+    if not problems:  # before any pixel is read: whoever is read can also be forgotten
+        register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
     if options.ready_tiles:
-        report = ingest_tiles(
+        return ingest_tiles(
             rows,
             home.tile_store_path,
             cohort=config.cohort,
             salt=salt,
             tile_px=manifest.tile_px,
+            mpp=manifest.mpp if has_scale else None,
             num_processes=options.num_processes,
             withdrawn=register.withdrawn,
-            former=_former_report(home),
+            former=former,
+            problems=problems,
             progress=progress,
         )
-    else:
-        report = ingest_slides(
-            rows,
-            home.tile_store_path,
-            cohort=config.cohort,
-            salt=salt,
-            options=TilingOptions(
-                tile_px=manifest.tile_px,
-                mpp=manifest.mpp,
-                tissue=options.tissue,
-                max_tiles_per_slide=options.max_tiles_per_slide,
-            ),
-            num_processes=options.num_processes,
-            withdrawn=register.withdrawn,
-            pictures=home.pictures_path,
-            former=_former_report(home),
-            progress=progress,
-        )
-    _write_report(home, report)
-    fill_cache(home, foundation, progress)
-    return report
+    return ingest_slides(
+        rows,
+        home.tile_store_path,
+        cohort=config.cohort,
+        salt=salt,
+        options=TilingOptions(
+            tile_px=manifest.tile_px,
+            mpp=manifest.mpp,
+            tissue=options.tissue,
+            max_tiles_per_slide=options.max_tiles_per_slide,
+        ).keeping(options.keep),
+        num_processes=options.num_processes,
+        withdrawn=register.withdrawn,
+        pictures=home.pictures_path,
+        former=former,
+        problems=problems,
+        progress=progress,
+    )
+
+
+def _of_other_cohorts(
+    rows: Sequence[TableRow], register: PatientRegister, salt: Salt, cohort: str
+) -> Iterator[Problem]:
+    """Patients whose budget is another cohort's, by each of their lines."""
+    cohorts = register.cohorts()
+    for row in rows:
+        other = cohorts.get(salt.patient_id(row.patient), cohort)
+        if other != cohort:
+            told = (
+                f"patient {row.patient} belongs to cohort {other} of this home for life; take the "
+                f'line out, or set cohort = "{other}" in site.toml and ingest again'
+            )
+            yield row.line, told
+
+
+def keep_names(home: SiteHome, names: Path) -> None:
+    """Take a list of names into the home, for this and every later ingest.
+
+    Raises:
+        IngestError: it is no such list.
+    """
+    ListedNames.read(names)
+    write_file(home.names_path, names.read_bytes(), mode=0o600)
 
 
 def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:
@@ -153,8 +212,148 @@ def _forget(
     register.withdraw(pseudonym)
     num_tiles = remove_patient(path, pseudonym) if path.exists() else 0
     report = _former_report(home)
+    _sweep(home, None if report is None else report.without_patient(patient), load, progress)
+    return num_tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """What went with a slide."""
+
+    num_tiles: int
+    others: tuple[str, ...]
+    """Ready tiles that lay in a shard with it: the next ingest brings them back."""
+
+
+def drop(
+    home: SiteHome, file: Path, load: Callable[[], Foundation], progress: StepProgress
+) -> Dropped:
+    """Remove one slide, or ready tile, with its latents, pictures and report lines.
+
+    The patient stays known, and a table that still lists the slide brings it back.
+
+    Args:
+        home: Whose slide.
+        file: The slide's file or folder, whatever it is called now; or its name in the table.
+        load: Gives the home's foundation, if something is left that it must encode.
+        progress: Of the cache.
+
+    Raises:
+        IngestError: the store has no such slide, or an ingest is at work.
+    """
+    with _one_at_a_time(home):
+        path, salt, report = home.tile_store_path, Salt.load(home.salt_path), _former_report(home)
+        store = TileStore.open(path)
+        slide = _slide_of(file, store, salt, report)
+        gone = remove_slides(path, [slide])
+        names = _names(gone, report, salt)
+        if report is not None:
+            report = report.without(lambda s: salt.slide_id(s.patient, s.file) in gone)
+        _sweep(home, report, load, progress)
+        return Dropped(
+            num_tiles=store.num_tiles - _num_tiles(home),
+            others=tuple(sorted(names[name] for name in gone - {slide})),
+        )
+
+
+def _slide_of(file: Path, store: TileStore, salt: Salt, report: IngestReport | None) -> str:
+    """The slide that a file is, by its content, or that was listed under this name."""
+    sources = store.manifest.sources
+    if file.exists():
+        try:
+            content = content_key(file, salt)
+        except OSError as error:
+            raise IngestError(f"{file} cannot be read: {error.strerror}") from error
+        found = {slide for slide, known in sources.items() if known.content == content}
+    else:
+        told = report.sources if report is not None else ()
+        found = {salt.slide_id(s.patient, s.file) for s in told if s.file == str(file)}
+        found &= sources.keys()
+    if len(found) != 1:
+        what = "several slides" if found else "no slide"
+        raise IngestError(
+            f"{file}: {what} in the store came from it; name the file itself, or, where it is "
+            "gone, its name in the table of ingest"
+        )
+    return found.pop()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """What a repair took out, for the next ingest to make again."""
+
+    damaged: tuple[str, ...]
+    """Files of the store that were not what was written."""
+    num_tiles: int
+    slides: tuple[str, ...]
+    """What they were called when they were ingested."""
+    has_latents: bool
+    """Whether the latent cache was as it was written."""
+
+
+def repair(home: SiteHome) -> Repaired:
+    """Take out of the store what is damaged; the next ingest makes it again, the same to the byte.
+
+    Where the index itself is damaged, nothing is known of any tile, and all are made again.
+
+    Raises:
+        TileStoreError: there is no store.
+        IngestError: an ingest is at work, or the store was not made by one.
+    """
+    with _one_at_a_time(home):
+        path, report, salt = home.tile_store_path, _former_report(home), Salt.load(home.salt_path)
+        damaged = damaged_files(path)
+        if any("/" not in name for name in damaged):  # index or captions
+            (path / MANIFEST_NAME).unlink()
+            return Repaired(damaged=damaged, num_tiles=0, slides=(), has_latents=True)
+        store = TileStore.open(path, without=damaged)
+        has_latents = _check_latents(home, store)
+        if not damaged:
+            return Repaired(damaged=(), num_tiles=0, slides=(), has_latents=has_latents)
+        is_hit = [shard_path(shard) in damaged for shard in store.index["shard"].to_pylist()]
+        slides = set(store.index.filter(pa.array(is_hit))["slide"].to_pylist())
+        gone = remove_slides(path, slides, damaged=damaged)
+        names = _names(gone, report, salt)
+        return Repaired(
+            damaged=damaged,
+            num_tiles=store.num_tiles - _num_tiles(home),
+            slides=tuple(sorted(names[slide] for slide in gone)),
+            has_latents=has_latents,
+        )
+
+
+def _check_latents(home: SiteHome, store: TileStore) -> bool:
+    """Whether the cache is whole; one that is not is removed, which costs time and nothing else."""
+    foundation = verify(home.foundation_path).hash
+    try:
+        check_cache(store, foundation)
+    except TileStoreError:
+        shutil.rmtree(cache_folder(store, foundation), ignore_errors=True)
+        return False
+    return True
+
+
+def _names(slides: Collection[str], report: IngestReport | None, salt: Salt) -> dict[str, str]:
+    """What slides were called in their table; the pseudonym of one that no report knows."""
+    told = report.sources if report is not None else ()
+    known = {salt.slide_id(source.patient, source.file): source.file for source in told}
+    return {slide: known.get(slide, slide) for slide in slides}
+
+
+def _num_tiles(home: SiteHome) -> int:
+    path = home.tile_store_path
+    return TileStore.open(path).num_tiles if path.exists() else 0
+
+
+def _sweep(
+    home: SiteHome,
+    report: IngestReport | None,
+    load: Callable[[], Foundation],
+    progress: StepProgress,
+) -> None:
+    """After tiles went: report, pictures and latents without whatever was theirs."""
+    path = home.tile_store_path
     if report is not None:
-        report = report.without(patient)
         _write_report(home, report)
     store = TileStore.open(path) if path.exists() else None
     _sweep_pictures(home, report, store)
@@ -165,7 +364,6 @@ def _forget(
         for folder in (path / "latents").iterdir():
             if folder != current:
                 shutil.rmtree(folder)
-    return num_tiles
 
 
 def _sweep_pictures(home: SiteHome, report: IngestReport | None, store: TileStore | None) -> None:
@@ -183,8 +381,38 @@ def _one_at_a_time(home: SiteHome) -> AbstractContextManager[None]:
     return exclusive_lock(home.path / "ingest.lock", held=held)
 
 
+def _note(home: SiteHome, former: IngestReport | None, report: IngestReport, table: Path) -> None:
+    """Write what is known after a run; also where nothing of its table could be used."""
+    now, known = datetime.now(UTC), _is_in_store(home)
+    _write_report(home, with_run(former, report, table=table, at=now, is_in_store=known))
+
+
+def _note_refusal(
+    home: SiteHome,
+    former: IngestReport | None,
+    error: IngestError,
+    table: Path,
+    kind: Literal["slides", "tiles"],
+) -> None:
+    run = IngestRun(
+        table=str(table.resolve()),
+        at=datetime.now(UTC),
+        kind=kind,
+        num_problems=len(error.problems),
+        problems=error.problems,
+    )
+    with suppress(OSError, TileStoreError):  # a full disk, a damaged store: the error says so
+        _write_report(home, with_refusal(former, run, is_in_store=_is_in_store(home)))
+
+
+def _is_in_store(home: SiteHome) -> Callable[[SourceOutcome], bool]:
+    salt, path = Salt.load(home.salt_path), home.tile_store_path
+    held = TileStore.open(path).manifest.sources if (path / MANIFEST_NAME).exists() else {}
+    return lambda source: salt.slide_id(source.patient, source.file) in held
+
+
 def _former_report(home: SiteHome) -> IngestReport | None:
-    """What the last ingest said, if it is there and of this version."""
+    """What ingest said so far, if it is there and of this version."""
     try:
         return IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
     except (OSError, ValidationError):

@@ -65,13 +65,13 @@ class PatientRegister:
             _refuse_elsewhere(known, wanted, cohort)
             self._append(lines, [(p, cohort, False) for p in wanted if p not in known])
 
-    def refuse_elsewhere(self, patients: Iterable[str], cohort: str) -> None:
-        """Check that nobody of these is known under another cohort.
+    def cohorts(self) -> dict[str, str]:
+        """The cohort of everybody who was ever here.
 
         Raises:
-            HomeError: somebody is, or the register is not what was written.
+            HomeError: the register is not what was written.
         """
-        _refuse_elsewhere(_newest(self._lines()), patients, cohort)
+        return {patient: line.cohort for patient, line in _newest(self._lines()).items()}
 
     def withdraw(self, patient: str) -> None:
         """From the next round on, no tile of this patient is read. Again is fine.

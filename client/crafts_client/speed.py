@@ -18,8 +18,8 @@ class Speed:
     microbatch_tiles: int
     """Tiles times draws in one backward pass."""
     group_rows: int = 16
-    """Tiles times draws that keep a step busy; below it several patients share a backward pass
-    (benchmarks/private_step.py)."""
+    """Tiles times draws that keep the device busy; below it several patients share a backward
+    pass. 16 on a CPU, 32 on a GPU (benchmarks/private_step.py)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False
     compile: bool = False
@@ -29,6 +29,7 @@ class Speed:
         """What ``site.toml`` asks for."""
         return cls(
             microbatch_tiles=config.microbatch_tiles,
+            group_rows=32 if config.device.startswith("cuda") else 16,
             precision=config.precision,
             checkpointing=config.checkpointing,
             compile=config.compile,

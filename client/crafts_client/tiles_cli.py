@@ -51,8 +51,20 @@ def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
 
 @tiles_app.command("check")
-def tiles_check(home: Home = Path("site"), as_json: AsJson = False) -> None:
+def tiles_check(
+    home: Home = Path("site"),
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Take out what is damaged, so that the next ingest makes it again."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Compare every file of the store and of its latent cache with its hash."""
+    if repair:
+        _repair(home, as_json)
+        return
     from crafts_core.foundation import verify
     from crafts_core.tiles import TileStore
     from crafts_core.tiles.latents import check_cache
@@ -66,6 +78,63 @@ def tiles_check(home: Home = Path("site"), as_json: AsJson = False) -> None:
     values = {"tiles": store.num_tiles, "index": store.index_hash, "foundation": foundation.hash}
     text = f"{store.num_tiles} tiles are as they were written; latents of {foundation.name}"
     typer.echo(json.dumps(values) if as_json else text)
+
+
+def _repair(home: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from crafts_client.preparation import repair
+
+    with one_line_errors("crafts-client"):
+        done = repair(SiteHome.open(home))
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+        return
+    for name in done.damaged:
+        typer.echo(f"damaged: {name}")
+    if done.slides:
+        typer.echo(f"{done.num_tiles} tiles taken out, of: {', '.join(done.slides)}")
+    elif done.damaged:
+        typer.echo("the index is damaged: every slide is cut again")
+    if not done.has_latents:
+        typer.echo("the latent cache was damaged or not finished: it is computed again")
+    if done.damaged or not done.has_latents:
+        typer.echo("now run ingest again with the same table; training waits for it")
+    else:
+        typer.echo("nothing is damaged")
+
+
+@tiles_app.command("drop")
+def tiles_drop(
+    file: Annotated[
+        Path, typer.Argument(help="The slide's file, or its name in the table of ingest.")
+    ],
+    home: Home = Path("site"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove one slide: its tiles, latents, pictures and report lines. The patient stays.
+
+    A file is known by its content, whatever it is called now.
+    """
+    from crafts_client.preparation import drop
+    from crafts_core.foundation import load
+
+    if not yes:
+        typer.confirm(f"Remove everything of {file}?", abort=True)
+    with one_line_errors("crafts-client"), progress_bars() as progress:
+        site = SiteHome.open(home)
+        done = drop(
+            site, file, lambda: load(site.foundation_path, device=site.config.device), progress
+        )
+    typer.echo(
+        f"{done.num_tiles} tiles removed; remove its line from your table, or the next ingest "
+        "brings it back; restart crafts-client join if it runs"
+    )
+    if done.others:
+        typer.echo(
+            f"{len(done.others)} more images of the patient lay in the same shard: the next ingest "
+            "brings them back"
+        )
 
 
 @tiles_app.command("show")

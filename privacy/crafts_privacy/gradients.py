@@ -6,8 +6,8 @@ in float32. Letters: D all coordinates of all parameters.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +68,8 @@ class FlatGradient:
             parameter.grad = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One pass through a trained layer."""
-
-    layer: nn.Module
-    input_B: Tensor
-    output_B: Tensor
-    versions: tuple[int, int]
+_THIN = 64
+"""Rank of a factor up to which a gradient for each tile costs next to nothing."""
 
 
 class GroupGradients:
@@ -83,9 +77,9 @@ class GroupGradients:
 
     A weight's gradient is a product of what went into its layer and what came back at its output.
     The tiles of a patient are neighbours there, so folding them into one long batch gives that
-    patient's gradient in one product, and no gradient of a single tile ever exists: memory is one
-    row of the result for each patient. Linear and convolution layers are folded here; for other
-    layers Opacus' per-sample rules are summed over each patient's tiles.
+    patient's gradient in one product: memory is one row of the result for each patient. Linear
+    and convolution layers are folded here; for other layers Opacus' per-sample rules are summed
+    over each patient's tiles.
 
     Only while the context is open. Right where no layer mixes tiles, which
     ``crafts_core.stages.objective.assert_per_tile`` checks.
@@ -110,22 +104,37 @@ class GroupGradients:
                     f"no rule splits the gradient of {type(layer).__name__} by patient; "
                     "train patient by patient"
                 )
-        self._calls: list[_Call] = []
+        self._folded = [
+            parameter
+            for layer in filter(_folds, self._layers)
+            for parameter in layer.parameters(recurse=False)
+            if id(parameter) in trained
+        ]
+        self._root = torch.zeros((), device=parameters[0].device, requires_grad=True)
         self._handles: list[RemovableHandle] = []
+        self._tiles_P: Sequence[int] = ()
+        self._rows_of: Mapping[int, Tensor] = {}
 
     def __enter__(self) -> Self:
-        self._handles = [layer.register_forward_hook(self._note) for layer in self._layers]
+        # Else autograd keeps every layer's input a second time, for gradients nobody asks for.
+        for parameter in self._folded:
+            parameter.requires_grad_(False)
+        self._handles = [layer.register_forward_hook(self._tap) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._calls = []
+        for parameter in self._folded:
+            parameter.requires_grad_(True)
 
-    def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            versions = (inputs[0]._version, output._version)
-            self._calls.append(_Call(layer, inputs[0].detach(), output, versions))
+    def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # In the output's type, which is what the layer computed with under autocast.
+        input_B = inputs[0].detach().to(output.dtype)
+        tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+            output, input_B, self._root, partial(self._add, layer)
+        )
+        return tapped
 
     def compute(self, loss_B: Tensor, tiles_P: Sequence[int]) -> Tensor:
         """Each patient's gradient, float32 (P, D).
@@ -136,28 +145,55 @@ class GroupGradients:
                 dimension is B.
             tiles_P: How many tiles each patient has; a patient without a tile gets zeros.
         """
-        # Taken first: checkpointing runs the layers again in the backward pass.
-        calls, self._calls = self._calls, []
-        for call in calls:
-            if (call.input_B._version, call.output_B._version) != call.versions:
-                raise RuntimeError("a layer works in place; train patient by patient")
-            if not len(call.input_B) == len(call.output_B) == len(loss_B) == sum(tiles_P):
-                raise RuntimeError(
-                    "a layer ran on another batch than the loss; train patient by patient"
-                )
+        if len(loss_B) != sum(tiles_P):
+            raise RuntimeError(f"expected {sum(tiles_P)} losses, got {len(loss_B)}")
         size = sum(parameter.numel() for parameter in self._parameters)
         grad_PD = torch.zeros(len(tiles_P), size, device=self._parameters[0].device)
-        outputs = [call.output_B for call in calls]
-        if not outputs or len(loss_B) == 0:
-            return grad_PD
-        backprops = torch.autograd.grad([loss_B.sum()], outputs, allow_unused=True)
         rows = _rows_of(grad_PD, self._parameters)
-        rows_of = dict(zip(map(id, self._parameters), rows, strict=True))
-        with torch.no_grad():
-            for call, backprop_B in zip(calls, backprops, strict=True):
-                if backprop_B is not None:  # else the loss does not reach it
-                    _add_by_patient(call, backprop_B, tiles_P, rows_of)
+        self._rows_of = dict(zip(map(id, self._parameters), rows, strict=True))
+        self._tiles_P = tiles_P
+        try:
+            if len(loss_B):
+                torch.autograd.grad([loss_B.sum()], [self._root], allow_unused=True)
+        finally:
+            self._rows_of = {}
         return grad_PD
+
+    def _add(self, layer: nn.Module, input_B: Tensor, backprop_B: Tensor) -> None:
+        """One call's share of the rows of its layer's parameters."""
+        if not len(input_B) == len(backprop_B) == sum(self._tiles_P):
+            raise RuntimeError(
+                "a layer ran on another batch than the loss; train patient by patient"
+            )
+        _add_by_patient(layer, input_B.float(), backprop_B.float(), self._tiles_P, self._rows_of)
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output on; on the way back, hands out what arrives there.
+
+    The backward pass folds one layer at a time and forgets it, instead of keeping what came back
+    at every layer. All taps hang on one root, so that differentiating by the root visits each of
+    them and computes no gradient of a weight. Autograd keeps the input as any layer's: under
+    checkpointing it is computed again, and one that was changed in place is an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        input_B: Tensor,
+        root: Tensor,  # noqa: ARG004, it makes the tap a part of the graph
+        add: Callable[[Tensor, Tensor], None],
+    ) -> Tensor:
+        ctx.save_for_backward(input_B)
+        ctx.add = add
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, backprop_B: Tensor) -> tuple[Tensor | None, ...]:
+        (input_B,) = ctx.saved_tensors
+        ctx.add(input_B, backprop_B)
+        return backprop_B, None, None, None
 
 
 def _rows_of(grad_PD: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -185,10 +221,13 @@ def _opacus_rule(layer: nn.Module) -> Callable[..., dict[nn.Parameter, Tensor]] 
 
 
 def _add_by_patient(
-    call: _Call, backprop_B: Tensor, tiles_P: Sequence[int], rows_of: Mapping[int, Tensor]
+    layer: nn.Module,
+    input_B: Tensor,
+    backprop_B: Tensor,
+    tiles_P: Sequence[int],
+    rows_of: Mapping[int, Tensor],
 ) -> None:
-    """Add one call's share to the rows of its layer's parameters."""
-    layer, input_B, backprop_B = call.layer, call.input_B.float(), backprop_B.float()
+    """Add one call's share, in float32, to the rows of its layer's parameters."""
     if not _folds(layer):
         rule = _opacus_rule(layer)
         assert rule is not None
@@ -200,13 +239,18 @@ def _add_by_patient(
         return
     weight, bias = rows_of.get(id(layer.weight)), rows_of.get(id(layer.bias))
     if isinstance(layer, nn.Linear) and len(set(tiles_P)) == 1:
-        # Everybody has as many tiles: one product for all patients.
-        input_PNI = input_B.reshape(len(tiles_P), -1, layer.in_features)
-        backprop_PNO = backprop_B.reshape(len(tiles_P), -1, layer.out_features)
+        # Everybody has as many tiles: one product for all patients. A LoRA factor's is so thin
+        # that a GPU is idle unless there is one for each tile.
+        thin = backprop_B.is_cuda and min(layer.in_features, layer.out_features) <= _THIN
+        by_patient = (len(tiles_P), -1)
+        num_products = len(backprop_B) if thin else len(tiles_P)
+        input_GNI = input_B.reshape(num_products, -1, layer.in_features)
+        backprop_GNO = backprop_B.reshape(num_products, -1, layer.out_features)
         if weight is not None:
-            weight += backprop_PNO.mT @ input_PNI
+            product_GOI = backprop_GNO.mT @ input_GNI
+            weight += product_GOI.unflatten(0, by_patient).sum(1) if thin else product_GOI
         if bias is not None:
-            bias += backprop_PNO.sum(1)
+            bias += backprop_GNO.unflatten(0, by_patient).sum((1, 2))
         return
     split = zip(input_B.split(list(tiles_P)), backprop_B.split(list(tiles_P)), strict=True)
     for patient, (input_T, backprop_T) in enumerate(split):

@@ -50,6 +50,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
         *("plan", "plan list", "plan show", "plan approve"),
         *("foundation", "foundation fetch", "tiles stats", "tiles check", "tiles show"),
+        "tiles drop",
         "tiles forget",
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
     }
@@ -59,8 +60,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface["ingest"] == {
         *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
-        "--tissue",
-        *("--plan-table", "--json"),
+        *("--tissue", "--keep", "--names"),
+        *("--plan-table", "--images", "--json"),
     }
 
 

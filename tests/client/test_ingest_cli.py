@@ -1,6 +1,7 @@
 """Ingest as its operator knows it: a folder and a table in, a store and a page out."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from crafts_client import preparation
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
-from crafts_client.ingest import Salt, ingest_slides, ingest_tiles
+from crafts_client.ingest import IngestReport, Salt, ingest_slides, ingest_tiles
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_core.foundation import Foundation
@@ -150,7 +151,119 @@ def test_patient_of_another_cohort_is_refused_before_work(home: SiteHome, tmp_pa
     PatientRegister(home.register_path).enrol([salt.patient_id(f"{NAME} Bert")], "lung")
     done = run("ingest", table, "--home", home.path)
     assert done.exit_code == 1
-    assert "belong to cohort lung" in done.output
+    assert "belongs to cohort lung" in done.output
+    assert not home.tile_store_path.exists()
+
+
+def test_everything_wrong_is_told_at_once(home: SiteHome, tmp_path: Path) -> None:
+    """Table, register, scale, copies and damage: one list, so that one mending is enough."""
+    folder = tmp_path / "hospital"
+    for number in range(3):
+        write_tissue_slide(folder / f"{number}.svs", seed=number)
+    write_tissue_slide(folder / "scale.svs", seed=5, mpp=352.8)
+    (folder / "copy.svs").write_bytes((folder / "0.svs").read_bytes())
+    for name in ("torn.svs", "torn-with-scale.svs"):
+        (folder / name).write_bytes(b"II*\0" + name.encode())
+    rows = [
+        "0.svs,anna,COAD,", "1.svs,,COAD,", "2.svs,bert,XXAD,", "scale.svs,carla,COAD,",
+        "copy.svs,dora,COAD,", "torn.svs,emil,COAD,", "torn-with-scale.svs,emil,COAD,0.5",
+        "gone.svs,emil,COAD,",
+    ]  # fmt: skip
+    table = write_table(folder / "t.csv", "file,patient,label,mpp", rows)
+    salt = Salt.load(home.salt_path)
+    PatientRegister(home.register_path).enrol([salt.patient_id("bert")], "lung")
+
+    done = run("ingest", table, "--home", home.path)
+
+    assert done.exit_code == 1
+    told = done.output.split("crafts-client: ")[1].splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        "line 3", "line 4", "line 4", "line 5", "line 6", "line 7", "line 8", "line 9",
+    ]  # fmt: skip
+    for fault in (
+        "line 3: no patient", "line 4: unknown cancer type 'XXAD'",
+        "line 4: patient bert belongs to cohort lung", "line 5: scale.svs: the file's 352.8",
+        "line 6: copy.svs is the same slide as 0.svs on line 2", "line 7: torn.svs would be skip",
+        "line 8: torn-with-scale.svs would be skipped", "line 9: file gone.svs does not exist",
+    ):  # fmt: skip
+        assert fault in done.output, fault
+    assert not home.tile_store_path.exists()
+
+
+def write_slides(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        write_tissue_slide(folder / name, seed=number)
+
+
+def page_of(home: SiteHome) -> str:
+    return (home.path / "ingest.html").read_text()
+
+
+def test_the_page_shows_the_store_and_not_only_the_newest_table(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs", "b.svs", "c.svs", "d.svs")
+    (folder / "torn.svs").write_bytes(b"II*\0")
+    old = write_table(folder / "old.csv", "file,patient,label", ["a.svs,p1,COAD", "b.svs,p2,COAD"])
+    new = write_table(
+        folder / "new.csv", "file,patient,label", ["c.svs,p3,COAD", "torn.svs,p4,COAD"]
+    )
+    for table in (old, new):
+        assert run("ingest", table, "--home", home.path).exit_code == 0
+    page = page_of(home)
+    assert all(f"<h3>{name}</h3>" in page for name in ("a.svs", "b.svs", "c.svs"))
+    assert page.index(str(new)) < page.index(str(old))
+    assert "torn.svs" in page
+    store = TileStore.open(home.tile_store_path)
+    report = IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
+    assert (report.num_tiles, len(report.sources)) == (store.num_tiles, 4)
+
+    write_table(new, "file,patient,label", ["c.svs,p5,COAD", "d.svs,p6,COAD"])
+    assert run("ingest", new, "--home", home.path).exit_code == 0
+    report = IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
+    assert [(s.file, s.patient) for s in report.sources] == [
+        ("c.svs", "p5"), ("d.svs", "p6"), ("a.svs", "p1"), ("b.svs", "p2"),
+    ]  # fmt: skip
+    assert report.num_tiles == TileStore.open(home.tile_store_path).num_tiles
+
+
+def test_a_refused_table_is_told_on_the_page_to_the_last_problem(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs")
+    good = write_table(folder / "good.csv", "file,patient,label", ["a.svs,p1,COAD"])
+    run("ingest", good, "--home", home.path)
+    rows = [f"gone{number}.svs,p,COAD" for number in range(60)]
+    done = run(
+        "ingest", write_table(folder / "bad.csv", "file,patient,label", rows), "--home", home.path
+    )
+    assert f"... and 10 more; {home.path / 'ingest.html'} has them all" in done.output
+    page = page_of(home)
+    assert "refused: 60 problems" in page
+    assert all(f"file gone{number}.svs does not exist" in page for number in range(60))
+    assert "<h3>a.svs</h3>" in page
+    run("tiles", "forget", "p1", "--home", home.path, "--yes")
+    assert "gone7.svs" not in page_of(home), "what a problem names may be anybody's"
+
+
+def test_there_is_a_page_when_nothing_can_be_used(home: SiteHome, tmp_path: Path) -> None:
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    (folder / "torn.svs").write_bytes(b"II*\0")
+    glass = np.full((512, 512, 3), 245, dtype=np.uint8)
+    write_slide(folder / "glass.svs", glass, mpp=0.5, label="x")
+    rows = ["torn.svs,p1,COAD", "glass.svs,p2,COAD"]
+    done = run(
+        "ingest", write_table(folder / "t.csv", "file,patient,label", rows), "--home", home.path
+    )
+    assert done.exit_code == 1
+    assert "no tile is left to train on" in done.output
+    page = page_of(home)
+    assert "its TIFF header is damaged" in page
+    assert "no place on it has enough clean tissue" in page
+    assert page.count("<img") == 2, "what the glass looks like"
     assert not home.tile_store_path.exists()
 
 
@@ -213,3 +326,201 @@ def test_nobody_unknown_is_forgotten(home: SiteHome, tmp_path: Path) -> None:
     done = run("tiles", "forget", "Smith", "--home", home.path, "--yes")
     assert done.exit_code == 1
     assert "no such patient" in done.output
+
+
+def write_image_table(folder: Path) -> Path:
+    folder.mkdir()
+    rows = []
+    for number in range(5):
+        Image.fromarray(tissue_image(96, seed=number, margin=0)).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,p{number // 2},COAD")
+    (folder / "bad.png").write_bytes(b"no image")
+    return write_table(folder / "t.csv", "file,patient,label", [*rows, "bad.png,p0,COAD"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [("slides", "bit"), ("slides", "gone"), ("slides", "index"), ("tiles", "torn"),
+     ("tiles", "latents")],
+)  # fmt: skip
+def test_a_repaired_store_is_one_that_was_never_damaged(
+    home: SiteHome, tmp_path: Path, kind: str, damage: str
+) -> None:
+    folder, store = tmp_path / "hospital", home.tile_store_path
+    if kind == "slides":
+        write_slides(folder, "a.svs", "b.svs")
+        rows = ["a.svs,p1,COAD", "b.svs,p2,LUAD"]
+        words = ["ingest", write_table(folder / "t.csv", "file,patient,label", rows)]
+    else:
+        words = ["ingest", write_image_table(folder), "--ready-tiles"]
+    run(*words, "--home", home.path)
+    whole = everything_in(store)
+    pattern = {"index": "index-*.parquet", "latents": "latents/*/latents.f16"}
+    victim = sorted(store.glob(pattern.get(damage, "shards/*.tar")))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content[: 700 if damage == "torn" else None])
+    if damage == "gone":
+        victim.unlink()
+    assert run("tiles", "check", "--home", home.path).exit_code == 1
+
+    done = run("tiles", "check", "--repair", "--home", home.path)
+
+    assert done.exit_code == 0, done.output
+    assert "now run ingest again" in done.output
+    if damage in ("bit", "torn", "gone"):
+        assert f"damaged: shards/{victim.name}" in done.output
+        assert TileStore.open(store).num_patients == {"slides": 1, "tiles": 2}[kind]
+    again = run(*words, "--home", home.path)
+    assert again.exit_code == 0, again.output
+    assert everything_in(store) == whole
+    assert "nothing is damaged" in run("tiles", "check", "--repair", "--home", home.path).output
+
+
+def test_a_slide_is_dropped_by_its_content_and_the_patient_stays(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs", "b.svs", "c.svs")
+    rows = ["a.svs,p1,COAD", "b.svs,p1,COAD", "c.svs,p2,COAD"]
+    table = write_table(folder / "t.csv", "file,patient,label", [rows[0], rows[2]])
+    run("ingest", table, "--home", home.path)
+    without = everything_in(home.tile_store_path)
+    run("ingest", write_table(table, "file,patient,label", rows), "--home", home.path)
+    moved = (folder / "b.svs").rename(tmp_path / "elsewhere.svs")
+
+    assert run("tiles", "drop", moved, "--home", home.path).exit_code == 1, "it asks first"
+    done = run("tiles", "drop", moved, "--home", home.path, "--yes")
+
+    assert done.exit_code == 0, done.output
+    assert "remove its line from your table" in done.output
+    assert everything_in(home.tile_store_path) == without
+    assert "b.svs" not in page_of(home)
+    assert len(list(home.pictures_path.iterdir())) == 4
+    Site.open(home.path)
+    assert (
+        "no slide in the store" in run("tiles", "drop", moved, "--home", home.path, "--yes").output
+    )
+    assert run("tiles", "drop", "a.svs", "--home", home.path, "--yes").exit_code == 0
+    assert TileStore.open(home.tile_store_path).num_patients == 1
+    moved.rename(folder / "b.svs")
+    assert run("ingest", table, "--home", home.path).exit_code == 0, "nobody withdrew"
+
+
+def test_images_beside_a_dropped_one_come_back(home: SiteHome, tmp_path: Path) -> None:
+    table = write_image_table(tmp_path / "hospital")
+    run("ingest", table, "--ready-tiles", "--home", home.path)
+    done = run("tiles", "drop", tmp_path / "hospital" / "2.png", "--home", home.path, "--yes")
+    assert "1 more images of the patient" in done.output
+    assert TileStore.open(home.tile_store_path).num_tiles == 3
+    table.write_text(table.read_text().replace("2.png,p1,COAD\n", ""))
+    run("ingest", table, "--ready-tiles", "--home", home.path)
+    assert TileStore.open(home.tile_store_path).num_tiles == 4
+
+
+def test_ready_tiles_lose_what_they_carry_and_the_page_says_what(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x013B] = NAME
+    Image.fromarray(tissue_image(96, margin=0)).save(folder / "a.jpg", exif=exif)
+    table = write_table(folder / "t.csv", "file,patient,label", ["a.jpg,p1,COAD"])
+    assert run("ingest", table, "--ready-tiles", "--home", home.path).exit_code == 0
+    assert "EXIF fields: 1 image" in page_of(home)
+    assert not [n for n, c in everything_in(home.path).items() if NAME.encode() in c]
+
+
+def test_scale_of_ready_tiles_is_used_for_all_or_none(
+    home: SiteHome, tmp_path: Path, foundation: Foundation
+) -> None:
+    table = write_image_table(tmp_path / "hospital")
+    about = foundation.manifest
+    mpp = about.mpp * about.tile_px / 48
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0] + ",mpp", *(f"{line},{mpp}" for line in lines[1:])]))
+    done = run("ingest", table, "--ready-tiles", "--home", home.path)
+    assert done.exit_code == 0, done.output
+    store = TileStore.open(home.tile_store_path)
+    assert store.mpp == about.mpp
+    assert set(store.index["level0_width"].to_pylist()) == {48}
+    table.write_text(table.read_text().replace(f"1.png,p0,COAD,{mpp}", "1.png,p0,COAD,"))
+    done = run("ingest", table, "--ready-tiles", "--home", home.path)
+    assert "line 3: no mpp, but other lines have one" in done.output
+
+
+def test_planned_table_leaves_nothing_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "slides"
+    write_slides(folder, "good.svs", "closed/hidden.svs")
+    image = tissue_image()
+    Image.fromarray(image).save(folder / "plain.png")
+    write_dicom_slide(folder / "dicom", image)
+    whole = (folder / "good.svs").read_bytes()
+    for name, content in (("torn.svs", whole[:2000]), ("odd.ndpi", b"x"), ("notes.txt", b"x")):
+        (folder / name).write_bytes(content)
+    (folder / "link").symlink_to(folder / "dicom")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    words = ("--plan-table", folder, "--processes", 1)
+    done = run("ingest", tmp_path / "t.csv", *words)
+    assert done.exit_code == 0, done.output
+    left_out = [line.partition(": ")[0] for line in done.stderr.splitlines()]
+    names = ("closed", "link", "odd.ndpi", "torn.svs")
+    assert left_out[:4] == [f"left out {folder / name}" for name in names]
+    assert "left out 1 plain images; --images lists them, too" in done.stderr
+    assert "notes.txt" not in done.output
+    listed = [line.partition(",")[0] for line in (tmp_path / "t.csv").read_text().splitlines()]
+    assert listed == ["file", "slides/dicom", "slides/good.svs"]
+
+    run("ingest", tmp_path / "u.csv", *words, "--images")
+    assert "slides/plain.png," in (tmp_path / "u.csv").read_text()
+    assert run("ingest", tmp_path / "t.csv", "--images").exit_code == 2
+
+
+def test_filters_can_be_switched_off_and_that_makes_another_cut(
+    home: SiteHome, tmp_path: Path
+) -> None:
+    """A slide half of which is green: first taken for ink, then kept as a stain."""
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    image = tissue_image()
+    image[:, :256] = image[:, :256, (1, 0, 2)]
+    write_slide(folder / "trichrome.svs", image, mpp=0.5, label="x")
+    table = write_table(folder / "t.csv", "file,patient,label", ["trichrome.svs,p1,COAD"])
+    done = run("ingest", table, "--home", home.path)
+    assert "look at line 2: trichrome.svs: 5" in done.stdout
+    assert "--keep pen" in done.stdout
+    assert "taken for marker ink" in page_of(home)
+    few = TileStore.open(home.tile_store_path).num_tiles
+    done = run("ingest", table, "--home", home.path, "--keep", "pen", "--json")
+    told = json.loads(done.stdout)
+    assert told["already_in_the_store"] == 0, "the options are part of what a slide was cut by"
+    assert told["tiles"] == TileStore.open(home.tile_store_path).num_tiles > few
+    done = run("ingest", table, "--home", home.path, "--ready-tiles", "--keep", "pen")
+    assert done.exit_code == 2
+
+
+def test_listed_names_are_in_no_caption_then_or_later(home: SiteHome, tmp_path: Path) -> None:
+    folder = tmp_path / "hospital"
+    write_slides(folder, "a.svs", "b.svs")
+    header = "file,patient,label,caption,names"
+    rows = ["a.svs,17,COAD,glands that Kowalczyk showed to Berger,Anna Berger"]
+    table = write_table(folder / "t.csv", header, rows)
+    run("ingest", table, "--home", home.path)
+    assert TileStore.open(home.tile_store_path).captions == ("glands that Kowalczyk showed to",)
+    (tmp_path / "staff.txt").write_text("Kowalczyk\n")
+    run("ingest", table, "--home", home.path, "--names", tmp_path / "staff.txt")
+    write_table(table, header, [*rows, "b.svs,18,COAD,Kowalczyk saw glands,"])
+    run("ingest", table, "--home", home.path)
+    captions = TileStore.open(home.tile_store_path).captions
+    assert sorted(captions) == ["glands that showed to", "saw glands"]
+    assert home.names_path.stat().st_mode & 0o77 == 0

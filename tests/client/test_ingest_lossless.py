@@ -1,7 +1,6 @@
 """Copied tiles: the stored bytes, the same pixels, and nothing else of the source."""
 
 import io
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,13 @@ from PIL import Image
 from crafts_client.ingest.lossless import TileCopier, tile_copier
 from crafts_client.ingest.readers import jpeg_stream
 from crafts_client.ingest.slides import Slide
-from support.slide_files import write_dicom_slide, write_tiffslide_only, write_tiled_tiff
+from crafts_client.ingest.tiling import TilingOptions, grid
+from support.slide_files import (
+    set_tile_tag,
+    write_dicom_slide,
+    write_tiffslide_only,
+    write_tiled_tiff,
+)
 from support.slides import REAL_DATA, tissue_image
 
 TILE_PX = 64
@@ -65,6 +70,21 @@ def test_copied_tiles_have_the_pixels_that_openslide_reads(
         assert np.abs(pixels - read).max() <= 2
 
 
+@pytest.mark.parametrize("error", [-4e-7, 4e-7, -9e-4, 9e-4])
+def test_scale_that_is_hardly_off_copies_every_tile_either_way(path: Path, error: float) -> None:
+    """At 9e-4 the eight tiles of a row are off by 0.46 pixels together."""
+    options = TilingOptions(tile_px=TILE_PX, mpp=0.5)
+    with Slide.open(path, mpp=0.5 * (1 + error)) as slide:
+        frame_N4 = grid(slide, options)
+        assert len(frame_N4) == 64
+        assert set(frame_N4[:, 2:].ravel()) == {64.0}
+        copier = _copier(path, slide)
+        assert all(copier.copy(int(x), int(y)) for x, y in frame_N4[:, :2])
+    with Slide.open(path, mpp=0.5 * (1 + 2 * np.sign(error) * 9e-4)) as slide:
+        assert set(grid(slide, options)[:, 2]) != {64.0}
+        assert tile_copier(path, slide, TILE_PX, 0.5) is None
+
+
 def test_scan_is_the_files_own_to_the_byte(path: Path, slide: Slide) -> None:
     stored = _stored_tile(path, 27)
     copied = _copied(path, slide, 192, 192)
@@ -91,7 +111,9 @@ def test_off_the_grid_there_is_nothing_to_copy(path: Path, slide: Slide, x: int,
     assert _copier(path, slide).copy(x, y) is None
 
 
-@pytest.mark.parametrize("tile_px, mpp", [(64, 0.50001), (64, 0.4), (32, 0.5), (64, 4.0)])
+@pytest.mark.parametrize(
+    "tile_px, mpp", [(64, 0.501), (64, 0.499), (64, 0.4), (32, 0.5), (64, 4.0)]
+)
 def test_other_size_or_scale_is_no_copy(path: Path, slide: Slide, tile_px: int, mpp: float) -> None:
     assert tile_copier(path, slide, tile_px, mpp) is None
 
@@ -120,7 +142,7 @@ def test_tile_that_the_edge_cuts_off_is_not_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 10, 2 * 10**8])
 def test_impossible_byte_count_is_no_copy(path: Path, num_bytes: int) -> None:
-    _set_tag(path, "TileByteCounts", 27, num_bytes)
+    set_tile_tag(path, "TileByteCounts", 27, num_bytes)
     with Slide.open(path) as slide:
         assert _copier(path, slide).copy(192, 192) is None
         assert _copier(path, slide).copy(256, 192) is not None
@@ -128,7 +150,7 @@ def test_impossible_byte_count_is_no_copy(path: Path, num_bytes: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 8, 2**31 - 1])
 def test_impossible_offset_is_no_copy(path: Path, offset: int) -> None:
-    _set_tag(path, "TileOffsets", 27, offset)
+    set_tile_tag(path, "TileOffsets", 27, offset)
     with Slide.open(path) as slide:
         assert _copier(path, slide).copy(192, 192) is None
 
@@ -195,15 +217,6 @@ def _replace_tile(path: Path, number: int, change: Any) -> bytes:
     end = path.stat().st_size
     with path.open("ab") as file:
         file.write(jpeg)
-    _set_tag(path, "TileOffsets", number, end)
-    _set_tag(path, "TileByteCounts", number, len(jpeg))
+    set_tile_tag(path, "TileOffsets", number, end)
+    set_tile_tag(path, "TileByteCounts", number, len(jpeg))
     return jpeg
-
-
-def _set_tag(path: Path, name: str, number: int, value: int) -> None:
-    with tifffile.TiffFile(path) as file:
-        tag = file.pages[0].tags[name]
-        code, start = {3: "H", 4: "I"}[int(tag.dtype)], tag.valueoffset
-    with path.open("r+b") as file:
-        file.seek(start + number * struct.calcsize(code))
-        file.write(struct.pack(f"<{code}", min(value, 2 ** (8 * struct.calcsize(code)) - 1)))

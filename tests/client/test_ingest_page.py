@@ -34,7 +34,6 @@ def used(line: int, **changes: object) -> SourceOutcome:
         "rejected": {"background": 300, "fold": 7, "melted": 2}, "skipped": None,
         "scanner": "Scanner One", "reader": "openslide", "mpp": 0.25, "size_px": (1000, 2000),
         "copied": 30, "identifiers": ("label image",), "stain": stain(), "picture": f"pic{line}",
-        "seconds": 2.0,
     }  # fmt: skip
     return SourceOutcome.model_validate(facts | changes)
 
@@ -154,7 +153,7 @@ def test_ready_tiles_are_counted_not_listed(tmp_path: Path) -> None:
 
 def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
     report = IngestReport.of("slides", [], already=12)
-    assert "12 more were there already" in page_of(report, tmp_path)
+    assert "12 there before the newest run" in page_of(report, tmp_path)
 
 
 def test_forgetting_a_patient_removes_every_mention(tmp_path: Path) -> None:
@@ -163,7 +162,9 @@ def test_forgetting_a_patient_removes_every_mention(tmp_path: Path) -> None:
         skipped(4, "broken").model_copy(update={"patient": "DOE", "file": "DOE-3.svs"}),
     ]  # fmt: skip
     captions = [note(1, "glands"), note(2, "Mrs DOE"), note(9, "DOE, of an older table")]
-    report = IngestReport.of("slides", sources, captions=captions, already=3).without("DOE")
+    report = IngestReport.of("slides", sources, captions=captions, already=3).without_patient(
+        "doe "
+    )
     assert "DOE" not in report.model_dump_json()
     assert "DOE" not in page_of(report, tmp_path)
     assert report == IngestReport.of("slides", sources[:1], captions=captions[:1], already=3)

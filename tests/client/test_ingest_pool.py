@@ -1,5 +1,9 @@
 """Processes that read damaged files: one that dies or hangs costs its file and nothing else."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,3 +53,47 @@ def test_beats_of_all_processes_arrive() -> None:
     with Pool(2, silence_s=60) as pool:
         list(pool.run(behave, [("slow", "a"), ("slow", "b")], on_beat=beats.append))
     assert sum(beats) == 24
+
+
+_RUN = """
+import sys
+from crafts_client.ingest.pool import Pool
+from support.pool_jobs import behave
+
+if __name__ == "__main__":
+    with Pool(1) as pool:
+        list(pool.run(behave, [("hang for good", sys.argv[1])]))
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends when the library lets it")
+def test_worker_that_hangs_does_not_outlive_a_killed_program(tmp_path: Path) -> None:
+    """It would hold its shard, and the next run would wait for it in vain."""
+    (tmp_path / "run.py").write_text(_RUN)
+    noted = tmp_path / "pid"
+    program = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", noted],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for _ in range(600):
+        if noted.exists() and noted.read_text():
+            break
+        time.sleep(0.05)
+    worker = int(noted.read_text())
+    assert is_running(worker)
+    program.kill()
+    program.wait()
+    for _ in range(100):
+        if not is_running(worker):
+            return
+        time.sleep(0.05)
+    os.kill(worker, 9)
+    pytest.fail("the worker is still there")

@@ -11,18 +11,19 @@ import pytest
 import tifffile
 from PIL import Image
 
+from crafts_client.ingest import find_slides
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.scanners import known_scanner
 from crafts_client.ingest.readers.seam import Level, pyramid
-from crafts_client.ingest.slides import MissingScaleError, Slide, find_slides
+from crafts_client.ingest.slides import MissingScaleError, Slide
 from support.slide_files import (
     halved,
     write_dicom_slide,
     write_tiffslide_only,
     write_tiled_tiff,
 )
-from support.slides import damage_level0_tile, tissue_image, write_tissue_slide
+from support.slides import damage_tile, tissue_image, write_tissue_slide
 
 SIDE = 512
 
@@ -109,7 +110,7 @@ def test_only_a_plain_image_needs_a_scale(any_slide: tuple[str, Path]) -> None:
 
 def test_tiffslide_reads_on_after_a_damaged_place(tmp_path: Path) -> None:
     path = write_tiffslide_only(tmp_path / "s.tif", tissue_image())
-    damage_level0_tile(path, 0)
+    damage_tile(path, 0)
     with Slide.open(path) as slide:
         with pytest.raises(SlideError, match="cannot be decoded"):
             slide.read((0, 0, 64, 64), (64, 64))
@@ -159,7 +160,7 @@ def test_folder_of_two_dicom_slides_is_refused_and_found_by_files(tmp_path: Path
         write_dicom_slide(tmp_path / "two", tissue_image(), series=series)
     with pytest.raises(SlideError, match="holds 2 DICOM slides"):
         Slide.open(tmp_path / "two")
-    found = find_slides(tmp_path)
+    found = list(find_slides(tmp_path).paths)
     assert [path.name for path in found] == ["series1-level0.dcm", "series2-level0.dcm"]
     for path in found:
         with Slide.open(path) as slide:
@@ -172,9 +173,9 @@ def test_every_kind_of_slide_is_found_and_images_only_when_asked(tmp_path: Path)
     write_tissue_slide(tmp_path / "a.svs")
     _write_image(tmp_path / "c.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    slides = [path.name for path in find_slides(tmp_path)]
+    slides = [path.name for path in find_slides(tmp_path).paths]
     assert slides == ["a.svs", "b.tif", "dicom"]
-    with_images = [path.name for path in find_slides(tmp_path, images=True)]
+    with_images = [path.name for path in find_slides(tmp_path, images=True).paths]
     assert with_images == ["a.svs", "b.tif", "c.png", "dicom"]
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from crafts_client.ingest import (
     IngestReport,
     Salt,
     TableColumns,
+    TableRow,
     TilingOptions,
+    content_key,
     cutting,
     ingest_slides,
     ingest_tiles,
@@ -29,11 +32,12 @@ from crafts_client.ingest import (
     shard_cut,
     survey,
 )
+from crafts_client.ingest.store_update import Source
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_simulations.slides import write_slide
 from support.slides import (
     REAL_DATA,
-    damage_level0_tile,
+    damage_tile,
     tissue_image,
     write_table,
     write_tissue_slide,
@@ -238,6 +242,26 @@ def test_slide_that_broke_since_keeps_the_tiles_cut_before(tmp_path: Path) -> No
     assert TileStore.open(tmp_path / "s").num_tiles == before
 
 
+def test_change_beside_a_mirax_file_is_a_change_of_the_slide(tmp_path: Path) -> None:
+    """The .mrxs file is the same for many slides; the pixels lie in the folder of its name."""
+    (tmp_path / "a.svs").write_bytes(b"x")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mrxs").write_bytes(b"the same")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "Data0000.dat").write_bytes(name.encode())
+    contents = [content_key(tmp_path / name, SALT) for name in ("a.mrxs", "b.mrxs", "a.svs")]
+    assert len(set(contents)) == 3
+    row = TableRow(
+        line=2, name="a.mrxs", path=tmp_path / "a.mrxs", patient="p", case="", label="",
+        caption="x", mpp=None,
+    )  # fmt: skip
+    before = Source.of(row, SALT, "how")
+    (tmp_path / "a" / "Data0000.dat").write_bytes(b"other pixels")
+    after = Source.of(row, SALT, "how")
+    assert before.key != after.key
+    assert before.content != after.content
+
+
 def test_slide_of_another_patient_moves_with_the_table(tmp_path: Path) -> None:
     """A corrected table must not leave the tiles with the wrong patient as well."""
     table = make_site(tmp_path / "site")
@@ -359,17 +383,26 @@ def test_one_damaged_place_costs_only_its_tiles(
 ) -> None:
     table = make_site(tmp_path / "site", 1)
     whole = run(table, tmp_path / "whole").num_tiles
-    damage_level0_tile(tmp_path / "site" / "DOE-0.svs", 0)
+    damage_tile(tmp_path / "site" / "DOE-0.svs", 0)
     monkeypatch.setattr(cutting, "MAX_UNREADABLE", 0.5)
     report = run(table, tmp_path / "s")
     assert 0 < report.rejected["unreadable"] < whole
     assert report.num_tiles == whole - report.rejected["unreadable"]
 
 
+def test_damaged_coarse_level_costs_nothing_and_is_said(tmp_path: Path) -> None:
+    table = make_site(tmp_path / "site", 1)
+    whole = run(table, tmp_path / "whole")
+    damage_tile(tmp_path / "site" / "DOE-0.svs", 0, page=2)
+    report = run(table, tmp_path / "s")
+    assert (whole.sources[0].damaged_levels, report.sources[0].damaged_levels) == (0, 1)
+    assert report.num_tiles == pytest.approx(whole.num_tiles, rel=0.1)
+
+
 def test_slide_with_too_much_damage_is_skipped(tmp_path: Path) -> None:
     table = make_site(tmp_path / "site", 2)
     for number in range(3):
-        damage_level0_tile(tmp_path / "site" / "DOE-0.svs", number)
+        damage_tile(tmp_path / "site" / "DOE-0.svs", number)
     report = run(table, tmp_path / "s")
     assert [s.file for s in report.skipped] == ["DOE-0.svs"]
     assert "damaged" in str(report.skipped[0].skipped)
@@ -485,6 +518,26 @@ def test_unreadable_ready_tile_is_named_skipped_and_counted(tmp_path: Path) -> N
     )
     assert [(s.file, s.patient) for s in report.skipped] == [("5.png", "g9")]
     assert report.num_tiles == 5
+
+
+def test_image_of_two_patients_is_refused_and_of_one_it_stays_twice(tmp_path: Path) -> None:
+    table = make_tiles(tmp_path / "tiles")
+    folder = tmp_path / "tiles"
+    run_tiles = partial(
+        ingest_tiles, out=tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+    )
+    run_tiles(read_table(table))
+    shutil.copy(folder / "0.png", folder / "again.png")
+    table.write_text(table.read_text() + "again.png,lung_aca,g0\n")
+    for already in (5, 6):
+        report = run_tiles(read_table(table))
+        assert (report.already, report.num_tiles) == (already, 6)
+        assert TileStore.open(tmp_path / "s").num_tiles == 6
+    shutil.copy(folder / "0.png", folder / "other.png")
+    table.write_text(table.read_text() + "other.png,lung_aca,g7\n")
+    with pytest.raises(IngestError, match=r"line 9: other.png is the same image as 0.png on line"):
+        run_tiles(read_table(table))
+    assert not (tmp_path / "s" / "work").exists()
 
 
 def test_ready_tile_that_is_not_square_is_cropped_not_squeezed(tmp_path: Path) -> None:

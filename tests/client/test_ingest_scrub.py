@@ -4,13 +4,16 @@ import csv
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.identifiers import Kind
 from crafts_client.ingest.known_names import identifying_names
+from crafts_client.ingest.listed_names import ListedNames
 from crafts_client.ingest.scrub import scrub
 from support.slides import REAL_DATA
 
@@ -299,3 +302,51 @@ def test_real_captions_are_left_alone() -> None:
     """11 of 4661 hold something that goes, nearly all truly a name, a link or a date."""
     changed = [text for text in captions() if scrub(text).found]
     assert len(changed) < 0.005 * 4661
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("Seen with Kowalczyk, who agrees.", "Seen with, who agrees."),
+        ("KOWALCZYK: glands", "glands"),
+        ("Kowalczyk's slide, glands", "slide, glands"),
+        ("glands (Schroeder)", "glands"),
+        ("glands per O'Brien", "glands per"),
+        ("Schröder-Kowalczyk saw glands", "saw glands"),
+        ("Mullerian glands, pat of fat", "Mullerian glands, pat of fat"),
+    ],
+)
+def test_listed_names_go_however_they_are_spelled(text: str, clean: str) -> None:
+    listed = ListedNames.of(["Kowalczyk, Anna", "Dr. Hans von Schröder", "Pat O'Brien"])
+    scrubbed = scrub(text, listed=listed)
+    assert scrubbed.text == clean
+    assert scrub(scrubbed.text, listed=listed).text == clean
+
+
+def test_listed_names_that_are_words_of_pathology_stay_and_are_shown() -> None:
+    """Otherwise a Dr. Gross costs every gross description its word."""
+    listed = ListedNames.of(["Gross", "Gleason", "Li"])
+    scrubbed = scrub("Gleason 3+4; gross tumor, Li and Gross agree.", listed=listed)
+    assert scrubbed.text == "Gleason 3+4; gross tumor, Li and Gross agree."
+    assert {"Gleason", "Gross", "Li"} <= set(scrubbed.look_at)
+
+
+def test_fifty_thousand_listed_names_cost_no_more_than_one() -> None:
+    letters = str.maketrans("0123456789", "abcdefghij")
+    listed = ListedNames.of(f"Zz{number:05d}".translate(letters) for number in range(50_000))
+    assert len(listed.words) > 40_000
+    text = "glands of the colon with Zzabcdf " * 20
+    started = time.perf_counter()
+    assert "Zz" not in scrub(text, listed=listed).text
+    assert time.perf_counter() - started < 1
+
+
+def test_a_list_of_names_is_read_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "n.txt").write_text("# staff\n\nSchröder, Hans  # left\n", encoding="utf-8")
+    assert ListedNames.read(tmp_path / "n.txt").words == {"schroder", "hans"}
+    (tmp_path / "n.txt").write_text("Meier\n4711\n")
+    with pytest.raises(IngestError, match="line 2: no name on it"):
+        ListedNames.read(tmp_path / "n.txt")
+    (tmp_path / "n.txt").write_bytes("Müller".encode("latin-1"))
+    with pytest.raises(IngestError, match="not UTF-8"):
+        ListedNames.read(tmp_path / "n.txt")

@@ -9,7 +9,8 @@ from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.slides import MissingScaleError, Slide
 from crafts_client.ingest.tiling import Candidate, TilingOptions, grid, in_drawn_order
 from crafts_simulations.slides import write_slide
-from support.slides import REAL_DATA, damage_level0_tile, tissue_image, write_tissue_slide
+from support.slide_files import write_tiled_tiff
+from support.slides import REAL_DATA, damage_tile, tissue_image, write_tissue_slide
 
 needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared data beside repository")
 
@@ -83,7 +84,7 @@ def test_file_that_is_no_slide_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_slide_is_read_on_after_a_damaged_place(tmp_path: Path) -> None:
     path = write_tissue_slide(tmp_path / "s.svs")
-    damage_level0_tile(path, 0)
+    damage_tile(path, 0)
     with Slide.open(path) as slide:
         with pytest.raises(SlideError, match="cannot be decoded"):
             slide.read((0, 0, 128, 128), (64, 64))
@@ -106,6 +107,27 @@ def test_thumbnail_in_pieces_equals_thumbnail_in_one(
         monkeypatch.setattr("crafts_client.ingest.slides.MAX_READ_PX", 100)
         pieces = slide.thumbnail(max_px=64, min_mpp=0.1)
     assert np.abs(whole.astype(int) - pieces).mean() < 1.0
+
+
+def test_damaged_coarse_level_is_made_up_for_by_a_finer_one(tmp_path: Path) -> None:
+    path = write_tiled_tiff(tmp_path / "s.tif", tissue_image(), num_levels=4)
+    with Slide.open(path) as slide:
+        whole = slide.thumbnail(max_px=1024, min_mpp=4.0)
+        assert slide.damaged_levels == set()
+    for level in (2, 3):
+        damage_tile(path, 0, page=level)
+    with Slide.open(path) as slide:
+        mended = slide.thumbnail(max_px=1024, min_mpp=4.0)
+        assert slide.damaged_levels == {2, 3}
+    assert np.abs(mended.astype(int) - whole).mean() < 3
+
+
+def test_thumbnail_of_a_slide_damaged_on_every_level_is_an_error(tmp_path: Path) -> None:
+    path = write_tiled_tiff(tmp_path / "s.tif", tissue_image(), num_levels=2)
+    for level in (0, 1):
+        damage_tile(path, 0, page=level)
+    with Slide.open(path) as slide, pytest.raises(SlideError, match="cannot be decoded"):
+        slide.thumbnail(max_px=1024, min_mpp=4.0)
 
 
 def test_drawn_order_is_keyed_and_of_one_slide_alone() -> None:

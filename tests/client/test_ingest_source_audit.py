@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from crafts_client.ingest import source_audit
 from crafts_client.ingest.slides import Slide
-from crafts_client.ingest.source_audit import audit_source
+from crafts_client.ingest.source_audit import audit_image, audit_source
 from support.slide_files import write_dicom_slide, write_tiffslide_only, write_tiled_tiff
 from support.slides import tissue_image, write_tissue_slide
 
@@ -192,3 +192,40 @@ def test_pixels_are_no_fields(tmp_path: Path) -> None:
     Image.fromarray(noise).save(buffer, "BMP")
     (tmp_path / "s.bmp").write_bytes(buffer.getvalue())
     assert _audit(tmp_path / "s.bmp") == ""
+
+
+def _profile(description: bytes) -> bytes:
+    """sRGB that calls itself otherwise, in as many letters."""
+    profile: bytes = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    place = profile.find("sRGB built-in".encode("utf-16-be"))
+    text = description.decode().ljust(13)[:13].encode("utf-16-be")
+    assert place > 0
+    return profile[:place] + text + profile[place + len(text) :]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_ready_tile_is_audited_as_a_slide_is(tmp_path: Path, ending: str) -> None:
+    exif = Image.Exif()
+    exif[0x013B] = PLANTED
+    image = Image.fromarray(tissue_image(64, margin=0))
+    path = tmp_path / f"a.{ending}"
+    image.save(path, exif=exif, icc_profile=_profile(PLANTED.encode()))
+    found = audit_image(path)
+    assert source_audit.PROFILE in found
+    assert {source_audit.EXIF, source_audit.PERSON} & set(found)
+    assert PLANTED not in "".join(found)
+    plain = tmp_path / f"plain.{ending}"
+    image.save(plain, icc_profile=_profile(b"sRGB built-in"))
+    assert set(audit_image(plain)) <= {source_audit.EXIF}
+
+
+def test_png_text_and_comments_of_a_ready_tile_are_told(tmp_path: Path) -> None:
+    image = Image.fromarray(tissue_image(64, margin=0))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Author", PLANTED)
+    image.save(tmp_path / "a.png", pnginfo=text)
+    image.save(tmp_path / "a.jpg", comment=PLANTED.encode())
+    assert audit_image(tmp_path / "a.png") == (source_audit.PNG_TEXT,)
+    assert audit_image(tmp_path / "a.jpg") == (source_audit.COMMENT,)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert audit_image(tmp_path / "b.png") == (source_audit.UNSEEN,)

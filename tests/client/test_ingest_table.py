@@ -118,9 +118,9 @@ def test_overlong_caption_is_a_fault(folder: Path) -> None:
 def test_missing_columns_are_named_with_what_is_there(folder: Path) -> None:
     problems = problems_of(write_table(folder / "t.csv", "slide,name", ["a.svs,p1"]))
     assert [problem.split(" (")[0] for problem in problems] == [
-        "t.csv: no column file",
-        "t.csv: no column patient or source_tile_group",
-        "t.csv: no column caption or label or cancer_type or class",
+        "line 1: no column file",
+        "line 1: no column patient or source_tile_group",
+        "line 1: no column caption or label or cancer_type or class",
     ]
 
 
@@ -137,14 +137,44 @@ def test_message_has_one_line_per_fault_and_an_end(folder: Path) -> None:
     ("content", "fault"),
     [
         (b"", "is empty"),
-        (b"file,patient,label\n", "no rows"),
-        (b"\xff\xfe\x00", "cannot read table"),
+        (b"file,patient,label\n", "no row follows"),
+        ("file,patient,label\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 t.csv > utf8-t.csv"),
         (b'file,patient,label\n"a', "cannot read table"),
     ],
 )
 def test_file_that_is_no_table_is_refused(folder: Path, content: bytes, fault: str) -> None:
     (folder / "t.csv").write_bytes(content)
     assert fault in problems_of(folder / "t.csv")[0]
+
+
+def test_table_of_an_old_spreadsheet_is_refused_with_the_way_out(folder: Path) -> None:
+    """Latin-1 read as anything else would make one patient of two, or two of one."""
+    text = "file,patient,label\na.svs,p1,COAD\nb.svs,Müller,COAD\n"
+    (folder / "t.csv").write_bytes(text.encode("latin-1"))
+    (told,) = problems_of(folder / "t.csv")
+    assert "not UTF-8 (byte 0xfc on line 3)" in told
+    assert 'save it from the spreadsheet as "CSV UTF-8", or run: iconv' in told
+
+
+def test_column_that_would_be_passed_over_is_refused(folder: Path) -> None:
+    header = "file,patient,label,label,MPP,notes,notes"
+    told = problems_of(write_table(folder / "t.csv", header, ["a.svs,p1,COAD,LUAD,1,,"]))
+    assert told == (
+        "line 1: column label is there 2 times; keep one, or give the others other names",
+        "line 1: column MPP is not read; write it mpp",
+    )
+
+
+def test_missing_columns_hide_nothing_of_the_rows(folder: Path) -> None:
+    told = problems_of(write_table(folder / "t.csv", "file,mpp", ["a.svs,wide", "gone.svs,"]))
+    assert [problem.partition(" (")[0] for problem in told[:2]] == [
+        "line 1: no column patient or source_tile_group",
+        "line 1: no column caption or label or cancer_type or class",
+    ]
+    assert told[2:] == (
+        "line 2: mpp 'wide' is not a number",
+        f"line 3: file gone.svs does not exist below {folder}",
+    )
 
 
 def test_missing_table_is_refused(tmp_path: Path) -> None:
@@ -158,12 +188,12 @@ def test_a_template_lists_the_slides_and_nothing_else(tmp_path: Path) -> None:
     write_tissue_slide(tmp_path / "a.tiff")
     (tmp_path / "notes.txt").write_text("no slide")
     table = tmp_path / "slides.csv"
-    write_template(table, find_slides(tmp_path))
+    write_template(table, find_slides(tmp_path).paths)
     header, *lines = table.read_text().splitlines()
     empty = "," * header.count(",")
     assert lines == [f"a.tiff{empty}", f"deep/b.tiff{empty}"]
     assert set(problems_of(table)) == {
-        f"slides.csv line {number}: {problem}"
+        f"line {number}: {problem}"
         for number in (2, 3)
         for problem in ("no patient", "neither a caption nor a label")
     }
@@ -178,13 +208,13 @@ def test_a_template_lists_the_slides_and_nothing_else(tmp_path: Path) -> None:
 def test_a_template_writes_over_nothing_and_wants_slides(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     with pytest.raises(IngestError, match="no slide was found"):
-        write_template(table, find_slides(tmp_path))
+        write_template(table, find_slides(tmp_path).paths)
     write_tissue_slide(tmp_path / "a.tiff")
-    write_template(table, find_slides(tmp_path))
+    write_template(table, find_slides(tmp_path).paths)
     with pytest.raises(IngestError, match="exists"):
-        write_template(table, find_slides(tmp_path))
+        write_template(table, find_slides(tmp_path).paths)
     with pytest.raises(IngestError, match="cannot write"):
-        write_template(tmp_path / "no" / "t.csv", find_slides(tmp_path))
+        write_template(tmp_path / "no" / "t.csv", find_slides(tmp_path).paths)
 
 
 ATTRIBUTES = "growth_pattern,nuclear_grade,stroma,features"
@@ -216,10 +246,10 @@ def test_unknown_attributes_are_told_with_what_is_allowed(folder: Path) -> None:
     rows = ["a.svs,p1,COAD,blobs,worst,none,necrosis;frogs;", "b.svs,p2,COAD,,,,"]
     told = problems_of(write_table(folder / "t.csv", header, rows))
     assert [problem.split(":")[0] for problem in told] == [
-        "t.csv line 2",
-        "t.csv line 2",
-        "t.csv line 2",
-        "t.csv line 2",
+        "line 2",
+        "line 2",
+        "line 2",
+        "line 2",
     ]
     assert "features 'frogs' is none of: clear cytoplasm, " in told[0]
     assert "growth_pattern 'blobs' is none of: glands, crypts, " in told[1]
@@ -300,8 +330,8 @@ def test_one_slide_under_two_names_is_found(folder: Path) -> None:
     rows = ["a.svs,p1,COAD", "link.svs,p2,COAD", "b.svs,p3,COAD", "B.svs,p3,COAD"]
     told = problems_of(write_table(folder / "t.csv", "file,patient,label", rows))
     assert told == (
-        "t.csv line 3: file link.svs is listed before, on line 2, for another patient",
-        "t.csv line 5: file B.svs differs only in capitals from b.svs on line 4; if they are two, "
+        "line 3: file link.svs is listed before, on line 2, for another patient",
+        "line 5: file B.svs differs only in capitals from b.svs on line 4; if they are two, "
         "rename one",
     )
 
@@ -309,31 +339,31 @@ def test_one_slide_under_two_names_is_found(folder: Path) -> None:
 def test_one_patient_under_two_names_is_found(folder: Path) -> None:
     rows = ["a.svs,P 1,c1,COAD", "b.svs,p  1,c1,COAD"]
     (told,) = problems_of(write_table(folder / "t.csv", "file,patient,case,label", rows))
-    assert told.startswith("t.csv line 3: patient p  1 is written P 1 on line 2; ")
+    assert told.startswith("line 3: patient p  1 is written P 1 on line 2; ")
 
 
 def test_a_case_belongs_to_one_patient(folder: Path) -> None:
     rows = ["a.svs,p1,c1,COAD", "b.svs,p2,c1,COAD"]
     (told,) = problems_of(write_table(folder / "t.csv", "file,patient,case,label", rows))
-    assert told == "t.csv line 3: case c1 belongs to patient p1 on line 2, and to p2 here"
+    assert told == "line 3: case c1 belongs to patient p1 on line 2, and to p2 here"
 
 
 def test_a_patient_belongs_to_one_cohort(folder: Path) -> None:
     rows = ["a.svs,p1,x,COAD", "b.svs,p1,y,COAD"]
     (told,) = problems_of(write_table(folder / "t.csv", "file,patient,cohort,label", rows))
-    assert told.startswith("t.csv line 3: patient p1 is in cohort y here and in x on line 2; ")
+    assert told.startswith("line 3: patient p1 is in cohort y here and in x on line 2; ")
 
 
 def test_a_table_holds_the_sites_cohort_only(folder: Path) -> None:
     rows = ["a.svs,p1,x,COAD", "b.svs,p2,y,COAD"]
     table = write_table(folder / "t.csv", "file,patient,cohort,label", rows)
     assert problems_of(table) == (
-        "t.csv line 3: belongs to cohort y, but line 2 to x; one table for each cohort",
+        "line 3: belongs to cohort y, but line 2 to x; one table for each cohort",
     )
     with pytest.raises(IngestError) as caught:
         read_table(table, cohort="x")
     assert caught.value.problems == (
-        "t.csv line 3: belongs to cohort y; ingest it in that cohort's home",
+        "line 3: belongs to cohort y; ingest it in that cohort's home",
     )
     table = write_table(folder / "t.csv", "file,patient,cohort,label", [rows[0], "b.svs,p2,,COAD"])
     assert len(read_table(table, cohort="x")) == len(read_table(table)) == 2
@@ -348,6 +378,7 @@ def test_report_of_captions_tells_what_went_and_what_to_look_at(folder: Path) ->
     (note,) = caption_report(read_table(table))
     assert note.model_dump(mode="json") == {
         "line": 2,
+        "table": "",
         "found": {"date": 1, "name": 1},
         "marked": "glands of Kowalczyk [date]",
         "marked_label": "tumor of [name]",

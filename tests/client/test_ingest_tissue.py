@@ -70,6 +70,49 @@ def test_stained_tissue_is_not_pen() -> None:
     assert pen_mask(tissue_image(256, margin=32)).mean() < 0.01
 
 
+GREEN, BLUE, INVERTED = "green", "blue", "inverted"
+
+
+def recoloured(image: np.ndarray, how: str) -> np.ndarray:
+    if how == INVERTED:
+        return 255 - image
+    return np.ascontiguousarray(image[..., (1, 0, 2) if how == GREEN else (1, 2, 0)])
+
+
+@pytest.mark.parametrize("how", [GREEN, BLUE, INVERTED])
+def test_slide_that_is_wholly_ink_is_a_stain(how: str) -> None:
+    """Trichrome is green or blue, and fluorescence is black: nothing of it is ink."""
+    image = recoloured(dense_tissue(), how)
+    mask = find_tissue(image, mpp=4.0, slide_px=(256, 256))
+    assert mask.ink_coloured > 0.9
+    assert mask.is_stained_like_ink
+    assert not mask.is_pen_HW.any()
+    assert mask.is_tissue_HW[40:216, 40:216].mean() > 0.95
+
+
+def test_strokes_on_bare_glass_stay_ink() -> None:
+    """Ink is even where tissue is not: a slide of nothing but strokes gives nothing."""
+    image = page(side=256)
+    image[64:192, 32:224] = (60, 170, 140)
+    noise = np.random.default_rng(0).normal(0, 1.5, image.shape)
+    image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    mask = find_tissue(image, mpp=4.0, slide_px=(256, 256))
+    assert mask.ink_coloured > 0.9
+    assert not mask.is_stained_like_ink
+    assert not mask.is_tissue_HW.any()
+
+
+def test_nothing_is_ink_where_ink_is_kept() -> None:
+    image = dense_tissue()
+    image[24:232, 24:120] = recoloured(image, GREEN)[24:232, 24:120]
+    sought = find_tissue(image, mpp=4.0, slide_px=(256, 256))
+    assert 0.3 < sought.ink_coloured < 0.6
+    assert sought.is_pen_HW[40:216, 40:110].all()
+    kept = find_tissue(image, mpp=4.0, slide_px=(256, 256), seeks_ink=False)
+    assert not kept.is_pen_HW.any()
+    assert kept.is_tissue_HW[40:216, 40:216].mean() > 0.95
+
+
 def test_thin_ink_counts_only_beside_a_stroke() -> None:
     thin, ink = (225, 135, 140), (205, 25, 25)
     image = page()
@@ -259,13 +302,16 @@ def artefact(name: str, reduction: int = 4) -> np.ndarray:
     ],
 )
 def test_pen_on_real_slides(name: str, least_pen: float, most_pen: float) -> None:
-    assert least_pen <= pen_mask(smoothed(artefact(name), 3)).mean() <= most_pen
+    image = artefact(name)
+    assert least_pen <= pen_mask(smoothed(image)).mean() <= most_pen
+    size = image.shape[1], image.shape[0]
+    assert not find_tissue(image, mpp=4.0, slide_px=size).is_stained_like_ink
 
 
 @needs_data
 def test_rings_drawn_on_tissue_are_found() -> None:
     """Three colours of ink over a third of one real slide's thumbnail."""
-    assert pen_mask(smoothed(artefact("diagnostic-slide-thumb-rgb", 1), 3)).mean() > 0.27
+    assert pen_mask(smoothed(artefact("diagnostic-slide-thumb-rgb", 1))).mean() > 0.27
 
 
 @needs_data

@@ -133,7 +133,7 @@ def test_a_register_that_lost_a_withdrawal_stops_the_site(
         lambda: register.withdrawn,
         lambda: register.enrol(["a"], "main"),
         lambda: register.withdraw("a"),
-        lambda: register.refuse_elsewhere(["a"], "main"),
+        lambda: register.cohorts(),
     ):
         with pytest.raises(HomeError, match="put back the newest copy"):
             ask()

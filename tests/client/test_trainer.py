@@ -2,6 +2,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
 from crafts_core.adapters import Adapter, State, add_delta
 from crafts_core.exchange import global_norm
-from crafts_core.foundation import Foundation
+from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_core.stages.batch import draw
 from crafts_core.stages.objective import BatchCoupledLossError, Objective
@@ -386,14 +387,32 @@ def test_compiled_code_sees_full_microbatches_only(
         torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU compiles for minutes")
-def test_torch_compile_trains_rightly_or_not_at_all(foundation, open_plan, patients) -> None:
-    """Whatever this machine's compiler makes of it, the update is the plain one."""
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("speed", "tolerance"),
+    [
+        (Speed(microbatch_tiles=64, group_rows=1), 0.01),
+        (Speed(microbatch_tiles=64, group_rows=32), 0.01),
+        (Speed(microbatch_tiles=2, group_rows=1, checkpointing=True), 0.01),
+        (Speed(microbatch_tiles=64, group_rows=32, precision="bfloat16"), 0.1),
+        (Speed(microbatch_tiles=6, compile=True), 0.05),
+    ],
+    ids=["one by one", "in groups", "checkpointing", "bfloat16", "compiled"],
+)
+def test_a_gpu_trains_what_a_cpu_trains(
+    foundation, open_plan, patients, speed: Speed, tolerance: float, tmp_path: Path
+) -> None:
+    """Latents, draws, passes and update; whatever this machine's compiler makes of it."""
     task = task_of(foundation, open_plan)
-    speed = Speed(microbatch_tiles=6, compile=True)
-    found = trainer_of(foundation, open_plan, patients, speed=speed).train(task)
-    for name, wanted in trainer_of(foundation, open_plan, patients).train(task).items():
-        torch.testing.assert_close(found[name], wanted, rtol=0.05, atol=1e-5)
+    wanted = trainer_of(foundation, open_plan, patients).train(task)
+    on_gpu = load(foundation.path, device="cuda")
+    store = write_random_store(tmp_path / "tiles", on_gpu)
+    cached = PatientTiles(store, LatentCache.open(store, on_gpu.manifest.hash), on_gpu)
+    trainer = trainer_of(on_gpu, open_plan, cached, speed=speed)
+    found = trainer.train(task)
+    difference = global_norm({name: found[name] - wanted[name] for name in wanted})
+    assert difference <= tolerance * global_norm(wanted)
+    assert next(iter(trainer._trusted.values())) == speed, "the shortcut was not trusted"
 
 
 def test_adam_trains_as_the_plan_says(foundation, open_plan, patients) -> None:

@@ -1,6 +1,7 @@
 """The latent cache: the foundation's own numbers, resumable, and only for these tiles."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.foundation import Foundation
+from crafts_core.foundation import Foundation, load
 from crafts_core.tiles import TileRecord, TileStore, TileStoreError, TileStoreWriter, encode_tile
 from crafts_core.tiles import latents as latents_module
 from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
@@ -42,6 +43,19 @@ def test_rows_are_what_the_foundation_computes(store: TileStore, foundation: Fou
     torch.testing.assert_close(cache.latents([5, 2]), expected, atol=5e-3, rtol=5e-3)
     torch.testing.assert_close(cache.tile_embeddings([5, 2]), embedded, atol=2e-3, rtol=0)
     assert cache.latent_shape == tuple(expected.shape[1:])
+
+
+@pytest.mark.gpu
+def test_a_gpu_fills_the_cache_with_the_same_numbers(
+    store: TileStore, foundation: Foundation
+) -> None:
+    wanted = LatentCache.build(store, foundation)
+    rows = list(range(7))
+    latents, embeddings = wanted.latents(rows), wanted.tile_embeddings(rows)
+    shutil.rmtree(cache_folder(store, foundation.manifest.hash))
+    found = LatentCache.build(store, load(foundation.path, device="cuda"), batch_size=3)
+    torch.testing.assert_close(found.latents(rows), latents, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(found.tile_embeddings(rows), embeddings, atol=5e-3, rtol=0)
 
 
 def test_captions_are_what_the_foundation_computes(

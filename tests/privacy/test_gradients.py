@@ -160,9 +160,17 @@ def test_a_layer_without_a_rule_is_refused_before_training() -> None:
 
 def test_what_changes_a_layers_output_in_place_is_refused() -> None:
     layer = nn.Linear(3, 3)
+    gradients = GroupGradients(layer, list(layer.parameters()))
+    with gradients, pytest.raises(RuntimeError, match="inplace"):
+        gradients.compute(torch.relu_(layer(torch.randn(2, 3))).sum(1), [1, 1])
+
+
+def test_what_changes_a_layers_input_in_place_is_refused() -> None:
+    layer, inputs = nn.Linear(3, 3), torch.randn(2, 3)
     with GroupGradients(layer, list(layer.parameters())) as gradients:
-        losses = torch.relu_(layer(torch.randn(2, 3))).sum(1)
-        with pytest.raises(RuntimeError, match="in place"):
+        losses = layer(inputs).sum(1)
+        inputs += 1
+        with pytest.raises(RuntimeError, match="inplace"):
             gradients.compute(losses, [1, 1])
 
 

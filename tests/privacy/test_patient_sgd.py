@@ -295,6 +295,7 @@ def test_a_group_leaves_no_gradient_and_no_hook_behind() -> None:
         sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, 2)
         assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(layer._forward_hooks for layer in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])

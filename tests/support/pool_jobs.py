@@ -1,6 +1,7 @@
 """Jobs for the ingest pool, in a module of their own because its processes import them."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ def behave(job: tuple[str, str], beat: Beat) -> str:
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "hang":
         time.sleep(600)
+    if what == "hang for good":
+        Path(name).write_text(str(os.getpid()))
+        re.match("(a+)+$", "a" * 60 + "b")  # in C, and no other thread may run meanwhile
     if what == "slow":
         for _ in range(12):
             time.sleep(0.15)

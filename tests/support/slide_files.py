@@ -1,6 +1,7 @@
 """Small slides of every format that ingest reads, with names planted where scanners put them."""
 
 import io
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def write_tiffslide_only(path: Path, image: Pixels, *, mpp: float | None = 0.5) 
     """A pyramid that OpenSlide takes for a slide and then cannot open: JPEG 2000 in plain TIFF."""
     options: dict[str, Any] = {"compression": "jpeg2000", "compressionargs": None}
     return write_tiled_tiff(path, image, mpp=mpp, num_levels=2, **options)
+
+
+def set_tile_tag(path: Path, name: str, number: int, value: int) -> None:
+    """Change one number of a tag of level 0, such as ``TileOffsets``."""
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages[0].tags[name]
+        code, start = {3: "H", 4: "I"}[int(tag.dtype)], tag.valueoffset
+    with path.open("r+b") as file:
+        file.seek(start + number * struct.calcsize(code))
+        file.write(struct.pack(f"<{code}", min(value, 2 ** (8 * struct.calcsize(code)) - 1)))
 
 
 def halved(image: Pixels, times: int) -> Pixels:

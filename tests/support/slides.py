@@ -41,11 +41,11 @@ def write_table(path: Path, header: str, rows: Iterable[str]) -> Path:
     return path
 
 
-def damage_level0_tile(path: Path, number: int) -> None:
-    """Overwrite the data of one JPEG tile of level 0 with noise."""
+def damage_tile(path: Path, number: int, *, page: int = 0) -> None:
+    """Overwrite the data of one JPEG tile with noise: of level 0, or of another page."""
     with tifffile.TiffFile(path) as file:
-        page = file.pages[0]
-        offset, length = page.dataoffsets[number], page.databytecounts[number]
+        found = file.pages[page]
+        offset, length = found.dataoffsets[number], found.databytecounts[number]
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(np.random.default_rng(0).bytes(length))

@@ -18,6 +18,8 @@ class CaptionNote(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     line: int
+    table: str = ""
+    """Path of the table that has the line; empty while only one is told of."""
     found: dict[str, int]
     """How often each kind of identifier was removed, from caption and label."""
     marked: str | None

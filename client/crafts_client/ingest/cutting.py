@@ -58,7 +58,7 @@ def cut_stretch(job: CutJob, beat: Beat) -> Shard:
     Raises:
         SlideError: too much of the slide is damaged.
     """
-    with cut_shard(job.store, job.shard, job.slide.source.key) as cut:
+    with cut_shard(job.store, job.shard, job.slide.work_key) as cut:
         beat(cut.next_place)
         if not cut.is_finished:
             survey = survey_slide(job.slide, lambda _: None)

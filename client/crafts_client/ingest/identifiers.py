@@ -24,6 +24,7 @@ class Kind(StrEnum):
     AGE = "age"
     ADDRESS = "address"
     KNOWN = "known word"
+    LISTED = "listed name"
 
 
 class Span(NamedTuple):

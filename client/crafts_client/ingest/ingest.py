@@ -6,18 +6,25 @@ an interrupted one left, does nothing where everything is there, and cuts only w
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 from crafts_client.ingest.cutting import CutJob, check_damage, cut_jobs, cut_stretch
 from crafts_client.ingest.deidentify import Salt
-from crafts_client.ingest.errors import IngestError, SlideError
+from crafts_client.ingest.errors import IngestError, Problem, SlideError
 from crafts_client.ingest.pool import SILENCE_S, Beat, Pool
-from crafts_client.ingest.ready_tiles import GroupJob, condition_problems, cut_group
+from crafts_client.ingest.ready_tiles import (
+    GroupJob,
+    audit_group,
+    condition_problems,
+    cut_group,
+)
 from crafts_client.ingest.report import IngestReport, SourceFacts
 from crafts_client.ingest.shard_cut import WORK, Shard
+from crafts_client.ingest.source_audit import UNSEEN
 from crafts_client.ingest.store_update import Source, StoreUpdate, Target, open_update
 from crafts_client.ingest.survey import SlideJob, Survey, draw_slide, missing_scale, survey_slide
 from crafts_client.ingest.table import TableRow
@@ -38,6 +45,7 @@ def ingest_slides(
     withdrawn: Collection[str] = (),
     pictures: Path | None = None,
     former: IngestReport | None = None,
+    problems: Sequence[Problem] = (),
     progress: Progress = lambda *_: None,
     silence_s: float = SILENCE_S,
 ) -> IngestReport:
@@ -57,15 +65,17 @@ def ingest_slides(
         withdrawn: Pseudonyms of patients whose slides are not read.
         pictures: Folder for a thumbnail and an overlay of each slide; none are drawn if absent.
         former: What was said of slides that are in the store already.
+        problems: What is known to be wrong with the table. It is told together with what is wrong
+            with its slides, instead of cutting any.
         progress: Called with the step, what is done of it and what there is.
         silence_s: A slide that nothing is heard of for so long is skipped.
 
     Raises:
-        IngestError: a slide has no scale (all such are named), no slide gave a tile, the store is
-            of other tiles, another ingest is at work, the disk refuses, or the table names images
-            that lie over whole slides, which are not read.
+        IngestError: there are problems, a slide has no scale, cannot be read or is another's copy,
+            or has an image over the whole of it, which is not read (everything is named at once);
+            or no slide gave a tile, the store is of other tiles, another ingest is at work, or the
+            disk refuses.
     """
-    _refuse_conditions_of_slides(rows)
     target = Target(
         store=out,
         cohort=cohort,
@@ -74,12 +84,16 @@ def ingest_slides(
         mpp=options.mpp,
         withdrawn=withdrawn,
     )
-    with open_update(target, former) as update, Pool(num_processes, silence_s=silence_s) as pool:
-        listed = [Source.of(row, salt, asdict(options)) for row in rows]
-        _refuse_duplicates(listed)
+    with (
+        _also_told(problems),
+        open_update(target, former) as update,
+        Pool(num_processes, silence_s=silence_s) as pool,
+    ):
+        listed, wrong = _sources(rows, salt, lambda _: asdict(options))
+        wrong += [*_duplicates(listed, "slide"), *_conditions_of_slides(rows)]
         sources = update.new(listed)
         jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
-        _refuse_missing_scale(pool, jobs, progress)
+        _refuse_what_is_wrong(pool, jobs, [*problems, *wrong], progress)
         surveys = _survey(pool, jobs, progress)
         _cut(pool, jobs, surveys, update, target, progress)
         return update.commit("slides", rows)
@@ -97,6 +111,7 @@ def ingest_tiles(
     num_processes: int = 2,
     withdrawn: Collection[str] = (),
     former: IngestReport | None = None,
+    problems: Sequence[Problem] = (),
     progress: Progress = lambda *_: None,
 ) -> IngestReport:
     """Take ready tiles, one image file each, as the store at ``out`` or into it.
@@ -108,22 +123,120 @@ def ingest_tiles(
     else is as in ``ingest_slides``.
 
     Raises:
-        IngestError: images over tiles do not fit them (all such are named), no image could be used,
-            the store is of other tiles, another ingest is at work, or the disk refuses.
+        IngestError: there are problems, files that cannot be read or images over tiles that do not
+            fit them (everything is named at once); or no image could be used, the store is of other
+            tiles, another ingest is at work, or the disk refuses.
     """
     target = Target(
         store=out, cohort=cohort, salt=salt, tile_px=tile_px, mpp=mpp, withdrawn=withdrawn
     )
-    with open_update(target, former) as update, Pool(num_processes) as pool:
+    with (
+        _also_told(problems),
+        open_update(target, former) as update,
+        Pool(num_processes) as pool,
+    ):
         sides = {row.name: _side_px(row.mpp or source_mpp, mpp, tile_px) for row in rows}
-        sources = update.new(Source.of(row, salt, [tile_px, sides[row.name]]) for row in rows)
-        _refuse_conditions(pool, sources, progress)
+        listed, wrong = _sources(rows, salt, lambda row: [tile_px, sides[row.name]])
+        # The same image twice of one patient is common; of two it breaks what each is promised.
+        wrong += _duplicates(listed, "image", of_two_patients=True)
+        sources = update.new(listed)
+        wrong += _wrong_conditions(pool, sources, progress)
+        if problems or wrong:
+            raise IngestError.at_lines([*problems, *wrong])
         groups = _by_patient(sources)
         jobs = [_group_job(group, target, sides) for group in groups]
+        identifiers = _identifiers(pool, groups, progress)
         on_beat = _counting(progress, "reading tiles", len(sources))
         for place, shard in pool.run(cut_group, jobs, on_beat=on_beat):
-            _take_group(groups[place], shard, update)
+            _take_group(groups[place], shard, update, identifiers)
         return update.commit("tiles", rows)
+
+
+# ---- what is wrong before anything is cut ---------------------------------------------------
+
+
+@contextmanager
+def _also_told(problems: Sequence[Problem]) -> Iterator[None]:
+    """Where the store itself is refused, the table's problems are told as well, not next time."""
+    try:
+        yield
+    except IngestError as error:
+        known = [f"line {line}: {told}" for line, told in problems]
+        if set(known) <= set(error.problems):
+            raise
+        raise IngestError(*error.problems, *known) from error
+
+
+def _sources(
+    rows: Sequence[TableRow], salt: Salt, how: Callable[[TableRow], object]
+) -> tuple[list[Source], list[Problem]]:
+    """What each row stands for, and which files cannot be read at all."""
+    sources, problems = list[Source](), list[Problem]()
+    for row in rows:
+        try:
+            sources.append(Source.of(row, salt, how(row)))
+        except SlideError as error:
+            problems.append((row.line, f"{row.name} {error}"))
+    return sources, problems
+
+
+def _duplicates(
+    sources: Sequence[Source], what: str, *, of_two_patients: bool = False
+) -> Iterator[Problem]:
+    """One slide under two names would count twice, or for two patients."""
+    first: dict[str, Source] = {}
+    for source in sources:
+        before = first.setdefault(source.content, source)
+        if before.row.path == source.row.path:
+            continue
+        if not of_two_patients or before.row.patient != source.row.patient:
+            told = f"{source.row.name} is the same {what} as {before.row.name} on line"
+            yield source.row.line, f"{told} {before.row.line}"
+
+
+def _refuse_what_is_wrong(
+    pool: Pool, jobs: Sequence[SlideJob], problems: Sequence[Problem], progress: Progress
+) -> None:
+    """Look at headers first: a wrong guess of scale would spoil the whole store.
+
+    A slide that cannot be opened is no reason to refuse the others; but where the table must be
+    mended, such slides are named, too, whether or not the table gives their scale.
+    """
+    unknown, known = list[TableRow](), list[TableRow]()
+    for job in jobs:
+        (unknown if job.source.row.mpp is None else known).append(job.source.row)
+    wrong, damaged = _look_at_headers(pool, unknown, progress)
+    wrong += problems
+    if wrong:
+        _, more_damaged = _look_at_headers(pool, known, progress)
+        raise IngestError.at_lines([*wrong, *damaged, *more_damaged])
+
+
+def _conditions_of_slides(rows: Sequence[TableRow]) -> list[Problem]:
+    return [
+        (
+            row.line,
+            f"{modality} images of whole slides are not read; cut tiles first and use "
+            "--ready-tiles, or remove the column",
+        )
+        for row in rows
+        for modality in row.conditions
+    ]
+
+
+def _look_at_headers(
+    pool: Pool, rows: Sequence[TableRow], progress: Progress
+) -> tuple[list[Problem], list[Problem]]:
+    """Slides without a scale, and those that cannot be opened."""
+    wrong, damaged = list[Problem](), list[Problem]()
+    on_beat = _counting(progress, "reading headers", len(rows))
+    for place, found in pool.run(missing_scale, rows, on_beat=on_beat):
+        row = rows[place]
+        if isinstance(found, SlideError):
+            damaged.append((row.line, f"{row.name} would be skipped: {found}"))
+        elif found is not None:
+            wrong.append((row.line, f"{row.name}: {found}"))
+    return wrong, damaged
 
 
 # ---- slides ---------------------------------------------------------------------------------
@@ -136,44 +249,9 @@ def _slide_job(
     return SlideJob(source=source, survey=survey, options=options, pictures=pictures)
 
 
-def _refuse_duplicates(sources: Sequence[Source]) -> None:
-    """One slide under two names would count twice, or for two patients."""
-    first: dict[str, Source] = {}
-    problems = [
-        f"line {source.row.line}: {source.row.name} is the same slide as {before.row.name} on "
-        f"line {before.row.line}"
-        for source in sources
-        if (before := first.setdefault(source.content, source)) is not source
-    ]
-    if problems:
-        raise IngestError(*problems)
-
-
 def _largest_first(sources: Iterable[Source]) -> list[Source]:
     """So that the last process to end does not work on a large slide alone."""
     return sorted(sources, key=lambda source: -source.row.path.stat().st_size)
-
-
-def _refuse_conditions_of_slides(rows: Sequence[TableRow]) -> None:
-    problems = [
-        f"line {row.line}: {modality} images of whole slides are not read; cut tiles first and use "
-        "--ready-tiles, or remove the column"
-        for row in rows
-        for modality in row.conditions
-    ]
-    if problems:
-        raise IngestError(*problems)
-
-
-def _refuse_missing_scale(pool: Pool, jobs: Sequence[SlideJob], progress: Progress) -> None:
-    """Look at every header first: a wrong guess of scale would spoil the whole store."""
-    unknown = [job.source.row for job in jobs if job.source.row.mpp is None]
-    on_beat = _counting(progress, "reading headers", len(unknown))
-    found = [problem for _, problem in pool.run(missing_scale, unknown, on_beat=on_beat)]
-    # A slide that cannot be opened at all is skipped later, by name.
-    problems = [problem for problem in found if isinstance(problem, str)]
-    if problems:
-        raise IngestError(*sorted(problems, key=lambda text: int(text.split()[1].rstrip(":"))))
 
 
 def _survey(
@@ -204,6 +282,7 @@ def _cut(
     progress: Progress,
 ) -> None:
     stretches: list[tuple[CutJob, _Whole]] = []
+    drawings: list[tuple[SlideJob, tuple[int, ...]]] = []
     for place, job in enumerate(jobs):
         survey = surveys[place]
         if isinstance(survey, SlideError):
@@ -214,10 +293,10 @@ def _cut(
         stretches += [(cut, whole) for cut in cuts]
         if not cuts:
             update.done(job.source, 0, survey.rejected, **survey.facts)
+            drawings.append((job, ()))
     on_beat = _counting(
         progress, "cutting tiles", sum(cut.stop - cut.start for cut, _ in stretches)
     )
-    drawings: list[tuple[SlideJob, tuple[int, ...]]] = []
     cuts = [cut for cut, _ in stretches]
     for number, shard in pool.run(cut_stretch, cuts, on_beat=on_beat):
         cut, whole = stretches[number]
@@ -228,6 +307,7 @@ def _cut(
             whole.shards[cut.start] = shard
         if whole.num_missing == 0:
             drawings.append((whole.job, _take_slide(whole, update)))
+            whole.shards.clear()  # what is needed of them is in the update, in a tenth of the room
     if drawings and drawings[0][0].pictures is not None:
         on_beat = _counting(progress, "drawing pictures", len(drawings))
         for _ in pool.run(draw_slide, drawings, on_beat=on_beat):
@@ -258,19 +338,16 @@ def _take_slide(whole: _Whole, update: StoreUpdate) -> tuple[int, ...]:
 # ---- ready tiles ----------------------------------------------------------------------------
 
 
-def _refuse_conditions(pool: Pool, sources: Sequence[Source], progress: Progress) -> None:
+def _wrong_conditions(pool: Pool, sources: Sequence[Source], progress: Progress) -> list[Problem]:
     """Look at every header first: a mask over the wrong tile would steer wrongly, unseen."""
     rows = [source.row for source in sources if source.row.conditions]
     on_beat = _counting(progress, "reading headers", len(rows))
-    problems: dict[int, list[str]] = {}
+    problems: list[Problem] = []
     for place, found in pool.run(condition_problems, rows, on_beat=on_beat):
-        row = rows[place]
         if isinstance(found, SlideError):
-            found = [f"line {row.line}: {row.name}: {found}"]
-        problems[row.line] = found
-    lines = [text for line in sorted(problems) for text in problems[line]]
-    if lines:
-        raise IngestError(*lines)
+            found = [(rows[place].line, str(found))]
+        problems += found
+    return problems
 
 
 def _by_patient(sources: Iterable[Source]) -> list[list[Source]]:
@@ -296,16 +373,38 @@ def _group_job(group: Sequence[Source], target: Target, sides: dict[str, float |
     )
 
 
-def _take_group(group: Sequence[Source], shard: Shard | SlideError, update: StoreUpdate) -> None:
+def _identifiers(
+    pool: Pool, groups: Sequence[Sequence[Source]], progress: Progress
+) -> dict[str, tuple[str, ...]]:
+    """By slide: what its file carries beside the picture.
+
+    Looked at anew in every run, so that an interrupted one loses nothing of it.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    jobs = [[source.row.path for source in group] for group in groups]
+    on_beat = _counting(progress, "looking for identifiers", sum(map(len, jobs)))
+    for place, kinds in pool.run(audit_group, jobs, on_beat=on_beat):
+        seen = [(UNSEEN,)] * len(groups[place]) if isinstance(kinds, SlideError) else kinds
+        found |= {source.slide_id: k for source, k in zip(groups[place], seen, strict=True)}
+    return found
+
+
+def _take_group(
+    group: Sequence[Source],
+    shard: Shard | SlideError,
+    update: StoreUpdate,
+    identifiers: Mapping[str, tuple[str, ...]],
+) -> None:
+    facts = [SourceFacts(identifiers=identifiers[source.slide_id]) for source in group]
     if isinstance(shard, SlideError):
-        for source in group:
-            update.skip(source, f"one of this patient's images: {shard}")
+        for source, known in zip(group, facts, strict=True):
+            update.skip(source, f"one of this patient's images: {shard}", **known)
         return
     for tile in shard.tiles:
         update.add(group[tile.place], shard, [tile])
-        update.done(group[tile.place], 1, {})
+        update.done(group[tile.place], 1, {}, **facts[tile.place])
     for place, reason in shard.rejected:
-        update.skip(group[place], reason)
+        update.skip(group[place], reason, **facts[place])
 
 
 def _side_px(image_mpp: float | None, store_mpp: float | None, tile_px: int) -> float | None:

@@ -32,7 +32,7 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SlideRow:
-    """One used slide as the page shows it."""
+    """One slide as the page shows it."""
 
     source: SourceOutcome
     bar: Markup
@@ -85,11 +85,11 @@ def _content(report: IngestReport, pictures: Path) -> dict[str, object]:
         "skipped_reasons": Counter(str(s.skipped) for s in report.skipped).most_common(),
         "num_patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
         "copied": sum(source.copied for source in used),
-        "seconds": sum(source.seconds or 0 for source in report.sources),
+        "refused": report.runs[0] if report.runs and report.runs[0].num_problems else None,
         "rejected": _parts(report.rejected),
         "rejected_bar": ingest_charts.segments(_parts(report.rejected)),
         "identifiers": _total(Counter(source.identifiers) for source in report.sources),
-        "slides": _slide_rows(used, pictures, far_slides) if is_slides else [],
+        "slides": _slide_rows(report.sources, pictures, far_slides) if is_slides else [],
         "patients": _patients(report),
         "patient_chart": ingest_charts.histogram(
             tuple(report.tiles_per_patient.values()), unit="tiles", of="patients"
@@ -118,10 +118,12 @@ def _total(counters: Iterable[Counter[str]]) -> list[tuple[str, int]]:
 
 
 def _slide_rows(
-    used: Sequence[SourceOutcome], pictures: Path, far: Sequence[SourceOutcome]
+    sources: Sequence[SourceOutcome], pictures: Path, far: Sequence[SourceOutcome]
 ) -> list[_SlideRow]:
-    lines = {source.line for source in far}
-    return [_slide_row(source, pictures, source.line in lines) for source in used]
+    """Slides that were used, and skipped ones of which there is something to see."""
+    places = {source.place for source in far}
+    rows = [_slide_row(source, pictures, source.place in places) for source in sources]
+    return [row for row in rows if row.source.skipped is None or row.overlay is not None]
 
 
 def _slide_row(source: SourceOutcome, pictures: Path, has_far_stain: bool) -> _SlideRow:

@@ -23,17 +23,20 @@ _GAP = r"[\W_]{0,3}"
 _UMLAUT = {"ä": "ae?", "ö": "oe?", "ü": "ue?", "ß": "(?:ß|ss)"}
 
 
-def identifying_names(*, patient: str, case: str, file: str) -> tuple[str, ...]:
+def identifying_names(*, patient: str, case: str, file: str, names: str = "") -> tuple[str, ...]:
     """What of a row's own names would identify it: what stands between words, and its parts.
 
     A word of pathology is no name (a case called ``breast-carcinoma-Wyss`` is ``Wyss``), and a
-    short number is one only beside what it counts: ``patient 17``.
+    short number is one only beside what it counts: ``patient 17``. ``names`` are those
+    of people, parted by semicolons or bars.
     """
     path = PurePath(file)
     found: dict[str, None] = {}
     for name, what in ((patient, "patient"), (case, "case"), (path.stem, "slide")):
         found.update(dict.fromkeys(_of_name(name, what)))
     found.update(dict.fromkeys(_of_name(path.parent.name, "folder")))
+    for name in re.split(r"[;|]", names):
+        found.update(dict.fromkeys(_of_name(name, "name")))
     return tuple(found)
 
 

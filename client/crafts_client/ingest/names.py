@@ -11,11 +11,11 @@ from crafts_client.ingest.identifiers import Kind, Span
 from crafts_client.ingest.plain_words import is_acronym, is_eponym, is_plain
 
 _MOST_WORDS = 6
-_PARTICLES = frozenset({
+PARTICLES = frozenset({
     "al", "auf", "bin", "da", "dal", "de", "del", "della", "den", "der", "des", "di", "dos", "du",
     "el", "ibn", "la", "le", "les", "lo", "van", "vom", "von", "y", "zu", "zum", "zur",
 })  # fmt: skip
-_TITLES = frozenset({"dr", "herr", "herrn", "frau", "mme", "mr", "mrs", "ms", "prof"})
+TITLES = frozenset({"dr", "herr", "herrn", "frau", "mme", "mr", "mrs", "ms", "prof"})
 _NO_INITIALS = frozenset({
     "AP", "CK", "CT", "DC", "DD", "DNA", "EG", "ER", "EU", "GI", "GU", "HE", "HPF", "IE", "IHC",
     "IM", "IV", "KI", "LN", "MD", "MR", "NB", "NK", "NOS", "NR", "OD", "OS", "OW", "PAS", "PO",
@@ -153,9 +153,9 @@ def _name_end(text: str, start: int, accepts: Accepts, *, with_comma: bool) -> i
         if len(word) == 1 and word.isupper() and text[stop : stop + 1] == ".":
             stop += 1
             end = stop if end is not None else None
-        elif word.lower() in _TITLES:
+        elif word.lower() in TITLES:
             stop += text[stop : stop + 1] == "."
-        elif word.lower() in _PARTICLES:
+        elif word.lower() in PARTICLES:
             if word.islower() and end is not None and text[stop : stop + 1] not in (" ", "'"):
                 break
         elif accepts(word, end is None):

@@ -1,16 +1,20 @@
 """Running jobs on processes that may die or hang: a damaged file can do both to a decoder.
 
-Workers are spawned, never forked: slide handles and their caches do not survive a fork.
+Workers are forked from a server that has imported what they need and never opens a slide: handles
+and their caches do not survive a fork, and importing takes a worker longer than a small slide.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any, Self, TypeVar
 
 from crafts_client.ingest.errors import SlideError
@@ -24,9 +28,12 @@ SILENCE_S = 300.0
 """A job that gives no sign of life for so long is taken for hung."""
 MAX_TRIES = 2
 """The system ends processes for its own reasons, too; twice is the file's fault."""
+_CONTEXT = multiprocessing.get_context("forkserver")
+_PRELOADED = ("crafts_client.ingest", "tifffile", "simplejpeg")
 _BEAT_EVERY_S = 0.1
 _STARTS_WITHIN_S = 120.0
 _LOOK_S = 1.0
+_PR_SET_PDEATHSIG = 1
 DIED = "reading it ends the reading process: damaged beyond what its decoder bears"
 HANGS = "reading it never ends: damaged"
 
@@ -35,7 +42,7 @@ class Pool:
     """Processes that work on jobs one at a time; a context manager."""
 
     def __init__(self, num_processes: int, *, silence_s: float = SILENCE_S) -> None:
-        """Prepare; processes start with the first jobs.
+        """Prepare; processes start with the first jobs, their server at once.
 
         Args:
             num_processes: 0 runs everything in this process, where a crash is a crash.
@@ -45,6 +52,9 @@ class Pool:
         self._silence_s = silence_s
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
+        if num_processes > 0:
+            _CONTEXT.set_forkserver_preload(["__main__", *_PRELOADED])
+            forkserver.ensure_running()
 
     def __enter__(self) -> Self:
         return self
@@ -116,9 +126,8 @@ class Pool:
 
 class _Worker:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.end_of_pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.end_of_pipe, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
         self.place = -1
@@ -159,6 +168,7 @@ class _Raised:
 
 def _serve(pipe: "connection.Connection[Any, Any]") -> None:
     """What a worker does until nobody is at the other end any more."""
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who waits for us
     try:
         pipe.send(_Beat(0))
@@ -175,6 +185,31 @@ def _serve(pipe: "connection.Connection[Any, Any]") -> None:
             pipe.send(said)
     except (EOFError, OSError):
         os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """See to it that a killed program leaves nobody who hangs in a decoder and holds its shard.
+
+    The server of workers ends with the program. Linux ends this process with the server, also
+    inside a library that never gives up the interpreter; elsewhere a thread does, as soon as it
+    may run.
+    """
+    program = multiprocessing.parent_process()
+    assert program is not None
+    sentinel = program.sentinel
+    # The server goes on while anybody holds this, and a worker gets it for workers of its own.
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if connection.wait([sentinel], timeout=0):  # it was too late for the signal
+            os._exit(0)
+    else:
+
+        def watch() -> None:
+            connection.wait([sentinel])
+            os._exit(0)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class _Beats:

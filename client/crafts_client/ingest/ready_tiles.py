@@ -1,7 +1,7 @@
 """Preparing tiles that somebody else has cut: one image file, one tile."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 
 from crafts_client.ingest.deidentify import Salt
-from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.errors import Problem, SlideError
 from crafts_client.ingest.pool import Beat
+from crafts_client.ingest.readers.image_files import FORMATS
 from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
+from crafts_client.ingest.source_audit import audit_image
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
 from crafts_core.plan import Modality
@@ -22,8 +24,6 @@ from crafts_core.tiles.conditions import (
     read_condition,
 )
 from crafts_core.tiles.records import encode_tile
-
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,16 @@ def cut_group(job: GroupJob, beat: Beat) -> Shard:
         return cut.finish()
 
 
-def condition_problems(row: TableRow, beat: Beat) -> list[str]:
+def audit_group(paths: Sequence[Path], beat: Beat) -> list[tuple[str, ...]]:
+    """What each of some images carries beside its picture; see ``source_audit``."""
+    found = []
+    for path in paths:
+        found.append(audit_image(path))
+        beat(1)
+    return found
+
+
+def condition_problems(row: TableRow, beat: Beat) -> list[Problem]:
     """What the headers say against the images that lie over a tile. No pixel is read."""
     beat(1)
     try:
@@ -70,12 +79,12 @@ def condition_problems(row: TableRow, beat: Beat) -> list[str]:
             size = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return []  # the tile itself is skipped later, by name
-    problems = []
+    problems: list[Problem] = []
     for modality, path in row.conditions.items():
         try:
             check_condition_file(path, modality, size)
         except ConditionError as error:
-            problems.append(f"line {row.line}: {error}")
+            problems.append((row.line, str(error)))
     return problems
 
 

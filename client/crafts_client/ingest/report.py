@@ -1,13 +1,16 @@
 """What ingest did: for the site's own eyes, because it names slides and patients."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_client.ingest.caption_notes import CaptionNote
+from crafts_client.ingest.deidentify import plain_name
+from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import write_file
 
@@ -37,11 +40,12 @@ class SourceFacts(TypedDict, total=False):
     reader: str | None
     mpp: float | None
     size_px: tuple[int, int] | None
+    damaged_levels: int
     copied: int
     identifiers: tuple[str, ...]
     stain: Stain | None
+    warnings: tuple[str, ...]
     picture: str | None
-    seconds: float | None
 
 
 class SourceOutcome(_Record):
@@ -62,14 +66,24 @@ class SourceOutcome(_Record):
     """Microns per level-0 pixel."""
     size_px: tuple[int, int] | None = None
     """Level-0 width and height."""
+    damaged_levels: int = 0
+    """Coarse levels with damage, where a finer one was read to find the tissue."""
     copied: int = 0
     """Tiles whose compressed bytes went into the store as they were."""
     identifiers: tuple[str, ...] = ()
     """Kinds of identifying things that the file has and the store does not."""
     stain: Stain | None = None
+    warnings: tuple[str, ...] = ()
+    """What a person should look at although it was used."""
     picture: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     """Name of its pictures without the ending; None if there are none."""
-    seconds: float | None = None
+    table: str = ""
+    """Path of the table that has the line; empty while only one is told of."""
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Table and line."""
+        return self.table, self.line
 
     @classmethod
     def of(
@@ -92,8 +106,26 @@ class SourceOutcome(_Record):
         )
 
 
+class IngestRun(_Record):
+    """The newest run of one table, or the newest that was refused."""
+
+    table: str
+    """Its path."""
+    at: datetime
+    kind: Literal["slides", "tiles"]
+    num_listed: int = 0
+    num_already: int = 0
+    num_skipped: int = 0
+    num_tiles: int = 0
+    """Of the sources that the table lists, those that were in the store before included."""
+    num_problems: int = 0
+    """Above zero: the run was refused, and nothing came of it."""
+    problems: tuple[str, ...] = ()
+    """Kept for the newest run only. They may name patients."""
+
+
 class IngestReport(_Record):
-    """Counts over a whole table. Exact counts are private: they stay at the site."""
+    """Counts over a table, or over a whole store. Exact counts are private: they stay here."""
 
     kind: Literal["slides", "tiles"]
     num_tiles: int
@@ -102,7 +134,9 @@ class IngestReport(_Record):
     sources: tuple[SourceOutcome, ...]
     captions: tuple[CaptionNote, ...] = ()
     already: int = 0
-    """Sources of the table that were in the store before."""
+    """Sources of the newest table that were in the store before."""
+    runs: tuple[IngestRun, ...] = ()
+    """Newest first; none where the report is of a single run."""
 
     @classmethod
     def of(
@@ -112,8 +146,12 @@ class IngestReport(_Record):
         *,
         captions: Iterable[CaptionNote] = (),
         already: int = 0,
+        runs: Iterable[IngestRun] = (),
     ) -> Self:
-        sources = tuple(sorted(outcomes, key=lambda outcome: outcome.line))
+        """Sources and captions in the order of their lines, table after table as they come."""
+        given = list(outcomes)
+        tables = {table: n for n, table in enumerate(dict.fromkeys(s.table for s in given))}
+        sources = tuple(sorted(given, key=lambda source: (tables[source.table], source.line)))
         rejected: Counter[str] = Counter()
         per_patient: Counter[str] = Counter()
         for source in sources:
@@ -125,23 +163,38 @@ class IngestReport(_Record):
             rejected=dict(sorted(rejected.items())),
             tiles_per_patient=dict(sorted(per_patient.items())),
             sources=sources,
-            captions=tuple(sorted(captions, key=lambda note: note.line)),
+            captions=tuple(
+                sorted(captions, key=lambda note: (tables.get(note.table, len(tables)), note.line))
+            ),
             already=already,
+            runs=tuple(runs),
         )
 
-    def without(self, patient: str) -> Self:
-        """The report as if this patient had never been in the table.
+    def without_patient(self, patient: str) -> Self:
+        """The report as if this patient had never been in a table."""
+        name = plain_name(patient)
+        return self.without(lambda source: plain_name(source.patient) == name)
 
-        A caption whose line is no source's could be anybody's, so it goes, too.
+    def without(self, is_gone: Callable[[SourceOutcome], bool]) -> Self:
+        """The report as if some sources had never been in a table.
+
+        A caption whose line is no source's could be anybody's, so it goes, too, and so do the
+        problems of a table that was refused.
         """
-        sources = [source for source in self.sources if source.patient != patient]
-        lines = {source.line for source in sources}
+        sources = [source for source in self.sources if not is_gone(source)]
+        places = {source.place for source in sources}
         return self.of(
             self.kind,
             sources,
-            captions=[note for note in self.captions if note.line in lines],
+            captions=[note for note in self.captions if (note.table, note.line) in places],
             already=self.already,
+            runs=[run.model_copy(update={"problems": ()}) for run in self.runs],
         )
+
+    @property
+    def warned(self) -> tuple[SourceOutcome, ...]:
+        """Files that a person should look at."""
+        return tuple(source for source in self.sources if source.warnings)
 
     @property
     def skipped(self) -> tuple[SourceOutcome, ...]:
@@ -151,3 +204,13 @@ class IngestReport(_Record):
     def write(self, path: Path) -> None:
         """Write JSON that only its owner may read, atomically."""
         write_file(path, self.model_dump_json(indent=2) + "\n", mode=0o600)
+
+
+class NothingUsedError(IngestError):
+    """No source of the table gave a tile, and the store holds none."""
+
+    def __init__(self, report: IngestReport) -> None:
+        reasons = (f"line {s.line}: {s.file}: {s.skipped}" for s in report.skipped)
+        super().__init__("no tile is left to train on", *reasons)
+        self.report = report
+        """What became of each."""

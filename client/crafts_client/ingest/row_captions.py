@@ -1,10 +1,12 @@
 """What a row of the site's table shows: its own words, scrubbed, or words of the public grammar."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
+from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.scrub import Scrubbed, scrub
 from crafts_core.vocabulary import (
     FEATURES,
@@ -20,6 +22,7 @@ MAX_CAPTION_CHARACTERS = 1000
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
 _SEPARATORS = re.compile(r"[;|]")
+_Clean = Callable[[str], Scrubbed]
 _Word = TypeVar("_Word", bound=str)
 
 
@@ -35,19 +38,24 @@ class RowCaption:
     problems: list[str] = field(default_factory=list)
 
 
-def read_caption(cells: Mapping[str, str], known: Collection[str]) -> RowCaption:
+def read_caption(
+    cells: Mapping[str, str], known: Collection[str], listed: ListedNames = NOBODY
+) -> RowCaption:
     """The row's caption, else its report, else what its label and attributes stand for.
 
     Args:
-        cells: By column: caption, report, label and the four attributes. Others are ignored.
+        cells: By column: caption, report, label and the four attributes. Others are ignored. That
+            all of the first three columns are missing is wrong with the table, not with the row.
         known: The row's own names, which must not be left in free text.
+        listed: Names that the site wants out of all texts.
     """
+    clean = partial(scrub, known=known, listed=listed)
     row = RowCaption()
     attributes = _attributes(cells, row.problems)
     label, text, report = (cells.get(key, "") for key in ("label", "caption", "report"))
-    _read_label(label, row, known)
+    _read_label(label, row, clean)
     if text or report:
-        _read_text(text, report, row, known)
+        _read_text(text, report, row, clean)
         if attributes != PartialAttributes():
             row.notes.append("its attributes are not used: it has a text of its own")
     elif label:
@@ -55,22 +63,22 @@ def read_caption(cells: Mapping[str, str], known: Collection[str]) -> RowCaption
             row.caption = label_caption(label, attributes)
         except VocabularyError as error:
             row.problems.append(f"{error} (or give a caption)")
-    else:
+    elif cells.keys() & {"caption", "report", "label"}:
         row.problems.append("neither a caption nor a label")
     return row
 
 
-def _read_text(text: str, report: str, row: RowCaption, known: Collection[str]) -> None:
+def _read_text(text: str, report: str, row: RowCaption, clean: _Clean) -> None:
     if len(text) > MAX_CAPTION_CHARACTERS:
         row.problems.append(f"caption is longer than {MAX_CAPTION_CHARACTERS} characters")
         return
     if text and report:
         row.notes.append("its report is not used: it has a caption")
-    row.scrubbed = scrub(text or report, known=known)
+    row.scrubbed = clean(text or report)
     row.caption = row.scrubbed.text
     if len(row.caption) > MAX_CAPTION_CHARACTERS:
         # Cut text is scrubbed once more: what follows a number can decide what it is.
-        row.caption = scrub(_cut(row.caption), known=known).text
+        row.caption = clean(_cut(row.caption)).text
         row.notes.append(
             f"its report has {len(row.scrubbed.text)} characters; the first {len(row.caption)} are "
             "its caption"
@@ -82,14 +90,14 @@ def _read_text(text: str, report: str, row: RowCaption, known: Collection[str]) 
         )
 
 
-def _read_label(label: str, row: RowCaption, known: Collection[str]) -> None:
+def _read_label(label: str, row: RowCaption, clean: _Clean) -> None:
     """A label of the vocabulary stays as it is; any other is free text."""
     row.label = label
     try:
         if label:
             label_caption(label)
     except VocabularyError:
-        row.scrubbed_label = scrub(label, known=known)
+        row.scrubbed_label = clean(label)
         row.label = row.scrubbed_label.text
 
 

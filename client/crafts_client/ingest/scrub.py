@@ -2,7 +2,8 @@
 
 A pass finds identifiers, names and the row's own names, takes them out and tidies what is left;
 passes go on until one finds nothing, so that scrubbing twice is scrubbing once. Rules find shapes,
-not people: a bare surname stays. Words that might be one are listed for a person to look at.
+not people: a bare surname stays unless the site lists it. Words that might be one are shown to a
+person.
 """
 
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from crafts_client.ingest.identifiers import Kind, Span, find_identifiers
 from crafts_client.ingest.known_names import fold, known_pattern
+from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.names import find_names
 from crafts_client.ingest.plain_words import is_acronym, is_eponym, is_plain
 
@@ -43,7 +45,8 @@ class Scrubbed:
     marked: str
     """The text as it was, with ``[date]`` and the like in place of what was removed."""
     look_at: tuple[str, ...]
-    """Capitalised words inside sentences that pathology does not know: kept, perhaps names."""
+    """Capitalised words inside sentences that pathology does not know, and listed names that it
+    knows: kept, perhaps names."""
 
 
 @dataclass(slots=True)
@@ -87,23 +90,25 @@ class _Draft:
         self.places = places + self.places[end:]
 
 
-def scrub(text: str, *, known: Collection[str] = ()) -> Scrubbed:
+def scrub(text: str, *, known: Collection[str] = (), listed: ListedNames = NOBODY) -> Scrubbed:
     """Remove what could identify a patient.
 
     Args:
         text: Free text: a caption, a report.
         known: Names that must not be left whatever they look like, as ``identifying_names`` gives
             them.
+        listed: Names that the site wants out of all texts.
 
     Returns:
         Guarantees: scrubbing the result again changes nothing; it is not longer than ``text``, has
-        no run of five digits and none of ``known``. Time is linear in the length of ``text``.
+        no run of five digits, none of ``known`` and nothing that ``listed`` finds. Time is linear
+        in the length of ``text``.
     """
     original = _visible(text)
     names = known_pattern(known)
     draft = _Draft(original, list(range(len(original))))
     removed: list[Span] = []
-    spans = _find(draft.text, names)
+    spans = _find(draft.text, names, listed)
     flat = original == " ".join(original.split())
     for _ in range(MAX_PASSES):
         if flat and not spans:
@@ -112,14 +117,14 @@ def scrub(text: str, *, known: Collection[str] = ()) -> Scrubbed:
         draft.cut(spans)
         _tidy(draft)
         flat = True
-        spans = _find(draft.text, names)
+        spans = _find(draft.text, names, listed)
     else:
         draft = _Draft("", [])
     return Scrubbed(
         text=draft.text,
         found=_counts(removed),
         marked=_marked(original, removed),
-        look_at=_look_at(draft.text),
+        look_at=tuple(dict.fromkeys([*_look_at(draft.text), *listed.doubts(draft.text)])),
     )
 
 
@@ -134,9 +139,9 @@ def _visible(text: str) -> str:
     return composed if len(composed) <= len(seen) else seen
 
 
-def _find(text: str, names: re.Pattern[str] | None) -> list[Span]:
+def _find(text: str, names: re.Pattern[str] | None, listed: ListedNames) -> list[Span]:
     """What to remove, in order and without overlap."""
-    found = [*find_identifiers(text), *find_names(text)]
+    found = [*find_identifiers(text), *find_names(text), *listed.find(text)]
     if names is not None:
         found += [Span(*match.span(), Kind.KNOWN) for match in names.finditer(fold(text))]
     return _merged(found)

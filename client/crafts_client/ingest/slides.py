@@ -12,25 +12,26 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
-from crafts_client.ingest.readers.opening import find_slides, open_reader
-from crafts_client.ingest.readers.seam import Reader
+from crafts_client.ingest.readers.opening import open_reader
+from crafts_client.ingest.readers.seam import Pixels, Reader
 
-__all__ = ["MAX_UPSAMPLING", "Box", "MissingScaleError", "Pixels", "Slide", "find_slides"]
+__all__ = ["MAX_UPSAMPLING", "Box", "MissingScaleError", "Pixels", "Slide"]
 
 MIN_MPP, MAX_MPP = 0.05, 20.0
 """Outside these a scale is a file's placeholder (72 dpi, for one), not a microscope's."""
 MAX_ANISOTROPY = 0.1
 MAX_UPSAMPLING = 1.02
 """A level may be this much too coarse before a finer one is read: downsamples are not exact."""
-MAX_READ_PX = 4096
+MAX_READ_PX = 2048
+"""Side of the pieces that a thumbnail is read in."""
+_REDUCING_GAP = 1.5
+"""A thumbnail is reduced by a whole number first, down to so many times its size."""
 MAX_REGION_PX = 2 * 4096**2
 """No tile needs more pixels of a level; a scale that is far off would."""
 
-Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
 
@@ -55,6 +56,8 @@ class Slide:
         """Vendor and model as far as they are known; never a serial number."""
         self.reader: str = self.source.name
         """What reads it: ``openslide``, ``tiffslide``, ``wsidicom`` or ``image``."""
+        self.damaged_levels: set[int] = set()
+        """Coarse levels on which a piece of the thumbnail could not be decoded."""
         self._downsamples = [level.downsample for level in self.source.levels]
 
     @classmethod
@@ -95,8 +98,13 @@ class Slide:
         Raises:
             SlideError: these pixels cannot be decoded, or are far too many.
         """
+        return self._read(box, size_px, self._level_for(box[2] / size_px[0], box[3] / size_px[1]))
+
+    def _read(
+        self, box: Box, size_px: tuple[int, int], number: int, reducing_gap: float | None = None
+    ) -> Pixels:
+        """A box of one level."""
         x, y, width, height = box
-        number = self._level_for(min(width / size_px[0], height / size_px[1]))
         level = self.source.levels[number]
         downsample = level.downsample
         corner = (int(x / downsample), int(y / downsample))
@@ -112,8 +120,10 @@ class Slide:
         region = self.source.read(number, corner, extent)
         crop = (left, top, min(right, extent[0]), min(bottom, extent[1]))
         if extent != size_px or crop != (0, 0, *extent):
-            region = region.resize(size_px, Image.Resampling.HAMMING, box=crop)
-        return np.asarray(region)
+            image = Image.fromarray(region)
+            hamming = Image.Resampling.HAMMING
+            return np.asarray(image.resize(size_px, hamming, box=crop, reducing_gap=reducing_gap))
+        return region
 
     def thumbnail(
         self, *, max_px: int, min_mpp: float, beat: Callable[[], None] | None = None
@@ -121,30 +131,52 @@ class Slide:
         """The whole slide, at most ``max_px`` a side and not finer than ``min_mpp``.
 
         Read in pieces, so that a slide without coarse levels does not fill the memory; ``beat``
-        is called after each, as a sign of life.
+        is called after each, as a sign of life. A piece that is damaged on the coarsest level that
+        is fine enough is read from the next finer one.
+
+        Raises:
+            SlideError: a piece is damaged on level 0, too.
         """
         width, height = self.size_px
         scale = max(width / max_px, height / max_px, min_mpp / self.mpp_x, 1.0)
         columns, rows = max(1, round(width / scale)), max(1, round(height / scale))
-        step_x, step_y = width / columns, height / rows
-        downsample = self._downsamples[self._level_for(min(step_x, step_y))]
-        piece = max(1, int(MAX_READ_PX * downsample / max(step_x, step_y)))
         thumbnail = np.empty((rows, columns, 3), dtype=np.uint8)
-        for top in range(0, rows, piece):
-            for left in range(0, columns, piece):
-                size = (min(piece, columns - left), min(piece, rows - top))
-                box = (left * step_x, top * step_y, size[0] * step_x, size[1] * step_y)
-                thumbnail[top : top + size[1], left : left + size[0]] = self.read(box, size)
-                if beat is not None:
-                    beat()
+        level = self._level_for(width / columns, height / rows)
+        self._fill(thumbnail, (0, 0, columns, rows), level, beat)
         return thumbnail
 
-    def _level_for(self, wanted: float) -> int:
+    def _fill(
+        self,
+        thumbnail: Pixels,
+        part: tuple[int, int, int, int],
+        number: int,
+        beat: Callable[[], None] | None,
+    ) -> None:
+        """Read a part (left, top, right, bottom) of a thumbnail from a level, or a finer one."""
+        rows, columns = thumbnail.shape[:2]
+        step_x, step_y = self.size_px[0] / columns, self.size_px[1] / rows
+        side = max(1, int(MAX_READ_PX * self._downsamples[number] / max(step_x, step_y)))
+        for top in range(part[1], part[3], side):
+            for left in range(part[0], part[2], side):
+                right, bottom = min(left + side, part[2]), min(top + side, part[3])
+                size = (right - left, bottom - top)
+                box = (left * step_x, top * step_y, size[0] * step_x, size[1] * step_y)
+                try:
+                    piece = self._read(box, size, number, _REDUCING_GAP)
+                except SlideError:
+                    if number == 0:
+                        raise
+                    self.damaged_levels.add(number)
+                    self._fill(thumbnail, (left, top, right, bottom), number - 1, beat)
+                else:
+                    thumbnail[top:bottom, left:right] = piece
+                if beat is not None:
+                    beat()
+
+    def _level_for(self, *wanted: float) -> int:
         """The coarsest level whose downsample is at most what is wanted."""
-        fine = [
-            number for number, d in enumerate(self._downsamples) if d <= wanted * MAX_UPSAMPLING
-        ]
-        return max(fine, default=0)
+        most = min(wanted) * MAX_UPSAMPLING
+        return max((number for number, d in enumerate(self._downsamples) if d <= most), default=0)
 
 
 def _checked_mpp(source: Reader) -> tuple[float, float]:

@@ -12,9 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers import jpeg_stream
 from crafts_client.ingest.readers.dicom_files import WsiDicomFile
+from crafts_client.ingest.readers.image_files import FORMATS
 from crafts_client.ingest.readers.jpeg_stream import JpegError
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.seam import foreign
@@ -45,6 +48,12 @@ EXIF, XMP, IPTC = "EXIF fields", "XMP fields", "IPTC or Photoshop fields"
 PNG_TEXT, POSITION = "text fields of PNG", "a geographic position"
 COPYRIGHT, BURNED_IN = "a copyright notice", "a note that text or a label is in the picture"
 PREAMBLE = "data before the DICOM header"
+PROFILE = "a colour profile described in words of its own"
+_STANDARD_PROFILES = (
+    "srgb", "adobe rgb", "display p3", "dci-p3", "prophoto", "rec.", "bt.", "gray", "grey",
+    "generic", "dot gain", "u.s. web", "coated", "e-srgb", "built-in",
+)  # fmt: skip
+"""How the descriptions of profiles begin that come with programs, not with scanners or persons."""
 
 _WORDS: tuple[tuple[str, str], ...] = (
     (r"patient|mrn|birth|gender", PATIENT),
@@ -108,9 +117,20 @@ def audit_source(path: Path, slide: Slide) -> tuple[str, ...]:
         Words for the operator, in a fixed order. They hold no value and no name of a field.
         Where the file could not be looked through, the last says so.
     """
+    return _found(_looks(path, slide))
+
+
+def audit_image(path: Path) -> tuple[str, ...]:
+    """The same for an image file that is no slide: a tile that somebody else cut."""
+    return _found(
+        [partial(_tiff_kinds if is_tiff(path) else _image_kinds, path), partial(_profile, path)]
+    )
+
+
+def _found(looks: Iterable[Callable[[], set[str]]]) -> tuple[str, ...]:
     kinds: set[str] = set()
     is_whole = True
-    for look in _looks(path, slide):
+    for look in looks:
         try:
             with foreign():
                 kinds.update(look())
@@ -132,6 +152,8 @@ def _looks(path: Path, slide: Slide) -> Iterator[Callable[[], set[str]]]:
         yield partial(_tiff_kinds, path)
     elif slide.reader == "image":
         yield partial(_image_kinds, path)
+    if slide.reader == "image":
+        yield partial(_profile, path)
 
 
 def _picture_kinds(names: Iterable[str]) -> set[str]:
@@ -184,6 +206,8 @@ def _tiff_tag_kinds(tag: Any) -> set[str]:
     kinds = {_TIFF_TAGS[tag.code]} if tag.code in _TIFF_TAGS else set()
     if tag.code == 270:
         kinds |= _text_kinds(str(tag.value))
+    if tag.code == 34675:
+        kinds |= _profile_kinds(bytes(tag.value))
     if tag.code >= _FIRST_PRIVATE_TAG:
         kinds |= {PRIVATE}
     if tag.code == 34665 and isinstance(tag.value, dict):
@@ -237,6 +261,32 @@ def _image_kinds(path: Path) -> set[str]:
         chunks = {b"EXIF": EXIF, b"XMP ": XMP}
         return {chunks[name] for name in _chunk_names(data[12:], "<4sI", 8, 2) if name in chunks}
     return _stream_kinds(data)
+
+
+def _profile(path: Path) -> set[str]:
+    with Image.open(path, formats=FORMATS) as image:
+        return _profile_kinds(image.info.get("icc_profile") or b"")
+
+
+def _profile_kinds(profile: bytes) -> set[str]:
+    """A colour profile whose description no program comes with can name a scanner or a person."""
+    text = _profile_description(profile).strip("\0 ").lower()
+    return {PROFILE} if profile and not text.startswith(_STANDARD_PROFILES) else set()
+
+
+def _profile_description(profile: bytes) -> str:
+    """What an ICC profile calls itself (tag ``desc``, of versions 2 and 4); empty if nothing."""
+    (num_tags,) = struct.unpack_from(">I", profile, 128) if len(profile) >= 132 else (0,)
+    for number in range(min(num_tags, 100)):
+        tag, start, length = struct.unpack_from(">4sII", profile, 132 + 12 * number)
+        if tag == b"desc":
+            value = profile[start : start + length]
+            if value[:4] == b"mluc":
+                num_bytes, offset = struct.unpack_from(">II", value, 20)
+                return value[offset : offset + num_bytes].decode("utf-16-be", "replace")
+            (num_bytes,) = struct.unpack_from(">I", value, 8)
+            return value[12 : 12 + num_bytes].decode("latin-1")
+    return ""
 
 
 def _chunk_names(data: bytes, head: str, overhead_bytes: int, alignment: int) -> Iterator[bytes]:

@@ -34,7 +34,7 @@ def far_stains(sources: Iterable[SourceOutcome]) -> tuple[list[SourceOutcome], l
         if source.stain is not None:
             by_scanner[scanner_of(source)].append((source, source.stain))
     groups = {name: group for name, group in by_scanner.items() if len(group) >= MIN_SLIDES}
-    far_lines: set[int] = set()
+    far_places: set[tuple[str, int]] = set()
     far_scanners: set[str] = set()
     for density in _STAINS:
         middles = {
@@ -44,8 +44,8 @@ def far_stains(sources: Iterable[SourceOutcome]) -> tuple[list[SourceOutcome], l
         least = _least_distance(
             [density(stain) - middles[name] for name, group in groups.items() for _, stain in group]
         )
-        far_lines |= {
-            source.line
+        far_places |= {
+            source.place
             for name, group in groups.items()
             for source, stain in group
             if abs(density(stain) - middles[name]) > least
@@ -53,7 +53,7 @@ def far_stains(sources: Iterable[SourceOutcome]) -> tuple[list[SourceOutcome], l
         far_scanners |= {name for name in middles if _is_far_from_most(name, middles, least)}
     slides = [source for group in groups.values() for source, _ in group]
     return (
-        sorted((s for s in slides if s.line in far_lines), key=lambda source: source.line),
+        sorted((s for s in slides if s.place in far_places), key=lambda source: source.place),
         sorted(far_scanners),
     )
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Unpack
@@ -16,8 +17,13 @@ import pyarrow.compute as pc
 
 from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.deidentify import Salt
-from crafts_client.ingest.errors import IngestError
-from crafts_client.ingest.report import IngestReport, SourceFacts, SourceOutcome
+from crafts_client.ingest.errors import IngestError, SlideError
+from crafts_client.ingest.report import (
+    IngestReport,
+    NothingUsedError,
+    SourceFacts,
+    SourceOutcome,
+)
 from crafts_client.ingest.shard_cut import WORK, PlacedTile, Shard
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import exclusive_lock
@@ -25,7 +31,7 @@ from crafts_core.tiles.records import ROW_SCHEMA
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME, SHARDS, StoredFile, StoredSource, commit_store
 
-_ROWS_PER_TABLE = 20_000
+_ROWS_PER_TABLE = 5_000
 _LOCK = "ingest.lock"
 _CONTENT_BYTES = 2**20
 _ORDER = [(column, "ascending") for column in ("patient", "slide", "y", "x", "tile_id")]
@@ -59,17 +65,15 @@ class Source:
         """``how`` is what decides the tiles beside the file: anything that JSON can say.
 
         Raises:
-            IngestError: the file cannot be read.
+            SlideError: the file cannot be read.
         """
         slide_id = salt.slide_id(row.patient, row.name)
         try:
             beside = [[name, _state_of(path)] for name, path in row.conditions.items()]
             made_from = json.dumps([how, row.mpp, _state_of(row.path), *beside], sort_keys=True)
-            content = salt.key("content", _content_of(row.path))
+            content = content_key(row.path, salt)
         except OSError as error:
-            raise IngestError(
-                f"line {row.line}: {row.name} cannot be read: {error.strerror}"
-            ) from error
+            raise SlideError(f"cannot be read: {error.strerror}") from error
         return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from), content=content)
 
 
@@ -94,13 +98,14 @@ class StoreUpdate:
         self._outcomes: list[SourceOutcome] = []
         self._num_already = 0
 
-    def new(self, sources: Iterable[Source]) -> list[Source]:
+    def new(self, sources: Sequence[Source]) -> list[Source]:
         """Those that must be read; of the others it is noted that they are here, or left out.
 
         A slide that is in the store under another name or patient is read again, and what it gave
         there goes: the table is right.
         """
         owners = {known.content: slide_id for slide_id, known in self._sources.items()}
+        listed = {source.slide_id for source in sources}
         wanted = []
         num_tiles = Counter(self._old_rows["slide"].to_pylist())
         for source in sources:
@@ -113,7 +118,7 @@ class StoreUpdate:
                 self._say_again(source, num_tiles[source.slide_id])
             else:
                 owner = owners.get(source.content, source.slide_id)
-                if owner != source.slide_id:
+                if owner not in listed:
                     self._moved[source.slide_id] = owner
                 wanted.append(source)
         return wanted
@@ -166,6 +171,8 @@ class StoreUpdate:
 
     def skip(self, source: Source, why: str, **facts: Unpack[SourceFacts]) -> None:
         """Nothing comes from a source in this run."""
+        if source.slide_id in self._sources:
+            why += "; the tiles that it gave before stay in the store"
         self._outcomes.append(
             SourceOutcome.of(source.row, num_tiles=0, rejected={}, skipped=why, **facts)
         )
@@ -178,7 +185,7 @@ class StoreUpdate:
             table: Every row that was asked for; the report tells what became of its words.
 
         Raises:
-            IngestError: no tile is there at all.
+            NothingUsedError: no tile is there at all.
         """
         report = IngestReport.of(
             kind, self._outcomes, captions=caption_report(table), already=self._num_already
@@ -190,8 +197,7 @@ class StoreUpdate:
         if rows.num_rows == 0:
             shutil.rmtree(self._target.store / WORK)
             shutil.rmtree(self._target.store / SHARDS, ignore_errors=True)
-            reasons = (f"line {s.line}: {s.file}: {s.skipped}" for s in report.skipped)
-            raise IngestError("no tile is left to train on", *reasons)
+            raise NothingUsedError(report)
         present = set(rows["shard"].unique().to_pylist())
         commit_store(
             self._target.store,
@@ -231,6 +237,8 @@ def open_update(target: Target, former: IngestReport | None) -> Iterator[StoreUp
             try:
                 yield StoreUpdate(target, former)
             finally:
+                with contextlib.suppress(OSError):  # a run that was refused had nothing to keep
+                    (out / WORK).rmdir()
                 _remove_if_empty(out)
     except OSError as error:
         raise IngestError(
@@ -255,40 +263,78 @@ def remove_patient(path: Path, patient: str) -> int:
         TileStoreError: the store is damaged.
         IngestError: an ingest is at work.
     """
-    held = IngestError(f"an ingest is at work in {path}; wait for it, or end it")
-    with exclusive_lock(path / _LOCK, held=held):
+    with _held(path):
         if not (path / MANIFEST_NAME).exists():
             shutil.rmtree(path)  # whatever an unfinished ingest had cut, of whomever
             return 0
         store = TileStore.open(path)
-        rows = store.rows()
-        is_theirs = pc.equal(rows["patient"], patient)
-        left = rows.filter(pc.invert(is_theirs))
-        if left.num_rows == 0:
-            # First what makes it count: a kill leaves an unfinished store, not a torn one.
-            (path / MANIFEST_NAME).unlink()
-            shutil.rmtree(path)
-            return int(rows.num_rows)
-        theirs = rows.filter(is_theirs)
-        shards, slides = (set(theirs[column].to_pylist()) for column in ("shard", "slide"))
-        if shared := shards & set(left["shard"].to_pylist()):
-            raise IngestError(
-                f"shard {min(shared)} holds tiles of several patients; such a store was not made "
-                "by ingest: make it anew without this patient"
-            )
-        # What an interrupted run left may be of this patient.
-        shutil.rmtree(path / WORK, ignore_errors=True)
-        manifest = store.manifest
-        commit_store(
-            path,
-            left,
-            cohort=manifest.cohort,
-            tile_px=manifest.tile_px,
-            mpp=manifest.mpp,
-            shards={name: stored for name, stored in store.shards.items() if name not in shards},
-            sources={name: s for name, s in manifest.sources.items() if name not in slides},
+        return _take_out(store, pc.equal(store.index["patient"], patient))
+
+
+def remove_slides(
+    path: Path, slides: Collection[str], *, damaged: Collection[str] = ()
+) -> set[str]:
+    """Take slides out of a store, and whatever lies in a shard with them; gives all that went.
+
+    The next ingest cuts those that its table lists, the same to the byte. Ready tiles of a patient
+    share a shard, so they go and come together.
+
+    Args:
+        path: Of the store.
+        slides: Their pseudonyms.
+        damaged: Files of the store that cannot be relied on.
+
+    Raises:
+        TileStoreError: the store is damaged in other places.
+        IngestError: an ingest is at work, or the store was not made by one.
+    """
+    with _held(path):
+        store = TileStore.open(path, without=damaged)
+        theirs = store.index.filter(_is_one_of(store.index["slide"], slides))
+        is_gone = _is_one_of(store.index["shard"], theirs["shard"].unique().to_pylist())
+        gone = set(store.index.filter(is_gone)["slide"].to_pylist())
+        if gone - store.manifest.sources.keys():
+            raise IngestError(f"{path} was not made by ingest; make it anew")
+        _take_out(store, is_gone)
+        return gone
+
+
+def _held(path: Path) -> AbstractContextManager[None]:
+    held = IngestError(f"an ingest is at work in {path}; wait for it, or end it")
+    return exclusive_lock(path / _LOCK, held=held)
+
+
+def _is_one_of(column: pa.ChunkedArray, values: Iterable[str]) -> pa.ChunkedArray:
+    return pc.is_in(column, pa.array(sorted(values), pa.string()))
+
+
+def _take_out(store: TileStore, is_gone: pa.ChunkedArray) -> int:
+    """Go on without some rows and without their shards; how many rows went."""
+    path, rows, manifest = store.path, store.rows(), store.manifest
+    gone, left = rows.filter(is_gone), rows.filter(pc.invert(is_gone))
+    if left.num_rows == 0:
+        # First what makes it count: a kill leaves an unfinished store, not a torn one.
+        (path / MANIFEST_NAME).unlink()
+        shutil.rmtree(path)
+        return int(rows.num_rows)
+    shards, slides = (set(gone[column].to_pylist()) for column in ("shard", "slide"))
+    if shared := shards & set(left["shard"].to_pylist()):
+        raise IngestError(
+            f"shard {min(shared)} holds tiles of several patients; such a store was not made "
+            "by ingest: make it anew without this patient"
         )
-        return int(theirs.num_rows)
+    # What an interrupted run left may be of whoever goes.
+    shutil.rmtree(path / WORK, ignore_errors=True)
+    commit_store(
+        path,
+        left,
+        cohort=manifest.cohort,
+        tile_px=manifest.tile_px,
+        mpp=manifest.mpp,
+        shards={name: stored for name, stored in store.shards.items() if name not in shards},
+        sources={name: s for name, s in manifest.sources.items() if name not in slides},
+    )
+    return int(gone.num_rows)
 
 
 def _open_old(target: Target) -> TileStore | None:
@@ -345,15 +391,24 @@ def _as_in_table(rows: pa.Table, table: Mapping[str, TableRow], salt: Salt) -> p
     return rows
 
 
+def content_key(path: Path, salt: Salt) -> str:
+    """What is the same for a slide however its file is called; see ``StoredSource``.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return salt.key("content", _content_of(path))
+
+
 def _state_of(path: Path) -> list[tuple[int, int]]:
-    """Sizes and times of a file, or of the files of a folder."""
+    """Sizes and times of the files of a slide."""
     return [
         (status.st_size, status.st_mtime_ns) for status in (file.stat() for file in _files(path))
     ]
 
 
 def _content_of(path: Path) -> str:
-    """Hash of the length, the beginning and the end of a file, or of the files of a folder."""
+    """Hash of the length, the beginning and the end of each file of a slide."""
     digest = hashlib.sha256()
     for file in _files(path):
         with file.open("rb") as opened:
@@ -366,4 +421,10 @@ def _content_of(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+    """What a slide consists of: MIRAX keeps its pixels in a folder of the same name beside it."""
+    if path.is_dir():
+        return sorted(path.iterdir())
+    companion = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and companion.is_dir():
+        return [path, *sorted(companion.iterdir())]
+    return [path]

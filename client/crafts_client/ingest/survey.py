@@ -1,6 +1,5 @@
 """The first look at a slide: what it is, where its tissue lies, which places may give a tile."""
 
-import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import simplejpeg
 
 from crafts_client.ingest.pictures import (
     draw_overlay,
@@ -25,10 +24,16 @@ from crafts_client.ingest.store_update import Source
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tiling import Candidate, TilingOptions, candidates, grid, in_drawn_order
 from crafts_client.ingest.tissue import Pixels, TissueMask, find_tissue
+from crafts_core.tiles.records import encode_tile
 
+_BUILD = 2
+"""Goes up when the same slide gives other places or pixels: what an earlier build left half done is
+then begun anew."""
 THUMBNAIL_PX = 1024
 THUMBNAIL_MPP = 4.0
 """Finer thumbnails of small slides only slow the filters down."""
+WORTH_A_LOOK = 0.3
+"""Part of the tissue: six of ten real thumbnails with marker ink have more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,11 @@ class SlideJob:
     """Where the answer is kept."""
     options: TilingOptions
     pictures: Path | None
+
+    @property
+    def work_key(self) -> str:
+        """Everything that decides what is kept of the slide while it is worked on."""
+        return f"{self.source.key}-{_BUILD}"
 
     @property
     def picture(self) -> str:
@@ -59,7 +69,7 @@ class Survey:
     masks: npt.NDArray[np.uint8]
     """Tissue, pen and fold, packed in bits."""
     thumbnail: npt.NDArray[np.uint8]
-    """Bytes of a PNG."""
+    """Bytes of a JPEG."""
 
     def places(self, start: int, stop: int) -> list[Candidate]:
         """Some of the candidates."""
@@ -118,7 +128,7 @@ def missing_scale(row: TableRow, beat: Beat) -> str | None:
         with Slide.open(row.path, mpp=row.mpp):
             return None
     except MissingScaleError as error:
-        return f"line {row.line}: {row.name}: {error}"
+        return str(error)
     finally:
         beat(1)
 
@@ -129,23 +139,23 @@ def survey_slide(job: SlideJob, beat: Beat) -> Survey:
     Raises:
         SlideError: why nothing at all can come from it.
     """
-    survey = Survey.read(job.survey, job.source.key)
+    survey = Survey.read(job.survey, job.work_key)
     if survey is None:
         with Slide.open(job.source.row.path, mpp=job.source.row.mpp) as slide:
             survey = _look(slide, job, beat)
-        survey.write(job.survey, job.source.key)
+        survey.write(job.survey, job.work_key)
     beat(1)
     # The pictures stay on disk: the others need what is small.
-    return replace(survey, masks=survey.masks[:, :0], thumbnail=survey.thumbnail[:0])
+    nothing = np.zeros(0, dtype=np.uint8)
+    return replace(survey, masks=nothing, thumbnail=nothing)
 
 
 def draw_slide(job: tuple[SlideJob, tuple[int, ...]], beat: Beat) -> None:
     """Draw a slide's pictures, once it is known which of its places gave a tile."""
     slide, kept = job
-    survey = Survey.read(slide.survey, slide.source.key)
+    survey = Survey.read(slide.survey, slide.work_key)
     if survey is not None and slide.pictures is not None:
-        with Image.open(io.BytesIO(survey.thumbnail.tobytes())) as image:
-            thumbnail: Pixels = np.asarray(image.convert("RGB"))
+        thumbnail: Pixels = simplejpeg.decode_jpeg(survey.thumbnail)
         is_kept_N = np.zeros(len(survey.places_N5), dtype=np.bool_)
         is_kept_N[list(kept)] = True
         overlay = draw_overlay(thumbnail, survey.mask(), survey.places_N5[:, :4], is_kept_N)
@@ -158,7 +168,13 @@ def _look(slide: Slide, job: SlideJob, beat: Beat) -> Survey:
     frame_N4 = grid(slide, options)
     thumbnail = slide.thumbnail(max_px=THUMBNAIL_PX, min_mpp=THUMBNAIL_MPP, beat=lambda: beat(0))
     thumbnail_mpp = slide.mpp_x * slide.size_px[0] / thumbnail.shape[1]
-    mask = find_tissue(thumbnail, mpp=thumbnail_mpp, slide_px=slide.size_px, method=options.tissue)
+    mask = find_tissue(
+        thumbnail,
+        mpp=thumbnail_mpp,
+        slide_px=slide.size_px,
+        method=options.tissue,
+        seeks_ink=options.max_pen < 1,
+    )
     places, rejected = candidates(frame_N4, mask, options)
     if options.max_tiles_per_slide is not None:
         places = in_drawn_order(places, bytes.fromhex(job.source.slide_id))
@@ -169,8 +185,10 @@ def _look(slide: Slide, job: SlideJob, beat: Beat) -> Survey:
         mpp=slide.mpp_x,
         size_px=slide.size_px,
         identifiers=audit_source(job.source.row.path, slide),
+        damaged_levels=len(slide.damaged_levels),
         stain=stain_densities(thumbnail, mask.is_tissue_HW),
         picture=None if job.pictures is None else job.picture,
+        warnings=_warnings(mask),
     )
     masks = [mask.is_tissue_HW, mask.is_pen_HW, mask.is_fold_HW]
     return Survey(
@@ -179,11 +197,19 @@ def _look(slide: Slide, job: SlideJob, beat: Beat) -> Survey:
         facts=facts,
         frame=(*mask.is_tissue_HW.shape, mask.scale_x, mask.scale_y),
         masks=np.packbits([flat.ravel() for flat in masks], axis=1),
-        thumbnail=_png(thumbnail) if job.pictures is not None else np.zeros(0, dtype=np.uint8),
+        thumbnail=np.frombuffer(
+            encode_tile(thumbnail) if job.pictures is not None else b"", dtype=np.uint8
+        ),
     )
 
 
-def _png(pixels: Pixels) -> npt.NDArray[np.uint8]:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+def _warnings(mask: TissueMask) -> tuple[str, ...]:
+    """What a person should look at before such tiles train."""
+    if mask.is_stained_like_ink:
+        return ("nearly all of it has the colours of marker ink: taken for a stain, and kept",)
+    if mask.ink_coloured > WORTH_A_LOOK:
+        return (
+            f"{mask.ink_coloured:.0%} of its tissue was taken for marker ink; if that is a stain, "
+            "ingest it with --keep pen",
+        )
+    return ()

@@ -1,18 +1,20 @@
 """The site's table: which file belongs to which patient, and what it shows.
 
-CSV or TSV with a header line. Everything that is wrong with it is told at once, before any pixel
-is read.
+CSV or TSV with a header line. Everything that is wrong with it is found at once, so that it can be
+told together with what is wrong with the slides, before any pixel is read.
 """
 
 import csv
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.errors import IngestError, Problem
 from crafts_client.ingest.known_names import identifying_names
+from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
@@ -38,6 +40,8 @@ class TableColumns:
     cohort: tuple[str, ...] = ("cohort",)
     nuclei: tuple[str, ...] = ("nuclei",)
     fluorescence: tuple[str, ...] = ("fluorescence",)
+    names: tuple[str, ...] = ("names",)
+    """People that the row's texts may name: taken out of them, and not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,16 @@ class TableRow:
     """Images that lie over a ready tile."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableReading:
+    """A table as far as it can be read."""
+
+    rows: tuple[TableRow, ...]
+    """Those whose file is there; captions come scrubbed."""
+    problems: tuple[Problem, ...]
+    """Everything that is wrong with the table: while there is one, nothing may be cut."""
+
+
 def read_table(
     path: Path,
     *,
@@ -73,40 +87,65 @@ def read_table(
     columns: TableColumns | None = None,
     cohort: str | None = None,
 ) -> tuple[TableRow, ...]:
-    """Read and check a table; captions come scrubbed.
+    """The rows of a table that has nothing wrong with it; see ``examine_table``.
+
+    Raises:
+        IngestError: with one line for everything that is wrong.
+    """
+    reading = examine_table(path, root=root, columns=columns, cohort=cohort)
+    if reading.problems:
+        raise IngestError.at_lines(reading.problems)
+    return reading.rows
+
+
+def examine_table(
+    path: Path,
+    *,
+    root: Path | None = None,
+    columns: TableColumns | None = None,
+    cohort: str | None = None,
+    listed: ListedNames = NOBODY,
+) -> TableReading:
+    """Read a table and find everything that is wrong with it.
 
     Args:
         path: ``.csv`` (comma, semicolon or tab) or ``.tsv``.
         root: What relative file names are relative to; the table's own folder if absent.
         columns: Column names, where they differ from the known ones.
         cohort: The site's own; a row that names another is wrong. None: a table may name any one.
+        listed: Names to be taken out of all its texts.
 
     Raises:
-        IngestError: with one line for everything that is wrong.
+        IngestError: it cannot be read as a table of files at all.
     """
     header, lines = _read_lines(path)
-    found = _find_columns(path, header, columns or TableColumns())
+    found, problems = _find_columns(header, columns or TableColumns())
+    if not lines:
+        problems.append((1, "a header, but no row follows"))
+    if "file" not in found:  # what its rows are about cannot be known
+        raise IngestError.at_lines(problems)
     base = path.parent if root is None else root
     rows: list[TableRow] = []
+    is_there: set[int] = set()
     cohorts: dict[int, str] = {}
-    problems: list[tuple[int, str]] = []
     for number, cells in lines:
         if len(cells) != len(header):
             problems.append((number, f"expected {len(header)} cells, got {len(cells)}"))
             continue
         values = {key: cells[place].strip() for key, place in found.items()}
-        row, wrong = _read_row(number, values, base)
-        problems += [(number, problem) for problem in wrong]
+        file, missing = _find_file(values["file"], base)
+        over, unfit = _find_conditions(values, base)
+        row, wrong = _read_row(number, values, file, over, listed)
+        problems += [(number, problem) for problem in (*filter(None, [missing]), *unfit, *wrong)]
         rows.append(row)
+        if missing is None:
+            is_there.add(number)
         cohorts[number] = values.get("cohort", "")
     problems += problems_between(rows, cohorts, cohort=cohort)
     problems += _shared_conditions(rows)
-    if problems:
-        ordered = sorted(problems, key=lambda problem: problem[0])
-        raise IngestError(*(f"{path.name} line {line}: {problem}" for line, problem in ordered))
-    if not rows:
-        raise IngestError(f"{path} has a header but no rows")
-    return tuple(rows)
+    return TableReading(
+        rows=tuple(row for row in rows if row.line in is_there), problems=tuple(problems)
+    )
 
 
 def write_template(path: Path, slides: Sequence[Path]) -> None:
@@ -157,12 +196,31 @@ def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             file.seek(0)
             reader = csv.reader(file, delimiter=_delimiter(path, first), strict=True)
             table = [(reader.line_num, cells) for cells in reader if any(cells)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise IngestError(_how_to_encode(path)) from error
+    except (OSError, csv.Error) as error:
         raise IngestError(f"cannot read table {path}: {error}") from error
     if not table:
         raise IngestError(f"{path} is empty; its first line must name the columns")
     header = [cell.strip() for cell in table[0][1]]
     return header, table[1:]
+
+
+def _how_to_encode(path: Path) -> str:
+    """Guessing would turn one name into another: whoever has the table says it."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        place, encoding = "it begins as UTF-16 does", "UTF-16"
+    else:
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            place, encoding = f"byte {data[error.start]:#04x} on line {line}", "WINDOWS-1252"
+    return (
+        f"cannot read table {path}: it is not UTF-8 ({place}); save it from the spreadsheet as "
+        f'"CSV UTF-8", or run: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}'
+    )
 
 
 def _delimiter(path: Path, header: str) -> str:
@@ -172,16 +230,19 @@ def _delimiter(path: Path, header: str) -> str:
     return max((",", ";", "\t"), key=header.count)
 
 
-def _find_columns(path: Path, header: Sequence[str], columns: TableColumns) -> dict[str, int]:
+def _find_columns(
+    header: Sequence[str], columns: TableColumns
+) -> tuple[dict[str, int], list[Problem]]:
+    """The place of each column that is there, and what is wrong with the header."""
     found: dict[str, int] = {}
+    problems = _odd_names(header, columns)
     for key in TableColumns.__dataclass_fields__:
         names: tuple[str, ...] = getattr(columns, key)
         present = [name for name in names if name in header]
         if present:
             found[key] = header.index(present[0])
-    problems = [
-        f"{path.name}: no column {' or '.join(getattr(columns, key))} ({purpose}); "
-        f"it has: {', '.join(header)}"
+    problems += [
+        f"no column {' or '.join(getattr(columns, key))} ({purpose}); it has: {', '.join(header)}"
         for key, purpose in (
             ("file", "the slide or tile"),
             ("patient", "whose tissue it is: privacy is promised to patients"),
@@ -190,26 +251,42 @@ def _find_columns(path: Path, header: Sequence[str], columns: TableColumns) -> d
     ]
     if not found.keys() & {"caption", "label", "report"}:
         wanted = " or ".join((*columns.caption, *columns.label))
-        problems.append(f"{path.name}: no column {wanted} (what is shown; a report will do)")
-    if problems:
-        raise IngestError(*problems)
-    return found
+        problems.append(f"no column {wanted} (what is shown; a report will do)")
+    return found, [(1, problem) for problem in problems]
 
 
-def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[TableRow, list[str]]:
-    """The row as far as it can be read, and what is wrong with it."""
+def _odd_names(header: Sequence[str], columns: TableColumns) -> list[str]:
+    """Columns that would be passed over without a word although their names are known here."""
+    known = [name for key in TableColumns.__dataclass_fields__ for name in getattr(columns, key)]
+    by_small_letters = {name.casefold(): name for name in known}
+    problems = [
+        f"column {name} is there {number} times; keep one, or give the others other names"
+        for name, number in Counter(header).items()
+        if number > 1 and name in known
+    ]
+    problems += [
+        f"column {name} is not read; write it {by_small_letters[name.casefold()]}"
+        for name in dict.fromkeys(header)
+        if name not in known and name.casefold() in by_small_letters
+    ]
+    return problems
+
+
+def _read_row(
+    number: int,
+    values: Mapping[str, str],
+    path: Path,
+    over: Mapping[Modality, Path],
+    listed: ListedNames,
+) -> tuple[TableRow, list[str]]:
+    """The row as far as it can be read, and what is wrong with it beside its files."""
     name, patient, case = (values.get(key, "") for key in ("file", "patient", "case"))
-    path, problem = _find_file(name, base)
-    problems = [problem] if problem else []
-    if not patient:
-        problems.append("no patient")
-    shown = read_caption(values, identifying_names(patient=patient, case=case, file=name))
+    problems = [] if patient or "patient" not in values else ["no patient"]
+    known = identifying_names(patient=patient, case=case, file=name, names=values.get("names", ""))
+    shown = read_caption(values, known, listed)
     problems += shown.problems
     mpp, problem = _mpp(values.get("mpp", ""))
     problems += [problem] if problem else []
-    named = {modality: values[modality] for modality in MODALITIES if values.get(modality)}
-    found = {modality: _find_condition(modality, text, base) for modality, text in named.items()}
-    problems += [problem for _, problem in found.values() if problem]
     row = TableRow(
         line=number,
         name=name,
@@ -222,7 +299,7 @@ def _read_row(number: int, values: Mapping[str, str], base: Path) -> tuple[Table
         scrubbed=shown.scrubbed,
         scrubbed_label=shown.scrubbed_label,
         notes=tuple(shown.notes),
-        conditions={modality: path for modality, (path, _) in found.items()},
+        conditions=over,
     )
     return row, problems
 
@@ -243,6 +320,16 @@ def _find_file(name: str, base: Path) -> tuple[Path, str | None]:
     if not os.access(path, os.R_OK):
         return path, f"file {name} may not be read; check its permissions"
     return path, None
+
+
+def _find_conditions(
+    values: Mapping[str, str], base: Path
+) -> tuple[dict[Modality, Path], list[str]]:
+    """The images that lie over a tile and can be read, and what is wrong with the others."""
+    named = {modality: values[modality] for modality in MODALITIES if values.get(modality)}
+    found = {modality: _find_condition(modality, text, base) for modality, text in named.items()}
+    paths = {modality: path for modality, (path, problem) in found.items() if problem is None}
+    return paths, [problem for _, problem in found.values() if problem]
 
 
 def _find_condition(modality: Modality, name: str, base: Path) -> tuple[Path, str | None]:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from crafts_client.ingest.deidentify import plain_name
-
-Problem = tuple[int, str]
-"""Line of the table, and what is wrong there."""
+from crafts_client.ingest.errors import Problem
 
 
 class CheckedRow(Protocol):

@@ -2,7 +2,10 @@
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +13,19 @@ import numpy.typing as npt
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.slides import MAX_UPSAMPLING, Box, Slide
 from crafts_client.ingest.tissue import TissueMask, TissueMethod
+
+
+class Artefact(StrEnum):
+    """What is left out, unless it is to be kept."""
+
+    PEN = "pen"
+    """Marker ink, or a stain of its colours."""
+    FOLD = "fold"
+    BLURRED = "blurred"
+
+
+MAX_DRIFT_PX = 0.5
+"""Over a whole slide, in level-0 pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +41,7 @@ class TilingOptions:
     tissue: TissueMethod = TissueMethod.OTSU
     """How tissue is told from glass, on the thumbnail and in a tile."""
     max_pen: float = 0.05
-    """Largest part of a tile that may be ink."""
+    """Largest part of a tile that may be ink; 1 looks for none."""
     max_fold: float = 0.1
     """Largest part of a tile that may be folded tissue."""
     min_sharpness: float = 30.0
@@ -38,6 +54,15 @@ class TilingOptions:
     """Take a slide's own JPEG where it has just the tile that is wanted."""
     max_tiles_per_slide: int | None = None
     """None keeps every good tile."""
+
+    def keeping(self, artefacts: Collection[Artefact]) -> Self:
+        """The same without the filters for these."""
+        return replace(
+            self,
+            max_pen=1.0 if Artefact.PEN in artefacts else self.max_pen,
+            max_fold=1.0 if Artefact.FOLD in artefacts else self.max_fold,
+            min_sharpness=0.0 if Artefact.BLURRED in artefacts else self.min_sharpness,
+        )
 
     def __post_init__(self) -> None:
         if self.tile_px < 8 or not self.mpp > 0:
@@ -64,14 +89,13 @@ class Candidate:
 def grid(slide: Slide, options: TilingOptions) -> npt.NDArray[np.float64]:
     """Frames (x, y, width, height) side by side from the top left, shape (N, 4).
 
-    Width and height are fractional, so the scale is exact; corners are rounded down to whole
-    pixels, which moves a tile by less than one level-0 pixel.
+    Width and height are fractional, so the scale is exact (``tile_extent``); corners are rounded
+    down to whole pixels, which moves a tile by less than one level-0 pixel.
 
     Raises:
         SlideError: the slide is coarser than the tiles should be.
     """
-    width = options.tile_px * options.mpp / slide.mpp_x
-    height = options.tile_px * options.mpp / slide.mpp_y
+    width, height = tile_extent(slide, options.tile_px, options.mpp)
     coarsest = max(slide.mpp_x, slide.mpp_y)
     if coarsest > options.mpp * MAX_UPSAMPLING:
         raise SlideError(f"its {coarsest:g} microns per pixel are coarser than {options.mpp:g}")
@@ -81,6 +105,27 @@ def grid(slide: Slide, options: TilingOptions) -> npt.NDArray[np.float64]:
     return np.stack(
         [grid_x, grid_y, np.full_like(grid_x, width), np.full_like(grid_y, height)], axis=1
     )
+
+
+def tile_extent(slide: Slide, tile_px: int, mpp: float) -> tuple[float, float]:
+    """Width and height of a tile in level-0 pixels: exact, or a level's own where that is as good.
+
+    A scanner's microns per pixel have few digits: where a level has 256 pixels for 255.99999 that
+    are wanted, those are taken. They are as good while all tiles of a row or column together are
+    off by less than half a pixel, either way: less than what whole corners cost.
+    """
+    downsamples = (level.downsample for level in slide.source.levels)
+    own = {tile_px * downsample for downsample in downsamples if downsample == round(downsample)}
+    width, height = (
+        _own_or_exact(own, tile_px * mpp / slide_mpp, length)
+        for slide_mpp, length in zip((slide.mpp_x, slide.mpp_y), slide.size_px, strict=True)
+    )
+    return width, height
+
+
+def _own_or_exact(own: Collection[float], exact: float, length: int) -> float:
+    near = min(own, key=lambda extent: abs(extent - exact))
+    return near if abs(exact - near) * (length / near) < MAX_DRIFT_PX else exact
 
 
 def candidates(

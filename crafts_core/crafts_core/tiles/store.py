@@ -8,7 +8,7 @@ Shape letters: N tiles, H and W pixels, C channels.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from crafts_core.tiles.writer import (
     shard_path,
 )
 
+_MEND = "crafts-client tiles check --repair takes out what is damaged"
 Rows = Sequence[int] | npt.NDArray[np.int64]
 
 
@@ -66,20 +67,24 @@ class TileStore:
         }
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, without: Collection[str] = ()) -> Self:
         """Open a finished store after checking its manifest, index and file sizes.
+
+        Args:
+            path: Its folder.
+            without: Files that are known to be damaged, as ``damaged_files`` names them: their
+                size is no reason to refuse the others.
 
         Raises:
             TileStoreError: there is no store, it is unfinished, or a file is not what it was.
         """
         manifest = _read_manifest(path)
         for name, expected in manifest.files.items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != expected.num_bytes:
-                raise TileStoreError(f"{path}: {name} is missing or torn; build the store again")
+            if name not in without and not _has_size(path / name, expected):
+                raise TileStoreError(f"{path}: {name} is missing or torn; {_MEND}")
         for name in (manifest.index, manifest.captions):
             if describe_file(path / name) != manifest.files.get(name):
-                raise TileStoreError(f"{path}: {name} was changed; build the store again")
+                raise TileStoreError(f"{path}: {name} was changed; {_MEND}")
         index = pq.read_table(path / manifest.index)
         captions = pq.read_table(path / manifest.captions).column("caption").to_pylist()
         if not index.schema.equals(INDEX_SCHEMA) or index.num_rows != manifest.num_tiles:
@@ -94,7 +99,7 @@ class TileStore:
         """
         for name, expected in self.manifest.files.items():
             if describe_file(self.path / name) != expected:
-                raise TileStoreError(f"{self.path}: {name} was changed; build the store again")
+                raise TileStoreError(f"{self.path}: {name} was changed; {_MEND}")
 
     @property
     def num_tiles(self) -> int:
@@ -197,6 +202,23 @@ class TileStore:
                     yield place, file.read(length_N[row_N[place]])
 
 
+def damaged_files(path: Path) -> tuple[str, ...]:
+    """Names of the files of a store that are missing or not what was written, pixels included.
+
+    Raises:
+        TileStoreError: there is no store, or its manifest cannot be read.
+    """
+    return tuple(
+        name
+        for name, expected in _read_manifest(path).files.items()
+        if not _has_size(path / name, expected) or describe_file(path / name) != expected
+    )
+
+
+def _has_size(file: Path, expected: StoredFile) -> bool:
+    return file.is_file() and file.stat().st_size == expected.num_bytes
+
+
 def _read_manifest(path: Path) -> StoreManifest:
     try:
         values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -213,7 +235,9 @@ def _read_manifest(path: Path) -> StoreManifest:
     except ValidationError as error:
         raise TileStoreError(f"{path}/{MANIFEST_NAME}: {describe_first_error(error)}") from error
     except (OSError, ValueError) as error:
-        raise TileStoreError(f"cannot read {path}/{MANIFEST_NAME}: {error}") from error
+        raise TileStoreError(
+            f"cannot read {path}/{MANIFEST_NAME}: {error}; move {path} away and ingest again"
+        ) from error
 
 
 def _numpy(column: Any, dtype: type[np.int64]) -> npt.NDArray[np.int64]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers.scanners import known_scanner
 from crafts_client.ingest.readers.seam import (
     DAMAGED,
     MAX_CHUNK_PX,
+    Pixels,
     ReaderName,
     Size,
     foreign,
@@ -66,13 +66,15 @@ class WsiDicomFile:
         downsample = self.levels[level].downsample
         return corner[0] * downsample, corner[1] * downsample
 
-    def read(self, level: int, corner: Size, extent: Size) -> Image.Image:
+    def read(self, level: int, corner: Size, extent: Size) -> Pixels:
         with foreign():
             number = self._pyramid[level].level
-            region = self._slide.read_region(corner, number, extent, threads=1, as_array=True)
+            region: Pixels = self._slide.read_region(
+                corner, number, extent, threads=1, as_array=True
+            )
             if region.dtype != np.uint8 or region.shape != (extent[1], extent[0], 3):
                 raise SlideError(DAMAGED)
-            return Image.fromarray(region)
+            return region
 
     def close(self) -> None:
         with foreign():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
@@ -10,6 +11,7 @@ from crafts_client.ingest.readers.seam import (
     DAMAGED,
     WHITE,
     Level,
+    Pixels,
     ReaderName,
     Size,
     foreign,
@@ -57,9 +59,9 @@ class ImageFile:
     def start(self, level: int, corner: Size) -> tuple[float, float]:  # noqa: ARG002
         return float(corner[0]), float(corner[1])
 
-    def read(self, level: int, corner: Size, extent: Size) -> Image.Image:  # noqa: ARG002
+    def read(self, level: int, corner: Size, extent: Size) -> Pixels:  # noqa: ARG002
         left, top = corner
-        return self._decoded().crop((left, top, left + extent[0], top + extent[1]))
+        return np.asarray(self._decoded().crop((left, top, left + extent[0], top + extent[1])))
 
     def close(self) -> None:
         self._pixels = None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crafts_client.ingest.errors import SlideError
-from crafts_client.ingest.readers.dicom_files import WsiDicomFile, is_dicom, slide_series
+from crafts_client.ingest.readers.dicom_files import WsiDicomFile, is_dicom
 from crafts_client.ingest.readers.image_files import ImageFile
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.seam import Reader
@@ -32,30 +32,6 @@ def open_reader(path: Path) -> Reader:
             if not _tiffslide_reads(path):
                 raise
     return TiffSlideFile(path) if _tiffslide_reads(path) else ImageFile(path)
-
-
-def find_slides(folder: Path, *, images: bool = False) -> list[Path]:
-    """Every slide below a folder, in order of their names.
-
-    A DICOM slide is found as the folder that holds it, or, where one folder holds several, as
-    the first file of each. Plain images are found only if asked for.
-    """
-    paths = sorted(folder.rglob("*"))
-    found: set[Path] = set()
-    for directory in (folder, *(path for path in paths if path.is_dir())):
-        series = list(slide_series(directory).values())
-        found |= {directory} if len(series) == 1 else {files[0] for files in series}
-    files = (path for path in paths if path.is_file() and not is_dicom(path))
-    return sorted(found | {path for path in files if _is_slide(path, images=images)})
-
-
-def _is_slide(path: Path, *, images: bool) -> bool:
-    try:
-        if OpenSlideFile.reads(path) or _tiffslide_reads(path):
-            return True
-    except SlideError:
-        return False
-    return images and ImageFile.reads(path)
 
 
 def _tiffslide_reads(path: Path) -> bool:

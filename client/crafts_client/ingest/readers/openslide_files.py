@@ -12,7 +12,16 @@ from PIL import Image, ImageColor
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers.scanners import known_scanner
-from crafts_client.ingest.readers.seam import DAMAGED, Level, ReaderName, Size, foreign, pyramid
+from crafts_client.ingest.readers.seam import (
+    DAMAGED,
+    Level,
+    Pixels,
+    ReaderName,
+    Size,
+    foreign,
+    pyramid,
+)
+from crafts_client.ingest.readers.stored_tiles import StoredTiles
 
 CACHE_BYTES = 32 * 2**20
 _OPAQUE = 0xFF000000
@@ -30,12 +39,16 @@ _PLAIN_TIFF_VENDORS = ("aperio", "generic-tiff")
 
 
 class OpenSlideFile:
-    """One open handle of OpenSlide, replaced when a damaged place has spoilt it."""
+    """One open handle of OpenSlide, replaced when a damaged place has spoilt it.
+
+    Where the file is a TIFF of plain JPEG tiles they are decoded here, without OpenSlide.
+    """
 
     name: ReaderName = "openslide"
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._stored_tiles: StoredTiles | None = None
         self._handle = _open_handle(path)
         try:
             with foreign():
@@ -57,12 +70,29 @@ class OpenSlideFile:
             return openslide.OpenSlide.detect_format(path) is not None
 
     def start(self, level: int, corner: Size) -> tuple[float, float]:
+        downsample = self.levels[level].downsample
+        x, y = corner[0] * downsample, corner[1] * downsample
+        tiles = self._tiles()
+        if tiles is not None and tiles.levels[level] is not None:
+            return x, y
         # OpenSlide takes whole level-0 pixels. Starting on a whole pixel of the level, as nearly
         # as that allows, keeps it from interpolating a second time.
-        downsample = self.levels[level].downsample
-        return float(int(corner[0] * downsample)), float(int(corner[1] * downsample))
+        return float(int(x)), float(int(y))
 
-    def read(self, level: int, corner: Size, extent: Size) -> Image.Image:
+    def read(self, level: int, corner: Size, extent: Size) -> Pixels:
+        tiles = self._tiles()
+        pixels = tiles.read(level, corner, extent) if tiles is not None else None
+        return pixels if pixels is not None else self._read_region(level, corner, extent)
+
+    def _tiles(self) -> StoredTiles | None:
+        """Looked for at the first read: who only wants the header needs none."""
+        if self._stored_tiles is None and self.has_plain_tiles:
+            self._stored_tiles = StoredTiles.open(self._path, self.levels)
+        return self._stored_tiles
+
+    def _read_region(self, level: int, corner: Size, extent: Size) -> Pixels:
+        # The start of plain tiles can lie between level-0 pixels: where one of them is left to
+        # OpenSlide, it is out of place by less than one of these.
         x, y = self.start(level, corner)
         width, height = extent
         argb_HW = np.empty((height, width), dtype=np.uint32)
@@ -77,7 +107,7 @@ class OpenSlideFile:
             raise SlideError(DAMAGED) from error
         if argb_HW.min() < _OPAQUE:
             argb_HW = _over(argb_HW, self._background)
-        return Image.frombuffer("RGB", extent, argb_HW, "raw", "BGRX", 0, 1)
+        return np.asarray(Image.frombuffer("RGB", extent, argb_HW, "raw", "BGRX", 0, 1))
 
     def associated_images(self) -> tuple[str, ...]:
         """Names of the pictures beside the slide: label, macro, thumbnail."""
@@ -91,6 +121,8 @@ class OpenSlideFile:
 
     def close(self) -> None:
         self._handle.close()
+        if self._stored_tiles is not None:
+            self._stored_tiles.close()
 
 
 def _over(argb_HW: npt.NDArray[np.uint32], background: tuple[int, ...]) -> npt.NDArray[np.uint32]:

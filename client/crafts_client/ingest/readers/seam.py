@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-from PIL import Image
+import numpy as np
+import numpy.typing as npt
 
 from crafts_client.ingest.errors import SlideError
 
@@ -29,6 +30,7 @@ WHITE = (255, 255, 255)
 
 ReaderName = Literal["openslide", "tiffslide", "wsidicom", "image"]
 Size = tuple[int, int]
+Pixels = npt.NDArray[np.uint8]
 
 
 class Level(NamedTuple):
@@ -58,8 +60,10 @@ class Reader(Protocol):
     def start(self, level: int, corner: Size) -> tuple[float, float]:
         """Where a region with this corner (in pixels of the level) begins, in level-0 pixels."""
 
-    def read(self, level: int, corner: Size, extent: Size) -> Image.Image:
-        """RGB pixels of a region that lies on the level.
+    def read(self, level: int, corner: Size, extent: Size) -> Pixels:
+        """RGB pixels of a region that lies on the level, shape (height, width, 3).
+
+        They are not to be written to.
 
         Raises:
             SlideError: they cannot be decoded.

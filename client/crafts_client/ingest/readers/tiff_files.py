@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers import jpeg_stream
@@ -18,6 +17,7 @@ from crafts_client.ingest.readers.seam import (
     DAMAGED,
     MAX_CHUNK_PX,
     WHITE,
+    Pixels,
     ReaderName,
     Size,
     foreign,
@@ -85,7 +85,7 @@ class TiffSlideFile:
         downsample = self.levels[level].downsample
         return corner[0] * downsample, corner[1] * downsample
 
-    def read(self, level: int, corner: Size, extent: Size) -> Image.Image:
+    def read(self, level: int, corner: Size, extent: Size) -> Pixels:
         with foreign():
             (left, top), (width, height) = corner, extent
             pieces = _pieces(self._pages[level], (left, top, left + width, top + height))
@@ -93,11 +93,11 @@ class TiffSlideFile:
             region = self._slide.zarr_group[str(level)][top : top + height, left : left + width]
             if region.shape[:2] != (height, width):
                 raise SlideError(DAMAGED)
-            image = Image.fromarray(np.ascontiguousarray(region[..., :3]))
+            pixels = np.array(region[..., :3])
             for piece in absent:
                 x0, y0, x1, y1 = piece.box
-                image.paste(WHITE, (x0 - left, y0 - top, x1 - left, y1 - top))
-            return image
+                pixels[max(y0 - top, 0) : y1 - top, max(x0 - left, 0) : x1 - left] = WHITE
+            return pixels
 
     def close(self) -> None:
         with foreign():
