@@ -19,7 +19,7 @@ from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core.foundation import load
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan import AdapterConfig, Part
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
@@ -51,7 +51,7 @@ class DeviceWorkers:
             self._pipes.append(ours)
         self.ranks = ProcessRanks(meeting, 0, count, timeout_s=_STEP_TIMEOUT_S)
 
-    def start(self, config: AdapterConfig, task: TrainingTask) -> None:
+    def start(self, config: AdapterConfig, parts: tuple[Part, ...], task: TrainingTask) -> None:
         """Let every worker train this round.
 
         Raises:
@@ -59,7 +59,7 @@ class DeviceWorkers:
         """
         try:
             for pipe in self._pipes:
-                pipe.send((config, task))
+                pipe.send((config, parts, task))
         except OSError as error:
             raise RankError("a device of this site is gone; restart crafts-client") from error
 
@@ -85,21 +85,22 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
     store = TileStore.open(home.tile_store_path)
     patients = PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
     ranks = ProcessRanks(meeting, rank, count, timeout_s=_STEP_TIMEOUT_S)
-    made: tuple[AdapterConfig, Trainer] | None = None
+    made: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
     while True:
         try:
-            config, task = pipe.recv()
+            config, parts, task = pipe.recv()
         except EOFError:
             return
-        if made is None or made[0] != config:
+        if made is None or made[0] != (config, parts):
             trainer = Trainer(
                 foundation,
                 config,
                 patients,
+                parts=parts,
                 randomness=Randomness.from_os(exact_noise=home.config.exact_noise),
                 speed=Speed.of(home.config),
                 ranks=ranks,
             )
-            made = (config, trainer)
+            made = ((config, parts), trainer)
         made[1].train(task)
         unusable.note(home.unusable_path, made[1].num_unusable_patients, rank=rank)

@@ -42,7 +42,7 @@ from crafts_core.exchange import (
     state_hash,
 )
 from crafts_core.foundation import Foundation, load
-from crafts_core.plan import AdapterConfig, Plan, StageConfig
+from crafts_core.plan import AdapterConfig, Part, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
@@ -88,7 +88,7 @@ class Site:
         self._register.enrol(store.patients, home.config.cohort)
         cache = LatentCache.open(store, foundation.manifest.hash)
         self._patients = PatientTiles(store, cache, foundation)
-        self._trainer: tuple[AdapterConfig, Trainer] | None = None
+        self._trainer: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
         self._workers: DeviceWorkers | None = None
         check_devices(home)
 
@@ -130,7 +130,7 @@ class Site:
         config, policy, request = self._home.config, self._home.policy, message.request
         mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
         policy.check_noise(mechanism)
-        trainer = self._trainer_for(plan.adapter)
+        trainer = self._trainer_for(plan)
         state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash)
         task = TrainingTask(
             stage=stage,
@@ -144,7 +144,7 @@ class Site:
         )
         reservation = self._reserve(plan, request, task)
         try:
-            delta = _as_wire(self._train_everywhere(trainer, plan.adapter, task), plan)
+            delta = _as_wire(self._train_everywhere(trainer, plan, task), plan)
             update_norm = global_norm(delta)
             policy.check_update_norm(update_norm)
         except (TrainingError, PolicyError):
@@ -157,13 +157,11 @@ class Site:
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
 
-    def _train_everywhere(
-        self, trainer: Trainer, config: AdapterConfig, task: TrainingTask
-    ) -> State:
+    def _train_everywhere(self, trainer: Trainer, plan: Plan, task: TrainingTask) -> State:
         """On all of the site's devices. Where one fails, the round stays reserved: nothing left."""
         try:
             if self._workers is not None:
-                self._workers.start(config, task)
+                self._workers.start(plan.adapter, plan.parts, task)
             return trainer.train(task)
         except RankError:
             self.close()
@@ -235,21 +233,23 @@ class Site:
     def _entries_of(self, plan_hash: str) -> list[LedgerEntry]:
         return [entry for entry in self._ledger.entries() if entry.plan_hash == plan_hash]
 
-    def _trainer_for(self, config: AdapterConfig) -> Trainer:
+    def _trainer_for(self, plan: Plan) -> Trainer:
         """The warm trainer, or a new one where the adapter is another."""
         more_devices = self._home.config.more_devices
         if more_devices and self._workers is None:
             self._workers = DeviceWorkers(self._home.path, more_devices)
-        if self._trainer is None or self._trainer[0] != config:
+        wanted = (plan.adapter, plan.parts)
+        if self._trainer is None or self._trainer[0] != wanted:
             trainer = Trainer(
                 self._foundation,
-                config,
+                plan.adapter,
                 self._patients,
+                parts=plan.parts,
                 randomness=self._randomness,
                 speed=Speed.of(self._home.config),
                 ranks=self._workers.ranks if self._workers else None,
             )
-            self._trainer = (config, trainer)
+            self._trainer = (wanted, trainer)
         return self._trainer[1]
 
     def _stage_start(self, message: RoundMessage, stage: StageConfig, state: State) -> State | None:

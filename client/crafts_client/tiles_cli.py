@@ -18,11 +18,14 @@ _MOST_SHOWN = 400
 @tiles_app.command("stats")
 def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Count tiles by patient and by label."""
+    from crafts_core.plan import MODALITIES
     from crafts_core.tiles import TileStore
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         store = TileStore.open(site.tile_store_path)
+    rows = range(store.num_tiles)
+    steered = {modality: store.has_condition(rows, modality) for modality in MODALITIES}
     per_patient = [len(store.tile_rows_of(index)) for index in range(store.num_patients)]
     labels = [str(label) for label in store.labels]
     values = {
@@ -33,6 +36,11 @@ def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
         "most_tiles_of_a_patient": max(per_patient),
         "tile_px": store.tile_px,
         "mpp": store.mpp,
+        **{f"tiles_with_{modality}": int(has.sum()) for modality, has in steered.items()},
+        **{
+            f"patients_with_{modality}": len(set(store.patient_indices(has.nonzero()[0]).tolist()))
+            for modality, has in steered.items()
+        },
         "tiles_by_label": {label or "-": labels.count(label) for label in sorted(set(labels))},
     }
     if as_json:

@@ -17,10 +17,19 @@ from torch import Tensor
 from crafts_client.errors import TrainingError
 from crafts_client.patients import PatientTiles, probe_batch
 from crafts_client.speed import Speed
-from crafts_core.adapters import Adapter, State
+from crafts_core.adapters import Adapter, State, add_delta, factor_names
+from crafts_core.control_net import num_halvings_of
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, Factor, PrivacyConfig, StageConfig
+from crafts_core.plan import (
+    GENERATOR_ONLY,
+    AdapterConfig,
+    Factor,
+    Modality,
+    Part,
+    PrivacyConfig,
+    StageConfig,
+)
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
@@ -33,6 +42,8 @@ from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
 _LOG = logging.getLogger(__name__)
 
+_AWAKE = 0.1
+"""Standard deviation of what ``_awake`` adds."""
 Drawn = tuple[TileBatch, Draws]
 """A patient's tiles with their noise and timesteps."""
 
@@ -94,6 +105,7 @@ class Trainer:
         config: AdapterConfig,
         patients: PatientTiles,
         *,
+        parts: Sequence[Part] = GENERATOR_ONLY,
         randomness: Randomness,
         speed: Speed,
         ranks: Ranks | None = None,
@@ -104,6 +116,7 @@ class Trainer:
             foundation: Already on the device that trains.
             config: The plan's adapter section.
             patients: The site's cohort.
+            parts: What the plan's adapter consists of.
             randomness: ``Randomness.from_os()``.
             speed: Memory and time only.
             ranks: The site's devices that share every step; this one alone if absent.
@@ -112,13 +125,17 @@ class Trainer:
             AdapterError: the adapter does not fit the foundation.
         """
         self._foundation = foundation
-        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
+        self._adapter = Adapter.attach(
+            copy.deepcopy(foundation.generator.unet),
+            config,
+            parts,
+            num_halvings=num_halvings_of(foundation.generator),
+        )
         self._patients = patients
         self._randomness = randomness
-        self._adapter_kind = config.kind
         self._speed = speed
         self._ranks = ranks
-        self._public_tiles: TileBatch | None = None
+        self._public_tiles: dict[Modality | None, TileBatch] = {}
         self._trusted: dict[tuple[StageConfig, Factor], Speed] = {}
         self.num_unusable_patients = 0
         """Of the newest round, as ``PatientSGD`` counts them: for the site's own eyes."""
@@ -140,11 +157,12 @@ class Trainer:
         """
         self.num_unusable_patients = 0
         self._patients.leave_out(task.withdrawn)
+        rows = task.privacy.tiles_per_patient * task.privacy.draws_per_tile
+        self._adapter.load_state(_awake(task))
+        objective = self._objective(task)
+        speed = self._trusted_speed(task, objective, rows)
         self._adapter.load_state(task.state)
         parameters = self._adapter.trainable(task.factor)
-        objective = self._objective(task)
-        rows = task.privacy.tiles_per_patient * task.privacy.draws_per_tile
-        speed = self._trusted_speed(task, objective, rows)
         optimizer = PatientSGD(
             parameters,
             task.mechanism,
@@ -157,16 +175,17 @@ class Trainer:
         generator = self._randomness.generator()
 
         def drawn(patient: int) -> Drawn:
-            return self._drawn(patient, objective, task.privacy, generator)
+            return self._drawn(patient, objective, task, generator)
 
-        num_patients, group_size = self._patients.num_patients, self._group_size(speed, rows)
+        num_patients = self._patients.num_patients
+        group_size = self._group_size(speed, rows, task.factor)
         if group_size == 1:
             for _ in range(task.stage.local_steps):
                 optimizer.step(
                     num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
                 )
         else:
-            with GroupGradients(self._adapter.unet, list(parameters.values())) as gradients:
+            with GroupGradients(self._adapter.network, list(parameters.values())) as gradients:
                 for _ in range(task.stage.local_steps):
                     optimizer.step_in_groups(
                         num_patients,
@@ -193,7 +212,7 @@ class Trainer:
         self._adapter.run_with()
         objective = Objective(self._foundation, self._adapter, task.stage, task.stage_start)
         if task.mechanism.private:
-            batch = self._probe(3)
+            batch = self._probe(3, task.stage)
             assert_per_tile(objective.loss_per_tile, batch, _public_draws(objective, batch))
         return objective
 
@@ -202,9 +221,9 @@ class Trainer:
         known = self._trusted.get((task.stage, task.factor))
         if known is None:
             known = self._speed
-            group_size = self._group_size(known, rows)
+            group_size = self._group_size(known, rows, task.factor)
             if group_size > 1 or known.changes_the_passes:
-                error = self._error_of(known, group_size, task.factor, objective, rows)
+                error = self._error_of(known, group_size, task, objective, rows)
                 if not error <= known.tolerance:
                     _LOG.warning(
                         "gradients of public tiles are off by %.0e of their length with the "
@@ -217,11 +236,11 @@ class Trainer:
         return known
 
     def _error_of(
-        self, speed: Speed, group_size: int, factor: Factor, objective: Objective, rows: int
+        self, speed: Speed, group_size: int, task: TrainingTask, objective: Objective, rows: int
     ) -> float:
         """Of the gradients of two public patients with as many tiles as ours have."""
-        parameters = list(self._adapter.trainable(factor).values())
-        tiles = self._probe(2)
+        parameters = list(self._adapter.trainable(task.factor).values())
+        tiles = self._probe(2, task.stage)
         cohort: list[Drawn] = []
         for index in range(2):
             batch = tiles.select(torch.tensor([index] * rows))
@@ -239,35 +258,55 @@ class Trainer:
         if group_size == 1:
             found_PD = one_by_one(speed)
         else:
-            with GroupGradients(self._adapter.unet, parameters) as gradients:
+            with GroupGradients(self._adapter.network, parameters) as gradients:
                 found_PD = gradients.compute(*_joined(objective, cohort))
         one.release()
         self._adapter.run_with()
         length = exact_PD.norm().clamp(min=torch.finfo(torch.float32).tiny)
         return float((found_PD - exact_PD).norm() / length)
 
-    def _probe(self, num_tiles: int) -> TileBatch:
-        if self._public_tiles is None:
-            self._public_tiles = probe_batch(self._foundation)
-        return self._public_tiles.select(torch.arange(num_tiles))
+    def _probe(self, num_tiles: int, stage: StageConfig) -> TileBatch:
+        known, modality = self._public_tiles, stage.modality
+        if modality not in known:
+            known[modality] = probe_batch(self._foundation, modality=modality)
+        return known[modality].select(torch.arange(num_tiles))
 
-    def _group_size(self, speed: Speed, rows: int) -> int:
+    def _group_size(self, speed: Speed, rows: int, factor: Factor) -> int:
         """One for full weights: a row for each patient would be a copy of all of them."""
-        return 1 if self._adapter_kind == "full" else speed.group_size(rows)
+        return 1 if factor == "all" else speed.group_size(rows)
 
     def _drawn(
         self,
         patient: int,
         objective: Objective,
-        privacy: PrivacyConfig,
+        task: TrainingTask,
         generator: torch.Generator,
     ) -> Drawn:
         """Up to K of a patient's tiles, J times each, with their noise and timesteps."""
         tiles = self._patients.batch(
-            patient, max_tiles=privacy.tiles_per_patient, generator=generator
+            patient,
+            max_tiles=task.privacy.tiles_per_patient,
+            generator=generator,
+            modality=task.stage.modality,
         )
-        batch = tiles.repeat(privacy.draws_per_tile)
+        batch = tiles.repeat(task.privacy.draws_per_tile)
         return batch, objective.draw(batch, generator)
+
+
+def _awake(task: TrainingTask) -> Mapping[str, Tensor]:
+    """The state on which gradients are compared and the loss is probed.
+
+    Behind zero convolutions every gradient is zero, and nothing could be seen to be wrong: before a
+    control round they are moved a little, by public numbers.
+    """
+    if task.stage.modality is None:
+        return task.state
+    source = torch.Generator().manual_seed(0)
+    moved = {
+        name: _AWAKE * torch.randn(task.state[name].shape, generator=source)
+        for name in factor_names(task.state, task.factor)
+    }
+    return add_delta(task.state, moved)
 
 
 def _optimizer(stage: StageConfig) -> Optimizer:
@@ -287,6 +326,8 @@ def _parts(objective: Objective, drawn: Drawn, speed: Speed, rows: int) -> Itera
     code runs on full microbatches only, padded with rows that weigh nothing.
     """
     batch, draws = drawn
+    if not len(batch):
+        return
     size = min(speed.microbatch_tiles, rows)
     missing = -len(batch) % size if speed.compile else 0
     if missing:
@@ -302,7 +343,10 @@ def _joined(objective: Objective, group: Sequence[Drawn]) -> tuple[Tensor, Seque
     """Weighted losses of all tiles of some patients, and how many tiles each has."""
     batch = TileBatch.cat([batch for batch, _ in group])
     draws = Draws.cat([draws for _, draws in group])
-    return batch.weight_B * objective.loss_per_tile(batch, draws), [len(b) for b, _ in group]
+    tiles_P = [len(batch) for batch, _ in group]
+    if not len(batch):
+        return batch.weight_B, tiles_P
+    return batch.weight_B * objective.loss_per_tile(batch, draws), tiles_P
 
 
 def _select(draws: Draws, rows: Tensor) -> Draws:

@@ -1,44 +1,72 @@
-"""The weights that travel: how they sit in the UNet, how they go in and out, and where they start.
+"""The weights that travel: how they sit in the UNet, and how they go in and out.
 
-An adapted layer computes ``W0 x + B (A x)``: A is the *first* factor, B the *second*, their product
-is not scaled. Factor names on the wire are ``<module>.first`` and ``<module>.second``, so they do
-not depend on the library that injects them. ``kind = "full"`` trains every UNet weight under its
-own name.
+``lora_layers`` says what the two factors of a layer are; their names on the wire are those of the
+UNet's modules. ``kind = "full"`` trains every UNet weight under its own name. A plan with a control
+stage has a ControlNet beside the UNet (``control_net``).
 
 Shape letters: O outputs, I inputs (times kernel for a convolution), R rank, S stacked updates.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
-from diffusers import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from crafts_core.errors import CraftsError
+from crafts_core.control_net import (
+    build_control_net,
+    control_layers,
+    control_prefix,
+    control_state,
+    generator_state,
+    num_halvings_of,
+    own_parameters,
+    steering,
+)
 from crafts_core.exchange import ExchangeError, check_tensors
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, Factor
-from crafts_core.public_update import (
-    PublicUpdateConfig,
-    influence,
-    leading_right_directions,
-    public_update,
+from crafts_core.lora_layers import (
+    FIRST,
+    SECOND,
+    AdapterError,
+    add_factors,
+    matching_layers,
+    with_factors_merged,
+    without_factors,
+)
+from crafts_core.plan import (
+    GENERATOR_ONLY,
+    MODALITIES,
+    AdapterConfig,
+    Factor,
+    Modality,
+    Part,
 )
 
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "Condition",
+    "State",
+    "add_delta",
+    "factor_names",
+    "lora_tensors",
+    "merged_control_net",
+    "merged_unet",
+    "target_layers",
+]
+
 State = dict[str, Tensor]
-_PEFT_NAME = "crafts"
-_FIRST, _SECOND = ".first", ".second"
-_LEAST_INFLUENCE = 1e-6
-"""Relative to the most influential direction."""
 
 
-class AdapterError(CraftsError):
-    """The adapter of a plan does not fit the UNet, or a state does not fit the adapter."""
+class Condition(NamedTuple):
+    """What steers a prediction: images (B, C, H, W) in [0, 1] at image resolution."""
+
+    modality: Modality
+    image_BCHW: Tensor
 
 
 class Adapter:
@@ -48,37 +76,71 @@ class Adapter:
     the foundation serves more than one run, or ``detach`` afterwards.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, parameters: Mapping[str, str]) -> None:
-        """Wrap a prepared UNet; ``parameters`` maps wire names to parameter names."""
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        parameters: Mapping[str, str],
+        controls: Mapping[Modality, ControlNetModel] | None = None,
+        control_parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        """Wrap prepared networks.
+
+        Args:
+            unet: The denoiser.
+            parameters: Wire name to parameter name in ``unet``.
+            controls: ControlNets by what steers them.
+            control_parameters: Their parameters by wire name.
+        """
         self.unet = unet
-        self._denoise: Callable[..., Any] = unet
-        self._compiled: Callable[..., Any] | None = None
+        self._controls = dict(controls or {})
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
+        self._is_compiled = False
         self._half = False
         self._paths = dict(parameters)
         named = dict(unet.named_parameters())
         self._parameters = {name: named[path] for name, path in self._paths.items()}
+        self._parameters |= control_parameters or {}
 
     @classmethod
-    def attach(cls, unet: UNet2DConditionModel, config: AdapterConfig) -> Self:
+    def attach(
+        cls,
+        unet: UNet2DConditionModel,
+        config: AdapterConfig,
+        parts: Sequence[Part] = GENERATOR_ONLY,
+        *,
+        num_halvings: int = 0,
+    ) -> Self:
         """Put factors beside the targets, or open every weight, as the plan says.
+
+        Args:
+            unet: The foundation's.
+            config: The plan's adapter section.
+            parts: What there is beside it: ``Plan.parts``.
+            num_halvings: Of an image to a latent; ControlNets need it.
 
         Raises:
             AdapterError: a target matches no Linear or Conv2d layer, or the rank is too high.
         """
         unet.requires_grad_(False)
-        if config.kind == "full":
-            return cls(unet, {name: name for name, _ in unet.named_parameters()})
-        names = list(target_layers(unet, config))
-        lora = LoraConfig(
-            r=config.rank, lora_alpha=config.rank, target_modules=names, init_lora_weights=False
-        )
-        inject_adapter_in_model(lora, unet, adapter_name=_PEFT_NAME)
-        unet.requires_grad_(False)
-        paths = {}
-        for name in names:
-            paths[name + _FIRST] = f"{name}.lora_A.{_PEFT_NAME}.weight"
-            paths[name + _SECOND] = f"{name}.lora_B.{_PEFT_NAME}.weight"
-        return cls(unet, paths)
+        controls: dict[Modality, ControlNetModel] = {}
+        control_parameters: dict[str, nn.Parameter] = {}
+        # First, while the encoder is still the foundation's own.
+        for modality in (part for part in MODALITIES if part in parts):
+            network = build_control_net(unet, modality, num_halvings=num_halvings)
+            controls[modality] = network
+            control_parameters |= _open_control(network, modality, config)
+        if "generator" not in parts:
+            paths = {}
+        elif config.kind == "full":
+            paths = {name: name for name, _ in unet.named_parameters()}
+        else:
+            paths = add_factors(unet, list(target_layers(unet, config)), config.rank)
+        return cls(unet, paths, controls, control_parameters)
+
+    @property
+    def network(self) -> nn.Module:
+        """Everything that a prediction runs through."""
+        return nn.ModuleList([self.unet, *self._controls.values()])
 
     def trainable(self, factor: Factor) -> dict[str, nn.Parameter]:
         """The parameters of ``factor``; exactly these require gradients afterwards.
@@ -100,23 +162,36 @@ class Adapter:
         Args:
             half: Autocast to bfloat16; the prediction is float32 again.
             checkpointing: Keep no activations for the backward pass, compute them twice.
-            compiled: By ``torch.compile``; forward hooks on the UNet's layers do not fire then.
+            compiled: By ``torch.compile``; forward hooks on the networks' layers do not fire then.
         """
-        self._half = half
-        if checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
-        if compiled and self._compiled is None:
-            self._compiled = torch.compile(self.unet)
-        ready = self._compiled if compiled else None
-        self._denoise = self.unet if ready is None else ready
+        self._half, self._is_compiled = half, compiled
+        for network in (self.unet, *self._controls.values()):
+            if checkpointing:
+                network.enable_gradient_checkpointing()
+            else:
+                network.disable_gradient_checkpointing()
+            if compiled and network not in self._compiled:
+                self._compiled[network] = torch.compile(network)
 
-    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(
+        self,
+        noisy_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        condition: Condition | None = None,
+    ) -> Tensor:
         """The denoiser with this adapter: noise or velocity, as the foundation predicts."""
+        denoise = self._ready(self.unet)
         with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self._half):
-            prediction: Tensor = self._denoise(noisy_BCHW, timesteps_B, text_BLD).sample
+            residuals: dict[str, Any] = {}
+            if condition is not None:
+                steer = self._ready(self._controls[condition.modality])
+                residuals = steering(steer, noisy_BCHW, timesteps_B, text_BLD, condition.image_BCHW)
+            prediction: Tensor = denoise(noisy_BCHW, timesteps_B, text_BLD, **residuals).sample
         return prediction.float() if self._half else prediction
+
+    def _ready(self, network: nn.Module) -> Callable[..., Any]:
+        return self._compiled[network] if self._is_compiled else network
 
     def predict_with(
         self, state: Mapping[str, Tensor], noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
@@ -126,7 +201,8 @@ class Adapter:
         The base weights are shared, so theta1 costs no second model.
         """
         weights = {
-            self._paths[name]: tensor.to(self._parameters[name]) for name, tensor in state.items()
+            self._paths[name]: tensor.to(self._parameters[name])
+            for name, tensor in generator_state(state).items()
         }
         output = functional_call(self.unet, weights, (noisy_BCHW, timesteps_B, text_BLD))
         prediction: Tensor = output.sample
@@ -152,119 +228,59 @@ class Adapter:
 
     def merged(self) -> UNet2DConditionModel:
         """A plain UNet with the adapter added into its weights. This adapter is untouched."""
-        unet = copy.deepcopy(self.unet)
-        for layer in _lora_layers(unet).values():
-            layer.merge()
-        return _without_lora(unet)
+        return with_factors_merged(self.unet)
+
+    def merged_control(self, modality: Modality) -> ControlNetModel:
+        """A plain ControlNet with its factors added into its weights."""
+        return with_factors_merged(self._controls[modality])
 
     def detach(self) -> UNet2DConditionModel:
         """Take the factors out again. The UNet computes what it did before ``attach``."""
-        self._parameters, self._paths = {}, {}
-        return _without_lora(self.unet)
+        self._parameters, self._paths, self._controls = {}, {}, {}
+        return without_factors(self.unet)
+
+
+def _open_control(
+    network: ControlNetModel, modality: Modality, config: AdapterConfig
+) -> dict[str, nn.Parameter]:
+    """Put factors into a ControlNet; its parameters that travel, by wire name."""
+    prefix = control_prefix(modality)
+    chosen = own_parameters(network)
+    paths = add_factors(network, list(control_layers(network, config)), config.rank)
+    named = dict(network.named_parameters())
+    chosen |= {name: named[path] for name, path in paths.items()}
+    return {prefix + name: parameter for name, parameter in chosen.items()}
 
 
 def target_layers(
     unet: UNet2DConditionModel, config: AdapterConfig
 ) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Name -> layer for every Linear or Conv2d whose name ends with one of the targets.
+    """Name -> layer for every layer of the denoiser that gets factors.
 
     Raises:
         AdapterError: a target matches nothing, or the rank is larger than a layer allows.
     """
-    layers = {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    chosen = {}
-    for target in config.targets:
-        matches = {
-            name: layer
-            for name, layer in layers.items()
-            if name == target or name.endswith("." + target)
-        }
-        if not matches:
-            raise AdapterError(f"adapter target {target!r} matches no Linear or Conv2d of the UNet")
-        chosen.update(matches)
-    for name, layer in chosen.items():
-        num_inputs = layer.weight[0].numel()
-        if config.rank > num_inputs:
-            raise AdapterError(f"rank {config.rank} is more than the {num_inputs} inputs of {name}")
-    return dict(sorted(chosen.items()))
-
-
-def initial_state(
-    foundation: Foundation,
-    config: AdapterConfig,
-    seed: int,
-    *,
-    public_work: PublicUpdateConfig | None = None,
-) -> State:
-    """Where a study starts: an adapter that changes nothing yet.
-
-    The second factor is zero. The first has orthogonal rows from the foundation's public update,
-    each as long as gives every number of the second factor the same influence on the prediction;
-    or, if the plan says ``random``, normal rows of unit expected norm. Full weights start at the
-    foundation's own. Everything follows from public files and the seed.
-
-    Raises:
-        AdapterError: the config does not fit the foundation's UNet.
-    """
-    unet = foundation.generator.unet
-    if config.kind == "full":
-        return {name: _copied(weight) for name, weight in unet.named_parameters()}
-    layers = target_layers(unet, config)
-    if config.first_factor == "public":
-        first = _public_first(foundation, list(layers), config.rank, seed, public_work)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        sizes = {name: layer.weight[0].numel() for name, layer in layers.items()}
-        first = {
-            name: torch.randn(config.rank, size, generator=generator) / size**0.5
-            for name, size in sizes.items()
-        }
-    state = {}
-    for name, layer in layers.items():
-        shape = layer.weight.shape
-        ones = [1] * (len(shape) - 2)
-        state[name + _FIRST] = first[name].reshape(config.rank, *shape[1:])
-        state[name + _SECOND] = torch.zeros(shape[0], config.rank, *ones)
-    return state
-
-
-def _public_first(
-    foundation: Foundation,
-    modules: list[str],
-    rank: int,
-    seed: int,
-    public_work: PublicUpdateConfig | None,
-) -> dict[str, Tensor]:
-    """A of every module, shape (R, I): public directions, scaled to equal influence."""
-    updates = public_update(foundation, modules, seed=seed, config=public_work)
-    directions = {
-        name: leading_right_directions(update, rank, seed=seed) for name, update in updates.items()
-    }
-    found = influence(foundation, directions, seed=seed, config=public_work)
-    # A direction that moves nothing must not become huge.
-    floor = _LEAST_INFLUENCE * max(float(values.max()) for values in found.values())
-    return {
-        name: rows_RI / found[name].clamp(min=floor).sqrt()[:, None]
-        for name, rows_RI in directions.items()
-    }
+    return matching_layers(unet, config.targets, config.rank)
 
 
 def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:
     """The sorted names of one factor's tensors.
 
     Raises:
-        AdapterError: LoRA was asked for ``all``, or full weights for a factor.
+        AdapterError: LoRA was asked for ``all``, full weights for a factor, or there is nothing.
     """
-    is_lora = all(name.endswith((_FIRST, _SECOND)) for name in state)
-    if is_lora == (factor == "all"):
+    if factor in MODALITIES:
+        names = [name for name in control_state(state, factor) if not name.endswith(FIRST)]
+        if not names:
+            raise AdapterError(f"the adapter has no ControlNet for {factor}")
+        return sorted(names)
+    names = list(generator_state(state))
+    is_lora = all(name.endswith((FIRST, SECOND)) for name in names)
+    if is_lora == (factor == "all") or not names:
         kind = "LoRA factors" if is_lora else "full weights"
         raise AdapterError(f"an adapter of {kind} has no factor {factor!r}")
-    endings = {"first": (_FIRST,), "second": (_SECOND,), "both": (_FIRST, _SECOND), "all": ("",)}
-    return sorted(name for name in state if name.endswith(endings[factor]))
+    endings = {"first": (FIRST,), "second": (SECOND,), "both": (FIRST, SECOND), "all": ("",)}
+    return sorted(name for name in names if name.endswith(endings[factor]))
 
 
 def add_delta(
@@ -287,21 +303,37 @@ def add_delta(
 def merged_unet(
     unet: UNet2DConditionModel, config: AdapterConfig, state: Mapping[str, Tensor]
 ) -> UNet2DConditionModel:
-    """A plain copy of ``unet`` with the adapter ``state`` added into its weights."""
-    adapter = Adapter.attach(copy.deepcopy(unet), config)
-    adapter.load_state(state)
+    """A plain copy of ``unet`` with the denoiser's part of ``state`` added into its weights."""
+    own = generator_state(state)
+    parts = GENERATOR_ONLY if own else ()
+    adapter = Adapter.attach(copy.deepcopy(unet), config, parts)
+    adapter.load_state(own)
     return adapter.merged()
 
 
+def merged_control_net(
+    foundation: Foundation, config: AdapterConfig, state: Mapping[str, Tensor], modality: Modality
+) -> ControlNetModel:
+    """A plain ControlNet with its part of ``state``, factors added into its weights."""
+    adapter = Adapter.attach(
+        copy.deepcopy(foundation.generator.unet),
+        config,
+        (modality,),
+        num_halvings=num_halvings_of(foundation.generator),
+    )
+    adapter.load_state(control_state(state, modality))
+    return adapter.merged_control(modality)
+
+
 def lora_tensors(state: Mapping[str, Tensor]) -> State:
-    """The state under the names that diffusers' ``load_lora_weights`` reads.
+    """The denoiser's part of the state under the names that diffusers' ``load_lora_weights`` reads.
 
     Raises:
-        AdapterError: the state holds full weights.
+        AdapterError: the state holds full weights, or nothing of the denoiser.
     """
     factor_names(state, "both")
     renamed = {}
-    for name, tensor in state.items():
+    for name, tensor in generator_state(state).items():
         module, _, factor = name.rpartition(".")
         letter = "A" if factor == "first" else "B"
         renamed[f"unet.{module}.lora_{letter}.weight"] = tensor.contiguous()
@@ -310,16 +342,3 @@ def lora_tensors(state: Mapping[str, Tensor]) -> State:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def _lora_layers(unet: UNet2DConditionModel) -> dict[str, LoraLayer]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
-
-
-def _without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Put the base layers back, and forget what peft noted on the model."""
-    for name, layer in _lora_layers(unet).items():
-        unet.set_submodule(name, layer.get_base_layer())
-    if hasattr(unet, "peft_config"):
-        del unet.peft_config
-    return unet.requires_grad_(False)

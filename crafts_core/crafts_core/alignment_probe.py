@@ -9,7 +9,7 @@ Shape letters: B tiles times draws, C H W latent, L D text, K anchors.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from crafts_core.adapters import Adapter, State
 from crafts_core.aligner import profile
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, Factor
+from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Factor, Part
 from crafts_core.stages.alignment import alignment_target, alignment_term, denoised_correlation
 from crafts_core.stages.schedule import NoiseSchedule
 
@@ -32,12 +32,18 @@ class AlignmentProbe:
     """
 
     def __init__(
-        self, foundation: Foundation, config: AdapterConfig, *, seed: int, num_draws: int = 2
+        self,
+        foundation: Foundation,
+        config: AdapterConfig,
+        *,
+        seed: int,
+        num_draws: int = 2,
+        parts: Sequence[Part] = GENERATOR_ONLY,
     ) -> None:
         if num_draws < 1:
             raise ValueError(f"expected num_draws >= 1, got {num_draws}")
         self._foundation = foundation
-        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
+        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config, parts)
         self._schedule = NoiseSchedule.of(foundation.generator)
         probe = foundation.probe
         generator = torch.Generator().manual_seed(seed)

@@ -9,10 +9,13 @@ import typer
 
 from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.errors import CraftsError
+from crafts_core.plan import MODALITIES, Modality
 
 if TYPE_CHECKING:
     from crafts_core.evaluation.evaluate import Evaluator
     from crafts_core.foundation import Foundation
+    from crafts_core.generator import Generator
+    from crafts_core.sampling import Control
 
 GeneratorDir = Annotated[
     Path, typer.Argument(exists=True, file_okay=False, help="Exported generator or foundation.")
@@ -51,15 +54,34 @@ def sample(
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance.")] = 3.0,
+    control: Annotated[
+        str | None, typer.Option(help="What steers beside text: nuclei or fluorescence.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Numbered nuclei, or fluorescence (PNG, TIFF)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Draw images from captions. Every PNG says in its metadata that it is synthetic."""
+    """Draw images from captions. Every PNG says in its metadata that it is synthetic.
+
+    With --control and --mask the images follow a mask; what was read of it is condition.png.
+    """
+    if (control is None) != (mask is None):
+        raise typer.BadParameter("--control and --mask belong together")
+    if control is not None and control not in MODALITIES:
+        raise typer.BadParameter(f"--control must be {' or '.join(MODALITIES)}, got {control}")
     with one_line_errors("crafts"):
         files = _sample_to_files(
             generator_dir,
             [text for text in prompt for _ in range(num)],
             out,
+            steered_by=next(
+                ((each, mask) for each in MODALITIES if each == control and mask), None
+            ),
             seed=seed,
             steps=steps,
             guidance=guidance,
@@ -77,6 +99,7 @@ def _sample_to_files(
     prompts: list[str],
     out: Path,
     *,
+    steered_by: tuple[Modality, Path] | None,
     seed: int,
     steps: int,
     guidance: float,
@@ -88,10 +111,14 @@ def _sample_to_files(
     from crafts_core.sampling import contact_sheet, sample_images, save_png
 
     generator = Generator.from_directory(_checked(generator_dir), device=device)
+    control = None
+    if steered_by is not None:
+        control = _control(generator_dir, generator, *steered_by, out=out, count=len(prompts))
     with progress_bars() as progress:
         images = sample_images(
             generator,
             prompts,
+            control=control,
             num_inference_steps=steps,
             guidance_scale=guidance,
             seed=seed,
@@ -104,6 +131,40 @@ def _sample_to_files(
     sheet = out / "sheet.png"
     contact_sheet(images, columns).save(sheet)
     return [*files, sheet]
+
+
+def _control(
+    generator_dir: Path,
+    generator: "Generator",
+    modality: Modality,
+    mask: Path,
+    *,
+    out: Path,
+    count: int,
+) -> "Control":
+    """The generator's own ControlNet with one mask for all images; ``out`` gets a picture of it."""
+    import torch
+    from diffusers import ControlNetModel
+
+    from crafts_core.durable import write_file
+    from crafts_core.export import CONTROLS
+    from crafts_core.sampling import Control
+    from crafts_core.tiles.conditions import encode_condition, read_condition, to_floats
+
+    directory = generator_dir / CONTROLS / modality
+    if not directory.is_dir():
+        raise CraftsError(
+            f"{generator_dir} has no ControlNet for {modality}: no such stage trained"
+        )
+    stored_CHW = read_condition(mask, modality, tile_px=generator.tile_px)
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "condition.png", encode_condition(stored_CHW, modality))
+    network = ControlNetModel.from_pretrained(
+        directory, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    network = network.to(generator.device).eval().requires_grad_(False)
+    condition_CHW = torch.from_numpy(to_floats(stored_CHW, modality))
+    return Control(network, condition_CHW.expand(count, -1, -1, -1))
 
 
 @app.command()

@@ -1,20 +1,24 @@
 """A trained generator as others use it: a stock diffusers directory, or a stock LoRA file.
 
 Neither needs a line of this project to load. Both are written beside their place and renamed, so
-a full disk leaves no half of one.
+a full disk leaves no half of one. What was trained of ControlNets lies below ``controlnet/``, a
+stock directory for each modality.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crafts_core.adapters import lora_tensors, merged_unet
+from crafts_core.adapters import lora_tensors, merged_control_net, merged_unet
+from crafts_core.control_net import modalities_in
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
+
+CONTROLS = "controlnet"
 
 
 def save_pipeline(
@@ -27,7 +31,9 @@ def save_pipeline(
 ) -> None:
     """Write the foundation with the adapter merged in, as a Stable Diffusion pipeline.
 
-    ``DiffusionPipeline.from_pretrained(directory)`` loads it. An existing directory is replaced.
+    ``DiffusionPipeline.from_pretrained(directory)`` loads it, and
+    ``ControlNetModel.from_pretrained(directory / "controlnet" / modality)`` each ControlNet of the
+    state. An existing directory is replaced.
 
     Args:
         directory: Where to.
@@ -58,6 +64,9 @@ def save_pipeline(
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(staging, safe_serialization=True)
+    for modality in modalities_in(state):
+        network = merged_control_net(foundation, adapter, state, modality)
+        network.save_pretrained(staging / CONTROLS / modality, safe_serialization=True)
     (staging / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
@@ -81,6 +90,7 @@ def model_card(
     sites: list[str],
     privacy: str,
     rounds: int,
+    modalities: Sequence[Modality] = (),
 ) -> str:
     """The README of an exported generator: what it is, who made it, what it promises.
 
@@ -90,6 +100,7 @@ def model_card(
         sites: Sites that agreed to be named.
         privacy: One or two sentences on what was promised to patients.
         rounds: Rounds of training behind the weights.
+        modalities: What it can be steered by beside text.
     """
     manifest = foundation.manifest
     named = ", ".join(sites) if sites else "not named"
@@ -117,8 +128,39 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/directory")
 image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.0).images[0]
 ```
-
+{_steering(modalities)}
 ## Intended use
 Research and teaching. Every image is synthetic: none shows a patient, and none may be used for
 diagnosis. Mark images as synthetic wherever you pass them on.
+"""
+
+
+_CONDITION_TEXT: dict[Modality, str] = {
+    "nuclei": """`nuclei` takes an RGB image: red is 255 inside nuclei; green is 255 on pixels of a
+nucleus beside another nucleus or none; blue is the distance to the nearest pixel outside the
+nucleus, as a share of the largest one in it, times 255. `crafts sample --control nuclei --mask
+LABELS.png` writes it as `condition.png` from an image of numbered nuclei.""",
+    "fluorescence": """`fluorescence` takes a float tensor (1, 8, H, W): four channels, each scaled
+from its 1 % and 99.5 % quantiles to 0 and 1, then four that are 1 where that channel was
+measured.""",
+}
+
+
+def _steering(modalities: Sequence[Modality]) -> str:
+    """The card's section on ControlNets; nothing where there are none."""
+    if not modalities:
+        return ""
+    told = "\n\n".join(_CONDITION_TEXT[modality] for modality in modalities)
+    return f"""
+## Use with a condition
+```python
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+path = "path/to/this/directory"
+control = ControlNetModel.from_pretrained(f"{{path}}/{CONTROLS}/{modalities[0]}")
+pipeline = StableDiffusionControlNetPipeline.from_pretrained(path, controlnet=control)
+image = pipeline("a histology prompt", image=condition, num_inference_steps=30).images[0]
+```
+{told}
+The size of a condition is the image's.
 """

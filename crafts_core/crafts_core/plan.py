@@ -10,15 +10,22 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crafts_core.errors import CraftsError
 
-StageName = Literal["pretraining", "alignment"]
-Factor = Literal["first", "second", "both", "all"]
-"""What trains in a round: LoRA factor A (first), B (second), both; all weights if ``full``."""
+StageName = Literal["pretraining", "alignment", "control"]
+Modality = Literal["nuclei", "fluorescence"]
+"""What steers the generator in a control stage."""
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+Part = Literal["generator", "nuclei", "fluorescence"]
+"""What an adapter may consist of: weights of the denoiser, and a ControlNet for each modality."""
+GENERATOR_ONLY: tuple[Part, ...] = ("generator",)
+Factor = Literal["first", "second", "both", "all", "nuclei", "fluorescence"]
+"""What trains in a round: LoRA factor A (first), B (second), both; all weights if ``full``; or what
+is trained of the ControlNet of a modality."""
 
 
 class PlanError(CraftsError):
@@ -50,12 +57,16 @@ class AdapterConfig(_Section):
     """Which LoRA factor trains: B and A in turn (exact averaging), B only, or both (FedIT)."""
     first_factor: Literal["public", "random"] = "public"
     """Where the first A comes from: the public update's singular directions, or noise."""
+    control_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    """Suffixes of modules of a ControlNet's encoder that get factors of ``rank``."""
 
 
 class StageConfig(_Section):
     """One training stage: its loss and how long it runs."""
 
     name: StageName
+    modality: Modality | None = None
+    """Of stage control, and of no other."""
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
     learning_rate: Annotated[float, Field(gt=0, le=1e4)]
@@ -67,13 +78,25 @@ class StageConfig(_Section):
     """Adam's beta 2."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """In stage control 0.5 unless the plan says otherwise."""
     lambda_align: Annotated[float, Field(ge=0)] = 0.0
     lambda_drift: Annotated[float, Field(ge=0)] = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _control_drops_half_of_the_captions(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "control":
+            return {"caption_dropout": 0.5, **values}
+        return values
+
     @model_validator(mode="after")
-    def _alignment_terms_belong_to_alignment(self) -> Self:
-        if self.name == "pretraining" and (self.lambda_align or self.lambda_drift):
+    def _terms_belong_to_their_stage(self) -> Self:
+        if self.name != "alignment" and (self.lambda_align or self.lambda_drift):
             raise ValueError("lambda_align and lambda_drift belong to stage alignment only")
+        if (self.name == "control") != (self.modality is not None):
+            raise ValueError(
+                f"stage control needs modality ({' or '.join(MODALITIES)}); no other stage has one"
+            )
         return self
 
 
@@ -160,6 +183,16 @@ class Plan(_Section):
     aggregation: AggregationConfig
     transport: TransportConfig = TransportConfig()
 
+    @model_validator(mode="after")
+    def _control_comes_last(self) -> Self:
+        is_control = [stage.name == "control" for stage in self.stage]
+        if is_control != sorted(is_control):
+            raise ValueError(
+                "stage control must come after pretraining and alignment: what it learns fits the "
+                "generator that they end with"
+            )
+        return self
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read and check a ``plan.toml``.
@@ -192,6 +225,18 @@ class Plan(_Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the adapter consists of: what some stage trains, and nothing else."""
+        modalities = tuple(m for m in MODALITIES if m in {stage.modality for stage in self.stage})
+        trains_generator = any(stage.modality is None for stage in self.stage)
+        return (*(GENERATOR_ONLY if trains_generator else ()), *modalities)
+
+    @property
+    def gives_lora(self) -> bool:
+        """Whether what it trains of the denoiser can be written as a LoRA file."""
+        return self.adapter.kind == "lora" and "generator" in self.parts
+
+    @property
     def num_rounds(self) -> int:
         return sum(stage.rounds for stage in self.stage)
 
@@ -206,7 +251,8 @@ class Plan(_Section):
         for stage_index, stage in enumerate(self.stage):
             for index in range(stage.rounds):
                 number += 1
-                yield RoundOfPlan(number, stage_index, stage, self._factor(number), index == 0)
+                factor = stage.modality or self._factor(number)
+                yield RoundOfPlan(number, stage_index, stage, factor, index == 0)
 
     def _factor(self, number: int) -> Factor:
         if self.adapter.kind == "full":

@@ -6,23 +6,43 @@ Shape letters: B images of one batch, N all images, C H W latent or pixels, L D 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import ControlNetModel
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from crafts_core.control_net import steering
 from crafts_core.generator import Generator
 
 _MARGIN_PX, _LABEL_PX = 2, 14
+
+
+class Control(NamedTuple):
+    """A trained ControlNet and what steers it: a condition for each image, at image resolution."""
+
+    network: ControlNetModel
+    conditions_NCHW: Tensor
+
+    def of(self, rows: range) -> "Control":
+        """The part of some images."""
+        return self._replace(conditions_NCHW=self.conditions_NCHW[rows.start : rows.stop])
+
+    def residuals(self, noisy_BCHW: Tensor, timestep: Tensor, text_BLD: Tensor) -> dict[str, Any]:
+        """What is added to the denoiser's features."""
+        image_BCHW = self.conditions_NCHW.to(noisy_BCHW)
+        return steering(self.network, noisy_BCHW, timestep, text_BLD, image_BCHW)
 
 
 def sample_images(
     generator: Generator,
     prompts: Sequence[str],
     *,
+    control: Control | None = None,
     num_inference_steps: int = 30,
     guidance_scale: float = 3.0,
     seed: int = 0,
@@ -37,6 +57,7 @@ def sample_images(
     Args:
         generator: Whose weights draw.
         prompts: One text per image; ``""`` draws without a caption.
+        control: Steers each image, with and without its caption.
         num_inference_steps: DDIM steps (eta 0).
         guidance_scale: 1 follows the caption as trained; more exaggerates it.
         seed: Which images.
@@ -50,6 +71,8 @@ def sample_images(
         raise ValueError("num_inference_steps and batch_size must be at least 1")
     if not guidance_scale >= 1.0:
         raise ValueError(f"expected guidance_scale >= 1, got {guidance_scale}")
+    if control is not None and len(control.conditions_NCHW) != len(prompts):
+        raise ValueError(f"expected {len(prompts)} conditions, got {len(control.conditions_NCHW)}")
     side = generator.tile_px
     images = np.empty((len(prompts), side, side, 3), np.uint8)
     null_1LD = generator.encode_captions([""])
@@ -62,6 +85,7 @@ def sample_images(
             noise,
             text_BLD,
             null_1LD,
+            control=None if control is None else control.of(rows),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
@@ -87,6 +111,7 @@ def denoise(
     text_BLD: Tensor,
     null_1LD: Tensor,
     *,
+    control: Control | None = None,
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
@@ -97,12 +122,24 @@ def denoise(
     latents_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         model_input = scheduler.scale_model_input(latents_BCHW, timestep)
-        prediction = generator.unet(model_input, timestep, text_BLD).sample
+        prediction = _predict(generator, control, model_input, timestep, text_BLD)
         if guidance_scale > 1.0:
-            unconditional = generator.unet(model_input, timestep, null_BLD).sample
+            unconditional = _predict(generator, control, model_input, timestep, null_BLD)
             prediction = unconditional + guidance_scale * (prediction - unconditional)
         latents_BCHW = scheduler.step(prediction, timestep, latents_BCHW).prev_sample
     return latents_BCHW
+
+
+def _predict(
+    generator: Generator,
+    control: Control | None,
+    noisy_BCHW: Tensor,
+    timestep: Tensor,
+    text_BLD: Tensor,
+) -> Tensor:
+    added = {} if control is None else control.residuals(noisy_BCHW, timestep, text_BLD)
+    prediction: Tensor = generator.unet(noisy_BCHW, timestep, text_BLD, **added).sample
+    return prediction
 
 
 def save_png(image_HWC: npt.NDArray[np.uint8], path: Path, *, prompt: str, origin: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import RoundReply, global_norm
-from crafts_core.plan import AggregationConfig, Factor
+from crafts_core.plan import MODALITIES, AggregationConfig, Factor
 from crafts_server.errors import AggregationError
 from crafts_server.trust_region import accept_or_halve, alignment_steps
 from crafts_server.weighting import capped, log_gate, log_precision, normalised
@@ -56,7 +56,11 @@ class SiteUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteEvidence:
-    """All that a rule may weigh a site by. ``gain`` is None unless the rule asks for it."""
+    """All that a rule may weigh a site by.
+
+    ``gain`` is None unless the rule asks for it, and in rounds of stage control: they leave the
+    generator's text alone, and no public tile has a condition to measure them on.
+    """
 
     site: str
     noise_variance: float
@@ -96,6 +100,11 @@ class RoundState:
     momentum: State
     factor: Factor
     margin: float
+
+    @property
+    def moves_text(self) -> bool:
+        """Whether the round's updates can change how the generator follows its text."""
+        return self.factor not in MODALITIES
 
 
 class AggregationRule(Protocol):
@@ -140,7 +149,7 @@ def aggregate(
             site=update.site,
             noise_variance=update.noise_variance,
             declared_patients=update.reply.declared_patients,
-            gain=_gain(start, update, probe) if rule.needs_gain else None,
+            gain=_gain(start, update, probe) if rule.needs_gain and start.moves_text else None,
         )
         for update in updates
     ]
@@ -173,7 +182,8 @@ class AlignmentRegularized:
     ``m <- beta m + sum alpha_k delta_k``; the step is ``eta m`` plus public alignment inside the
     trust region, accepted or halved. The momentum keeps the share of the step that was taken, so
     that a rejected direction does not come back by itself. With alternating factors each factor
-    keeps its own momentum.
+    keeps its own momentum. In stage control the gate is neutral and no alignment step is taken:
+    precision, cap and momentum remain.
     """
 
     needs_gain = True
@@ -185,7 +195,7 @@ class AlignmentRegularized:
         config = self._config
         scores = [
             log_precision(site.noise_variance, config.precision_floor)
-            + log_gate(_measured(site), config.gate_temperature)
+            + (0.0 if site.gain is None else log_gate(site.gain, config.gate_temperature))
             for site in evidence
         ]
         return capped(normalised(scores), config.max_weight)
@@ -199,7 +209,7 @@ class AlignmentRegularized:
             step,
             lambda state: probe.alignment_gradient(state, start.factor),
             trust_radius=config.trust_radius,
-            num_steps=config.trust_steps,
+            num_steps=config.trust_steps if start.moves_text else 0,
         )
         taken = accept_or_halve(
             start.state,
@@ -268,8 +278,3 @@ def _plain_step(start: RoundState, delta: State, probe: PublicProbe) -> ServerSt
 def _gain(start: RoundState, update: SiteUpdate, probe: PublicProbe) -> float:
     """What this update alone does to the margin."""
     return probe.margin(add_delta(start.state, update.read_delta())) - start.margin
-
-
-def _measured(site: SiteEvidence) -> float:
-    assert site.gain is not None, "rules with needs_gain are given gains"
-    return site.gain

@@ -448,7 +448,7 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
     sites = {site.site for checkpoint in chain[1:] for site in checkpoint.receipt().sites}
     out.mkdir(parents=True, exist_ok=True)
     generator = out / "generator"
-    lora = out / ADAPTER_FILE if plan.adapter.kind == "lora" else None
+    lora = out / ADAPTER_FILE if plan.gives_lora else None
     export_generator(
         chain,
         plan=plan,

@@ -9,10 +9,11 @@ from typing import Self
 
 from flwr.serverapp import Grid
 
-from crafts_core.adapters import State, initial_state
+from crafts_core.adapters import State
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
+from crafts_core.starting_point import initial_state
 from crafts_privacy.signing import verify
 from crafts_server.aggregation import AggregationRule, rule_of
 from crafts_server.checkpoints import Checkpoint
@@ -171,13 +172,18 @@ class Coordinator:
             return self._probe_of_round
         plan = self.plan
         probe = FoundationProbe(
-            self._foundation, plan.adapter, seed=plan.study.seed, size=self._probe_size
+            self._foundation,
+            plan.adapter,
+            seed=plan.study.seed,
+            size=self._probe_size,
+            parts=plan.parts,
         )
         return probe.for_round
 
     def _initial_state(self) -> State:
         log.info("computing the public starting point of study %s", self.plan.study.name)
-        return initial_state(self._foundation, self.plan.adapter, self.plan.study.seed)
+        plan = self.plan
+        return initial_state(self._foundation, plan.adapter, plan.study.seed, plan.parts)
 
 
 def _open_run(registry: Registry, plan_hash: str) -> str:

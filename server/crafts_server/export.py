@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from crafts_core.adapters import State
+from crafts_core.control_net import modalities_in
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
@@ -38,7 +39,7 @@ def export_generator(
 
     Raises:
         AdapterError: the adapter does not fit the foundation, or ``lora`` was asked of full
-            weights.
+            weights, or of a plan that trains ControlNets alone.
         CheckpointError: a checkpoint was altered, or there is no round yet.
     """
     state = averaged(chain, decay=plan.aggregation.ema_decay)
@@ -48,6 +49,7 @@ def export_generator(
         sites=list(named_sites),
         privacy=privacy_statement(plan, num_sites=num_sites),
         rounds=chain[-1].round,
+        modalities=modalities_in(state),
     )
     save_pipeline(directory, foundation, adapter=plan.adapter, state=state, card=card)
     if lora is not None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from crafts_core.adapters import State
 from crafts_core.alignment_probe import AlignmentProbe
+from crafts_core.control_net import generator_state
 from crafts_core.exchange import state_hash
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, Factor
+from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Factor, Part
 from crafts_core.probe import Probe
 from crafts_server.aggregation import PublicProbe
 
@@ -38,7 +39,13 @@ class FoundationProbe:
     """Margins and alignment gradients of adapter states on one foundation's probe."""
 
     def __init__(
-        self, foundation: Foundation, adapter: AdapterConfig, *, seed: int, size: ProbeSize
+        self,
+        foundation: Foundation,
+        adapter: AdapterConfig,
+        *,
+        seed: int,
+        size: ProbeSize,
+        parts: Sequence[Part] = GENERATOR_ONLY,
     ) -> None:
         """Prepare the margin.
 
@@ -47,6 +54,7 @@ class FoundationProbe:
             adapter: The plan's adapter section.
             seed: The plan's public seed.
             size: What each evaluation may cost.
+            parts: Of the plan. ControlNets are not measured: no probe tile has a condition.
 
         Raises:
             ValueError: the split leaves a part with fewer than two different captions.
@@ -56,6 +64,7 @@ class FoundationProbe:
         margin_rows = _spread([row for row in rows if row % 3 != 2], size.margin_tiles)
         self._foundation_of_steps = _with_probe_rows(foundation, step_rows)
         self._adapter = adapter
+        self._parts = tuple(part for part in parts if part == "generator")
         self._seed = seed
         self._size = size
         self._margin_probe = AlignmentProbe(
@@ -63,6 +72,7 @@ class FoundationProbe:
             adapter,
             seed=_public_seed(seed, "margin"),
             num_draws=size.margin_draws,
+            parts=self._parts,
         )
         self._last: tuple[str, float] | None = None
 
@@ -71,10 +81,14 @@ class FoundationProbe:
         return _RoundProbe(self, number)
 
     def margin(self, state: Mapping[str, Tensor]) -> float:
-        """The margin; the last one is remembered, because a round starts where one ended."""
-        identity = state_hash(state)
+        """The margin; the last one is remembered, because a round starts where one ended.
+
+        States that differ in their ControlNets alone have the same margin.
+        """
+        denoiser = generator_state(state)
+        identity = state_hash(denoiser)
         if self._last is None or self._last[0] != identity:
-            self._last = (identity, self._margin_probe.margin(state))
+            self._last = (identity, self._margin_probe.margin(denoiser))
         return self._last[1]
 
     def steps_of(self, number: int) -> AlignmentProbe:
@@ -84,6 +98,7 @@ class FoundationProbe:
             self._adapter,
             seed=_public_seed(self._seed, f"steps of round {number}"),
             num_draws=self._size.step_draws,
+            parts=self._parts,
         )
 
 
@@ -99,7 +114,7 @@ class _RoundProbe:
     def alignment_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
         if self._steps is None:
             self._steps = self._probe.steps_of(self._number)
-        _, gradient = self._steps.gradient(state, factor)
+        _, gradient = self._steps.gradient(generator_state(state), factor)
         return gradient
 
 

@@ -26,7 +26,8 @@ def main() -> None:
 @app.command()
 def run(
     scenario: Annotated[
-        str, typer.Argument(help="Shipped scenario (quickstart, real-tiles) or a TOML file.")
+        str,
+        typer.Argument(help="Shipped scenario (quickstart, real-tiles, control) or a TOML file."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for everything; a finished part is kept.")],
     tiles: Annotated[

@@ -97,7 +97,7 @@ def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
 
 def export(study: LocalStudy, chain: Sequence[Checkpoint]) -> None:
     """``generator/`` and, for LoRA, ``adapter.safetensors``."""
-    workspace, is_lora = study.workspace, study.plan.adapter.kind == "lora"
+    workspace, is_lora = study.workspace, study.plan.gives_lora
     if workspace.generator.is_dir() and (workspace.adapter.exists() or not is_lora):
         return
     study.progress("writing the generator", 0, 1)

@@ -11,9 +11,11 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy import ndimage
 
 from crafts_client.ingest.pool import Beat, Pool
@@ -33,6 +35,7 @@ from crafts_simulations.slides import write_slide
 
 Progress = Callable[[int, int], None]
 
+Holdings = Literal["slides", "tiles"]
 TABLE_NAME = "slides.csv"
 _CONFIG_NAME = "hospital.json"
 _TISSUE_PART = 0.72
@@ -57,6 +60,8 @@ class HospitalConfig:
     """TCGA code, or ``normal <organ>``, to its weight among the patients."""
     stain: Stain
     seed: int
+    holdings: Holdings = "slides"
+    """Slides on glass, or ready tiles of ``slide_px`` with an image of numbered nuclei each."""
 
     def __post_init__(self) -> None:
         if min(self.num_patients, self.slides_per_patient) < 1 or self.slide_px < 64:
@@ -79,6 +84,8 @@ class PlannedSlide:
     """One slide before it is drawn."""
 
     path: Path
+    nuclei: Path | None
+    """Where the image of its numbered nuclei goes, if it is a ready tile."""
     patient: str
     label: str
     caption: str
@@ -96,12 +103,14 @@ def make_hospital(
 ) -> Path:
     """Draw the slides that are missing and write the table; returns the table's path.
 
-    Slides lie in ``folder/slides``; ``progress`` gets slides done and slides in all.
+    Slides (or tiles) lie in ``folder/slides``, images of nuclei in ``folder/nuclei``; ``progress``
+    gets slides done and slides in all.
 
     Raises:
         HospitalError: the folder holds a hospital of another configuration.
     """
-    (folder / "slides").mkdir(parents=True, exist_ok=True)
+    for name in ("slides", "nuclei") if config.holdings == "tiles" else ("slides",):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     _claim(folder / _CONFIG_NAME, config)
     planned = plan_slides(folder, config)
     missing = [slide for slide in planned if not slide.path.exists()]
@@ -134,9 +143,11 @@ def plan_slides(folder: Path, config: HospitalConfig) -> tuple[PlannedSlide, ...
             seed = (config.seed, patient, number + 1)
             cancer, organ = _tissue(label)
             attributes = sample_attributes(np.random.default_rng(seed), cancer, organ=organ)
+            stem, is_tile = f"{name}-{number:02d}", config.holdings == "tiles"
             planned.append(
                 PlannedSlide(
-                    path=folder / "slides" / f"{name}-{number:02d}.svs",
+                    path=folder / "slides" / f"{stem}.{'png' if is_tile else 'svs'}",
+                    nuclei=folder / "nuclei" / f"{stem}.png" if is_tile else None,
                     patient=name,
                     label=label,
                     caption=compose_caption(cancer, attributes, organ=organ),
@@ -149,7 +160,7 @@ def plan_slides(folder: Path, config: HospitalConfig) -> tuple[PlannedSlide, ...
 
 
 def draw_slide(slide: PlannedSlide) -> None:
-    """Render one slide, lay it on glass and write the file."""
+    """Render one slide, lay it on glass and write the file; a ready tile is tissue all over."""
     config = slide.config
     rng = np.random.default_rng([*slide.seed, 1])
     side = config.slide_px
@@ -161,12 +172,22 @@ def draw_slide(slide: PlannedSlide) -> None:
         phenotype=phenotype(slide.attributes),
         stain=config.stain,
     )
+    if slide.nuclei is not None:
+        write_file(slide.nuclei, _png(region.instances.astype(np.uint16)))
+        write_file(slide.path, _png(region.image))
+        return
     white = np.array(config.stain.white)
     glass = (white + rng.normal(0, config.stain.noise, (side, side, 3))) * 255
     tissue_HW1 = tissue_outline(rng, side)[..., None]
     light = region.image * tissue_HW1 + glass * (1 - tissue_HW1)
     image = (np.clip(light, 0, 255) + 0.5).astype(np.uint8)
     write_slide(slide.path, image, mpp=config.mpp, label=slide.path.stem)
+
+
+def _png(pixels: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def tissue_outline(rng: np.random.Generator, side_px: int) -> npt.NDArray[np.float64]:
@@ -203,11 +224,23 @@ def _claim(path: Path, config: HospitalConfig) -> None:
 
 def _write_table(path: Path, planned: tuple[PlannedSlide, ...]) -> None:
     rows = [
-        (slide.path.relative_to(path.parent).as_posix(), slide.patient, slide.label, slide.caption)
+        (
+            slide.path.relative_to(path.parent).as_posix(),
+            slide.patient,
+            slide.label,
+            slide.caption,
+            # A slide knows its scale.
+            *(
+                [slide.config.mpp, slide.nuclei.relative_to(path.parent).as_posix()]
+                if slide.nuclei
+                else []
+            ),
+        )
         for slide in planned
     ]
+    header = ("file", "patient", "cancer_type", "caption", "mpp", "nuclei")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("file", "patient", "cancer_type", "caption"))
+    writer.writerow(header[: len(rows[0])])
     writer.writerows(rows)
     write_file(path, text.getvalue())

@@ -20,6 +20,7 @@ from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.evaluate import Evaluation
 from crafts_core.evaluation.leakage import Leakage
+from crafts_core.evaluation.steering import Steering
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations import charts
@@ -93,6 +94,8 @@ class Report(_Record):
     sites: tuple[SiteReport, ...]
     evaluation: Evaluation
     leakage: Leakage | None = None
+    steering: tuple[Steering, ...] = ()
+    """How far the generator follows each condition that a control stage trained."""
 
 
 def study_report(title: str, plan: Plan, adapter_parameters: int) -> StudyReport:

@@ -6,6 +6,9 @@ from functools import partial
 from importlib import metadata
 
 import numpy as np
+import torch
+from diffusers import ControlNetModel
+from pydantic import TypeAdapter
 
 from crafts_client.home import SiteHome
 from crafts_core import __version__
@@ -18,6 +21,8 @@ from crafts_core.evaluation.leakage import (
     LeakageConfig,
     measure_leakage,
 )
+from crafts_core.evaluation.steering import Steering, measure_steering
+from crafts_core.export import CONTROLS
 from crafts_core.generator import Generator
 from crafts_core.sampling import contact_sheet, sample_images, save_png
 from crafts_core.tiles import TileStore
@@ -37,6 +42,7 @@ from crafts_simulations.sites import COHORT, heldout_store
 from crafts_simulations.study import LocalStudy, StepProgress
 
 MAX_SAMPLE_LABELS = 10
+_STEERINGS = TypeAdapter(tuple[Steering, ...])
 _LIBRARIES = ("torch", "diffusers", "flwr", "dp-accounting", "opacus")
 
 
@@ -81,6 +87,29 @@ def attack(study: LocalStudy) -> Leakage | None:
     return leakage
 
 
+def steering(study: LocalStudy) -> tuple[Steering, ...]:
+    """How far the generator follows each condition, on held-out tiles, once."""
+    workspace = study.workspace
+    if workspace.steering.exists():
+        return _STEERINGS.validate_json(workspace.steering.read_bytes())
+    generator = Generator.from_directory(workspace.generator, device=study.foundation.device)
+    measured = []
+    for modality in (part for part in study.plan.parts if part != "generator"):
+        network = ControlNetModel.from_pretrained(
+            workspace.generator / CONTROLS / modality,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+        ).to(study.foundation.device)
+        try:
+            test = heldout_store(workspace)
+            measured.append(measure_steering(generator, network.eval(), test, modality))
+        except ValueError as error:
+            raise ScenarioError(f"{modality} cannot be measured: {error}") from error
+    write_file(workspace.steering, _STEERINGS.dump_json(tuple(measured), indent=2))
+    return tuple(measured)
+
+
 def _all_tiles(store: TileStore) -> RealTiles:
     return RealTiles.read(store, np.arange(store.num_tiles))
 
@@ -90,6 +119,7 @@ def report(
     receipts: Sequence[RoundReceipt],
     evaluation: Evaluation,
     leakage: Leakage | None,
+    steered: tuple[Steering, ...] = (),
     *,
     num_parameters: int,
     seconds: float,
@@ -104,6 +134,7 @@ def report(
         sites=tuple(site_report(study, name) for name in study.scenario.participants),
         evaluation=evaluation,
         leakage=leakage,
+        steering=steered,
     )
     write_report(result, _samples(study), study.workspace.path)
     return result

@@ -70,12 +70,14 @@ def run_scenario(
         chain = federate(study, home)
         federation.export(study, chain)
         evaluation, leakage = results.evaluate(study), results.attack(study)
+        steering = results.steering(study)
         num_parameters = sum(tensor.numel() for tensor in chain[-1].state().values())
         return results.report(
             study,
             [checkpoint.receipt() for checkpoint in chain[1:]],
             evaluation,
             leakage,
+            steering,
             num_parameters=num_parameters,
             seconds=earlier + time.monotonic() - started,
         )

@@ -28,7 +28,7 @@ from crafts_core.plan import (
 )
 from crafts_core.procedural import random_stain
 from crafts_simulations.errors import ScenarioError
-from crafts_simulations.hospital import HospitalConfig
+from crafts_simulations.hospital import Holdings, HospitalConfig
 
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 _HELDOUT_SEED_SHIFT = 1_000_003
@@ -47,6 +47,8 @@ class ScenarioInfo(_Section):
     participants: Annotated[tuple[SiteName, ...], Field(min_length=1)] | None = None
     """The sites that train; all of them if absent. The others only exist."""
     max_tiles_per_slide: Annotated[int, Field(ge=1)] | None = None
+    holdings: Holdings = "slides"
+    """What synthetic hospitals have: slides, or ready tiles with numbered nuclei."""
 
 
 class SyntheticSite(_Section):
@@ -59,6 +61,7 @@ class SyntheticSite(_Section):
     heldout_patients: Annotated[int, Field(ge=1)]
     """Further patients of the same hospital, never given to it: the test set."""
     slides_per_patient: Annotated[int, Field(ge=1)] = 1
+    """Or ready tiles, where hospitals hold these; ``slide_px`` is their side then."""
     slide_px: Annotated[int, Field(ge=64, le=65_536)]
     mpp: Annotated[float, Field(gt=0, le=10)]
     cancer_mix: dict[str, Annotated[float, Field(ge=0)]]
@@ -69,20 +72,22 @@ class SyntheticSite(_Section):
     policy: dict[str, Any] = {}
     """Limits that differ from the ones a willing site would set."""
 
-    def hospital(self) -> HospitalConfig:
+    def hospital(self, holdings: Holdings = "slides") -> HospitalConfig:
         """Its training patients.
 
         Raises:
             ScenarioError: a value is impossible.
         """
-        return self._config(self.name, self.num_patients, self.seed)
+        return self._config(self.name, self.num_patients, self.seed, holdings)
 
-    def heldout_hospital(self) -> HospitalConfig:
+    def heldout_hospital(self, holdings: Holdings = "slides") -> HospitalConfig:
         """Its other patients: same laboratory, same case mix."""
         seed = self.seed + _HELDOUT_SEED_SHIFT
-        return self._config(f"{self.name}-heldout", self.heldout_patients, seed)
+        return self._config(f"{self.name}-heldout", self.heldout_patients, seed, holdings)
 
-    def _config(self, name: str, num_patients: int, seed: int) -> HospitalConfig:
+    def _config(
+        self, name: str, num_patients: int, seed: int, holdings: Holdings
+    ) -> HospitalConfig:
         try:
             return HospitalConfig(
                 name=name,
@@ -93,6 +98,7 @@ class SyntheticSite(_Section):
                 cancer_mix=self.cancer_mix,
                 stain=random_stain(np.random.default_rng(self.stain_seed)),
                 seed=seed,
+                holdings=holdings,
             )
         except ValueError as error:
             raise ScenarioError(f"site {self.name}: {error}") from error

@@ -75,27 +75,28 @@ def make_sites(study: LocalStudy, source: TileSource | None) -> None:
 
 def _make_synthetic(study: LocalStudy) -> None:
     heldout_rows: list[TableRow] = []
+    holdings = study.scenario.scenario.holdings
     for site in study.scenario.site:
         name = site.name
         folder = study.workspace.hospital(name)
         table = make_hospital(
             folder,
-            site.hospital(),
+            site.hospital(holdings),
             num_processes=study.num_workers,
             progress=partial(study.progress, f"{name}: drawing slides"),
         )
         home = _home(study, name, site.declared_patients, site.policy)
-        _ingest_slides(study, read_table(table), home.tile_store_path, home.salt_path, name)
+        _ingest(study, read_table(table), home.tile_store_path, home.salt_path, name)
         fill_cache(home, study.foundation, _named(study.progress, name))
         test_table = make_hospital(
             study.workspace.hospital(f"{name}-heldout"),
-            site.heldout_hospital(),
+            site.heldout_hospital(holdings),
             num_processes=study.num_workers,
             progress=partial(study.progress, f"{name}: drawing held-out slides"),
         )
         heldout_rows += read_table(test_table)
     store, salt = _heldout_paths(study.workspace)
-    _ingest_slides(study, heldout_rows, store, salt, "held-out")
+    _ingest(study, heldout_rows, store, salt, "held-out")
 
 
 def _make_from_tiles(study: LocalStudy, source: TileSource) -> None:
@@ -167,6 +168,14 @@ def _home(
     return SiteHome.create(path, config, policy)
 
 
+def _ingest(study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str) -> None:
+    """What synthetic hospitals hold."""
+    if study.scenario.scenario.holdings == "tiles":
+        _ingest_tiles(study, rows, store, salt, who)
+    else:
+        _ingest_slides(study, rows, store, salt, who)
+
+
 def _ingest_slides(
     study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str
 ) -> None:
@@ -194,7 +203,7 @@ def _ingest_tiles(
 ) -> None:
     if (store / MANIFEST_NAME).exists():
         return
-    assert study.scenario.tiles is not None
+    split = study.scenario.tiles
     report = ingest_tiles(
         rows,
         store,
@@ -202,7 +211,7 @@ def _ingest_tiles(
         salt=Salt.load(salt),
         tile_px=study.foundation.manifest.tile_px,
         mpp=study.foundation.manifest.mpp,
-        source_mpp=study.scenario.tiles.source_mpp,
+        source_mpp=None if split is None else split.source_mpp,
         num_processes=study.num_workers,
         progress=_named(study.progress, who),
     )

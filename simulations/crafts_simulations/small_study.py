@@ -11,8 +11,9 @@ import numpy as np
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Plan
+from crafts_core.plan import Modality, Plan
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
+from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes
 from crafts_core.tiles.latents import LatentCache
 from crafts_server.home import CoordinatorHome
 from crafts_simulations.processes import loopback_config
@@ -70,8 +71,13 @@ def write_random_store(
     num_patients: int = NUM_PATIENTS,
     tiles_each: int = 3,
     seed: int = 0,
+    num_steered: int = 0,
+    views: int = 1,
 ) -> TileStore:
-    """A finished store of random tiles with its latent cache."""
+    """A finished store of random tiles with its latent cache.
+
+    The first ``num_steered`` patients have nuclei over all tiles but their first.
+    """
     rng = np.random.default_rng(seed)
     side = foundation.manifest.tile_px
     with TileStoreWriter(path, cohort=COHORT, tile_px=side, mpp=1.0) as writer:
@@ -93,9 +99,14 @@ def write_random_store(
                     tissue_fraction=1.0,
                     sharpness=1.0,
                 )
-                writer.add(record, encode_tile(pixels))
+                conditions: dict[Modality, bytes] = {}
+                if patient < num_steered and number > 0:
+                    labels = np.kron(rng.integers(0, 3, (4, 4)), np.ones((side // 4, side // 4)))
+                    stored = to_bytes(nuclei_condition(labels.astype(np.int64)), "nuclei")
+                    conditions = {"nuclei": encode_condition(stored, "nuclei")}
+                writer.add(record, encode_tile(pixels), conditions)
     store = TileStore.open(path)
-    LatentCache.build(store, foundation)
+    LatentCache.build(store, foundation, views=views)
     return store
 
 

@@ -12,6 +12,7 @@
     samples/              images, as files
     evaluation.json       the measurement, once it is done
     leakage.json          attacks on the generator, once they are done
+    steering.json         how far it follows its conditions, once that is measured
     report.json, report.html
 """
 
@@ -84,6 +85,10 @@ class Workspace:
     @property
     def leakage(self) -> Path:
         return self.path / "leakage.json"
+
+    @property
+    def steering(self) -> Path:
+        return self.path / "steering.json"
 
     @property
     def report(self) -> Path:

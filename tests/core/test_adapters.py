@@ -11,7 +11,6 @@ from crafts_core.adapters import (
     AdapterError,
     add_delta,
     factor_names,
-    initial_state,
     merged_unet,
     target_layers,
 )
@@ -24,6 +23,7 @@ from crafts_core.public_update import (
     public_update,
 )
 from crafts_core.stages.schedule import NoiseSchedule
+from crafts_core.starting_point import initial_state
 
 LORA = AdapterConfig(
     kind="lora", rank=3, targets=("to_q", "to_out.0", "conv1", "conv_in", "ff.net.2")

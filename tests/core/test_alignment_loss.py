@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import Adapter, AdapterError, initial_state
+from crafts_core.adapters import Adapter, AdapterError
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_manifest import AlignmentRange
 from crafts_core.plan import AdapterConfig, StageConfig
@@ -16,6 +16,7 @@ from crafts_core.stages.alignment import alignment_target, alignment_term
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import BatchCoupledLossError, Objective, assert_per_tile
 from crafts_core.stages.schedule import NoiseSchedule
+from crafts_core.starting_point import initial_state
 from support.batches import random_batch, widened
 
 CONFIG = AdapterConfig(kind="lora", rank=2, targets=("to_q", "conv1"), first_factor="random")

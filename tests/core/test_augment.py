@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from crafts_core.tiles.augment import STAIN_SC, stained_otherwise, view_of
+from crafts_core.tiles.augment import STAIN_SC, stained_otherwise, turned_as_view, view_of
 
 TILE = np.random.default_rng(0).integers(60, 250, (32, 32, 3), dtype=np.uint8)
 
@@ -42,3 +42,12 @@ def test_one_stain_alone_moves(stain: int) -> None:
     denser = stained_otherwise(pixel, scale_S=scale, shift_S=np.zeros(3))
     expected = 256 * np.exp(-0.8 * unit) - 1
     assert np.abs(denser.ravel() - expected).max() < 4
+
+
+def test_what_lies_over_a_tile_turns_with_it_and_keeps_its_values() -> None:
+    tile = np.full((16, 16, 3), 230, np.uint8)
+    tile[2:4, 9:12] = 20
+    over = (tile == 20).astype(np.uint8)
+    for view in range(12):
+        seen, turned = view_of(tile, view, key=b"k"), turned_as_view(over, view, key=b"k")
+        assert np.array_equal(seen.mean(axis=2) < 125, turned[..., 0] == 1)

@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from crafts_core.adapters import AdapterError, initial_state, merged_unet
+from crafts_core.adapters import AdapterError, merged_unet
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import AdapterConfig
+from crafts_core.starting_point import initial_state
 
 CONFIG = AdapterConfig(
     kind="lora", rank=2, targets=("to_q", "to_out.0", "conv1", "conv_in"), first_factor="random"

@@ -1,6 +1,7 @@
 """The rules against float64 loops over the formulas of design section 6."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -217,3 +218,38 @@ def test_momentum_starts_at_the_first_delta() -> None:
 def test_no_update_gives_no_round() -> None:
     with pytest.raises(AggregationError, match="at least one"):
         aggregate(rule_of(config()), start(), [], QuadraticProbe())
+
+
+def test_a_control_round_is_weighed_by_precision_alone_and_takes_no_alignment_step() -> None:
+    """Its updates leave the text alone: no gain, a neutral gate, no step on the probe."""
+    name = "control.nuclei.stem.weight"
+    generator = torch.Generator().manual_seed(6)
+    moves = [{name: torch.randn(3, generator=generator)} for _ in range(3)]
+    probe = _CountingProbe()
+    state = small_state() | {name: torch.zeros(3)}
+    begin = RoundState(state=state, momentum={}, factor="nuclei", margin=0.5)
+    rule = rule_of(config(max_weight=0.9, server_momentum=0.0))
+    result = aggregate(rule, begin, [update(i, d) for i, d in enumerate(moves)], probe)
+
+    precision = [1 / (1e-3 + variance) for variance in VARIANCES]
+    expected = [value / sum(precision) for value in precision]
+    assert [result.weights[site] for site in NAMES] == pytest.approx(expected)
+    assert set(result.gains.values()) == {None}
+    assert probe.gradients == 0
+    mean = sum(weight * move[name] for weight, move in zip(expected, moves, strict=True))
+    torch.testing.assert_close(result.step.state[name], mean)
+    assert (result.step.trust_norm, result.step.step_scale) == (0.0, 1.0)
+
+
+class _CountingProbe:
+    """A margin that only the generator's tensors could move."""
+
+    def __init__(self) -> None:
+        self.gradients = 0
+
+    def margin(self, state: Mapping[str, torch.Tensor]) -> float:
+        return 0.5
+
+    def alignment_gradient(self, state: Mapping[str, torch.Tensor], factor: str) -> State:
+        self.gradients += 1
+        return {}

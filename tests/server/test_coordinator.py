@@ -11,11 +11,12 @@ import torch
 from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
-from crafts_core.adapters import State, initial_state, merged_unet
+from crafts_core.adapters import State, merged_unet
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import Plan
+from crafts_core.starting_point import initial_state
 from crafts_privacy.signing import verify
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.cli import app

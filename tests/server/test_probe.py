@@ -1,11 +1,13 @@
 """The real probe: deterministic, split, cheap to ask twice, and its gradient points uphill."""
 
+import pytest
 import torch
 
 from crafts_core.adapters import State, add_delta, factor_names
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
+from crafts_core.starting_point import initial_state
 from crafts_server.probe import FoundationProbe, ProbeSize
 
 CONFIG = AdapterConfig(kind="lora", rank=2, targets=("to_q", "to_v"), first_factor="random")
@@ -17,8 +19,6 @@ def probe(foundation: Foundation, *, seed: int = 1) -> FoundationProbe:
 
 
 def moved_state(foundation: Foundation) -> State:
-    from crafts_core.adapters import initial_state
-
     state = initial_state(foundation, CONFIG, 0)
     generator = torch.Generator().manual_seed(2)
     return {
@@ -62,3 +62,18 @@ def test_a_step_against_the_gradient_lowers_the_loss(foundation: Foundation) -> 
     loss, slope = steps.gradient(state, "second")
     after, _ = steps.gradient(add_delta(state, slope, -1e-2 / global_norm(slope)), "second")
     assert after < loss
+
+
+def test_a_control_net_does_not_move_the_margin(foundation) -> None:
+    parts = ("generator", "nuclei")
+    state = initial_state(foundation, CONFIG, 0, parts)
+    probe = FoundationProbe(foundation, CONFIG, seed=1, size=SIZE, parts=parts)
+    moved = {
+        name: value + 1 if name.startswith("control.") else value for name, value in state.items()
+    }
+    assert probe.margin(moved) == probe.margin(state)
+    gradient = probe.for_round(1).alignment_gradient(state, "second")
+    assert gradient.keys() == set(factor_names(state, "second"))
+    alone = initial_state(foundation, CONFIG, 0, ("nuclei",))
+    only = FoundationProbe(foundation, CONFIG, seed=1, size=SIZE, parts=("nuclei",))
+    assert only.margin(alone) == pytest.approx(probe.margin(state), abs=1e-6)

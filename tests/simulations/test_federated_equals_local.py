@@ -11,9 +11,10 @@ from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness
-from crafts_core.adapters import Adapter, initial_state
+from crafts_core.adapters import Adapter
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import Objective
+from crafts_core.starting_point import initial_state
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.noise import GridNoise

@@ -10,10 +10,11 @@ from flwr.app.metadata import Metadata
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.messages import RoundMessage, read_message
 from crafts_client.policy import Policy
-from crafts_core.adapters import State, initial_state
+from crafts_core.adapters import State
 from crafts_core.exchange import RoundRequest, state_hash
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
+from crafts_core.starting_point import initial_state
 from crafts_privacy import signing
 from crafts_simulations.small_study import write_random_store
 from support.wire import as_record
@@ -49,6 +50,7 @@ def make_site_home(
     num_patients: int = 6,
     seed: int = 0,
     microbatch_tiles: int = 64,
+    num_steered: int = 0,
     **policy: object,
 ) -> SiteHome:
     """A whole home, ready to answer."""
@@ -62,7 +64,13 @@ def make_site_home(
         microbatch_tiles=microbatch_tiles,
     )
     home = SiteHome.create(path, config, policy_of(signer, **policy))
-    write_random_store(home.tile_store_path, foundation, num_patients=num_patients, seed=seed)
+    write_random_store(
+        home.tile_store_path,
+        foundation,
+        num_patients=num_patients,
+        seed=seed,
+        num_steered=num_steered,
+    )
     return home
 
 
@@ -88,6 +96,12 @@ def plan_values(foundation_hash: str) -> dict[str, object]:
         "aggregation": {"rule": "alignment_regularized", "min_sites": 1, "deadline_s": 600.0},
         "transport": {"wire_dtype": "float32"},
     }
+
+
+def control_values(foundation_hash: str, **stage: object) -> dict[str, object]:
+    """The same with a stage for nuclei as its only one."""
+    control = {"name": "control", "modality": "nuclei", "rounds": 2, "local_steps": 2}
+    return plan_values(foundation_hash) | {"stage": [control | {"learning_rate": 0.05} | stage]}
 
 
 def without_privacy(values: dict[str, object], *, sample_rate: float = 1.0) -> dict[str, object]:
@@ -117,7 +131,7 @@ class Coordinator:
         return Plan.parse(plan_values(self.foundation.manifest.hash) | changes)
 
     def start(self, plan: Plan) -> State:
-        return initial_state(self.foundation, plan.adapter, seed=plan.study.seed)
+        return initial_state(self.foundation, plan.adapter, plan.study.seed, plan.parts)
 
     def request(
         self,

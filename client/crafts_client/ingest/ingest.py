@@ -16,7 +16,12 @@ from crafts_client.ingest.cutting import CutJob, check_damage, cut_jobs, cut_str
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, Problem, SlideError
 from crafts_client.ingest.pool import SILENCE_S, Beat, Pool
-from crafts_client.ingest.ready_tiles import GroupJob, audit_group, cut_group
+from crafts_client.ingest.ready_tiles import (
+    GroupJob,
+    audit_group,
+    condition_problems,
+    cut_group,
+)
 from crafts_client.ingest.report import IngestReport, SourceFacts
 from crafts_client.ingest.shard_cut import WORK, Shard
 from crafts_client.ingest.source_audit import UNSEEN
@@ -66,9 +71,10 @@ def ingest_slides(
         silence_s: A slide that nothing is heard of for so long is skipped.
 
     Raises:
-        IngestError: there are problems, a slide has no scale, cannot be read or is another's copy
-            (everything is named at once); or no slide gave a tile, the store is of other tiles,
-            another ingest is at work, or the disk refuses.
+        IngestError: there are problems, a slide has no scale, cannot be read or is another's copy,
+            or has an image over the whole of it, which is not read (everything is named at once);
+            or no slide gave a tile, the store is of other tiles, another ingest is at work, or the
+            disk refuses.
     """
     target = Target(
         store=out,
@@ -84,7 +90,7 @@ def ingest_slides(
         Pool(num_processes, silence_s=silence_s) as pool,
     ):
         listed, wrong = _sources(rows, salt, lambda _: asdict(options))
-        wrong += _duplicates(listed, "slide")
+        wrong += [*_duplicates(listed, "slide"), *_conditions_of_slides(rows)]
         sources = update.new(listed)
         jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
         _refuse_what_is_wrong(pool, jobs, [*problems, *wrong], progress)
@@ -113,11 +119,13 @@ def ingest_tiles(
     ``mpp`` is what a pixel of the store measures. An image whose own resolution is known (the
     table's ``mpp``, else ``source_mpp``) gives its central ``tile_px * mpp`` microns; any other
     image is resampled whole (its central square). An unreadable or too small image is skipped and
-    named in the report. Everything else is as in ``ingest_slides``.
+    named in the report. What lies over a tile (``TableRow.conditions``) is taken along. Everything
+    else is as in ``ingest_slides``.
 
     Raises:
-        IngestError: there are problems or files that cannot be read, no image could be used, the
-            store is of other tiles, another ingest is at work, or the disk refuses.
+        IngestError: there are problems, files that cannot be read or images over tiles that do not
+            fit them (everything is named at once); or no image could be used, the store is of other
+            tiles, another ingest is at work, or the disk refuses.
     """
     target = Target(
         store=out, cohort=cohort, salt=salt, tile_px=tile_px, mpp=mpp, withdrawn=withdrawn
@@ -131,9 +139,10 @@ def ingest_tiles(
         listed, wrong = _sources(rows, salt, lambda row: [tile_px, sides[row.name]])
         # The same image twice of one patient is common; of two it breaks what each is promised.
         wrong += _duplicates(listed, "image", of_two_patients=True)
+        sources = update.new(listed)
+        wrong += _wrong_conditions(pool, sources, progress)
         if problems or wrong:
             raise IngestError.at_lines([*problems, *wrong])
-        sources = update.new(listed)
         groups = _by_patient(sources)
         jobs = [_group_job(group, target, sides) for group in groups]
         identifiers = _identifiers(pool, groups, progress)
@@ -201,6 +210,18 @@ def _refuse_what_is_wrong(
     if wrong:
         _, more_damaged = _look_at_headers(pool, known, progress)
         raise IngestError.at_lines([*wrong, *damaged, *more_damaged])
+
+
+def _conditions_of_slides(rows: Sequence[TableRow]) -> list[Problem]:
+    return [
+        (
+            row.line,
+            f"{modality} images of whole slides are not read; cut tiles first and use "
+            "--ready-tiles, or remove the column",
+        )
+        for row in rows
+        for modality in row.conditions
+    ]
 
 
 def _look_at_headers(
@@ -317,6 +338,18 @@ def _take_slide(whole: _Whole, update: StoreUpdate) -> tuple[int, ...]:
 # ---- ready tiles ----------------------------------------------------------------------------
 
 
+def _wrong_conditions(pool: Pool, sources: Sequence[Source], progress: Progress) -> list[Problem]:
+    """Look at every header first: a mask over the wrong tile would steer wrongly, unseen."""
+    rows = [source.row for source in sources if source.row.conditions]
+    on_beat = _counting(progress, "reading headers", len(rows))
+    problems: list[Problem] = []
+    for place, found in pool.run(condition_problems, rows, on_beat=on_beat):
+        if isinstance(found, SlideError):
+            found = [(rows[place].line, str(found))]
+        problems += found
+    return problems
+
+
 def _by_patient(sources: Iterable[Source]) -> list[list[Source]]:
     def patient(source: Source) -> str:
         return source.row.patient
@@ -329,6 +362,7 @@ def _group_job(group: Sequence[Source], target: Target, sides: dict[str, float |
     key = target.salt.key(*(source.key for source in group))
     return GroupJob(
         paths=tuple(source.row.path for source in group),
+        conditions=tuple(source.row.conditions for source in group),
         slide_ids=tuple(source.slide_id for source in group),
         side_px=tuple(sides[source.row.name] for source in group),
         tile_px=target.tile_px,

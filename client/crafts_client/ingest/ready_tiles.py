@@ -1,7 +1,7 @@
 """Preparing tiles that somebody else has cut: one image file, one tile."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +9,20 @@ import numpy as np
 from PIL import Image
 
 from crafts_client.ingest.deidentify import Salt
-from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.errors import Problem, SlideError
 from crafts_client.ingest.pool import Beat
 from crafts_client.ingest.readers.image_files import FORMATS
 from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
 from crafts_client.ingest.source_audit import audit_image
+from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
+from crafts_core.plan import Modality
+from crafts_core.tiles.conditions import (
+    ConditionError,
+    check_condition_file,
+    encode_condition,
+    read_condition,
+)
 from crafts_core.tiles.records import encode_tile
 
 
@@ -23,6 +31,8 @@ class GroupJob:
     """Ready tiles of one patient, which become one shard."""
 
     paths: tuple[Path, ...]
+    conditions: tuple[Mapping[Modality, Path], ...]
+    """What lies over each image."""
     slide_ids: tuple[str, ...]
     """Of each image: here every one is a slide of its own."""
     side_px: tuple[float | None, ...]
@@ -41,7 +51,9 @@ def cut_group(job: GroupJob, beat: Beat) -> Shard:
         while cut.next_place < len(job.paths):
             place = cut.next_place
             try:
-                tile = prepare_tile(job.paths[place], job.side_px[place], job.tile_px)
+                tile = prepare_tile(
+                    job.paths[place], job.side_px[place], job.tile_px, job.conditions[place]
+                )
             except SlideError as error:
                 cut.reject(str(error))
             else:
@@ -59,8 +71,30 @@ def audit_group(paths: Sequence[Path], beat: Beat) -> list[tuple[str, ...]]:
     return found
 
 
-def prepare_tile(path: Path, side_px: float | None, tile_px: int) -> CutTile:
-    """The image's central square, resampled.
+def condition_problems(row: TableRow, beat: Beat) -> list[Problem]:
+    """What the headers say against the images that lie over a tile. No pixel is read."""
+    beat(1)
+    try:
+        with Image.open(row.path, formats=FORMATS) as image:
+            size = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return []  # the tile itself is skipped later, by name
+    problems: list[Problem] = []
+    for modality, path in row.conditions.items():
+        try:
+            check_condition_file(path, modality, size)
+        except ConditionError as error:
+            problems.append((row.line, str(error)))
+    return problems
+
+
+def prepare_tile(
+    path: Path,
+    side_px: float | None,
+    tile_px: int,
+    conditions: Mapping[Modality, Path] | None = None,
+) -> CutTile:
+    """The image's central square, resampled, and the same square of what lies over it.
 
     Raises:
         SlideError: why it cannot be used.
@@ -85,11 +119,8 @@ def prepare_tile(path: Path, side_px: float | None, tile_px: int) -> CutTile:
     if side > whole:
         raise SlideError(f"{whole} pixels wide, but a tile at this resolution needs {side:.0f}")
     left, top = (opaque.width - side) / 2, (opaque.height - side) / 2
-    resized = opaque.resize(
-        (tile_px, tile_px),
-        Image.Resampling.HAMMING,
-        box=(left, top, left + side, top + side),
-    )
+    box = (left, top, left + side, top + side)
+    resized = opaque.resize((tile_px, tile_px), Image.Resampling.HAMMING, box=box)
     pixels = np.asarray(resized)
     return CutTile(
         x=round(left),
@@ -99,7 +130,26 @@ def prepare_tile(path: Path, side_px: float | None, tile_px: int) -> CutTile:
         tissue_fraction=tissue_fraction(pixels),
         sharpness=sharpness(pixels),
         jpeg=encode_tile(pixels),
+        conditions={
+            modality: _condition(over, modality, tile_px, box, opaque.size)
+            for modality, over in (conditions or {}).items()
+        },
     )
+
+
+def _condition(
+    path: Path,
+    modality: Modality,
+    tile_px: int,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+) -> bytes:
+    """Decoded, reduced to its condition and encoded again: nothing else of the file comes along."""
+    try:
+        stored_CHW = read_condition(path, modality, tile_px=tile_px, box=box, size=size)
+    except ConditionError as error:
+        raise SlideError(str(error)) from error
+    return encode_condition(stored_CHW, modality)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

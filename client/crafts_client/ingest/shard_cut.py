@@ -9,14 +9,15 @@ says (a power failure, a meddler) is begun anew.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crafts_client.ingest.errors import IngestError
 from crafts_core.durable import exclusive_lock
+from crafts_core.plan import Modality
 from crafts_core.tiles import TileStoreError
 from crafts_core.tiles.writer import SHARDS, ShardWriter, StoredFile, shard_path
 
@@ -39,6 +40,8 @@ class CutTile:
     jpeg: bytes
     is_copy: bool = False
     """Whether the slide's own compressed bytes were taken."""
+    conditions: Mapping[Modality, bytes] = field(default_factory=dict)
+    """PNGs of what lies over the tile."""
 
 
 class PlacedTile(NamedTuple):
@@ -55,6 +58,10 @@ class PlacedTile(NamedTuple):
     is_copy: bool
     offset: int
     length: int
+    nuclei_offset: int
+    nuclei_length: int
+    fluorescence_offset: int
+    fluorescence_length: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +128,7 @@ class ShardCut:
 
     def keep(self, tile_id: str, tile: CutTile) -> None:
         """The next place gave a tile."""
-        offset = self._shard.append(f"{tile_id}.jpg", tile.jpeg)
+        placed = self._shard.append_tile(tile_id, tile.jpeg, tile.conditions)
         self._state.tiles.append(
             PlacedTile(
                 place=self._state.next_place,
@@ -133,8 +140,7 @@ class ShardCut:
                 tissue_fraction=tile.tissue_fraction,
                 sharpness=tile.sharpness,
                 is_copy=tile.is_copy,
-                offset=offset,
-                length=len(tile.jpeg),
+                **placed,
             )
         )
         self._advance()

@@ -69,7 +69,8 @@ class Source:
         """
         slide_id = salt.slide_id(row.patient, row.name)
         try:
-            made_from = json.dumps([how, row.mpp, _state_of(row.path)], sort_keys=True)
+            beside = [[name, _state_of(path)] for name, path in row.conditions.items()]
+            made_from = json.dumps([how, row.mpp, _state_of(row.path), *beside], sort_keys=True)
             content = content_key(row.path, salt)
         except OSError as error:
             raise SlideError(f"cannot be read: {error.strerror}") from error

@@ -8,8 +8,8 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError, Problem
@@ -19,6 +19,7 @@ from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
 from crafts_client.ingest.table_checks import problems_between
+from crafts_core.plan import MODALITIES, Modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class TableColumns:
     features: tuple[str, ...] = ("features",)
     report: tuple[str, ...] = ("report", "report_text")
     cohort: tuple[str, ...] = ("cohort",)
+    nuclei: tuple[str, ...] = ("nuclei",)
+    fluorescence: tuple[str, ...] = ("fluorescence",)
     names: tuple[str, ...] = ("names",)
     """People that the row's texts may name: taken out of them, and not kept."""
 
@@ -63,6 +66,8 @@ class TableRow:
     scrubbed_label: Scrubbed | None = None
     notes: tuple[str, ...] = ()
     """What the operator should know of the row although it is not wrong."""
+    conditions: Mapping[Modality, Path] = field(default_factory=dict)
+    """Images that lie over a ready tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +134,15 @@ def examine_table(
             continue
         values = {key: cells[place].strip() for key, place in found.items()}
         file, missing = _find_file(values["file"], base)
-        row, wrong = _read_row(number, values, file, listed)
-        problems += [(number, problem) for problem in (*filter(None, [missing]), *wrong)]
+        over, unfit = _find_conditions(values, base)
+        row, wrong = _read_row(number, values, file, over, listed)
+        problems += [(number, problem) for problem in (*filter(None, [missing]), *unfit, *wrong)]
         rows.append(row)
         if missing is None:
             is_there.add(number)
         cohorts[number] = values.get("cohort", "")
     problems += problems_between(rows, cohorts, cohort=cohort)
+    problems += _shared_conditions(rows)
     return TableReading(
         rows=tuple(row for row in rows if row.line in is_there), problems=tuple(problems)
     )
@@ -160,7 +167,8 @@ def write_template(path: Path, slides: Sequence[Path]) -> None:
     if odd:
         raise IngestError(f"rename {len(odd)} files whose names are not UTF-8, such as {odd[0]!r}")
     columns = TableColumns()
-    header = [getattr(columns, key)[0] for key in TableColumns.__dataclass_fields__]
+    keys = [key for key in TableColumns.__dataclass_fields__ if key not in MODALITIES]
+    header = [getattr(columns, key)[0] for key in keys]
     try:
         with path.open("x", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter=_delimiter(path, ","))
@@ -265,9 +273,13 @@ def _odd_names(header: Sequence[str], columns: TableColumns) -> list[str]:
 
 
 def _read_row(
-    number: int, values: Mapping[str, str], path: Path, listed: ListedNames
+    number: int,
+    values: Mapping[str, str],
+    path: Path,
+    over: Mapping[Modality, Path],
+    listed: ListedNames,
 ) -> tuple[TableRow, list[str]]:
-    """The row as far as it can be read, and what is wrong with it beside its file."""
+    """The row as far as it can be read, and what is wrong with it beside its files."""
     name, patient, case = (values.get(key, "") for key in ("file", "patient", "case"))
     problems = [] if patient or "patient" not in values else ["no patient"]
     known = identifying_names(patient=patient, case=case, file=name, names=values.get("names", ""))
@@ -287,6 +299,7 @@ def _read_row(
         scrubbed=shown.scrubbed,
         scrubbed_label=shown.scrubbed_label,
         notes=tuple(shown.notes),
+        conditions=over,
     )
     return row, problems
 
@@ -307,6 +320,38 @@ def _find_file(name: str, base: Path) -> tuple[Path, str | None]:
     if not os.access(path, os.R_OK):
         return path, f"file {name} may not be read; check its permissions"
     return path, None
+
+
+def _find_conditions(
+    values: Mapping[str, str], base: Path
+) -> tuple[dict[Modality, Path], list[str]]:
+    """The images that lie over a tile and can be read, and what is wrong with the others."""
+    named = {modality: values[modality] for modality in MODALITIES if values.get(modality)}
+    found = {modality: _find_condition(modality, text, base) for modality, text in named.items()}
+    paths = {modality: path for modality, (path, problem) in found.items() if problem is None}
+    return paths, [problem for _, problem in found.values() if problem]
+
+
+def _find_condition(modality: Modality, name: str, base: Path) -> tuple[Path, str | None]:
+    """Where the image over a tile is, and what is wrong with it."""
+    path, problem = _find_file(name, base)
+    if problem is not None:
+        return path, f"{modality} {problem}"
+    if not path.is_relative_to(base.resolve()):
+        return path, f"{modality} file {name} leaves {base}; copy it there, or set --root"
+    if not path.is_file():
+        return path, f"{modality} file {name} is a folder, not an image"
+    return path, None
+
+
+def _shared_conditions(rows: Sequence[TableRow]) -> Iterator[tuple[int, str]]:
+    """One image over two tiles is a mistake, and would mix their patients."""
+    first: dict[Path, int] = {}
+    for row in rows:
+        for modality, path in row.conditions.items():
+            line = first.setdefault(path, row.line)
+            if line != row.line:
+                yield row.line, f"{modality} file {path.name} is also that of line {line}"
 
 
 def _mpp(text: str) -> tuple[float | None, str | None]:

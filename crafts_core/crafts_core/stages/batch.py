@@ -14,7 +14,8 @@ from torch import Tensor
 class TileBatch:
     """Tiles ready for a loss, everything that does not change in training computed once.
 
-    ``tile_profile_BK`` (v) and ``caption_profile_BK`` (w) are needed by stage alignment only.
+    ``tile_profile_BK`` (v) and ``caption_profile_BK`` (w) are needed by stage alignment only,
+    ``condition_BCHW`` (m, at image resolution) by stage control.
     ``weight_B`` says how much each tile counts in its patient's mean: it sums to one over a
     patient, and padding weighs zero.
     """
@@ -25,6 +26,7 @@ class TileBatch:
     weight_B: Tensor
     tile_profile_BK: Tensor | None = None
     caption_profile_BK: Tensor | None = None
+    condition_BCHW: Tensor | None = None
 
     def __len__(self) -> int:
         return self.latents_BCHW.shape[0]

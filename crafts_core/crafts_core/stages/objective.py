@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import Adapter, AdapterError, State
+from crafts_core.adapters import Adapter, AdapterError, Condition, State
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.plan import StageConfig
@@ -74,13 +74,18 @@ class Objective:
     def loss_per_tile(self, batch: TileBatch, draws: Draws) -> Tensor:
         """L1 or L2 of each tile, shape (B,), differentiable in the trainable factor.
 
+        In stage control it is L1 with the condition m: ``w(t) |y - d_theta(z_t, t, tau(c), m)|^2``.
+
         Raises:
-            ValueError: stage alignment was given a batch without profiles.
+            ValueError: stage alignment was given a batch without profiles, or stage control one
+                without conditions.
         """
         schedule, stage, timesteps_B = self._schedule, self._stage, draws.timesteps_B
         noisy_BCHW = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
         text_BLD = draws.text(batch)
-        prediction_BCHW = self._adapter.predict(noisy_BCHW, timesteps_B, text_BLD)
+        prediction_BCHW = self._adapter.predict(
+            noisy_BCHW, timesteps_B, text_BLD, self._condition(batch)
+        )
         loss_B = pretraining_loss(
             prediction_BCHW, batch, draws, schedule=schedule, min_snr_gamma=stage.min_snr_gamma
         )
@@ -104,6 +109,13 @@ class Objective:
             loss_B = loss_B + stage.lambda_drift * term_B
         return loss_B
 
+    def _condition(self, batch: TileBatch) -> Condition | None:
+        if self._stage.modality is None:
+            return None
+        if batch.condition_BCHW is None:
+            raise ValueError("stage control needs conditions in the batch")
+        return Condition(self._stage.modality, batch.condition_BCHW)
+
     def _correlation(self, denoised_BCHW: Tensor, batch: TileBatch) -> Tensor:
         """r(u, q) of each tile."""
         if batch.tile_profile_BK is None or batch.caption_profile_BK is None:
@@ -124,8 +136,8 @@ class Objective:
 def assert_per_tile(loss_per_tile: LossPerTile, batch: TileBatch, draws: Draws) -> None:
     """Refuse a loss in which one tile's value depends on another tile.
 
-    Everything about the first tile is changed (latent, text, profiles, noise); the losses of all
-    other tiles must stay what they were. Run it once before training under privacy.
+    Everything about the first tile is changed (latent, text, profiles, condition, noise); the
+    losses of all other tiles must stay what they were. Run it once before training under privacy.
 
     Raises:
         BatchCoupledLossError: the loss has another shape than one value per tile, or values moved.
@@ -154,15 +166,15 @@ def _with_another_first_tile(batch: TileBatch, draws: Draws) -> tuple[TileBatch,
         changed[0] = -2.0 * tensor[0] + 1.0
         return changed
 
-    profiles = {
+    optional = {
         name: change(tensor)
-        for name in ("tile_profile_BK", "caption_profile_BK")
+        for name in ("tile_profile_BK", "caption_profile_BK", "condition_BCHW")
         if (tensor := getattr(batch, name)) is not None
     }
     other = replace(
         batch,
         latents_BCHW=change(batch.latents_BCHW),
         text_BLD=change(batch.text_BLD),
-        **profiles,
+        **optional,
     )
     return other, replace(draws, noise_BCHW=change(draws.noise_BCHW))

@@ -29,13 +29,18 @@ ROW_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("offset", pa.int64()),
         ("length", pa.int32()),
+        ("nuclei_offset", pa.int64()),
+        ("nuclei_length", pa.int32()),
+        ("fluorescence_offset", pa.int64()),
+        ("fluorescence_length", pa.int32()),
         ("caption", pa.string()),
         ("label", pa.string()),
         ("tissue_fraction", pa.float32()),
         ("sharpness", pa.float32()),
     ]
 )
-"""One row per tile, with its caption; ``shard`` is the shard's name."""
+"""One row per tile, with its caption; ``shard`` is the shard's name. A tile's conditions lie in the
+same shard; length 0 says that there is none."""
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("caption_id", pa.int32()) if field.name == "caption" else field

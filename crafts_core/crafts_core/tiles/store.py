@@ -8,7 +8,7 @@ Shape letters: N tiles, H and W pixels, C channels.
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from crafts_core.plan import describe_first_error
+from crafts_core.plan import MODALITIES, Modality, describe_first_error
+from crafts_core.tiles.conditions import ConditionError, decode_condition
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileStoreError, decode_tile
 from crafts_core.tiles.writer import (
     MANIFEST_NAME,
@@ -57,6 +58,13 @@ class TileStore:
         self._offset_N = _numpy(index.column("offset"), np.int64)
         self._length_N = _numpy(index.column("length"), np.int64)
         self._caption_N = _numpy(index.column("caption_id"), np.int64)
+        self._conditions = {
+            modality: tuple(
+                _numpy(index.column(f"{modality}_{what}"), np.int64)
+                for what in ("offset", "length")
+            )
+            for modality in MODALITIES
+        }
 
     @classmethod
     def open(cls, path: Path, *, without: Collection[str] = ()) -> Self:
@@ -155,16 +163,43 @@ class TileStore:
         Raises:
             TileStoreError: a stored tile cannot be read; build the store again.
         """
+        image_NHWC = np.empty((len(rows), self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        for place, jpeg in self._members(rows, self._offset_N, self._length_N):
+            image_NHWC[place] = decode_tile(jpeg, self.tile_px)
+        return image_NHWC
+
+    def has_condition(self, rows: Rows, modality: Modality) -> npt.NDArray[np.bool_]:
+        """For each row whether something of this kind lies over its tile."""
+        return self._conditions[modality][1][np.asarray(rows, dtype=np.int64)] > 0
+
+    def read_conditions(self, rows: Rows, modality: Modality) -> npt.NDArray[np.uint8]:
+        """Stored channels (``conditions.to_floats``) of rows that have them, (N, C, px, px).
+
+        Raises:
+            TileStoreError: one cannot be read; build the store again.
+            ValueError: a row has none.
+        """
+        if not self.has_condition(rows, modality).all():
+            raise ValueError(f"a row has no {modality} image")
+        stored: dict[int, npt.NDArray[np.uint8]] = {}
+        for place, png in self._members(rows, *self._conditions[modality]):
+            try:
+                stored[place] = decode_condition(png, modality, self.tile_px)
+            except ConditionError as error:
+                raise TileStoreError(str(error)) from error
+        return np.stack([stored[place] for place in range(len(rows))])
+
+    def _members(
+        self, rows: Rows, offset_N: npt.NDArray[np.int64], length_N: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, bytes]]:
+        """Bytes of one member for each row, with the row's place in ``rows``; by shard."""
         row_N = np.asarray(rows, dtype=np.int64)
-        image_NHWC = np.empty((len(row_N), self.tile_px, self.tile_px, 3), dtype=np.uint8)
         for shard in np.unique(self._shard_N[row_N]):
             places = np.flatnonzero(self._shard_N[row_N] == shard)
             with (self.path / shard_path(self._shards[shard])).open("rb", buffering=0) as file:
-                for place in places:
-                    file.seek(self._offset_N[row_N[place]])
-                    jpeg = file.read(self._length_N[row_N[place]])
-                    image_NHWC[place] = decode_tile(jpeg, self.tile_px)
-        return image_NHWC
+                for place in places.tolist():
+                    file.seek(offset_N[row_N[place]])
+                    yield place, file.read(length_N[row_N[place]])
 
 
 def damaged_files(path: Path) -> tuple[str, ...]:
@@ -187,7 +222,7 @@ def _has_size(file: Path, expected: StoredFile) -> bool:
 def _read_manifest(path: Path) -> StoreManifest:
     try:
         values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("format_version") not in (None, 2):
+        if isinstance(values, dict) and values.get("format_version") not in (None, 3):
             raise TileStoreError(
                 f"{path} was made by another version; move it away and ingest again"
             )

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.durable import sync, write_file
+from crafts_core.plan import MODALITIES, Modality
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileRecord, TileStoreError
 
 MANIFEST_NAME = "store.json"
@@ -57,7 +58,7 @@ class StoreManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     cohort: Annotated[str, Field(min_length=1)]
     tile_px: Annotated[int, Field(ge=8, le=4096)]
     mpp: Annotated[float, Field(gt=0)] | None
@@ -119,6 +120,19 @@ class ShardWriter:
         for piece in (_tar_header(name, len(data)), data, bytes(-len(data) % _TAR_BLOCK)):
             self._write(piece)
         return offset
+
+    def append_tile(
+        self, tile_id: str, jpeg: bytes, conditions: Mapping[Modality, bytes]
+    ) -> dict[str, int]:
+        """Add a tile and the PNGs of its conditions; where each lies, by column of the index."""
+        placed = {"offset": self.append(f"{tile_id}.jpg", jpeg), "length": len(jpeg)}
+        for modality in MODALITIES:
+            png = conditions.get(modality, b"")
+            placed[f"{modality}_length"] = len(png)
+            placed[f"{modality}_offset"] = (
+                self.append(f"{tile_id}.{modality}.png", png) if png else 0
+            )
+        return placed
 
     def flush(self) -> None:
         """Hand everything to the kernel: it outlives this process."""
@@ -258,8 +272,10 @@ class TileStoreWriter:
                 self._shard.__exit__()
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def add(self, record: TileRecord, jpeg: bytes) -> None:
-        """Append one tile.
+    def add(
+        self, record: TileRecord, jpeg: bytes, conditions: Mapping[Modality, bytes] | None = None
+    ) -> None:
+        """Append one tile, and PNGs of what can steer a generator towards it.
 
         Raises:
             ValueError: the patient was left before and comes back, or the tile id is not new.
@@ -274,8 +290,8 @@ class TileStoreWriter:
         name = f"{len(self._shards):06d}"
         if self._shard is None:
             self._shard = ShardWriter(self._partial / shard_path(name))
-        offset = self._shard.append(f"{record.tile_id}.jpg", jpeg)
-        placed = {"shard": name, "offset": offset, "length": len(jpeg)}
+        placed: dict[str, object] = {"shard": name}
+        placed |= self._shard.append_tile(record.tile_id, jpeg, conditions or {})
         for column, values in self._columns.items():
             values.append(placed[column] if column in placed else getattr(record, column))
         if self._shard.num_bytes >= self._shard_bytes:
