@@ -53,7 +53,7 @@ def init(
     patients: Annotated[int, typer.Option(min=1, help="Public, rounded size of the cohort.")],
     home: Home = Path("site"),
     cohort: Annotated[str, typer.Option(help="Name of the cohort in the ledger.")] = "main",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
     foundation: Annotated[
         str, typer.Option(help="embedded, or the folder of an imported foundation.")
     ] = "embedded",

@@ -52,7 +52,8 @@ class SiteConfig(BaseModel):
     declared_patients: Annotated[int, Field(ge=1)]
     """The cohort's size as the site tells it: rounded, public, and the fixed divisor of training.
     The exact number is private."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps)$")]
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+    """Sums of clipped gradients are float64, which Apple's GPUs do not have."""
     foundation: Annotated[str, Field(min_length=1)]
     """``embedded``, or a folder, relative to the home."""
     tile_store: Annotated[str, Field(min_length=1)]
