@@ -17,8 +17,8 @@ from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
-from crafts_privacy.signing import verify
-from crafts_server.checkpoints import Checkpoint
+from crafts_privacy.signing import create_signing_key, load_signing_key, verify
+from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.cli import app
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
@@ -279,6 +279,29 @@ def test_the_moving_average_weighs_rounds_by_their_age(finished: FinishedRun) ->
     assert all(torch.equal(averaged(chain, decay=0.0)[name], second[name]) for name in second)
     with pytest.raises(CheckpointError, match="no committed round"):
         averaged(chain[:1], decay=0.25)
+
+
+def test_rounds_before_its_stage_have_no_share_in_a_control_net(tmp_path: Path) -> None:
+    create_signing_key(tmp_path / "key")
+    store = CheckpointStore(tmp_path / "run", load_signing_key(tmp_path / "key"))
+    # Two rounds of the denoiser, then two of the ControlNet, whose first factors never train.
+    values = [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 3.0), (2.0, 5.0)]
+    parent = None
+    for denoiser, control in values:
+        state = {
+            "layer.second": torch.tensor([denoiser]),
+            "control.nuclei.layer.second": torch.tensor([control]),
+            "control.nuclei.layer.first": torch.tensor([7.0]),
+        }
+        parent = store.write(
+            run_id="run", plan_hash="0" * 64, parent=parent, state=state, momentum={}, receipt=None
+        )
+
+    average = averaged(store.chain(), decay=0.5)
+
+    assert float(average["layer.second"]) == pytest.approx((1 / 8 + 2 / 4 + 2 / 2 + 2) / (15 / 8))
+    assert float(average["control.nuclei.layer.second"]) == pytest.approx((3 / 2 + 5) / (3 / 2))
+    assert float(average["control.nuclei.layer.first"]) == 7.0
 
 
 def test_the_exported_generator_is_the_average_that_the_plan_asks_for(
