@@ -17,7 +17,7 @@ from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
-from crafts_privacy.signing import create_signing_key, load_signing_key, verify
+from crafts_privacy.signing import create_signing_key, load_signing_key, sign, verify
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.cli import app
 from crafts_server.collection import Patience
@@ -26,6 +26,7 @@ from crafts_server.errors import CheckpointError, HomeError
 from crafts_server.export import averaged, export_generator, privacy_statement
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.probe import ProbeSize
+from crafts_server.registry import PlanRecord
 from crafts_server.server_app import app as installed_app
 from crafts_server.server_app import make_server_app
 from support.fake_grid import FakeGrid, SiteFunction
@@ -167,6 +168,25 @@ def test_a_plan_for_another_foundation_is_refused(
     study = plan.study.model_copy(update={"foundation": "f" * 64})
     with pytest.raises(HomeError, match="the plan wants foundation ffff"):
         Coordinator(home, plan.model_copy(update={"study": study}), foundation)
+
+
+def test_a_plan_of_a_version_that_read_it_otherwise_is_not_started_over(
+    home: CoordinatorHome, foundation: Foundation
+) -> None:
+    values = json.loads(tiny_plan(foundation).to_json())
+    del values["adapter"]["control_targets"]  # as if signed before there was such a key
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    signature = sign(load_signing_key(home.path / "signing.key"), text.encode())
+    registry = home.registry()
+    registry.add_plan(
+        PlanRecord(
+            hash="a" * 64, study="tiny", json=text, signature=signature, public_key=home.public_key
+        )
+    )
+    with pytest.raises(HomeError, match="signed by a version that reads it otherwise"):
+        Coordinator.open(home.path, "aaaa")
+    assert len(registry.plans()) == 1
+    registry.close()
 
 
 def test_one_coordinator_at_a_time(home: CoordinatorHome) -> None:
