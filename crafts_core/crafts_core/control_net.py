@@ -24,7 +24,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from crafts_core.generator import Generator
-from crafts_core.lora_layers import FIRST, SECOND, matching_layers
+from crafts_core.lora_layers import FIRST, SECOND, AdapterError, matching_layers
 from crafts_core.plan import MODALITIES, AdapterConfig, Modality
 from crafts_core.tiles.conditions import NUM_CHANNELS
 
@@ -133,7 +133,12 @@ def control_layers(
         AdapterError: a target matches nothing, or the rank is larger than a layer allows.
     """
     found = matching_layers(network, config.control_targets, config.rank)
-    return {name: layer for name, layer in found.items() if not name.startswith(_OWN_PARTS)}
+    layers = {name: layer for name, layer in found.items() if not name.startswith(_OWN_PARTS)}
+    if not layers:
+        raise AdapterError(
+            "control_targets match no layer of the ControlNet's encoder; name some, such as to_q"
+        )
+    return layers
 
 
 def generator_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ the library that injects them.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -58,7 +59,9 @@ def matching_layers(
 
 def add_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, str]:
     """Put frozen factors beside some layers; gives factor name -> parameter name."""
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names), init_lora_weights=False)
+    # A pattern of whole names: in a list, "conv_in" would also mean every "....conv_in".
+    exactly = "|".join(re.escape(name) for name in names)
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly, init_lora_weights=False)
     inject_adapter_in_model(lora, model, adapter_name=_PEFT_NAME)
     model.requires_grad_(False)
     paths = {}

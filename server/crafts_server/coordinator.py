@@ -93,7 +93,8 @@ class Coordinator:
         """From a home on disk and a plan that was signed in it.
 
         Raises:
-            CraftsError: the home, the plan, its signature or the foundation is not in order.
+            CraftsError: the home, the plan, its signature or the foundation is not in order, or the
+                plan was signed by a version that reads it otherwise.
         """
         home = CoordinatorHome.open(home_path)
         registry = home.registry()
@@ -103,6 +104,12 @@ class Coordinator:
             registry.close()
         verify(home.public_key, record.json.encode(), record.signature)
         plan = Plan.parse(json.loads(record.json))
+        if plan.hash != record.hash:
+            # Going on would sign another plan in this one's name, and start it from round 0.
+            raise HomeError(
+                f"plan {record.hash[:16]} was signed by a version that reads it otherwise; go on "
+                "with that version, or sign the plan anew, which starts it over"
+            )
         return cls(
             *(home, plan, load(home.foundation_path)),
             on_round=on_round,

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from crafts_core.adapters import State
-from crafts_core.control_net import modalities_in
+from crafts_core.control_net import generator_state, modalities_in
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
@@ -61,7 +62,8 @@ def averaged(chain: Sequence[Checkpoint], *, decay: float) -> State:
 
     Rounds carry the noise of privacy and of sampling; averaging them removes some of it, and costs
     no privacy, as it only sees what was released. The weights ``decay ** age`` are divided by their
-    sum, so that round 0, which nobody trained, has no share.
+    sum, so that round 0, which nobody trained, has no share. No more have the rounds before a
+    ControlNet's own stage: they would pull it back to where it steers nothing.
 
     Raises:
         CheckpointError: a checkpoint was altered, or there is no round yet.
@@ -70,13 +72,21 @@ def averaged(chain: Sequence[Checkpoint], *, decay: float) -> State:
         raise CheckpointError("the run has no committed round yet")
     if decay == 0:
         return chain[-1].state()
+    start = chain[0].state()
+    denoiser = generator_state(start)
     total: dict[str, Tensor] = {}
-    weight_sum = 0.0
+    weight_sum = dict.fromkeys(start, 0.0)
     for checkpoint in chain[1:]:
-        weight_sum = decay * weight_sum + 1.0
         for name, tensor in checkpoint.state().items():
+            is_waiting = name not in denoiser and name not in total
+            if is_waiting and torch.equal(tensor, start[name]):
+                continue
             total[name] = decay * total[name] + tensor if name in total else tensor
-    return {name: tensor / weight_sum for name, tensor in total.items()}
+            weight_sum[name] = decay * weight_sum[name] + 1.0
+    return {
+        name: total[name] / weight_sum[name] if name in total else tensor
+        for name, tensor in start.items()
+    }
 
 
 def privacy_statement(plan: Plan, *, num_sites: int) -> str:

@@ -153,6 +153,22 @@ def test_full_weights_go_with_a_control_stage(foundation, inputs) -> None:
     assert adapter.predict(*inputs, Condition("nuclei", conditions())).isfinite().all()
 
 
+def test_a_layer_named_like_one_of_the_stem_gets_factors_and_the_stem_none(foundation) -> None:
+    config = AdapterConfig(kind="lora", rank=2, control_targets=("conv_in",), first_factor="random")
+    adapter = attached(foundation, ("nuclei",), config)
+    factors = [name for name, _ in adapter.network.named_parameters() if ".lora_" in name]
+    assert len(factors) == 2
+    assert not any("controlnet_cond_embedding" in name for name in factors)
+
+
+@pytest.mark.parametrize("targets", [(), ("conv_out",)], ids=["none", "only of the stem"])
+def test_targets_outside_the_encoder_are_refused(foundation, targets: tuple[str, ...]) -> None:
+    config = AdapterConfig(kind="lora", control_targets=targets, first_factor="random")
+    for use in (attached, lambda *a: initial_state(a[0], a[2], 0, a[1])):
+        with pytest.raises(AdapterError, match="control_targets match no layer"):
+            use(foundation, ("nuclei",), config)
+
+
 def test_public_first_factors_of_the_encoder_are_those_of_the_denoiser(foundation) -> None:
     config = AdapterConfig(kind="lora", rank=2, targets=("to_q",), control_targets=("to_q",))
     state = initial_state(foundation, config, 0, BOTH)

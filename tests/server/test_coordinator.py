@@ -17,8 +17,8 @@ from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
-from crafts_privacy.signing import verify
-from crafts_server.checkpoints import Checkpoint
+from crafts_privacy.signing import create_signing_key, load_signing_key, sign, verify
+from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.cli import app
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
@@ -26,6 +26,7 @@ from crafts_server.errors import CheckpointError, HomeError
 from crafts_server.export import averaged, export_generator, privacy_statement
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.probe import ProbeSize
+from crafts_server.registry import PlanRecord
 from crafts_server.server_app import app as installed_app
 from crafts_server.server_app import make_server_app
 from support.fake_grid import FakeGrid, SiteFunction
@@ -169,6 +170,25 @@ def test_a_plan_for_another_foundation_is_refused(
         Coordinator(home, plan.model_copy(update={"study": study}), foundation)
 
 
+def test_a_plan_of_a_version_that_read_it_otherwise_is_not_started_over(
+    home: CoordinatorHome, foundation: Foundation
+) -> None:
+    values = json.loads(tiny_plan(foundation).to_json())
+    del values["adapter"]["control_targets"]  # as if signed before there was such a key
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    signature = sign(load_signing_key(home.path / "signing.key"), text.encode())
+    registry = home.registry()
+    registry.add_plan(
+        PlanRecord(
+            hash="a" * 64, study="tiny", json=text, signature=signature, public_key=home.public_key
+        )
+    )
+    with pytest.raises(HomeError, match="signed by a version that reads it otherwise"):
+        Coordinator.open(home.path, "aaaa")
+    assert len(registry.plans()) == 1
+    registry.close()
+
+
 def test_one_coordinator_at_a_time(home: CoordinatorHome) -> None:
     with home.exclusive(), pytest.raises(HomeError, match="another coordinator"), home.exclusive():
         pass
@@ -279,6 +299,29 @@ def test_the_moving_average_weighs_rounds_by_their_age(finished: FinishedRun) ->
     assert all(torch.equal(averaged(chain, decay=0.0)[name], second[name]) for name in second)
     with pytest.raises(CheckpointError, match="no committed round"):
         averaged(chain[:1], decay=0.25)
+
+
+def test_rounds_before_its_stage_have_no_share_in_a_control_net(tmp_path: Path) -> None:
+    create_signing_key(tmp_path / "key")
+    store = CheckpointStore(tmp_path / "run", load_signing_key(tmp_path / "key"))
+    # Two rounds of the denoiser, then two of the ControlNet, whose first factors never train.
+    values = [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 3.0), (2.0, 5.0)]
+    parent = None
+    for denoiser, control in values:
+        state = {
+            "layer.second": torch.tensor([denoiser]),
+            "control.nuclei.layer.second": torch.tensor([control]),
+            "control.nuclei.layer.first": torch.tensor([7.0]),
+        }
+        parent = store.write(
+            run_id="run", plan_hash="0" * 64, parent=parent, state=state, momentum={}, receipt=None
+        )
+
+    average = averaged(store.chain(), decay=0.5)
+
+    assert float(average["layer.second"]) == pytest.approx((1 / 8 + 2 / 4 + 2 / 2 + 2) / (15 / 8))
+    assert float(average["control.nuclei.layer.second"]) == pytest.approx((3 / 2 + 5) / (3 / 2))
+    assert float(average["control.nuclei.layer.first"]) == 7.0
 
 
 def test_the_exported_generator_is_the_average_that_the_plan_asks_for(
