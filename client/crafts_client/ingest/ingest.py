@@ -381,7 +381,7 @@ def _identifiers(
     Looked at anew in every run, so that an interrupted one loses nothing of it.
     """
     found: dict[str, tuple[str, ...]] = {}
-    jobs = [[source.row.path for source in group] for group in groups]
+    jobs = [[source.row for source in group] for group in groups]
     on_beat = _counting(progress, "looking for identifiers", sum(map(len, jobs)))
     for place, kinds in pool.run(audit_group, jobs, on_beat=on_beat):
         seen = [(UNSEEN,)] * len(groups[place]) if isinstance(kinds, SlideError) else kinds
