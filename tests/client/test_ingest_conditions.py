@@ -19,6 +19,7 @@ from crafts_client.ingest import (
     remove_patient,
     shard_cut,
 )
+from crafts_client.ingest.ingest_page import write_ingest_page
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.conditions import (
     fluorescence_condition,
@@ -179,7 +180,10 @@ def test_masks_of_who_is_forgotten_are_gone(store: TileStore) -> None:
     patient = SALT.patient_id("DOE-0")
     rows = store.tile_rows_of(store.patients.index(patient))
     shards = {store.index["shard"][int(row)].as_py() for row in rows}
+    half_written = store.path / ".captions-0123456789abcdef.parquet.writing"
+    half_written.write_bytes(b"glands 0")  # killed there
     assert remove_patient(store.path, patient) == 2
+    assert not half_written.exists()
     left = TileStore.open(store.path)
     left.verify()
     assert left.has_condition(range(left.num_tiles), "nuclei").sum() == 2
@@ -302,6 +306,9 @@ def test_what_a_mask_carries_is_told_by_kind(table: Path, tmp_path: Path) -> Non
         ("text fields of PNG",) if number % 2 == 0 else () for number in range(6)
     ]
     assert "JANE" not in report.model_dump_json()
+    page = write_ingest_page(report, tmp_path).read_text()
+    assert 'nuclei<b>3</b><span class="muted">tiles with an image' in page
+    assert 'fluorescence<b>2</b><span class="muted">tiles with an image' in page
 
 
 def test_a_tile_that_pillow_cannot_make_sense_of_is_skipped_by_name(

@@ -84,13 +84,14 @@ def ingest_slides(
         mpp=options.mpp,
         withdrawn=withdrawn,
     )
+    problems = [*problems, *_conditions_of_slides(rows)]
     with (
         _also_told(problems),
         open_update(target, former) as update,
         Pool(num_processes, silence_s=silence_s) as pool,
     ):
         listed, wrong = _sources(rows, salt, lambda _: asdict(options))
-        wrong += [*_duplicates(listed, "slide"), *_conditions_of_slides(rows)]
+        wrong += _duplicates(listed, "slide")
         sources = update.new(listed)
         jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
         _refuse_what_is_wrong(pool, jobs, [*problems, *wrong], progress)

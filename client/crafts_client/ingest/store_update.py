@@ -136,7 +136,8 @@ class StoreUpdate:
         if said is None or said.num_tiles != num_tiles:
             self.done(source, num_tiles, {})
         else:
-            self._outcomes.append(said.model_copy(update={"line": source.row.line}))
+            now = {"line": source.row.line, "conditions": tuple(source.row.conditions)}
+            self._outcomes.append(said.model_copy(update=now))
 
     def add(self, source: Source, shard: Shard, tiles: Sequence[PlacedTile]) -> None:
         """Tiles of a source that lie in a shard; what was cut from it before goes."""

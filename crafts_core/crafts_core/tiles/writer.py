@@ -253,8 +253,13 @@ def copy_members(
 
 
 def _remove_left_over(path: Path, manifest: StoreManifest) -> None:
-    """Files of ours that the manifest does not name: former indexes, shards of who left."""
-    for pattern in ("index-*.parquet", "captions-*.parquet", f"{SHARDS}/*.tar"):
+    """Files of ours that the manifest does not name: former indexes, shards of who left.
+
+    Half-written ones, too: what a kill or a full disk left may be captions of who left.
+    """
+    written = ("index-*.parquet", "captions-*.parquet")
+    half_written = (f".{pattern}.writing" for pattern in written)
+    for pattern in (*written, *half_written, f"{SHARDS}/*.tar"):
         for file in path.glob(pattern):
             if str(file.relative_to(path)) not in manifest.files:
                 file.unlink()
