@@ -355,6 +355,9 @@ def _sweep(
     path = home.tile_store_path
     if report is not None:
         _write_report(home, report)
+    else:  # what cannot be read any more may name whoever went
+        for told in (home.ingest_report_path, home.path / PAGE_NAME):
+            told.unlink(missing_ok=True)
     store = TileStore.open(path) if path.exists() else None
     _sweep_pictures(home, report, store)
     if store is not None:
@@ -374,6 +377,8 @@ def _sweep_pictures(home: SiteHome, report: IngestReport | None, store: TileStor
     for path in home.pictures_path.glob("*.jpg"):
         if path.stem.removesuffix(OVERLAY_ENDING) not in kept:
             path.unlink()
+    for path in home.pictures_path.glob(".*.jpg.writing"):  # a kill or a full disk left it
+        path.unlink()
 
 
 def _one_at_a_time(home: SiteHome) -> AbstractContextManager[None]:

@@ -314,12 +314,17 @@ def test_patient_without_tiles_is_forgotten_too(home: SiteHome, tmp_path: Path) 
     run(
         "ingest", write_table(folder / "t.csv", "file,patient,label", rows[:1]), "--home", home.path
     )
+    (home.pictures_path / ".b.jpg.writing").write_bytes(b"Jones B")  # killed there
     for name in ("Jones C", "jones  b"):
         done = run("tiles", "forget", name, "--home", home.path, "--yes")
         assert done.exit_code == 0, done.output
     assert len(list(home.pictures_path.iterdir())) == 2
     left = everything_in(home.path)
     assert not [n for n, c in left.items() if b"Jones B" in c or b"Jones C" in c]
+    assert b"Jones A" in left["ingest.html"]
+    home.ingest_report_path.write_text("torn")
+    assert run("tiles", "forget", "Jones A", "--home", home.path, "--yes").exit_code == 0
+    assert not [n for n, c in everything_in(home.path).items() if b"Jones A" in c]
 
 
 def test_nobody_unknown_is_forgotten(home: SiteHome, tmp_path: Path) -> None:

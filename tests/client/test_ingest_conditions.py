@@ -19,7 +19,8 @@ from crafts_client.ingest import (
     remove_patient,
     shard_cut,
 )
-from crafts_core.tiles import TileStore
+from crafts_client.ingest.ingest_page import write_ingest_page
+from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.conditions import (
     fluorescence_condition,
     nuclei_condition,
@@ -179,7 +180,10 @@ def test_masks_of_who_is_forgotten_are_gone(store: TileStore) -> None:
     patient = SALT.patient_id("DOE-0")
     rows = store.tile_rows_of(store.patients.index(patient))
     shards = {store.index["shard"][int(row)].as_py() for row in rows}
+    half_written = store.path / ".captions-0123456789abcdef.parquet.writing"
+    half_written.write_bytes(b"glands 0")  # killed there
     assert remove_patient(store.path, patient) == 2
+    assert not half_written.exists()
     left = TileStore.open(store.path)
     left.verify()
     assert left.has_condition(range(left.num_tiles), "nuclei").sum() == 2
@@ -228,6 +232,7 @@ def test_a_mask_must_be_a_file_of_its_own_below_the_folder(table: Path) -> None:
         ("missing.png", "does not exist"),
         ("folder", "is a folder"),
         ("DOE-n0.png", "also that of line 2"),
+        ("t1.png", "is the tile of line 3"),
     ):
         table.write_text(text.replace("DOE-n2.png", name))
         with pytest.raises(IngestError, match=f"line 4: nuclei file .*{message}"):
@@ -250,3 +255,74 @@ def test_masks_over_whole_slides_are_refused(table: Path, tmp_path: Path) -> Non
             read_table(table), tmp_path / "s", cohort="colon", salt=SALT,
             options=TilingOptions(tile_px=PX, mpp=1.0), num_processes=0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("then", ["is_forgotten", "goes_on"])
+def test_nothing_of_a_corrected_tile_stays_where_it_lay(
+    table: Path, store: TileStore, then: str
+) -> None:
+    """Else the pixels of a patient would outlive ``forget`` in a shard of somebody else."""
+    row = row_of(store, 3)
+    (shard,) = (store.path / "shards").glob(f"{store.index['shard'][row].as_py()}.tar")
+    start, length = (store.index[column][row].as_py() for column in ("offset", "length"))
+    jpeg = shard.read_bytes()[start : start + length]
+    others = [number for number in range(6) if number % 3 and number != 3]
+    images = store.read_images([row_of(store, number) for number in (0, *others)])
+    own = store.read_conditions([row_of(store, 0)], "nuclei")
+    assert sum(jpeg in content for content in files_of(store.path).values()) == 1
+
+    table.write_text(table.read_text().replace("t3.png,DOE-0", "t3.png,DOE-1"))
+    run(table, store.path)
+    store = TileStore.open(store.path)
+    store.verify()
+    assert sum(jpeg in content for content in files_of(store.path).values()) == 1
+    if then == "is_forgotten":
+        assert remove_patient(store.path, SALT.patient_id("DOE-1")) == 3
+        assert not any(jpeg in content for content in files_of(store.path).values())
+        assert TileStore.open(store.path).num_tiles == 3
+        return
+    assert store.num_tiles == 6
+    again = store.read_images([row_of(store, number) for number in (0, *others)])
+    assert (again == images).all()
+    assert (store.read_conditions([row_of(store, 0)], "nuclei") == own).all()
+    before = files_of(store.path)
+    run(table, store.path)
+    assert files_of(store.path) == before
+
+
+def test_a_damaged_shard_is_not_copied_under_a_new_hash(table: Path, store: TileStore) -> None:
+    shard = store.path / "shards" / f"{store.index['shard'][row_of(store, 3)].as_py()}.tar"
+    content = bytearray(shard.read_bytes())
+    content[store.index["offset"][row_of(store, 0)].as_py() + 200] ^= 1
+    shard.write_bytes(content)
+    table.write_text(table.read_text().replace("t3.png,DOE-0", "t3.png,DOE-1"))
+    with pytest.raises(TileStoreError, match="--repair"):
+        run(table, store.path)
+
+
+def test_what_a_mask_carries_is_told_by_kind(table: Path, tmp_path: Path) -> None:
+    report = run(table, tmp_path / "store")
+    assert [outcome.identifiers for outcome in report.sources] == [
+        ("text fields of PNG",) if number % 2 == 0 else () for number in range(6)
+    ]
+    assert "JANE" not in report.model_dump_json()
+    page = write_ingest_page(report, tmp_path).read_text()
+    assert 'nuclei<b>3</b><span class="muted">tiles with an image' in page
+    assert 'fluorescence<b>2</b><span class="muted">tiles with an image' in page
+
+
+def test_a_tile_that_pillow_cannot_make_sense_of_is_skipped_by_name(
+    table: Path, tmp_path: Path
+) -> None:
+    tile = table.parent / "t1.png"
+    Image.fromarray(np.full((PX, PX), 40_000, np.uint16)).save(tile)
+    Image.fromarray(np.ones((PX, PX), np.uint8)).save(table.parent / "t3.tif")
+    whole = (table.parent / "t3.tif").read_bytes()
+    start = int.from_bytes(whole[4:8], "little")  # its width goes
+    (table.parent / "t3.tif").write_bytes(whole[: start + 3] + b"\2" + whole[start + 4 :])
+    table.write_text(table.read_text().replace("t3.png", "t3.tif"))
+    report = run(table, tmp_path / "store")
+    assert [(s.file, str(s.skipped)[:8]) for s in report.skipped] == [
+        ("t1.png", "I;16 pix"),
+        ("t3.tif", "not a re"),
+    ]

@@ -1,5 +1,6 @@
 """Conditions are what slow loops say, survive being stored, and come only from fitting files."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from crafts_core.plan import Modality
 from crafts_core.tiles.conditions import (
     ConditionError,
     check_condition_file,
@@ -217,3 +219,36 @@ def test_what_does_not_fit_or_cannot_be_read_is_named(tmp_path: Path) -> None:
     pages[0].save(tmp_path / "many.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(ConditionError, match="5 channels"):
         check_condition_file(tmp_path / "many.tif", "fluorescence", (8, 8))
+
+
+@pytest.mark.parametrize("modality", ["nuclei", "fluorescence"])
+def test_a_damaged_header_is_named_whatever_pillow_makes_of_it(
+    tmp_path: Path, modality: Modality
+) -> None:
+    path = tmp_path / "m.tif"
+    Image.fromarray(np.ones((32, 32), np.uint16)).save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    start = int.from_bytes(whole[4:8], "little")
+    for _ in range(300):
+        torn = bytearray(whole)
+        torn[start + rng.integers(len(whole) - start)] = rng.integers(256)
+        path.write_bytes(torn)
+        for look in (
+            lambda: check_condition_file(path, modality, (32, 32)),
+            lambda: read_condition(path, modality, tile_px=8),
+        ):
+            with contextlib.suppress(ConditionError):
+                look()
+    path.write_bytes(whole[: start + 3] + b"\2" + whole[start + 4 :])  # no width
+    with pytest.raises(ConditionError, match=r"m\.tif"):
+        check_condition_file(path, modality, (32, 32))
+
+
+def test_pages_of_two_places_and_numbers_from_white_are_refused(tmp_path: Path) -> None:
+    small, large = (Image.fromarray(np.ones((px, px), np.uint8)) for px in (8, 16))
+    small.save(tmp_path / "pages.tif", save_all=True, append_images=[large])
+    with pytest.raises(ConditionError, match=r"page 2 of fluorescence .* is 16x16"):
+        check_condition_file(tmp_path / "pages.tif", "fluorescence", (8, 8))
+    small.save(tmp_path / "white.tif", tiffinfo={262: 0})
+    with pytest.raises(ConditionError, match="counts from white"):
+        check_condition_file(tmp_path / "white.tif", "nuclei", (8, 8))

@@ -84,13 +84,14 @@ def ingest_slides(
         mpp=options.mpp,
         withdrawn=withdrawn,
     )
+    problems = [*problems, *_conditions_of_slides(rows)]
     with (
         _also_told(problems),
         open_update(target, former) as update,
         Pool(num_processes, silence_s=silence_s) as pool,
     ):
         listed, wrong = _sources(rows, salt, lambda _: asdict(options))
-        wrong += [*_duplicates(listed, "slide"), *_conditions_of_slides(rows)]
+        wrong += _duplicates(listed, "slide")
         sources = update.new(listed)
         jobs = [_slide_job(source, target, options, pictures) for source in _largest_first(sources)]
         _refuse_what_is_wrong(pool, jobs, [*problems, *wrong], progress)
@@ -381,7 +382,7 @@ def _identifiers(
     Looked at anew in every run, so that an interrupted one loses nothing of it.
     """
     found: dict[str, tuple[str, ...]] = {}
-    jobs = [[source.row.path for source in group] for group in groups]
+    jobs = [[source.row for source in group] for group in groups]
     on_beat = _counting(progress, "looking for identifiers", sum(map(len, jobs)))
     for place, kinds in pool.run(audit_group, jobs, on_beat=on_beat):
         seen = [(UNSEEN,)] * len(groups[place]) if isinstance(kinds, SlideError) else kinds

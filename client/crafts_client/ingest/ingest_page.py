@@ -88,6 +88,7 @@ def _content(report: IngestReport, pictures: Path) -> dict[str, object]:
         "refused": report.runs[0] if report.runs and report.runs[0].num_problems else None,
         "rejected": _parts(report.rejected),
         "rejected_bar": ingest_charts.segments(_parts(report.rejected)),
+        "conditions": _total(Counter(source.conditions) for source in used),
         "identifiers": _total(Counter(source.identifiers) for source in report.sources),
         "slides": _slide_rows(report.sources, pictures, far_slides) if is_slides else [],
         "patients": _patients(report),

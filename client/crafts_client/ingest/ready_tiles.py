@@ -11,9 +11,9 @@ from PIL import Image
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import Problem, SlideError
 from crafts_client.ingest.pool import Beat
-from crafts_client.ingest.readers.image_files import FORMATS
+from crafts_client.ingest.readers.image_files import FORMATS, MODES_OF_8_BITS
 from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
-from crafts_client.ingest.source_audit import audit_image
+from crafts_client.ingest.source_audit import UNSEEN, audit_image
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
 from crafts_core.plan import Modality
@@ -62,11 +62,18 @@ def cut_group(job: GroupJob, beat: Beat) -> Shard:
         return cut.finish()
 
 
-def audit_group(paths: Sequence[Path], beat: Beat) -> list[tuple[str, ...]]:
-    """What each of some images carries beside its picture; see ``source_audit``."""
+def audit_group(rows: Sequence[TableRow], beat: Beat) -> list[tuple[str, ...]]:
+    """What each of some images, or what lies over it, carries beside its picture.
+
+    See ``source_audit``.
+    """
     found = []
-    for path in paths:
-        found.append(audit_image(path))
+    for row in rows:
+        kinds = {
+            kind for path in (row.path, *row.conditions.values()) for kind in audit_image(path)
+        }
+        # That something could not be looked at comes last.
+        found.append(tuple(sorted(kinds, key=lambda kind: (kind == UNSEEN, kind))))
         beat(1)
     return found
 
@@ -77,7 +84,7 @@ def condition_problems(row: TableRow, beat: Beat) -> list[Problem]:
     try:
         with Image.open(row.path, formats=FORMATS) as image:
             size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:
         return []  # the tile itself is skipped later, by name
     problems: list[Problem] = []
     for modality, path in row.conditions.items():
@@ -103,14 +110,13 @@ def prepare_tile(
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
+                if image.mode not in MODES_OF_8_BITS:  # Pillow would make it all white
+                    told = f"{image.mode} pixels; expected 8 bits of red, green and blue"
+                    raise SlideError(told)
                 opaque = _opaque(image)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,  # what Pillow raises for a broken PNG
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except SlideError:
+        raise
+    except Exception as error:  # Pillow answers damage with any kind
         raise SlideError(
             f"not a readable image ({', '.join(FORMATS)}), or far too large"
         ) from error

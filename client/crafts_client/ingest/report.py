@@ -13,6 +13,7 @@ from crafts_client.ingest.deidentify import plain_name
 from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import write_file
+from crafts_core.plan import Modality
 
 MAX_DENSITY = 0.8
 """Where the histograms of ``Stain`` end."""
@@ -72,6 +73,8 @@ class SourceOutcome(_Record):
     """Tiles whose compressed bytes went into the store as they were."""
     identifiers: tuple[str, ...] = ()
     """Kinds of identifying things that the file has and the store does not."""
+    conditions: tuple[Modality, ...] = ()
+    """What lies over the ready tile in the store."""
     stain: Stain | None = None
     warnings: tuple[str, ...] = ()
     """What a person should look at although it was used."""
@@ -102,6 +105,7 @@ class SourceOutcome(_Record):
             num_tiles=num_tiles,
             rejected={reason: number for reason, number in sorted(rejected.items()) if number},
             skipped=skipped,
+            conditions=tuple(row.conditions) if num_tiles else (),
             **facts,
         )
 

@@ -29,7 +29,14 @@ from crafts_client.ingest.table import TableRow
 from crafts_core.durable import exclusive_lock
 from crafts_core.tiles.records import ROW_SCHEMA
 from crafts_core.tiles.store import TileStore
-from crafts_core.tiles.writer import MANIFEST_NAME, SHARDS, StoredFile, StoredSource, commit_store
+from crafts_core.tiles.writer import (
+    MANIFEST_NAME,
+    SHARDS,
+    StoredFile,
+    StoredSource,
+    commit_store,
+    copy_members,
+)
 
 _ROWS_PER_TABLE = 5_000
 _LOCK = "ingest.lock"
@@ -129,7 +136,8 @@ class StoreUpdate:
         if said is None or said.num_tiles != num_tiles:
             self.done(source, num_tiles, {})
         else:
-            self._outcomes.append(said.model_copy(update={"line": source.row.line}))
+            now = {"line": source.row.line, "conditions": tuple(source.row.conditions)}
+            self._outcomes.append(said.model_copy(update=now))
 
     def add(self, source: Source, shard: Shard, tiles: Sequence[PlacedTile]) -> None:
         """Tiles of a source that lie in a shard; what was cut from it before goes."""
@@ -191,8 +199,10 @@ class StoreUpdate:
             kind, self._outcomes, captions=caption_report(table), already=self._num_already
         )
         self._pack()
-        replaced = pa.array(sorted(self._replaced), pa.string())
-        kept = self._old_rows.filter(pc.invert(pc.is_in(self._old_rows["slide"], replaced)))
+        is_replaced = _is_one_of(self._old_rows["slide"], self._replaced)
+        kept = self._without_bytes_of(
+            self._old_rows.filter(is_replaced), self._old_rows.filter(pc.invert(is_replaced))
+        )
         rows = pa.concat_tables([_as_in_table(kept, self._rows, self._target.salt), *self._tables])
         if rows.num_rows == 0:
             shutil.rmtree(self._target.store / WORK)
@@ -210,6 +220,21 @@ class StoreUpdate:
         )
         shutil.rmtree(self._target.store / WORK, ignore_errors=True)
         return report
+
+    def _without_bytes_of(self, gone: pa.Table, kept: pa.Table) -> pa.Table:
+        """What stays, with shards of its own where a ready tile that goes lay in one with it.
+
+        Otherwise the pixels would outlive their row: a tile that was another patient's would still
+        be there after that patient was forgotten.
+        """
+        for name in sorted({*gone["shard"].to_pylist()} & {*kept["shard"].to_pylist()}):
+            is_mate = pc.equal(kept["shard"], name)
+            rows, shard, stored = copy_members(
+                self._target.store, name, self._shards[name], kept.filter(is_mate)
+            )
+            self._shards[shard] = stored
+            kept = pa.concat_tables([kept.filter(pc.invert(is_mate)), rows])
+        return kept
 
     def _pack(self) -> None:
         """Python's lists take ten times the memory of Arrow's."""

@@ -345,10 +345,13 @@ def _find_condition(modality: Modality, name: str, base: Path) -> tuple[Path, st
 
 
 def _shared_conditions(rows: Sequence[TableRow]) -> Iterator[tuple[int, str]]:
-    """One image over two tiles is a mistake, and would mix their patients."""
+    """One image over two tiles is a mistake, and would mix their patients; so is a tile itself."""
     first: dict[Path, int] = {}
+    tiles = {row.path: row.line for row in rows if row.name}
     for row in rows:
         for modality, path in row.conditions.items():
+            if path in tiles:
+                yield row.line, f"{modality} file {path.name} is the tile of line {tiles[path]}"
             line = first.setdefault(path, row.line)
             if line != row.line:
                 yield row.line, f"{modality} file {path.name} is also that of line {line}"

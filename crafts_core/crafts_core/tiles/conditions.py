@@ -12,9 +12,10 @@ Everything here is a function of one tile: nothing is fitted on a cohort, so not
 accounted for. Shape letters: C channels of a condition, M channels of a file, H W pixels.
 """
 
+import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.995
 """Of a fluorescence channel: what becomes 0 and 1."""
 _LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")
 _BINARY_PIECES = 4
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+"""Tag of TIFF. Pillow turns such 8-bit numbers round, so that the background becomes a nucleus."""
 _STORED_MODES: dict[Modality, str] = {"nuclei": "RGB", "fluorescence": "RGBA"}
 NUM_CHANNELS: dict[Modality, int] = {"nuclei": 3, "fluorescence": 2 * MAX_FLUORESCENCE_CHANNELS}
 """Of the float condition that a ControlNet takes."""
@@ -222,39 +225,44 @@ def read_condition(
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         square = box or (left, top, left + side, top + side)
-        try:
-            if modality == "nuclei":
-                # Big-endian files give numbers that scipy does not take.
-                whole_HW = _checked_labels(np.asarray(image).astype(np.int64), path)
-                labels_HW = _nearest(whole_HW, square, tile_px)
-                return to_bytes(nuclei_condition(labels_HW), modality)
-            channels = [_resampled(channel, square, tile_px) for channel in _channels(image)]
-            return to_bytes(fluorescence_condition(channels), modality)
-        except ConditionError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ConditionError(f"{modality} image {path.name} is damaged: {error}") from error
+        if modality == "nuclei":
+            # Big-endian files give numbers that scipy does not take.
+            whole_HW = _checked_labels(np.asarray(image).astype(np.int64), path)
+            labels_HW = _nearest(whole_HW, square, tile_px)
+            return to_bytes(nuclei_condition(labels_HW), modality)
+        channels = [_resampled(channel, square, tile_px) for channel in _channels(image)]
+        return to_bytes(fluorescence_condition(channels), modality)
 
 
-def _opened(path: Path, modality: Modality) -> Image.Image:
+@contextlib.contextmanager
+def _opened(path: Path, modality: Modality) -> Iterator[Image.Image]:
+    """The open image. Pillow answers damage with any kind of exception, at any time."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path, formats=FORMATS)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+            image = Image.open(path, formats=FORMATS)
+    except Exception as error:
         raise ConditionError(
-            f"{modality} image {path.name} is not a readable image ({', '.join(FORMATS)})"
+            f"{modality} image {path.name} is not a readable image ({', '.join(FORMATS)}), or "
+            "far too large"
         ) from error
+    with image:
+        try:
+            yield image
+        except ConditionError:
+            raise
+        except Exception as error:
+            raise ConditionError(f"{modality} image {path.name} is damaged: {error}") from error
 
 
 def _check_header(image: Image.Image, modality: Modality) -> None:
     name = Path(str(getattr(image, "filename", ""))).name
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise ConditionError(
+            f"{modality} image {name} counts from white: its numbers would be read the wrong way "
+            "round; save it with 0 as black (in ImageJ: without an inverting LUT)"
+        )
     num_pages = getattr(image, "n_frames", 1)
     if modality == "nuclei":
         if image.mode not in _LABEL_MODES or num_pages > 1:
@@ -263,6 +271,16 @@ def _check_header(image: Image.Image, modality: Modality) -> None:
                 f"or 32-bit integers, got mode {image.mode} in {num_pages} pages"
             )
         return
+    first = (image.size, image.mode)
+    for page in range(min(num_pages, MAX_FLUORESCENCE_CHANNELS)):
+        image.seek(page)
+        if (image.size, image.mode) != first:
+            raise ConditionError(
+                f"page {page + 1} of fluorescence image {name} is {image.width}x{image.height} "
+                f"(mode {image.mode}), the first {first[0][0]}x{first[0][1]} (mode {first[1]}): "
+                "every page is a channel of the same place"
+            )
+    image.seek(0)
     num_channels = num_pages * len(image.getbands())
     if image.mode == "P" or not 1 <= num_channels <= MAX_FLUORESCENCE_CHANNELS:
         raise ConditionError(

@@ -212,9 +212,54 @@ def commit_store(
     return manifest
 
 
+def copy_members(
+    path: Path, shard: str, stored: StoredFile, rows: pa.Table
+) -> tuple[pa.Table, str, StoredFile]:
+    """Copy some tiles of a shard into a new one beside it, which counts with the next commit.
+
+    Args:
+        path: The store.
+        shard: Which shard of it.
+        stored: What that must be.
+        rows: ``ROW_SCHEMA``; the tiles of it that are wanted.
+
+    Returns:
+        The rows with their new places, and the new shard: its name, which follows from the old one
+        and from the tiles, and what it is.
+
+    Raises:
+        TileStoreError: the old shard is not what was written.
+    """
+    source = path / shard_path(shard)
+    if describe_file(source) != stored:  # damage must not be carried on under a new hash
+        raise TileStoreError(
+            f"{path}: {shard_path(shard)} was changed; crafts-client tiles check --repair takes "
+            "out what is damaged"
+        )
+    records = rows.to_pylist()
+    told = "\n".join((shard, *(record["tile_id"] for record in records)))
+    name = hashlib.sha256(told.encode()).hexdigest()[:32]
+    with source.open("rb") as file, ShardWriter(path / shard_path(name)) as copy:
+
+        def member(record: Mapping[str, int], prefix: str = "") -> bytes:
+            file.seek(record[f"{prefix}offset"])
+            return file.read(record[f"{prefix}length"])
+
+        for record in records:
+            conditions = {modality: member(record, f"{modality}_") for modality in MODALITIES}
+            record |= copy.append_tile(record["tile_id"], member(record), conditions)
+            record["shard"] = name
+        return pa.Table.from_pylist(records, schema=ROW_SCHEMA), name, copy.finish()
+
+
 def _remove_left_over(path: Path, manifest: StoreManifest) -> None:
-    """Files of ours that the manifest does not name: former indexes, shards of who left."""
-    for pattern in ("index-*.parquet", "captions-*.parquet", f"{SHARDS}/*.tar"):
+    """Files of ours that the manifest does not name: former indexes, shards of who left.
+
+    Half-written ones, too: what a kill or a full disk left may be captions of who left.
+    """
+    written = ("index-*.parquet", "captions-*.parquet")
+    half_written = (f".{pattern}.writing" for pattern in written)
+    for pattern in (*written, *half_written, f"{SHARDS}/*.tar"):
         for file in path.glob(pattern):
             if str(file.relative_to(path)) not in manifest.files:
                 file.unlink()

@@ -21,7 +21,7 @@ from crafts_client.ingest.readers.seam import (
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 MAX_IMAGE_PX = 100_000_000
 """A plain image is decoded whole: 300 MB at most."""
-_8_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+MODES_OF_8_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _REFUSED = (
     "damaged, or neither a slide that OpenSlide, tiffslide or wsidicom can read nor an image "
     f"({', '.join(FORMATS)})"
@@ -44,7 +44,7 @@ class ImageFile:
         self.levels: tuple[Level, ...] = pyramid([size])
         if size[0] * size[1] > MAX_IMAGE_PX:
             raise SlideError(f"{size[0]} x {size[1]} pixels are too many for a plain image")
-        if mode not in _8_BIT_MODES:
+        if mode not in MODES_OF_8_BITS:
             raise SlideError(f"{mode} pixels; expected 8 bits of red, green and blue")
         self._is_damaged = False
 
