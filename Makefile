@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)
 	$(BIN)/crafts-sim run quickstart --out $(RUNS)/quickstart
 
-test: $(STAMP)  ## The whole suite (under twelve minutes on two cores)
+test: $(STAMP)  ## The whole suite (about twelve minutes on two cores)
 	$(PYTEST) -m "not exhaustive"
 
 test-fast: $(STAMP)  ## Without the slow tests (under two minutes)
