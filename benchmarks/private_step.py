@@ -184,26 +184,26 @@ class Workload:
         if setting.compile:
             self.model.compile()
 
-    def loss_per_tile(self, first: int, last: int) -> Tensor:
-        """Losses (B,) of tiles ``first`` to ``last``."""
+    def loss_of(self, tiles: slice | Tensor) -> Tensor:
+        """Losses (B,) of some tiles."""
         setting = self.setting
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.half):
-            output = self.model(*(each[first:last] for each in self._inputs))
-        return (output.float() - self._target[first:last]).square().mean((1, 2, 3))
+            output = self.model(*(each[tiles] for each in self._inputs))
+        return (output.float() - self._target[tiles]).square().mean((1, 2, 3))
 
     def loss(self, first: int, last: int) -> Tensor:
         """Their mean."""
-        return self.loss_per_tile(first, last).mean()
+        return self.loss_of(slice(first, last)).mean()
 
     def all_losses(self) -> Tensor:
         """Of every tile of every patient."""
-        return self.loss_per_tile(0, self.setting.patients * self.setting.tiles)
+        return self.loss_of(slice(0, self.setting.patients * self.setting.tiles))
 
-    def group_loss(self, group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        """Neighbouring patients in one pass."""
+    def group_loss(self, places: Sequence[int | None]) -> Tensor:
+        """Patients of one pass; rows of the first one fill places that nobody is left for."""
         tiles = self.setting.tiles
-        losses_B = self.loss_per_tile(group[0] * tiles, (group[-1] + 1) * tiles) / tiles
-        return losses_B, [tiles] * len(group)
+        rows = [(patient or 0) * tiles + tile for patient in places for tile in range(tiles)]
+        return self.loss_of(torch.tensor(rows)) / tiles
 
     def patient_loss(self, patient: int) -> Tensor:
         tiles = self.setting.tiles
@@ -219,9 +219,14 @@ def private_step(work: Workload) -> Step:
 def private_step_in_groups(work: Workload) -> Step:
     """As many patients to a backward pass as fill it."""
     optimizer, patients = _private_sgd(work), work.setting.patients
-    gradients = GroupGradients(work.model, list(work.parameters.values())).__enter__()
-    group_size = max(1, GROUP_ROWS[work.setting.device] // work.setting.tiles)
-    return lambda: optimizer.step_in_groups(patients, work.group_loss, gradients, group_size)
+    tiles = work.setting.tiles
+    gradients = GroupGradients(
+        work.model,
+        list(work.parameters.values()),
+        num_patients=max(1, GROUP_ROWS[work.setting.device] // tiles),
+        num_tiles=tiles,
+    ).__enter__()
+    return lambda: optimizer.step_in_groups(patients, work.group_loss, gradients)
 
 
 def _private_sgd(work: Workload) -> PatientSGD:

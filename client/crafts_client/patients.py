@@ -4,7 +4,8 @@ Nothing here names a patient; the index is the place in the tile store. Shape le
 C H W latent, L tokens, D features, K anchors.
 """
 
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from crafts_core.tiles.augment import turned_as_view
 from crafts_core.tiles.conditions import NUM_CHANNELS, to_floats
 from crafts_core.tiles.latents import LatentCache, tile_keys
 from crafts_core.tiles.store import TileStore
+from crafts_privacy.ranks import Ranks
 
 Places = npt.NDArray[np.int64]
 
@@ -43,6 +45,22 @@ class PatientTiles:
     def num_patients(self) -> int:
         """Exact and therefore private: it decides who is sampled and never leaves the site."""
         return len(self._places)
+
+    def of_rank(self, ranks: Ranks) -> Sequence[int]:
+        """Whom one of a site's devices deals with: told by the pseudonym alone.
+
+        Were patients dealt out by their number, one more would send the next ones to other devices,
+        which may round otherwise.
+        """
+        return [
+            index
+            for index in range(self.num_patients)
+            if zlib.crc32(self.pseudonym(index).encode()) % ranks.count == ranks.rank
+        ]
+
+    def pseudonym(self, patient: int) -> str:
+        """Of the patient at an index."""
+        return self._store.patients[self._places[patient]]
 
     def batch(
         self,

@@ -6,13 +6,14 @@ operator: how often a patient's gradient was not finite.
 """
 
 import copy
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crafts_client.errors import TrainingError
 from crafts_client.patients import PatientTiles, probe_batch
@@ -34,21 +35,26 @@ from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients
+from crafts_privacy.isolation import is_isolated
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
 from crafts_privacy.optimizers import AdamBC, Momentum, Optimizer
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
-from crafts_privacy.ranks import Ranks
+from crafts_privacy.ranks import Alone, Ranks
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
 _LOG = logging.getLogger(__name__)
 
 _AWAKE = 0.1
 """Standard deviation of what ``_awake`` adds."""
+_WILD = 5.0
+"""Standard deviation of what a hostile adapter may hold, for a check before the first round."""
+_SHIFTS = (1, 2, 3, 4)
+"""Passes of the check that patients are isolated (``is_isolated``); one a round."""
 Drawn = tuple[TileBatch, Draws]
 """A patient's tiles with their noise and timesteps."""
 
 
-def entropy_generator() -> torch.Generator:
+def entropy_generator(step: int = 0, patient: str = "") -> torch.Generator:  # noqa: ARG001
     """A generator that nobody can seed again: which tiles, which noise, which timesteps."""
     return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
 
@@ -59,8 +65,9 @@ class Randomness:
 
     noise: NoiseSource
     sampler: PatientSampler
-    generator: Callable[[], torch.Generator]
-    """Called once per round, for the choice of tiles and for the diffusion draws."""
+    generator: Callable[[int, str], torch.Generator]
+    """A fresh one for each step of a round and each patient (by pseudonym), for the choice of tiles
+    and the diffusion draws: who else is drawn must not move a patient's draws."""
 
     @classmethod
     def from_os(cls, *, exact_noise: bool = False) -> "Randomness":
@@ -137,6 +144,7 @@ class Trainer:
         self._ranks = ranks
         self._public_tiles: dict[Modality | None, TileBatch] = {}
         self._trusted: dict[tuple[StageConfig, Factor], Speed] = {}
+        self._shifts = itertools.cycle(_SHIFTS)
         self.num_unusable_patients = 0
         """Of the newest round, as ``PatientSGD`` counts them: for the site's own eyes."""
 
@@ -172,27 +180,25 @@ class Trainer:
             sampler=self._randomness.sampler,
             ranks=self._ranks,
         )
-        generator = self._randomness.generator()
+        own = self._patients.of_rank(self._ranks or Alone())
 
-        def drawn(patient: int) -> Drawn:
-            return self._drawn(patient, objective, task, generator)
+        def drawn(place: int) -> Drawn:
+            return self._drawn(own[place], objective, task, step=optimizer.steps_taken)
 
-        num_patients = self._patients.num_patients
         group_size = self._group_size(speed, rows, task.factor)
         if group_size == 1:
             for _ in range(task.stage.local_steps):
-                optimizer.step(
-                    num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
-                )
+                optimizer.step(len(own), lambda place: _parts(objective, drawn(place), speed, rows))
         else:
-            with GroupGradients(self._adapter.network, list(parameters.values())) as gradients:
+            filler = self._filler(objective, task.stage, rows)
+
+            def group_loss(places: Sequence[int | None]) -> Tensor:
+                group = [filler if place is None else drawn(place) for place in places]
+                return _joined(objective, group, filler)
+
+            with self._groups(list(parameters.values()), group_size, rows) as gradients:
                 for _ in range(task.stage.local_steps):
-                    optimizer.step_in_groups(
-                        num_patients,
-                        lambda group: _joined(objective, [drawn(patient) for patient in group]),
-                        gradients,
-                        group_size,
-                    )
+                    optimizer.step_in_groups(len(own), group_loss, gradients)
         self.num_unusable_patients = optimizer.num_unusable_patients()
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
@@ -217,35 +223,91 @@ class Trainer:
         return objective
 
     def _trusted_speed(self, task: TrainingTask, objective: Objective, rows: int) -> Speed:
-        """The site's shortcuts if public tiles have the same gradients with and without them."""
-        known = self._trusted.get((task.stage, task.factor))
-        if known is None:
-            known = self._speed
-            group_size = self._group_size(known, rows, task.factor)
-            if group_size > 1 or known.changes_the_passes:
-                error = self._error_of(known, group_size, task, objective, rows)
-                if not error <= known.tolerance:
-                    _LOG.warning(
-                        "gradients of public tiles are off by %.0e of their length with the "
-                        "shortcuts of site.toml; training without them",
-                        error,
-                    )
-                    known = Speed(microbatch_tiles=known.microbatch_tiles, group_rows=1)
-            self._trusted[task.stage, task.factor] = known
-        known.apply(self._adapter)
-        return known
+        """The site's shortcuts, as far as public tiles show that they change no gradient.
+
+        Once for a stage and factor: gradients with and without them are nearly the same. Patients
+        who share a pass: to the last bit alone, once with wild weights and then with every adapter
+        that comes. What is left out depends on public numbers only.
+        """
+        key = (task.stage, task.factor)
+        if key not in self._trusted:
+            self._trusted[key] = self._believed(task, objective, rows)
+        speed = self._trusted[key]
+        if self._group_size(speed, rows, task.factor) > 1:
+            shift = next(self._shifts)
+            if not self._patients_are_isolated(speed, task, objective, rows, [shift]):
+                _LOG.warning(
+                    "patients who share a backward pass are not isolated to the last bit with this "
+                    "round's adapter; training them one by one"
+                )
+                speed = replace(speed, group_rows=1)
+        speed.apply(self._adapter)
+        return speed
+
+    def _believed(self, task: TrainingTask, objective: Objective, rows: int) -> Speed:
+        """What of the site's shortcuts holds before the first round."""
+        speed = self._speed
+        group_size = self._group_size(speed, rows, task.factor)
+        if group_size == 1 and not speed.changes_the_passes:
+            return speed
+        error = self._error_of(speed, group_size, task, objective, rows)
+        if not error <= speed.tolerance:
+            _LOG.warning(
+                "gradients of public tiles are off by %.0e of their length with the shortcuts of "
+                "site.toml; training without them",
+                error,
+            )
+            return Speed(microbatch_tiles=speed.microbatch_tiles, group_rows=1)
+        if group_size > 1:
+            self._adapter.load_state(_moved(task, _WILD))
+            is_isolated = self._patients_are_isolated(speed, task, objective, rows, _SHIFTS)
+            self._adapter.load_state(_awake(task))
+            if not is_isolated:
+                _LOG.warning(
+                    "patients who share a backward pass are not isolated to the last bit on this "
+                    "device; training them one by one, which may take longer"
+                )
+                return replace(speed, group_rows=1)
+        return speed
+
+    def _patients_are_isolated(
+        self,
+        speed: Speed,
+        task: TrainingTask,
+        objective: Objective,
+        rows: int,
+        shifts: Sequence[int],
+    ) -> bool:
+        """Of public patients, with the weights that the adapter holds now."""
+        parameters = list(self._adapter.trainable(task.factor).values())
+        group_size = self._group_size(speed, rows, task.factor)
+        filler = self._filler(objective, task.stage, rows)
+        cohort = [
+            self._public_patient(objective, task.stage, rows, seed=index)
+            for index in range(group_size)
+        ]
+        strangers = [filler, *(_spoilt(filler, value) for value in (torch.nan, 0.0, 1e4))]
+        strangers = strangers[shifts[0] % 4 :] + strangers[: shifts[0] % 4]
+        speed.apply(self._adapter)
+        with self._groups(parameters, group_size, rows) as gradients:
+            isolated = is_isolated(
+                lambda group: gradients.compute(_joined(objective, group, filler)),
+                cohort,
+                strangers,
+                shifts,
+            )
+        self._adapter.run_with()
+        return isolated
 
     def _error_of(
         self, speed: Speed, group_size: int, task: TrainingTask, objective: Objective, rows: int
     ) -> float:
         """Of the gradients of two public patients with as many tiles as ours have."""
         parameters = list(self._adapter.trainable(task.factor).values())
-        tiles = self._probe(2, task.stage)
-        cohort: list[Drawn] = []
-        for index in range(2):
-            batch = tiles.select(torch.tensor([index] * rows))
-            batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
-            cohort.append((batch, _public_draws(objective, batch)))
+        cohort = [
+            self._public_patient(objective, task.stage, rows, seed=index)
+            for index in range(max(group_size, 2))
+        ]
         one, whole = FlatGradient(parameters), Speed(microbatch_tiles=speed.microbatch_tiles)
 
         def one_by_one(chosen: Speed) -> Tensor:
@@ -258,12 +320,32 @@ class Trainer:
         if group_size == 1:
             found_PD = one_by_one(speed)
         else:
-            with GroupGradients(self._adapter.network, parameters) as gradients:
-                found_PD = gradients.compute(*_joined(objective, cohort))
+            with self._groups(parameters, group_size, rows) as gradients:
+                found_PD = gradients.compute(_joined(objective, cohort, cohort[0]))
         one.release()
         self._adapter.run_with()
         length = exact_PD.norm().clamp(min=torch.finfo(torch.float32).tiny)
         return float((found_PD - exact_PD).norm() / length)
+
+    def _groups(
+        self, parameters: Sequence[nn.Parameter], group_size: int, rows: int
+    ) -> GroupGradients:
+        return GroupGradients(
+            self._adapter.network, parameters, num_patients=group_size, num_tiles=rows
+        )
+
+    def _public_patient(
+        self, objective: Objective, stage: StageConfig, rows: int, *, seed: int
+    ) -> Drawn:
+        """One who has as many rows as a pass has for each: a probe tile, each time noised anew."""
+        tiles = self._probe(3, stage).select(torch.tensor([seed % 3] * rows))
+        batch = replace(tiles, weight_B=torch.full_like(tiles.weight_B, 1.0 / rows))
+        return batch, objective.draw(batch, torch.Generator().manual_seed(seed))
+
+    def _filler(self, objective: Objective, stage: StageConfig, rows: int) -> Drawn:
+        """Rows that weigh nothing, for places and tiles that are not there. Public."""
+        batch, draws = self._public_patient(objective, stage, rows, seed=0)
+        return replace(batch, weight_B=torch.zeros_like(batch.weight_B)), draws
 
     def _probe(self, num_tiles: int, stage: StageConfig) -> TileBatch:
         known, modality = self._public_tiles, stage.modality
@@ -280,9 +362,11 @@ class Trainer:
         patient: int,
         objective: Objective,
         task: TrainingTask,
-        generator: torch.Generator,
+        *,
+        step: int,
     ) -> Drawn:
         """Up to K of a patient's tiles, J times each, with their noise and timesteps."""
+        generator = self._randomness.generator(step, self._patients.pseudonym(patient))
         tiles = self._patients.batch(
             patient,
             max_tiles=task.privacy.tiles_per_patient,
@@ -299,11 +383,14 @@ def _awake(task: TrainingTask) -> Mapping[str, Tensor]:
     Behind zero convolutions every gradient is zero, and nothing could be seen to be wrong: before a
     control round they are moved a little, by public numbers.
     """
-    if task.stage.modality is None:
-        return task.state
+    return task.state if task.stage.modality is None else _moved(task, _AWAKE)
+
+
+def _moved(task: TrainingTask, std: float) -> Mapping[str, Tensor]:
+    """The round's state with public random numbers added to what trains."""
     source = torch.Generator().manual_seed(0)
     moved = {
-        name: _AWAKE * torch.randn(task.state[name].shape, generator=source)
+        name: std * torch.randn(task.state[name].shape, generator=source)
         for name in factor_names(task.state, task.factor)
     }
     return add_delta(task.state, moved)
@@ -339,14 +426,29 @@ def _parts(objective: Objective, drawn: Drawn, speed: Speed, rows: int) -> Itera
         yield tiles.mean(objective.loss_per_tile(tiles, _select(draws, part)))
 
 
-def _joined(objective: Objective, group: Sequence[Drawn]) -> tuple[Tensor, Sequence[int]]:
-    """Weighted losses of all tiles of some patients, and how many tiles each has."""
-    batch = TileBatch.cat([batch for batch, _ in group])
-    draws = Draws.cat([draws for _, draws in group])
-    tiles_P = [len(batch) for batch, _ in group]
-    if not len(batch):
-        return batch.weight_B, tiles_P
-    return batch.weight_B * objective.loss_per_tile(batch, draws), tiles_P
+def _joined(objective: Objective, group: Sequence[Drawn], filler: Drawn) -> Tensor:
+    """Weighted losses of all rows of some patients, each filled up to as many as ``filler`` has."""
+    filled = [_filled(drawn, filler) for drawn in group]
+    batch = TileBatch.cat([batch for batch, _ in filled])
+    draws = Draws.cat([draws for _, draws in filled])
+    return batch.weight_B * objective.loss_per_tile(batch, draws)
+
+
+def _filled(drawn: Drawn, filler: Drawn) -> Drawn:
+    batch, draws = drawn
+    missing = torch.arange(len(filler[0]) - len(batch))
+    if not len(missing):
+        return drawn
+    rest, rest_draws = filler[0].select(missing), _select(filler[1], missing)
+    return TileBatch.cat([batch, rest]), Draws.cat([draws, rest_draws])
+
+
+def _spoilt(drawn: Drawn, value: float) -> Drawn:
+    """A patient whose latents are all ``value``, and count."""
+    batch, draws = drawn
+    weight_B = torch.full_like(batch.weight_B, 1.0 / len(batch))
+    latents_BCHW = torch.full_like(batch.latents_BCHW, value)
+    return replace(batch, latents_BCHW=latents_BCHW, weight_B=weight_B), draws
 
 
 def _select(draws: Draws, rows: Tensor) -> Draws:

@@ -66,7 +66,7 @@ class Engine(Protocol):
         """One private step."""
 
     def step_in_groups(
-        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients, group_size: int
+        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients
     ) -> None:
         """The same, several patients to a backward pass; asked for only with ``in_groups``."""
 
@@ -274,9 +274,12 @@ def _observe(
         for row_D in tiles_of(patient):
             yield layer(row_D).sum()
 
-    def group_loss(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        rows_BD = torch.cat([tiles_of(patient) for patient in group])
-        return layer(rows_BD).squeeze(1), [_TILES] * len(group)
+    nobody_TD = torch.zeros(_TILES, _COORDINATES, device=make.device)
+
+    def group_loss(places: Sequence[int | None]) -> Tensor:
+        rows = [nobody_TD if patient is None else tiles_of(patient) for patient in places]
+        loss_B: Tensor = layer(torch.cat(rows)).squeeze(1)
+        return loss_B
 
     released, counts = [], []
     for _ in range(2):
@@ -286,8 +289,10 @@ def _observe(
             # From zero each time, so that float32 weights hold the whole step.
             nn.init.zeros_(layer.weight)
             if in_groups:
-                with GroupGradients(layer, list(layer.parameters())) as gradients:
-                    engine.step_in_groups(_PATIENTS, group_loss, gradients, _GROUP)
+                with GroupGradients(
+                    layer, list(layer.parameters()), num_patients=_GROUP, num_tiles=_TILES
+                ) as gradients:
+                    engine.step_in_groups(_PATIENTS, group_loss, gradients)
             else:
                 engine.step(_PATIENTS, patient_loss)
             weights_D = layer.weight.detach()[0].double().cpu().numpy()

@@ -81,16 +81,37 @@ class GroupGradients:
     and convolution layers are folded here; for other layers Opacus' per-sample rules are summed
     over each patient's tiles.
 
+    Every pass has one shape. Which order a processor adds numbers in depends on the shape of what
+    it multiplies, so in a pass of another shape a patient's gradient would round differently; and
+    how many patients are left for a step's last pass depends on who was drawn.
+    ``crafts_privacy.isolation`` checks that nothing else in a pass matters.
+
     Only while the context is open. Right where no layer mixes tiles, which
     ``crafts_core.stages.objective.assert_per_tile`` checks.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        *,
+        num_patients: int,
+        num_tiles: int,
+    ) -> None:
         """Find the layers that own ``parameters``.
+
+        Args:
+            module: What runs in a pass.
+            parameters: What trains.
+            num_patients: Places in every pass.
+            num_tiles: Rows of each place.
 
         Raises:
             ValueError: a layer that neither folds nor has a rule; train patient by patient.
         """
+        if num_patients < 1 or num_tiles < 1:
+            raise ValueError(f"expected at least one row, got {num_patients} x {num_tiles}")
+        self.num_patients, self.num_tiles = num_patients, num_tiles
         self._parameters = parameters
         trained = set(map(id, parameters))
         self._layers = [
@@ -112,7 +133,6 @@ class GroupGradients:
         ]
         self._root = torch.zeros((), device=parameters[0].device, requires_grad=True)
         self._handles: list[RemovableHandle] = []
-        self._tiles_P: Sequence[int] = ()
         self._rows_of: Mapping[int, Tensor] = {}
 
     def __enter__(self) -> Self:
@@ -136,36 +156,41 @@ class GroupGradients:
         )
         return tapped
 
-    def compute(self, loss_B: Tensor, tiles_P: Sequence[int]) -> Tensor:
-        """Each patient's gradient, float32 (P, D).
+    def compute(self, loss_B: Tensor) -> Tensor:
+        """The gradient at each place, float32 (P, D).
 
         Args:
-            loss_B: The losses of all tiles, a patient's next to each other, adding up to that
-                patient's loss. Computed inside the context, in one forward pass whose first
-                dimension is B.
-            tiles_P: How many tiles each patient has; a patient without a tile gets zeros.
+            loss_B: The losses of all rows, a patient's next to each other, adding up to that
+                patient's loss; a row that only fills its place weighs nothing in it. Computed
+                inside the context, in one forward pass whose first dimension is B.
+
+        Raises:
+            RuntimeError: a pass of another shape.
         """
-        if len(loss_B) != sum(tiles_P):
-            raise RuntimeError(f"expected {sum(tiles_P)} losses, got {len(loss_B)}")
+        self._check_shape(len(loss_B))
         size = sum(parameter.numel() for parameter in self._parameters)
-        grad_PD = torch.zeros(len(tiles_P), size, device=self._parameters[0].device)
+        grad_PD = torch.zeros(self.num_patients, size, device=self._parameters[0].device)
         rows = _rows_of(grad_PD, self._parameters)
         self._rows_of = dict(zip(map(id, self._parameters), rows, strict=True))
-        self._tiles_P = tiles_P
         try:
-            if len(loss_B):
-                torch.autograd.grad([loss_B.sum()], [self._root], allow_unused=True)
+            torch.autograd.grad([loss_B.sum()], [self._root], allow_unused=True)
         finally:
             self._rows_of = {}
         return grad_PD
 
     def _add(self, layer: nn.Module, input_B: Tensor, backprop_B: Tensor) -> None:
         """One call's share of the rows of its layer's parameters."""
-        if not len(input_B) == len(backprop_B) == sum(self._tiles_P):
+        self._check_shape(len(input_B))
+        self._check_shape(len(backprop_B))
+        _add_by_patient(layer, input_B.float(), backprop_B.float(), self.num_tiles, self._rows_of)
+
+    def _check_shape(self, num_rows: int) -> None:
+        expected = self.num_patients * self.num_tiles
+        if num_rows != expected:
             raise RuntimeError(
-                "a layer ran on another batch than the loss; train patient by patient"
+                f"expected {expected} rows in every pass, in losses and layers, got {num_rows}; "
+                "train patient by patient"
             )
-        _add_by_patient(layer, input_B.float(), backprop_B.float(), self._tiles_P, self._rows_of)
 
 
 class _Tap(torch.autograd.Function):
@@ -224,7 +249,7 @@ def _add_by_patient(
     layer: nn.Module,
     input_B: Tensor,
     backprop_B: Tensor,
-    tiles_P: Sequence[int],
+    num_tiles: int,
     rows_of: Mapping[int, Tensor],
 ) -> None:
     """Add one call's share, in float32, to the rows of its layer's parameters."""
@@ -233,17 +258,15 @@ def _add_by_patient(
         assert rule is not None
         for parameter, grad_B in rule(layer, [input_B], backprop_B).items():
             if id(parameter) in rows_of:
-                parts = zip(rows_of[id(parameter)], grad_B.split(list(tiles_P)), strict=True)
-                for row, part in parts:
-                    row += part.sum(0)
+                rows_of[id(parameter)] += grad_B.unflatten(0, (-1, num_tiles)).sum(1)
         return
     weight, bias = rows_of.get(id(layer.weight)), rows_of.get(id(layer.bias))
-    if isinstance(layer, nn.Linear) and len(set(tiles_P)) == 1:
-        # Everybody has as many tiles: one product for all patients. A LoRA factor's is so thin
-        # that a GPU is idle unless there is one for each tile.
+    if isinstance(layer, nn.Linear):
+        # One product for all patients. A LoRA factor's is so thin that a GPU is idle unless there
+        # is one for each tile.
         thin = backprop_B.is_cuda and min(layer.in_features, layer.out_features) <= _THIN
-        by_patient = (len(tiles_P), -1)
-        num_products = len(backprop_B) if thin else len(tiles_P)
+        by_patient = (-1, num_tiles if thin else 1)
+        num_products = len(backprop_B) // (1 if thin else num_tiles)
         input_GNI = input_B.reshape(num_products, -1, layer.in_features)
         backprop_GNO = backprop_B.reshape(num_products, -1, layer.out_features)
         if weight is not None:
@@ -252,29 +275,26 @@ def _add_by_patient(
         if bias is not None:
             bias += backprop_GNO.unflatten(0, by_patient).sum((1, 2))
         return
-    split = zip(input_B.split(list(tiles_P)), backprop_B.split(list(tiles_P)), strict=True)
+    split = zip(input_B.split(num_tiles), backprop_B.split(num_tiles), strict=True)
     for patient, (input_T, backprop_T) in enumerate(split):
         if weight is not None:
             weight[patient] += _weight_gradient(layer, input_T, backprop_T)
         if bias is not None:
-            channel = 1 if isinstance(layer, nn.Conv2d) else backprop_T.ndim - 1
-            bias[patient] += backprop_T.sum([d for d in range(backprop_T.ndim) if d != channel])
+            bias[patient] += backprop_T.sum((0, 2, 3))
 
 
-def _weight_gradient(layer: nn.Module, input_T: Tensor, backprop_T: Tensor) -> Tensor:
+def _weight_gradient(layer: nn.Conv2d, input_T: Tensor, backprop_T: Tensor) -> Tensor:
     """Of one patient's tiles together."""
-    if isinstance(layer, nn.Conv2d):
-        gradient: Tensor = conv2d_weight(
-            input_T,
-            layer.weight.shape,
-            backprop_T,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-        )
-        return gradient
-    return backprop_T.flatten(0, -2).mT @ input_T.flatten(0, -2)
+    gradient: Tensor = conv2d_weight(
+        input_T,
+        layer.weight.shape,
+        backprop_T,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
+    return gradient
 
 
 def views_of(flat_D: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

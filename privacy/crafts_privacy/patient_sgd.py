@@ -31,10 +31,11 @@ Parts (a generator, so that one graph exists at a time) cut a patient into micro
 gradients add up *before* clipping, so it is the patient that is bounded.
 """
 
-GroupLoss = Callable[[Sequence[int]], tuple[Tensor, Sequence[int]]]
-"""Patients to (loss of each of their tiles (B,), how many tiles each patient has).
+GroupLoss = Callable[[Sequence[int | None]], Tensor]
+"""The patients of one pass, by their places, to the losses of all its rows (B,).
 
-A patient's tiles are neighbours, and their losses add up to that patient's mean loss.
+A patient's rows are neighbours, and their losses add up to that patient's mean loss. ``None`` is a
+place that nobody was left for: public rows fill it, and what they give is thrown away.
 """
 
 
@@ -174,6 +175,9 @@ class PatientSGD:
     def step(self, num_patients: int, patient_loss: PatientLoss) -> None:
         """One step on a fresh Poisson sample of ``num_patients``; an empty one is noise only.
 
+        With several ranks these are the patients that this one deals with. Which they are must not
+        depend on who else is there, or a device that rounds otherwise would tell.
+
         A patient whose gradient is not finite contributes zero. A step that an exception cuts
         short leaves the weights alone and still counts.
         """
@@ -186,17 +190,19 @@ class PatientSGD:
         self._noisy_step(num_patients, one_by_one)
 
     def step_in_groups(
-        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients, group_size: int
+        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients
     ) -> None:
-        """The same step, several patients to a backward pass: faster where each has few tiles."""
+        """The same step, several patients to a backward pass: faster where each has few tiles.
+
+        Every pass has the shape of ``gradients``, whoever and however many were drawn.
+        """
+        size = gradients.num_patients
 
         def by_group(drawn: Sequence[int]) -> Iterator[Tensor]:
-            for start in range(0, len(drawn), group_size):
-                group = drawn[start : start + group_size]
-                loss_B, tiles_P = group_loss(group)
-                if len(tiles_P) != len(group):
-                    raise ValueError("expected a number of tiles for each patient of the group")
-                yield from gradients.compute(loss_B, tiles_P)
+            for start in range(0, len(drawn), size):
+                group = drawn[start : start + size]
+                places = [*group, *[None] * (size - len(group))]
+                yield from gradients.compute(group_loss(places))[: len(group)]
 
         self._noisy_step(num_patients, by_group)
 
@@ -207,10 +213,8 @@ class PatientSGD:
         self._sum_D.zero_()
         ranks = self._ranks
         try:
-            num_own = len(range(ranks.rank, num_patients, ranks.count))
-            drawn = self._sampler.sample(num_own, self._mechanism.sample_rate)
-            own = [ranks.rank + ranks.count * int(index) for index in drawn]
-            for grad_D in gradients_of(own):
+            drawn = self._sampler.sample(num_patients, self._mechanism.sample_rate)
+            for grad_D in gradients_of([int(index) for index in drawn]):
                 self._add_patient(grad_D)
             if self._mechanism.private and ranks.rank == 0:
                 sensitivity = self._mechanism.max_grad_norm / self._step

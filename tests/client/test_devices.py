@@ -4,6 +4,8 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 from torch import multiprocessing
@@ -14,6 +16,8 @@ from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
+from crafts_core.tiles import TileStore
+from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
 from crafts_privacy.ledger import Ledger
 from support.sites import Coordinator, make_site_home, policy_of
@@ -50,7 +54,10 @@ def test_devices_share_the_patients_and_one_lost_device_loses_nothing(
 
     monkeypatch.setattr(PatientTiles, "batch", counted)
     first = site.answer(coordinator.message(plan, state))
-    assert set(here) == {0, 3}, "the other four patients belong to the two workers"
+    everybody = TileStore.open(home.tile_store_path).patients
+    mine = {index for index, name in enumerate(everybody) if crc32(name.encode()) % 3 == 0}
+    assert 0 < len(mine) < 6
+    assert set(here) == mine, "the others belong to the two workers"
     assert global_norm(first.delta) > 0
 
     worker = multiprocessing.active_children()[0]
@@ -64,6 +71,25 @@ def test_devices_share_the_patients_and_one_lost_device_loses_nothing(
     assert global_norm(site.answer(second).delta) > 0
     assert len(ledger.events("main")) == 2, "the same reservation paid for the second try"
     site.close()
+
+
+def test_who_leaves_sends_nobody_to_another_device(tmp_path, foundation, coordinator) -> None:
+    """Devices may round differently: one patient less must not move the others among them."""
+    home = with_devices(tmp_path / "home", foundation, coordinator.public_key, ["cpu"])
+    store = TileStore.open(home.tile_store_path)
+    patients = PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
+
+    def dealt() -> dict[str, int]:
+        return {
+            patients.pseudonym(index): rank
+            for rank in range(3)
+            for index in patients.of_rank(SimpleNamespace(rank=rank, count=3))
+        }
+
+    before = dealt()
+    assert before.keys() == set(store.patients)
+    patients.leave_out([store.patients[0]])
+    assert dealt() == {name: rank for name, rank in before.items() if name != store.patients[0]}
 
 
 def test_a_gpu_named_twice_is_refused(tmp_path, foundation, coordinator) -> None:

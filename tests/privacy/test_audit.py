@@ -23,7 +23,7 @@ from crafts_privacy.clipping import to_grid_
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler
 from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
 
@@ -251,13 +251,28 @@ def test_a_fault_of_the_folded_gradients_is_caught(
     """Where only the path that trains several patients at once is wrong."""
     right = GroupGradients.compute
 
-    def compute(self: GroupGradients, loss_B: Tensor, tiles_P: Sequence[int]) -> Tensor:
-        if fault == "tiles as patients":
-            return right(self, loss_B, [1] * sum(tiles_P))
-        grad_PD = right(self, loss_B, tiles_P)
+    def with_neighbours(self: GroupGradients, loss_B: Tensor) -> Tensor:
+        grad_PD = right(self, loss_B)
         return grad_PD + grad_PD.roll(1, dims=0)
 
-    monkeypatch.setattr(GroupGradients, "compute", compute)
+    def by_tile(
+        self: PatientSGD, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients
+    ) -> None:
+        size, num_tiles = gradients.num_patients, gradients.num_tiles
+        gradients.num_patients, gradients.num_tiles = size * num_tiles, 1
+
+        def rows(drawn: Sequence[int]) -> Iterator[Tensor]:
+            for start in range(0, len(drawn), size):
+                group = drawn[start : start + size]
+                places = [*group, *[None] * (size - len(group))]
+                yield from gradients.compute(group_loss(places))[: len(group) * num_tiles]
+
+        self._noisy_step(num_patients, rows)
+
+    if fault == "tiles as patients":
+        monkeypatch.setattr(PatientSGD, "step_in_groups", by_tile)
+    else:
+        monkeypatch.setattr(GroupGradients, "compute", with_neighbours)
     for seed in range(num_seeds):
         result = run("", seed, num_canaries=10)
         assert caught(result, GROUP_FAULTS[fault])

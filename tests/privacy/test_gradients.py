@@ -79,13 +79,24 @@ def reference(model: Denoiser, patients: Sequence[Sequence[int]]) -> Tensor:
 
 
 def folded(model: Denoiser, patients: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-    sizes = [len(tiles) for tiles in patients]
-    weights = torch.cat([torch.full((size,), 1 / size) for size in sizes if size])
+    """Tile 0 fills places of patients with fewer tiles, and weighs nothing."""
+    most = max(map(len, patients))
+    missing = [most - len(tiles) for tiles in patients]
+    filled = [[*tiles, *[0] * rest] for tiles, rest in zip(patients, missing, strict=True)]
+    weights = [
+        [1 / max(len(tiles), 1)] * len(tiles) + [0.0] * rest
+        for tiles, rest in zip(patients, missing, strict=True)
+    ]
     half = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
-    with GroupGradients(model, model.trained()) as gradients:
+    with in_groups(model, len(patients), most) as gradients:
         with half:
-            losses = model.losses([tile for tiles in patients for tile in tiles])
-        return gradients.compute(losses * weights, sizes)
+            losses = model.losses([tile for tiles in filled for tile in tiles])
+        return gradients.compute(losses * torch.tensor(weights).flatten())
+
+
+def in_groups(model: nn.Module, num_patients: int, num_tiles: int) -> GroupGradients:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return GroupGradients(model, trained, num_patients=num_patients, num_tiles=num_tiles)
 
 
 def one_by_one(model: Denoiser, patients: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
@@ -129,7 +140,7 @@ def test_bfloat16_gradients_are_near_and_in_float32(path, kind: str) -> None:
     assert relative_error(found, reference(model, patients)) < 0.3
 
 
-def test_a_patient_without_tiles_has_a_zero_row() -> None:
+def test_a_place_that_only_fills_has_a_zero_row() -> None:
     model = Denoiser("lora")
     found = folded(model, [[1], [], [2]], torch.float32)
     assert relative_error(found[[0, 2]], reference(model, [[1], [2]])) < 1e-4
@@ -139,8 +150,8 @@ def test_a_patient_without_tiles_has_a_zero_row() -> None:
 def test_a_layer_that_runs_twice_adds_both_times() -> None:
     layer = nn.Linear(3, 3)
     inputs = torch.randn(4, 3)
-    with GroupGradients(layer, list(layer.parameters())) as gradients:
-        found = gradients.compute(layer(layer(inputs)).square().sum(1), [2, 2])
+    with in_groups(layer, 2, 2) as gradients:
+        found = gradients.compute(layer(layer(inputs)).square().sum(1))
     for row, part in zip(found, inputs.split(2), strict=True):
         grads = torch.autograd.grad(layer(layer(part)).square().sum(), list(layer.parameters()))
         assert torch.allclose(row, torch.cat([grad.flatten() for grad in grads]), atol=1e-6)
@@ -154,28 +165,37 @@ def test_a_layer_without_a_rule_is_refused_before_training() -> None:
 
     layer = Scale()
     with pytest.raises(ValueError, match="Scale by patient; train patient by patient"):
-        GroupGradients(layer, list(layer.parameters()))
+        in_groups(layer, 1, 1)
 
 
 def test_what_changes_a_layers_output_in_place_is_refused() -> None:
     layer = nn.Linear(3, 3)
-    gradients = GroupGradients(layer, list(layer.parameters()))
+    gradients = in_groups(layer, 2, 1)
     with gradients, pytest.raises(RuntimeError, match="inplace"):
-        gradients.compute(torch.relu_(layer(torch.randn(2, 3))).sum(1), [1, 1])
+        gradients.compute(torch.relu_(layer(torch.randn(2, 3))).sum(1))
 
 
 def test_what_changes_a_layers_input_in_place_is_refused() -> None:
     layer, inputs = nn.Linear(3, 3), torch.randn(2, 3)
-    with GroupGradients(layer, list(layer.parameters())) as gradients:
+    with in_groups(layer, 2, 1) as gradients:
         losses = layer(inputs).sum(1)
         inputs += 1
         with pytest.raises(RuntimeError, match="inplace"):
-            gradients.compute(losses, [1, 1])
+            gradients.compute(losses)
 
 
 def test_a_layer_that_mixes_the_batch_is_refused() -> None:
     layer = nn.Linear(3, 3)
-    with GroupGradients(layer, list(layer.parameters())) as gradients:
+    with in_groups(layer, 2, 1) as gradients:
         losses = layer(torch.randn(1, 3)).sum(1).expand(2)
-        with pytest.raises(RuntimeError, match="another batch"):
-            gradients.compute(losses, [1, 1])
+        with pytest.raises(RuntimeError, match="expected 2 rows in every pass"):
+            gradients.compute(losses)
+
+
+def test_a_pass_of_another_shape_is_refused() -> None:
+    """A last group that is smaller would round otherwise, and its size tells who was drawn."""
+    layer = nn.Linear(3, 3)
+    with in_groups(layer, 3, 2) as gradients:
+        losses = layer(torch.randn(4, 3)).sum(1)
+        with pytest.raises(RuntimeError, match="expected 6 rows in every pass"):
+            gradients.compute(losses)

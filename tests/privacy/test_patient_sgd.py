@@ -263,17 +263,31 @@ def test_parts_of_a_patient_add_up_before_the_clip(chunk: int) -> None:
     assert torch.allclose(before - flat(model), naive_clipped_sum([1, 4]), atol=2e-6)
 
 
-def group_loss(model: nn.Module) -> GroupLoss:
-    def losses(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        tiles = [tiles_of(patient) for patient in group]
-        images = torch.cat([images for images, _ in tiles])
-        targets = torch.cat([targets for _, targets in tiles])
-        return loss_per_tile(model, images, targets) / NUM_TILES, [NUM_TILES] * len(group)
+NOBODY = 99
+"""Who fills a place; anything finite but the same each time."""
+
+
+def group_loss(model: nn.Module, *, spoil: float | None = None) -> GroupLoss:
+    """With ``spoil`` patient 1 holds that number everywhere."""
+
+    def losses(places: Sequence[int | None]) -> Tensor:
+        tiles = [tiles_of(NOBODY if patient is None else patient) for patient in places]
+        images, targets = (torch.cat(each) for each in zip(*tiles, strict=True))
+        if spoil is not None and 1 in places:
+            start = places.index(1) * NUM_TILES
+            images[start : start + NUM_TILES] = spoil
+        return loss_per_tile(model, images, targets) / NUM_TILES
 
     return losses
 
 
-@pytest.mark.parametrize("group_size", [1, 2, 5])
+def groups_of(model: nn.Module, group_size: int) -> GroupGradients:
+    return GroupGradients(
+        model, list(model.parameters()), num_patients=group_size, num_tiles=NUM_TILES
+    )
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 5, 7])
 def test_a_group_in_one_pass_equals_the_naive_reference(group_size: int) -> None:
     """All layers, norms included, five patients with gradients of very different lengths."""
     model, drawn = make_model(), [0, 1, 2, 4, 5]
@@ -281,18 +295,32 @@ def test_a_group_in_one_pass_equals_the_naive_reference(group_size: int) -> None
     before = flat(model)
     mech = mechanism(expected_patients=1.0)
     sgd = optimizer(model, mech=mech, sampler=FixedSampler(drawn))
-    with GroupGradients(model, list(model.parameters())) as gradients:
-        sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, group_size)
+    with groups_of(model, group_size) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients)
     assert torch.allclose(before - flat(model), naive_clipped_sum(drawn), atol=4e-6)
     assert sgd.event().steps == 1
     assert not any(layer.training for layer in model.modules())
 
 
+def test_every_pass_has_as_many_places_whoever_was_drawn() -> None:
+    model, seen = make_model(), []
+
+    def losses(places: Sequence[int | None]) -> Tensor:
+        seen.append(list(places))
+        return group_loss(model)(places)
+
+    for drawn in ([0, 1, 2, 4, 5], [3], []):
+        sgd = optimizer(model, sampler=FixedSampler(drawn))
+        with groups_of(model, 3) as gradients:
+            sgd.step_in_groups(NUM_PATIENTS, losses, gradients)
+    assert seen == [[0, 1, 2], [4, 5, None], [3, None, None]]
+
+
 def test_a_group_leaves_no_gradient_and_no_hook_behind() -> None:
     model = make_model()
     sgd = optimizer(model, sampler=FixedSampler([0, 1]))
-    with GroupGradients(model, list(model.parameters())) as gradients:
-        sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, 2)
+    with groups_of(model, 2) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients)
         assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(layer._forward_hooks for layer in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -304,31 +332,10 @@ def test_one_bad_patient_of_a_group_leaves_the_others_alone(bad: float) -> None:
     model = make_model()
     before = flat(model)
     sgd = optimizer(model, mech=mechanism(expected_patients=1.0), sampler=FixedSampler([0, 1, 2]))
-
-    def spoiled(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        images = torch.cat([tiles_of(patient)[0] for patient in group])
-        targets = torch.cat([tiles_of(patient)[1] for patient in group])
-        images[NUM_TILES : 2 * NUM_TILES] = bad
-        return loss_per_tile(model, images, targets) / NUM_TILES, [NUM_TILES] * len(group)
-
-    with GroupGradients(model, list(model.parameters())) as gradients:
-        sgd.step_in_groups(NUM_PATIENTS, spoiled, gradients, 3)
+    with groups_of(model, 3) as gradients:
+        sgd.step_in_groups(NUM_PATIENTS, group_loss(model, spoil=bad), gradients)
     assert torch.allclose(before - flat(model), naive_clipped_sum([0, 2]), atol=4e-6)
     assert sgd.num_unusable_patients() == 1
-
-
-def test_a_patient_of_a_group_without_tiles_contributes_zero() -> None:
-    model = make_model()
-    before = flat(model)
-    sgd = optimizer(model, mech=mechanism(expected_patients=1.0), sampler=FixedSampler([0, 3]))
-
-    def first_only(group: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        losses, sizes = group_loss(model)(group[:1])
-        return losses, [*sizes, 0]
-
-    with GroupGradients(model, list(model.parameters())) as gradients:
-        sgd.step_in_groups(NUM_PATIENTS, first_only, gradients, 2)
-    assert torch.allclose(before - flat(model), naive_clipped_sum([0]), atol=2e-6)
 
 
 def test_without_privacy_it_is_torch_sgd() -> None:

@@ -26,7 +26,11 @@ CASES = {
 
 
 def train(ranks: Ranks, own: list[int] | None, *, failing: int | None = None) -> list[float]:
-    """A few steps on linear losses; ``failing`` is a patient whose loss raises."""
+    """A few steps on linear losses; ``failing`` is a patient whose loss raises.
+
+    Patient p is dealt with by rank p modulo their number; ``own`` are places among a rank's.
+    """
+    mine = range(ranks.rank, NUM_PATIENTS, ranks.count)
     weights = nn.Parameter(torch.zeros(4))
     # Rank 0's noise is the same as alone; the others must not add any.
     noise = SeededNoise(3) if ranks.rank == 0 else GridNoise()
@@ -43,14 +47,15 @@ def train(ranks: Ranks, own: list[int] | None, *, failing: int | None = None) ->
         ranks=ranks,
     )
 
-    def loss(patient: int) -> torch.Tensor:
+    def loss(place: int) -> torch.Tensor:
+        patient = mine[place]
         if patient == failing:
             raise ValueError("this patient's tiles cannot be read")
         direction = torch.randn(4, generator=torch.Generator().manual_seed(patient))
         return (weights * direction).sum() * (patient + 0.1)
 
     for _ in range(STEPS):
-        sgd.step(NUM_PATIENTS, loss)
+        sgd.step(len(mine), loss)
     return [float(value) for value in weights.detach()]
 
 

@@ -1,7 +1,7 @@
 """The whole federated path with one site and no noise is local training, to rounding."""
 
 import copy
-import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_simulations.local_grid import LocalGrid, LocalNode
 from support.foundations import tiny_foundation
+from support.noise import draws_of
 from support.sites import make_site_home, plan_values, without_privacy
 
 SEED = 40
@@ -39,11 +40,10 @@ def test_one_site_without_noise_equals_local_training(tmp_path: Path) -> None:
     home = make_site_home(
         tmp_path / "site", foundation, coordinator_home.public_key, allow_non_private=True
     )
-    numbers = itertools.count(1)
     randomness = Randomness(
         noise=GridNoise(),
         sampler=PoissonSampler(),  # everybody, at sample_rate 1
-        generator=lambda: torch.Generator().manual_seed(SEED + next(numbers)),
+        generator=partial(draws_of, SEED),
     )
     app = make_client_app(lambda _path: Site(home, foundation, randomness=randomness))
     grid = LocalGrid({"site": LocalNode(app=app, node_config={HOME_KEY: str(home.path)})})
@@ -88,12 +88,12 @@ def _train_locally(foundation, plan: Plan, home) -> dict[str, torch.Tensor]:
     for planned in plan.rounds():
         if planned.starts_stage:
             stage_start = adapter.state()
-        generator = torch.Generator().manual_seed(SEED + planned.round)
         weights = list(adapter.trainable(planned.factor).values())
         objective = Objective(foundation, adapter, planned.stage, stage_start)
-        for _ in range(planned.stage.local_steps):
+        for step in range(1, planned.stage.local_steps + 1):
             losses = []
             for patient in range(patients.num_patients):
+                generator = draws_of(SEED, step, patients.pseudonym(patient))
                 batch = patients.batch(patient, max_tiles=3, generator=generator)
                 draws = objective.draw(batch, generator)
                 losses.append(objective.loss_per_tile(batch, draws).mean())

@@ -1,5 +1,6 @@
 """Seeded doubles of the privacy randomness. Tests only: a seed voids every guarantee."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,12 @@ from torch import Tensor
 
 from crafts_privacy.noise import add_gaussian_integers_
 from crafts_privacy.sampling import poisson_sample
+
+
+def draws_of(seed: int, step: int, patient: str) -> torch.Generator:
+    """What ``Randomness.generator`` gives, made again from a seed."""
+    words = hashlib.sha256(f"{seed} {step} {patient}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(words[:7], "little"))
 
 
 class SeededNoise:
@@ -30,6 +37,16 @@ class NoNoise:
 
     def add_(self, grid_sum_D: Tensor, std: float) -> None:
         """Nothing."""
+
+
+class RecordedSums:
+    """Keeps every clipped sum, in whole grid steps, and adds nothing."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+    def add_(self, grid_sum_D: Tensor, std: float) -> None:
+        self.sums.append(grid_sum_D.clone())
 
 
 class SeededSampler:
