@@ -46,6 +46,7 @@ class Rule(StrEnum):
     FACTOR = "factor"
     REPLAY = "replay"
     UPDATE_NORM = "update_norm"
+    ADAPTER_NORM = "adapter_norm"
     APPROVAL = "approval"
     RUN = "run"
 
@@ -77,6 +78,8 @@ class Policy(BaseModel):
     max_local_steps: Annotated[int, Field(ge=1)]
     max_rounds: Annotated[int, Field(ge=1)]
     max_update_norm: Annotated[float, Field(gt=0)]
+    max_adapter_norm: Annotated[float, Field(gt=0)]
+    """Longest adapter that is trained from, whoever signed for it (L2 over all its numbers)."""
     allow_non_private: bool
     """Training without noise: for synthetic or public data only."""
     require_secure_aggregation: bool
@@ -154,6 +157,18 @@ class Policy(BaseModel):
             raise PolicyError(
                 Rule.UPDATE_NORM,
                 f"the update's norm {update_norm:g} passes {self.max_update_norm:g}",
+            )
+
+    def check_adapter_norm(self, adapter_norm: float) -> None:
+        """What a coordinator sends to train from must be of a believable size.
+
+        Raises:
+            PolicyError: rule ``adapter_norm``.
+        """
+        if not adapter_norm <= self.max_adapter_norm:  # NaN must refuse too
+            raise PolicyError(
+                Rule.ADAPTER_NORM,
+                f"the adapter's norm {adapter_norm:g} passes {self.max_adapter_norm:g}",
             )
 
 

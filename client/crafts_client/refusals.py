@@ -76,6 +76,7 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.REPLAY: Refusal(137, "policy: the round was answered before, from another checkpoint"),
     Rule.UPDATE_NORM: Refusal(138, "policy: the update is longer than the site lets out"),
     Rule.APPROVAL: Refusal(139, "policy: nobody at the site has approved the plan yet"),
+    Rule.ADAPTER_NORM: Refusal(148, "policy: the adapter is longer than the site trains from"),
     Rule.RUN: Refusal(140, "policy: the plan has had its run here; its operator can allow another"),
 }
 

@@ -131,7 +131,7 @@ class Site:
         mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
         policy.check_noise(mechanism)
         trainer = self._trainer_for(plan)
-        state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash)
+        state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash, policy)
         task = TrainingTask(
             stage=stage,
             factor=request.factor,
@@ -260,7 +260,7 @@ class Site:
         if wanted == message.request.checkpoint_hash:
             found = state
         elif message.stage_start is not None:
-            found = _read_hashed(message, "stage_start", state, wanted)
+            found = _read_hashed(message, "stage_start", state, wanted, self._home.policy)
         else:
             kept = stage_start.recall(path, wanted)
             if kept is None:
@@ -294,13 +294,16 @@ class Site:
         )
 
 
-def _read_hashed(message: RoundMessage, name: str, expected: State, expected_hash: str) -> State:
-    """Decode one of the message's states and compare its hash."""
+def _read_hashed(
+    message: RoundMessage, name: str, expected: State, expected_hash: str, policy: Policy
+) -> State:
+    """Decode one of the message's states, compare its hash, and measure it."""
     record = message.adapter if name == "adapter" else message.stage_start
     assert record is not None
     state = read_state(record, expected)
     if state_hash(state) != expected_hash:
         raise ExchangeError(f"{name} is not the checkpoint that the request names")
+    policy.check_adapter_norm(global_norm(state))
     return state
 
 

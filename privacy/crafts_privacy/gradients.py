@@ -275,6 +275,7 @@ def _add_by_patient(
         if bias is not None:
             bias += backprop_GNO.unflatten(0, by_patient).sum((1, 2))
         return
+    assert isinstance(layer, nn.Conv2d)  # ``_folds`` knows no third
     split = zip(input_B.split(num_tiles), backprop_B.split(num_tiles), strict=True)
     for patient, (input_T, backprop_T) in enumerate(split):
         if weight is not None:

@@ -136,6 +136,7 @@ def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
         "max_local_steps": max(stage.local_steps for stage in plan.stage),
         "max_rounds": plan.num_rounds,
         "max_update_norm": 1e6,
+        "max_adapter_norm": 1e6,
         # The patients of a simulation are drawn, or belong to whoever runs it.
         "allow_non_private": privacy.mechanism == "none",
         "require_secure_aggregation": False,

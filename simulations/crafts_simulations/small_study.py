@@ -150,6 +150,7 @@ def _policy(plan: Plan, signer: str) -> Policy:
         max_local_steps=10,
         max_rounds=plan.num_rounds,
         max_update_norm=1e6,
+        max_adapter_norm=1e6,
         allow_non_private=False,
         require_secure_aggregation=False,
         require_approval=False,

@@ -355,6 +355,25 @@ def test_an_update_over_the_norm_limit_is_charged_closed_and_refused(
     assert ask(home, foundation, content).error == error_of(Rule.REPLAY)
 
 
+@pytest.mark.parametrize("which", ["adapter", "stage start"])
+def test_an_adapter_over_the_norm_limit_is_refused_before_it_costs_anything(
+    tmp_path, foundation, coordinator, which: str
+) -> None:
+    home = make_site_home(
+        tmp_path / "strict", foundation, coordinator.public_key, max_adapter_norm=100.0
+    )
+    plan = coordinator.plan()
+    honest = coordinator.start(plan)
+    wild = {name: value + 50.0 for name, value in honest.items()}
+    state, start = (wild, None) if which == "adapter" else (honest, wild)
+    number = 1 if which == "adapter" else 3  # the stage whose loss reads where it began
+    request = coordinator.request(plan, state, number=number, stage_start=start)
+    content = coordinator.content(plan, state, request, stage_start=start)
+
+    assert ask(home, foundation, content).error == error_of(Rule.ADAPTER_NORM)
+    assert not Ledger(home.ledger_path).entries()
+
+
 def test_training_without_privacy_is_recorded_as_infinite(
     tmp_path, foundation, coordinator
 ) -> None:

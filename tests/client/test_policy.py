@@ -113,6 +113,13 @@ def test_an_update_that_is_too_long_is_refused(norm: float) -> None:
     assert caught.value.rule is Rule.UPDATE_NORM
 
 
+@pytest.mark.parametrize("norm", [2.0001, float("inf"), float("nan")])
+def test_an_adapter_that_is_too_long_is_refused(norm: float) -> None:
+    with pytest.raises(PolicyError) as caught:
+        policy_of("key", max_adapter_norm=2.0).check_adapter_norm(norm)
+    assert caught.value.rule is Rule.ADAPTER_NORM
+
+
 @pytest.mark.parametrize(
     ("rule", "changes"),
     [

@@ -34,6 +34,7 @@ def policy_of(signer: str, **changes: object) -> Policy:
         "max_local_steps": 100,
         "max_rounds": 100,
         "max_update_norm": 1e6,
+        "max_adapter_norm": 1e6,
         "allow_non_private": False,
         "require_secure_aggregation": False,
         "require_approval": False,
