@@ -46,6 +46,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from crafts_privacy.gradients import GroupGradients
@@ -60,6 +61,7 @@ GROUP_ROWS = {"cpu": 16, "cuda": 32}
 """Tiles that fill a pass, as crafts_client.speed has it."""
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS = {"lora": ATTENTION, "lora-conv": [*ATTENTION, "conv1", "conv2"]}
+_RATE = 0.4
 KINDS = ("lora", "lora-conv", "full", "controlnet")
 Step = Callable[[], None]
 
@@ -77,6 +79,25 @@ class Setting:
     model: str
     half: bool
     compile: bool
+    group_rows: int
+
+    @property
+    def group_size(self) -> int:
+        """Patients to a backward pass."""
+        return max(1, self.group_rows // self.tiles)
+
+    @property
+    def padding(self) -> float:
+        """Rows run over rows wanted where patients are drawn at a rate of 0.4, as many on average.
+
+        Every pass has one shape, so the last one of a step is filled up with rows that weigh
+        nothing. Here all passes are full; a site pays this factor on top.
+        """
+        num_patients = round(self.patients / _RATE)
+        drawn = np.arange(num_patients + 1)
+        places = np.ceil(drawn / self.group_size) * self.group_size
+        probability = binom.pmf(drawn, num_patients, _RATE)
+        return float((places * probability).sum() / (num_patients * _RATE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +244,7 @@ def private_step_in_groups(work: Workload) -> Step:
     gradients = GroupGradients(
         work.model,
         list(work.parameters.values()),
-        num_patients=max(1, GROUP_ROWS[work.setting.device] // tiles),
+        num_patients=work.setting.group_size,
         num_tiles=tiles,
     ).__enter__()
     return lambda: optimizer.step_in_groups(patients, work.group_loss, gradients)
@@ -417,7 +438,7 @@ def measure_memory(setting: Setting, variant: str) -> float:
         if isinstance(value, bool):
             command += [f"--{name}"] if value else []
         else:
-            command += [f"--{name}", str(value)]
+            command += [f"--{name.replace('_', '-')}", str(value)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(finished.stdout)
 
@@ -426,7 +447,10 @@ def measure(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, o
     """Medians and quartiles, and ratios to the plain step."""
     by = measure_one_by_one if setting.device == "cuda" else measure_in_turns
     seconds, memory, failed = by(setting, names, repeats)
-    values: dict[str, object] = {"setting": vars(setting)}
+    values: dict[str, object] = {
+        "setting": vars(setting),
+        "padding": round(setting.padding, 3),
+    }
     # One batch may be more than a GPU holds.
     base = "plain" if "plain" in seconds else "plain, by patient"
     for name, taken in seconds.items():
@@ -456,7 +480,7 @@ def environment(device: str) -> dict[str, object]:
 
 def show(results: Sequence[dict[str, object]]) -> None:
     """One table, on stderr: time and memory over a plain step."""
-    table = Table("weights", "K", *VARIANTS, title="time / memory, plain step = 1")
+    table = Table("weights", "K", "padding", *VARIANTS, title="time / memory, plain step = 1")
     for result in results:
         setting = result["setting"]
         assert isinstance(setting, dict)
@@ -467,7 +491,8 @@ def show(results: Sequence[dict[str, object]]) -> None:
             measured = "time_over_plain" in own
             time_, memory = own.get("time_over_plain"), own.get("memory_over_plain")
             cells.append(f"{time_:.2f} / {memory:.2f}" if measured else "fails" if own else "")
-        table.add_row(setting["kind"], str(setting["tiles"]), *cells)
+        padding = f"{result['padding']:.2f}"
+        table.add_row(setting["kind"], str(setting["tiles"]), padding, *cells)
     Console(stderr=True, width=150).print(table)
 
 
@@ -481,6 +506,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", choices=list(SHAPES), help="whose shape")
     parser.add_argument("--half", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="for variants without hooks")
+    parser.add_argument("--group-rows", type=int, help="tiles that fill a pass of several patients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=10)
@@ -500,6 +526,7 @@ def main() -> None:
             model=chosen.model,
             half=chosen.half,
             compile=chosen.compile,
+            group_rows=chosen.group_rows or GROUP_ROWS[chosen.device],
         )
         if chosen.memory_of:
             print(measure_memory_here(setting, chosen.memory_of))
