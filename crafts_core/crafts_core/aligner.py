@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
+from crafts_core.pretrained import read_part, readable
 from crafts_core.quiet import quiet_transformers
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -37,10 +38,8 @@ class Aligner:
     @classmethod
     def from_directory(cls, path: Path, *, device: torch.device | str = "cpu") -> Self:
         """Load safetensors weights, tokenizer and pixel preparation from a local directory."""
-        with quiet_transformers():
-            model = CLIPModel.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
+        model = read_part(CLIPModel, path, dtype=torch.float32)
+        with readable(path), quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
         preparation: dict[str, list[float]] = {}
         if (path / _PREPARATION).exists():
@@ -133,6 +132,15 @@ def pearson(p_BK: Tensor, q_BK: Tensor) -> Tensor:
     p_BK = p_BK - p_BK.mean(dim=1, keepdim=True)
     q_BK = q_BK - q_BK.mean(dim=1, keepdim=True)
     return functional.cosine_similarity(p_BK, q_BK, dim=1, eps=1e-8)
+
+
+def cut_off(tokenizer: CLIPTokenizer, caption: str, max_tokens: int) -> str:
+    """The end of a caption that ``tokenize`` cuts off; empty where it cuts nothing."""
+    most = min(max_tokens, int(tokenizer.model_max_length))
+    whole = tokenizer(caption, add_special_tokens=False).input_ids
+    # Two places are taken by the beginning and end of the text.
+    rest: str = tokenizer.decode(whole[most - 2 :]) if len(whole) > most - 2 else ""
+    return rest.strip()
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int) -> Tensor:

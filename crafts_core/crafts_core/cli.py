@@ -1,6 +1,7 @@
 """``crafts``: use a generator. Sample images, measure them, compare two generators."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,6 +75,8 @@ def sample(
         raise typer.BadParameter("--control and --mask belong together")
     if control is not None and control not in MODALITIES:
         raise typer.BadParameter(f"--control must be {' or '.join(MODALITIES)}, got {control}")
+    if not math.isfinite(guidance):
+        raise typer.BadParameter(f"--guidance must be a number from 1 up, got {guidance}")
     with one_line_errors("crafts"):
         files = _sample_to_files(
             generator_dir,
@@ -107,10 +110,12 @@ def _sample_to_files(
     columns: int,
 ) -> list[Path]:
     # Torch and diffusers take seconds to import; `crafts --help` should not.
+    from crafts_core.devices import open_device
     from crafts_core.generator import Generator
     from crafts_core.sampling import contact_sheet, sample_images, save_png
 
-    generator = Generator.from_directory(_checked(generator_dir), device=device)
+    generator = Generator.from_directory(generator_dir, device=open_device(device))
+    _tell_what_is_cut(generator, prompts)
     control = None
     if steered_by is not None:
         control = _control(generator_dir, generator, *steered_by, out=out, count=len(prompts))
@@ -133,6 +138,15 @@ def _sample_to_files(
     return [*files, sheet]
 
 
+def _tell_what_is_cut(generator: "Generator", prompts: list[str]) -> None:
+    """One line for each prompt that the text encoder does not read to its end."""
+    for prompt in dict.fromkeys(prompts):
+        if rest := generator.left_out(prompt):
+            typer.echo(
+                f"crafts: a prompt is longer than the generator reads; left out: {rest!r}", err=True
+            )
+
+
 def _control(
     generator_dir: Path,
     generator: "Generator",
@@ -148,6 +162,7 @@ def _control(
 
     from crafts_core.durable import write_file
     from crafts_core.export import CONTROLS
+    from crafts_core.pretrained import read_part
     from crafts_core.sampling import Control
     from crafts_core.tiles.conditions import encode_condition, read_condition, to_floats
 
@@ -159,9 +174,7 @@ def _control(
     stored_CHW = read_condition(mask, modality, tile_px=generator.tile_px)
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "condition.png", encode_condition(stored_CHW, modality))
-    network = ControlNetModel.from_pretrained(
-        directory, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    network = read_part(ControlNetModel, directory, dtype=torch.float32)
     network = network.to(generator.device).eval().requires_grad_(False)
     condition_CHW = torch.from_numpy(to_floats(stored_CHW, modality))
     return Control(network, condition_CHW.expand(count, -1, -1, -1))
@@ -182,7 +195,7 @@ def evaluate(
         from crafts_core.generator import Generator
 
         evaluator, loaded = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
-        generator = Generator.from_directory(_checked(generator_dir))
+        generator = Generator.from_directory(generator_dir)
         result = evaluator.compare(loaded.generator, generator, progress)
     if as_json:
         typer.echo(result.model_dump_json())
@@ -214,7 +227,7 @@ def compare(
 
         evaluator, _ = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
         measured = {
-            str(path): evaluator.fidelity(Generator.from_directory(_checked(path)), progress)
+            str(path): evaluator.fidelity(Generator.from_directory(path), progress)
             for path in generator_dirs
         }
     if as_json:
@@ -249,11 +262,3 @@ def _evaluator(
         ), foundation
     except ValueError as error:
         raise CraftsError(f"{tiles}: {error}") from error
-
-
-def _checked(generator_dir: Path) -> Path:
-    if not (generator_dir / "unet").is_dir():
-        raise CraftsError(
-            f"no generator at {generator_dir}: expected a diffusers directory (unet/)"
-        )
-    return generator_dir

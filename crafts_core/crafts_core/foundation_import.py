@@ -11,7 +11,6 @@ Shape letters: N tiles, C H W channels and pixels or latent, D embedding, K anch
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -22,18 +21,17 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from crafts_core.aligner import Aligner, LatentAligner, pearson, profile
 from crafts_core.foundation_manifest import (
-    PICKLE_SUFFIXES,
     FoundationError,
     FoundationManifest,
     embedded_path,
     write_manifest,
 )
 from crafts_core.generator import Generator
+from crafts_core.pretrained import check_parts_fit, pipeline_kind, read_part, readable
 from crafts_core.probe import Probe, correlation_range, load_probe, save_probe
 from crafts_core.quiet import quiet_transformers
 
 LATENT_ALIGNER_WIDTH = 48
-_WEIGHTS = ("unet", "vae", "text_encoder")
 
 
 def import_diffusers(
@@ -70,9 +68,10 @@ def import_diffusers(
         raise FoundationError("an imported foundation needs an aligner; pass a CLIP-layout DIR")
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or name another directory")
-    for part in _WEIGHTS:
-        require_safetensors(directory / part)
-    require_safetensors(aligner)
+    if not (directory / "unet").is_dir() and (kind := pipeline_kind(directory)):
+        raise FoundationError(
+            f"{directory} is a {kind}; expected Stable Diffusion 1.5 or 2.1 class (unet/)"
+        )
     staging = out.with_name(out.name + ".importing")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -97,40 +96,17 @@ def import_diffusers(
     return manifest
 
 
-def require_safetensors(directory: Path) -> None:
-    """Refuse a part whose weights are missing or exist only as a pickle.
-
-    Raises:
-        FoundationError: says which part, what was found, and what to do.
-    """
-    if not directory.is_dir():
-        raise FoundationError(f"{directory} is missing; expected a diffusers or CLIP directory")
-    if any(directory.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise FoundationError(
-            f"{directory} holds {pickles[0]} and no safetensors; pickled weights can run code, "
-            "convert them with `save_pretrained(..., safe_serialization=True)` first"
-        )
-    raise FoundationError(f"{directory} holds no *.safetensors file")
-
-
 def _copy_generator(source: Path, target: Path) -> None:
     """Read each part with its own class, whatever its config names, and write it anew."""
-    unet_config = json.loads((source / "unet" / "config.json").read_text(encoding="utf-8"))
-    if unet_config.get("_class_name") != "UNet2DConditionModel":
+    with readable(source / "unet"):
+        unet_config = json.loads((source / "unet" / "config.json").read_text(encoding="utf-8"))
         found = unet_config.get("_class_name")
+    if found != "UNet2DConditionModel":
         raise FoundationError(f"unet: expected a UNet2DConditionModel, got {found}")
-    unet = _read(UNet2DConditionModel, source / "unet", torch_dtype="auto")
-    vae = _read(AutoencoderKL, source / "vae", torch_dtype="auto")
-    text_encoder = _read(CLIPTextModel, source / "text_encoder", dtype="auto")
-    width = text_encoder.config.hidden_size
-    if unet.config.cross_attention_dim != width or unet.config.addition_embed_type is not None:
-        raise FoundationError(
-            f"unet: expected cross attention of width {width} and no added conditions "
-            "(Stable Diffusion 1.5 or 2.1 class)"
-        )
+    unet = read_part(UNet2DConditionModel, source / "unet", dtype=torch.float32)
+    vae = read_part(AutoencoderKL, source / "vae", dtype=torch.float32)
+    text_encoder = read_part(CLIPTextModel, source / "text_encoder", dtype="auto")
+    check_parts_fit(unet, vae, text_encoder)
     unet.save_pretrained(target / "unet")
     vae.save_pretrained(target / "vae")
     text_encoder.save_pretrained(target / "text_encoder")
@@ -143,18 +119,8 @@ def _copy_generator(source: Path, target: Path) -> None:
     scheduler.save_pretrained(target / "scheduler")
 
 
-def _read(model_class: Any, source: Path, **dtype: str) -> Any:
-    """Load every weight of a part; a library would fill missing ones with random numbers."""
-    model, found = model_class.from_pretrained(
-        source, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
-    )
-    for name in (*found["missing_keys"], *found["mismatched_keys"]):
-        raise FoundationError(f"{source}: weight {name} is missing or has another shape")
-    return model
-
-
 def _copy_aligner(source: Path, target: Path) -> None:
-    _read(CLIPModel, source, dtype="auto").save_pretrained(target)
+    read_part(CLIPModel, source, dtype="auto").save_pretrained(target)
     CLIPTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
     preparation = source / "preprocessor_config.json"
     if preparation.exists():

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from crafts_core.aligner import tokenize
+from crafts_core.aligner import cut_off, tokenize
 from crafts_core.foundation_manifest import FoundationError
+from crafts_core.pretrained import check_parts_fit, pipeline_kind, read_part, readable
 from crafts_core.quiet import quiet_transformers
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -37,24 +38,30 @@ class Generator:
         Half-precision files are widened to float32: norms and noise are computed there.
 
         Raises:
-            FoundationError: the denoiser predicts something that the losses do not know.
+            FoundationError: a part is missing, damaged or of another kind, or the denoiser predicts
+                something that the losses do not know.
         """
-        kwargs = {"use_safetensors": True, "local_files_only": True}
-        unet = UNet2DConditionModel.from_pretrained(
-            path / "unet", torch_dtype=torch.float32, **kwargs
-        )
-        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch.float32, **kwargs)
-        with quiet_transformers():
-            text_encoder = CLIPTextModel.from_pretrained(
-                path / "text_encoder", dtype=torch.float32, **kwargs
+        if not (path / "unet").is_dir():
+            kind = pipeline_kind(path)
+            raise FoundationError(
+                f"{path} is no generator that can be read here: expected unet/, vae/, "
+                f"text_encoder/, tokenizer/ and scheduler/, as Stable Diffusion has"
+                + (f"; this is a {kind}" if kind else "")
             )
+        unet = read_part(UNet2DConditionModel, path / "unet", dtype=torch.float32)
+        vae = read_part(AutoencoderKL, path / "vae", dtype=torch.float32)
+        text_encoder = read_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32)
+        check_parts_fit(unet, vae, text_encoder)
+        with readable(path / "tokenizer"), quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+        with readable(path / "scheduler"):
+            scheduler = DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
         generator = cls(
             unet=unet.to(device).eval().requires_grad_(False),
             vae=vae.to(device).eval().requires_grad_(False),
             text_encoder=text_encoder.to(device).eval().requires_grad_(False),
             tokenizer=tokenizer,
-            scheduler=DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True),
+            scheduler=scheduler,
         )
         if generator.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise FoundationError(
@@ -108,6 +115,12 @@ class Generator:
         scale, shift = self._latent_scale()
         decoded: Tensor = self.vae.decode(latents_BCHW / scale + shift).sample
         return decoded.clamp(-1.0, 1.0)
+
+    def left_out(self, caption: str) -> str:
+        """The end of a caption that the text encoder does not read; empty where it reads all."""
+        return cut_off(
+            self.tokenizer, caption, int(self.text_encoder.config.max_position_embeddings)
+        )
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Tensor:

@@ -4,6 +4,7 @@ Shape letters: B images of one batch, N all images, C H W latent or pixels, L D 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from crafts_core.control_net import steering
+from crafts_core.errors import CraftsError
 from crafts_core.generator import Generator
 
 _MARGIN_PX, _LABEL_PX = 2, 14
+
+
+class SamplingError(CraftsError):
+    """What was drawn is no image."""
 
 
 class Control(NamedTuple):
@@ -66,11 +72,12 @@ def sample_images(
 
     Raises:
         ValueError: a setting is out of its range.
+        SamplingError: an image is not finite.
     """
     if num_inference_steps < 1 or batch_size < 1:
         raise ValueError("num_inference_steps and batch_size must be at least 1")
-    if not guidance_scale >= 1.0:
-        raise ValueError(f"expected guidance_scale >= 1, got {guidance_scale}")
+    if not 1.0 <= guidance_scale < math.inf:
+        raise ValueError(f"expected guidance_scale from 1 up, got {guidance_scale}")
     if control is not None and len(control.conditions_NCHW) != len(prompts):
         raise ValueError(f"expected {len(prompts)} conditions, got {len(control.conditions_NCHW)}")
     side = generator.tile_px
@@ -90,6 +97,11 @@ def sample_images(
             guidance_scale=guidance_scale,
         )
         decoded_BCHW = generator.decode_latents(latents_BCHW)
+        if not bool(latents_BCHW.isfinite().all() and decoded_BCHW.isfinite().all()):
+            raise SamplingError(
+                f"images {rows.start} to {rows.stop - 1} came out as NaN or infinity; lower the "
+                f"guidance ({guidance_scale:g}), or check the generator's weights"
+            )
         pixels_BHWC = ((decoded_BCHW + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         images[start : rows.stop] = pixels_BHWC.cpu().numpy()
         if progress is not None:

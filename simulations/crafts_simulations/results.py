@@ -24,6 +24,7 @@ from crafts_core.evaluation.leakage import (
 from crafts_core.evaluation.steering import Steering, measure_steering
 from crafts_core.export import CONTROLS
 from crafts_core.generator import Generator
+from crafts_core.pretrained import read_part
 from crafts_core.sampling import contact_sheet, sample_images, save_png
 from crafts_core.tiles import TileStore
 from crafts_privacy import accounting
@@ -95,12 +96,9 @@ def steering(study: LocalStudy) -> tuple[Steering, ...]:
     generator = Generator.from_directory(workspace.generator, device=study.foundation.device)
     measured = []
     for modality in (part for part in study.plan.parts if part != "generator"):
-        network = ControlNetModel.from_pretrained(
-            workspace.generator / CONTROLS / modality,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-        ).to(study.foundation.device)
+        directory = workspace.generator / CONTROLS / modality
+        network = read_part(ControlNetModel, directory, dtype=torch.float32)
+        network = network.to(study.foundation.device)
         try:
             test = heldout_store(workspace)
             measured.append(measure_steering(generator, network.eval(), test, modality))

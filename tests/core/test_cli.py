@@ -1,11 +1,15 @@
 """The ``crafts`` program."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import Result
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from crafts_core.cli import app
@@ -18,16 +22,20 @@ from support.foundations import write_tiny_pipeline
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 24 tiles of six patients."""
     path: Path = tmp_path_factory.mktemp("tiles") / "store"
+    write_store(path, num_tiles=24, tiles_per_patient=4)
+    return path
+
+
+def write_store(path: Path, *, num_tiles: int, tiles_per_patient: int) -> None:
     rng = np.random.default_rng(0)
     with TileStoreWriter(path, cohort="x", tile_px=32, mpp=1.0) as writer:
-        for row in range(24):
+        for row in range(num_tiles):
             tile = TileRecord(
-                tile_id=f"t{row}", patient=f"p{row // 4}", case="c", slide="s", x=row, y=0,
-                level0_width=1, level0_height=1, mpp=1.0, caption=f"tissue {row % 2}", label="",
-                tissue_fraction=1, sharpness=1,
+                tile_id=f"t{row}", patient=f"p{row // tiles_per_patient}", case="c", slide="s",
+                x=row, y=0, level0_width=1, level0_height=1, mpp=1.0, caption=f"tissue {row % 2}",
+                label="", tissue_fraction=1, sharpness=1,
             )  # fmt: skip
             writer.add(tile, encode_tile(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
-    return path
 
 
 def test_sample_command_writes_marked_images(foundation: Foundation, tmp_path: Path) -> None:
@@ -53,6 +61,89 @@ def test_sample_command_fails_on_one_line_without_a_generator(tmp_path: Path) ->
     assert result.exit_code == 1
     assert len(result.stderr.strip().splitlines()) == 1
     assert "no generator" in result.stderr
+
+
+def draw(generator: Path, out: Path, *options: str) -> Result:
+    words = ["sample", str(generator), "-p", "tissue", "--num", "1", "--steps", "2"]
+    return CliRunner().invoke(app, [*words, "--out", str(out), *options])
+
+
+def one_line(result: Result, code: int = 1) -> str:
+    assert result.exit_code == code, result.output
+    assert not isinstance(result.exception, Exception) or isinstance(result.exception, SystemExit)
+    assert code == 2 or len(result.stderr.strip().splitlines()) == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("fault", ["hole", "nan", "shape", "torn", "config"])
+def test_broken_weights_draw_nothing(
+    foundation: Foundation, tmp_path: Path, part: str, fault: str
+) -> None:
+    """A library fills a hole with random numbers: another picture each time, exit status 0."""
+    copy = Path(shutil.copytree(foundation.path, tmp_path / "copy"))
+    (path,) = (copy / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if weights[name].ndim > 1)
+    if fault == "hole":
+        del weights[name]
+    elif fault == "nan":
+        weights[name] = torch.full_like(weights[name], torch.nan)
+    elif fault == "shape":
+        weights[name] = weights[name][:1]
+    save_file(weights, path, metadata={"format": "pt"})
+    if fault == "torn":
+        path.write_bytes(path.read_bytes()[:-64])
+    elif fault == "config":
+        (copy / part / "config.json").write_text("{")
+    assert part in one_line(draw(copy, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_overflow_draw_nothing(foundation: Foundation, tmp_path: Path) -> None:
+    result = draw(foundation.path, tmp_path / "out", "--guidance", "1e30")
+    assert "NaN or infinity; lower the guidance" in one_line(result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("guidance", ["nan", "inf", "0.5"])
+def test_guidance_that_is_no_number_is_wrong_use(
+    foundation: Foundation, tmp_path: Path, guidance: str
+) -> None:
+    one_line(draw(foundation.path, tmp_path / "out", "--guidance", guidance), code=2)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "warp", "xpu", "meta"])
+def test_a_device_that_is_not_there_is_one_line(
+    foundation: Foundation, tmp_path: Path, device: str
+) -> None:
+    assert device in one_line(draw(foundation.path, tmp_path / "out", "--device", device))
+
+
+def test_what_a_prompt_is_too_long_for_is_told(foundation: Foundation, tmp_path: Path) -> None:
+    words = " ".join(["tissue with glands"] * 20)
+    result = draw(foundation.path, tmp_path / "out", "-p", f"{words} necrosis", "-p", "lung")
+    assert result.exit_code == 0
+    (told,) = result.stderr.strip().splitlines()
+    assert told.startswith("crafts: a prompt is longer than the generator reads; left out: ")
+    assert "necrosis" in told
+
+
+@pytest.mark.parametrize("num_patients", [4, 5])
+def test_few_patients_of_one_tile_have_an_interval(
+    foundation: Foundation, tmp_path: Path, num_patients: int
+) -> None:
+    """Some bootstrap samples hold one patient alone, and no pair to measure."""
+    write_store(tmp_path / "few", num_tiles=num_patients, tiles_per_patient=1)
+    for seed in range(3):
+        result = CliRunner().invoke(
+            app,
+            ["compare", str(foundation.path), "--tiles", str(tmp_path / "few"), "--num", "16",
+             "--foundation", str(foundation.path), "--seed", str(seed), "--json"],
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        (fidelity,) = json.loads(result.stdout).values()
+        assert all(np.isfinite(fidelity["mmd2_interval"]))
 
 
 def test_wrong_use_exits_with_two(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_torn_weights_are_one_clear_line(
 ) -> None:
     weights = source / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(FoundationError, match="cannot import") as caught:
+    with pytest.raises(
+        FoundationError, match=r"unet cannot be read .* is the copy whole"
+    ) as caught:
         run(foundation, source, clip, tmp_path / "out")
     assert "\n" not in str(caught.value)
 
@@ -171,6 +173,89 @@ def test_weights_with_a_hole_are_refused(
     del weights[sorted(weights)[0]]
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(FoundationError, match="is missing or has another shape"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_refused(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    path = source / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights[sorted(weights)[0]].view(-1)[0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(FoundationError, match="NaN or infinity"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_inpainting_weights_are_refused_by_their_channels(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    config, path = source / "unet/config.json", source / "unet/diffusion_pytorch_model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    weights = load_file(path)
+    stem = weights["conv_in.weight"]
+    weights["conv_in.weight"] = torch.cat([stem, stem, stem[:, :1]], dim=1)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        FoundationError, match=r"expected latents of 4 channels.*got 9 in and 4 out"
+    ):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_half_precision_file_names_are_read(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path, variant: str, sharded: bool
+) -> None:
+    plain = load(run(foundation, source, clip, tmp_path / "plain"))
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = source / part / f"{stem}.safetensors"
+        if not sharded:
+            path.rename(source / part / f"{stem}.{variant}.safetensors")
+            continue
+        name = f"{stem}.{variant}-00001-of-00001.safetensors"
+        path.rename(source / part / name)
+        keys = load_file(source / part / name)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name)}
+        (source / part / f"{stem}.safetensors.index.{variant}.json").write_text(json.dumps(index))
+    found = load(run(foundation, source, clip, tmp_path / "out"))
+    assert found.manifest.hash == plain.manifest.hash
+
+
+def test_weights_of_two_variants_ask_for_one(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    path = source / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copyfile(path, source / "unet/diffusion_pytorch_model.fp16.safetensors")
+    path.rename(source / "unet/diffusion_pytorch_model.non_ema.safetensors")
+    with pytest.raises(FoundationError, match=r"several variants \(fp16, non_ema\).*keep one"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_weights_under_a_strange_name_say_what_to_rename_them_to(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    path = source / "unet/diffusion_pytorch_model.safetensors"
+    path.rename(source / "unet/v1-5-pruned.safetensors")
+    with pytest.raises(FoundationError, match=r"rename it to diffusion_pytorch_model\.safetensors"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_a_pointer_in_place_of_weights_is_named(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    path = source / "text_encoder/model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(FoundationError, match="Git LFS pointer"):
+        run(foundation, source, clip, tmp_path / "out")
+
+
+def test_another_kind_of_pipeline_is_named(
+    foundation: Foundation, source: Path, clip: Path, tmp_path: Path
+) -> None:
+    shutil.move(source / "unet", source / "transformer")
+    (source / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(FoundationError, match="is a PixArtAlphaPipeline; expected Stable Diff"):
         run(foundation, source, clip, tmp_path / "out")
 
 

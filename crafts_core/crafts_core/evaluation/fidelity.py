@@ -170,8 +170,15 @@ def real_floor(reference: Reference, *, num_splits: int, seed: int) -> tuple[flo
 
 
 def _repeats(rng: np.random.Generator, count: int) -> Vector:
-    """How often each of ``count`` units is drawn in one bootstrap sample."""
-    return np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
+    """How often each of ``count`` units (at least two) is drawn in one bootstrap sample.
+
+    A sample of one unit only has no pair to measure and is drawn again; with four patients that is
+    one in 64.
+    """
+    while True:
+        repeats = np.bincount(rng.integers(count, size=count), minlength=count)
+        if np.count_nonzero(repeats) > 1:
+            return repeats.astype(np.float64)
 
 
 def _interval(draw: Callable[[], float], count: int) -> Interval:

@@ -1,0 +1,162 @@
+"""One part of a generator or aligner from a local directory: whole, finite, or refused in one line.
+
+The libraries fill a missing weight with random numbers and say so in a log that nobody reads; then
+the same seed draws another picture each time. Here a part loads as it was saved or not at all.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from crafts_core.foundation_manifest import PICKLE_SUFFIXES, FoundationError
+from crafts_core.quiet import quiet_transformers
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<late_variant>\w+))?\.safetensors"
+)
+_LFS = b"version https://git-lfs"
+
+
+def read_part(model_class: Any, directory: Path, *, dtype: torch.dtype | str) -> Any:
+    """Load a part with its stock class.
+
+    Weights in files of a variant (``model.fp16.safetensors``) are taken where there are no others.
+
+    Args:
+        model_class: Of diffusers or transformers.
+        directory: ``config.json`` and safetensors.
+        dtype: What the weights are widened to; ``auto`` leaves them as they are.
+
+    Raises:
+        FoundationError: a weight is missing, of another shape, not finite, or a file cannot be
+            read; the message names it.
+    """
+    variant = _variant_of(directory)
+    # diffusers has its own word for it.
+    named = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
+    with readable(directory), quiet_transformers():
+        model, found = model_class.from_pretrained(
+            directory,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            variant=variant,
+            **{named: dtype},
+        )
+    for name in sorted(map(_name_of, (*found["missing_keys"], *found["mismatched_keys"]))):
+        raise FoundationError(f"{directory}: weight {name} is missing or has another shape")
+    _check_finite(model, directory)
+    return model
+
+
+@contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """What a library raises over damaged files, as one line that names the directory.
+
+    Raises:
+        FoundationError: in place of it.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FoundationError(f"{directory} cannot be read ({line}); is the copy whole?") from error
+
+
+def pipeline_kind(directory: Path) -> str | None:
+    """The pipeline class that a diffusers directory names, if it names one."""
+    try:
+        kind = json.loads((directory / "model_index.json").read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def check_parts_fit(unet: Any, vae: Any, text_encoder: Any) -> None:
+    """The denoiser takes and gives the VAE's latents, and the text encoder's words alone.
+
+    Raises:
+        FoundationError: what it is instead.
+    """
+    config, channels = unet.config, int(vae.config.latent_channels)
+    if not config.in_channels == config.out_channels == channels:
+        raise FoundationError(
+            f"unet: expected latents of {channels} channels in and out, as the VAE has, got "
+            f"{config.in_channels} in and {config.out_channels} out (inpainting and depth weights "
+            "take more; use the plain text-to-image ones)"
+        )
+    width = int(text_encoder.config.hidden_size)
+    added = [
+        name
+        for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+        if getattr(config, name, None) is not None
+    ]
+    if config.cross_attention_dim != width or added:
+        raise FoundationError(
+            f"unet: expected cross attention of width {width} and no added conditions, got "
+            f"{config.cross_attention_dim} and {', '.join(added) or 'none'} "
+            "(Stable Diffusion 1.5 or 2.1 class is what fits)"
+        )
+
+
+def _variant_of(directory: Path) -> str | None:
+    """Which variant of the weights to read; None where they have their plain name.
+
+    Raises:
+        FoundationError: there are no weights that could be read.
+    """
+    if not directory.is_dir():
+        raise FoundationError(f"{directory} is missing; expected a diffusers or CLIP directory")
+    files = sorted(directory.glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise FoundationError(
+                    f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
+                )
+    found = [match for path in files if (match := _WEIGHTS.fullmatch(path.name))]
+    variants = {match["variant"] or match["late_variant"] for match in found}
+    if not variants:
+        raise FoundationError(_no_weights(directory, files))
+    if None in variants:
+        return None
+    if len(variants) > 1:
+        raise FoundationError(
+            f"{directory} holds weights of several variants ({', '.join(sorted(variants))}) and "
+            "none without; keep one"
+        )
+    return variants.pop()
+
+
+def _no_weights(directory: Path, files: list[Path]) -> str:
+    if files:
+        return (
+            f"{directory} holds {files[0].name}, which is no name that weights have; rename it to "
+            "diffusion_pytorch_model.safetensors, or model.safetensors for text encoder and aligner"
+        )
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"{directory} holds {pickles[0]} and no safetensors; pickled weights can run code, "
+            "convert them with `save_pretrained(..., safe_serialization=True)` first"
+        )
+    return f"{directory} holds no *.safetensors file"
+
+
+def _name_of(key: Any) -> str:
+    """Mismatched keys come with their shapes."""
+    return key if isinstance(key, str) else str(key[0])
+
+
+def _check_finite(model: nn.Module, directory: Path) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise FoundationError(f"{directory}: weight {name} holds NaN or infinity")
