@@ -5,11 +5,12 @@ a full disk leaves no half of one. What was trained of ControlNets lies below ``
 stock directory for each modality.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crafts_core.adapters import lora_tensors, merged_control_net, merged_unet
@@ -19,6 +20,7 @@ from crafts_core.plan import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
 
 CONTROLS = "controlnet"
+_OF_VERSION_4 = "text_model."
 
 
 def save_pipeline(
@@ -64,12 +66,32 @@ def save_pipeline(
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(staging, safe_serialization=True)
+    _also_for_transformers_4(staging)
     for modality in modalities_in(state):
         network = merged_control_net(foundation, adapter, state, modality)
         network.save_pretrained(staging / CONTROLS / modality, safe_serialization=True)
     (staging / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
+
+
+def _also_for_transformers_4(directory: Path) -> None:
+    """Add the tokenizer's files, and write the names of the text encoder's weights, of version 4.
+
+    Version 5 reads both; version 4 would fill what it does not find with random numbers.
+    """
+    tokenizer = directory / "tokenizer"
+    model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    (tokenizer / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    for path in (directory / "text_encoder").glob("*.safetensors"):
+        renamed = {
+            _OF_VERSION_4 + name.removeprefix(_OF_VERSION_4): tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(renamed, path, metadata={"format": "pt"})
 
 
 def save_lora(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -128,6 +150,8 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/directory")
 image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.0).images[0]
 ```
+Loads with diffusers 0.35 to 0.42 and transformers 4.57 to 5: tried with diffusers 0.35.2 and
+transformers 4.57.3, where the same prompts gave the same conditioning.
 {_steering(modalities)}
 ## Intended use
 Research and teaching. Every image is synthetic: none shows a patient, and none may be used for

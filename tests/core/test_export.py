@@ -1,5 +1,6 @@
 """What is exported loads with stock diffusers and nothing of ours."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from crafts_core.adapters import AdapterError, merged_unet
@@ -75,6 +77,50 @@ def test_stranger_makes_an_image_with_stock_diffusers(exported: Path, tmp_path: 
     with Image.open(tmp_path / "image.png") as image:
         assert image.size == (32, 32)
         assert np.asarray(image).std() > 0
+
+
+CONDITIONING = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+hidden, _ = pipeline.encode_prompt(sys.argv[2].split("|"), torch.device("cpu"), 1, False)
+torch.save(hidden.detach(), "hidden.pt")
+"""
+CAPTIONS = ["H&E, colon adenocarcinoma", "lung, Gleason 4+3; PD-L1 \N{MICRO SIGN}", "", "tissue"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.network
+def test_libraries_of_last_year_condition_alike(
+    foundation: Foundation, exported: Path, tmp_path: Path
+) -> None:
+    """diffusers 0.35.2 with transformers 4.57.3, in front of what is installed here."""
+    older = ["diffusers==0.35.2", "transformers==4.57.3", "huggingface-hub<1", "tokenizers<0.23"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*pip, str(tmp_path / "older"), *older], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", CONDITIONING, str(exported), "|".join(CAPTIONS)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "older"), "HF_HUB_OFFLINE": "1"},
+        check=True,
+        timeout=300,
+    )
+    found = torch.load(tmp_path / "hidden.pt", weights_only=True)
+    torch.testing.assert_close(found, foundation.generator.encode_captions(CAPTIONS))
+
+
+def test_text_encoder_and_tokenizer_are_there_for_older_libraries(
+    foundation: Foundation, exported: Path
+) -> None:
+    """By name, as transformers 4 wants them; here they condition as before."""
+    names = load_file(exported / "text_encoder" / "model.safetensors").keys()
+    assert all(name.startswith("text_model.") for name in names)
+    vocabulary = json.loads((exported / "tokenizer" / "vocab.json").read_text("utf-8"))
+    assert vocabulary == foundation.generator.tokenizer.get_vocab()
+    assert (exported / "tokenizer" / "merges.txt").read_text("utf-8").startswith("#version")
+    loaded = Generator.from_directory(exported)
+    expected = foundation.generator.encode_captions(CAPTIONS)
+    assert torch.equal(loaded.encode_captions(CAPTIONS), expected)
 
 
 def test_exported_unet_is_the_merged_one(
