@@ -28,6 +28,10 @@ Factor = Literal["first", "second", "both", "all", "nuclei", "fluorescence"]
 is trained of the ControlNet of a modality."""
 
 
+MAX_STEPS = 100_000
+"""Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
+
+
 class PlanError(CraftsError):
     """The plan file is missing, is not TOML, or asks for something impossible."""
 
@@ -107,8 +111,9 @@ class PrivacyConfig(_Section):
     """``none`` is a baseline on public or synthetic data; a site's policy must allow it."""
     unit: Literal["patient"] = "patient"
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
-    delta: Annotated[float, Field(gt=0, lt=1e-2)] | None = None
-    max_grad_norm: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(ge=1e-12, lt=1e-2)] | None = None
+    """The accountants resolve no smaller one."""
+    max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)]
     clipping: Literal["flat", "automatic"] = "flat"
     """Shorten only gradients beyond max_grad_norm, or scale every one to just below it (AUTO-S)."""
     clipping_stability: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.01
@@ -190,6 +195,15 @@ class Plan(_Section):
             raise ValueError(
                 "stage control must come after pretraining and alignment: what it learns fits the "
                 "generator that they end with"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_can_be_accounted(self) -> Self:
+        if self.total_steps > MAX_STEPS:
+            raise ValueError(
+                f"rounds times local_steps make {self.total_steps} steps, at most {MAX_STEPS} can "
+                "be accounted for; take fewer"
             )
         return self
 

@@ -32,7 +32,8 @@ _PRV_ERROR = 0.01
 """What PRV may be off by; it adds that to its answer."""
 _PRV_MAX_EPSILON = 40.0
 """Opacus' PRV needs memory that grows with epsilon; above this Rényi answers instead."""
-_MAX_NOISE_MULTIPLIER = 1e6
+MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER = 1e-3, 1e6
+"""What a mechanism may have; weaker noise than the first is as good as none."""
 
 
 class NeighboringRelation(StrEnum):
@@ -218,14 +219,16 @@ def _calibrated(
     high = 1.0
     while not fits(high, coarse):
         high *= 2.0
-        if high > _MAX_NOISE_MULTIPLIER:
+        if high > MAX_NOISE_MULTIPLIER:
             raise CalibrationError(
-                f"no noise keeps {steps} more steps within epsilon {target_epsilon}: "
-                f"{epsilon(spent, delta):.3f} is spent already; lower the steps or end the study"
+                f"no noise keeps {steps} more steps within epsilon {target_epsilon:g} at delta "
+                f"{delta:g}: {epsilon(spent, delta):.3f} is spent already; lower the steps, raise "
+                "epsilon or delta, or end the study"
             )
     low = high / 2.0
-    while low > 1e-3 and fits(low, coarse):
+    while low >= MIN_NOISE_MULTIPLIER and fits(low, coarse):
         low, high = low / 2.0, low
+    low = max(low, MIN_NOISE_MULTIPLIER)
     while high / low > 1.0005:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle, coarse) else (middle, high)

@@ -16,7 +16,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.accounting import (
+    MAX_NOISE_MULTIPLIER,
+    MIN_NOISE_MULTIPLIER,
+    PrivacyEvent,
+)
 from crafts_privacy.clipping import add_float64_, clip_, grid_step, to_grid_
 from crafts_privacy.gradients import FlatGradient, GroupGradients, views_of
 from crafts_privacy.noise import NoiseSource
@@ -58,7 +62,7 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         if self.private and not (
-            math.isfinite(self.noise_multiplier) and 1e-3 <= self.noise_multiplier <= 1e6
+            MIN_NOISE_MULTIPLIER <= self.noise_multiplier <= MAX_NOISE_MULTIPLIER
         ):
             raise ValueError(
                 f"expected noise_multiplier from 0.001 to 1e6, got {self.noise_multiplier}; "

@@ -5,6 +5,7 @@ import pytest
 
 from crafts_client.errors import HomeError
 from crafts_client.home import to_toml
+from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import (
     Policy,
     PolicyError,
@@ -266,3 +267,36 @@ def test_a_policy_has_no_default_for_any_limit(tmp_path) -> None:
         (tmp_path / "policy.toml").write_text("".join(lines[:index] + lines[index + 1 :]))
         with pytest.raises(HomeError, match="required"):
             Policy.load(tmp_path / "policy.toml")
+
+
+@pytest.mark.parametrize(
+    ("privacy", "named"),
+    [
+        ({"delta": 1e-300}, "privacy.delta"),
+        ({"max_grad_norm": 1e-30}, "privacy.max_grad_norm"),
+        ({"max_grad_norm": 1e30}, "privacy.max_grad_norm"),
+    ],
+)
+def test_what_no_accountant_or_float_can_hold_is_refused_with_its_key(
+    privacy: dict[str, float], named: str
+) -> None:
+    values = plan_values("ab" * 32)
+    values["privacy"] |= privacy
+    with pytest.raises(PlanError, match=named):
+        Plan.parse(values)
+
+
+def test_more_steps_than_can_be_accounted_for_are_refused() -> None:
+    values = plan_values("ab" * 32)
+    values["stage"][0] |= {"rounds": 10_000, "local_steps": 10_000}
+    with pytest.raises(PlanError, match="at most 100000 can"):
+        Plan.parse(values)
+
+
+@pytest.mark.parametrize("sample_rate", [1e-6, 1e-9])
+def test_a_plan_that_hardly_samples_anybody_still_has_noise(sample_rate: float) -> None:
+    """Delta alone would carry it; the mechanism keeps its least noise and is a mechanism."""
+    values = plan_values("ab" * 32)
+    values["privacy"] |= {"sample_rate": sample_rate}
+    mechanism = mechanism_of(Plan.parse(values), declared_patients=50)
+    assert 1e-3 <= mechanism.noise_multiplier < 2e-3
