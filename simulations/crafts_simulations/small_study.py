@@ -20,6 +20,8 @@ from crafts_simulations.processes import loopback_config
 
 COHORT = "main"
 NUM_PATIENTS = 6
+DECLARED_PATIENTS = 10
+"""What the sites say. Never the true number, so that taking one for the other shows."""
 _CAPTIONS = ("tissue with glands", "tissue with sheets", "tissue with spindle cells")
 
 
@@ -51,7 +53,7 @@ def make_small_study(
         config = SiteConfig(
             name=name,
             cohort=COHORT,
-            declared_patients=NUM_PATIENTS,
+            declared_patients=DECLARED_PATIENTS,
             device="cpu",
             foundation=str(foundation.path.resolve()),
             tile_store="tiles",

@@ -159,7 +159,7 @@ def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
         (Rule.STAGE, {"allowed_stages": ("pretraining",)}),
         (Rule.STEPS, {"max_local_steps": 1}),
         (Rule.ROUNDS, {"max_rounds": 3}),
-        (Rule.PATIENTS, {"min_patients": 7}),
+        (Rule.PATIENTS, {"min_patients": 11}),
         (Rule.NOISE, {"min_noise_multiplier": 1e3}),
         (Rule.SECURE_AGGREGATION, {"require_secure_aggregation": True}),
         (Rule.APPROVAL, {"require_approval": True}),

@@ -25,6 +25,6 @@ def test_a_home_that_others_may_enter_is_a_problem(home) -> None:
 def test_a_delta_above_one_patients_share_is_a_warning(home, patients: int, verdict) -> None:
     file = home.path / "site.toml"
     file.write_text(
-        file.read_text().replace("declared_patients = 6", f"declared_patients = {patients}")
+        file.read_text().replace("declared_patients = 10", f"declared_patients = {patients}")
     )
     assert [each.verdict for each in delta(SiteHome.open(home.path))] == [verdict]

@@ -34,6 +34,7 @@ from crafts_core.plan import Plan
 from crafts_privacy import ledger_store
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_privacy.patient_sgd import PatientSGD
+from crafts_simulations.small_study import DECLARED_PATIENTS
 from support.foundations import write_tiny_foundation
 from support.sites import Coordinator, make_site_home, plan_values
 
@@ -45,7 +46,6 @@ POINTS = [
     )
     for moment in ("before", "after")
 ]  # fmt: skip
-PATIENTS = 6
 
 
 class Study:
@@ -175,12 +175,10 @@ def drive(folder: Path, kills: int, seed: int, broken: bool) -> dict[str, Any]:
     child = os.fork()  # what writing tiles starts, no later fork inherits
     if child == 0:
         signer = study.coordinator.public_key
-        make_site_home(
-            folder / "site", study.foundation, signer, num_patients=PATIENTS, max_rounds=2000
-        )
+        make_site_home(folder / "site", study.foundation, signer, max_rounds=2000)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    mechanism_of(study.plan, declared_patients=PATIENTS)  # once for all forks
+    mechanism_of(study.plan, declared_patients=DECLARED_PATIENTS)  # once for all forks
     gc.freeze()  # a collection in a fork would copy every page of the libraries
     generator = random.Random(seed)
     done: int = 0

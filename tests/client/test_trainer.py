@@ -28,7 +28,7 @@ from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_privacy.sampling import PoissonSampler
-from crafts_simulations.small_study import write_random_store
+from crafts_simulations.small_study import DECLARED_PATIENTS, write_random_store
 from support.noise import FixedSampler, NoNoise, draws_of
 from support.sites import plan_values, without_privacy
 
@@ -76,7 +76,7 @@ def trainer_of(foundation, plan, patients, *, microbatch_tiles=64, speed=None, *
 
 def task_of(foundation, plan, *, stage: int = 0, factor: str = "second", **changes) -> TrainingTask:
     state = initial_state(foundation, plan.adapter, seed=plan.study.seed)
-    mechanism = changes.get("mechanism", mechanism_of(plan, declared_patients=6))
+    mechanism = changes.get("mechanism", mechanism_of(plan, declared_patients=DECLARED_PATIENTS))
     values = {
         "stage": plan.stage[stage],
         "factor": factor,
@@ -113,7 +113,7 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
             )
             assert len(latents) == 6
             losses.append(objective.loss_per_tile(batch.repeat(2), draws).mean())
-        torch.stack(losses).mean().backward()
+        (torch.stack(losses).sum() / DECLARED_PATIENTS).backward()  # not by who is there
         optimizer.step()
 
     for name, weight in weights.items():
@@ -140,7 +140,9 @@ def test_several_patients_in_one_pass_are_the_loop(
     """Folded gradients against one backward pass a patient: same draws, same clipped sum."""
     start = initial_state(foundation, open_plan.adapter, seed=3)
     state = {name: value + 0.01 for name, value in start.items()}
-    clipped = replace(mechanism_of(open_plan, declared_patients=6), max_grad_norm=0.01)
+    clipped = replace(
+        mechanism_of(open_plan, declared_patients=DECLARED_PATIENTS), max_grad_norm=0.01
+    )
     task = task_of(
         foundation, open_plan, stage=stage, factor=factor, state=state, mechanism=clipped
     )
@@ -196,27 +198,32 @@ def test_stage_alignment_trains_toward_another_point(foundation, plan, patients)
 
 
 def test_noise_comes_with_the_calibrated_strength(foundation, plan, patients) -> None:
-    """Nobody sampled: the delta of each step is -lr * N(0, (sigma C / qN)^2)."""
+    """Nobody sampled: the delta of each step is -lr * N(0, (sigma C / qN)^2), N as declared."""
     delta = trainer_of(foundation, plan, patients, sampler=FixedSampler([])).train(
         task_of(foundation, plan)
     )
 
-    mechanism = mechanism_of(plan, declared_patients=6)
+    mechanism = mechanism_of(plan, declared_patients=DECLARED_PATIENTS)
     stage = plan.stage[0]
-    std = stage.learning_rate * mechanism.noise_multiplier / 3.0 * stage.local_steps**0.5
+    std = (
+        stage.learning_rate
+        * mechanism.noise_multiplier
+        / (0.5 * DECLARED_PATIENTS)
+        * stage.local_steps**0.5
+    )
     values = torch.cat([value.flatten() for value in delta.values()])
     assert values.std() == pytest.approx(std, rel=6 / (2 * len(values)) ** 0.5)
 
 
 def test_the_plan_ends_at_its_target_and_not_above(plan) -> None:
-    mechanism = mechanism_of(plan, declared_patients=6)
+    mechanism = mechanism_of(plan, declared_patients=DECLARED_PATIENTS)
 
     spent = epsilon([mechanism.event(plan.total_steps)], plan.privacy.delta)
     assert 7.9 < spent <= 8.0
 
 
 def test_one_round_more_would_pass_the_target(plan) -> None:
-    mechanism = mechanism_of(plan, declared_patients=6)
+    mechanism = mechanism_of(plan, declared_patients=DECLARED_PATIENTS)
 
     assert epsilon([mechanism.event(plan.total_steps + 2)], plan.privacy.delta) > 8.0
 
@@ -229,7 +236,7 @@ def test_the_declared_size_sets_the_divisor_and_not_the_noise(plan) -> None:
 
 
 def test_a_plan_without_privacy_costs_everything(open_plan) -> None:
-    event = mechanism_of(open_plan, declared_patients=6).event(1)
+    event = mechanism_of(open_plan, declared_patients=DECLARED_PATIENTS).event(1)
 
     assert event == PrivacyEvent(noise_multiplier=0.0, sample_rate=1.0, steps=1)
     assert epsilon([event], 1e-3) == float("inf")
@@ -268,10 +275,10 @@ def test_other_steps_than_the_ledger_was_charged_for_give_nothing(
 
 
 def test_the_plans_clipping_reaches_the_mechanism(foundation, plan) -> None:
-    assert mechanism_of(plan, declared_patients=6).stability is None
+    assert mechanism_of(plan, declared_patients=DECLARED_PATIENTS).stability is None
     wanted = {"clipping": "automatic", "clipping_stability": 0.5}
     automatic = plan.model_copy(update={"privacy": plan.privacy.model_copy(update=wanted)})
-    assert mechanism_of(automatic, declared_patients=6).stability == 0.5
+    assert mechanism_of(automatic, declared_patients=DECLARED_PATIENTS).stability == 0.5
 
 
 def test_a_patients_tiles_are_drawn_without_replacement(patients) -> None:
@@ -330,7 +337,7 @@ def test_all_weights_train_privately(foundation, patients) -> None:
     values = plan_values(foundation.manifest.hash)
     values["adapter"] = {"kind": "full"}
     plan = Plan.parse(values)
-    mechanism = replace(mechanism_of(plan, declared_patients=6), max_grad_norm=0.05)
+    mechanism = replace(mechanism_of(plan, declared_patients=DECLARED_PATIENTS), max_grad_norm=0.05)
     task = task_of(foundation, plan, factor="all", mechanism=mechanism)
     quiet = trainer_of(foundation, plan, patients, noise=NoNoise(), sampler=FixedSampler([2]))
     delta = quiet.train(task)

@@ -25,7 +25,7 @@ from crafts_core.tiles.conditions import to_floats
 from crafts_core.tiles.latents import LatentCache, tile_keys
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.ledger import Ledger
-from crafts_simulations.small_study import write_random_store
+from crafts_simulations.small_study import DECLARED_PATIENTS, write_random_store
 from support.noise import FixedSampler, NoNoise, draws_of
 from support.sites import control_values, make_site_home, without_privacy
 
@@ -75,7 +75,7 @@ def train(foundation, plan, patients, *, rows: int = 1, **changes) -> State:
         randomness=randomness,
         speed=Speed(microbatch_tiles=64, group_rows=rows),
     )
-    mechanism = mechanism_of(plan, declared_patients=PATIENTS)
+    mechanism = mechanism_of(plan, declared_patients=DECLARED_PATIENTS)
     task = TrainingTask(
         stage=plan.stage[0],
         factor="nuclei",
@@ -108,7 +108,7 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
             draws = objective.draw(batch, source)
             if len(batch):
                 total = total + objective.loss_per_tile(batch, draws).mean()
-        (total / PATIENTS).backward()
+        (total / DECLARED_PATIENTS).backward()
         optimizer.step()
 
     assert delta.keys() == weights.keys()

@@ -23,6 +23,7 @@ from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.small_study import DECLARED_PATIENTS
 from support.foundations import tiny_foundation
 from support.noise import draws_of
 from support.sites import make_site_home, plan_values, without_privacy
@@ -97,7 +98,8 @@ def _train_locally(foundation, plan: Plan, home) -> dict[str, torch.Tensor]:
                 batch = patients.batch(patient, max_tiles=3, generator=generator)
                 draws = objective.draw(batch, generator)
                 losses.append(objective.loss_per_tile(batch, draws).mean())
-            grads = torch.autograd.grad(torch.stack(losses).mean(), weights)
+            loss = torch.stack(losses).sum() / DECLARED_PATIENTS
+            grads = torch.autograd.grad(loss, weights)
             with torch.no_grad():
                 for weight, grad in zip(weights, grads, strict=True):
                     weight -= planned.stage.learning_rate * grad

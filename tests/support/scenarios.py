@@ -11,7 +11,7 @@ def tiny_site(name: str, code: str, seed: int) -> dict[str, Any]:
     return {
         "name": name,
         "num_patients": 6,
-        "declared_patients": 6,
+        "declared_patients": 8,
         "heldout_patients": 4,
         "slide_px": 128,
         "mpp": 1.0,

@@ -16,7 +16,7 @@ from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
 from crafts_privacy import signing
-from crafts_simulations.small_study import write_random_store
+from crafts_simulations.small_study import DECLARED_PATIENTS, NUM_PATIENTS, write_random_store
 from support.wire import as_record
 
 
@@ -48,17 +48,19 @@ def make_site_home(
     signer: str,
     *,
     name: str = "north",
-    num_patients: int = 6,
+    num_patients: int = NUM_PATIENTS,
+    declared_patients: int = DECLARED_PATIENTS,
     seed: int = 0,
     microbatch_tiles: int = 64,
     num_steered: int = 0,
     **policy: object,
 ) -> SiteHome:
-    """A whole home, ready to answer."""
+    """A whole home, ready to answer. What it declares is never its true number of patients."""
+    assert declared_patients != num_patients, "a test could not tell one from the other"
     config = SiteConfig(
         name=name,
         cohort="main",
-        declared_patients=num_patients,
+        declared_patients=declared_patients,
         device="cpu",
         foundation=str(foundation.path.resolve()),
         tile_store="tiles",
