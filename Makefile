@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install quickstart test test-fast test-exhaustive check format bench proto clean
+.PHONY: help install quickstart test test-fast test-exhaustive mutants check format bench proto clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -38,6 +38,9 @@ test-fast: $(STAMP)  ## Without the slow tests (under two minutes)
 
 test-exhaustive: $(STAMP)  ## What is repeated more often than the suite has time for
 	$(PYTEST) -m exhaustive
+
+mutants: $(STAMP)  ## Take each guarantee out of the code, one at a time; write which test noticed
+	$(BIN)/python tests/support/code_mutants.py benchmarks/results/mutants-$$(date +%F).md
 
 check: $(STAMP)  ## Format, lint, types, import contract
 	$(BIN)/ruff format --check .

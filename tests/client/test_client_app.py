@@ -11,17 +11,23 @@ from typer.testing import CliRunner
 
 from crafts_client import cli, refusals, site
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.errors import EnrolmentError, HomeError, OutboxError
-from crafts_client.outbox import REFUSED_RELEASE
+from crafts_client.errors import EnrolmentError, HomeError, OutboxError, TrainingError
+from crafts_client.outbox import REFUSED_RELEASE, Outbox
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
 from crafts_client.site import Site
 from crafts_client.trainer import Trainer
-from crafts_core.adapters import add_delta
+from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash
 from crafts_core.stages.batch import TileBatch
-from crafts_privacy.ledger import EntryKind, Ledger, LedgerError
+from crafts_privacy.ledger import (
+    EntryKind,
+    Ledger,
+    LedgerError,
+    PlanBudgetExceededError,
+    Reservation,
+)
 from support.sites import (
     Coordinator,
     flower_message,
@@ -179,6 +185,13 @@ def test_whatever_a_coordinator_sends_the_sites_own_limits_hold(
     assert not list(home.outbox_path.glob("*.safetensors"))
 
 
+def test_exact_noise_is_used_where_the_home_asks_for_it(home, foundation, coordinator) -> None:
+    config = home.config.model_copy(update={"exact_noise": True})
+    plan = coordinator.plan()
+    message = coordinator.message(plan, coordinator.start(plan))
+    assert Site(replace(home, config=config), foundation).answer(message).noise == "ExactNoise"
+
+
 def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinator) -> None:
     plan = coordinator.plan()
 
@@ -278,6 +291,36 @@ def test_a_sealed_file_that_was_altered_is_never_sent(hospital, home, coordinato
         hospital.answer(message)
 
 
+def test_a_sealed_file_that_names_another_rounds_charge_is_never_sent(
+    hospital, home, coordinator, monkeypatch
+) -> None:
+    """Round 1 was charged and not answered; its charge does not pay for what lies there for 2."""
+    plan = coordinator.plan()
+    state = coordinator.start(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "seal", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            hospital.answer(coordinator.message(plan, state))
+    paid = Reservation.of(Ledger(home.ledger_path).entries()[0])
+    request = coordinator.request(plan, state, number=2)
+    shared = request.model_dump(include=set(RoundReply.model_fields))
+    reply = RoundReply(
+        site="north",
+        schema_hash=schema_hash(state),
+        noise_multiplier=paid.event.noise_multiplier,
+        max_grad_norm=1.0,
+        steps=2,
+        sample_rate=0.5,
+        declared_patients=10,
+        update_norm=1.0,
+        **shared,
+    )
+    Outbox(home.outbox_path).seal(request, reply, state, paid, noise="GridNoise")
+
+    with pytest.raises(OutboxError, match="reservation of another round"):
+        hospital.answer(coordinator.message(plan, state, request=request))
+
+
 def test_an_answered_round_is_refused_from_another_checkpoint(
     home, foundation, coordinator
 ) -> None:
@@ -291,7 +334,9 @@ def test_an_answered_round_is_refused_from_another_checkpoint(
     assert reply.error == error_of(Rule.REPLAY)
 
 
-def test_the_lifetime_budget_holds_over_studies(tmp_path, foundation, coordinator) -> None:
+def test_the_lifetime_budget_holds_over_studies(
+    tmp_path, foundation, coordinator, monkeypatch
+) -> None:
     home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_epsilon=8.5)
     first = coordinator.plan()
     second = coordinator.plan(
@@ -302,11 +347,29 @@ def test_the_lifetime_budget_holds_over_studies(tmp_path, foundation, coordinato
         request = coordinator.request(first, state, number=planned.round)
         hospital.answer(coordinator.message(first, state, request=request))
     spent = Ledger(home.ledger_path).entries()
+    read: list[int] = []
+    monkeypatch.setattr(PatientTiles, "batch", lambda _, patient, **__: read.append(patient))
 
     reply = ask(home, foundation, coordinator.content(second, state))
 
     assert reply.error.code == 104
     assert Ledger(home.ledger_path).entries() == spent
+    assert read == [], "refused before anybody is read"
+
+
+def test_a_plan_is_held_to_its_target_at_its_own_delta(tmp_path, foundation, coordinator) -> None:
+    """At the policy's larger delta the same rounds look cheaper, and one more would fit."""
+    home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_delta=9e-3)
+    plan = coordinator.plan()
+    state, hospital = coordinator.start(plan), Site(home, foundation)
+    for number in range(1, plan.num_rounds + 1):
+        request = coordinator.request(plan, state, number=number)
+        hospital.answer(coordinator.message(plan, state, request=request))
+    home.approvals.approve(plan, runs_so_far=1)
+
+    request = coordinator.request(plan, state, run_id="run-2")
+    with pytest.raises(PlanBudgetExceededError):
+        hospital.answer(coordinator.message(plan, state, request=request))
 
 
 def test_however_a_coordinator_names_its_runs_a_plan_stays_within_its_target(
@@ -320,21 +383,22 @@ def test_however_a_coordinator_names_its_runs_a_plan_stays_within_its_target(
     home.approvals.approve(plan)
     state, hospital = coordinator.start(plan), Site(home, foundation)
 
-    def answered(run_id: str, number: int) -> bool | Error:
+    def code_of(run_id: str, number: int) -> int:
+        """Of the refusal; 0 for an answer."""
         request = coordinator.request(plan, state, run_id=run_id, number=number)
         app = make_client_app(lambda path: hospital)
         where = Context(7, 7, {HOME_KEY: str(home.path)}, RecordDict(), {})
         reply = app(flower_message(coordinator.content(plan, state, request)), where)
-        return reply.has_content() or reply.error
+        return reply.error.code if reply.has_error() else 0
 
-    assert answered("run-0", 1) is True
-    tries = [answered(f"run-{number}", 1) for number in range(1, 40)]
-    assert tries == [error_of(Rule.RUN)] * 39
+    assert code_of("run-0", 1) == 0
+    tries = [code_of(f"run-{number}", 1) for number in range(1, 40)]
+    assert tries == [OF_RULE[Rule.RUN].code] * 39
     home.approvals.approve(plan, runs_so_far=1)  # the coordinator lost its first run, say
-    assert [answered("run-1", number) for number in (1, 2, 3)] == [True] * 3
-    assert answered("run-1", 4).code == 117, "round 1 was paid for twice: the last one is refused"
+    assert [code_of("run-1", number) for number in (1, 2, 3)] == [0] * 3
+    assert code_of("run-1", 4) == 117, "round 1 was paid for twice: the last one is refused"
     home.approvals.approve(plan, runs_so_far=2)
-    assert answered("run-2", 1).code == 117
+    assert code_of("run-2", 1) == 117
     assert Ledger(home.ledger_path).epsilon("main", plan.privacy.delta) <= 8.0
 
 
@@ -353,6 +417,30 @@ def test_an_update_over_the_norm_limit_is_charged_closed_and_refused(
     last = Ledger(home.ledger_path).entries()[-1]
     assert (last.kind, last.detail) == (EntryKind.COMMITTED, REFUSED_RELEASE)
     assert ask(home, foundation, content).error == error_of(Rule.REPLAY)
+    assert len(Ledger(home.ledger_path).events("main")) == 1, "its cost stays"
+
+
+def test_training_that_ends_in_an_error_is_charged_and_closed(
+    home, foundation, coordinator, monkeypatch
+) -> None:
+    """Else a coordinator gets an answer for each adapter that it asks with, under one charge."""
+    plan = coordinator.plan()
+    state = coordinator.start(plan)
+
+    def train(*_: object) -> State:
+        raise TrainingError("an update that is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", train)
+        assert ask(home, foundation, coordinator.content(plan, state)).error.code == 109
+
+    last = Ledger(home.ledger_path).entries()[-1]
+    assert (last.kind, last.detail) == (EntryKind.COMMITTED, REFUSED_RELEASE)
+    other = {name: value + 1 for name, value in state.items()}
+    for adapter in (state, other):
+        reply = ask(home, foundation, coordinator.content(plan, adapter))
+        assert reply.error == error_of(Rule.REPLAY)
+    assert len(Ledger(home.ledger_path).events("main")) == 1
 
 
 @pytest.mark.parametrize("which", ["adapter", "stage start"])

@@ -20,7 +20,7 @@ from crafts_core.adapters import Adapter, State, add_delta
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
-from crafts_core.stages.batch import draw
+from crafts_core.stages.batch import TileBatch, draw
 from crafts_core.stages.objective import BatchCoupledLossError, Objective
 from crafts_core.starting_point import initial_state
 from crafts_core.tiles.latents import LatentCache
@@ -163,6 +163,33 @@ def test_several_patients_in_one_pass_are_the_loop(
     for name in deltas[0]:
         assert deltas[0][name].norm() > 0
         torch.testing.assert_close(deltas[0][name], deltas[1][name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 24], ids=["one by one", "in groups"])
+def test_each_local_step_draws_its_patients_anew(
+    foundation, open_plan, patients, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three local steps are charged as three samples, so they are three."""
+    read: list[int] = []
+    batch = PatientTiles.batch
+
+    def noted(self: PatientTiles, patient: int, **options) -> TileBatch:
+        read.append(patient)
+        return batch(self, patient, **options)
+
+    class OneAfterAnother:
+        steps = iter(range(9))
+
+        def sample(self, num_patients: int, sample_rate: float) -> np.ndarray:
+            return np.array([next(self.steps)])
+
+    monkeypatch.setattr(PatientTiles, "batch", noted)
+    speed = Speed(microbatch_tiles=64, group_rows=rows)
+    sampler = OneAfterAnother()
+    trainer_of(foundation, open_plan, patients, speed=speed, sampler=sampler).train(
+        task_of(foundation, open_plan)
+    )
+    assert read == [0, 1, 2]
 
 
 @pytest.mark.parametrize("factor", ["first", "second", "both"])

@@ -27,6 +27,40 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """What happened in ``tmp_path``: what was synced with which content, and what renamed."""
+    events: list[tuple[str, object]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            events.append(("folder", sorted(file.name for file in tmp_path.iterdir())))
+        else:
+            (file,) = (each for each in tmp_path.iterdir() if each.stat().st_ino == found.st_ino)
+            events.append(("file", file.read_bytes()))
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("name", target.name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return events
+
+
+def test_what_was_written_is_on_the_disk_before_it_has_its_name(tmp_path: Path, disk) -> None:
+    durable.write_file(tmp_path / "file", "whole")
+    assert disk == [("file", b"whole"), ("name", "file"), ("folder", ["file"])]
+
+
+def test_an_appended_line_is_on_the_disk_before_the_call_returns(tmp_path: Path, disk) -> None:
+    durable.append_line(tmp_path / "records", "one")
+    assert disk == [("file", b"one\n"), ("folder", ["records"])]
+
+
 def test_a_secret_is_the_owners_and_is_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "key"
     durable.create_secret(path, b"a")

@@ -3,6 +3,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,15 @@ def test_tampering_is_found_and_the_message_says_what_to_do(name: str, filled: P
         reserve(opened, 9)
 
 
+def test_an_entry_that_was_edited_and_hashed_again_is_found(filled: Path) -> None:
+    """Its own hash is right then; the next entry knows the old one."""
+    forged = replace(Ledger(filled).entries()[2], noise_multiplier=99.0).sealed()
+    change = f"noise_multiplier = 99.0, hash = '{forged.hash}'"
+    edit(filled, f"UPDATE ledger_entry SET {change} WHERE sequence = 3")
+    with pytest.raises(LedgerTamperedError, match="entry 4 was edited or comes from another"):
+        Ledger(filled)
+
+
 def test_an_old_copy_put_back_is_found(filled: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup.db"
     shutil.copy(filled, backup)
@@ -454,6 +464,13 @@ def test_a_ledger_that_cannot_be_written_is_one_clear_line(filled: Path) -> None
     with pytest.raises(LedgerError, match="locked"):
         ledger.entries()
     blocker.close()
+
+
+def test_a_commit_returns_when_file_and_directory_are_on_the_disk(filled: Path) -> None:
+    """EXTRA: without its directory a journal that was removed could come back and undo a commit."""
+    with Ledger(filled)._store._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 3
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
 
 
 def test_only_the_owner_can_read_the_ledger(filled: Path) -> None:

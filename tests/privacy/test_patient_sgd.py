@@ -1,6 +1,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,6 +240,25 @@ def test_the_sampler_is_asked_with_the_mechanisms_rate() -> None:
     assert asked == [(17, 0.5)]
 
 
+def test_each_step_draws_its_patients_anew() -> None:
+    """Amplification by sampling is for samples that are independent from step to step."""
+
+    class OneAfterAnother(FixedSampler):
+        def sample(self, num_patients: int, sample_rate: float):  # type: ignore[no-untyped-def]
+            return np.array([sgd.steps_taken])
+
+    model, read = make_model(), []
+    sgd = optimizer(model, sampler=OneAfterAnother())
+
+    def loss_of(patient: int) -> Tensor:
+        read.append(patient)
+        return mean_loss(model)(patient)  # type: ignore[return-value]
+
+    for _ in range(3):
+        sgd.step(NUM_PATIENTS, loss_of)
+    assert read == [1, 2, 3]
+
+
 # Equal to the reference.
 
 
@@ -373,6 +393,29 @@ def test_the_optimizer_is_told_the_noise_it_gets() -> None:
     sgd.step(NUM_PATIENTS, mean_loss(model))
     assert told == [2.0 * C / 4.0]
     assert float((flat(model) - before).std()) == pytest.approx(told[0], rel=0.15)
+
+
+def test_the_optimizer_sees_nothing_but_the_noisy_mean() -> None:
+    """Momentum over anything else would carry a patient's unclipped gradient on."""
+    seen: list[Tensor] = []
+
+    class Listening(Momentum):
+        def direction(self, mean_D: Tensor, noise_std: float) -> Tensor:
+            seen.append(mean_D.clone())
+            return super().direction(mean_D, noise_std)
+
+    model = make_model()
+    sgd = PatientSGD(
+        dict(model.named_parameters()),
+        mechanism(expected_patients=4.0),
+        learning_rate=1.0,
+        optimizer=Listening(0.9),
+        noise=NoNoise(),
+        sampler=FixedSampler([1, 4]),
+    )
+    sgd.step(NUM_PATIENTS, mean_loss(model))
+    assert len(seen) == 1
+    assert torch.allclose(4.0 * seen[0], naive_clipped_sum([1, 4]), atol=2e-6)
 
 
 def test_automatic_clipping_counts_every_patient_almost_alike() -> None:
