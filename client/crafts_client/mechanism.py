@@ -9,8 +9,8 @@ does not weaken or strengthen this noise: the ledger holds it against the site's
 """
 
 from crafts_core.plan import Plan
-from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.plan_noise import plan_noise_multiplier
 
 
 def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
@@ -33,12 +33,7 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
             stability=stability,
         )
     return Mechanism(
-        noise_multiplier=calibrate_noise_multiplier(
-            target_epsilon=privacy.target_epsilon,
-            delta=privacy.delta,
-            sample_rate=privacy.sample_rate,
-            steps=plan.total_steps,
-        ),
+        noise_multiplier=plan_noise_multiplier(plan),
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=privacy.sample_rate,
         expected_patients=expected_patients,
