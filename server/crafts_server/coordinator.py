@@ -14,6 +14,7 @@ from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.signing import verify
 from crafts_server.aggregation import AggregationRule, rule_of
 from crafts_server.checkpoints import Checkpoint
@@ -172,6 +173,7 @@ class Coordinator:
             spool_path=self._home.spool_path(run_id),
             patience=self._patience,
             members=self._members,
+            noise_multiplier=plan_noise_multiplier(self.plan),
         )
 
     def _probe(self) -> ProbeOfRound:

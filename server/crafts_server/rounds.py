@@ -62,6 +62,8 @@ class Study:
     spool_path: Path
     patience: Patience
     members: Members
+    noise_multiplier: float
+    """The plan's, below which no update is used."""
 
 
 def run_rounds(
@@ -250,6 +252,7 @@ class _Round:
             stage=self._planned.stage,
             privacy=self._study.plan.privacy,
             schema=self._schema,
+            noise_multiplier=self._study.noise_multiplier,
         )
         variance = verify_update(reply, delta, expected)
         self._sites.bind(node_id, reply.site)

@@ -22,6 +22,10 @@ from crafts_core.plan import PrivacyConfig, StageConfig
 from crafts_server.declared_noise import ROUNDING, noise_variance, norm_bounds
 from crafts_server.errors import UpdateRefusedError
 
+LEAST_NOISE = 0.995
+"""Of the plan's noise: another version of the accountant may calibrate a little otherwise."""
+MOST_NOISE = 4.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expectation:
@@ -32,6 +36,8 @@ class Expectation:
     privacy: PrivacyConfig
     schema: Mapping[str, Tensor]
     """Tensors of the trained factor: names and shapes."""
+    noise_multiplier: float
+    """What the plan asks every site to add (``plan_noise_multiplier``)."""
 
 
 def verify_update(reply: RoundReply, delta: Mapping[str, Tensor], expected: Expectation) -> float:
@@ -65,18 +71,27 @@ def _check_identity(reply: RoundReply, request: RoundRequest) -> None:
 
 
 def _check_mechanism(reply: RoundReply, expected: Expectation) -> None:
-    """The plan's clipping and sampling, no more steps than asked, and noise if it is private."""
-    privacy = expected.privacy
-    for field in ("max_grad_norm", "sample_rate"):
-        wanted, got = getattr(privacy, field), getattr(reply, field)
+    """The plan's clipping, sampling and steps to the letter, and at least its noise.
+
+    How much a site counts follows from what it declares, so nothing of it is the site's to choose
+    but more noise, for a policy that is stricter than the plan. Beyond ``MOST_NOISE`` that would
+    only be leave for a longer update.
+    """
+    wanted_of = {
+        "max_grad_norm": expected.privacy.max_grad_norm,
+        "sample_rate": expected.privacy.sample_rate,
+        "steps": expected.stage.local_steps,
+    }
+    for field, wanted in wanted_of.items():
+        got = getattr(reply, field)
         if wanted != got:
             raise UpdateRefusedError(f"{field}: expected {wanted:g}, got {got:g}")
-    if reply.steps > expected.stage.local_steps:
+    least, most = expected.noise_multiplier * LEAST_NOISE, expected.noise_multiplier * MOST_NOISE
+    if not least <= reply.noise_multiplier <= most:
         raise UpdateRefusedError(
-            f"steps: expected at most {expected.stage.local_steps}, got {reply.steps}"
+            f"noise_multiplier: expected the plan's {expected.noise_multiplier:g}, or up to "
+            f"{MOST_NOISE:g} times it, got {reply.noise_multiplier:g}"
         )
-    if privacy.mechanism == "patient_dp" and reply.noise_multiplier == 0:
-        raise UpdateRefusedError("noise_multiplier: expected noise, got 0")
 
 
 def _checked_norm(reply: RoundReply, delta: Mapping[str, Tensor]) -> float:

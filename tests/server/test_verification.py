@@ -38,6 +38,7 @@ EXPECTED = Expectation(
     stage=STAGE,
     privacy=PRIVACY,
     schema={"layer.second": torch.zeros(100, 20)},
+    noise_multiplier=1.5,
 )
 
 
@@ -71,6 +72,13 @@ def test_an_honest_update_passes_and_yields_its_declared_variance() -> None:
     assert variance == noise_variance(reply(delta()), STAGE)
 
 
+@pytest.mark.parametrize("noise_multiplier", [1.4999, 1.5, 6.0])
+def test_the_plans_noise_or_more_passes(noise_multiplier: float) -> None:
+    """The accountant's fourth digit is nobody's lie; a stricter policy adds up to four times."""
+    drawn = {name: noise_multiplier / 2.0 * tensor for name, tensor in delta().items()}
+    verify_update(reply(drawn, noise_multiplier=noise_multiplier), drawn, EXPECTED)
+
+
 def test_half_precision_on_the_wire_passes() -> None:
     rounded = {name: tensor.half().float() for name, tensor in delta().items()}
     verify_update(reply(delta()), rounded, EXPECTED)
@@ -86,7 +94,11 @@ def test_half_precision_on_the_wire_passes() -> None:
         ("max_grad_norm", 0.6),
         ("sample_rate", 0.4),
         ("steps", 5),
+        ("steps", 3),
         ("noise_multiplier", 0.0),
+        ("noise_multiplier", 1e-9),
+        ("noise_multiplier", 1.48),
+        ("noise_multiplier", 6.01),
         ("update_norm", 0.5),
     ],
 )
@@ -119,7 +131,7 @@ def test_another_shape_and_an_unknown_or_missing_tensor_are_refused() -> None:
 
 def test_noise_that_was_declared_but_not_added_is_refused() -> None:
     quiet = {name: tensor / 10 for name, tensor in delta().items()}
-    expected = replace(EXPECTED, stage=STAGE.model_copy(update={"local_steps": 4}))
+    expected = replace(EXPECTED, noise_multiplier=50.0)
     loud = reply(quiet, noise_multiplier=50.0)
     with pytest.raises(UpdateRefusedError, match="the least that the declared noise gives"):
         verify_update(loud, quiet, expected)
@@ -136,5 +148,7 @@ def test_without_privacy_no_noise_is_expected_and_no_norm_is_implausible() -> No
         update={"mechanism": "none", "target_epsilon": None, "delta": None}
     )
     far = {name: 100 * tensor for name, tensor in delta().items()}
-    expected = replace(EXPECTED, privacy=privacy)
+    expected = replace(EXPECTED, privacy=privacy, noise_multiplier=0.0)
     assert verify_update(reply(far, noise_multiplier=0.0), far, expected) == 0.0
+    with pytest.raises(UpdateRefusedError, match="noise_multiplier"):
+        verify_update(reply(far, noise_multiplier=0.1), far, expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 from crafts_core.adapters import State
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
 from crafts_core.plan import Plan
+from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.signing import create_signing_key, load_signing_key
 from crafts_server.aggregation import AggregationRule, PublicProbe, rule_of
 from crafts_server.checkpoints import CheckpointStore
@@ -117,6 +118,7 @@ def small_study(
         probe_of_round=QuadraticProbe().for_round,
         spool_path=directory / "spool",
         patience=patience or Patience(poll_s=0.001, join_wait_s=0.0),
+        noise_multiplier=plan_noise_multiplier(plan),
     )
 
 
