@@ -142,6 +142,10 @@ class AggregationConfig(_Section):
     precision_floor: Annotated[float, Field(gt=0)] = 1e-12
     """tau^2 in p_k = 1 / (tau^2 + v_k); v_k is the declared noise variance per coordinate."""
     max_weight: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Of any site, where there are enough of them; the baselines have none."""
+    max_weight_per_share: Annotated[float, Field(ge=1, le=100)] = 2.0
+    """A site counts at most so many times its share of the agreed patients of who answered, or as
+    much as in plain averaging."""
     gate_temperature: Annotated[float, Field(gt=0)] = 0.05
     """Softness of the alignment gate a_k, in units of alignment margin."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -20,7 +20,7 @@ from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.plan import MODALITIES, AggregationConfig, Factor
 from crafts_server.errors import AggregationError
 from crafts_server.trust_region import accept_or_halve, alignment_steps
-from crafts_server.weighting import capped, log_gate, log_precision, normalised
+from crafts_server.weighting import capped, log_gate, log_precision, normalised, share_caps
 
 
 class PublicProbe(Protocol):
@@ -88,6 +88,8 @@ class Aggregate:
 
     step: ServerStep
     weights: dict[str, float]
+    caps: dict[str, float]
+    """The most that each could have counted."""
     gains: dict[str, float | None]
     margin_before: float
 
@@ -112,9 +114,14 @@ class AggregationRule(Protocol):
 
     needs_gain: bool
     """Whether each site's update is measured on the probe (one margin per site)."""
+    max_weight: float
+    """No site counts more, unless all must."""
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
-        """Non-negative, summing to one, in the order of ``evidence``."""
+        """Non-negative, summing to one, in the order of ``evidence``.
+
+        A proposal: ``aggregate`` lets no site count more than its share allows, whatever the rule.
+        """
         ...
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
@@ -134,9 +141,21 @@ def rule_of(config: AggregationConfig) -> AggregationRule:
 
 
 def aggregate(
-    rule: AggregationRule, start: RoundState, updates: Sequence[SiteUpdate], probe: PublicProbe
+    rule: AggregationRule,
+    start: RoundState,
+    updates: Sequence[SiteUpdate],
+    probe: PublicProbe,
+    *,
+    max_weight_per_share: float,
 ) -> Aggregate:
     """One round's new global adapter. The order in which updates arrived does not matter.
+
+    Args:
+        rule: How sites are weighed and what is made of the sum.
+        start: Where the round starts.
+        updates: Verified; their patients are the agreed ones.
+        probe: The round's.
+        max_weight_per_share: The plan's, for ``share_caps``.
 
     Raises:
         AggregationError: there is no update.
@@ -153,13 +172,19 @@ def aggregate(
         )
         for update in updates
     ]
-    weights = rule.weights(evidence)
+    caps = share_caps(
+        [site.declared_patients for site in evidence],
+        max_weight=rule.max_weight,
+        max_weight_per_share=max_weight_per_share,
+    )
+    weights = capped(rule.weights(evidence), caps)
     delta = weighted_sum(
         (weight, update.read_delta) for weight, update in zip(weights, updates, strict=True)
     )
     return Aggregate(
         step=rule.move(start, delta, probe),
         weights={site.site: weight for site, weight in zip(evidence, weights, strict=True)},
+        caps={site.site: cap for site, cap in zip(evidence, caps, strict=True)},
         gains={site.site: site.gain for site in evidence},
         margin_before=start.margin,
     )
@@ -190,6 +215,7 @@ class AlignmentRegularized:
 
     def __init__(self, config: AggregationConfig) -> None:
         self._config = config
+        self.max_weight = config.max_weight
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
         config = self._config
@@ -198,7 +224,7 @@ class AlignmentRegularized:
             + (0.0 if site.gain is None else log_gate(site.gain, config.gate_temperature))
             for site in evidence
         ]
-        return capped(normalised(scores), config.max_weight)
+        return normalised(scores)
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         config = self._config
@@ -234,6 +260,7 @@ class Uniform:
     """Plain averaging: every site counts the same, no momentum, every step is taken."""
 
     needs_gain = False
+    max_weight = 1.0
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
         return [1.0 / len(evidence)] * len(evidence)
@@ -246,6 +273,7 @@ class ByPatients:
     """Federated averaging: a site counts as much as the patients it declares."""
 
     needs_gain = False
+    max_weight = 1.0
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
         total = sum(site.declared_patients for site in evidence)

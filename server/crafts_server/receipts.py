@@ -22,6 +22,8 @@ class SiteReceipt(_Record):
 
     site: str
     weight: Annotated[float, Field(ge=0, le=1)]
+    max_weight: Annotated[float, Field(gt=0, le=1)]
+    """The most that its share of the agreed patients let it count, of those who answered."""
     gain: float | None
     """Alignment margin that its update alone would have gained; None where nobody measured
     it, or the measure was not finite (then the gate was shut)."""

@@ -177,7 +177,10 @@ class _Round:
             factor=self._planned.factor,
             margin=probe.margin(self._state),
         )
-        result = aggregate(self._study.rule, start, list(self._updates.values()), probe)
+        result = aggregate(
+            *(self._study.rule, start, list(self._updates.values()), probe),
+            max_weight_per_share=self._study.plan.aggregation.max_weight_per_share,
+        )
         self._check_finite(result)
         checkpoint = _commit(
             self._study,
@@ -315,6 +318,7 @@ def _site_receipt(update: SiteUpdate, result: Aggregate) -> SiteReceipt:
     return SiteReceipt(
         site=reply.site,
         weight=result.weights[reply.site],
+        max_weight=result.caps[reply.site],
         gain=gain if gain is not None and math.isfinite(gain) else None,
         update_norm=reply.update_norm,
         noise_multiplier=reply.noise_multiplier,

@@ -1,6 +1,7 @@
 """How much each site counts: precision, alignment gate, cap. Pure functions of scalars.
 
-Design section 6: ``alpha_k`` is proportional to ``p_k a_k`` and capped, where
+Design section 6: ``alpha_k`` is proportional to ``p_k a_k`` and capped by the site's share of the
+agreed patients, where
 
     p_k = 1 / (tau^2 + v_k)              precision, from the *declared* noise variance v_k
     a_k = sigmoid(gain_k / temperature)  soft gate on the gain in alignment margin
@@ -43,30 +44,51 @@ def normalised(log_scores: Sequence[float]) -> list[float]:
     return [score / total for score in scores]
 
 
-def capped(weights: Sequence[float], max_weight: float) -> list[float]:
-    """No weight above ``max_weight``; the excess goes to the others in proportion.
+def share_caps(
+    patients: Sequence[int], *, max_weight: float, max_weight_per_share: float
+) -> list[float]:
+    """The most that each of the sites that answered may count, from agreed numbers alone.
 
-    Guarantee: the sum stays one; order among the sites stays; a weight is above the cap only
-    where the cap cannot be kept (``len(weights) * max_weight < 1``), and then all are equal.
+    ``max_weight_per_share`` times the site's share of their patients and never above
+    ``max_weight``; but as much as in plain averaging everybody may count. So the caps can always be
+    kept: their sum is at least one. With two or three sites it is ``max_weight`` that binds, as
+    twice a third is more than the 0.6 of most plans.
 
     Args:
-        weights: Non-negative, summing to one.
-        max_weight: The cap, in (0, 1].
+        patients: What sites and coordinator agreed on, of who answered.
+        max_weight: Of the plan, in (0, 1].
+        max_weight_per_share: Of the plan, at least one.
     """
     if not 0 < max_weight <= 1:
         raise ValueError(f"expected 0 < max_weight <= 1, got {max_weight}")
+    if not max_weight_per_share >= 1:
+        raise ValueError(f"expected max_weight_per_share >= 1, got {max_weight_per_share}")
+    plain, total = 1.0 / len(patients), sum(patients)
+    return [max(plain, min(max_weight, max_weight_per_share * n / total)) for n in patients]
+
+
+def capped(weights: Sequence[float], caps: Sequence[float]) -> list[float]:
+    """No weight above its cap; the excess goes to the others in proportion.
+
+    Guarantee: the sum stays one, no weight passes its cap, and sites below their caps keep their
+    ratios.
+
+    Args:
+        weights: Non-negative, summing to one.
+        caps: Of each site; together at least one.
+    """
+    if math.fsum(caps) < 1.0 - 1e-9:
+        raise ValueError(f"expected caps that sum to one at least, got {math.fsum(caps)}")
     count = len(weights)
-    if count * max_weight <= 1.0:
-        return [1.0 / count] * count
     result = list(weights)
     at_cap: set[int] = set()
-    while over := {k for k, w in enumerate(result) if k not in at_cap and w > max_weight}:
+    while over := {k for k in range(count) if k not in at_cap and result[k] > caps[k]}:
         at_cap |= over
         free = [k for k in range(count) if k not in at_cap]
-        left = 1.0 - max_weight * len(at_cap)
+        left = 1.0 - math.fsum(caps[k] for k in at_cap)
         total = math.fsum(weights[k] for k in free)
         for k in at_cap:
-            result[k] = max_weight
+            result[k] = caps[k]
         for k in free:
             result[k] = left * weights[k] / total if total > 0 else left / len(free)
     return result

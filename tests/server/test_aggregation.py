@@ -1,7 +1,7 @@
 """The rules against float64 loops over the formulas of design section 6."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ import torch
 from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.plan import AggregationConfig
+from crafts_server import aggregation
 from crafts_server.aggregation import (
     Aggregate,
+    AggregationRule,
     RoundState,
+    SiteEvidence,
     SiteUpdate,
-    aggregate,
     rule_of,
     weighted_sum,
     with_momentum,
@@ -48,6 +50,19 @@ def update(index: int, delta: State) -> SiteUpdate:
         update_norm=global_norm(delta),
     )
     return SiteUpdate.of(reply, VARIANCES[index], delta)
+
+
+def aggregate(
+    rule: AggregationRule,
+    begin: RoundState,
+    updates: list[SiteUpdate],
+    probe: aggregation.PublicProbe,
+    *,
+    max_weight_per_share: float = 2.0,
+) -> Aggregate:
+    return aggregation.aggregate(
+        rule, begin, updates, probe, max_weight_per_share=max_weight_per_share
+    )
 
 
 def deltas() -> list[State]:
@@ -89,6 +104,55 @@ def test_no_site_passes_the_cap() -> None:
     result = run(config(max_weight=0.4))
     assert max(result.weights.values()) == pytest.approx(0.4)
     assert math.fsum(result.weights.values()) == pytest.approx(1.0)
+
+
+class Partial:
+    """A rule from research that gives all the weight to the site that declares least noise."""
+
+    needs_gain = False
+    max_weight = 1.0
+
+    def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
+        least = min(site.noise_variance for site in evidence)
+        return [float(site.noise_variance == least) for site in evidence]
+
+    move = aggregation.Uniform.move
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(1.0, 0.1), (2.0, 0.2), (5.0, 0.5)])
+def test_no_rule_lets_a_site_count_more_than_its_share_allows(
+    ratio: float, expected: float
+) -> None:
+    """Ten sites of 120 patients; 0.60 is what one of them had."""
+    (delta, *_) = deltas()
+    updates = [
+        _of_ten(number, delta, variance=1e-9 if number == 7 else 1e-3) for number in range(10)
+    ]
+    result = aggregate(Partial(), start(), updates, QuadraticProbe(), max_weight_per_share=ratio)
+    assert result.weights["site-7"] == pytest.approx(expected) == result.caps["site-7"]
+    assert math.fsum(result.weights.values()) == pytest.approx(1.0)
+
+
+def test_a_gate_that_closes_for_all_others_gives_one_site_twice_its_share() -> None:
+    """Its update gains on the probe, which is public; theirs lose. All declare the same noise."""
+    towards = {"layer.second": 0.2 * (1.0 - small_state()["layer.second"])}
+    against = {"layer.second": -towards["layer.second"]}
+    updates = [
+        _of_ten(number, towards if number == 7 else against, variance=1e-3) for number in range(10)
+    ]
+    settings = config(gate_temperature=1e-4, margin_tolerance=10.0)
+    result = aggregate(rule_of(settings), start(), updates, QuadraticProbe())
+    assert result.weights["site-7"] == pytest.approx(0.2)
+    without = aggregate(
+        rule_of(settings), start(), updates, QuadraticProbe(), max_weight_per_share=100.0
+    )
+    assert without.weights["site-7"] == pytest.approx(0.6), "the attack is one"
+
+
+def _of_ten(number: int, delta: State, *, variance: float) -> SiteUpdate:
+    values = update(0, delta).reply.model_dump()
+    reply = RoundReply.model_validate(values | {"site": f"site-{number}", "declared_patients": 120})
+    return SiteUpdate.of(reply, variance, delta)
 
 
 def test_the_whole_step_equals_the_formulas_coordinate_by_coordinate() -> None:

@@ -34,6 +34,7 @@ def receipt() -> RoundReceipt:
     site = SiteReceipt(
         site="aachen",
         weight=1.0,
+        max_weight=1.0,
         gain=None,
         update_norm=0.5,
         noise_multiplier=1.0,
