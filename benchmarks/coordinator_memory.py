@@ -31,6 +31,7 @@ from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_h
 from crafts_core.foundation import embedded_path, load
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
@@ -101,6 +102,10 @@ def measure(num_sites: int) -> dict[str, Any]:
             f"site-{number}": LocalNode(app=site(number, like), node_config={})
             for number in range(num_sites)
         }
+        registry = home.registry()
+        for name in nodes:
+            CohortSizes(registry).agree(name, 100)
+        registry.close()
         now = Patience(poll_s=0.0, join_wait_s=0.0)
         coordinator = Coordinator(home, asked, foundation, patience=now)
         before = _peak_bytes()

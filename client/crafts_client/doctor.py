@@ -20,6 +20,7 @@ import httpx
 import torch
 from cryptography import x509
 
+from crafts_client.agreed_patients import check_agreed
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.site_ledger import existing_ledger
@@ -179,6 +180,8 @@ def registrar(home: SiteHome) -> Iterator[Finding]:
     with Registrar(home) as channel:
         plans = channel.call("ListPlans").plans
     yield _ok("registrar", f"{channel.record.registrar_address} answers; {len(plans)} plans")
+    check_agreed(home)
+    yield _ok("patients", f"{home.config.declared_patients} are agreed with the coordinator")
 
 
 def home_folder(home: SiteHome) -> Iterator[Finding]:

@@ -67,7 +67,7 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
     a key that was revoked stays revoked.
 
     Args:
-        home: The site's home; the invitation must be for its name.
+        home: The site's home; the invitation must be for its name and its declared patients.
         host: ``host`` or ``host:port`` of the coordinator's enrolment.
         token: As ``crafts-server sites invite`` printed it.
 
@@ -90,6 +90,7 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
         token=secret,
         signing_request_pem=_signing_request(tls_key, home.config.name),
         node_public_key=_public_text(node_key),
+        declared_patients=home.config.declared_patients,
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
     with _channel(f"{name}:{port}", credentials) as channel:

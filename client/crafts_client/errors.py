@@ -4,7 +4,8 @@ CraftsError
 ├── IngestError      the site's operator: table, slides or disk (``crafts_client.ingest``)
 ├── HomeError        the site's operator: the home is missing, incomplete or says nonsense
 ├── EnrolmentError   the site's operator: the coordinator does not know this site, or is away
-│   └── CoordinatorBusyError   the coordinator: it failed, and may be able to answer soon
+│   ├── CoordinatorBusyError   the coordinator: it failed, and may be able to answer soon
+│   └── NotAgreedError         both: the site's number of patients is not the one that was agreed
 ├── PolicyError      the coordinator: it asks for what this site's policy does not allow
 ├── OutboxError      the site's operator: a sealed release was altered or cannot be read
 └── TrainingError    the site's operator: training gave something that must not leave
@@ -23,6 +24,10 @@ class EnrolmentError(CraftsError):
 
 class CoordinatorBusyError(EnrolmentError):
     """The coordinator was reached and failed: its database is locked, its disk is full."""
+
+
+class NotAgreedError(EnrolmentError):
+    """``declared_patients`` of site.toml is not what the coordinator has agreed to."""
 
 
 class OutboxError(CraftsError):

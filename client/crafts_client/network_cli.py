@@ -59,6 +59,7 @@ def join(
 ) -> None:
     """Take part in the coordinator's studies, as the policy allows, until Ctrl-C."""
     with one_line_errors("crafts-client"):
+        from crafts_client.agreed_patients import check_agreed
         from crafts_client.client_app import make_client_app
         from crafts_client.enrolment import coordinator_record
         from crafts_client.ledger_witness import witness_ledger
@@ -69,11 +70,39 @@ def join(
         record = coordinator_record(opened)
         site = Site.open(home)  # what is missing is said now, not in the first round
         stop = run_as_service(debug=debug)
+
+        def witness() -> None:
+            check_agreed(opened)
+            witness_ledger(opened)
+
         try:
-            client_app = make_client_app(lambda _: site, witness=lambda: witness_ledger(opened))
+            client_app = make_client_app(lambda _: site, witness=witness)
             take_part(opened, record, client_app, stop)
         finally:
             site.close()
+
+
+@network_app.command()
+def declare(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Tell the coordinator the declared_patients of site.toml, after they have changed.
+
+    They count once its operator has agreed; until then no round is answered. Start `join` again.
+    """
+    from crafts_client.agreed_patients import declare_patients
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        agreed = declare_patients(site)
+    declared, name = site.config.declared_patients, site.config.name
+    if as_json:
+        typer.echo(json.dumps({"declared_patients": declared, "agreed_patients": agreed}))
+    elif agreed == declared:
+        typer.echo(f"{declared} patients are agreed")
+    else:
+        typer.echo(
+            f"declared {declared} patients, agreed are {agreed or 'none'}; ask the coordinator "
+            f"for: crafts-server sites resize {name} {declared}"
+        )
 
 
 @plan_app.command("list")
@@ -156,6 +185,25 @@ def plan_approve(
     typer.echo(f"{plan.study.name} is approved{again}")
     if offered.remark:
         typer.echo(offered.remark)
+
+
+@plan_app.command("roster")
+def plan_roster(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Which sites take part, and with how many patients each counts; signed."""
+    from crafts_client.agreed_patients import fetch_roster
+    from crafts_client.offered_plans import offered_plan
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        plan, _ = offered_plan(site, plan_hash)
+        roster = fetch_roster(site, plan.hash)
+    if as_json:
+        typer.echo(roster.to_json())
+        return
+    total = sum(roster.patients.values())
+    for name, patients in roster.patients.items():
+        typer.echo(f"{name:24} {patients:8} patients  {patients / total:6.1%}")
+    typer.echo(f"roster {roster.hash}")
 
 
 @foundation_app.command("fetch")

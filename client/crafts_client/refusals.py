@@ -6,7 +6,13 @@ number or a name.
 
 from dataclasses import dataclass
 
-from crafts_client.errors import EnrolmentError, HomeError, OutboxError, TrainingError
+from crafts_client.errors import (
+    EnrolmentError,
+    HomeError,
+    NotAgreedError,
+    OutboxError,
+    TrainingError,
+)
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.site import StageStartMissingError
 from crafts_core.adapters import AdapterError
@@ -49,6 +55,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (RankError, Refusal(114, "a device of the site failed")),
     (FoundationError, Refusal(110, "the site's foundation is missing or damaged")),
     (TileStoreError, Refusal(111, "the site's tiles are not ready")),
+    (NotAgreedError, Refusal(118, "the site's number of patients is not the one that was agreed")),
     (EnrolmentError, Refusal(116, "the coordinator did not witness the site's ledger")),
     (HomeError, Refusal(112, "the site is not set up")),
     (OutboxError, Refusal(113, "the site cannot send its sealed answer again")),

@@ -26,6 +26,7 @@ class Event(StrEnum):
     ENDED = "coordinator ended"
     INVITED = "site invited"
     ENROLLED = "site enrolled"
+    RESIZED = "patients of a site agreed"
     REVOKED = "site revoked"
     LEFT = "site left"
     SIGNED = "plan signed"

@@ -14,7 +14,7 @@ from crafts_core.command_line import one_line_errors, progress_bars, run_as_serv
 from crafts_server.audit_log import Event
 
 if TYPE_CHECKING:
-    from crafts_server.enrolments import Enrolments
+    from crafts_server.enrolments import EnrolledSite, Enrolments
     from crafts_server.home import CoordinatorHome, HomeConfig
     from crafts_server.registry import Registry
 
@@ -112,6 +112,10 @@ def _has_password(registry: str) -> bool:
 @sites_app.command("invite")
 def sites_invite(
     name: Annotated[str, typer.Argument(help="The site's name: small letters, digits, dashes.")],
+    patients: Annotated[
+        int,
+        typer.Option(min=1, help="As many as it declares in site.toml; another number is refused."),
+    ],
     home: Home = DEFAULT_HOME,
     days: Annotated[int, typer.Option(min=1, max=90, help="How long the invitation counts.")] = 7,
     as_json: AsJson = False,
@@ -120,14 +124,14 @@ def sites_invite(
     from datetime import timedelta
 
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
-        token = enrolments.invite(name, valid_for=timedelta(days=days))
-        opened.audit_log.write(Event.INVITED, site=name, days=days)
+        token = enrolments.invite(name, patients=patients, valid_for=timedelta(days=days))
+        opened.audit_log.write(Event.INVITED, site=name, patients=patients, days=days)
         token += f".{opened.pki.enrolment_fingerprint}"
         config = opened.config
     command = f"crafts-client enroll {config.hosts[0]}:{config.enrolment_port} --token {token}"
     _print(
         {"site": name, "token": token, "command": command},
-        f"{name} enrols within {days} days by:\n{command}",
+        f"{name} enrols with {patients} patients within {days} days by:\n{command}",
         as_json,
     )
 
@@ -139,12 +143,34 @@ def sites_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         sites, waiting = enrolments.sites(), enrolments.waiting()
     lines = [
         f"{site.name}  {'revoked' if site.revoked_at else 'enrolled'}  "
-        f"{site.revoked_at or site.enrolled_at:%Y-%m-%d %H:%M}  {site.fingerprint[:16]}"
+        f"{site.revoked_at or site.enrolled_at:%Y-%m-%d %H:%M}  {site.fingerprint[:16]}  "
+        + _patients(site)
         for site in sites
     ]
     lines += [f"{name}  invited until {until:%Y-%m-%d %H:%M}" for name, until in waiting.items()]
     values = {"sites": [asdict(site) for site in sites], "invited": waiting}
     _print(values, "\n".join(lines) or "no sites yet; see crafts-server sites invite", as_json)
+
+
+def _patients(site: "EnrolledSite") -> str:
+    """What was agreed, and what waits for a word of the operator."""
+    text = f"{site.declared_patients or 'no number of'} patients"
+    if site.told_patients not in (None, site.declared_patients):
+        text += f" (declares {site.told_patients}: sites resize {site.name} {site.told_patients})"
+    return text
+
+
+@sites_app.command("resize")
+def sites_resize(
+    name: Annotated[str, typer.Argument(help="As `sites list` prints it.")],
+    patients: Annotated[int, typer.Argument(min=1, help="The number that the site declares now.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Agree to another number of patients, which the site has declared before."""
+    with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
+        before = enrolments.sizes.resize(name, patients)
+        opened.audit_log.write(Event.RESIZED, site=name, patients=patients, before=before)
+    typer.echo(f"{name} counts as {patients} patients (before: {before or 'none'})")
 
 
 @sites_app.command("revoke")

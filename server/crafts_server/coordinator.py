@@ -18,6 +18,7 @@ from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.signing import verify
 from crafts_server.aggregation import AggregationRule, rule_of
 from crafts_server.checkpoints import Checkpoint
+from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.collection import Members, Patience
 from crafts_server.errors import HomeError, RegistryError
 from crafts_server.home import CoordinatorHome
@@ -174,6 +175,7 @@ class Coordinator:
             patience=self._patience,
             members=self._members,
             noise_multiplier=plan_noise_multiplier(self.plan),
+            agreed_patients=CohortSizes(registry).agreed,
         )
 
     def _probe(self) -> ProbeOfRound:

@@ -1,4 +1,4 @@
-"""Who was invited, who enrolled, who was revoked, and the ledger heads that sites had witnessed.
+"""Who was invited, enrolled, revoked, with how many patients, and the ledger heads of sites.
 
 Part of the registry (same database, same transactions). A token is kept as its SHA-256 only.
 """
@@ -13,9 +13,10 @@ from sqlalchemy import ColumnElement, CursorResult, Update, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from crafts_server.cohort_sizes import CohortSizes, agree_at_enrolment, check_patients, size_row
 from crafts_server.errors import EnrolmentError
 from crafts_server.registry import Registry
-from crafts_server.registry_rows import EnrolmentRow, InvitationRow, WitnessRow
+from crafts_server.registry_rows import CohortSizeRow, EnrolmentRow, InvitationRow, WitnessRow
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 MAX_LEDGERS = 64
@@ -37,6 +38,10 @@ class EnrolledSite:
     node_public_key: str
     enrolled_at: datetime
     revoked_at: datetime | None
+    declared_patients: int | None
+    """What both sides agreed on."""
+    told_patients: int | None
+    """What the site said last; another number waits for the coordinator's word."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +58,27 @@ class Enrolments:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def invite(self, name: str, *, valid_for: timedelta) -> str:
+    @property
+    def sizes(self) -> CohortSizes:
+        """How many patients each counts as."""
+        return CohortSizes(self._registry)
+
+    def invite(self, name: str, *, patients: int, valid_for: timedelta) -> str:
         """A new one-time token; an older one of the same site is void.
 
+        Args:
+            name: The site's.
+            patients: What it will declare; who comes with another number is not enrolled.
+            valid_for: From now.
+
         Raises:
-            EnrolmentError: the name cannot be a site's.
+            EnrolmentError: the name cannot be a site's, or the number not of its patients.
         """
         if not SITE_NAME.fullmatch(name):
             raise EnrolmentError(
                 f"{name!r} cannot be a site's name: small letters, digits and dashes, at most 63"
             )
+        check_patients(patients)
         token = secrets.token_urlsafe(_TOKEN_BYTES)
         with self._registry.session() as session:
             session.merge(
@@ -70,6 +86,7 @@ class Enrolments:
                     site=name, token_hash=_hashed(token), expires_at=_now() + valid_for, used=False
                 )
             )
+            size_row(session, name).invited = patients
         return token
 
     def invited_site(self, token: str) -> str:
@@ -81,11 +98,14 @@ class Enrolments:
         with self._registry.session() as session:
             return _invited(session, token)
 
-    def enrol(self, token: str, *, fingerprint: str, node_public_key: str) -> str:
+    def enrol(
+        self, token: str, *, fingerprint: str, node_public_key: str, declared_patients: int
+    ) -> str:
         """Use up a token: from now on the certificate speaks for the site, an older one does not.
 
         Raises:
-            EnrolmentError: as above, or another site has the same node key.
+            EnrolmentError: as above, another site has the same node key, or the invitation is for
+                another number of patients; the token then stays unused.
         """
         with self._registry.session() as session:
             site = _invited(session, token)
@@ -100,6 +120,7 @@ class Enrolments:
             ).first()
             if other is not None:
                 raise EnrolmentError("this node key belongs to another site; make a new home")
+            agree_at_enrolment(session, site, declared_patients)
             session.merge(
                 EnrolmentRow(
                     site=site,
@@ -129,7 +150,11 @@ class Enrolments:
     def sites(self) -> list[EnrolledSite]:
         """Everybody who ever enrolled, by name."""
         with self._registry.session() as session:
-            rows = session.scalars(select(EnrolmentRow).order_by(EnrolmentRow.site))
+            rows = session.execute(
+                select(EnrolmentRow, CohortSizeRow)
+                .outerjoin(CohortSizeRow, CohortSizeRow.site == EnrolmentRow.site)
+                .order_by(EnrolmentRow.site)
+            )
             return [
                 EnrolledSite(
                     name=row.site,
@@ -137,8 +162,10 @@ class Enrolments:
                     node_public_key=row.node_public_key,
                     enrolled_at=row.enrolled_at.replace(tzinfo=UTC),
                     revoked_at=row.revoked_at and row.revoked_at.replace(tzinfo=UTC),
+                    declared_patients=None if size is None else size.agreed,
+                    told_patients=None if size is None else size.told,
                 )
-                for row in rows
+                for row, size in rows
             ]
 
     def waiting(self) -> dict[str, datetime]:

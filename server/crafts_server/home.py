@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import Plan, describe_first_error
+from crafts_core.roster import Roster
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
 from crafts_server.audit_log import AuditLog
 from crafts_server.checkpoints import CheckpointStore
@@ -181,6 +182,10 @@ class CoordinatorHome:
         finally:
             registry.close()
         return signed
+
+    def sign_roster(self, roster: Roster) -> str:
+        """The signature of a roster's canonical JSON, by the key that signs plans."""
+        return sign(self._key(), roster.to_json().encode())
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -23,9 +23,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import MANIFEST_NAME, FoundationManifest, read_manifest
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
+from crafts_core.roster import Roster
 from crafts_server.audit_log import Event
 from crafts_server.enrolments import Enrolments, Witness
-from crafts_server.errors import EnrolmentError, PkiError
+from crafts_server.errors import EnrolmentError, PkiError, RegistryError
 from crafts_server.home import CoordinatorHome
 from crafts_server.node_keys import check_node_key
 from crafts_server.pki import Pki, common_name, fingerprint
@@ -81,6 +82,7 @@ class EnrolmentService:
                 request.token,
                 fingerprint=fingerprint(certificate),
                 node_public_key=request.node_public_key,
+                declared_patients=request.declared_patients,
             )
         except (EnrolmentError, PkiError) as error:
             raise RefusedError(grpc.StatusCode.PERMISSION_DENIED, str(error)) from error
@@ -156,6 +158,34 @@ class RegistrarService:
         log.info("left site=%s", site)
         self._home.audit_log.write(Event.LEFT, site=site)
         return messages.LeaveReply()
+
+    def DeclarePatients(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Note the number that the site says; what was agreed stays until both say the same."""
+        site = self._site(context)
+        if request.declared_patients:
+            try:
+                self._enrolments.sizes.declare(site, request.declared_patients)
+            except EnrolmentError as error:
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
+            log.info("declared site=%s patients=%d", site, request.declared_patients)
+        return messages.DeclarePatientsReply(
+            agreed_patients=self._enrolments.sizes.agreed().get(site, 0)
+        )
+
+    def GetRoster(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Who takes part in a plan and with how many patients, signed, as of now."""
+        self._site(context)
+        registry = self._home.registry()
+        try:
+            plan_hash = registry.plan(request.plan_hash).hash
+        except RegistryError as error:
+            raise RefusedError(grpc.StatusCode.NOT_FOUND, "no such plan was signed") from error
+        finally:
+            registry.close()
+        roster = Roster.of(plan_hash, self._enrolments.sizes.agreed())
+        return messages.GetRosterReply(
+            json=roster.to_json(), signature=self._home.sign_roster(roster)
+        )
 
     def _site(self, context: grpc.ServicerContext) -> str:
         """The site that the client certificate speaks for."""

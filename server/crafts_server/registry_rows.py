@@ -59,6 +59,19 @@ class EnrolmentRow(Base):
     revoked_at: Mapped[datetime | None]
 
 
+class CohortSizeRow(Base):
+    """How many patients a site counts as, by both sides' word."""
+
+    __tablename__ = "cohort_size"
+
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    invited: Mapped[int | None]
+    """By the newest invitation: the coordinator's word until the site enrols."""
+    told: Mapped[int | None]
+    """What the site said last."""
+    agreed: Mapped[int | None]
+
+
 class WitnessRow(Base):
     """The head of a site's ledger when it last said."""
 

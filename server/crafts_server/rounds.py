@@ -64,6 +64,8 @@ class Study:
     members: Members
     noise_multiplier: float
     """The plan's, below which no update is used."""
+    agreed_patients: Callable[[], Mapping[str, int]]
+    """Asked at each reply: a site may enrol, or be resized, while a round is open."""
 
 
 def run_rounds(
@@ -256,6 +258,7 @@ class _Round:
             privacy=self._study.plan.privacy,
             schema=self._schema,
             noise_multiplier=self._study.noise_multiplier,
+            patients=self._study.agreed_patients(),
         )
         variance = verify_update(reply, delta, expected)
         self._sites.bind(node_id, reply.site)

@@ -208,7 +208,8 @@ class Service:
     def _enrolled(self, site: str, node_public_key: str) -> None:
         with self._admitting:
             self.superlink.admit(site, node_public_key)
-        self._audit.write(Event.ENROLLED, site=site)
+        patients = self._enrolments.sizes.agreed().get(site)
+        self._audit.write(Event.ENROLLED, site=site, patients=patients)
 
     def _watch_sites(self) -> None:
         """Enrolled nodes may connect, revoked or replaced ones no more, whoever changed it."""

@@ -38,6 +38,8 @@ class Expectation:
     """Tensors of the trained factor: names and shapes."""
     noise_multiplier: float
     """What the plan asks every site to add (``plan_noise_multiplier``)."""
+    patients: Mapping[str, int]
+    """The roster: sites that may take part, and the patients that each has agreed on."""
 
 
 def verify_update(reply: RoundReply, delta: Mapping[str, Tensor], expected: Expectation) -> float:
@@ -57,6 +59,7 @@ def verify_update(reply: RoundReply, delta: Mapping[str, Tensor], expected: Expe
     if reply.schema_hash != schema_hash(expected.schema):
         raise UpdateRefusedError("schema hash differs from the adapter's")
     _check_mechanism(reply, expected)
+    _check_patients(reply, expected.patients)
     norm = _checked_norm(reply, delta)
     if expected.privacy.mechanism == "patient_dp":
         _check_plausible(reply, norm, expected)
@@ -91,6 +94,19 @@ def _check_mechanism(reply: RoundReply, expected: Expectation) -> None:
         raise UpdateRefusedError(
             f"noise_multiplier: expected the plan's {expected.noise_multiplier:g}, or up to "
             f"{MOST_NOISE:g} times it, got {reply.noise_multiplier:g}"
+        )
+
+
+def _check_patients(reply: RoundReply, agreed: Mapping[str, int]) -> None:
+    """The number that divides the update, and decides its weight, is both sides' word."""
+    if reply.site not in agreed:
+        raise UpdateRefusedError(
+            "declared_patients: nothing was agreed with this site; it must run crafts-client "
+            "declare, and the coordinator crafts-server sites resize"
+        )
+    if reply.declared_patients != agreed[reply.site]:
+        raise UpdateRefusedError(
+            f"declared_patients: agreed are {agreed[reply.site]}, got {reply.declared_patients}"
         )
 
 

@@ -18,6 +18,7 @@ from crafts_server.export import export_generator
 from crafts_server.home import CoordinatorHome
 from crafts_server.receipts import RoundReceipt
 from crafts_server.server_app import make_server_app
+from crafts_simulations.agreement import agree_on_patients
 from crafts_simulations.errors import ProcessError
 from crafts_simulations.local_grid import LocalGrid, LocalNode
 from crafts_simulations.processes import Programs
@@ -42,6 +43,8 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
         done[0] = receipt.round
         progress("training", receipt.round, plan.num_rounds)
 
+    sites = [study.workspace.site(name) for name in study.scenario.participants]
+    agree_on_patients(home, sites)
     coordinator = Coordinator(
         home,
         plan,

@@ -97,7 +97,11 @@ class Programs:
             return
         registry = self.home.registry()
         try:
-            token = Enrolments(registry).invite(name, valid_for=timedelta(minutes=10))
+            token = Enrolments(registry).invite(
+                name,
+                patients=site.config.declared_patients,
+                valid_for=timedelta(minutes=10),
+            )
         finally:
             registry.close()
         token += f".{self.home.pki.enrolment_fingerprint}"

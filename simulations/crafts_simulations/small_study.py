@@ -16,6 +16,7 @@ from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_til
 from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes
 from crafts_core.tiles.latents import LatentCache
 from crafts_server.home import CoordinatorHome
+from crafts_simulations.agreement import agree_on_patients
 from crafts_simulations.processes import loopback_config
 
 COHORT = "main"
@@ -63,6 +64,7 @@ def make_small_study(
         site = SiteHome.create(folder / "sites" / name, config, policy)
         write_random_store(site.tile_store_path, foundation, seed=number)
         sites[name] = site.path
+    agree_on_patients(coordinator, sites.values())
     return SmallStudy(coordinator=coordinator, sites=sites, plan=plan)
 
 

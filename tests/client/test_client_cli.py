@@ -48,7 +48,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     assert surface.keys() == {
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
-        *("plan", "plan list", "plan show", "plan approve"),
+        *("plan", "plan list", "plan show", "plan approve", "plan roster", "declare"),
         *("foundation", "foundation fetch", "tiles stats", "tiles check", "tiles show"),
         "tiles drop",
         "tiles forget",

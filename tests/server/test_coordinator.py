@@ -20,6 +20,7 @@ from crafts_core.starting_point import initial_state
 from crafts_privacy.signing import create_signing_key, load_signing_key, sign, verify
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.cli import app
+from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.errors import CheckpointError, HomeError
@@ -80,9 +81,19 @@ def grid(foundation: Foundation) -> FakeGrid:
     return FakeGrid(dict(enumerate(sites, start=1)))
 
 
+def make_home(path: Path, foundation: Foundation) -> CoordinatorHome:
+    """With two sites that have agreed on what ``reply_with`` declares."""
+    home = CoordinatorHome.create(path, HomeConfig(foundation=str(foundation.path)))
+    registry = home.registry()
+    for name in ("aachen", "bern"):
+        CohortSizes(registry).agree(name, 100)
+    registry.close()
+    return home
+
+
 @pytest.fixture
 def home(tmp_path: Path, foundation: Foundation) -> CoordinatorHome:
-    return CoordinatorHome.create(tmp_path / "home", HomeConfig(foundation=str(foundation.path)))
+    return make_home(tmp_path / "home", foundation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +109,7 @@ class FinishedRun:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, foundation: Foundation) -> FinishedRun:
-    path = tmp_path_factory.mktemp("coordinator") / "home"
-    home = CoordinatorHome.create(path, HomeConfig(foundation=str(foundation.path)))
+    home = make_home(tmp_path_factory.mktemp("coordinator") / "home", foundation)
     plan, sites = tiny_plan(foundation), grid(foundation)
     coordinator = Coordinator(home, plan, foundation, patience=NOW, probe_size=SMALL)
     last = coordinator.run(sites)
@@ -385,6 +395,6 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface == {
         *("init", "serve", "train", "stop", "export", "log show", "log verify"),
-        *("sites invite", "sites list", "sites revoke", "plan check", "plan sign"),
+        *("sites invite", "sites list", "sites resize", "sites revoke", "plan check", "plan sign"),
         *("runs list", "runs show", "foundation build", "foundation import", "foundation verify"),
     }

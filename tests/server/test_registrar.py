@@ -23,17 +23,23 @@ from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
 from crafts_client import doctor, ledger_witness
+from crafts_client.agreed_patients import check_agreed, fetch_roster
 from crafts_client.cli import app as client_app
 from crafts_client.enrolment import Registrar, enrol
-from crafts_client.errors import EnrolmentError
-from crafts_client.home import SiteHome
+from crafts_client.errors import EnrolmentError, NotAgreedError
+from crafts_client.home import SITE_NAME, SiteHome
 from crafts_client.ledger_witness import witness_ledger
+from crafts_client.refusals import refusal_of
+from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import verify
+from crafts_core.plan import Plan
 from crafts_core.registrar import REGISTRAR, calls_of, messages
+from crafts_core.roster import Roster
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger, PlanLimit
 from crafts_server import pki
+from crafts_server.audit_log import Event
 from crafts_server.cli import app as server_app
 from crafts_server.enrolments import Enrolments, Witness
 from crafts_server.errors import PkiError
@@ -45,11 +51,14 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
+from crafts_server.registry_rows import CohortSizeRow
 from support.disk import fill_disk
 from support.proxy import Proxy
 from support.sites import make_site_home, plan_values
 
 pytestmark = pytest.mark.network
+PATIENTS = 7
+"""What the site declares; it has six."""
 
 
 @dataclass
@@ -66,7 +75,8 @@ class Coordinator:
         return f"localhost:{self.enrolment_port}"
 
     def invite(self, name: str, **options) -> str:
-        token = self.enrolments.invite(name, **({"valid_for": timedelta(hours=1)} | options))
+        values = {"valid_for": timedelta(hours=1), "patients": PATIENTS} | options
+        token = self.enrolments.invite(name, **values)
         shown = x509.load_pem_x509_certificate(self.pki.pair("enrolment")[1])
         return f"{token}.{fingerprint(shown)}"
 
@@ -100,12 +110,19 @@ def coordinator(tmp_path: Path, foundation) -> Iterator[Coordinator]:
 
 @pytest.fixture
 def site(tmp_path: Path, foundation) -> SiteHome:
-    return make_site_home(tmp_path / "north", foundation, "unknown")
+    home = make_site_home(tmp_path / "north", foundation, "unknown")
+    return declaring(home, PATIENTS)
+
+
+def declaring(site: SiteHome, patients: int) -> SiteHome:
+    """The operator has written another number into site.toml."""
+    path = site.path / SITE_NAME
+    now = f"declared_patients = {site.config.declared_patients}\n"
+    path.write_text(path.read_text().replace(now, f"declared_patients = {patients}\n"))
+    return SiteHome.open(site.path)
 
 
 def test_an_invited_site_enrols_and_reads_plans(coordinator, site, foundation) -> None:
-    from crafts_core.plan import Plan
-
     signed = coordinator.home.sign_plan(Plan.parse(plan_values(foundation.manifest.hash)))
     record = enrol(site, coordinator.host, coordinator.invite("north"))
 
@@ -127,6 +144,98 @@ def test_private_keys_stay_where_they_were_made(coordinator, site) -> None:
         secret = path.read_bytes().splitlines()[1]
         for file in coordinator.home.path.rglob("*"):
             assert not (file.is_file() and secret in file.read_bytes()), file
+
+
+def test_a_site_with_another_number_of_patients_is_not_let_in(coordinator, site) -> None:
+    """A typo in site.toml; its token still counts once it is mended."""
+    token = coordinator.invite("north")
+    with pytest.raises(EnrolmentError, match=r"is for 7 patients, site\.toml declares 4000"):
+        enrol(declaring(site, 4000), coordinator.host, token)
+    assert coordinator.joined == []
+    enrol(declaring(SiteHome.open(site.path), PATIENTS), coordinator.host, token)
+    assert coordinator.enrolments.sizes.agreed() == {"north": PATIENTS}
+
+
+def test_a_change_of_patients_needs_both_sides(coordinator, site) -> None:
+    """Until then the site answers no round: its update would be refused, and be paid for."""
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    check_agreed(site)
+    changed = declaring(site, 60)
+    with pytest.raises(NotAgreedError, match=r"site\.toml declares 60 patients, agreed are 7"):
+        check_agreed(changed)
+    server, client = CliRunner(), CliRunner()
+    home, where = ["--home", str(coordinator.home.path)], ["--home", str(site.path)]
+    alone = server.invoke(server_app, ["sites", "resize", "north", "60", *home])
+    assert (alone.exit_code, "declares 7 patients, not 60" in alone.stderr) == (1, True)
+    told = client.invoke(client_app, ["declare", *where])
+    assert "agreed are 7; ask the coordinator for: crafts-server sites resize north 60" in (
+        told.stdout
+    )
+    listed = server.invoke(server_app, ["sites", "list", *home]).stdout
+    assert "7 patients (declares 60: sites resize north 60)" in listed
+    with pytest.raises(NotAgreedError):
+        check_agreed(changed)
+    agreed = server.invoke(server_app, ["sites", "resize", "north", "60", *home])
+    assert agreed.exit_code == 0, agreed.stderr
+    check_agreed(changed)
+    with pytest.raises(NotAgreedError, match="declares 7 patients, agreed are 60"):
+        check_agreed(site)
+    (entry,) = [e for e in coordinator.home.audit_log.verify() if e.event == Event.RESIZED]
+    assert entry.facts == {"site": "north", "patients": 60, "before": 7}
+
+
+def test_a_site_that_was_enrolled_before_sizes_were_agreed_is_told_so(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    with coordinator.home.registry().session() as session:
+        session.delete(session.get(CohortSizeRow, "north"))
+    with pytest.raises(NotAgreedError, match="agreed are none; run crafts-client declare"):
+        check_agreed(site)
+    assert refusal_of(NotAgreedError()).code == 118
+
+
+def test_everybody_sees_the_roster_that_the_coordinator_signed(
+    coordinator, site, foundation
+) -> None:
+    plan = Plan.parse(plan_values(foundation.manifest.hash))
+    coordinator.home.sign_plan(plan)
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    coordinator.enrolments.sizes.agree("south", 28)
+    roster = fetch_roster(site, plan.hash)
+    assert roster.patients == {"north": 7, "south": 28}
+    shown = CliRunner().invoke(
+        client_app, ["plan", "roster", plan.hash[:16], "--home", str(site.path)]
+    )
+    assert [line.split()[:2] for line in shown.stdout.splitlines()[:2]] == [
+        ["north", "7"],
+        ["south", "28"],
+    ]
+    assert "20.0%" in shown.stdout
+    assert roster.hash in shown.stdout
+    with pytest.raises(EnrolmentError, match="no such plan was signed"):
+        fetch_roster(site, "0" * 64)
+
+
+@pytest.mark.parametrize("spoil", ["number", "key", "plan"])
+def test_a_roster_that_the_signer_did_not_sign_so_is_not_shown(
+    coordinator, site, foundation, tmp_path: Path, monkeypatch, spoil: str
+) -> None:
+    plan = Plan.parse(plan_values(foundation.manifest.hash))
+    coordinator.home.sign_plan(plan)
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    true = Roster.of(plan.hash, {"north": 7})
+    signature = coordinator.home.sign_roster(true)
+    sent = {"number": Roster.of(plan.hash, {"north": 9}), "plan": Roster.of("0" * 64, {})}.get(
+        spoil, true
+    )
+    if spoil == "key":
+        other = CoordinatorHome.create(tmp_path / "other", HomeConfig())
+        signature = other.sign_roster(true)
+    elif spoil == "plan":
+        signature = coordinator.home.sign_roster(sent)
+    reply = messages.GetRosterReply(json=sent.to_json(), signature=signature)
+    monkeypatch.setattr(Registrar, "call", lambda *_args, **_fields: reply)
+    with pytest.raises(CraftsError):
+        fetch_roster(site, plan.hash)
 
 
 @pytest.mark.parametrize("spoil", ["used", "expired", "revoked", "unknown", "newer"])
@@ -485,13 +594,13 @@ def test_making_the_authority_again_changes_nothing_but_new_hosts(tmp_path: Path
 
 def test_from_the_command_line(coordinator, site, foundation, tmp_path: Path, monkeypatch) -> None:
     """Invite, enrol, see plans, fetch the foundation again after half of a file."""
-    from crafts_core.plan import Plan
-
     plan = Plan.parse(plan_values(foundation.manifest.hash))
     coordinator.home.sign_plan(plan)
     server, client = CliRunner(), CliRunner()
     home = ["--home", str(coordinator.home.path)]
-    invited = server.invoke(server_app, ["sites", "invite", "north", "--json", *home])
+    invited = server.invoke(
+        server_app, ["sites", "invite", "north", "--patients", "7", "--json", *home]
+    )
     token = json.loads(invited.stdout)["token"]
     where = ["--home", str(site.path)]
     enrolled = client.invoke(client_app, ["enroll", coordinator.host, "--token", token, *where])

@@ -140,10 +140,15 @@ def test_another_format_is_refused(registry: Registry, database_url: str) -> Non
 
 def test_sites_are_invited_enrolled_witnessed_and_revoked(registry: Registry) -> None:
     enrolments = Enrolments(registry)
-    token = enrolments.invite("aachen", valid_for=timedelta(hours=1))
-    assert enrolments.enrol(token, fingerprint=HASH, node_public_key="key") == "aachen"
+    token = enrolments.invite("aachen", patients=120, valid_for=timedelta(hours=1))
+    assert (
+        enrolments.enrol(token, fingerprint=HASH, node_public_key="key", declared_patients=120)
+        == "aachen"
+    )
     with pytest.raises(EnrolmentError, match="unknown, used or expired"):
-        enrolments.enrol(token, fingerprint="b" * 64, node_public_key="other")
+        enrolments.enrol(
+            token, fingerprint="b" * 64, node_public_key="other", declared_patients=120
+        )
     assert enrolments.is_enrolled("aachen", HASH)
     head = Witness(entries=2, head=HASH)
     assert enrolments.witness("aachen", "ledger", head, "").entries == 0
@@ -152,6 +157,81 @@ def test_sites_are_invited_enrolled_witnessed_and_revoked(registry: Registry) ->
     enrolments.revoke("aachen")
     assert not enrolments.is_enrolled("aachen", HASH)
     assert [site.revoked_at is None for site in enrolments.sites()] == [False]
+
+
+def enrolled(registry: Registry, patients: int = 120) -> Enrolments:
+    enrolments = Enrolments(registry)
+    token = enrolments.invite("north", patients=patients, valid_for=timedelta(hours=1))
+    values = {"fingerprint": HASH, "node_public_key": "key"}
+    enrolments.enrol(token, declared_patients=patients, **values)
+    return enrolments
+
+
+def test_who_comes_with_another_number_of_patients_is_not_enrolled(registry: Registry) -> None:
+    enrolments = Enrolments(registry)
+    token = enrolments.invite("north", patients=120, valid_for=timedelta(hours=1))
+    values = {"fingerprint": HASH, "node_public_key": "key"}
+    for declared in (4000, 119, 0):
+        with pytest.raises(EnrolmentError, match="invitation is for 120 patients"):
+            enrolments.enrol(token, declared_patients=declared, **values)
+    assert enrolments.sizes.agreed() == {}
+    enrolments.enrol(token, declared_patients=120, **values)
+    assert enrolments.sizes.agreed() == {"north": 120}
+
+
+def test_neither_side_changes_the_number_alone(registry: Registry) -> None:
+    enrolments = enrolled(registry)
+    with pytest.raises(EnrolmentError, match="north declares 120 patients, not 4000"):
+        enrolments.sizes.resize("north", 4000)
+    enrolments.sizes.declare("north", 4000)
+    enrolments.invite("north", patients=4000, valid_for=timedelta(hours=1))
+    assert enrolments.sizes.agreed() == {"north": 120}
+    (site,) = enrolments.sites()
+    assert (site.declared_patients, site.told_patients) == (120, 4000)
+    with pytest.raises(EnrolmentError, match="north declares 4000 patients, not 150"):
+        enrolments.sizes.resize("north", 150)
+    enrolments.sizes.declare("north", 150)
+    assert enrolments.sizes.resize("north", 150) == 120
+    assert enrolments.sizes.agreed() == {"north": 150}
+
+
+def test_who_is_revoked_or_only_invited_is_not_on_the_roster(registry: Registry) -> None:
+    enrolments = enrolled(registry)
+    enrolments.invite("south", patients=30, valid_for=timedelta(hours=1))
+    assert enrolments.sizes.agreed() == {"north": 120}
+    enrolments.revoke("north")
+    assert enrolments.sizes.agreed() == {}
+    for name in ("north", "south"):
+        with pytest.raises(EnrolmentError, match=f"no site {name} is enrolled"):
+            enrolments.sizes.resize(name, 120)
+
+
+def test_a_registry_from_before_sizes_were_agreed_opens_and_has_none(
+    registry: Registry, database_url: str
+) -> None:
+    """Its sites are refused until both sides have said a number; nothing is made up."""
+    enrolled(registry)
+    registry.close()
+    with database(database_url) as connection:
+        connection.execute(text("DROP TABLE cohort_size"))
+    reopened = Registry(database_url)
+    sizes = Enrolments(reopened).sizes
+    assert sizes.agreed() == {}
+    with pytest.raises(EnrolmentError, match="north declares nothing yet, not 120"):
+        sizes.resize("north", 120)
+    sizes.declare("north", 120)
+    assert sizes.resize("north", 120) is None
+    assert sizes.agreed() == {"north": 120}
+    reopened.close()
+
+
+@pytest.mark.parametrize("patients", [0, -1, 2**31])
+def test_what_is_no_number_of_patients_is_not_kept(registry: Registry, patients: int) -> None:
+    enrolments = Enrolments(registry)
+    with pytest.raises(EnrolmentError, match="from 1 up"):
+        enrolments.invite("north", patients=patients, valid_for=timedelta(hours=1))
+    with pytest.raises(EnrolmentError, match="from 1 up"):
+        enrolments.sizes.declare("north", patients)
 
 
 def at_once(num: int, act: Callable[[int], object]) -> list[object]:
@@ -172,11 +252,14 @@ def at_once(num: int, act: Callable[[int], object]) -> list[object]:
 def test_of_many_who_come_with_one_token_one_is_enrolled(registry: Registry) -> None:
     enrolments = Enrolments(registry)
     for turn in range(5):
-        token = enrolments.invite(f"site-{turn}", valid_for=timedelta(hours=1))
+        token = enrolments.invite(f"site-{turn}", patients=120, valid_for=timedelta(hours=1))
         answers = at_once(
             6,
             lambda number, turn=turn, token=token: enrolments.enrol(
-                token, fingerprint=f"{number:064x}", node_public_key=f"key {turn} {number}"
+                token,
+                fingerprint=f"{number:064x}",
+                node_public_key=f"key {turn} {number}",
+                declared_patients=120,
             ),
         )
         (winner,) = [n for n, answer in enumerate(answers) if answer == f"site-{turn}"]
@@ -206,12 +289,15 @@ def test_a_shorter_head_never_replaces_a_longer_one(registry: Registry) -> None:
 
 def test_a_node_key_speaks_for_one_site(registry: Registry) -> None:
     enrolments = Enrolments(registry)
-    north, south = (enrolments.invite(n, valid_for=timedelta(hours=1)) for n in ("north", "south"))
-    enrolments.enrol(north, fingerprint=HASH, node_public_key="key")
+    north, south = (
+        enrolments.invite(name, patients=120, valid_for=timedelta(hours=1))
+        for name in ("north", "south")
+    )
+    enrolments.enrol(north, fingerprint=HASH, node_public_key="key", declared_patients=120)
     with pytest.raises(EnrolmentError, match="belongs to another site"):
-        enrolments.enrol(south, fingerprint="b" * 64, node_public_key="key")
+        enrolments.enrol(south, fingerprint="b" * 64, node_public_key="key", declared_patients=120)
     assert [site.name for site in enrolments.sites()] == ["north"]
-    enrolments.enrol(south, fingerprint="b" * 64, node_public_key="another")
+    enrolments.enrol(south, fingerprint="b" * 64, node_public_key="another", declared_patients=120)
 
 
 def test_what_is_no_ledger_is_not_kept(registry: Registry) -> None:

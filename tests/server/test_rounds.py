@@ -132,6 +132,42 @@ def failing_in(number: int, name: str, goal: float = 1.0):  # type: ignore[no-un
     return answer
 
 
+@pytest.mark.parametrize(
+    ("patients", "reason"),
+    [
+        ({"aachen": 100, "bern": 30, "coimbra": 100}, "declared_patients: agreed are 30, got 100"),
+        ({"aachen": 100, "coimbra": 100}, "declared_patients: nothing was agreed"),
+    ],
+)
+def test_who_declares_what_was_not_agreed_is_refused_and_named(
+    tmp_path: Path, patients: dict[str, int], reason: str
+) -> None:
+    study = small_study(tmp_path / "home", patients=patients)
+    _, receipts = run(study, FakeGrid(three_sites()))
+    for receipt in receipts:
+        assert [site.site for site in receipt.sites] == ["aachen", "coimbra"]
+        (refusal,) = receipt.refused
+        assert refusal.site == "node 22"
+        assert refusal.reason.startswith(reason)
+
+
+def test_a_number_that_both_sides_change_counts_from_the_next_reply_on(tmp_path: Path) -> None:
+    patients = {"aachen": 100, "bern": 100, "coimbra": 100}
+    sites = three_sites()
+    resized = honest_site("bern", 1.0, declared_patients=50)
+
+    def bern(content: RecordDict) -> RecordDict | Error | None:
+        if content["request"]["round"] < 3:
+            return honest_site("bern", 1.0)(content)
+        patients["bern"] = 50
+        return resized(content)
+
+    sites[22] = bern
+    _, receipts = run(small_study(tmp_path / "home", patients=patients), FakeGrid(sites))
+    told = [site.declared_patients for r in receipts for site in r.sites if site.site == "bern"]
+    assert told == [100, 100, 50, 50]
+
+
 def test_a_site_that_fails_does_not_fail_the_round(tmp_path: Path) -> None:
     sites = three_sites()
     sites[22] = failing_in(2, "bern")

@@ -66,7 +66,9 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
         assert listening(programs.pid("coordinator")) == {*ports, config.metrics_port}
         run(crafts_server, "plan", "sign", file, *server)
         for name, site in sites.items():
-            invited = run(crafts_server, "sites", "invite", name, "--json", *server)
+            invited = run(
+                crafts_server, "sites", "invite", name, "--patients", 6, "--json", *server
+            )
             words = json.loads(invited)["command"].split()[1:]
             run(crafts_client, *words, *at(site))
             checked = json.loads(run(crafts_client, "doctor", "--json", *at(site)))

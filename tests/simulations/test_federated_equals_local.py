@@ -22,6 +22,7 @@ from crafts_privacy.sampling import PoissonSampler
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_simulations.agreement import agree_on_patients
 from crafts_simulations.local_grid import LocalGrid, LocalNode
 from crafts_simulations.small_study import DECLARED_PATIENTS
 from support.foundations import tiny_foundation
@@ -41,6 +42,7 @@ def test_one_site_without_noise_equals_local_training(tmp_path: Path) -> None:
     home = make_site_home(
         tmp_path / "site", foundation, coordinator_home.public_key, allow_non_private=True
     )
+    agree_on_patients(coordinator_home, [home.path])
     randomness = Randomness(
         noise=GridNoise(),
         sampler=PoissonSampler(),  # everybody, at sample_rate 1

@@ -24,6 +24,8 @@ from support.wire import as_record, from_record
 
 FACTORS = {"second": (".second",), "first": (".first",), "both": (".first", ".second")}
 RUN_ID = "run-of-a-test"
+SITES = ("aachen", "bern", "coimbra", "solo", *(f"site-{number}" for number in range(1, 5)))
+"""Each has agreed on 100 patients, unless a test says otherwise."""
 
 
 def small_plan(*, rounds: int = 2, **aggregation: object) -> Plan:
@@ -93,6 +95,7 @@ def small_study(
     plan: Plan | None = None,
     rule: AggregationRule | None = None,
     patience: Patience | None = None,
+    patients: Mapping[str, int] | None = None,
 ) -> Study:
     """Opened in ``directory``; opened again, it is the same study after a restart."""
     plan = plan or small_plan()
@@ -119,6 +122,7 @@ def small_study(
         spool_path=directory / "spool",
         patience=patience or Patience(poll_s=0.001, join_wait_s=0.0),
         noise_multiplier=plan_noise_multiplier(plan),
+        agreed_patients=lambda: dict.fromkeys(SITES, 100) if patients is None else patients,
     )
 
 

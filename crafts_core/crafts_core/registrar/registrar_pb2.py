@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%crafts_core/registrar/registrar.proto\x12\x13\x63rafts.registrar.v1\"S\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x1b\n\x13signing_request_pem\x18\x02 \x01(\x0c\x12\x17\n\x0fnode_public_key\x18\x03 \x01(\t\"\x85\x01\n\nEnrolReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\t\x12\x19\n\x11registrar_address\x18\x05 \x01(\t\x12\x15\n\rfleet_address\x18\x06 \x01(\t\"\x12\n\x10ListPlansRequest\"A\n\nSignedPlan\x12\x0c\n\x04json\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\t\"@\n\x0eListPlansReply\x12.\n\x05plans\x18\x01 \x03(\x0b\x32\x1f.crafts.registrar.v1.SignedPlan\"\x16\n\x14GetFoundationRequest\"&\n\x12GetFoundationReply\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"5\n\x15ReadFoundationRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"#\n\x13ReadFoundationReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"`\n\x14WitnessLedgerRequest\x12\x0e\n\x06ledger\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\t\x12\x19\n\x11hash_at_witnessed\x18\x04 \x01(\t\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"3\n\x12WitnessLedgerReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\t2X\n\tEnrolment\x12K\n\x05\x45nrol\x12!.crafts.registrar.v1.EnrolRequest\x1a\x1f.crafts.registrar.v1.EnrolReply2\xe3\x03\n\tRegistrar\x12W\n\tListPlans\x12%.crafts.registrar.v1.ListPlansRequest\x1a#.crafts.registrar.v1.ListPlansReply\x12\x63\n\rGetFoundation\x12).crafts.registrar.v1.GetFoundationRequest\x1a\'.crafts.registrar.v1.GetFoundationReply\x12\x66\n\x0eReadFoundation\x12*.crafts.registrar.v1.ReadFoundationRequest\x1a(.crafts.registrar.v1.ReadFoundationReply\x12\x63\n\rWitnessLedger\x12).crafts.registrar.v1.WitnessLedgerRequest\x1a\'.crafts.registrar.v1.WitnessLedgerReply\x12K\n\x05Leave\x12!.crafts.registrar.v1.LeaveRequest\x1a\x1f.crafts.registrar.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%crafts_core/registrar/registrar.proto\x12\x13\x63rafts.registrar.v1\"n\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x1b\n\x13signing_request_pem\x18\x02 \x01(\x0c\x12\x17\n\x0fnode_public_key\x18\x03 \x01(\t\x12\x19\n\x11\x64\x65\x63lared_patients\x18\x14 \x01(\r\"\x85\x01\n\nEnrolReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06signer\x18\x04 \x01(\t\x12\x19\n\x11registrar_address\x18\x05 \x01(\t\x12\x15\n\rfleet_address\x18\x06 \x01(\t\"\x12\n\x10ListPlansRequest\"A\n\nSignedPlan\x12\x0c\n\x04json\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\t\"@\n\x0eListPlansReply\x12.\n\x05plans\x18\x01 \x03(\x0b\x32\x1f.crafts.registrar.v1.SignedPlan\"\x16\n\x14GetFoundationRequest\"&\n\x12GetFoundationReply\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"5\n\x15ReadFoundationRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"#\n\x13ReadFoundationReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"`\n\x14WitnessLedgerRequest\x12\x0e\n\x06ledger\x18\x01 \x01(\t\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\t\x12\x19\n\x11hash_at_witnessed\x18\x04 \x01(\t\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"3\n\x12WitnessLedgerReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\t\"3\n\x16\x44\x65\x63larePatientsRequest\x12\x19\n\x11\x64\x65\x63lared_patients\x18\x01 \x01(\r\"/\n\x14\x44\x65\x63larePatientsReply\x12\x17\n\x0f\x61greed_patients\x18\x01 \x01(\r\"%\n\x10GetRosterRequest\x12\x11\n\tplan_hash\x18\x01 \x01(\t\"1\n\x0eGetRosterReply\x12\x0c\n\x04json\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t2X\n\tEnrolment\x12K\n\x05\x45nrol\x12!.crafts.registrar.v1.EnrolRequest\x1a\x1f.crafts.registrar.v1.EnrolReply2\xa7\x05\n\tRegistrar\x12W\n\tListPlans\x12%.crafts.registrar.v1.ListPlansRequest\x1a#.crafts.registrar.v1.ListPlansReply\x12\x63\n\rGetFoundation\x12).crafts.registrar.v1.GetFoundationRequest\x1a\'.crafts.registrar.v1.GetFoundationReply\x12\x66\n\x0eReadFoundation\x12*.crafts.registrar.v1.ReadFoundationRequest\x1a(.crafts.registrar.v1.ReadFoundationReply\x12\x63\n\rWitnessLedger\x12).crafts.registrar.v1.WitnessLedgerRequest\x1a\'.crafts.registrar.v1.WitnessLedgerReply\x12K\n\x05Leave\x12!.crafts.registrar.v1.LeaveRequest\x1a\x1f.crafts.registrar.v1.LeaveReply\x12i\n\x0f\x44\x65\x63larePatients\x12+.crafts.registrar.v1.DeclarePatientsRequest\x1a).crafts.registrar.v1.DeclarePatientsReply\x12W\n\tGetRoster\x12%.crafts.registrar.v1.GetRosterRequest\x1a#.crafts.registrar.v1.GetRosterReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,33 +32,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'crafts_core.registrar.regis
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENROLREQUEST']._serialized_start=62
-  _globals['_ENROLREQUEST']._serialized_end=145
-  _globals['_ENROLREPLY']._serialized_start=148
-  _globals['_ENROLREPLY']._serialized_end=281
-  _globals['_LISTPLANSREQUEST']._serialized_start=283
-  _globals['_LISTPLANSREQUEST']._serialized_end=301
-  _globals['_SIGNEDPLAN']._serialized_start=303
-  _globals['_SIGNEDPLAN']._serialized_end=368
-  _globals['_LISTPLANSREPLY']._serialized_start=370
-  _globals['_LISTPLANSREPLY']._serialized_end=434
-  _globals['_GETFOUNDATIONREQUEST']._serialized_start=436
-  _globals['_GETFOUNDATIONREQUEST']._serialized_end=458
-  _globals['_GETFOUNDATIONREPLY']._serialized_start=460
-  _globals['_GETFOUNDATIONREPLY']._serialized_end=498
-  _globals['_READFOUNDATIONREQUEST']._serialized_start=500
-  _globals['_READFOUNDATIONREQUEST']._serialized_end=553
-  _globals['_READFOUNDATIONREPLY']._serialized_start=555
-  _globals['_READFOUNDATIONREPLY']._serialized_end=590
-  _globals['_WITNESSLEDGERREQUEST']._serialized_start=592
-  _globals['_WITNESSLEDGERREQUEST']._serialized_end=688
-  _globals['_LEAVEREQUEST']._serialized_start=690
-  _globals['_LEAVEREQUEST']._serialized_end=704
-  _globals['_LEAVEREPLY']._serialized_start=706
-  _globals['_LEAVEREPLY']._serialized_end=718
-  _globals['_WITNESSLEDGERREPLY']._serialized_start=720
-  _globals['_WITNESSLEDGERREPLY']._serialized_end=771
-  _globals['_ENROLMENT']._serialized_start=773
-  _globals['_ENROLMENT']._serialized_end=861
-  _globals['_REGISTRAR']._serialized_start=864
-  _globals['_REGISTRAR']._serialized_end=1347
+  _globals['_ENROLREQUEST']._serialized_end=172
+  _globals['_ENROLREPLY']._serialized_start=175
+  _globals['_ENROLREPLY']._serialized_end=308
+  _globals['_LISTPLANSREQUEST']._serialized_start=310
+  _globals['_LISTPLANSREQUEST']._serialized_end=328
+  _globals['_SIGNEDPLAN']._serialized_start=330
+  _globals['_SIGNEDPLAN']._serialized_end=395
+  _globals['_LISTPLANSREPLY']._serialized_start=397
+  _globals['_LISTPLANSREPLY']._serialized_end=461
+  _globals['_GETFOUNDATIONREQUEST']._serialized_start=463
+  _globals['_GETFOUNDATIONREQUEST']._serialized_end=485
+  _globals['_GETFOUNDATIONREPLY']._serialized_start=487
+  _globals['_GETFOUNDATIONREPLY']._serialized_end=525
+  _globals['_READFOUNDATIONREQUEST']._serialized_start=527
+  _globals['_READFOUNDATIONREQUEST']._serialized_end=580
+  _globals['_READFOUNDATIONREPLY']._serialized_start=582
+  _globals['_READFOUNDATIONREPLY']._serialized_end=617
+  _globals['_WITNESSLEDGERREQUEST']._serialized_start=619
+  _globals['_WITNESSLEDGERREQUEST']._serialized_end=715
+  _globals['_LEAVEREQUEST']._serialized_start=717
+  _globals['_LEAVEREQUEST']._serialized_end=731
+  _globals['_LEAVEREPLY']._serialized_start=733
+  _globals['_LEAVEREPLY']._serialized_end=745
+  _globals['_WITNESSLEDGERREPLY']._serialized_start=747
+  _globals['_WITNESSLEDGERREPLY']._serialized_end=798
+  _globals['_DECLAREPATIENTSREQUEST']._serialized_start=800
+  _globals['_DECLAREPATIENTSREQUEST']._serialized_end=851
+  _globals['_DECLAREPATIENTSREPLY']._serialized_start=853
+  _globals['_DECLAREPATIENTSREPLY']._serialized_end=900
+  _globals['_GETROSTERREQUEST']._serialized_start=902
+  _globals['_GETROSTERREQUEST']._serialized_end=939
+  _globals['_GETROSTERREPLY']._serialized_start=941
+  _globals['_GETROSTERREPLY']._serialized_end=990
+  _globals['_ENROLMENT']._serialized_start=992
+  _globals['_ENROLMENT']._serialized_end=1080
+  _globals['_REGISTRAR']._serialized_start=1083
+  _globals['_REGISTRAR']._serialized_end=1762
 # @@protoc_insertion_point(module_scope)

@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EnrolRequest(_message.Message):
-    __slots__ = ("token", "signing_request_pem", "node_public_key")
+    __slots__ = ("token", "signing_request_pem", "node_public_key", "declared_patients")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SIGNING_REQUEST_PEM_FIELD_NUMBER: _ClassVar[int]
     NODE_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    DECLARED_PATIENTS_FIELD_NUMBER: _ClassVar[int]
     token: str
     signing_request_pem: bytes
     node_public_key: str
-    def __init__(self, token: _Optional[str] = ..., signing_request_pem: _Optional[bytes] = ..., node_public_key: _Optional[str] = ...) -> None: ...
+    declared_patients: int
+    def __init__(self, token: _Optional[str] = ..., signing_request_pem: _Optional[bytes] = ..., node_public_key: _Optional[str] = ..., declared_patients: _Optional[int] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
     __slots__ = ("site", "ca_pem", "certificate_pem", "signer", "registrar_address", "fleet_address")
@@ -103,3 +105,29 @@ class WitnessLedgerReply(_message.Message):
     entries: int
     head: str
     def __init__(self, entries: _Optional[int] = ..., head: _Optional[str] = ...) -> None: ...
+
+class DeclarePatientsRequest(_message.Message):
+    __slots__ = ("declared_patients",)
+    DECLARED_PATIENTS_FIELD_NUMBER: _ClassVar[int]
+    declared_patients: int
+    def __init__(self, declared_patients: _Optional[int] = ...) -> None: ...
+
+class DeclarePatientsReply(_message.Message):
+    __slots__ = ("agreed_patients",)
+    AGREED_PATIENTS_FIELD_NUMBER: _ClassVar[int]
+    agreed_patients: int
+    def __init__(self, agreed_patients: _Optional[int] = ...) -> None: ...
+
+class GetRosterRequest(_message.Message):
+    __slots__ = ("plan_hash",)
+    PLAN_HASH_FIELD_NUMBER: _ClassVar[int]
+    plan_hash: str
+    def __init__(self, plan_hash: _Optional[str] = ...) -> None: ...
+
+class GetRosterReply(_message.Message):
+    __slots__ = ("json", "signature")
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    signature: str
+    def __init__(self, json: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
