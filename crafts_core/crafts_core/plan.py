@@ -146,6 +146,8 @@ class AggregationConfig(_Section):
     max_weight_per_share: Annotated[float, Field(ge=1, le=100)] = 2.0
     """A site counts at most so many times its share of the agreed patients of who answered, or as
     much as in plain averaging."""
+    max_weight_rise: Annotated[float, Field(gt=0, le=100)] = 0.5
+    """A site whose weight per share rises by more between two rounds of a stage is an alert."""
     gate_temperature: Annotated[float, Field(gt=0)] = 0.05
     """Softness of the alignment gate a_k, in units of alignment margin."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5

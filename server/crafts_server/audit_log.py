@@ -34,6 +34,7 @@ class Event(StrEnum):
     STOPPED = "plan stopped"
     COMMITTED = "round committed"
     REFUSED = "update refused"
+    ROSE = "weight of a site rose"
     SHORT = "round without a result"
     FINISHED = "plan finished"
     FAILED = "plan failed"

@@ -343,13 +343,19 @@ def runs_show(
         receipts = [checkpoint.receipt() for checkpoint in chain[1:]]
     lines = [f"{run_id}  {summary.study}  {summary.status}"]
     for receipt in receipts:
-        weights = ", ".join(f"{site.site} {site.weight:.2f}" for site in receipt.sites)
+        weights = ", ".join(
+            f"{site.site} {site.weight:.2f} of {site.max_weight:.2f}" for site in receipt.sites
+        )
         lines.append(
             f"round {receipt.round} {receipt.stage}: margin {receipt.margin_before:.4f} -> "
             f"{receipt.margin_after:.4f}, step {receipt.step_scale:g}; {weights}"
         )
         lines.extend(f"  refused {each.site}: {each.reason}" for each in receipt.refused)
         lines.extend(f"  missing {name}" for name in receipt.missing)
+        lines.extend(
+            f"  weight rose {each.site}: {each.before:.2f} -> {each.now:.2f} of its share"
+            for each in receipt.rises
+        )
     values = {
         **asdict(summary),
         "receipts": [receipt.model_dump(mode="json") for receipt in receipts],

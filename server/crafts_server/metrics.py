@@ -36,6 +36,7 @@ class Metrics:
         self._round_seconds = gauge("round_seconds", "Duration of the newest round", "run")
         self._rounds = counter("rounds", "Rounds committed since the start", "run")
         self._updates = counter("updates", "Answers of sites", "run", "outcome")
+        self._rises = counter("weight_rises", "Sites whose weight per share rose at once", "run")
         self._bytes = counter("bytes", "Of adapters and updates", "run", "direction")
         self.short_rounds = counter("short_rounds", "Rounds with too few good updates")
         self._server: WSGIServer | None = None
@@ -54,6 +55,7 @@ class Metrics:
             ("missing", len(receipt.missing)),
         ):
             self._updates.labels(run, outcome).inc(number)
+        self._rises.labels(run).inc(len(receipt.rises))
         self._bytes.labels(run, "down").inc(receipt.bytes_down)
         self._bytes.labels(run, "up").inc(receipt.bytes_up)
 

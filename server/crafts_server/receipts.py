@@ -43,6 +43,15 @@ class Refusal(_Record):
     reason: str
 
 
+class WeightRise(_Record):
+    """A site that counts for more than in the round before, for its share of the patients."""
+
+    site: str
+    before: float
+    """Weight over share in the site's last round of the stage; 1 is as its patients say."""
+    now: float
+
+
 class RoundReceipt(_Record):
     """One committed round."""
 
@@ -55,6 +64,8 @@ class RoundReceipt(_Record):
     refused: tuple[Refusal, ...]
     missing: tuple[str, ...]
     """Sites that were asked and had not answered when the round closed."""
+    rises: tuple[WeightRise, ...]
+    """Beyond the plan's ``max_weight_rise``: somebody should look at these."""
     margin_before: float
     margin_after: float
     step_norm: float

@@ -44,6 +44,7 @@ from crafts_server.receipts import RoundReceipt, SiteReceipt
 from crafts_server.registry import CheckpointRecord, Registry, RunStatus
 from crafts_server.spool import UpdateSpool
 from crafts_server.verification import Expectation, verify_update
+from crafts_server.weight_watch import WeightWatch
 
 OnRound = Callable[[RoundReceipt], None]
 
@@ -99,12 +100,14 @@ def run_rounds(
         return chain[-1]
     study.registry.set_status(study.run_id, RunStatus.RUNNING)
     sites = SiteDirectory(members=study.members)
+    watch = WeightWatch(checkpoint.receipt() for checkpoint in chain[1:])
     for planned in study.plan.rounds():
         if planned.round < len(chain):
             continue
         stage_start = chain[_first_round(study.plan, planned) - 1].state()
-        checkpoint = _Round(grid, study, sites, planned, chain[-1], stage_start).run()
+        checkpoint = _Round(grid, study, sites, planned, chain[-1], stage_start, watch).run()
         chain.append(checkpoint)
+        watch.note(checkpoint.receipt())
         on_round(checkpoint.receipt())
     study.registry.set_status(study.run_id, RunStatus.FINISHED)
     return chain[-1]
@@ -149,8 +152,10 @@ class _Round:
         planned: RoundOfPlan,
         parent: Checkpoint,
         stage_start: State,
+        watch: WeightWatch,
     ) -> None:
         self._grid = grid
+        self._watch = watch
         self._study = study
         self._sites = sites
         self._planned = planned
@@ -290,17 +295,18 @@ class _Round:
 
     def _receipt(self, result: Aggregate, replies: Replies, seconds: float) -> RoundReceipt:
         step, planned = result.step, self._planned
+        sites = tuple(_site_receipt(self._updates[site], result) for site in sorted(self._updates))
+        max_rise = self._study.plan.aggregation.max_weight_rise
         return RoundReceipt(
             run_id=self._study.run_id,
             round=planned.round,
             stage=planned.stage.name,
             stage_index=planned.stage_index,
             factor=planned.factor,
-            sites=tuple(
-                _site_receipt(self._updates[site], result) for site in sorted(self._updates)
-            ),
+            sites=sites,
             refused=replies.refused,
             missing=replies.missing,
+            rises=self._watch.rises(planned.stage_index, sites, max_rise=max_rise),
             margin_before=result.margin_before,
             margin_after=step.margin_after,
             step_norm=step.step_norm,

@@ -193,6 +193,19 @@ class Service:
                 site=refusal.site,
                 why=refusal.reason,
             )
+        for rise in receipt.rises:
+            log.warning(
+                "weight rose site=%s round=%d per share %.2f -> %.2f",
+                *(rise.site, receipt.round, rise.before, rise.now),
+            )
+            self._note(
+                Event.ROSE,
+                run=receipt.run_id,
+                round=receipt.round,
+                site=rise.site,
+                before=rise.before,
+                now=rise.now,
+            )
 
     def _note(self, event: Event, **facts: object) -> None:
         """Write to the audit log, however long the disk is full: nothing goes on without it."""

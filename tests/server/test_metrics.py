@@ -7,7 +7,7 @@ import pytest
 
 from crafts_server.errors import ServerError
 from crafts_server.metrics import Metrics
-from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt
+from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt, WeightRise
 
 pytestmark = pytest.mark.network
 
@@ -34,6 +34,7 @@ def receipt() -> RoundReceipt:
         factor="second",
         sites=(site,),
         missing=("cork",),
+        rises=(WeightRise(site="aachen", before=0.9, now=1.8),),
         margin_before=0.1,
         refused=(Refusal(site="bern", reason="x"), Refusal(site="oslo", reason="y")),
         margin_after=0.25,
@@ -65,6 +66,7 @@ def test_a_round_is_counted() -> None:
         'crafts_updates_total{outcome="refused",run="r1"} 4.0',
         'crafts_updates_total{outcome="missing",run="r1"} 2.0',
         'crafts_bytes_total{direction="up",run="r1"} 100.0',
+        'crafts_weight_rises_total{run="r1"} 2.0',
         "crafts_sites_online 3.0",
     }
 

@@ -52,6 +52,7 @@ def receipt() -> RoundReceipt:
         factor="second",
         sites=(site,),
         refused=(Refusal(site="bern", reason="code 101: policy"),),
+        rises=(),
         missing=("node 5",),
         margin_before=0.1,
         margin_after=0.2,

@@ -168,6 +168,41 @@ def test_a_number_that_both_sides_change_counts_from_the_next_reply_on(tmp_path:
     assert told == [100, 100, 50, 50]
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_site_that_strikes_after_lying_low_is_told_in_the_receipt(
+    tmp_path: Path, restarted: bool
+) -> None:
+    """Round 1 as bad as can be, round 2 as the gate likes it; a restart in between forgets none."""
+    plan = small_plan(gate_temperature=1e-3, margin_tolerance=10.0)
+    sites = {number: honest_site(f"site-{number}", -1.0) for number in range(1, 4)}
+
+    def striker(content: RecordDict) -> RecordDict | Error | None:
+        lies_low = content["request"]["round"] == 1
+        return honest_site("site-4", -9.0 if lies_low else 1.0)(content)
+
+    sites[4] = striker
+    study = small_study(tmp_path / "home", plan=plan)
+    if restarted:
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(
+                FakeGrid(sites), study, initial_state=small_state, on_round=_stop_after_the_first
+            )
+        study.registry.close()
+        study = small_study(tmp_path / "home", plan=plan)
+    last, receipts = run(study, FakeGrid(sites))
+    (second,) = [receipt for receipt in receipts if receipt.round == 2]
+    (rise,) = second.rises
+    assert rise.site == "site-4"
+    assert rise.before < 0.01
+    assert rise.now == pytest.approx(2.0), "half of all, and four sites are equally large"
+    assert all(not receipt.rises for receipt in receipts if receipt.round == 1)
+    assert last.round == 4
+
+
+def _stop_after_the_first(_receipt: RoundReceipt) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_site_that_fails_does_not_fail_the_round(tmp_path: Path) -> None:
     sites = three_sites()
     sites[22] = failing_in(2, "bern")

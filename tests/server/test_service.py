@@ -13,8 +13,10 @@ from crafts_server import service as module
 from crafts_server.errors import AggregationError, DivergedError, StorageError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki
+from crafts_server.receipts import WeightRise
 from crafts_server.service import Service, queue_plan, queued_plans
 from support.disk import fill_disk
+from support.receipts import receipt
 from support.sites import plan_values
 from support.superlinks import admitted_nodes, new_key, openssh
 
@@ -66,6 +68,16 @@ def test_the_audit_log_is_waited_for_while_the_disk_is_full(service, monkeypatch
     assert not train(service, monkeypatch, short)
     timers[0].join()
     assert service._audit.verify()[-1].event == "round without a result"
+
+
+def test_a_weight_that_rose_is_logged_and_in_the_audit_log(service, caplog) -> None:
+    rise = WeightRise(site="bern", before=0.98, now=2.0)
+    round_of_it = receipt(aachen=0.5, bern=0.5).model_copy(update={"rises": (rise,)})
+    service._committed(round_of_it)
+    entry = service._audit.verify()[-1]
+    assert entry.event == "weight of a site rose"
+    assert entry.facts == {"run": "run", "round": 1, "site": "bern", "before": 0.98, "now": 2.0}
+    assert "weight rose site=bern round=1 per share 0.98 -> 2.00" in caplog.text
 
 
 def test_a_plan_that_diverged_is_not_tried_again(service, monkeypatch) -> None:
