@@ -36,6 +36,7 @@ from crafts_client.policy import Policy
 from crafts_core.durable import write_file
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import describe_first_error
+from crafts_core.roster import MAX_PATIENTS
 
 SITE_NAME, POLICY_NAME, LEDGER_NAME = "site.toml", "policy.toml", "ledger.db"
 EMBEDDED = "embedded"
@@ -49,9 +50,9 @@ class SiteConfig(BaseModel):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     cohort: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """Under which name the ledger accounts for these patients. Public."""
-    declared_patients: Annotated[int, Field(ge=1)]
+    declared_patients: Annotated[int, Field(ge=1, le=MAX_PATIENTS)]
     """The cohort's size as the site tells it: rounded, public, and the fixed divisor of training.
-    The exact number is private."""
+    The exact number is private. Another one counts once the coordinator agrees (``declare``)."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
     """Sums of clipped gradients are float64, which Apple's GPUs do not have."""
     foundation: Annotated[str, Field(min_length=1)]

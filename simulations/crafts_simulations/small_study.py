@@ -3,6 +3,7 @@
 For what is not about images: faults, traffic, overhead.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,19 @@ def make_small_study(
     min_sites: int = 2,
     deadline_s: float = 120.0,
     rank: int = 2,
+    learning_rate: float = 0.01,
+    aggregation: Mapping[str, object] | None = None,
 ) -> SmallStudy:
-    """Everything that a study needs, in an empty folder."""
+    """Everything that a study needs, in an empty folder.
+
+    ``aggregation`` changes the plan's plain averaging.
+    """
     coordinator = CoordinatorHome.create(folder / "coordinator", loopback_config(foundation.path))
-    plan = _plan(foundation.manifest.hash, rounds, min_sites, deadline_s, rank)
+    averaging = {"rule": "uniform", "min_sites": min_sites, "deadline_s": deadline_s}
+    plan = _plan(
+        *(foundation.manifest.hash, rounds, rank, learning_rate),
+        averaging | dict(aggregation or {}),
+    )
     sites = {}
     for number in range(1, num_sites + 1):
         name = f"site-{number}"
@@ -114,7 +124,15 @@ def write_random_store(
     return store
 
 
-def _plan(foundation: str, rounds: int, min_sites: int, deadline_s: float, rank: int) -> Plan:
+def _plan(
+    foundation: str, rounds: int, rank: int, learning_rate: float, aggregation: dict[str, object]
+) -> Plan:
+    stage = {
+        "name": "pretraining",
+        "rounds": rounds,
+        "local_steps": 1,
+        "learning_rate": learning_rate,
+    }
     return Plan.parse(
         {
             "study": {"name": "small", "foundation": foundation, "seed": 3},
@@ -124,9 +142,7 @@ def _plan(foundation: str, rounds: int, min_sites: int, deadline_s: float, rank:
                 "first_factor": "random",
                 "schedule": "second_only",
             },
-            "stage": [
-                {"name": "pretraining", "rounds": rounds, "local_steps": 1, "learning_rate": 0.01}
-            ],
+            "stage": [stage],
             "privacy": {
                 "mechanism": "patient_dp",
                 "target_epsilon": 8.0,
@@ -136,7 +152,7 @@ def _plan(foundation: str, rounds: int, min_sites: int, deadline_s: float, rank:
                 "tiles_per_patient": 1,
                 "draws_per_tile": 1,
             },
-            "aggregation": {"rule": "uniform", "min_sites": min_sites, "deadline_s": deadline_s},
+            "aggregation": aggregation,
         }
     )
 

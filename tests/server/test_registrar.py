@@ -5,7 +5,7 @@ import json
 import shutil
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -182,6 +182,28 @@ def test_a_change_of_patients_needs_both_sides(coordinator, site) -> None:
         check_agreed(site)
     (entry,) = [e for e in coordinator.home.audit_log.verify() if e.event == Event.RESIZED]
     assert entry.facts == {"site": "north", "patients": 60, "before": 7}
+
+
+def test_join_answers_no_round_while_the_number_is_not_agreed(
+    coordinator, site, monkeypatch
+) -> None:
+    """Before a round and again before its release: what ``join`` asks each time."""
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    asked: list[Callable[[], None]] = []
+
+    def make(_open_site: object, *, witness: Callable[[], None]) -> None:
+        asked.append(witness)
+
+    monkeypatch.setattr("crafts_client.client_app.make_client_app", make)
+    monkeypatch.setattr("crafts_client.supernode.join", lambda *_: None)
+    for patients in (PATIENTS, 4000):
+        declaring(SiteHome.open(site.path), patients)
+        joined = CliRunner().invoke(client_app, ["join", "--home", str(site.path)])
+        assert joined.exit_code == 0, joined.stderr
+    agreed, mistyped = asked
+    agreed()
+    with pytest.raises(NotAgreedError, match="agreed are 7"):
+        mistyped()
 
 
 def test_a_site_that_was_enrolled_before_sizes_were_agreed_is_told_so(coordinator, site) -> None:

@@ -23,7 +23,13 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["replayed", "NaN", "in another site's name", "rolled back"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("replayed", "NaN", "in another site's name", "rolled back"),
+        "one of ten declares noise 1e-9, with a directed update",
+    ],
+)
 def test_what_must_hold_holds(fault: str, foundation: Foundation, tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.fault == fault)
     outcome = case.run(tmp_path, foundation)

@@ -11,11 +11,16 @@ from pathlib import Path
 from crafts_core.durable import append_line
 from crafts_core.foundation import embedded_path, load
 from crafts_simulations.errors import WorkspaceError
-from crafts_simulations.faults import messages, points, programs
+from crafts_simulations.faults import claims, messages, points, programs
 from crafts_simulations.faults.case import Case, Outcome, Verdict
 
 _OUTCOMES = "outcomes.jsonl"
-CASES: tuple[Case, ...] = (*messages.CASES, *programs.CASES, *points.CASES)
+CASES: tuple[Case, ...] = (
+    *messages.CASES,
+    *programs.CASES,
+    *points.CASES,
+    *claims.CASES,
+)
 
 
 def run_matrix(
@@ -70,7 +75,7 @@ def as_markdown(outcomes: Iterable[Outcome]) -> str:
             "",
             "Made by `crafts-sim faults --out DIR --table docs/faults.md` on "
             f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores: {held} of {len(rows)} "
-            f"{Verdict.HELD}. The groups `update` (but what says over the network), "
+            f"{Verdict.HELD}. The groups `update` and `weight` (but what says over the network), "
             "`checkpoint` and the ledger's lock run real coordinators and sites in one process; "
             "all others the installed programs on loopback with TLS. The coordinator and Flower's "
             "SuperLink are one process here, and so are a site's executor, policy gate and client "

@@ -65,6 +65,8 @@ if any("crafts_client.cli" in word for word in sys.orig_argv):
 """
 _MULTIPLY = """values = good.array_records["delta"][PACKED].numpy() * 1000
         good["delta"] = ArrayRecord({PACKED: Array.from_numpy_ndarray(values)})"""
+_DECLARE = """from flwr.app import ConfigRecord
+        good["reply"] = ConfigRecord({**good.config_records["reply"], **CHANGES})"""
 _REPLAY = """earlier.append(real(release))
         good = earlier[0]"""
 
@@ -117,6 +119,12 @@ def multiplied(folder: Path) -> str:
 def replayed(folder: Path) -> str:
     """A site that answers every round with its first answer."""
     return _planted(folder, _REPLIES.replace("{cheat}", _REPLAY))
+
+
+def declaring(folder: Path, **changes: int | float) -> str:
+    """A site that declares something else than it did."""
+    cheat = _DECLARE.replace("CHANGES", repr(changes))
+    return _planted(folder, _REPLIES.replace("{cheat}", cheat))
 
 
 def never_renewed(folder: Path) -> str:

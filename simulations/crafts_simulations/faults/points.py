@@ -7,11 +7,13 @@ Where a moment is too short to be met by waiting, the program is made to stand s
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from crafts_client.errors import EnrolmentError
-from crafts_client.home import SiteHome
+from crafts_client.home import SITE_NAME, SiteHome
 from crafts_core.foundation import Foundation
+from crafts_privacy.ledger import Ledger
 from crafts_simulations.faults import plants
 from crafts_simulations.faults.case import Case, check_ledgers, expect
 from crafts_simulations.faults.messages import NAMED
@@ -29,7 +31,7 @@ from crafts_simulations.faults.programs import (
     let_expire,
 )
 from crafts_simulations.processes import COORDINATOR, Programs
-from crafts_simulations.small_study import SmallStudy, make_small_study
+from crafts_simulations.small_study import COHORT, SmallStudy, make_small_study
 
 _POINT_WITHIN_S = 180.0
 _HOUR_S = 3600.0
@@ -158,6 +160,24 @@ def cheating(plant: Callable[[Path], str]) -> Act:
     return act
 
 
+def patients_mistyped(programs: Programs, study: SmallStudy) -> str:
+    """Somebody types 4,000 patients into site.toml after the number was agreed."""
+    programs.kill(SECOND)
+    path = study.sites[SECOND] / SITE_NAME
+    agreed = f"declared_patients = {SiteHome.open(study.sites[SECOND]).config.declared_patients}\n"
+    path.write_text(path.read_text().replace(agreed, "declared_patients = 4000\n"))
+    before = _num_charged(path.parent)
+    programs.start_site(SECOND)
+    finish(programs, study)
+    expect(_num_charged(path.parent) == before, "it paid for a round that it was not used in")
+    return _refused_in(programs, study)
+
+
+def _num_charged(site: Path) -> int:
+    ledger = SiteHome.open(site).ledger_path
+    return len(Ledger(ledger).events(COHORT)) if ledger.exists() else 0
+
+
 def _refused_in(programs: Programs, study: SmallStudy) -> str:
     """In which rounds the second site was refused, by name; it was used in none of them."""
     receipts = [checkpoint.receipt() for checkpoint in programs.chain(study.plan)[1:]]
@@ -270,6 +290,28 @@ CASES: tuple[Case, ...] = (
         fault="over the network: replayed",
         must_hold=NAMED,
         experiment=federation(cheating(plants.replayed), min_sites=1, rounds=3),
+    ),
+    Case(
+        group="weight",
+        fault="over the network: a changed program declares noise 1e-9",
+        must_hold=NAMED,
+        experiment=federation(
+            cheating(partial(plants.declaring, noise_multiplier=1e-9)), min_sites=1
+        ),
+    ),
+    Case(
+        group="weight",
+        fault="over the network: a changed program declares 4,000 patients",
+        must_hold=NAMED,
+        experiment=federation(
+            cheating(partial(plants.declaring, declared_patients=4000)), min_sites=1
+        ),
+    ),
+    Case(
+        group="weight",
+        fault="over the network: 4,000 patients typed into site.toml after enrolment",
+        must_hold="the site answers no round and pays for none; it is named; the others go on",
+        experiment=federation(patients_mistyped, min_sites=1),
     ),
     Case(
         group="certificate",
