@@ -39,6 +39,7 @@ EXPECTED = Expectation(
     privacy=PRIVACY,
     schema={"layer.second": torch.zeros(100, 20)},
     noise_multiplier=1.5,
+    patients={"aachen": 50, "bern": 20},
 )
 
 
@@ -99,12 +100,19 @@ def test_half_precision_on_the_wire_passes() -> None:
         ("noise_multiplier", 1e-9),
         ("noise_multiplier", 1.48),
         ("noise_multiplier", 6.01),
+        ("declared_patients", 4000),
+        ("declared_patients", 49),
         ("update_norm", 0.5),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(UpdateRefusedError, match=field):
         verify_update(reply(delta(), **{field: value}), delta(), EXPECTED)
+
+
+def test_who_is_not_on_the_roster_is_told_how_to_get_there() -> None:
+    with pytest.raises(UpdateRefusedError, match="declared_patients: nothing was agreed"):
+        verify_update(reply(delta(), site="coimbra"), delta(), EXPECTED)
 
 
 def test_another_schema_hash_is_refused() -> None:
