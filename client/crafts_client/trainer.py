@@ -165,10 +165,9 @@ class Trainer:
         """
         self.num_unusable_patients = 0
         self._patients.leave_out(task.withdrawn)
-        rows = task.privacy.tiles_per_patient * task.privacy.draws_per_tile
         self._adapter.load_state(_awake(task))
         objective = self._objective(task)
-        speed = self._trusted_speed(task, objective, rows)
+        speed = self._trusted_speed(task, objective, _rows_of(task))
         self._adapter.load_state(task.state)
         parameters = self._adapter.trainable(task.factor)
         optimizer = PatientSGD(
@@ -181,24 +180,17 @@ class Trainer:
             ranks=self._ranks,
         )
         own = self._patients.of_rank(self._ranks or Alone())
-
-        def drawn(place: int) -> Drawn:
-            return self._drawn(own[place], objective, task, step=optimizer.steps_taken)
-
-        group_size = self._group_size(speed, rows, task.factor)
-        if group_size == 1:
-            for _ in range(task.stage.local_steps):
-                optimizer.step(len(own), lambda place: _parts(objective, drawn(place), speed, rows))
-        else:
-            filler = self._filler(objective, task.stage, rows)
-
-            def group_loss(places: Sequence[int | None]) -> Tensor:
-                group = [filler if place is None else drawn(place) for place in places]
-                return _joined(objective, group, filler)
-
-            with self._groups(list(parameters.values()), group_size, rows) as gradients:
-                for _ in range(task.stage.local_steps):
-                    optimizer.step_in_groups(len(own), group_loss, gradients)
+        self._take_steps(
+            optimizer,
+            task,
+            objective,
+            speed,
+            num_steps=task.stage.local_steps,
+            num_patients=len(own),
+            drawn=lambda place: self._drawn(
+                own[place], objective, task, step=optimizer.steps_taken
+            ),
+        )
         self.num_unusable_patients = optimizer.num_unusable_patients()
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
@@ -212,6 +204,37 @@ class Trainer:
                 "learning rate"
             )
         return delta
+
+    def _take_steps(
+        self,
+        optimizer: PatientSGD,
+        task: TrainingTask,
+        objective: Objective,
+        speed: Speed,
+        *,
+        num_steps: int,
+        num_patients: int,
+        drawn: Callable[[int], Drawn],
+    ) -> None:
+        """Private steps on a cohort: as many patients to a pass as ``speed`` says."""
+        rows = _rows_of(task)
+        group_size = self._group_size(speed, rows, task.factor)
+        if group_size == 1:
+            for _ in range(num_steps):
+                optimizer.step(
+                    num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
+                )
+            return
+        filler = self._filler(objective, task.stage, rows)
+
+        def group_loss(places: Sequence[int | None]) -> Tensor:
+            group = [filler if place is None else drawn(place) for place in places]
+            return _joined(objective, group, filler)
+
+        parameters = list(self._adapter.trainable(task.factor).values())
+        with self._groups(parameters, group_size, rows) as gradients:
+            for _ in range(num_steps):
+                optimizer.step_in_groups(num_patients, group_loss, gradients)
 
     def _objective(self, task: TrainingTask) -> Objective:
         """The stage's loss, refused under privacy if it mixes tiles. Checked on public tiles."""
@@ -394,6 +417,11 @@ def _moved(task: TrainingTask, std: float) -> Mapping[str, Tensor]:
         for name in factor_names(task.state, task.factor)
     }
     return add_delta(task.state, moved)
+
+
+def _rows_of(task: TrainingTask) -> int:
+    """Tiles times draws of one patient in one step, at most."""
+    return task.privacy.tiles_per_patient * task.privacy.draws_per_tile
 
 
 def _optimizer(stage: StageConfig) -> Optimizer:
