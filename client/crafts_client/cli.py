@@ -91,6 +91,7 @@ def init(
             max_sample_rate=0.5,
             min_patients=20,
             max_tiles_per_patient=64,
+            max_draws_per_tile=16,
             max_local_steps=200,
             max_rounds=1000,
             max_update_norm=100.0,

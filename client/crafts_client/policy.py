@@ -38,6 +38,7 @@ class Rule(StrEnum):
     SAMPLE_RATE = "sample_rate"
     PATIENTS = "patients"
     TILES = "tiles"
+    DRAWS = "draws"
     STAGE = "stage"
     STEPS = "steps"
     ROUNDS = "rounds"
@@ -75,6 +76,7 @@ class Policy(BaseModel):
     min_patients: Annotated[int, Field(ge=1)]
     """Smallest declared cohort that may take part at all."""
     max_tiles_per_patient: Annotated[int, Field(ge=1)]
+    max_draws_per_tile: Annotated[int, Field(ge=1)]
     max_local_steps: Annotated[int, Field(ge=1)]
     max_rounds: Annotated[int, Field(ge=1)]
     max_update_norm: Annotated[float, Field(gt=0)]
@@ -233,6 +235,16 @@ def tiles_are_allowed(policy: Policy, asked: Asked) -> None:
         )
 
 
+def draws_are_allowed(policy: Policy, asked: Asked) -> None:
+    """Draws of one tile in one step: with tiles and steps, how long one patient can take."""
+    if asked.plan.privacy.draws_per_tile > policy.max_draws_per_tile:
+        raise PolicyError(
+            Rule.DRAWS,
+            f"draws_per_tile {asked.plan.privacy.draws_per_tile} passes "
+            f"{policy.max_draws_per_tile}",
+        )
+
+
 def stages_are_allowed(policy: Policy, asked: Asked) -> None:
     """Every stage of the plan is one that the site takes part in."""
     for stage in asked.plan.stage:
@@ -272,6 +284,7 @@ PLAN_RULES: tuple[PlanRule, ...] = (
     sample_rate_is_allowed,
     cohort_is_large_enough,
     tiles_are_allowed,
+    draws_are_allowed,
     stages_are_allowed,
     steps_are_allowed,
     rounds_are_allowed,

@@ -133,6 +133,7 @@ def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
         "max_sample_rate": privacy.sample_rate,
         "min_patients": 1,
         "max_tiles_per_patient": privacy.tiles_per_patient,
+        "max_draws_per_tile": privacy.draws_per_tile,
         "max_local_steps": max(stage.local_steps for stage in plan.stage),
         "max_rounds": plan.num_rounds,
         "max_update_norm": 1e6,

@@ -167,6 +167,7 @@ def _policy(plan: Plan, signer: str) -> Policy:
         max_sample_rate=plan.privacy.sample_rate,
         min_patients=1,
         max_tiles_per_patient=plan.privacy.tiles_per_patient,
+        max_draws_per_tile=plan.privacy.draws_per_tile,
         max_local_steps=10,
         max_rounds=plan.num_rounds,
         max_update_norm=1e6,

@@ -162,6 +162,7 @@ def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
         (Rule.DELTA, {"max_delta": 1e-4}),
         (Rule.SAMPLE_RATE, {"max_sample_rate": 0.4}),
         (Rule.TILES, {"max_tiles_per_patient": 1}),
+        (Rule.DRAWS, {"max_draws_per_tile": 1}),
         (Rule.STAGE, {"allowed_stages": ("pretraining",)}),
         (Rule.STEPS, {"max_local_steps": 1}),
         (Rule.ROUNDS, {"max_rounds": 3}),

@@ -66,6 +66,7 @@ def test_an_allowed_plan_passes_every_rule() -> None:
         (Rule.DELTA, {"max_delta": 1e-4}, set_privacy()),
         (Rule.SAMPLE_RATE, {"max_sample_rate": 0.4}, set_privacy()),
         (Rule.TILES, {"max_tiles_per_patient": 16}, set_privacy(tiles_per_patient=17)),
+        (Rule.DRAWS, {"max_draws_per_tile": 16}, set_privacy(draws_per_tile=17)),
         (Rule.STAGE, {"allowed_stages": ("pretraining",)}, set_privacy()),
         (Rule.STEPS, {"max_local_steps": 4}, set_stage(local_steps=5)),
         (Rule.ROUNDS, {"max_rounds": 3}, set_privacy()),

@@ -31,6 +31,7 @@ def policy_of(signer: str, **changes: object) -> Policy:
         "max_sample_rate": 1.0,
         "min_patients": 1,
         "max_tiles_per_patient": 64,
+        "max_draws_per_tile": 16,
         "max_local_steps": 100,
         "max_rounds": 100,
         "max_update_norm": 1e6,
