@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.multiprocessing as multiprocessing
 
 from crafts_client import unusable
+from crafts_client.answer_times import flush_subnormals
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
@@ -80,6 +81,7 @@ def check_devices(home: SiteHome) -> None:
 
 
 def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: Connection) -> None:
+    flush_subnormals()
     home = SiteHome.open(path)
     foundation = load(home.foundation_path, device=device)
     store = TileStore.open(home.tile_store_path)

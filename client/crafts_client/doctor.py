@@ -21,6 +21,7 @@ import torch
 from cryptography import x509
 
 from crafts_client.agreed_patients import check_agreed
+from crafts_client.answer_times import COHORT_SLACK
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.site_ledger import existing_ledger
@@ -207,6 +208,18 @@ def delta(home: SiteHome) -> Iterator[Finding]:
         yield _ok("delta", found)
 
 
+def answers(home: SiteHome) -> Iterator[Finding]:
+    """What their times tell."""
+    if home.config.answer_every_s == 0:
+        yield _warning(
+            "answers",
+            "they leave as soon as they are ready, which tells how many patients were drawn",
+            'set answer_every_s = "auto" in site.toml',
+        )
+    else:
+        yield _ok("answers", "they leave at times that no patient decides")
+
+
 def disk(home: SiteHome) -> Iterator[Finding]:
     """Room for the ledger, sealed releases and a new foundation."""
     free = shutil.disk_usage(home.path).free
@@ -270,7 +283,14 @@ def data(home: SiteHome) -> Iterator[Finding]:
             f"site.toml declares {declared} patients, the policy wants {home.policy.min_patients}",
             "add patients, or change the policy",
         )
-    elif not 0.8 <= num_patients / declared <= 1.25:
+    elif num_patients > COHORT_SLACK * declared:
+        yield _warning(
+            "data",
+            f"declared_patients {declared} is below what the tile store holds",
+            "raise it: answers wait for as long as a cohort of that size takes, and what comes "
+            "later tells how many patients were drawn",
+        )
+    elif num_patients < 0.8 * declared:
         yield _warning(
             "data",
             f"declared_patients {declared} is far from what the tile store holds",
@@ -301,6 +321,7 @@ CHECKS: tuple[Check, ...] = (
     registrar,
     home_folder,
     delta,
+    answers,
     disk,
     memory,
     slide_libraries,

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crafts_client.approvals import Approvals
 from crafts_client.errors import HomeError
@@ -72,8 +72,21 @@ class SiteConfig(BaseModel):
     views: Annotated[int, Field(ge=1, le=64)] = 1
     """Variants of each tile in the latent cache, mirrored and stained otherwise; 1 is the tile as
     it is. Takes effect with the next ingest."""
+    answer_every_s: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """An answer leaves so many seconds after training began, or at a multiple: its time tells
+    nothing of who was drawn. ``auto`` computes a bound for each round (``answer_times``); a number
+    must be above the longest round; with 0 answers leave at once."""
     more_devices: tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
     """Share each step's patients with these as well, a process for each."""
+
+    @field_validator("answer_every_s", mode="before")
+    @classmethod
+    def _auto_or_seconds(cls, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+            return value
+        if value != "auto":
+            raise ValueError('expected "auto" or a number of seconds, 0 or more')
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,12 +60,14 @@ def join(
     """Take part in the coordinator's studies, as the policy allows, until Ctrl-C."""
     with one_line_errors("crafts-client"):
         from crafts_client.agreed_patients import check_agreed
+        from crafts_client.answer_times import flush_subnormals
         from crafts_client.client_app import make_client_app
         from crafts_client.enrolment import coordinator_record
         from crafts_client.ledger_witness import witness_ledger
         from crafts_client.site import Site
         from crafts_client.supernode import join as take_part
 
+        flush_subnormals()
         opened = SiteHome.open(home)
         record = coordinator_record(opened)
         site = Site.open(home)  # what is missing is said now, not in the first round

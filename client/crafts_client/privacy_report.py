@@ -150,6 +150,7 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
             *_weak_delta(delta, site.config.declared_patients),
             *_unrecorded(transmissions),
             *_uncommitted(all_entries, records),
+            *_telling_times(site.config),
             *_weak_audit(audit, site.config, code),
         ),
     )
@@ -245,6 +246,15 @@ def _weak_delta(delta: float, declared_patients: int) -> Iterator[str]:
         yield (
             f"delta: {delta:g} is more than one in {declared_patients} patients, so the promise "
             "may say nothing about one of them; lower max_delta in policy.toml"
+        )
+
+
+def _telling_times(config: SiteConfig) -> Iterator[str]:
+    """Where whoever sees when an answer leaves can count whom a round drew."""
+    if config.answer_every_s == 0:
+        yield (
+            "answers: they leave as soon as they are ready, so their times tell how many patients "
+            'were drawn, without noise; set answer_every_s = "auto" in site.toml'
         )
 
 

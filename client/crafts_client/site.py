@@ -7,18 +7,23 @@ The order, and what a crash leaves behind::
     train    patient-level private steps                  under the same reservation
     check    finite, norm; refused: charged and closed
     seal     the release is on disk                       sent only after a commit
+    wait     until a time that no patient decides         committed when the site starts again
     commit   the ledger names the release's hash          asked again: the same file is sent
     send     the message leaves
 
-So nothing leaves that was not charged, and nothing is charged twice for being asked twice.
+So nothing leaves that was not charged, and nothing is charged twice for being asked twice. When it
+leaves tells nothing either: ``answer_times``.
 """
 
+import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from crafts_client import stage_start, unusable
+from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longest_round_s
 from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import HomeError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
@@ -32,7 +37,7 @@ from crafts_client.signed_plan import open_signed_plan
 from crafts_client.site_ledger import open_ledger
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
-from crafts_core.adapters import State
+from crafts_core.adapters import State, factor_names
 from crafts_core.exchange import (
     ExchangeError,
     RoundReply,
@@ -49,6 +54,8 @@ from crafts_privacy.errors import RankError
 from crafts_privacy.ledger import EntryKind, LedgerEntry, PlanLimit, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
+log = logging.getLogger(__name__)
+
 
 class StageStartMissingError(ExchangeError):
     """The stage's first adapter is neither here nor in the message."""
@@ -58,7 +65,12 @@ class Site:
     """A site home at work. Foundation, tiles and model stay warm between rounds."""
 
     def __init__(
-        self, home: SiteHome, foundation: Foundation, *, randomness: Randomness | None = None
+        self,
+        home: SiteHome,
+        foundation: Foundation,
+        *,
+        randomness: Randomness | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Open the ledger and the tiles.
 
@@ -66,6 +78,7 @@ class Site:
             home: Read from disk.
             foundation: The home's own foundation, on the home's device.
             randomness: For tests; the operating system's otherwise.
+            clock: For tests; the machine's otherwise.
 
         Raises:
             LedgerTamperedError: the ledger is not what was written.
@@ -75,6 +88,8 @@ class Site:
         self._home = home
         self._foundation = foundation
         self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
+        self._clock = clock or Clock()
+        self._departure = Departure(self._clock)
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
         self._settle()
@@ -144,15 +159,16 @@ class Site:
         )
         reservation = self._reserve(plan, request, task)
         try:
-            delta = _as_wire(self._train_everywhere(trainer, plan, task), plan)
-            update_norm = global_norm(delta)
-            policy.check_update_norm(update_norm)
+            with self._departure:
+                delta = _as_wire(self._train_everywhere(trainer, plan, task), plan)
+                update_norm = global_norm(delta)
+                policy.check_update_norm(update_norm)
+                reply = self._reply(request, stage, mechanism, delta, update_norm)
+                source = type(self._randomness.noise).__name__
+                release = self._outbox.seal(request, reply, delta, reservation, noise=source)
         except (TrainingError, PolicyError):
             self._ledger.commit(reservation, REFUSED_RELEASE)
             raise
-        reply = self._reply(request, stage, mechanism, delta, update_norm)
-        source = type(self._randomness.noise).__name__
-        release = self._outbox.seal(request, reply, delta, reservation, noise=source)
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
@@ -162,12 +178,34 @@ class Site:
         try:
             if self._workers is not None:
                 self._workers.start(plan.adapter, plan.parts, task)
-            return trainer.train(task)
+            return trainer.train(task, partial(self._fix_departure, plan, task))
         except RankError:
             self.close()
             raise
         finally:
             unusable.note(self._home.unusable_path, trainer.num_unusable_patients)
+
+    def _fix_departure(self, plan: Plan, task: TrainingTask, step: PublicStep) -> None:
+        """Decide now, before anybody is drawn, when the round's answer leaves."""
+        config = self._home.config
+        every_s = config.answer_every_s
+        if every_s == "auto":
+            names = factor_names(task.state, task.factor)
+            every_s = longest_round_s(
+                Pace.of(step, self._clock.now),
+                config,
+                task.stage,
+                sample_rate=task.mechanism.sample_rate,
+                num_bytes=4 * sum(task.state[name].numel() for name in names),
+            )
+        if every_s > plan.aggregation.deadline_s:
+            log.warning(
+                "this site answers %.0f s after it began, and the plan waits for %.0f s; ask the "
+                "coordinator for a longer deadline_s or fewer local_steps",
+                every_s,
+                plan.aggregation.deadline_s,
+            )
+        self._departure.begin(every_s)
 
     def close(self) -> None:
         """End the processes of further devices; the next round starts them again."""

@@ -12,9 +12,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from crafts_client.answer_times import PublicStep
 from crafts_client.errors import TrainingError
 from crafts_client.patients import PatientTiles, probe_batch
 from crafts_client.speed import Speed
@@ -103,6 +106,13 @@ class TrainingTask:
     """Pseudonyms of patients who take no part any more."""
 
 
+class _AllPublic:
+    """The sampler of steps on public patients: all of them."""
+
+    def sample(self, num_patients: int, sample_rate: float) -> NDArray[np.int64]:  # noqa: ARG002
+        return np.arange(num_patients)
+
+
 class Trainer:
     """One adapter on one copy of the UNet, ready for the next round."""
 
@@ -152,8 +162,15 @@ class Trainer:
         """Tensors with the names and shapes that every global adapter must have."""
         return self._adapter.state()
 
-    def train(self, task: TrainingTask) -> State:
+    def train(
+        self, task: TrainingTask, before_draws: Callable[[PublicStep], None] | None = None
+    ) -> State:
         """Run the round's local steps.
+
+        Args:
+            task: The round, after every check.
+            before_draws: Called when only private steps are left to do, with one on public tiles
+                that can be timed. What comes before it takes no longer for one patient more.
 
         Returns:
             Final minus received weights of the trained factor, float32 on the CPU.
@@ -168,17 +185,11 @@ class Trainer:
         self._adapter.load_state(_awake(task))
         objective = self._objective(task)
         speed = self._trusted_speed(task, objective, _rows_of(task))
+        if before_draws is not None:
+            before_draws(self._public_step(task, objective, speed))
         self._adapter.load_state(task.state)
         parameters = self._adapter.trainable(task.factor)
-        optimizer = PatientSGD(
-            parameters,
-            task.mechanism,
-            learning_rate=task.stage.learning_rate,
-            optimizer=_optimizer(task.stage),
-            noise=self._randomness.noise,
-            sampler=self._randomness.sampler,
-            ranks=self._ranks,
-        )
+        optimizer = self._sgd(task, self._randomness.sampler, self._ranks)
         own = self._patients.of_rank(self._ranks or Alone())
         self._take_steps(
             optimizer,
@@ -204,6 +215,42 @@ class Trainer:
                 "learning rate"
             )
         return delta
+
+    def _sgd(
+        self, task: TrainingTask, sampler: PatientSampler, ranks: Ranks | None = None
+    ) -> PatientSGD:
+        return PatientSGD(
+            self._adapter.trainable(task.factor),
+            task.mechanism,
+            learning_rate=task.stage.learning_rate,
+            optimizer=_optimizer(task.stage),
+            noise=self._randomness.noise,
+            sampler=sampler,
+            ranks=ranks,
+        )
+
+    def _public_step(self, task: TrainingTask, objective: Objective, speed: Speed) -> PublicStep:
+        """A private step, noise and all, on public patients with as many tiles as ours may have."""
+        rows = _rows_of(task)
+        batch = self._probe(1, task.stage).select(torch.zeros(rows, dtype=torch.int64))
+        batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
+        drawn = (batch, _public_draws(objective, batch))
+        group_size = self._group_size(speed, rows, task.factor)
+
+        def run(num_passes: int) -> None:
+            self._take_steps(
+                self._sgd(task, _AllPublic()),
+                task,
+                objective,
+                speed,
+                num_steps=1,
+                num_patients=num_passes * group_size,
+                drawn=lambda _: drawn,
+            )
+            if self._foundation.device.type == "cuda":
+                torch.cuda.synchronize(self._foundation.device)
+
+        return PublicStep(run=run, group_size=group_size)
 
     def _take_steps(
         self,

@@ -63,6 +63,7 @@ def run_scenario(
             foundation=foundation,
             signer=home.public_key,
             num_workers=num_workers,
+            real_processes=real_processes,
             progress=progress,
         )
         make_sites(study, source)

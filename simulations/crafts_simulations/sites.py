@@ -165,6 +165,8 @@ def _home(
         foundation=foundation if foundation == EMBEDDED else str(Path(foundation).resolve()),
         tile_store="tiles",
         microbatch_tiles=_MICROBATCH_TILES,
+        # Within one process nobody sees when a site answers.
+        answer_every_s="auto" if study.real_processes else 0,
     )
     policy = site_policy(study.plan, study.signer, {**study.scenario.policy, **policy_changes})
     return SiteHome.create(path, config, policy)

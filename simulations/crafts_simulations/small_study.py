@@ -69,6 +69,7 @@ def make_small_study(
             foundation=str(foundation.path.resolve()),
             tile_store="tiles",
             microbatch_tiles=64,
+            answer_every_s=0,
         )
         policy = _policy(plan, coordinator.public_key)
         site = SiteHome.create(folder / "sites" / name, config, policy)

@@ -24,4 +24,6 @@ class LocalStudy:
     """The coordinator's public key, which the sites trust."""
     num_workers: int
     """Slides at a time. Speed only."""
+    real_processes: bool
+    """Whether the sites are programs of their own, and hold answers back like a hospital's."""
     progress: StepProgress

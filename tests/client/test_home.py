@@ -73,6 +73,8 @@ def test_a_missing_home_says_how_to_make_one(tmp_path: Path) -> None:
         ('device = "cpu"', 'device = "tpu"', "device"),
         ('cohort = "main"\n', "", "cohort"),
         ('cohort = "main"', 'cohort = "main"\nsecret = 1', "secret: unknown key"),
+        ('answer_every_s = "auto"', "answer_every_s = -1", '"auto" or a number'),
+        ('answer_every_s = "auto"', 'answer_every_s = "often"', '"auto" or a number'),
         ('cohort = "main"', "cohort = ", "cannot read"),
     ],
 )

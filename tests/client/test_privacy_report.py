@@ -18,6 +18,7 @@ from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.ledger import Ledger, LedgerTamperedError, PlanLimit
+from support.clocks import ManualClock
 from support.sites import Coordinator, make_site_home
 
 
@@ -27,7 +28,9 @@ def run(*arguments: object):
 
 @pytest.fixture
 def home(tmp_path, foundation, coordinator) -> SiteHome:
-    return make_site_home(tmp_path / "site", foundation, coordinator.public_key)
+    return make_site_home(
+        tmp_path / "site", foundation, coordinator.public_key, answer_every_s="auto"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,13 @@ def one_round(tmp_path_factory: pytest.TempPathFactory, foundation) -> Path:
     """A home that has answered one round. It stays as it is; tests copy it."""
     folder = tmp_path_factory.mktemp("trained")
     coordinator = Coordinator(folder, foundation)
-    home = make_site_home(folder / "site", foundation, coordinator.public_key)
+    home = make_site_home(
+        folder / "site", foundation, coordinator.public_key, answer_every_s="auto"
+    )
     plan = coordinator.plan()
-    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    Site(home, foundation, clock=ManualClock().clock).answer(
+        coordinator.message(plan, coordinator.start(plan))
+    )
     return home.path
 
 
@@ -149,6 +156,12 @@ def test_training_that_no_audit_covers_is_said_plainly(home, tmp_path, key, valu
     page, _ = write_privacy_report(report, tmp_path)
     assert says in page.read_text()
     assert privacy_report(set_site(home, "name", '"other"')).code_sha256 == report.code_sha256
+
+
+def test_answers_whose_times_count_patients_are_named(home) -> None:
+    assert not any("answers" in line for line in privacy_report(home).unsubstantiated)
+    lines = privacy_report(set_site(home, "answer_every_s", "0")).unsubstantiated
+    assert any('set answer_every_s = "auto"' in line for line in lines)
 
 
 def test_an_update_without_a_record_is_named(trained) -> None:

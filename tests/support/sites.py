@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.metadata import Metadata
@@ -54,9 +55,13 @@ def make_site_home(
     seed: int = 0,
     microbatch_tiles: int = 64,
     num_steered: int = 0,
+    answer_every_s: Literal["auto"] | float = 0.0,
     **policy: object,
 ) -> SiteHome:
-    """A whole home, ready to answer. What it declares is never its true number of patients."""
+    """A whole home, ready to answer; at once, unless the test is about that.
+
+    What it declares is never its true number of patients.
+    """
     assert declared_patients != num_patients, "a test could not tell one from the other"
     config = SiteConfig(
         name=name,
@@ -66,6 +71,7 @@ def make_site_home(
         foundation=str(foundation.path.resolve()),
         tile_store="tiles",
         microbatch_tiles=microbatch_tiles,
+        answer_every_s=answer_every_s,
     )
     home = SiteHome.create(path, config, policy_of(signer, **policy))
     write_random_store(
