@@ -370,10 +370,12 @@ def test_several_devices_wait_for_the_one_that_drew_most() -> None:
     rng = np.random.default_rng(3)
     options = {"steps": 12, "group_size": 4}
     bound = most_passes(300, 0.1, **options, num_devices=3)
-    drawn = rng.binomial(110, 0.1, size=(50_000, 12, 3)).max(axis=2)
+    # Pseudonyms deal them out, once for all steps and not evenly.
+    dealt = rng.multinomial(330, [1 / 3] * 3, size=50_000)[:, None]
+    drawn = rng.binomial(dealt, 0.1, size=(50_000, 12, 3)).max(axis=2)
     largest = (-(-drawn // 4)).sum(axis=1).max()
-    assert largest <= bound <= 1.3 * largest
-    assert bound < most_passes(300, 0.1, **options, num_devices=1) / 2
+    assert largest <= bound <= 1.7 * largest
+    assert bound < 0.7 * most_passes(300, 0.1, **options, num_devices=1)
 
 
 ROUNDS, STEPS, RATE, TRUE_SIZE = 400, 4, 0.4, 47

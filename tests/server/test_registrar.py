@@ -110,7 +110,7 @@ def coordinator(tmp_path: Path, foundation) -> Iterator[Coordinator]:
 
 @pytest.fixture
 def site(tmp_path: Path, foundation) -> SiteHome:
-    home = make_site_home(tmp_path / "north", foundation, "unknown")
+    home = make_site_home(tmp_path / "north", foundation, "unknown", answer_every_s="auto")
     return declaring(home, PATIENTS)
 
 
