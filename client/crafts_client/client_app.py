@@ -55,8 +55,8 @@ def make_client_app(
                 "refused code=%d (%s) error=%s at %s",
                 refusal.code,
                 refusal.sentence,
-                type(error).__name__,
-                _place(error),
+                type(error.__cause__ or error).__name__,
+                _place(error.__cause__ or error),
             )
             log.debug("refused because", exc_info=error)
             return Message(Error(refusal.code, refusal.sentence), reply_to=message)
@@ -64,7 +64,7 @@ def make_client_app(
     return app
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """File and line, which say nothing of the data that it happened to."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"

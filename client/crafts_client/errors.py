@@ -35,4 +35,4 @@ class OutboxError(CraftsError):
 
 
 class TrainingError(CraftsError):
-    """Training ended with weights that are not finite."""
+    """Training failed after it had begun, or ended with something that must not leave."""

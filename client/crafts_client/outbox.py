@@ -182,9 +182,8 @@ class Outbox:
 
     def _path(self, request: RoundRequest) -> Path:
         """A run's id has no dot and no slash, so it cannot lead elsewhere."""
-        canonical = json.dumps(request.to_scalars(), sort_keys=True, separators=(",", ":"))
-        identity = hashlib.sha256(canonical.encode()).hexdigest()[:32]
-        return self._folder / f"{request.run_id}.{request.round:05d}.{identity}.safetensors"
+        name = f"{request.run_id}.{request.round:05d}.{request.hash[:32]}.safetensors"
+        return self._folder / name
 
 
 def _read_seal(path: Path) -> _Seal:

@@ -5,14 +5,15 @@ The order, and what a crash leaves behind::
     verify   signer, signature, plan, policy, arrays      nothing happened
     reserve  the ledger charges the whole round           charged; the same request trains again
     train    patient-level private steps                  under the same reservation
-    check    finite, norm; refused: charged and closed
+    check    finite, norm; refused, or training failed once it drew: charged and closed
     seal     the release is on disk                       sent only after a commit
     wait     until a time that no patient decides         committed when the site starts again
     commit   the ledger names the release's hash          asked again: the same file is sent
     send     the message leaves
 
-So nothing leaves that was not charged, and nothing is charged twice for being asked twice. When it
-leaves tells nothing either: ``answer_times``.
+So nothing leaves that was not charged, and nothing is charged twice for being asked twice. A
+reservation is for one request, adapter included: asked from another adapter, a round that a crash
+left open is charged anew. When an answer leaves tells nothing either: ``answer_times``.
 """
 
 import logging
@@ -50,7 +51,6 @@ from crafts_core.foundation import Foundation, load
 from crafts_core.plan import AdapterConfig, Part, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
-from crafts_privacy.errors import RankError
 from crafts_privacy.ledger import EntryKind, LedgerEntry, PlanLimit, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
@@ -174,13 +174,26 @@ class Site:
         return release
 
     def _train_everywhere(self, trainer: Trainer, plan: Plan, task: TrainingTask) -> State:
-        """On all of the site's devices. Where one fails, the round stays reserved: nothing left."""
+        """On all of the site's devices.
+
+        Raises:
+            TrainingError: it failed after patients were drawn. Whatever it was, the coordinator is
+                told the same, and the round is closed: that it failed may depend on who was drawn.
+            CraftsError: it failed before, on public values; the round stays reserved.
+        """
+        trainer.has_drawn = False
         try:
             if self._workers is not None:
                 self._workers.start(plan.adapter, plan.parts, task)
             return trainer.train(task, partial(self._fix_departure, plan, task))
-        except RankError:
-            self.close()
+        except TrainingError:
+            raise
+        except Exception as error:
+            self.close()  # other devices may wait for this one; the next round begins anew
+            if trainer.has_drawn:
+                raise TrainingError(
+                    "training failed once it had begun; the round is charged and closed"
+                ) from error
             raise
         finally:
             unusable.note(self._home.unusable_path, trainer.num_unusable_patients)
@@ -230,6 +243,7 @@ class Site:
             round=request.round,
             stage=task.stage.name,
             event=task.charged,
+            request_hash=request.hash,
             max_epsilon=lifetime,
             delta=policy.max_delta,
             plan_limit=limit,
@@ -347,6 +361,8 @@ def _read_hashed(
 
 def _as_wire(delta: State, plan: Plan) -> State:
     """The delta as it will leave. Values that the wire's type cannot hold are refused.
+
+    Whether they fit follows from noised sums alone, as with the norm's limit.
 
     Raises:
         TrainingError: a value overflows.

@@ -157,6 +157,8 @@ class Trainer:
         self._shifts = itertools.cycle(_SHIFTS)
         self.num_unusable_patients = 0
         """Of the newest round, as ``PatientSGD`` counts them: for the site's own eyes."""
+        self.has_drawn = False
+        """Whether the newest round has drawn patients. Before, only public values decided."""
 
     def schema(self) -> State:
         """Tensors with the names and shapes that every global adapter must have."""
@@ -180,7 +182,7 @@ class Trainer:
             BatchCoupledLossError: the loss has no per-patient sensitivity.
             TrainingError: the result is not finite.
         """
-        self.num_unusable_patients = 0
+        self.num_unusable_patients, self.has_drawn = 0, False
         self._patients.leave_out(task.withdrawn)
         self._adapter.load_state(_awake(task))
         objective = self._objective(task)
@@ -191,6 +193,7 @@ class Trainer:
         parameters = self._adapter.trainable(task.factor)
         optimizer = self._sgd(task, self._randomness.sampler, self._ranks)
         own = self._patients.of_rank(self._ranks or Alone())
+        self.has_drawn = True
         self._take_steps(
             optimizer,
             task,
@@ -209,6 +212,8 @@ class Trainer:
             name: parameter.detach().to("cpu", torch.float32) - task.state[name].float()
             for name, parameter in parameters.items()
         }
+        # A function of noised sums and public values alone, so that a refusal tells no more of a
+        # patient than the update would have.
         if not torch.tensor(global_norm(delta)).isfinite():
             raise TrainingError(
                 "training gave weights that are not finite; ask the coordinator for a smaller "

@@ -52,6 +52,12 @@ class RoundRequest(_Record):
     stage_start_hash: Sha256
     """Identity of the adapter that the stage began with (theta1 of stage alignment)."""
 
+    @property
+    def hash(self) -> str:
+        """SHA-256 of every word of it."""
+        canonical = json.dumps(self.to_scalars(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
 
 class RoundReply(_Record):
     """Site to coordinator: the declared mechanism of the delta that comes along.

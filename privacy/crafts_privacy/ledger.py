@@ -58,6 +58,8 @@ class Reservation:
     round: int
     stage: str
     event: PrivacyEvent
+    request_hash: str
+    """SHA-256 of what exactly was asked for, the adapter among it."""
 
     def __post_init__(self) -> None:
         if not (self.cohort and self.run_id and self.stage and self.round >= 1):
@@ -67,7 +69,7 @@ class Reservation:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What one training is: asked again, it is the same."""
+        """Which round of which run of whom."""
         return (self.cohort, self.plan_hash, self.run_id, self.round)
 
     @classmethod
@@ -81,6 +83,7 @@ class Reservation:
             round=entry.round,
             stage=entry.stage,
             event=entry.event,
+            request_hash=entry.detail,
         )
 
 
@@ -114,15 +117,17 @@ class Ledger:
         round: int,
         stage: str,
         event: PrivacyEvent,
+        request_hash: str,
         max_epsilon: float,
         delta: float,
         plan_limit: PlanLimit,
     ) -> Reservation:
         """Charge ``event`` to the cohort before any of it runs.
 
-        The same cohort, plan, run and round asked again while still reserved gives the same
-        reservation: nothing of it was released, so it costs once. After a commit, or for another
-        mechanism, it is a new training of that round and costs again.
+        The same request for the same cohort asked again while still reserved gives the same
+        reservation: nothing of it was released, so it costs once. After a commit, for another
+        mechanism, or for another request (the same round from another adapter, say), it is a new
+        training and costs again: one charge never pays for two answers.
 
         A calibrated plan fits its own limit exactly, because ``accounting.merge`` gives the same
         composition that the calibration verified; no slack is needed and none is given.
@@ -142,7 +147,10 @@ class Ledger:
             round=round,
             stage=stage,
             event=event,
+            request_hash=request_hash,
         )
+        if not _SHA256.fullmatch(request_hash):
+            raise ValueError("expected request_hash as 64 hexadecimal digits")
         with self._store.transaction() as transaction:
             held = _held(transaction.entries, reservation)
             charged = _charged(transaction.entries, cohort)
@@ -159,7 +167,7 @@ class Ledger:
             if held:
                 return held
             reservation = replace(reservation, sequence=len(transaction.entries) + 1)
-            transaction.append(_entry(reservation, EntryKind.RESERVED, ""))
+            transaction.append(_entry(reservation, EntryKind.RESERVED, request_hash))
             return Reservation.of(transaction.entries[-1])
 
     def commit(self, reservation: Reservation, release_hash: str) -> None:
@@ -264,10 +272,9 @@ def _open(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
 
 
 def _held(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
-    """The open reservation of the same round for the same mechanism, if there is one."""
-    same = (wanted.key, wanted.stage, wanted.event)
+    """The open reservation of exactly the same request and mechanism, if there is one."""
     for entry in _open(entries):
         held = Reservation.of(entry)
-        if (held.key, held.stage, held.event) == same:
+        if held == replace(wanted, sequence=held.sequence, entry_hash=held.entry_hash):
             return held
     return None

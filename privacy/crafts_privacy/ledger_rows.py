@@ -48,7 +48,7 @@ class LedgerEntry:
     sample_rate: float
     steps: int
     detail: str
-    """Hash of what was released; empty while reserved."""
+    """Where it was reserved, the hash of the request; where committed, of what was released."""
     previous_hash: str
     hash: str = ""
 

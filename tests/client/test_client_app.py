@@ -1,6 +1,7 @@
 import json
 import logging
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from crafts_client.policy import PolicyError, Rule
 from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
 from crafts_client.site import Site
 from crafts_client.trainer import Trainer
-from crafts_core.adapters import State, add_delta
+from crafts_core.adapters import AdapterError, State, add_delta
 from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash
 from crafts_core.stages.batch import TileBatch
+from crafts_core.tiles import TileStoreError
+from crafts_privacy.errors import RankError
 from crafts_privacy.ledger import (
     EntryKind,
     Ledger,
@@ -28,6 +31,8 @@ from crafts_privacy.ledger import (
     PlanBudgetExceededError,
     Reservation,
 )
+from crafts_privacy.patient_sgd import PatientSGD
+from crafts_privacy.sampling import PoissonSampler
 from support.sites import (
     Coordinator,
     flower_message,
@@ -476,6 +481,62 @@ def test_training_without_privacy_is_recorded_as_infinite(
     assert reply.error.code == 104
 
 
+class TestFailuresOnceDrawn:
+    """What fails after the first draw may depend on who was drawn: it is charged and closed."""
+
+    @pytest.fixture
+    def plan(self, coordinator):
+        return coordinator.plan()
+
+    @pytest.mark.parametrize("error", [RankError("gone"), TileStoreError("torn"), MemoryError()])
+    def test_all_look_alike_and_close_the_round(
+        self, home, foundation, coordinator, plan, monkeypatch, caplog, error
+    ) -> None:
+        state = coordinator.start(plan)
+        content = coordinator.content(plan, state)
+        with monkeypatch.context() as patch:
+            patch.setattr(PatientSGD, "_add_patient", _raises(error))
+            patch.setattr(PoissonSampler, "sample", lambda *_: [0])
+            told = ask(home, foundation, content).error
+
+        assert told == public(TrainingError("any"))
+        last = Ledger(home.ledger_path).entries()[-1]
+        assert (last.kind, last.detail) == (EntryKind.COMMITTED, REFUSED_RELEASE)
+        assert f"{type(error).__name__} at test_client_app.py" in caplog.text, "for the operator"
+        other = {name: value + 1 for name, value in state.items()}
+        for again in (content, coordinator.content(plan, other)):
+            assert ask(home, foundation, again).error == error_of(Rule.REPLAY)
+        assert len(Ledger(home.ledger_path).events("main")) == 1
+
+    def test_before_the_first_draw_the_round_stays_open_for_the_same_request(
+        self, home, foundation, coordinator, plan, monkeypatch
+    ) -> None:
+        content = coordinator.content(plan, coordinator.start(plan))
+        with monkeypatch.context() as patch:
+            patch.setattr(site.Trainer, "_objective", _raises(AdapterError("public")))
+            assert ask(home, foundation, content).error == public(AdapterError("any"))
+
+        assert ask(home, foundation, content).has_content()
+        assert len(Ledger(home.ledger_path).events("main")) == 1
+
+    def test_after_a_crash_another_adapter_pays_for_itself(
+        self, home, foundation, coordinator, plan, monkeypatch
+    ) -> None:
+        state = coordinator.start(plan)
+        other = {name: value + 1 for name, value in state.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(PatientSGD, "_add_patient", _killed)
+            patch.setattr(PoissonSampler, "sample", lambda *_: [0])
+            with pytest.raises(KeyboardInterrupt):
+                Site(home, foundation).answer(coordinator.message(plan, state))
+
+        assert ask(home, foundation, coordinator.content(plan, other)).has_content()
+        assert len(Ledger(home.ledger_path).events("main")) == 2
+        assert ask(home, foundation, coordinator.content(plan, state)).error == error_of(
+            Rule.REPLAY
+        )
+
+
 class TestStageStart:
     @pytest.fixture
     def aligned(self, coordinator, foundation):
@@ -668,6 +729,18 @@ def test_the_wire_type_is_the_plans(hospital, coordinator) -> None:
 
 def error_of(rule: Rule) -> Error:
     return Error(OF_RULE[rule].code, OF_RULE[rule].sentence)
+
+
+def public(error: Exception) -> Error:
+    refusal = refusal_of(error)
+    return Error(refusal.code, refusal.sentence)
+
+
+def _raises(error: Exception) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
 
 
 def _killed(*_: object, **__: object) -> None:

@@ -53,6 +53,7 @@ def paid(sequence: int) -> Reservation:
         round=1,
         stage="pretraining",
         event=PrivacyEvent(noise_multiplier=1.1, sample_rate=0.5, steps=2),
+        request_hash=HASH,
     )
 
 

@@ -189,6 +189,7 @@ def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
         round=1,
         stage="pretraining",
         event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1),
+        request_hash="0" * 64,
         max_epsilon=math.inf,
         delta=1e-3,
         plan_limit=PlanLimit(max_epsilon=math.inf, delta=1e-3),

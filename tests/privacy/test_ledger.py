@@ -25,6 +25,7 @@ from crafts_privacy.witness import read_head, write_head
 
 PLAN = "a" * 64
 RELEASE = "b" * 64
+REQUEST = "c" * 64
 DELTA = 1e-4
 EVENT = PrivacyEvent(noise_multiplier=8.0, sample_rate=0.1, steps=10)
 UNLIMITED = PlanLimit(max_epsilon=math.inf, delta=DELTA)
@@ -38,6 +39,7 @@ def reserve(ledger: Ledger, round: int = 1, **changes: object) -> Reservation:
         "round": round,
         "stage": "pretraining",
         "event": EVENT,
+        "request_hash": REQUEST,
         "max_epsilon": 8.0,
         "delta": DELTA,
         "plan_limit": UNLIMITED,
@@ -122,6 +124,14 @@ def test_a_reservation_survives_a_restart(path: Path) -> None:
     again = Ledger(path)
     assert again.open_reservations() == (first,)
     assert reserve(again) == first
+
+
+def test_a_charge_is_for_one_request(ledger: Ledger) -> None:
+    """The same round from another adapter: else one charge would pay for two answers."""
+    first, other = reserve(ledger), reserve(ledger, request_hash="d" * 64)
+    assert other != first
+    assert len(ledger.events("breast")) == 2
+    assert (reserve(ledger), reserve(ledger, request_hash="d" * 64)) == (first, other)
 
 
 def test_training_a_committed_round_again_costs_again(ledger: Ledger) -> None:
@@ -209,7 +219,15 @@ def test_a_budget_that_is_not_a_number_refuses(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"cohort": ""}, {"run_id": ""}, {"stage": ""}, {"round": 0}, {"plan_hash": "xyz"}]
+    "bad",
+    [
+        {"cohort": ""},
+        {"run_id": ""},
+        {"stage": ""},
+        {"round": 0},
+        {"plan_hash": "x"},
+        {"request_hash": "x"},
+    ],
 )
 def test_an_incomplete_reservation_is_refused(ledger: Ledger, bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):

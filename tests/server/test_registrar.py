@@ -377,6 +377,7 @@ def spend(site: SiteHome, *, round: int) -> None:
         round=round,
         stage="s",
         event=event,
+        request_hash="0" * 64,
         max_epsilon=9.0,
         delta=1e-3,
         plan_limit=PlanLimit(max_epsilon=9.0, delta=1e-3),
