@@ -16,7 +16,7 @@ from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
-from crafts_client.tiles_cli import tiles_app
+from crafts_client.tiles_cli import UNUSABLE, tiles_app
 from crafts_core import __version__
 from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.durable import write_file
@@ -166,7 +166,12 @@ def ingest(
             "--keep, --max-tiles and --tissue are for slides: every ready tile is taken"
         )
     # Torch and diffusers take seconds to import; `crafts-client --help` should not.
-    from crafts_client.preparation import IngestOptions, keep_names, prepare_site
+    from crafts_client.preparation import (
+        IngestOptions,
+        keep_names,
+        num_unusable_tiles,
+        prepare_site,
+    )
     from crafts_core.foundation import load
 
     with one_line_errors("crafts-client"):
@@ -189,11 +194,13 @@ def ingest(
                 ),
                 progress=progress,
             )
+        num_unusable = num_unusable_tiles(site)
     result = {
         "tiles": report.num_tiles,
         "patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
         "already_in_the_store": report.already,
         "skipped": len(report.skipped),
+        "unusable_tiles": num_unusable,
         "report": str(site.ingest_report_path),
         "page": str(site.path / "ingest.html"),
     }
@@ -203,6 +210,8 @@ def ingest(
             typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
         for source in report.warned:
             typer.echo(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
+        if num_unusable:
+            typer.echo(UNUSABLE.format(num_unusable))
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:

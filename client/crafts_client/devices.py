@@ -84,7 +84,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
     flush_subnormals()
     home = SiteHome.open(path)
     foundation = load(home.foundation_path, device=device)
-    store = TileStore.open(home.tile_store_path)
+    store = TileStore.open(home.tile_store_path, check_shards=False)
     patients = PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
     ranks = ProcessRanks(meeting, rank, count, timeout_s=_STEP_TIMEOUT_S)
     made: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
@@ -105,4 +105,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
             )
             made = ((config, parts), trainer)
         made[1].train(task)
-        unusable.note(home.unusable_path, made[1].num_unusable_patients, rank=rank)
+        counted = unusable.Unusable(
+            gradients=made[1].num_unusable_patients, tiles=patients.take_num_unusable()
+        )
+        unusable.note(home.unusable_path, counted, rank=rank)

@@ -275,7 +275,15 @@ def foundation(home: SiteHome) -> Iterator[Finding]:
 def data(home: SiteHome) -> Iterator[Finding]:
     """Tiles, latents, and whether the cohort is what site.toml declares."""
     store = TileStore.open(home.tile_store_path)
-    LatentCache.open(store, verify(home.foundation_path).hash)
+    unusable = LatentCache.open(store, verify(home.foundation_path).hash).unusable
+    if unusable:
+        are_all = len(unusable) == store.num_tiles
+        yield Finding(
+            subject="tiles",
+            verdict=Verdict.PROBLEM if are_all else Verdict.WARNING,
+            found=f"{'all' if are_all else 'some'} count as zero: they cannot be read or encoded",
+            advice="crafts-client tiles check says how many and what to do",
+        )
     num_patients, declared = len(store.patients), home.config.declared_patients
     if declared < home.policy.min_patients:
         yield _problem(

@@ -16,7 +16,7 @@
     ledger.db           what was spent, with its .head
     audit.json          the newest audit of the engine
     leakage.json        the newest attack on a finished generator: private, it stays here (0600)
-    unusable/           how often patients gave no usable gradient: private, it stays here (0600)
+    unusable/           how often tiles and gradients counted as zero: private, stays here (0600)
     outbox/             sealed releases
     stage_start.safetensors   the public adapter that the current stage began with
 """
@@ -197,7 +197,7 @@ class SiteHome:
 
     @property
     def unusable_path(self) -> Path:
-        """Counts of gradients that were not finite. Private."""
+        """Counts of tiles and gradients that could not be used. Private."""
         return self.path / "unusable"
 
     @property

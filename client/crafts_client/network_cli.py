@@ -259,6 +259,7 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
         entries = () if ledger is None else ledger.entries()
         answered = [entry for entry in entries if entry.kind is EntryKind.COMMITTED]
         last = answered[-1] if answered else None
+        unusable_total = unusable.total(site.unusable_path)
         values = {
             "site": site.config.name,
             "coordinator": coordinator,
@@ -268,7 +269,8 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
             "last_round": last and last.round,
             "last_plan": last and last.plan_hash[:16],
             "last_at": last and last.recorded_at.isoformat(),
-            "unusable_gradients": unusable.total(site.unusable_path),
+            "unusable_gradients": unusable_total.gradients,
+            "unusable_tiles": unusable_total.tiles,
         }
     if as_json:
         typer.echo(json.dumps(values))

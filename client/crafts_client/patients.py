@@ -1,11 +1,15 @@
 """A cohort as the trainer sees it: any patient's tiles as one batch, straight from the cache.
 
-Nothing here names a patient; the index is the place in the tile store. Shape letters: B tiles,
-C H W latent, L tokens, D features, K anchors.
+Nothing here names a patient; the index is the place in the tile store. A tile that cannot be used
+(unreadable, or not finite, in whatever is kept of it) weighs nothing and stops nothing: an error
+would tell that its patient was drawn.
+
+Shape letters: B tiles, C H W latent, L tokens, D features, K anchors.
 """
 
 import zlib
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +23,7 @@ from crafts_core.stages.batch import TileBatch
 from crafts_core.tiles.augment import turned_as_view
 from crafts_core.tiles.conditions import NUM_CHANNELS, to_floats
 from crafts_core.tiles.latents import LatentCache, tile_keys
-from crafts_core.tiles.store import TileStore
+from crafts_core.tiles.store import TileStore, readable
 from crafts_privacy.ranks import Ranks
 
 Places = npt.NDArray[np.int64]
@@ -35,6 +39,7 @@ class PatientTiles:
         self._places = list(range(store.num_patients))
         # What lies over a tile has to turn with its variant.
         self._keys = tile_keys(store) if cache.views > 1 else []
+        self._num_unusable = 0
 
     def leave_out(self, withdrawn: Collection[str]) -> None:
         """Train without these pseudonyms from now on."""
@@ -62,6 +67,14 @@ class PatientTiles:
         """Of the patient at an index."""
         return self._store.patients[self._places[patient]]
 
+    def take_num_unusable(self) -> int:
+        """How many drawn tiles could not be used, since this was last asked.
+
+        Counted on patients without noise: for the site's own eyes.
+        """
+        taken, self._num_unusable = self._num_unusable, 0
+        return taken
+
     def batch(
         self,
         patient: int,
@@ -72,9 +85,9 @@ class PatientTiles:
     ) -> TileBatch:
         """Up to ``max_tiles`` of one patient's tiles, drawn uniformly without replacement.
 
-        Each tile weighs the same and the weights sum to one, whatever the number of tiles; where
-        the cache has several views of a tile, one is drawn. The profiles v and w are those of
-        design section 6.
+        Each tile weighs the same and the weights sum to one, whatever the number of tiles; one that
+        cannot be used is left out, and the others keep their weights. Where the cache has several
+        views of a tile, one is drawn. The profiles v and w are those of design section 6.
 
         With a ``modality`` only tiles that have such a condition are drawn, and it comes along. A
         patient without any gives an empty batch: sampled like everybody, contributing nothing.
@@ -89,33 +102,46 @@ class PatientTiles:
         if self._cache.views > 1:
             view_B = torch.randint(self._cache.views, (len(rows),), generator=generator).numpy()
         caption_ids = self._store.caption_ids(rows)
-        foundation, device = self._foundation, self._foundation.device
-        tile_BD = self._cache.tile_embeddings(rows, view_B).to(device)
-        caption_BD = self._cache.caption_embeddings(caption_ids).to(device)
+        parts = [
+            self._cache.latents(rows, view_B),
+            self._cache.text(caption_ids),
+            self._cache.tile_embeddings(rows, view_B),
+            self._cache.caption_embeddings(caption_ids),
+        ]
+        if modality is not None:
+            parts.append(self._conditions(rows, view_B, modality))
+        latents_BCHW, text_BLD, tile_BD, caption_BD, *condition = self._usable(parts)
+        anchors_KD = self._foundation.anchors_KD
+        weight_B = latents_BCHW.new_full((len(latents_BCHW),), 1.0 / max(len(rows), 1))
         return TileBatch(
-            latents_BCHW=self._cache.latents(rows, view_B).to(device),
-            text_BLD=self._cache.text(caption_ids).to(device),
-            null_text_LD=foundation.null_text_LD,
-            weight_B=torch.full((len(rows),), 1.0 / max(len(rows), 1), device=device),
-            tile_profile_BK=profile(tile_BD, foundation.anchors_KD),
-            caption_profile_BK=profile(caption_BD, foundation.anchors_KD),
-            condition_BCHW=None if modality is None else self._conditions(rows, view_B, modality),
+            latents_BCHW=latents_BCHW,
+            text_BLD=text_BLD,
+            null_text_LD=self._foundation.null_text_LD,
+            weight_B=weight_B,
+            tile_profile_BK=profile(tile_BD, anchors_KD),
+            caption_profile_BK=profile(caption_BD, anchors_KD),
+            condition_BCHW=condition[0] if condition else None,
         )
 
+    def _usable(self, parts_B: Sequence[Tensor]) -> list[Tensor]:
+        """Only the tiles of which all parts are finite, on the device."""
+        finite = [part_B.flatten(1).isfinite().all(dim=1) for part_B in parts_B]
+        is_usable_B = torch.stack(finite).all(dim=0)
+        self._num_unusable += int((~is_usable_B).sum())
+        return [part_B[is_usable_B].to(self._foundation.device) for part_B in parts_B]
+
     def _conditions(self, rows: Places, view_B: Places | None, modality: Modality) -> Tensor:
-        """Of some rows, turned as their views are; (B, C, H, W) on the device."""
-        if not len(rows):
-            side = self._store.tile_px
-            return torch.zeros(
-                0, NUM_CHANNELS[modality], side, side, device=self._foundation.device
-            )
-        stored_BCHW = self._store.read_conditions(rows, modality)
+        """Of some rows, turned as their views are, (B, C, H, W); NaN where one is unreadable."""
+        read = partial(self._store.read_conditions, modality=modality)
+        stored_BCHW, is_readable_B = readable(read, rows)
         if view_B is not None:
             for place, (row, view) in enumerate(zip(rows, view_B, strict=True)):
                 over_HWC = stored_BCHW[place].transpose(1, 2, 0)
                 turned_HWC = turned_as_view(over_HWC, int(view), key=self._keys[row])
                 stored_BCHW[place] = turned_HWC.transpose(2, 0, 1)
-        return torch.from_numpy(to_floats(stored_BCHW, modality)).to(self._foundation.device)
+        condition_BCHW = torch.from_numpy(to_floats(stored_BCHW, modality))
+        condition_BCHW[torch.from_numpy(~is_readable_B)] = torch.nan
+        return condition_BCHW
 
 
 def probe_batch(

@@ -37,7 +37,7 @@ from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
-from crafts_core.foundation import Foundation, verify
+from crafts_core.foundation import Foundation, read_manifest, verify
 from crafts_core.tiles import TileStore, TileStoreError, damaged_files
 from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
 from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
@@ -174,11 +174,20 @@ def keep_names(home: SiteHome, names: Path) -> None:
 
 
 def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:
-    """Compute latents and embeddings once; goes on where it was interrupted."""
+    """Compute latents and embeddings once; goes on where it was interrupted.
+
+    What cannot be read or encoded is passed over (``num_unusable_tiles``); the next time tries again.
+    """
     store = TileStore.open(home.tile_store_path)
     LatentCache.build(
         store, foundation, views=home.config.views, progress=partial(progress, "latents")
     )
+
+
+def num_unusable_tiles(home: SiteHome) -> int:
+    """Tiles that count as zero, as they cannot be read or encoded. For the operator's eyes only."""
+    store = TileStore.open(home.tile_store_path)
+    return len(LatentCache.open(store, read_manifest(home.foundation_path).hash).unusable)
 
 
 def forget(

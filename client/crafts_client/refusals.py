@@ -40,6 +40,8 @@ class Refusal:
 
 INTERNAL = Refusal(100, "the site could not train this round; its operator can see why")
 STAGE_START_MISSING = Refusal(103, "the site needs the stage's first adapter once more")
+NOT_SET_UP = Refusal(112, "the site is not set up")
+"""Also where tiles are missing or damaged: what is wrong with them is the operator's to know."""
 
 OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (StageStartMissingError, STAGE_START_MISSING),
@@ -54,10 +56,10 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (TrainingError, Refusal(109, "training ended without a usable update")),
     (RankError, Refusal(114, "a device of the site failed")),
     (FoundationError, Refusal(110, "the site's foundation is missing or damaged")),
-    (TileStoreError, Refusal(111, "the site's tiles are not ready")),
     (NotAgreedError, Refusal(118, "the site's number of patients is not the one that was agreed")),
     (EnrolmentError, Refusal(116, "the coordinator did not witness the site's ledger")),
-    (HomeError, Refusal(112, "the site is not set up")),
+    (HomeError, NOT_SET_UP),
+    (TileStoreError, NOT_SET_UP),
     (OutboxError, Refusal(113, "the site cannot send its sealed answer again")),
 )
 """The first type that fits."""

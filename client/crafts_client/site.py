@@ -93,7 +93,7 @@ class Site:
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
         self._settle()
-        store = TileStore.open(home.tile_store_path)
+        store = TileStore.open(home.tile_store_path, check_shards=False)
         if store.cohort != home.config.cohort:
             raise HomeError(
                 f"the tile store holds cohort {store.cohort}, site.toml says "
@@ -196,7 +196,10 @@ class Site:
                 ) from error
             raise
         finally:
-            unusable.note(self._home.unusable_path, trainer.num_unusable_patients)
+            counted = unusable.Unusable(
+                gradients=trainer.num_unusable_patients, tiles=self._patients.take_num_unusable()
+            )
+            unusable.note(self._home.unusable_path, counted)
 
     def _fix_departure(self, plan: Plan, task: TrainingTask, step: PublicStep) -> None:
         """Decide now, before anybody is drawn, when the round's answer leaves."""

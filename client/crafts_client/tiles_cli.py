@@ -13,6 +13,10 @@ from crafts_core.command_line import one_line_errors, progress_bars
 
 tiles_app = typer.Typer(no_args_is_help=True, help="Look at the tile store. Nothing leaves.")
 _MOST_SHOWN = 400
+UNUSABLE = (
+    "{} tiles cannot be read, or the foundation gives no finite numbers for them: they count as "
+    "zero in training; ingest tries them again; where they stay, ask who made the foundation"
+)
 
 
 @tiles_app.command("stats")
@@ -65,6 +69,7 @@ def tiles_check(
     if repair:
         _repair(home, as_json)
         return
+    from crafts_client.preparation import num_unusable_tiles
     from crafts_core.foundation import verify
     from crafts_core.tiles import TileStore
     from crafts_core.tiles.latents import check_cache
@@ -75,9 +80,17 @@ def tiles_check(
         store.verify()
         foundation = verify(site.foundation_path)
         check_cache(store, foundation.hash)
-    values = {"tiles": store.num_tiles, "index": store.index_hash, "foundation": foundation.hash}
+        num_unusable = num_unusable_tiles(site)
+    values = {
+        "tiles": store.num_tiles,
+        "unusable_tiles": num_unusable,
+        "index": store.index_hash,
+        "foundation": foundation.hash,
+    }
     text = f"{store.num_tiles} tiles are as they were written; latents of {foundation.name}"
     typer.echo(json.dumps(values) if as_json else text)
+    if num_unusable and not as_json:
+        typer.echo(UNUSABLE.format(num_unusable))
 
 
 def _repair(home: Path, as_json: bool) -> None:

@@ -41,6 +41,7 @@ class Aligner:
         model = read_part(CLIPModel, path, dtype=torch.float32)
         with readable(path), quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+            check_vocabulary(tokenizer, int(model.config.text_config.vocab_size))
         preparation: dict[str, list[float]] = {}
         if (path / _PREPARATION).exists():
             preparation = json.loads((path / _PREPARATION).read_text(encoding="utf-8"))
@@ -141,6 +142,17 @@ def cut_off(tokenizer: CLIPTokenizer, caption: str, max_tokens: int) -> str:
     # Two places are taken by the beginning and end of the text.
     rest: str = tokenizer.decode(whole[most - 2 :]) if len(whole) > most - 2 else ""
     return rest.strip()
+
+
+def check_vocabulary(tokenizer: CLIPTokenizer, vocab_size: int) -> None:
+    """Every token must have an embedding: else some captions, and no others, would be errors.
+
+    Raises:
+        ValueError: the tokenizer knows more tokens than the text tower.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(f"the tokenizer has token {largest}, its text tower {vocab_size} tokens")
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from crafts_core.aligner import cut_off, tokenize
+from crafts_core.aligner import check_vocabulary, cut_off, tokenize
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.pretrained import check_parts_fit, pipeline_kind, read_part, readable
 from crafts_core.quiet import quiet_transformers
@@ -54,6 +54,7 @@ class Generator:
         check_parts_fit(unet, vae, text_encoder)
         with readable(path / "tokenizer"), quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+            check_vocabulary(tokenizer, int(text_encoder.config.vocab_size))
         with readable(path / "scheduler"):
             scheduler = DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
         generator = cls(

@@ -705,7 +705,7 @@ def test_what_an_exception_says_does_not_leave(
 
 
 def test_the_table_of_refusals_is_complete_and_unambiguous() -> None:
-    entries = [refusals.INTERNAL, *(refusal for _, refusal in OF_ERROR), *OF_RULE.values()]
+    entries = {refusals.INTERNAL, *(refusal for _, refusal in OF_ERROR), *OF_RULE.values()}
 
     assert set(OF_RULE) == set(Rule)
     assert len({entry.code for entry in entries}) == len(entries)

@@ -39,6 +39,8 @@ _BINARY_PIECES = 4
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 """Tag of TIFF. Pillow turns such 8-bit numbers round, so that the background becomes a nucleus."""
 _STORED_MODES: dict[Modality, str] = {"nuclei": "RGB", "fluorescence": "RGBA"}
+STORED_CHANNELS: dict[Modality, int] = {"nuclei": 3, "fluorescence": MAX_FLUORESCENCE_CHANNELS}
+"""Of the image that is stored."""
 NUM_CHANNELS: dict[Modality, int] = {"nuclei": 3, "fluorescence": 2 * MAX_FLUORESCENCE_CHANNELS}
 """Of the float condition that a ControlNet takes."""
 
@@ -169,7 +171,9 @@ def decode_condition(png: bytes, modality: Modality, tile_px: int) -> Bytes:
             if (image.size, image.mode) != ((tile_px, tile_px), _STORED_MODES[modality]):
                 raise ConditionError(f"a stored {modality} image has another size or format")
             return np.moveaxis(np.asarray(image), -1, 0)
-    except (OSError, ValueError, SyntaxError) as error:
+    except ConditionError:
+        raise
+    except Exception as error:  # Pillow answers damage with any kind of exception
         raise ConditionError(f"a stored {modality} image is not readable") from error
 
 

@@ -7,6 +7,9 @@ When tiles came or went, rows of the others are copied from the former cache, no
 A tile may have several *views*: itself, and variants that are mirrored and stained otherwise
 (``augment.py``). Row ``tile * views + view`` is one view of one tile.
 
+A row that cannot be made, or cannot be read again, is NaN (``encoding.py``) and no error: whoever
+reads rows leaves such tiles out. The next build tries them again.
+
 Shape letters: N tiles or captions, V views, C latent channels, h and w latent pixels, L tokens,
 D features.
 """
@@ -16,6 +19,7 @@ import hashlib
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self, TypeVar
@@ -28,7 +32,13 @@ from torch import Tensor
 
 from crafts_core.durable import write_file
 from crafts_core.foundation import Foundation
-from crafts_core.tiles.augment import view_of
+from crafts_core.tiles.encoding import (
+    check_public_rows,
+    encode_captions,
+    encode_tiles,
+    half_rows,
+    unusable_rows,
+)
 from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import Rows, TileStore
 from crafts_core.tiles.writer import Sha256, describe_file
@@ -47,7 +57,7 @@ META_NAME = "meta.json"
 _PROGRESS_NAME = "progress.json"
 _KEYS_NAME = "keys.bin"
 _KEY_BYTES = 16
-_BATCHES_PER_COMMIT = 16
+_BATCHES_PER_COMMIT = 64
 Keys = list[bytes]
 """What each tile's rows were made from, in the order of the store's rows."""
 
@@ -57,12 +67,14 @@ class CacheMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     foundation: Sha256
     index: Sha256
     views: Annotated[int, Field(ge=1)]
     shapes: Mapping[str, Shape]
     sha256: Mapping[str, Sha256]
+    unusable: tuple[int, ...] = ()
+    """Tiles, by their row in the store, of which something is NaN."""
 
 
 class BuildProgress(BaseModel):
@@ -73,15 +85,19 @@ class BuildProgress(BaseModel):
     index: Sha256
     views: Annotated[int, Field(ge=1)]
     shapes: Mapping[str, Shape]
+    unusable: tuple[int, ...] = ()
+    """Those of the tiles that could not be encoded."""
 
 
 class LatentCache:
     """Latents, text states and aligner embeddings of one store under one foundation."""
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[np.float16]], views: int) -> None:
-        self._arrays = arrays
-        self.views = views
+    def __init__(self, folder: Path, meta: CacheMeta) -> None:
+        self._files = {name: _StoredRows(folder / name, meta.shapes[name]) for name in meta.shapes}
+        self.views = meta.views
         """How many variants of each tile there are; view 0 is the tile itself."""
+        self.unusable = meta.unusable
+        """Tiles, by their row in the store, that no training can use."""
 
     @classmethod
     def build(
@@ -90,24 +106,25 @@ class LatentCache:
         foundation: Foundation,
         *,
         views: int = 1,
-        batch_size: int = 64,
+        batch_size: int = 16,
         progress: Progress | None = None,
     ) -> Self:
         """Compute what is missing and open the cache.
 
-        A finished cache is opened as it is; an interrupted one goes on after its last committed
-        batch; one that was made from another index gives the rows of the tiles that both have.
+        A finished cache is opened as it is, if every row of it could be made; an interrupted one
+        goes on after its last committed batch; one that was made from another index gives the rows
+        of the tiles that both have.
 
         Args:
             store: Whose tiles.
             foundation: What encodes them, on its own device.
             views: Variants of each tile, the tile itself among them.
-            batch_size: Tiles in one pass.
+            batch_size: Tiles, or captions, in every pass.
             progress: Called with tiles done and tiles in all.
 
         Raises:
-            TileStoreError: tiles have another size than the foundation's, a tile cannot be
-                read, or the foundation gives NaN or infinity.
+            TileStoreError: tiles have another size than the foundation's.
+            FoundationError: the foundation gives NaN or infinity for public tiles or captions.
         """
         if store.tile_px != foundation.manifest.tile_px:
             raise TileStoreError(
@@ -119,14 +136,15 @@ class LatentCache:
         former = folder.with_name(f"{folder.name}.former")
         meta = _read_model(folder / META_NAME, CacheMeta)
         is_whole = meta is not None and _is_whole(folder, meta, store, foundation_hash)
-        if meta is None or not is_whole or meta.views != views:
+        if meta is None or not is_whole or meta.views != views or meta.unusable:
+            check_public_rows(foundation)
             begun = _begin(folder, former, store, views)
             keys = tile_keys(store)
-            shapes = _build_captions(folder, store, foundation, batch_size)
+            shapes, lost_captions = _build_captions(folder, store, foundation, batch_size)
             old = _Former.open(former, views)
-            shapes |= _build_tiles(
-                folder, store, foundation, begun, keys, old, batch_size, progress
-            )
+            made = _build_tiles(folder, store, foundation, begun, keys, old, batch_size, progress)
+            shapes |= made.shapes
+            is_lost_N = np.isin(store.caption_ids(range(store.num_tiles)), lost_captions)
             write_file(folder / _KEYS_NAME, b"".join(keys))
             meta = CacheMeta(
                 foundation=foundation_hash,
@@ -136,6 +154,7 @@ class LatentCache:
                 sha256={
                     name: describe_file(folder / name).sha256 for name in (*shapes, _KEYS_NAME)
                 },
+                unusable=tuple(sorted({*made.unusable, *np.flatnonzero(is_lost_N).tolist()})),
             )
             write_file(folder / META_NAME, _json(meta))
         shutil.rmtree(former, ignore_errors=True)
@@ -149,18 +168,12 @@ class LatentCache:
             TileStoreError: it is missing or unfinished, was made from another store or
                 foundation, or a file has another size than it should.
         """
-        meta = _finished(store, foundation_hash)
-        folder = cache_folder(store, foundation_hash)
-        arrays = {
-            name: np.memmap(folder / name, dtype=np.float16, mode="r", shape=shape)
-            for name, shape in meta.shapes.items()
-        }
-        return cls(arrays, meta.views)
+        return cls(cache_folder(store, foundation_hash), _finished(store, foundation_hash))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of one tile."""
-        return self._arrays[LATENTS].shape[1:]
+        return self._files[LATENTS].row_shape
 
     def latents(self, rows: Rows, view_N: Rows | None = None) -> Tensor:
         """Scaled clean latents of store rows, float32 (N, C, h, w); of view 0 unless said."""
@@ -188,8 +201,32 @@ class LatentCache:
         )
 
     def _rows(self, name: str, rows: Rows) -> Tensor:
-        values = self._arrays[name][np.asarray(rows, dtype=np.int64)]
+        values = self._files[name].read(np.asarray(rows, dtype=np.int64))
         return torch.from_numpy(values.astype(np.float32))
+
+
+class _StoredRows:
+    """A file of rows, held open: a cache that is built anew does not change what a site reads.
+
+    Read and not mapped: a page of a map that cannot be read ends the process, whose death would
+    tell that a certain patient was drawn.
+    """
+
+    def __init__(self, path: Path, shape: Sequence[int]) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        self.row_shape = tuple(shape[1:])
+
+    def read(self, row_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Values (N, *row_shape); NaN where a row cannot be read."""
+        values = np.full((len(row_N), *self.row_shape), np.nan, dtype=np.float16)
+        num_bytes = _num_bytes(self.row_shape)
+        for place, row in enumerate(row_N.tolist()):
+            with contextlib.suppress(OSError):
+                data = os.pread(self._file, num_bytes, row * num_bytes)
+                if len(data) == num_bytes:
+                    values[place] = np.frombuffer(data, np.float16).reshape(self.row_shape)
+        return values
 
 
 def cache_folder(store: TileStore, foundation_hash: str) -> Path:
@@ -200,15 +237,22 @@ def cache_folder(store: TileStore, foundation_hash: str) -> Path:
 @torch.no_grad()
 def _build_captions(
     folder: Path, store: TileStore, foundation: Foundation, batch_size: int
-) -> dict[str, tuple[int, ...]]:
-    """Captions are few: made in one go, again after an interruption. Returns the files' shapes."""
+) -> tuple[dict[str, tuple[int, ...]], list[int]]:
+    """Captions are few: made in one go, again after an interruption.
+
+    Returns:
+        The files' shapes, and the captions that could not be encoded.
+    """
+    lost: list[int] = []
     with _RowFiles(folder, (TEXT, CAPTION_EMBEDDINGS, NULL_TEXT)) as files:
-        files.append(NULL_TEXT, foundation.generator.encode_captions([""]))
+        files.append(NULL_TEXT, half_rows(foundation.generator.encode_captions([""])))
         for chunk in _chunks(0, len(store.captions), batch_size):
             captions = [store.captions[place] for place in chunk]
-            files.append(TEXT, foundation.generator.encode_captions(captions))
-            files.append(CAPTION_EMBEDDINGS, foundation.aligner.embed_captions(captions))
-        return files.commit()
+            text, embedded = encode_captions(foundation, captions, batch_size=batch_size)
+            files.append(TEXT, text)
+            files.append(CAPTION_EMBEDDINGS, embedded)
+            lost += chunk[(unusable_rows(text) | unusable_rows(embedded)).numpy()].tolist()
+        return files.commit(), lost
 
 
 @torch.no_grad()
@@ -221,40 +265,33 @@ def _build_tiles(
     old: "_Former",
     batch_size: int,
     progress: Progress | None,
-) -> dict[str, tuple[int, ...]]:
-    """Rows in store order, committing every few batches. Returns the files' shapes."""
+) -> BuildProgress:
+    """Rows in store order, committing every few batches. Returns what was reached."""
+    unusable = list(begun.unusable)
     num_done = begun.shapes[LATENTS][0] // begun.views if LATENTS in begun.shapes else 0
     with _RowFiles(folder, (LATENTS, TILE_EMBEDDINGS), begun.shapes) as files:
         for number, chunk in enumerate(_chunks(num_done, store.num_tiles, batch_size), start=1):
             new = np.array([place for place in chunk if keys[place] not in old.places], np.int64)
-            made = _encode(store, foundation, new, keys, begun.views) if len(new) else {}
+            made: dict[str, Tensor] = {}
+            if len(new):
+                rows = encode_tiles(
+                    store, foundation, new, keys, views=begun.views, batch_size=batch_size
+                )
+                made = dict(zip((LATENTS, TILE_EMBEDDINGS), rows, strict=True))
+                lost_M = unusable_rows(rows[0]) | unusable_rows(rows[1])
+                unusable += new[lost_M.unflatten(0, (len(new), -1)).any(dim=1).numpy()].tolist()
             for name, values in old.merged(made, [keys[place] for place in chunk]).items():
                 files.append(name, values)
             if number % _BATCHES_PER_COMMIT == 0:
-                state = begun.model_copy(update={"shapes": files.commit()})
-                write_file(folder / _PROGRESS_NAME, _json(state))
+                write_file(folder / _PROGRESS_NAME, _json(_reached(begun, files, unusable)))
             if progress is not None:
                 progress(int(chunk[-1]) + 1, store.num_tiles)
-        return files.commit()
+        return _reached(begun, files, unusable)
 
 
-def _encode(
-    store: TileStore, foundation: Foundation, chunk: npt.NDArray[np.int64], keys: Keys, views: int
-) -> dict[str, Tensor]:
-    """Both kinds of rows of some tiles, the views of a tile side by side."""
-    image_NHWC = store.read_images(chunk)
-    image_MHWC = np.stack(
-        [
-            view_of(image, view, key=keys[place])
-            for image, place in zip(image_NHWC, chunk, strict=True)
-            for view in range(views)
-        ]
-    )
-    image_MCHW = torch.from_numpy(image_MHWC).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-    return {
-        LATENTS: foundation.generator.encode_images(image_MCHW),
-        TILE_EMBEDDINGS: foundation.aligner.embed_images(image_MCHW),
-    }
+def _reached(begun: BuildProgress, files: "_RowFiles", unusable: Sequence[int]) -> BuildProgress:
+    """Everything so far, forced to the disk."""
+    return begun.model_copy(update={"shapes": files.commit(), "unusable": tuple(unusable)})
 
 
 class _Former:
@@ -275,6 +312,8 @@ class _Former:
             return cls({}, [], views)
         data = (folder / _KEYS_NAME).read_bytes()
         keys = [data[at : at + _KEY_BYTES] for at in range(0, len(data), _KEY_BYTES)]
+        for tile in meta.unusable:  # tried again
+            keys[tile] = b""
         arrays = {
             name: np.memmap(folder / name, dtype=np.float16, mode="r", shape=meta.shapes[name])
             for name in (LATENTS, TILE_EMBEDDINGS)
@@ -293,7 +332,7 @@ class _Former:
             # Row 0 stands where the new ones come in.
             rows = torch.from_numpy(array[np.maximum(row_M, 0)])
             if name in made:
-                rows[is_new_M] = made[name].to("cpu", torch.float16)
+                rows[is_new_M] = made[name]
             merged[name] = rows
         return merged
 
@@ -349,11 +388,8 @@ class _RowFiles:
             with contextlib.suppress(OSError):
                 file.close()
 
-    def append(self, name: str, values: Tensor) -> None:
-        """Append rows; NaN, infinity and overflow of float16 are refused."""
-        half = values.detach().to("cpu", torch.float16)
-        if not half.isfinite().all():
-            raise TileStoreError(f"the foundation gave NaN or infinity for {name}; check its files")
+    def append(self, name: str, half: Tensor) -> None:
+        """Append float16 rows."""
         num_rows, *row = self._shapes.get(name, (0, *half.shape[1:]))
         if list(half.shape[1:]) != row:
             raise TileStoreError(f"{name}: rows of {row} go on as {list(half.shape[1:])}")

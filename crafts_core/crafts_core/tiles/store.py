@@ -8,7 +8,8 @@ Shape letters: N tiles, H and W pixels, C channels.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from crafts_core.plan import MODALITIES, Modality, describe_first_error
-from crafts_core.tiles.conditions import ConditionError, decode_condition
+from crafts_core.tiles.conditions import STORED_CHANNELS, ConditionError, decode_condition
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileStoreError, decode_tile
 from crafts_core.tiles.writer import (
     MANIFEST_NAME,
@@ -67,20 +68,22 @@ class TileStore:
         }
 
     @classmethod
-    def open(cls, path: Path, *, without: Collection[str] = ()) -> Self:
+    def open(cls, path: Path, *, without: Collection[str] = (), check_shards: bool = True) -> Self:
         """Open a finished store after checking its manifest, index and file sizes.
 
         Args:
             path: Its folder.
             without: Files that are known to be damaged, as ``damaged_files`` names them: their
                 size is no reason to refuse the others.
+            check_shards: False leaves damage of pixels to whoever reads them (``readable``).
 
         Raises:
             TileStoreError: there is no store, it is unfinished, or a file is not what it was.
         """
         manifest = _read_manifest(path)
         for name, expected in manifest.files.items():
-            if name not in without and not _has_size(path / name, expected):
+            is_asked = name not in without and (check_shards or "/" not in name)
+            if is_asked and not _has_size(path / name, expected):
                 raise TileStoreError(f"{path}: {name} is missing or torn; {_MEND}")
         for name in (manifest.index, manifest.captions):
             if describe_file(path / name) != manifest.files.get(name):
@@ -181,13 +184,14 @@ class TileStore:
         """
         if not self.has_condition(rows, modality).all():
             raise ValueError(f"a row has no {modality} image")
-        stored: dict[int, npt.NDArray[np.uint8]] = {}
+        shape = (len(rows), STORED_CHANNELS[modality], self.tile_px, self.tile_px)
+        stored_NCHW = np.empty(shape, dtype=np.uint8)
         for place, png in self._members(rows, *self._conditions[modality]):
             try:
-                stored[place] = decode_condition(png, modality, self.tile_px)
+                stored_NCHW[place] = decode_condition(png, modality, self.tile_px)
             except ConditionError as error:
                 raise TileStoreError(str(error)) from error
-        return np.stack([stored[place] for place in range(len(rows))])
+        return stored_NCHW
 
     def _members(
         self, rows: Rows, offset_N: npt.NDArray[np.int64], length_N: npt.NDArray[np.int64]
@@ -200,6 +204,25 @@ class TileStore:
                 for place in places.tolist():
                     file.seek(offset_N[row_N[place]])
                     yield place, file.read(length_N[row_N[place]])
+
+
+def readable(
+    read: Callable[[Rows], npt.NDArray[np.uint8]], rows: Rows
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """What ``read_images`` or ``read_conditions`` gives of some rows, as far as it can.
+
+    Returns:
+        The values, zero where a row cannot be read, and which rows could.
+    """
+    with suppress(TileStoreError, OSError):
+        return read(rows), np.ones(len(rows), dtype=np.bool_)
+    values = np.zeros((len(rows), *read(rows[:0]).shape[1:]), dtype=np.uint8)
+    is_readable_N = np.zeros(len(rows), dtype=np.bool_)
+    for place, row in enumerate(rows):
+        with suppress(TileStoreError, OSError):
+            values[place] = read([row])[0]
+            is_readable_N[place] = True
+    return values, is_readable_N
 
 
 def damaged_files(path: Path) -> tuple[str, ...]:
