@@ -1,17 +1,24 @@
-"""The plans that a person at this site has read and approved, by hash: ``approved.json``.
+"""What a person at this site has read and approved, by hash: plans and foundations.
 
-A plan's hash covers every word of it, so an approval is for exactly what was shown, and for one run
-of it: approving it again once it ran allows one run more. It is asked for before each round; taken
-back, the site answers no further round of that plan.
+A hash covers every word of a plan and every byte of a foundation, so an approval is for exactly
+what was shown. It is asked for before each round; taken back, the site answers no further one.
+
+A plan is approved for one run: approving it again once it ran allows one run more. A foundation
+sees every tile, as it encodes them, and one that was made for that could behave otherwise where a
+certain tile is; so nothing private is encoded, and nothing trained, with one that nobody here
+approved. The embedded foundation is part of the installed package, and approved by installing it.
 """
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from crafts_client.errors import HomeError
+from crafts_client.policy import PolicyError, Rule
 from crafts_core.durable import write_file
+from crafts_core.foundation_manifest import FoundationManifest, embedded_path, read_manifest
 from crafts_core.plan import Plan
 
 
@@ -26,29 +33,56 @@ class Approval(BaseModel):
     """How many runs of it may spend here, all within its one target epsilon."""
 
 
-_FILE = TypeAdapter(dict[str, Approval])
+class FoundationApproval(BaseModel):
+    """One approved foundation, as it was shown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    licence: str
+    approved_at: datetime
 
 
-class Approvals:
-    """The file, read anew at every question, so that a running site sees a change at once."""
+Approved = TypeVar("Approved", bound=BaseModel)
 
-    def __init__(self, path: Path) -> None:
+
+class _ApprovalFile(Generic[Approved]):
+    """A file, read anew at every question, so that a running site sees a change at once."""
+
+    def __init__(self, path: Path, model: type[Approved]) -> None:
         self._path = path
+        self._file: TypeAdapter[dict[str, Approved]] = TypeAdapter(dict[str, model])  # type: ignore[valid-type]  # known at run time
 
-    def all(self) -> dict[str, Approval]:
-        """By plan hash.
+    def all(self) -> dict[str, Approved]:
+        """By hash.
 
         Raises:
             HomeError: the file is damaged; nothing counts as approved.
         """
         try:
-            return _FILE.validate_json(self._path.read_bytes())
+            return self._file.validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError) as error:
             raise HomeError(
-                f"cannot read {self._path}; remove it and approve the plans again"
+                f"cannot read {self._path}; remove it and approve everything again"
             ) from error
+
+    def take_back(self, approved_hash: str) -> None:
+        """From the next round on, no."""
+        known = self.all()
+        known.pop(approved_hash, None)
+        self._write(known)
+
+    def _write(self, approvals: dict[str, Approved]) -> None:
+        write_file(self._path, self._file.dump_json(approvals, indent=1).decode() + "\n")
+
+
+class Approvals(_ApprovalFile[Approval]):
+    """Of plans: ``approved.json``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Approval)
 
     def runs_of(self, plan_hash: str) -> int:
         """How many runs of a plan are allowed; one without a word of anybody."""
@@ -65,11 +99,39 @@ class Approvals:
             )
         self._write(known)
 
-    def take_back(self, plan: Plan) -> None:
-        """From the next round on, no."""
-        known = self.all()
-        known.pop(plan.hash, None)
-        self._write(known)
 
-    def _write(self, approvals: dict[str, Approval]) -> None:
-        write_file(self._path, _FILE.dump_json(approvals, indent=1).decode() + "\n")
+class FoundationApprovals(_ApprovalFile[FoundationApproval]):
+    """Of foundations: ``approved_foundations.json``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, FoundationApproval)
+
+    def approve(self, manifest: FoundationManifest) -> None:
+        """Say yes to a foundation. Again is fine."""
+        approval = FoundationApproval(
+            name=manifest.name, licence=manifest.licence, approved_at=datetime.now(UTC)
+        )
+        self._write({manifest.hash: approval} | self.all())
+
+    def has(self, foundation_hash: str) -> bool:
+        """Whether it may see private tiles."""
+        return foundation_hash in self.all() or is_embedded(foundation_hash)
+
+    def check(self, manifest: FoundationManifest) -> None:
+        """Refuse a foundation that nobody here approved.
+
+        Raises:
+            PolicyError: rule ``foundation_approval``.
+        """
+        if not self.has(manifest.hash):
+            raise PolicyError(
+                Rule.FOUNDATION_APPROVAL,
+                f"nobody here approved foundation {manifest.name}; compare its hash with the "
+                "study's, then run crafts-client foundation approve "
+                f"{manifest.hash[:16]}",
+            )
+
+
+def is_embedded(foundation_hash: str) -> bool:
+    """Whether it is the one that came with the installed package."""
+    return foundation_hash == read_manifest(embedded_path()).hash

@@ -101,7 +101,10 @@ def init(
             require_approval=True,
         )
         SiteHome.create(home, config, policy)
-    typer.echo(f"site home {home}; read policy.toml, then run: crafts-client ingest TABLE")
+    approval = "" if foundation == "embedded" else "crafts-client foundation list and approve, and "
+    typer.echo(
+        f"site home {home}; read policy.toml, then run: {approval}crafts-client ingest TABLE"
+    )
 
 
 @app.command()

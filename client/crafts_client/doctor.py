@@ -267,8 +267,9 @@ def slide_libraries(home: SiteHome) -> Iterator[Finding]:  # noqa: ARG001  # all
 
 
 def foundation(home: SiteHome) -> Iterator[Finding]:
-    """The public starting point, byte by byte."""
+    """The public starting point, byte by byte, and whether a person here approved it."""
     manifest = verify(home.foundation_path)
+    home.foundation_approvals.check(manifest)
     yield _ok("foundation", f"{manifest.name} {manifest.hash[:16]}")
 
 

@@ -39,7 +39,7 @@ def fetch_foundation(home: SiteHome, progress: Progress) -> tuple[Path, Foundati
         embedded = embedded_path()
         if read_manifest(embedded).hash == manifest.hash:
             return embedded, manifest
-        folder = home.path / "foundations" / manifest.hash[:16]
+        folder = home.foundations_path / manifest.hash[:16]
         for done, (name, digest) in enumerate(manifest.files.items()):
             progress("foundation", done, len(manifest.files))
             target = folder / name

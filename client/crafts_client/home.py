@@ -12,6 +12,8 @@
     keys/               certificate, its key, the node's key (0600), the coordinator's authority
     coordinator.json    where the coordinator is
     approved.json       the plans that a person here approved
+    approved_foundations.json   the foundations, too
+    foundations/        what was fetched of the coordinator's
     patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600), with its .head
     ledger.db           what was spent, with its .head
     audit.json          the newest audit of the engine
@@ -29,7 +31,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from crafts_client.approvals import Approvals
+from crafts_client.approvals import Approvals, FoundationApprovals
 from crafts_client.errors import HomeError
 from crafts_client.ingest import Salt
 from crafts_client.policy import Policy
@@ -180,6 +182,16 @@ class SiteHome:
     def approvals(self) -> Approvals:
         """The plans that a person here approved."""
         return Approvals(self.path / "approved.json")
+
+    @property
+    def foundations_path(self) -> Path:
+        """Foundations that were fetched, each in a folder."""
+        return self.path / "foundations"
+
+    @property
+    def foundation_approvals(self) -> FoundationApprovals:
+        """The foundations that a person here approved."""
+        return FoundationApprovals(self.path / "approved_foundations.json")
 
     @property
     def leakage_path(self) -> Path:

@@ -50,6 +50,7 @@ class Rule(StrEnum):
     ADAPTER_NORM = "adapter_norm"
     APPROVAL = "approval"
     RUN = "run"
+    FOUNDATION_APPROVAL = "foundation_approval"
 
 
 class PolicyError(CraftsError):

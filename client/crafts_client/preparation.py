@@ -75,7 +75,9 @@ def prepare_site(
     Raises:
         IngestError: everything that is wrong with the table and its files, or with the disk.
         HomeError: the register of patients is not what was written.
+        PolicyError: nobody here approved the foundation; no file is read.
     """
+    home.foundation_approvals.check(foundation.manifest)
     with _one_at_a_time(home):
         former = _former_report(home)
         try:
@@ -176,8 +178,13 @@ def keep_names(home: SiteHome, names: Path) -> None:
 def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:
     """Compute latents and embeddings once; goes on where it was interrupted.
 
-    What cannot be read or encoded is passed over (``num_unusable_tiles``); the next time tries again.
+    What cannot be read or encoded is passed over (``num_unusable_tiles``) and tried again by the
+    next call.
+
+    Raises:
+        PolicyError: nobody here approved the foundation.
     """
+    home.foundation_approvals.check(foundation.manifest)
     store = TileStore.open(home.tile_store_path)
     LatentCache.build(
         store, foundation, views=home.config.views, progress=partial(progress, "latents")

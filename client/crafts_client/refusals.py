@@ -88,6 +88,9 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.APPROVAL: Refusal(139, "policy: nobody at the site has approved the plan yet"),
     Rule.ADAPTER_NORM: Refusal(148, "policy: the adapter is longer than the site trains from"),
     Rule.RUN: Refusal(140, "policy: the plan has had its run here; its operator can allow another"),
+    Rule.FOUNDATION_APPROVAL: Refusal(
+        145, "policy: nobody at the site has approved the foundation yet"
+    ),
 }
 
 

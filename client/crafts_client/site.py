@@ -84,7 +84,9 @@ class Site:
             LedgerTamperedError: the ledger is not what was written.
             TileStoreError: there is no finished tile store or latent cache.
             HomeError: the tiles are another cohort's.
+            PolicyError: nobody here approved the foundation.
         """
+        home.foundation_approvals.check(foundation.manifest)
         self._home = home
         self._foundation = foundation
         self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
@@ -130,6 +132,7 @@ class Site:
         plan = open_signed_plan(message.plan, policy)
         policy.check_plan(plan, declared_patients=config.declared_patients)
         policy.check_approved(plan, self._home.approvals.all())
+        self._home.foundation_approvals.check(self._foundation.manifest)
         planned = check_request(plan, request, foundation_hash=self._foundation.manifest.hash)
         sealed = self._outbox.find(request)
         if sealed is not None:

@@ -169,7 +169,9 @@ def _home(
         answer_every_s="auto" if study.real_processes else 0,
     )
     policy = site_policy(study.plan, study.signer, {**study.scenario.policy, **policy_changes})
-    return SiteHome.create(path, config, policy)
+    home = SiteHome.create(path, config, policy)
+    home.foundation_approvals.approve(study.foundation.manifest)  # the scenario's author did
+    return home
 
 
 def _ingest(study: LocalStudy, rows: Sequence[TableRow], store: Path, salt: Path, who: str) -> None:

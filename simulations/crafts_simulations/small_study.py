@@ -73,6 +73,7 @@ def make_small_study(
         )
         policy = _policy(plan, coordinator.public_key)
         site = SiteHome.create(folder / "sites" / name, config, policy)
+        site.foundation_approvals.approve(foundation.manifest)
         write_random_store(site.tile_store_path, foundation, seed=number)
         sites[name] = site.path
     agree_on_patients(coordinator, sites.values())

@@ -107,7 +107,7 @@ def test_a_plan_trains_only_while_somebody_here_approves_it(
     assert Ledger(home.ledger_path).entries() == ()
     home.approvals.approve(plan)
     assert ask(home, foundation, content).has_content()
-    home.approvals.take_back(plan)
+    home.approvals.take_back(plan.hash)
     assert ask(home, foundation, content).error == error_of(Rule.APPROVAL)
     (home.path / "approved.json").write_text("{")
     assert ask(home, foundation, content).error.code == 112, "what cannot be read approves nothing"

@@ -49,7 +49,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
         *("plan", "plan list", "plan show", "plan approve", "plan roster", "declare"),
-        *("foundation", "foundation fetch", "tiles stats", "tiles check", "tiles show"),
+        *("foundation", "foundation fetch", "foundation list", "foundation approve"),
+        *("tiles stats", "tiles check", "tiles show"),
         "tiles drop",
         "tiles forget",
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
@@ -83,6 +84,8 @@ def test_init_then_ingest_of_ready_tiles_makes_a_site_that_can_train(
         *("--foundation", foundation.path),
     )
     assert made.exit_code == 0, made.output
+    approved = run("foundation", "approve", foundation.manifest.hash[:16], "--home", home)
+    assert approved.exit_code == 0, approved.output
     rng = np.random.default_rng(0)
     lines = ["file,patient,label"]
     for number in range(8):

@@ -74,6 +74,7 @@ def make_site_home(
         answer_every_s=answer_every_s,
     )
     home = SiteHome.create(path, config, policy_of(signer, **policy))
+    home.foundation_approvals.approve(foundation.manifest)
     write_random_store(
         home.tile_store_path,
         foundation,
