@@ -154,7 +154,8 @@ def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
             hospital.answer(coordinator.message(plan, state, request=request))
 
     told = CliRunner().invoke(cli.app, ["status", "--json", "--home", str(home.path)]).stdout
-    assert json.loads(told)["unusable_gradients"] == 4
+    values = json.loads(told)
+    assert (values["unusable_gradients"], values["unusable_tiles"]) == (4, 0)
     (file,) = home.unusable_path.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not caplog.text

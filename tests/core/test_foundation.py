@@ -17,6 +17,7 @@ from crafts_core.foundation import (
     read_manifest,
     save_probe,
     verify,
+    write_manifest,
 )
 from crafts_core.probe import correlation_range, load_probe
 
@@ -171,3 +172,17 @@ def test_correlation_range_is_ordered(foundation: Foundation) -> None:
     r_lo, r_hi = correlation_range(foundation.aligner, foundation.probe, foundation.anchors_KD)
     assert -1 <= r_lo < r_hi <= 1
     assert r_hi - r_lo >= 0.05 - 1e-3
+
+
+@pytest.mark.parametrize("tokenizer", ["tokenizer", "aligner"])
+def test_a_token_without_an_embedding_is_refused(directory: Path, tokenizer: str) -> None:
+    """Captions with it would be errors, and no others: whoever has one would be told apart."""
+    file = directory / tokenizer / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["vocab"]["one-patients-word"] = 10**6
+    file.write_text(json.dumps(values))
+    about = read_manifest(directory).model_dump(exclude={"format_version", "versions", "files"})
+    (directory / "foundation.json").unlink()
+    write_manifest(directory, **about)
+    with pytest.raises(FoundationError, match="the tokenizer has token"):
+        load(directory)

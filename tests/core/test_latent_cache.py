@@ -249,3 +249,127 @@ def test_overflow_of_half_precision_is_refused(store: TileStore, foundation: Fou
     broken.generator = Overflowing()
     with pytest.raises(FoundationError, match=r"NaN or infinity for latents of public tiles"):
         LatentCache.build(store, broken)  # type: ignore[arg-type]
+
+
+def test_a_tile_that_cannot_be_read_is_nan_until_it_can(
+    store: TileStore, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error: whether a cohort can be encoded would tell who is in it."""
+    whole = LatentCache.build(store, foundation, views=2)
+    expected = [whole.latents(range(7), [1] * 7), whole.tile_embeddings(range(7))]
+    shutil.rmtree(store.path / "latents")
+    shard = next(store.path.glob("shards/*.tar"))
+    written, place = shard.read_bytes(), store.index["offset"][3].as_py()
+    shard.write_bytes(written[:place] + b"?" * 16 + written[place + 16 :])
+
+    damaged = LatentCache.build(store, foundation, views=2)
+    found = [damaged.latents(range(7), [1] * 7), damaged.tile_embeddings(range(7))]
+    assert damaged.unusable == (3,)
+    others = [0, 1, 2, 4, 5, 6]
+    for now, then in zip(found, expected, strict=True):
+        assert now[3].isnan().all()
+        assert torch.equal(now[others], then[others])
+
+    shard.write_bytes(written)
+    read: list[int] = []
+    read_images = TileStore.read_images
+    monkeypatch.setattr(
+        TileStore, "read_images", lambda s, rows: (read.extend(rows), read_images(s, rows))[1]
+    )
+    mended = LatentCache.build(store, foundation, views=2)
+    assert (read, mended.unusable) == ([3], ())
+    assert torch.equal(mended.latents(range(7), [1] * 7), expected[0])
+
+
+def test_a_build_goes_on_knowing_what_it_could_not_read(
+    store: TileStore, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "_BATCHES_PER_COMMIT", 1)
+    shard = next(store.path.glob("shards/*.tar"))
+    written, place = shard.read_bytes(), store.index["offset"][1].as_py()
+    shard.write_bytes(written[:place] + b"?" * 16 + written[place + 16 :])
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LatentCache.build(store, foundation, batch_size=2, progress=stop)
+    assert LatentCache.build(store, foundation, batch_size=2).unusable == (1,)
+
+
+def test_a_caption_that_no_tokenizer_takes_makes_its_tiles_unusable(
+    store: TileStore, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = type(foundation.generator).encode_captions
+
+    def stumbles(self: object, captions: list[str]) -> Tensor:
+        if "tissue 1" in captions:
+            raise IndexError("no such token")
+        return encode(self, captions)  # type: ignore[arg-type]
+
+    expected = LatentCache.build(store, foundation).text(store.caption_ids([0]))
+    shutil.rmtree(store.path / "latents")
+    monkeypatch.setattr(type(foundation.generator), "encode_captions", stumbles)
+    cache = LatentCache.build(store, foundation)
+    assert cache.unusable == (1, 3, 5)
+    assert cache.text(store.caption_ids([1])).isnan().all()
+    assert torch.equal(cache.text(store.caption_ids([0])), expected)
+
+
+def test_a_device_that_fails_is_not_taken_for_captions(
+    store: TileStore, foundation: Foundation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for public rows as well is no patient's: else everybody would count as zero."""
+    encode, calls = type(foundation.aligner).embed_captions, []
+
+    def dies(self: object, captions: list[str]) -> Tensor:
+        calls.append(captions)
+        if len(calls) > 1:  # after the check of public rows
+            raise RuntimeError("the device is gone")
+        return encode(self, captions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(foundation.aligner), "embed_captions", dies)
+    with pytest.raises(RuntimeError, match="gone"):
+        LatentCache.build(store, foundation)
+
+
+def test_a_row_is_the_same_whoever_else_is_there(
+    store: TileStore, foundation: Foundation, tmp_path: Path
+) -> None:
+    """To the last bit: passes of one shape, so that a neighbour moves no rounding."""
+    few = make_store(tmp_path / "few", store.tile_px, num_tiles=2)
+    shapes = set()
+    encode = foundation.generator.vae.encode
+
+    def seen(images: Tensor) -> object:
+        shapes.add(tuple(images.shape))
+        return encode(images)
+
+    foundation.generator.vae.encode = seen  # type: ignore[method-assign]
+    try:
+        caches = [LatentCache.build(each, foundation, batch_size=4) for each in (store, few)]
+    finally:
+        foundation.generator.vae.encode = encode  # type: ignore[method-assign]
+    assert shapes == {(4, 3, 32, 32)}, "public tiles, whole passes and filled ones alike"
+    for read in (LatentCache.latents, LatentCache.tile_embeddings):
+        assert torch.equal(read(caches[0], [0, 1]), read(caches[1], [0, 1]))
+    texts = [
+        cache.text(each.caption_ids([0, 1]))
+        for cache, each in zip(caches, (store, few), strict=True)
+    ]
+    assert torch.equal(*texts)
+
+
+def test_rows_that_a_disk_cannot_give_are_nan(
+    store: TileStore, foundation: Foundation, tmp_path: Path
+) -> None:
+    cache = LatentCache.build(store, foundation)
+    wanted = cache.latents([0, 6])
+    path = cache_folder(store, foundation.manifest.hash) / "latents.f16"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    found = cache.latents([0, 6])
+    assert torch.equal(found[0], wanted[0])
+    assert found[1].isnan().all()
+    path.unlink()
+    assert torch.equal(cache.latents([0]), wanted[:1]), "a site reads what it opened"
