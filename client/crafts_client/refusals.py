@@ -76,7 +76,7 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.SAMPLE_RATE: Refusal(128, "policy: the sample rate is too high"),
     Rule.PATIENTS: Refusal(129, "policy: the cohort is too small to take part"),
     Rule.TILES: Refusal(130, "policy: too many tiles of one patient"),
-    Rule.DRAWS: Refusal(145, "policy: too many draws of one tile"),
+    Rule.DRAWS: Refusal(147, "policy: too many draws of one tile"),
     Rule.STAGE: Refusal(131, "policy: a stage of the plan is not allowed"),
     Rule.STEPS: Refusal(132, "policy: too many local steps"),
     Rule.ROUNDS: Refusal(133, "policy: the plan has too many rounds"),
@@ -89,7 +89,7 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.ADAPTER_NORM: Refusal(148, "policy: the adapter is longer than the site trains from"),
     Rule.RUN: Refusal(140, "policy: the plan has had its run here; its operator can allow another"),
     Rule.FOUNDATION_APPROVAL: Refusal(
-        145, "policy: nobody at the site has approved the foundation yet"
+        149, "policy: nobody at the site has approved the foundation yet"
     ),
 }
 
