@@ -11,6 +11,7 @@ import typer
 from click.core import ParameterSource
 
 from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
+from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
 
 if TYPE_CHECKING:
@@ -268,8 +269,8 @@ def plan_check(plan: PlanFile, as_json: AsJson = False) -> None:
     privacy = loaded.privacy
     promise = (
         "no differential privacy"
-        if privacy.target_epsilon is None
-        else f"epsilon {privacy.target_epsilon:g} at delta {privacy.delta:g} per patient"
+        if privacy.target_epsilon is None or privacy.delta is None
+        else f"epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} per patient"
     )
     _print(
         {

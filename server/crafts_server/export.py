@@ -8,6 +8,7 @@ from torch import Tensor
 
 from crafts_core.adapters import State
 from crafts_core.control_net import generator_state, modalities_in
+from crafts_core.delta_text import delta_text
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
@@ -100,7 +101,7 @@ def privacy_statement(plan: Plan, *, num_sites: int) -> str:
         return f"{sites}; trained without differential privacy: for public or synthetic data only"
     return (
         f"{sites}; each promises every patient differential privacy with epsilon at most "
-        f"{privacy.target_epsilon:g} at delta {privacy.delta:g} (add or remove one patient with "
-        "all tiles), by noise added at the site, against everybody who sees the rounds or this "
-        "generator"
+        f"{privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} (add or remove one "
+        "patient with all tiles), by noise added at the site, against everybody who sees the "
+        "rounds or this generator"
     )

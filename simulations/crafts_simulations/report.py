@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.evaluate import Evaluation
@@ -164,6 +165,7 @@ def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"delta": delta_text, "times": delta_times_patients}
     return environment.get_template("report.html.j2").render(
         report=report,
         evaluation=report.evaluation,
