@@ -87,6 +87,7 @@ def init(
             allowed_stages=("pretraining", "alignment"),
             max_epsilon=max_epsilon,
             max_delta=min(1e-3, 1 / (10 * patients)) if max_delta is None else max_delta,
+            lifetime_filters=("sums",),
             min_noise_multiplier=0.3,
             max_sample_rate=0.5,
             min_patients=20,

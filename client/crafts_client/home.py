@@ -232,4 +232,7 @@ _SITE_HEADER = """\
 """
 _POLICY_HEADER = """\
 # What this site allows, whatever a plan says. Every limit is inclusive; see crafts-client policy.
+# lifetime_filters: how max_epsilon and max_delta count over all plans together. "sums" adds up what
+# plans declare; "renyi:ORDER" adds up what they run. Choose before the first round: the ledger
+# holds the cohort to it (docs/privacy.md, "The limit for life").
 """

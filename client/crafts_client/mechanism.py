@@ -5,10 +5,13 @@ round of one run ends just below the plan's target epsilon. That it never ends a
 coordinator asks for and in however many runs, is the ledger's doing: it refuses a round with which
 the plan's charges would pass the target (``Ledger.reserve``). Lost rounds are charges too, so a
 round that cost twice leaves the plan's last one refused. What the cohort spent in other studies
-does not weaken or strengthen this noise: the ledger holds it against the site's lifetime budget.
+does not weaken or strengthen this noise: the ledger holds it against the site's lifetime limit.
 """
 
+import math
+
 from crafts_core.plan import Plan
+from crafts_privacy.lifetime import Lifetime, PlanLimit
 from crafts_privacy.patient_sgd import Mechanism
 from crafts_privacy.plan_noise import plan_noise_multiplier
 
@@ -39,3 +42,11 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
         expected_patients=expected_patients,
         stability=stability,
     )
+
+
+def limit_of(plan: Plan, lifetime: Lifetime) -> PlanLimit:
+    """What the plan may spend of a cohort. Steps without noise have no finite epsilon."""
+    privacy = plan.privacy
+    if privacy.target_epsilon is None or privacy.delta is None:
+        return PlanLimit(max_epsilon=math.inf, delta=lifetime.delta)
+    return PlanLimit(max_epsilon=privacy.target_epsilon, delta=privacy.delta)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
-from crafts_client.mechanism import mechanism_of
+from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.policy import PolicyError
 from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.plan import Plan, PlanError
-from crafts_privacy import accounting
-from crafts_privacy.errors import CalibrationError
-from crafts_privacy.ledger import EntryKind
+from crafts_privacy.errors import CalibrationError, FiltersChangedError
+from crafts_privacy.lifetime import FilterState, with_charge
 
 _PREFIX = re.compile(r"[0-9a-f]{16,64}")
 
@@ -31,7 +30,8 @@ class OfferedPlan:
     refused: tuple[str, ...]
     """Why this site would not take part: signature, policy, noise floor, spent budget."""
     epsilon_after: float | None = None
-    """Of the cohort's life once the site took part in all of it; None where nothing bounds it."""
+    """Of the cohort's life, as its filter counts it, once the site took part in all of the plan;
+    None where nothing bounds it."""
     remark: str = ""
     """Where the site would take part, and not to the end."""
 
@@ -102,36 +102,35 @@ def runs_so_far(site: SiteHome, plan: Plan) -> int:
 
 def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:
     """The rules that need the calibrated noise: its floor, and what is left of the lifetime."""
-    policy = site.policy
+    policy, cohort = site.policy, site.config.cohort
+    ledger = existing_ledger(site)
     try:
         mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
         policy.check_noise(mechanism)
-    except (PolicyError, CalibrationError) as error:
+        if ledger is not None:
+            ledger.check_filters(cohort, policy.lifetime_filters)
+    except (PolicyError, CalibrationError, FiltersChangedError) as error:
         return OfferedPlan(plan=plan, refused=(str(error),))
-    ledger = existing_ledger(site)
-    cohort = site.config.cohort
-    spent = () if ledger is None else ledger.events(cohort)
+    plans = () if ledger is None else ledger.plans(cohort)
     done = sum(
-        entry.steps
-        for entry in (() if ledger is None else ledger.entries())
-        if entry.kind is EntryKind.RESERVED
-        and (entry.cohort, entry.plan_hash) == (cohort, plan.hash)
+        event.steps for known in plans if known.plan_hash == plan.hash for event in known.events
     )
 
-    def after(steps: int) -> float:
-        return accounting.epsilon([*spent, mechanism.event(steps)], policy.max_delta)
+    lifetime = policy.lifetime
+    limit = limit_of(plan, lifetime)
+
+    def after(steps: int) -> FilterState:
+        return lifetime.state(with_charge(plans, plan.hash, limit, mechanism.event(steps)))
 
     all_of_it = after(max(0, plan.total_steps - done))
+    one_more = after(min(stage.local_steps for stage in plan.stage))
     refused: tuple[str, ...] = ()
     remark = ""
-    if after(min(stage.local_steps for stage in plan.stage)) > policy.max_epsilon:
-        refused = (f"lifetime budget: not one more round fits into {policy.max_epsilon:g}",)
-    elif all_of_it > policy.max_epsilon:
-        remark = (
-            f"the lifetime budget ends before its last round: all of it would reach epsilon "
-            f"{all_of_it:.3f} of {policy.max_epsilon:g}"
-        )
-    return OfferedPlan(plan=plan, refused=refused, epsilon_after=all_of_it, remark=remark)
+    if not one_more.holds:
+        refused = (f"lifetime budget: not one more round fits: with it {one_more}",)
+    elif not all_of_it.holds:
+        remark = f"the lifetime budget ends before its last round: with all of it {all_of_it}"
+    return OfferedPlan(plan=plan, refused=refused, epsilon_after=all_of_it.epsilon, remark=remark)
 
 
 def _readable(text: str) -> Plan | None:

@@ -11,16 +11,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crafts_client.errors import HomeError
+from crafts_core.delta_text import delta_text
 from crafts_core.errors import CraftsError
 from crafts_core.plan import Plan, RoundOfPlan, StageName, describe_first_error
+from crafts_privacy.filters import FILTER_PATTERN, check_filters
 
 if (
     TYPE_CHECKING
 ):  # torch and the accountants take seconds to import; `crafts-client status` should not
     from crafts_core.exchange import RoundRequest
+    from crafts_privacy.lifetime import Lifetime
     from crafts_privacy.patient_sgd import Mechanism
 
 
@@ -72,6 +75,12 @@ class Policy(BaseModel):
     max_epsilon: Annotated[float, Field(gt=0)]
     """Lifetime epsilon of the cohort over all studies together, at ``max_delta``."""
     max_delta: Annotated[float, Field(gt=0, lt=1e-2)]
+    lifetime_filters: Annotated[
+        tuple[Annotated[str, Field(pattern=FILTER_PATTERN)], ...], Field(min_length=1)
+    ]
+    """How the lifetime is counted while plans are chosen along the way: ``sums`` of what plans
+    declare, ``renyi:ORDER``, or several, each with an equal share of ``max_delta``. For good: the
+    ledger holds a cohort to the filters of its first round."""
     min_noise_multiplier: Annotated[float, Field(ge=0)]
     max_sample_rate: Annotated[float, Field(gt=0, le=1)]
     min_patients: Annotated[int, Field(ge=1)]
@@ -88,6 +97,20 @@ class Policy(BaseModel):
     require_secure_aggregation: bool
     require_approval: bool
     """A person here reads every plan and approves it, before its first round."""
+
+    @model_validator(mode="after")
+    def _filters_leave_room(self) -> Self:
+        check_filters(self.lifetime_filters, max_epsilon=self.max_epsilon, delta=self.max_delta)
+        return self
+
+    @property
+    def lifetime(self) -> "Lifetime":
+        """The limit on everything that the cohort is charged, for the ledger."""
+        from crafts_privacy.lifetime import Lifetime
+
+        return Lifetime(
+            max_epsilon=self.max_epsilon, delta=self.max_delta, filters=self.lifetime_filters
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -204,7 +227,10 @@ def delta_is_allowed(policy: Policy, asked: Asked) -> None:
     """Delta is the chance that the promise says nothing."""
     delta = asked.plan.privacy.delta
     if delta is not None and delta > policy.max_delta:
-        raise PolicyError(Rule.DELTA, f"delta {delta:g} passes max_delta {policy.max_delta:g}")
+        raise PolicyError(
+            Rule.DELTA,
+            f"delta {delta_text(delta)} passes max_delta {delta_text(policy.max_delta)}",
+        )
 
 
 def sample_rate_is_allowed(policy: Policy, asked: Asked) -> None:

@@ -17,6 +17,7 @@ left open is charged anew. When an answer leaves tells nothing either: ``answer_
 """
 
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longe
 from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import HomeError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
-from crafts_client.mechanism import mechanism_of
+from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.messages import RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
@@ -51,7 +52,7 @@ from crafts_core.foundation import Foundation, load
 from crafts_core.plan import AdapterConfig, Part, Plan, StageConfig
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
-from crafts_privacy.ledger import EntryKind, LedgerEntry, PlanLimit, Reservation
+from crafts_privacy.ledger import EntryKind, LedgerEntry, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
 log = logging.getLogger(__name__)
@@ -234,14 +235,10 @@ class Site:
 
     def _reserve(self, plan: Plan, request: RoundRequest, task: TrainingTask) -> Reservation:
         """Charge the round against the plan's target and the cohort's lifetime over all studies."""
-        policy, privacy = self._home.policy, plan.privacy
-        unlimited = float("inf")
-        # Steps without noise have no finite epsilon; the policy has allowed them by name.
-        if privacy.target_epsilon is None or privacy.delta is None:
-            lifetime, limit = unlimited, PlanLimit(max_epsilon=unlimited, delta=policy.max_delta)
-        else:
-            lifetime = policy.max_epsilon
-            limit = PlanLimit(max_epsilon=privacy.target_epsilon, delta=privacy.delta)
+        lifetime = self._home.policy.lifetime
+        limit = limit_of(plan, lifetime)
+        if limit.max_epsilon == math.inf:  # without noise; the policy has allowed it by name
+            lifetime = replace(lifetime, max_epsilon=math.inf)
         return self._ledger.reserve(
             cohort=self._home.config.cohort,
             plan_hash=request.plan_hash,
@@ -250,8 +247,7 @@ class Site:
             stage=task.stage.name,
             event=task.charged,
             request_hash=request.hash,
-            max_epsilon=lifetime,
-            delta=policy.max_delta,
+            lifetime=lifetime,
             plan_limit=limit,
         )
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import dp_accounting
@@ -133,9 +133,14 @@ def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: 
     composed = _composed(merged, max(COARSE, _FINEST_RELATIVE * largest), relation)
     epsilons = np.linspace(0.0, largest, 400)
     deltas = np.asarray(composed.get_delta_for_epsilon(epsilons))
-    by_positive = np.exp(epsilons) * false_positive_rate + deltas
-    by_negative = 1 - np.exp(-epsilons) * (1 - false_positive_rate - deltas)
-    return float(min(1.0, by_positive.min(), by_negative.min()))
+    return min(map(partial(true_positive_rate, false_positive_rate), epsilons, deltas))
+
+
+def true_positive_rate(false_positive_rate: float, epsilon: float, delta: float) -> float:
+    """The same by one (epsilon, delta) alone."""
+    by_positive = math.exp(min(epsilon, 700.0)) * false_positive_rate + delta
+    by_negative = 1 - math.exp(-epsilon) * (1 - false_positive_rate - delta)
+    return float(min(1.0, by_positive, by_negative))
 
 
 def epsilon_second_opinion(events: Iterable[PrivacyEvent], delta: float) -> SecondOpinion:

@@ -7,6 +7,7 @@ CraftsError
     ├── CalibrationError         the coordinator: a target that no noise reaches
     ├── RankError                the site: one of its devices failed or is gone
     └── LedgerError              the site: the ledger cannot be used like this
+        ├── FiltersChangedError  the site: its policy declares other filters than it began with
         └── LedgerTamperedError  the site: the ledger is not the one we wrote; stop and look
 """
 
@@ -18,16 +19,13 @@ class PrivacyError(CraftsError):
 
 
 class BudgetExceededError(PrivacyError):
-    """What is asked for would spend more epsilon than is allowed."""
+    """What is asked for does not fit into the limit on a cohort's life."""
 
-    def __init__(self, *, cohort: str, epsilon: float, max_epsilon: float) -> None:
+    def __init__(self, *, cohort: str, found: str) -> None:
         super().__init__(
-            f"cohort {cohort}: epsilon would reach {epsilon:.3f}, above the {max_epsilon:.3f} "
-            "allowed; ask for fewer steps or more noise, or change the site's policy"
+            f"cohort {cohort}: with this, {found}; ask for a plan with a smaller target_epsilon or "
+            "delta (crafts-client budget --plan says what fits)"
         )
-        self.cohort = cohort
-        self.epsilon = epsilon
-        self.max_epsilon = max_epsilon
 
 
 class PlanBudgetExceededError(BudgetExceededError):
@@ -52,6 +50,16 @@ class RankError(PrivacyError):
 
 class LedgerError(PrivacyError):
     """The ledger cannot do what was asked."""
+
+
+class FiltersChangedError(LedgerError):
+    """A filter that is chosen after something was released bounds nothing."""
+
+    def __init__(self, *, cohort: str, began: tuple[str, ...], declared: tuple[str, ...]) -> None:
+        super().__init__(
+            f"cohort {cohort} was charged under lifetime_filters {list(began)} first, policy.toml "
+            f"now declares {list(declared)}; set it back"
+        )
 
 
 class LedgerTamperedError(LedgerError):

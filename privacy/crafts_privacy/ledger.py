@@ -22,23 +22,28 @@ from crafts_privacy import accounting
 from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
 from crafts_privacy.errors import (
     BudgetExceededError,
+    FiltersChangedError,
     LedgerError,
     LedgerTamperedError,
     PlanBudgetExceededError,
 )
-from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
+from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry
 from crafts_privacy.ledger_store import LedgerStore
+from crafts_privacy.lifetime import Lifetime, PlanCharges, PlanLimit, Terms, with_charge
 from crafts_privacy.witness import LedgerHead
 
 __all__ = [
     "BudgetExceededError",
     "EntryKind",
+    "FiltersChangedError",
     "Ledger",
     "LedgerEntry",
     "LedgerError",
     "LedgerHead",
     "LedgerTamperedError",
+    "Lifetime",
     "PlanBudgetExceededError",
+    "PlanCharges",
     "PlanLimit",
     "Reservation",
 ]
@@ -83,16 +88,8 @@ class Reservation:
             round=entry.round,
             stage=entry.stage,
             event=entry.event,
-            request_hash=entry.detail,
+            request_hash=terms.request_hash if (terms := _terms(entry)) else "",
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanLimit:
-    """What one plan may spend of a cohort, over all of its runs: its own target."""
-
-    max_epsilon: float
-    delta: float
 
 
 class Ledger:
@@ -118,8 +115,7 @@ class Ledger:
         stage: str,
         event: PrivacyEvent,
         request_hash: str,
-        max_epsilon: float,
-        delta: float,
+        lifetime: Lifetime,
         plan_limit: PlanLimit,
     ) -> Reservation:
         """Charge ``event`` to the cohort before any of it runs.
@@ -133,10 +129,11 @@ class Ledger:
         composition that the calibration verified; no slack is needed and none is given.
 
         Raises:
-            BudgetExceededError: everything that the cohort was charged, with this, passes
-                ``max_epsilon``; nothing is recorded.
+            BudgetExceededError: none of the declared filters admits it after everything that the
+                cohort was charged; nothing is recorded.
             PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
                 this, passes the plan's limit; nothing is recorded.
+            FiltersChangedError: the cohort began under other filters; nothing is recorded.
         """
         reservation = Reservation(
             sequence=0,  # until it is written
@@ -154,20 +151,24 @@ class Ledger:
         with self._store.transaction() as transaction:
             held = _held(transaction.entries, reservation)
             charged = _charged(transaction.entries, cohort)
+            _check_filters(charged, lifetime.filters)
             new = [] if held else [event]
-            epsilon = accounting.epsilon([*(entry.event for entry in charged), *new], delta)
-            if not epsilon <= max_epsilon:  # NaN must refuse too
-                raise BudgetExceededError(cohort=cohort, epsilon=epsilon, max_epsilon=max_epsilon)
-            of_plan = [entry.event for entry in charged if entry.plan_hash == plan_hash]
-            epsilon = accounting.epsilon([*of_plan, *new], plan_limit.delta)
-            if not epsilon <= plan_limit.max_epsilon:
+            after = with_charge(_plans(charged), plan_hash, plan_limit, *new)
+            state = lifetime.state(after)
+            if not state.holds:
+                raise BudgetExceededError(cohort=cohort, found=str(state))
+            epsilon = accounting.epsilon(after[-1].events, plan_limit.delta)
+            if not epsilon <= plan_limit.max_epsilon:  # NaN must refuse too
                 raise PlanBudgetExceededError(
                     plan_hash=plan_hash, epsilon=epsilon, max_epsilon=plan_limit.max_epsilon
                 )
             if held:
                 return held
             reservation = replace(reservation, sequence=len(transaction.entries) + 1)
-            transaction.append(_entry(reservation, EntryKind.RESERVED, request_hash))
+            terms = Terms(
+                limit=plan_limit, filters=lifetime.filters, request_hash=request_hash
+            )
+            transaction.append(_entry(reservation, EntryKind.RESERVED, terms.to_text()))
             return Reservation.of(transaction.entries[-1])
 
     def commit(self, reservation: Reservation, release_hash: str) -> None:
@@ -197,6 +198,20 @@ class Ledger:
         """Everything the cohort was charged for: every reservation, whatever became of it."""
         with self._store.transaction() as transaction:
             return tuple(entry.event for entry in _charged(transaction.entries, cohort))
+
+    def plans(self, cohort: str) -> tuple[PlanCharges, ...]:
+        """The same by plan, each with what it declared."""
+        with self._store.transaction() as transaction:
+            return _plans(_charged(transaction.entries, cohort))
+
+    def check_filters(self, cohort: str, declared: tuple[str, ...]) -> None:
+        """A policy must declare the filters under which the cohort was charged first.
+
+        Raises:
+            FiltersChangedError: it declares others.
+        """
+        with self._store.transaction() as transaction:
+            _check_filters(_charged(transaction.entries, cohort), declared)
 
     def epsilon(
         self,
@@ -259,6 +274,33 @@ def _charged(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]:
     return [
         entry for entry in entries if entry.kind is EntryKind.RESERVED and entry.cohort == cohort
     ]
+
+
+def _terms(entry: LedgerEntry) -> Terms | None:
+    """What a charge was made under; None for one from before that was written down."""
+    if not entry.detail:
+        return None
+    try:
+        return Terms.of_text(entry.detail)
+    except ValueError as error:
+        raise LedgerTamperedError(f"ledger entry {entry.sequence}: {error}; {RESTORE}") from error
+
+
+def _plans(charged: Sequence[LedgerEntry]) -> tuple[PlanCharges, ...]:
+    """Reserving entries by plan, the plan charged last at the end."""
+    plans: tuple[PlanCharges, ...] = ()
+    for entry in charged:
+        terms = _terms(entry)
+        limit = None if terms is None else terms.limit
+        plans = with_charge(plans, entry.plan_hash, limit, entry.event)
+    return plans
+
+
+def _check_filters(charged: Sequence[LedgerEntry], declared: tuple[str, ...]) -> None:
+    for entry in charged:
+        terms = _terms(entry)
+        if terms is not None and set(terms.filters) != set(declared):
+            raise FiltersChangedError(cohort=entry.cohort, began=terms.filters, declared=declared)
 
 
 def _open(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:

@@ -48,7 +48,8 @@ class LedgerEntry:
     sample_rate: float
     steps: int
     detail: str
-    """Where it was reserved, the hash of the request; where committed, of what was released."""
+    """Hash of what was released; while reserved, what the charge was made for and under
+    (``lifetime.Terms``), empty before that was written down."""
     previous_hash: str
     hash: str = ""
 

@@ -129,6 +129,7 @@ def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
         "allowed_stages": tuple({stage.name: None for stage in plan.stage}),
         "max_epsilon": privacy.target_epsilon or 1.0,
         "max_delta": privacy.delta or 1e-3,
+        "lifetime_filters": ("sums",),
         "min_noise_multiplier": 0.0,
         "max_sample_rate": privacy.sample_rate,
         "min_patients": 1,

@@ -165,6 +165,7 @@ def _policy(plan: Plan, signer: str) -> Policy:
         allowed_stages=("pretraining", "alignment"),
         max_epsilon=8.0,
         max_delta=1e-3,
+        lifetime_filters=("sums",),
         min_noise_multiplier=0.0,
         max_sample_rate=plan.privacy.sample_rate,
         min_patients=1,

@@ -1,6 +1,7 @@
 """What a coordinator offers is shown with what this site would say to it, all of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,8 +98,12 @@ def test_the_noise_floor_is_told_before_anybody_approves(
 
 
 def test_the_budget_is_told_as_what_was_spent_leaves_it(tmp_path, foundation, coordinator) -> None:
-    """Epsilon 9 for life: all of one plan fits; of a second a part does, then nothing."""
-    home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_epsilon=9.0)
+    """A Rényi filter: all of one plan fits; of a second a part does, then nothing."""
+    home = make_site_home(
+        *(tmp_path / "site", foundation, coordinator.public_key),
+        max_epsilon=10.3,
+        lifetime_filters=("renyi:2",),
+    )
     values = coordinator.plan().study.model_dump()
     first, second = (coordinator.plan(study=values | {"seed": seed}) for seed in (1, 2))
     state, site = coordinator.start(first), Site(home, foundation)
@@ -111,10 +116,29 @@ def test_the_budget_is_told_as_what_was_spent_leaves_it(tmp_path, foundation, co
 
     own, other = after_rounds(1)
     assert (own.refused, own.remark, other.refused) == ((), "", ())
-    assert own.epsilon_after == pytest.approx(8.0, abs=0.1), "what it spent counts once"
+    assert own.epsilon_after == pytest.approx(9.60, abs=0.01), "what it spent counts once"
     assert "ends before its last round" in other.remark
     _, other = after_rounds(2, 3, 4)
-    assert other.refused == ("lifetime budget: not one more round fits into 9",)
+    (refused,) = other.refused
+    assert refused.startswith("lifetime budget: not one more round fits: with it renyi:2 counts")
+
+
+def test_a_second_plan_is_judged_by_the_sum_of_targets(tmp_path, foundation, coordinator) -> None:
+    home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_epsilon=9.0)
+    values = coordinator.plan().study.model_dump()
+    first, second = (coordinator.plan(study=values | {"seed": seed}) for seed in (1, 2))
+    Site(home, foundation).answer(coordinator.message(first, coordinator.start(first)))
+
+    own, other = (judge(home, signed(coordinator, plan)) for plan in (first, second))
+
+    assert (own.refused, own.remark, own.epsilon_after) == ((), "", 8.0)
+    assert other.refused == (
+        "lifetime budget: not one more round fits: with it sums counts epsilon 16.000 of 9 at "
+        "delta 0.002 of 0.001",
+    )
+    changed = home.policy.model_copy(update={"lifetime_filters": ("renyi:3",)})
+    (refused,) = judge(replace(home, policy=changed), signed(coordinator, first)).refused
+    assert "set it back" in refused
 
 
 def test_approving_again_allows_one_run_more(home, foundation, coordinator, offer) -> None:

@@ -251,6 +251,10 @@ def test_a_policy_survives_its_own_toml(tmp_path) -> None:
         ("max_epsilom = 3\n", "max_epsilom: unknown key"),
         ("max_epsilon = inf\n", "max_epsilon"),
         ("max_epsilon = [\n", "cannot read"),
+        ("lifetime_filters = []\n", "lifetime_filters"),
+        ('lifetime_filters = ["pld"]\n', "lifetime_filters"),
+        ('lifetime_filters = ["renyi:1"]\n', "lifetime_filters"),
+        ('lifetime_filters = ["sums", "sums"]\n', "expected every filter once"),
     ],
 )
 def test_a_bad_policy_file_says_which_key(tmp_path, line: str, message: str) -> None:
@@ -259,6 +263,13 @@ def test_a_bad_policy_file_says_which_key(tmp_path, line: str, message: str) -> 
     (tmp_path / "policy.toml").write_text("".join(kept) + line)
 
     with pytest.raises(HomeError, match=message):
+        Policy.load(tmp_path / "policy.toml")
+
+
+def test_an_order_that_leaves_no_room_is_refused_with_one_that_does(tmp_path) -> None:
+    text = to_toml(policy_of("key", max_epsilon=1.0))
+    (tmp_path / "policy.toml").write_text(text.replace('"sums"', '"renyi:2"'))
+    with pytest.raises(HomeError, match="leaves no room in epsilon 1; declare renyi:10"):
         Policy.load(tmp_path / "policy.toml")
 
 

@@ -17,10 +17,12 @@ from crafts_privacy.ledger import (
     Ledger,
     LedgerError,
     LedgerTamperedError,
+    Lifetime,
     PlanBudgetExceededError,
     PlanLimit,
     Reservation,
 )
+from crafts_privacy.lifetime import renyi_epsilon
 from crafts_privacy.witness import read_head, write_head
 
 PLAN = "a" * 64
@@ -29,9 +31,17 @@ REQUEST = "c" * 64
 DELTA = 1e-4
 EVENT = PrivacyEvent(noise_multiplier=8.0, sample_rate=0.1, steps=10)
 UNLIMITED = PlanLimit(max_epsilon=math.inf, delta=DELTA)
+ORDER = 8
 
 
-def reserve(ledger: Ledger, round: int = 1, **changes: object) -> Reservation:
+def reserve(
+    ledger: Ledger,
+    round: int = 1,
+    *,
+    max_epsilon: float = 8.0,
+    filters: tuple[str, ...] = (f"renyi:{ORDER}",),
+    **changes: object,
+) -> Reservation:
     values: dict[str, object] = {
         "cohort": "breast",
         "plan_hash": PLAN,
@@ -40,8 +50,7 @@ def reserve(ledger: Ledger, round: int = 1, **changes: object) -> Reservation:
         "stage": "pretraining",
         "event": EVENT,
         "request_hash": REQUEST,
-        "max_epsilon": 8.0,
-        "delta": DELTA,
+        "lifetime": Lifetime(max_epsilon=max_epsilon, delta=DELTA, filters=filters),
         "plan_limit": UNLIMITED,
     }
     return ledger.reserve(**(values | changes))  # type: ignore[arg-type]
@@ -153,7 +162,7 @@ def test_the_same_round_for_another_mechanism_is_charged_anew(ledger: Ledger) ->
 
 
 def test_a_budget_is_refused_before_it_is_passed_and_nothing_is_recorded(ledger: Ledger) -> None:
-    allowed = accounting.epsilon([EVENT] * 2, DELTA)
+    allowed = renyi_epsilon([EVENT] * 2, DELTA, order=ORDER)
     reserve(ledger, 1, max_epsilon=allowed)
     reserve(ledger, 2, max_epsilon=allowed)
     with pytest.raises(BudgetExceededError, match="cohort breast"):
@@ -168,11 +177,12 @@ def test_a_calibrated_study_fits_its_budget_to_the_last_round(ledger: Ledger) ->
     event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=0.1, steps=10)
     target = PlanLimit(max_epsilon=2.0, delta=DELTA)
     for number in range(1, 5):
-        reserve(ledger, number, event=event, max_epsilon=2.0, plan_limit=target)
+        sums = {"max_epsilon": 2.0, "filters": ("sums",), "plan_limit": target}
+        reserve(ledger, number, event=event, **sums)
     with pytest.raises(BudgetExceededError):
-        reserve(ledger, 5, event=event, max_epsilon=2.0)
+        reserve(ledger, event=event, plan_hash="c" * 64, **sums)
     with pytest.raises(PlanBudgetExceededError):
-        reserve(ledger, 5, event=event, plan_limit=target)
+        reserve(ledger, 5, event=event, **sums)
 
 
 def limit_of(num_events: int) -> PlanLimit:
@@ -452,7 +462,7 @@ def test_a_second_process_waits_then_is_refused(path: Path, ledger: Ledger) -> N
 
 
 def test_threads_never_lose_an_entry_or_pass_the_budget(path: Path, ledger: Ledger) -> None:
-    allowed = accounting.epsilon([EVENT] * 5, DELTA)
+    allowed = renyi_epsilon([EVENT] * 5, DELTA, order=ORDER)
     refused: list[int] = []
 
     def ask(number: int) -> None:

@@ -37,7 +37,7 @@ from crafts_core.registrar import REGISTRAR, calls_of, messages
 from crafts_core.roster import Roster
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
-from crafts_privacy.ledger import Ledger, PlanLimit
+from crafts_privacy.ledger import Ledger, Lifetime, PlanLimit
 from crafts_server import pki
 from crafts_server.audit_log import Event
 from crafts_server.cli import app as server_app
@@ -378,8 +378,7 @@ def spend(site: SiteHome, *, round: int) -> None:
         stage="s",
         event=event,
         request_hash="0" * 64,
-        max_epsilon=9.0,
-        delta=1e-3,
+        lifetime=Lifetime(max_epsilon=9.0, delta=1e-3, filters=("sums",)),
         plan_limit=PlanLimit(max_epsilon=9.0, delta=1e-3),
     )
     ledger.commit(reservation, "0" * 64)

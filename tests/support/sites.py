@@ -28,6 +28,7 @@ def policy_of(signer: str, **changes: object) -> Policy:
         "allowed_stages": ("pretraining", "alignment"),
         "max_epsilon": 20.0,
         "max_delta": 1e-3,
+        "lifetime_filters": ("sums",),
         "min_noise_multiplier": 0.0,
         "max_sample_rate": 1.0,
         "min_patients": 1,
