@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,6 @@ from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 
 if TYPE_CHECKING:
-    from crafts_privacy.accounting import PrivacyEvent
     from crafts_privacy.audit import OneRun
     from crafts_privacy.ledger import Ledger
 
@@ -259,15 +257,28 @@ def withdraw(
 @app.command()
 def report(
     home: Home = Path("site"),
-    out: Annotated[Path, typer.Option(help="Folder of privacy-report.html and .json.")] = Path(),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of privacy-report.html and .json; if absent the current one, or the home "
+            "with --with-attack."
+        ),
+    ] = None,
+    with_attack: Annotated[
+        bool,
+        typer.Option(
+            "--with-attack",
+            help="Add what the newest attack found, without noise: for this hospital only.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the privacy officer's report; exit 1 if a claim in it is not substantiated."""
     from crafts_client.privacy_report import privacy_report, write_privacy_report
 
     with one_line_errors("crafts-client"):
-        result = privacy_report(SiteHome.open(home))
-        files = write_privacy_report(result, out)
+        result = privacy_report(SiteHome.open(home), with_attack=with_attack)
+        files = write_privacy_report(result, out or (home if with_attack else Path()))
     if as_json:
         typer.echo(result.model_dump_json())
     else:
@@ -335,7 +346,8 @@ def budget(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what the cohort's lifetime budget is, and what is left of it."""
+    """Print the limit for life, what its filters count, and what is left in steps and plans."""
+    from crafts_client.budget import budget_of, left_for
     from crafts_client.site_ledger import existing_ledger
     from crafts_privacy.accounting import epsilon
     from crafts_privacy.ledger_export import charged, read_export
@@ -344,52 +356,14 @@ def budget(
         site = SiteHome.open(home)
         ledger = existing_ledger(site)
         events = () if ledger is None else ledger.events(site.config.cohort)
-        for_plan = {} if plan is None else _left_for(site, plan, events)
+        told = budget_of(site)
+        for_plan = {} if plan is None else left_for(site, plan)
         elsewhere = [event for export in also or () for event in charged(read_export(export))]
-    policy = site.policy
-    spent = epsilon(events, policy.max_delta)
-    result = {
-        "cohort": site.config.cohort,
-        "delta": policy.max_delta,
-        "epsilon_spent": spent if math.isfinite(spent) else None,
-        "epsilon_allowed": policy.max_epsilon,
-        "epsilon_left": max(0.0, policy.max_epsilon - spent),
-        "steps": sum(event.steps for event in events),
-    }
+    result = told.model_dump() if as_json else dict(told)
     if also:
-        together = epsilon([*events, *elsewhere], policy.max_delta)
+        together = epsilon([*events, *elsewhere], site.policy.max_delta)
         result["epsilon_of_a_patient_at_all_sites"] = together if math.isfinite(together) else None
     _print(result | for_plan, as_json)
-
-
-def _left_for(site: SiteHome, path: Path, spent: "Sequence[PrivacyEvent]") -> dict[str, Any]:
-    """What the rest of the budget is worth to a plan."""
-    from crafts_client.mechanism import mechanism_of
-    from crafts_core.plan import Plan
-    from crafts_privacy.accounting import calibrate_noise_multiplier, steps_left
-    from crafts_privacy.errors import CalibrationError
-
-    plan, policy = Plan.load(path), site.policy
-    mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
-    left = steps_left(
-        mechanism.event(1), max_epsilon=policy.max_epsilon, delta=policy.max_delta, spent=spent
-    )
-    try:
-        enough: float | None = calibrate_noise_multiplier(
-            target_epsilon=policy.max_epsilon,
-            delta=policy.max_delta,
-            sample_rate=plan.privacy.sample_rate,
-            steps=plan.total_steps,
-            spent=spent,
-        )
-    except CalibrationError:
-        enough = None
-    return {
-        "steps_left_of_this_plan": left,
-        "steps_of_this_plan": plan.total_steps,
-        "noise_multiplier_of_this_plan": mechanism.noise_multiplier,
-        "least_noise_multiplier_for_all_of_it": enough,
-    }
 
 
 @app.command()

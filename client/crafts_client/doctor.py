@@ -25,6 +25,7 @@ from crafts_client.answer_times import COHORT_SLACK
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.site_ledger import existing_ledger
+from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import verify
 from crafts_core.tiles import TileStore
@@ -196,13 +197,16 @@ def home_folder(home: SiteHome) -> Iterator[Finding]:
 def delta(home: SiteHome) -> Iterator[Finding]:
     """Small beside one patient's share of the cohort."""
     allowed, patients = home.policy.max_delta, home.config.declared_patients
-    found = f"{allowed:g} for {patients} declared patients"
+    found = (
+        f"{delta_text(allowed)}, times {patients} declared patients is "
+        f"{delta_times_patients(allowed, patients):g}"
+    )
     if allowed > 1 / patients:
         yield _warning(
             "delta",
             found,
-            f"set max_delta in policy.toml to {1 / (10 * patients):.1g} or less: above one in "
-            "all patients the promise may say nothing about one of them",
+            f"set max_delta in policy.toml to {delta_text(1 / (10 * patients))} or less: above one "
+            "in all patients the promise may say nothing about one of them",
         )
     else:
         yield _ok("delta", found)
@@ -310,18 +314,24 @@ def data(home: SiteHome) -> Iterator[Finding]:
 
 
 def ledger(home: SiteHome) -> Iterator[Finding]:
-    """In order, and not spent."""
+    """In order, within the limit for life, and not used up."""
     kept = existing_ledger(home)
     if kept is None:
         yield _ok("ledger", "nothing was trained here yet")
         return
-    spent = kept.epsilon(home.config.cohort, home.policy.max_delta)
-    allowed = home.policy.max_epsilon
-    found = f"epsilon {spent:.3f} of {allowed:g} spent"
-    if spent >= allowed:
-        yield _problem("ledger", found, "no study can use these patients any more")
-    else:
+    cohort, lifetime = home.config.cohort, home.policy.lifetime
+    kept.check_filters(cohort, lifetime.filters)
+    plans = kept.plans(cohort)
+    state = lifetime.state(plans)
+    found = f"plans charged: {len(plans)}; {state}"
+    if not state.holds:
+        yield _problem("ledger", found, "no round is answered until policy.toml allows as much")
+    elif not lifetime.is_full(plans):
         yield _ok("ledger", found)
+    elif any(lifetime.steps_left(plans, plan, plan.events[-1]) for plan in plans):
+        yield _ok("ledger", f"{found}; these plans go on to their targets, no further one fits")
+    else:
+        yield _problem("ledger", found, "no study can use these patients any more")
 
 
 CHECKS: tuple[Check, ...] = (

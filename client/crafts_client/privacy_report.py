@@ -4,7 +4,8 @@ Follows NIST SP 800-226 (unit of privacy, neighbouring relation, parameters, mec
 the questions of EDPB Opinion 28/2024 (who could learn what of a person from the model, and how one
 knows). Every figure comes from the ledger, the policy, the outbox' records and the newest audit.
 What they do not carry is listed in ``unsubstantiated``: a report that has such a line must not be
-signed.
+signed. What an attack found is computed from patients without noise, so it is in a report only if
+asked for, in files of another name that are the owner's alone.
 """
 
 import json
@@ -19,39 +20,24 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_client.budget import FilterCount, doubts
 from crafts_client.code_hash import code_sha256
+from crafts_client.errors import HomeError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
 from crafts_client.site_ledger import existing_ledger
+from crafts_client.spending import Spending, lifetime_spending, spending_of
 from crafts_core import __version__
+from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
-from crafts_privacy import accounting
-from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent, SecondOpinion
+from crafts_privacy.accounting import SecondOpinion
 from crafts_privacy.ledger import EntryKind, LedgerEntry
 
-FALSE_POSITIVE_RATE = 0.01
 _LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Spending(_Record):
-    """The cost of some events together. None where steps ran without noise: no bound exists."""
-
-    events: int
-    steps: int
-    epsilon: float | None
-    """Add or remove one patient: the claim. By privacy loss distributions (dp-accounting)."""
-    epsilon_replace_one: float | None
-    """One patient is another person: reported beside."""
-    epsilon_second_opinion: float | None
-    second_accountant: str
-    epsilon_seen_twice: float | None
-    """For a patient who is also at another hospital that spends as much: both composed."""
-    max_true_positive_rate: float
-    """How often any attacker can be right that a patient took part, at 1 % false alarms."""
 
 
 class RunSpending(_Record):
@@ -84,13 +70,19 @@ class Transmission(_Record):
 class PrivacyReport(_Record):
     """The whole report; ``privacy-report.json`` is this."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     created: datetime
     site: str
     cohort: str
     declared_patients: int
     delta: float
+    delta_times_declared_patients: float
+    """How many patients the promise may say nothing about, in expectation."""
     epsilon_allowed: float
+    filters: tuple[FilterCount, ...]
+    """What bounds the cohort's life: one that holds is enough."""
+    plans: int
+    """Charged to the cohort so far."""
     lifetime: Spending
     runs: tuple[RunSpending, ...]
     transmissions: tuple[Transmission, ...]
@@ -101,7 +93,7 @@ class PrivacyReport(_Record):
     """For a second party to keep: with it, a ledger put back from a backup is found."""
     audit: dict[str, Any] | None
     leakage: dict[str, Any] | None
-    """The newest attack on a finished generator, if one was made. Not needed for the promise."""
+    """The newest attack on a finished generator, only if asked for. Not needed for the promise."""
     not_audited: tuple[str, ...]
     """How this site trains otherwise than was audited, and what stands for it instead."""
     versions: dict[str, str]
@@ -110,21 +102,28 @@ class PrivacyReport(_Record):
     unsubstantiated: tuple[str, ...] = Field(description="Claims that the files do not carry.")
 
 
-def privacy_report(site: SiteHome) -> PrivacyReport:
+def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyReport:
     """Collect the report. Reads only; spends nothing.
+
+    Args:
+        site: Whose report it is.
+        with_attack: Put in what the newest attack found, which must not leave the site.
 
     Raises:
         LedgerTamperedError: the ledger is not what was written; there is no report to make.
         LedgerError: another process holds the ledger.
+        HomeError: an attack is asked for and none was made.
     """
     cohort, delta = site.config.cohort, site.policy.max_delta
+    leakage = _attack(site) if with_attack else None
     ledger = existing_ledger(site)
     all_entries = () if ledger is None else ledger.entries()
     entries = [entry for entry in all_entries if entry.cohort == cohort]
     events = () if ledger is None else ledger.events(cohort)
     records = Outbox(site.outbox_path).records()
     transmissions = _transmissions(entries, records)
-    lifetime = _spending(events, delta)
+    plans = () if ledger is None else ledger.plans(cohort)
+    lifetime = lifetime_spending(site.policy.lifetime, plans)
     audit = _record(site.audit_path)
     code = code_sha256()
     return PrivacyReport(
@@ -133,7 +132,10 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         cohort=cohort,
         declared_patients=site.config.declared_patients,
         delta=delta,
+        delta_times_declared_patients=delta_times_patients(delta, site.config.declared_patients),
         epsilon_allowed=site.policy.max_epsilon,
+        filters=tuple(map(FilterCount.of, site.policy.lifetime.states(plans))),
+        plans=len(plans),
         lifetime=lifetime,
         runs=_runs(entries, delta),
         transmissions=transmissions,
@@ -141,12 +143,13 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
         ledger_entries=len(all_entries),
         ledger_head="" if ledger is None else str(ledger.verify().hash),
         audit=audit,
-        leakage=_record(site.leakage_path),
+        leakage=leakage,
         not_audited=tuple(_not_audited(site.config)),
         versions=_versions(),
         code_sha256=code,
         unsubstantiated=(
-            *_weak_spending(lifetime, site.policy.max_epsilon),
+            *doubts(site, ledger, plans),
+            *_weak_spending(lifetime),
             *_weak_delta(delta, site.config.declared_patients),
             *_unrecorded(transmissions),
             *_uncommitted(all_entries, records),
@@ -157,38 +160,25 @@ def privacy_report(site: SiteHome) -> PrivacyReport:
 
 
 def write_privacy_report(report: PrivacyReport, folder: Path) -> tuple[Path, Path]:
-    """Write ``privacy-report.html`` (prints on A4) and ``privacy-report.json``; gives both."""
+    """Write ``privacy-report.html`` (prints on A4) and ``privacy-report.json``; gives both.
+
+    With the results of an attack they are named ``privacy-report-with-attack`` and the owner's
+    alone.
+    """
+    name, mode = ("privacy-report", 0o644)
+    if report.leakage is not None:
+        name, mode = ("privacy-report-with-attack", 0o600)
     folder.mkdir(parents=True, exist_ok=True)
-    page, record = folder / "privacy-report.html", folder / "privacy-report.json"
+    page, record = folder / f"{name}.html", folder / f"{name}.json"
     environment = Environment(
         loader=PackageLoader("crafts_client"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["delta"] = delta_text
     template = environment.get_template("privacy_report.html.j2")
-    write_file(page, template.render(report=report, spent=report.lifetime))
-    write_file(record, report.model_dump_json(indent=1) + "\n")
+    write_file(page, template.render(report=report, spent=report.lifetime), mode=mode)
+    write_file(record, report.model_dump_json(indent=1) + "\n", mode=mode)
     return page, record
-
-
-def _spending(events: Sequence[PrivacyEvent], delta: float) -> Spending:
-    opinion = accounting.epsilon_second_opinion(events, delta)
-    replace_one = accounting.epsilon(
-        events, delta, neighboring_relation=NeighboringRelation.REPLACE_ONE
-    )
-    return Spending(
-        events=len(events),
-        steps=sum(event.steps for event in events),
-        epsilon=_finite(accounting.epsilon(events, delta)),
-        epsilon_replace_one=_finite(replace_one),
-        epsilon_second_opinion=_finite(opinion.epsilon),
-        second_accountant=opinion.accountant,
-        epsilon_seen_twice=_finite(accounting.epsilon([*events, *events], delta)),
-        max_true_positive_rate=accounting.max_true_positive_rate(events, FALSE_POSITIVE_RATE),
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _or_infinity(value: float | None) -> float:
@@ -207,7 +197,7 @@ def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ..
             plan_hash=plan_hash,
             stages=tuple(dict.fromkeys(entry.stage for entry in group)),
             rounds=len({entry.round for entry in group}),
-            spent=_spending([entry.event for entry in group], delta),
+            spent=spending_of([entry.event for entry in group], delta),
         )
         for (run_id, plan_hash), group in charged.items()
     )
@@ -244,8 +234,8 @@ def _weak_delta(delta: float, declared_patients: int) -> Iterator[str]:
     """Delta is the chance that the promise says nothing: one patient's data may be published."""
     if delta > 1 / declared_patients:
         yield (
-            f"delta: {delta:g} is more than one in {declared_patients} patients, so the promise "
-            "may say nothing about one of them; lower max_delta in policy.toml"
+            f"delta: {delta_text(delta)} is more than one in {declared_patients} patients, so the "
+            "promise may say nothing about one of them; lower max_delta in policy.toml"
         )
 
 
@@ -284,20 +274,25 @@ def _record(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def _attack(site: SiteHome) -> dict[str, Any]:
+    found = _record(site.leakage_path)
+    if found is None:
+        raise HomeError(
+            f"no attack at {site.leakage_path}; run crafts-client attack first, or leave out "
+            "--with-attack"
+        )
+    return found
+
+
 def _versions() -> dict[str, str]:
     libraries = {name: metadata.version(name) for name in _LIBRARIES}
     return {"crafts-federated": __version__, **libraries, "python": platform.python_version()}
 
 
-def _weak_spending(lifetime: Spending, epsilon_allowed: float) -> Iterator[str]:
+def _weak_spending(lifetime: Spending) -> Iterator[str]:
     """What the accountants say against the figure for life."""
     if lifetime.epsilon is None:
         yield "privacy: rounds were trained without noise, so no epsilon bounds them"
-    elif lifetime.epsilon > epsilon_allowed:
-        yield (
-            f"lifetime budget: epsilon {lifetime.epsilon:.3f} is spent, the policy allows "
-            f"{epsilon_allowed:g}"
-        )
     opinion = SecondOpinion(
         _or_infinity(lifetime.epsilon_second_opinion), lifetime.second_accountant
     )

@@ -156,13 +156,26 @@ def test_policy_show_prints_every_limit(home) -> None:
 
 
 def test_the_budget_falls_with_a_round(home, foundation, coordinator) -> None:
-    def left() -> float:
-        return json.loads(run("budget", "--home", home.path, "--json").stdout)["epsilon_left"]
+    def told() -> dict:
+        return json.loads(run("budget", "--home", home.path, "--json").stdout)
 
-    assert left() == 20.0
-    plan = coordinator.plan()
-    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
-    assert 12.0 < left() < 20.0
+    empty = told()
+    assert (empty["plans"], empty["further_plans_fit"], empty["epsilon_spent"]) == ([], True, 0)
+    assert empty["delta_times_declared_patients"] == 0.006
+    plan, site = coordinator.plan(), Site(home, foundation)
+    state = coordinator.start(plan)
+    for number, steps in ((1, 2), (2, 4)):
+        request = coordinator.request(plan, state, number=number)
+        site.answer(coordinator.message(plan, state, request=request))
+        (left,) = told()["plans"]
+        assert left == {"plan": plan.hash, "steps_charged": steps, "steps_left": 8 - steps}
+    (counted,) = told()["filters"]
+    assert (counted["name"], counted["epsilon"], counted["delta"]) == ("sums", 8.0, 1e-3)
+    assert not told()["further_plans_fit"], "the plan declared all of the delta"
+    assert 0 < told()["epsilon_spent"] < 8
+    shown = run("budget", "--home", home.path).stdout
+    assert "filters: sums counts epsilon 8.000 of 20 at delta 0.001 of 0.001\n" in shown
+    assert f"plans: {plan.hash[:16]} ran 4 steps, 4 more fit\n" in shown
 
 
 def test_the_budget_is_told_in_steps_of_a_plan(tmp_path, home, foundation) -> None:
@@ -171,34 +184,43 @@ def test_the_budget_is_told_in_steps_of_a_plan(tmp_path, home, foundation) -> No
 
     told = json.loads(run("budget", "--home", home.path, "--plan", plan, "--json").stdout)
 
-    rate = plan_values(foundation.manifest.hash)["privacy"]["sample_rate"]
+    privacy = plan_values(foundation.manifest.hash)["privacy"]
     kind = PrivacyEvent(
         noise_multiplier=wanted["noise_multiplier"],
-        sample_rate=rate,
+        sample_rate=privacy["sample_rate"],
         steps=told["steps_left_of_this_plan"],
     )
-    assert epsilon([kind], home.policy.max_delta) <= home.policy.max_epsilon
-    more = replace(kind, steps=kind.steps + max(2, kind.steps // 100))
-    assert epsilon([more], home.policy.max_delta) > home.policy.max_epsilon
+    assert epsilon([kind], privacy["delta"]) <= privacy["target_epsilon"]
+    more = replace(kind, steps=kind.steps + 1)
+    assert epsilon([more], privacy["delta"]) > privacy["target_epsilon"]
 
 
-def test_the_rest_of_the_budget_is_told_as_the_noise_that_would_do(
-    tmp_path, home, foundation, coordinator
+def test_the_budget_is_told_in_further_plans(tmp_path, foundation, coordinator) -> None:
+    home = make_site_home(
+        *(tmp_path / "site", foundation, coordinator.public_key), max_epsilon=30.0, max_delta=4e-3
+    )
+    file = _write_plan(tmp_path, foundation)
+
+    def further() -> int:
+        told = json.loads(run("budget", "--home", home.path, "--plan", file, "--json").stdout)
+        return told["further_plans_like_this_one"]
+
+    assert further() == 3
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    assert further() == 2
+
+
+def test_a_policy_with_other_filters_than_it_began_with_tells_no_budget(
+    home, foundation, coordinator
 ) -> None:
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
-    spent = Ledger(home.ledger_path).events("main")
-    file = _write_plan(tmp_path, foundation)
-    told = json.loads(run("budget", "--home", home.path, "--plan", file, "--json").stdout)
-    rest = PrivacyEvent(
-        noise_multiplier=told["least_noise_multiplier_for_all_of_it"],
-        sample_rate=plan.privacy.sample_rate,
-        steps=told["steps_of_this_plan"],
-    )
-    policy = home.policy
-    assert epsilon([*spent, rest], policy.max_delta) <= policy.max_epsilon
-    less = replace(rest, noise_multiplier=rest.noise_multiplier * 0.99)
-    assert epsilon([*spent, less], policy.max_delta) > policy.max_epsilon
+    policy = home.path / "policy.toml"
+    policy.write_text(policy.read_text().replace('["sums"]', '["renyi:3"]'))
+    told = run("budget", "--home", home.path)
+    assert told.exit_code == 1
+    assert "first, policy.toml now declares ['renyi:3']; set it back" in told.stderr
 
 
 def test_a_patient_at_two_sites_spends_both(tmp_path, home, foundation, coordinator) -> None:

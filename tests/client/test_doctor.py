@@ -1,12 +1,15 @@
 """What the doctor says of a home by itself; its way to a coordinator is in tests/server."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from crafts_client.doctor import Verdict, answers, data, delta, home_folder
+from crafts_client.doctor import Verdict, answers, data, delta, home_folder, ledger
 from crafts_client.home import SiteHome
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.ledger import FiltersChangedError, Ledger, PlanLimit
 from support.sites import make_site_home
 
 
@@ -58,3 +61,50 @@ def with_line(home: SiteHome, key: str, value: object) -> SiteHome:
     file = home.path / "site.toml"
     file.write_text(re.sub(rf"^{key} = .*$", f"{key} = {value}", file.read_text(), flags=re.M))
     return SiteHome.open(home.path)
+
+
+def test_delta_is_told_rounded_up_and_times_the_patients(tmp_path, foundation, coordinator) -> None:
+    home = make_site_home(
+        *(tmp_path / "site", foundation, coordinator.public_key),
+        declared_patients=7,
+        max_delta=1.491e-4,
+    )
+    (finding,) = delta(home)
+    assert finding.found == "0.00015, times 7 declared patients is 0.00105"
+
+
+def charge(home: SiteHome, round: int) -> None:
+    """Two steps of a plan whose target has room for four."""
+    Ledger(home.ledger_path).reserve(
+        cohort="main",
+        plan_hash="0" * 64,
+        run_id="run",
+        round=round,
+        stage="pretraining",
+        request_hash="0" * 64,
+        event=PrivacyEvent(noise_multiplier=8.0, sample_rate=0.5, steps=2),
+        lifetime=home.policy.lifetime,
+        plan_limit=PlanLimit(max_epsilon=0.27, delta=1e-3),
+    )
+
+
+def test_the_ledger_is_told_by_the_filter_and_by_what_may_still_run(home) -> None:
+    charge(home, 1)
+    (finding,) = ledger(home)
+    assert finding.verdict is Verdict.OK
+    assert "sums counts epsilon 0.270 of 20 at delta 0.001 of 0.001" in finding.found
+    assert "these plans go on to their targets, no further one fits" in finding.found
+    charge(home, 2)
+    (finding,) = ledger(home)
+    assert finding.verdict is Verdict.PROBLEM
+    assert finding.advice == "no study can use these patients any more"
+
+
+def test_a_limit_that_no_filter_keeps_is_a_problem(home) -> None:
+    charge(home, 1)
+    tightened = home.policy.model_copy(update={"max_epsilon": 0.1})
+    (finding,) = ledger(replace(home, policy=tightened))
+    assert (finding.verdict, finding.found[:17]) == (Verdict.PROBLEM, "plans charged: 1;")
+    changed = home.policy.model_copy(update={"lifetime_filters": ("renyi:3",)})
+    with pytest.raises(FiltersChangedError):  # the doctor prints it as a problem
+        list(ledger(replace(home, policy=changed)))

@@ -17,7 +17,7 @@ from crafts_client.site import Site
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.ledger import Ledger, LedgerTamperedError, PlanLimit
+from crafts_privacy.ledger import Ledger, LedgerTamperedError, Lifetime, PlanLimit
 from support.clocks import ManualClock
 from support.sites import Coordinator, make_site_home
 
@@ -190,8 +190,7 @@ def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
         stage="pretraining",
         event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1),
         request_hash="0" * 64,
-        max_epsilon=math.inf,
-        delta=1e-3,
+        lifetime=Lifetime(max_epsilon=math.inf, delta=1e-3, filters=("sums",)),
         plan_limit=PlanLimit(max_epsilon=math.inf, delta=1e-3),
     )
 
@@ -264,3 +263,84 @@ def test_attack_odds_are_never_above_what_one_epsilon_and_delta_give() -> None:
     bound = math.exp(accounting.epsilon([event], 1e-4)) * 0.01 + 1e-4
 
     assert 0.01 < accounting.max_true_positive_rate([event], 0.01) <= bound
+
+
+ATTACK = {
+    "patients": 8,
+    "attacks": [{"name": "loss", "auc": 0.731, "auc_interval": [0.6, 0.8]}],
+    "memorisation": {"share_nearer_members": 0.5},
+}
+
+
+def test_an_attack_is_reported_only_if_asked_and_to_the_owner_alone(
+    home, tmp_path, monkeypatch
+) -> None:
+    """It is computed from patients without noise."""
+    monkeypatch.chdir(tmp_path)
+    asked = run("report", "--home", home.path, "--with-attack")
+    assert "no attack at" in asked.stderr
+    write_file(home.leakage_path, json.dumps(ATTACK), mode=0o600)
+
+    run("report", "--home", home.path)
+    assert '"leakage":null' in run("report", "--home", home.path, "--json").stdout
+    assert '"leakage":{' in run("report", "--home", home.path, "--with-attack", "--json").stdout
+
+    written = {path.name: path for path in tmp_path.glob("privacy-report*")}
+    assert written.keys() == {"privacy-report.html", "privacy-report.json"}
+    assert all("0.73" not in path.read_text() for path in written.values())
+    for name in ("privacy-report-with-attack.html", "privacy-report-with-attack.json"):
+        assert "0.73" in (home.path / name).read_text()
+        assert (home.path / name).stat().st_mode & 0o777 == 0o600
+        run("report", "--home", home.path, "--with-attack", "--out", tmp_path / "out")
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_the_page_shows_delta_rounded_up_and_times_the_declared_patients(
+    tmp_path, foundation, coordinator
+) -> None:
+    home = make_site_home(
+        *(tmp_path / "site", foundation, coordinator.public_key),
+        num_patients=7,
+        max_delta=1.491e-4,
+    )
+    page, _ = write_privacy_report(privacy_report(home), tmp_path)
+    assert "at delta 0.00015, whatever plans" in page.read_text()
+    assert "Delta times the 7 declared patients is 0.00105" in page.read_text()
+
+
+def test_with_several_plans_the_odds_are_those_of_the_limit(trained, tmp_path) -> None:
+    """The curve of all steps together bounds nothing once plans were chosen along the way."""
+    by_curve = privacy_report(trained).lifetime.max_true_positive_rate
+    file = trained.path / "policy.toml"
+    file.write_text(file.read_text().replace("max_delta = 0.001", "max_delta = 0.005"))
+    site = SiteHome.open(trained.path)
+    Ledger(site.ledger_path).reserve(
+        cohort="main",
+        plan_hash="0" * 64,
+        run_id="next",
+        round=1,
+        stage="pretraining",
+        event=PrivacyEvent(noise_multiplier=50.0, sample_rate=0.1, steps=1),
+        lifetime=site.policy.lifetime,
+        plan_limit=PlanLimit(max_epsilon=0.5, delta=1e-3),
+    )
+
+    report = privacy_report(site)
+
+    assert (report.plans, report.filters[0].epsilon) == (2, 8.5)
+    odds = accounting.true_positive_rate(0.01, 20.0, 0.005)
+    assert report.lifetime.max_true_positive_rate == odds > by_curve
+    page, _ = write_privacy_report(report, tmp_path)
+    assert "had all these plans been fixed beforehand" in page.read_text()
+
+
+def test_no_bound_is_promised_where_no_filter_holds(trained, tmp_path) -> None:
+    file = trained.path / "policy.toml"
+    file.write_text(file.read_text().replace("max_epsilon = 20.0", "max_epsilon = 0.5"))
+    page, _ = write_privacy_report(privacy_report(SiteHome.open(trained.path)), tmp_path)
+    assert "is bounded for life by" not in page.read_text()
+    assert "No filter of this site" in page.read_text()
+    file.write_text(file.read_text().replace("max_epsilon = 0.5", "max_epsilon = 20.0"))
+    file.write_text(file.read_text().replace('["sums"]', '["renyi:3"]'))
+    lines = privacy_report(SiteHome.open(trained.path)).unsubstantiated
+    assert any("set it back" in line for line in lines)

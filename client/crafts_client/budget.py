@@ -1,0 +1,151 @@
+"""What a cohort's limit for life is, what its filters count, and what is left: in steps and plans.
+
+Epsilons do not subtract: what is left is told as what still may run.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from crafts_client.home import SiteHome
+from crafts_client.mechanism import limit_of, mechanism_of
+from crafts_client.site_ledger import existing_ledger
+from crafts_core.delta_text import delta_times_patients
+from crafts_core.plan import Plan
+from crafts_privacy import accounting
+from crafts_privacy.ledger import FiltersChangedError, Ledger
+from crafts_privacy.lifetime import FilterState, Lifetime, PlanCharges
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FilterCount(_Told):
+    """What one filter of the policy counts. None where nothing bounds it."""
+
+    name: str
+    epsilon: float | None
+    delta: float
+    max_epsilon: float
+    max_delta: float
+    holds: bool
+    text: str
+
+    @classmethod
+    def of(cls, state: FilterState) -> "FilterCount":
+        return cls(
+            name=state.name,
+            epsilon=state.epsilon if math.isfinite(state.epsilon) else None,
+            delta=state.delta,
+            max_epsilon=state.max_epsilon,
+            max_delta=state.max_delta,
+            holds=state.holds,
+            text=str(state),
+        )
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class PlanLeft(_Told):
+    """A plan that is charged: by its own target and the filters together."""
+
+    plan: str
+    steps_charged: int
+    steps_left: int
+
+    @classmethod
+    def of(cls, lifetime: Lifetime, plans: Sequence[PlanCharges], plan: PlanCharges) -> "PlanLeft":
+        return cls(
+            plan=plan.plan_hash,
+            steps_charged=sum(event.steps for event in plan.events),
+            steps_left=lifetime.steps_left(plans, plan, plan.events[-1]),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.plan[:16]} ran {self.steps_charged} steps, {self.steps_left} more fit"
+
+
+class Budget(_Told):
+    """What ``crafts-client budget`` prints."""
+
+    cohort: str
+    epsilon_allowed: float
+    delta: float
+    delta_times_declared_patients: float
+    filters: tuple[FilterCount, ...]
+    within_the_limit: bool
+    plans: tuple[PlanLeft, ...]
+    further_plans_fit: bool
+    """Some, however small; what a certain one may run is asked with ``--plan``."""
+    steps: int
+    epsilon_spent: float | None
+    """Of these steps, had all of them been fixed beforehand; the filters hold without that."""
+
+
+def budget_of(site: SiteHome) -> Budget:
+    """Everything about the cohort's life.
+
+    Raises:
+        LedgerError: the ledger cannot say, or the policy declares other filters than it began with.
+    """
+    cohort, lifetime = site.config.cohort, site.policy.lifetime
+    plans = charged_plans(site, existing_ledger(site))
+    events = [event for plan in plans for event in plan.events]
+    spent = accounting.epsilon(events, lifetime.delta)
+    return Budget(
+        cohort=cohort,
+        epsilon_allowed=lifetime.max_epsilon,
+        delta=lifetime.delta,
+        delta_times_declared_patients=delta_times_patients(
+            lifetime.delta, site.config.declared_patients
+        ),
+        filters=tuple(map(FilterCount.of, lifetime.states(plans))),
+        within_the_limit=lifetime.state(plans).holds,
+        plans=tuple(PlanLeft.of(lifetime, plans, plan) for plan in plans),
+        further_plans_fit=not lifetime.is_full(plans),
+        steps=sum(event.steps for event in events),
+        epsilon_spent=spent if math.isfinite(spent) else None,
+    )
+
+
+def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
+    """What is left for a plan, and for further ones that declare and run as much."""
+    plan, lifetime = Plan.load(path), site.policy.lifetime
+    plans = charged_plans(site, existing_ledger(site))
+    mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
+    limit, whole = limit_of(plan, lifetime), mechanism.event(plan.total_steps)
+    wanted = PlanCharges(plan_hash=plan.hash, limit=limit, events=())
+    return {
+        "steps_left_of_this_plan": lifetime.steps_left(plans, wanted, whole),
+        "steps_of_this_plan": plan.total_steps,
+        "noise_multiplier_of_this_plan": mechanism.noise_multiplier,
+        "further_plans_like_this_one": lifetime.plans_left(plans, limit, whole),
+    }
+
+
+def charged_plans(site: SiteHome, ledger: Ledger | None) -> tuple[PlanCharges, ...]:
+    """What the cohort was charged, under the filters that the policy declares.
+
+    Raises:
+        FiltersChangedError: it began under others.
+    """
+    if ledger is None:
+        return ()
+    ledger.check_filters(site.config.cohort, site.policy.lifetime_filters)
+    return ledger.plans(site.config.cohort)
+
+
+def doubts(site: SiteHome, ledger: Ledger | None, plans: Sequence[PlanCharges]) -> Iterator[str]:
+    """Where no filter of the policy bounds the cohort's life."""
+    state = site.policy.lifetime.state(plans)
+    if not state.holds:
+        yield f"lifetime budget: {state}"
+    try:
+        charged_plans(site, ledger)
+    except FiltersChangedError as error:
+        yield f"lifetime budget: {error}"
