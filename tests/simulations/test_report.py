@@ -213,3 +213,21 @@ def test_the_page_says_how_attacks_fared_and_does_without(tmp_path: Path) -> Non
     assert "0.52 (0.45 to 0.60)" in page
     write_report(_report(leakage=None), _pairs(), tmp_path)
     assert "membership" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_says_of_how_many_hospitals_the_ledger_is_within_the_promise(
+    tmp_path: Path,
+) -> None:
+    """From the figures, with a delta that is not rounded down."""
+    report = _report()
+    target = report.study.target_epsilon
+    study = report.study.model_copy(update={"delta": 1.491e-4})
+    write_report(_report(study=study), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Every hospital&#39;s ledger is within the promise" in page
+    assert "at delta 0.00015." in page
+    first, *others = report.sites
+    above = first.model_copy(update={"epsilon": target + 0.1})
+    write_report(_report(sites=(above, *others)), _pairs(), tmp_path)
+    said = f"The ledgers of only {len(others)} of {len(others) + 1} hospitals are within"
+    assert said in (tmp_path / "report.html").read_text()
