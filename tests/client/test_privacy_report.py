@@ -181,18 +181,24 @@ def test_a_torn_record_does_not_hide_the_next_one(trained) -> None:
     assert privacy_report(trained).transmissions[0].num_bytes is not None
 
 
-def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
-    Ledger(trained.ledger_path).reserve(
+def charge(home: SiteHome, life: Lifetime, target: float, *, noise_multiplier: float) -> None:
+    """One step of another plan."""
+    Ledger(home.ledger_path).reserve(
         cohort="main",
         plan_hash="0" * 64,
-        run_id="loud",
+        run_id="next",
         round=1,
         stage="pretraining",
-        event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1),
+        event=PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=0.5, steps=1),
         request_hash="0" * 64,
-        lifetime=Lifetime(max_epsilon=math.inf, delta=1e-3, filters=("sums",)),
-        plan_limit=PlanLimit(max_epsilon=math.inf, delta=1e-3),
+        lifetime=life,
+        plan_limit=PlanLimit(max_epsilon=target, delta=1e-3),
     )
+
+
+def test_training_without_noise_has_no_bound_and_says_so(trained) -> None:
+    unlimited = Lifetime(max_epsilon=math.inf, delta=1e-3, filters=("sums",))
+    charge(trained, unlimited, math.inf, noise_multiplier=0.0)
 
     report = privacy_report(trained)
 
@@ -314,16 +320,7 @@ def test_with_several_plans_the_odds_are_those_of_the_limit(trained, tmp_path) -
     file = trained.path / "policy.toml"
     file.write_text(file.read_text().replace("max_delta = 0.001", "max_delta = 0.005"))
     site = SiteHome.open(trained.path)
-    Ledger(site.ledger_path).reserve(
-        cohort="main",
-        plan_hash="0" * 64,
-        run_id="next",
-        round=1,
-        stage="pretraining",
-        event=PrivacyEvent(noise_multiplier=50.0, sample_rate=0.1, steps=1),
-        lifetime=site.policy.lifetime,
-        plan_limit=PlanLimit(max_epsilon=0.5, delta=1e-3),
-    )
+    charge(site, site.policy.lifetime, 0.5, noise_multiplier=50.0)
 
     report = privacy_report(site)
 

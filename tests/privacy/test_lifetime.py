@@ -66,6 +66,7 @@ def charge(
         round=round,
         stage="pretraining",
         event=event,
+        request_hash="0" * 64,
         lifetime=life,
         plan_limit=plan_limit,
     )
