@@ -13,17 +13,17 @@ import typer
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
+from crafts_client.ledger_cli import ledger_app
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_client.tiles_cli import UNUSABLE, tiles_app
 from crafts_core import __version__
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import one_line_errors, print_result, progress_bars
 from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 
 if TYPE_CHECKING:
     from crafts_privacy.audit import OneRun
-    from crafts_privacy.ledger import Ledger
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 policy_app = typer.Typer(no_args_is_help=True, help="What this site allows.")
-ledger_app = typer.Typer(no_args_is_help=True, help="What this site has spent.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(network_app)
@@ -206,7 +205,7 @@ def ingest(
         "report": str(site.ingest_report_path),
         "page": str(site.path / "ingest.html"),
     }
-    _print(result, as_json)
+    print_result(result, as_json)
     if not as_json:
         for source in report.skipped:
             typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
@@ -294,7 +293,7 @@ def policy_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Print every limit of this site."""
     with one_line_errors("crafts-client"):
         policy = SiteHome.open(home).policy
-    _print(policy.model_dump(mode="json"), as_json)
+    print_result(policy.model_dump(mode="json"), as_json)
 
 
 @policy_app.command("check")
@@ -324,7 +323,7 @@ def policy_check(
         "plan_hash": wanted.hash,
         "refused": [str(error) for error in refused],
     }
-    _print(result, as_json)
+    print_result(result, as_json)
     if refused:
         raise typer.Exit(1)
 
@@ -363,7 +362,7 @@ def budget(
     if also:
         together = epsilon([*events, *elsewhere], site.policy.max_delta)
         result["epsilon_of_a_patient_at_all_sites"] = together if math.isfinite(together) else None
-    _print(result | for_plan, as_json)
+    print_result(result | for_plan, as_json)
 
 
 @app.command()
@@ -474,58 +473,6 @@ def _one_run_line(one_run: "OneRun") -> str:
     )
 
 
-@ledger_app.command("verify")
-def ledger_verify(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Check every entry, the chain and the witness; exit 1 if anything was changed."""
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        head = _ledger(site).verify()
-    _print({"ledger": str(site.ledger_path), "head": str(head.hash), "intact": True}, as_json)
-
-
-@ledger_app.command("show")
-def ledger_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Print every entry, oldest first."""
-    with one_line_errors("crafts-client"):
-        entries = _ledger(SiteHome.open(home)).entries()
-    if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries], default=str))
-        return
-    for entry in entries:
-        about = f"run {entry.run_id} round {entry.round} {entry.stage}"
-        mechanism = f"{entry.steps} steps, noise {entry.noise_multiplier:g}, rate "
-        typer.echo(
-            f"{entry.sequence:5d}  {entry.recorded_at:%Y-%m-%d %H:%M:%S}  {entry.kind:9s}  "
-            f"{entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}"
-        )
-
-
-@ledger_app.command("export")
-def ledger_export(
-    out: Annotated[Path, typer.Argument(help="CSV file to write.")],
-    home: Home = Path("site"),
-    as_json: AsJson = False,
-) -> None:
-    """Write every entry as CSV, hashes included, for a second party to keep."""
-    from crafts_privacy.ledger_export import write_export
-
-    with one_line_errors("crafts-client"):
-        entries = _ledger(SiteHome.open(home)).entries()
-        write_export(entries, out)
-    _print({"file": str(out), "entries": len(entries)}, as_json)
-
-
-def _ledger(site: SiteHome) -> "Ledger":
-    """The site's ledger, verified; never a new one."""
-    from crafts_client.site_ledger import existing_ledger
-    from crafts_privacy.ledger import LedgerError
-
-    ledger = existing_ledger(site)
-    if ledger is None:
-        raise LedgerError(f"no ledger at {site.ledger_path}; nothing was trained here yet")
-    return ledger
-
-
 def _checked(model: type[Any], **values: object) -> Any:
     """Build a configuration from options; a bad value is one line."""
     from pydantic import ValidationError
@@ -542,13 +489,3 @@ def _checked(model: type[Any], **values: object) -> Any:
 def _absolute_foundation(value: str) -> str:
     """A folder given on the command line is relative to where the command runs."""
     return value if value == "embedded" else str(Path(value).resolve())
-
-
-def _print(result: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout: one JSON object, or one ``name: value`` a line."""
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    for key, value in result.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        typer.echo(f"{key.replace('_', ' ')}: {shown}")

@@ -1,10 +1,12 @@
-"""What all command lines share: progress bars, errors as one line, and how long programs run."""
+"""What all command lines share: progress bars, results, errors as one line, and services."""
 
 import contextlib
+import json
 import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -79,6 +81,16 @@ def one_line_errors(program: str, *, advice: str = "") -> Iterator[None]:
         _fail(program, f"{error.strerror or error}{where}{advice}", error)
     except KeyboardInterrupt as error:
         _fail(program, f"interrupted{advice}", error)
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: one JSON object, or one ``name: value`` a line."""
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        typer.echo(f"{key.replace('_', ' ')}: {shown}")
 
 
 def _fail(program: str, sentence: str, cause: BaseException) -> None:
