@@ -8,6 +8,7 @@ CraftsError
     ├── RankError                the site: one of its devices failed or is gone
     └── LedgerError              the site: the ledger cannot be used like this
         ├── FiltersChangedError  the site: its policy declares other filters than it began with
+        ├── LedgerPlaceError     the site: this is a copy, until a person says that it is not
         └── LedgerTamperedError  the site: the ledger is not the one we wrote; stop and look
 """
 
@@ -60,6 +61,10 @@ class FiltersChangedError(LedgerError):
             f"cohort {cohort} was charged under lifetime_filters {list(began)} first, policy.toml "
             f"now declares {list(declared)}; set it back"
         )
+
+
+class LedgerPlaceError(LedgerError):
+    """The ledger is bound to another place: it may be a copy, and a copy pays for nothing."""
 
 
 class LedgerTamperedError(LedgerError):

@@ -9,11 +9,13 @@ Beside ``ledger.db`` lie ``ledger.db.head`` (the witness) and ``ledger.db.lock``
 verifies the whole chain against the witness before it answers. Detected: torn
 writes, edited, missing or foreign rows, an older copy put back. Not detected by this file alone:
 an administrator who rewrites both the chain and its witness, or restores both from one backup;
-``verify()`` returns what a second party can keep to see that.
+``verify()`` returns what a second party can keep to see that. A ledger that was bound to its place
+(``place.py``) charges and commits nothing in a copy.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +26,14 @@ from crafts_privacy.errors import (
     BudgetExceededError,
     FiltersChangedError,
     LedgerError,
+    LedgerPlaceError,
     LedgerTamperedError,
     PlanBudgetExceededError,
 )
-from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry
-from crafts_privacy.ledger_store import LedgerStore
+from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry, genesis_hash
+from crafts_privacy.ledger_store import LedgerStore, LedgerTransaction
 from crafts_privacy.lifetime import Lifetime, PlanCharges, PlanLimit, Terms, with_charge
+from crafts_privacy.place import Place
 from crafts_privacy.witness import LedgerHead
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "LedgerEntry",
     "LedgerError",
     "LedgerHead",
+    "LedgerPlaceError",
     "LedgerTamperedError",
     "Lifetime",
     "PlanBudgetExceededError",
@@ -102,6 +107,7 @@ class Ledger:
             LedgerTamperedError: what is there is not what was written; do not train.
             LedgerError: another process holds it, or the disk refuses.
         """
+        self._path = path
         self._store = LedgerStore(path, lock_timeout_s=lock_timeout_s)
         self.verify()
 
@@ -134,6 +140,7 @@ class Ledger:
             PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
                 this, passes the plan's limit; nothing is recorded.
             FiltersChangedError: the cohort began under other filters; nothing is recorded.
+            LedgerPlaceError: this is a copy of the ledger.
         """
         reservation = Reservation(
             sequence=0,  # until it is written
@@ -148,7 +155,7 @@ class Ledger:
         )
         if not _SHA256.fullmatch(request_hash):
             raise ValueError("expected request_hash as 64 hexadecimal digits")
-        with self._store.transaction() as transaction:
+        with self._in_place() as transaction:
             held = _held(transaction.entries, reservation)
             charged = _charged(transaction.entries, cohort)
             _check_filters(charged, lifetime.filters)
@@ -175,14 +182,15 @@ class Ledger:
         """Record that the result with this SHA-256 may now leave. Again with the same is fine.
 
         Raises:
-            LedgerError: the reservation is unknown or released something else.
+            LedgerError: the reservation is unknown or released something else, or this is a copy.
         """
         if not _SHA256.fullmatch(release_hash):
             raise ValueError("expected release_hash as 64 hexadecimal digits")
-        with self._store.transaction() as transaction:
+        with self._in_place() as transaction:
             entries = transaction.entries
-            index = reservation.sequence - 1
-            if not 0 <= index < len(entries) or Reservation.of(entries[index]) != reservation:
+            at = entries[reservation.sequence - 1 : reservation.sequence]
+            known = [Reservation.of(each) for each in at if each.kind is EntryKind.RESERVED]
+            if known != [reservation]:
                 raise LedgerError(f"reservation {reservation.sequence} is not in this ledger")
             last = [entry for entry in entries if entry.reservation == reservation.sequence][-1]
             if (last.kind, last.detail) == (EntryKind.COMMITTED, release_hash):
@@ -247,6 +255,99 @@ class Ledger:
         with self._store.transaction() as transaction:
             transaction.check_file()
             return transaction.head
+
+    def lacks(self, heads: Iterable[LedgerHead]) -> list[LedgerHead]:
+        """Those heads that this ledger never had: it is older than they are, or another one."""
+        with self._store.transaction() as transaction:
+            ledger_id = transaction.head.ledger_id
+            hashes = [genesis_hash(ledger_id), *(entry.hash for entry in transaction.entries)]
+        return [
+            head
+            for head in heads
+            if head.ledger_id != ledger_id
+            or hashes[head.sequence : head.sequence + 1] != [head.hash]
+        ]
+
+    def is_bound(self) -> bool:
+        """Whether it was ever bound to a place."""
+        with self._store.transaction() as transaction:
+            return _bound_to(transaction.entries) is not None
+
+    def check_place(self) -> None:
+        """Refuse in a copy.
+
+        Raises:
+            LedgerPlaceError: the ledger is bound to another place.
+        """
+        with self._in_place():
+            pass
+
+    def bind(self) -> None:
+        """Bind the ledger to where it lies, unless it is bound already.
+
+        Raises:
+            LedgerPlaceError: it is, to another place.
+        """
+        with self._in_place() as transaction:
+            if _bound_to(transaction.entries) is None:
+                transaction.append(_placed(self._here(transaction)))
+
+    def move(self) -> None:
+        """Bind the ledger to where it lies now: somebody vouches that no other copy is used.
+
+        Raises:
+            LedgerError: it is bound to this place.
+        """
+        with self._store.transaction() as transaction:
+            here, bound = self._here(transaction), _bound_to(transaction.entries)
+            if bound is not None and not bound.differences(here):
+                raise LedgerError("the ledger is bound to this place already; nothing to move")
+            transaction.append(_placed(here))
+
+    @contextmanager
+    def _in_place(self) -> Iterator[LedgerTransaction]:
+        """A transaction of the ledger itself; a copy of it has none."""
+        with self._store.transaction() as transaction:
+            bound = _bound_to(transaction.entries)
+            differ = [] if bound is None else bound.differences(self._here(transaction))
+            if differ:
+                raise LedgerPlaceError(
+                    f"ledger {self._path} is bound to another place ({', '.join(differ)}): this is "
+                    "a copy, or it was moved or put back; if no other copy is used any more, run "
+                    "crafts-client ledger move"
+                )
+            yield transaction
+
+    def _here(self, transaction: LedgerTransaction) -> Place:
+        return Place.of(self._path, transaction.head.ledger_id)
+
+
+def _placed(place: Place) -> LedgerEntry:
+    """An entry about the ledger's place, to be sealed by the store."""
+    return LedgerEntry(
+        sequence=0,
+        recorded_at=datetime.now(UTC),
+        kind=EntryKind.PLACED,
+        reservation=0,
+        cohort="",
+        plan_hash="",
+        run_id="",
+        round=0,
+        stage="",
+        noise_multiplier=0.0,
+        sample_rate=0.0,
+        steps=0,
+        detail=str(place),
+        previous_hash="",
+    )
+
+
+def _bound_to(entries: Sequence[LedgerEntry]) -> Place | None:
+    """The place that the newest of its kind of entry names."""
+    for entry in reversed(entries):
+        if entry.kind is EntryKind.PLACED:
+            return Place.parse(entry.detail)
+    return None
 
 
 def _entry(reservation: Reservation, kind: EntryKind, detail: str) -> LedgerEntry:

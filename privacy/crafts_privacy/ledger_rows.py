@@ -29,6 +29,9 @@ class EntryKind(StrEnum):
     """Training may start; counts as spent from here on, for good."""
     COMMITTED = "committed"
     """The result may leave."""
+    PLACED = "placed"
+    """From here on the ledger pays only where ``detail`` says. About no reservation: the fields of
+    one are empty or zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ class LedgerEntry:
     sample_rate: float
     steps: int
     detail: str
-    """Hash of what was released; while reserved, what the charge was made for and under
+    """Hash of what was released, or a place; while reserved, what the charge was made for and under
     (``lifetime.Terms``), empty before that was written down."""
     previous_hash: str
     hash: str = ""
