@@ -343,13 +343,22 @@ def budget(
             help="Exported ledger of another site that has the same patient; repeat.",
         ),
     ] = None,
+    also_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key of that site, as its ledger export prints it and as you heard from it by "
+            "telephone; repeat.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the limit for life, what its filters count, and what is left in steps and plans."""
+    if also_key and not also:
+        raise typer.BadParameter("--also-key has no effect without --also")
     from crafts_client.budget import budget_of, left_for
     from crafts_client.site_ledger import existing_ledger
     from crafts_privacy.accounting import epsilon
-    from crafts_privacy.ledger_export import charged, read_export
+    from crafts_privacy.ledger_export import read_export
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
@@ -357,11 +366,13 @@ def budget(
         events = () if ledger is None else ledger.events(site.config.cohort)
         told = budget_of(site)
         for_plan = {} if plan is None else left_for(site, plan)
-        elsewhere = [event for export in also or () for event in charged(read_export(export))]
+        exports = [read_export(path, trusted=also_key or ()) for path in also or ()]
     result = told.model_dump() if as_json else dict(told)
     if also:
+        elsewhere = [event for export in exports for event in export.charged]
         together = epsilon([*events, *elsewhere], site.policy.max_delta)
         result["epsilon_of_a_patient_at_all_sites"] = together if math.isfinite(together) else None
+        result["counted_of_other_sites"] = [str(export.head) for export in exports]
     print_result(result | for_plan, as_json)
 
 

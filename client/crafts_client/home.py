@@ -9,13 +9,15 @@
     ingest.json         what ingest did, with names: for the operator only (0600)
     names.txt           names to take out of every caption, if you list some (0600)
     ingest.html         the same to look at, with pictures/ (0600)
-    keys/               certificate, its key, the node's key (0600), the coordinator's authority
+    keys/               certificate, its key, the node's key (0600), the coordinator's authority;
+                        site.key (0600), which signs the ledger's head
     coordinator.json    where the coordinator is
     approved.json       the plans that a person here approved
     approved_foundations.json   the foundations, too
     foundations/        what was fetched of the coordinator's
     patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600), with its .head
     ledger.db           what was spent, with its .head
+    peer_heads.json     how far other sites' ledgers were when last heard of (0600)
     audit.json          the newest audit of the engine
     leakage.json        the newest attack on a finished generator: private, it stays here (0600)
     unusable/           how often tiles and gradients counted as zero: private, stays here (0600)
@@ -23,6 +25,7 @@
     stage_start.safetensors   the public adapter that the current stage began with
 """
 
+import hashlib
 import json
 import tomllib
 from dataclasses import dataclass
@@ -80,6 +83,9 @@ class SiteConfig(BaseModel):
     must be above the longest round; with 0 answers leave at once."""
     more_devices: tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
     """Share each step's patients with these as well, a process for each."""
+    witness_folders: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Folders, on other disks or shares, that keep the ledger's signed head. Nothing leaves while
+    one of them is away. Relative to the home."""
 
     @field_validator("answer_every_s", mode="before")
     @classmethod
@@ -201,6 +207,24 @@ class SiteHome:
     @property
     def ledger_path(self) -> Path:
         return self.path / LEDGER_NAME
+
+    @property
+    def ledger_name(self) -> str:
+        """What others call the ledger: the cohort's own name is the hospital's."""
+        return hashlib.sha256(self.config.cohort.encode()).hexdigest()[:32]
+
+    @property
+    def site_key_path(self) -> Path:
+        """The key that signs the ledger's head."""
+        return self.path / "keys" / "site.key"
+
+    @property
+    def witness_folders(self) -> tuple[Path, ...]:
+        return tuple(self.path / folder for folder in self.config.witness_folders)
+
+    @property
+    def peer_heads_path(self) -> Path:
+        return self.path / "peer_heads.json"
 
     @property
     def audit_path(self) -> Path:

@@ -29,33 +29,42 @@ def ledger_verify(home: Home = Path("site"), as_json: AsJson = False) -> None:
 @ledger_app.command("show")
 def ledger_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Print every entry, oldest first."""
+    from crafts_privacy.ledger import EntryKind
+
     with one_line_errors("crafts-client"):
         entries = _ledger(SiteHome.open(home)).entries()
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], default=str))
         return
     for entry in entries:
+        begin = f"{entry.sequence:5d}  {entry.recorded_at:%Y-%m-%d %H:%M:%S}  {entry.kind:9s}"
+        if entry.kind is EntryKind.PLACED:
+            typer.echo(f"{begin}  bound to place {entry.detail}")
+            continue
         about = f"run {entry.run_id} round {entry.round} {entry.stage}"
         mechanism = f"{entry.steps} steps, noise {entry.noise_multiplier:g}, rate "
-        typer.echo(
-            f"{entry.sequence:5d}  {entry.recorded_at:%Y-%m-%d %H:%M:%S}  {entry.kind:9s}  "
-            f"{entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}"
-        )
+        typer.echo(f"{begin}  {entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}")
 
 
 @ledger_app.command("export")
 def ledger_export(
-    out: Annotated[Path, typer.Argument(help="CSV file to write.")],
+    out: Annotated[Path, typer.Argument(help="File to write: CSV below a signed head.")],
     home: Home = Path("site"),
     as_json: AsJson = False,
 ) -> None:
-    """Write every entry as CSV, hashes included, for a second party to keep."""
+    """Write every entry for another hospital, signed with this site's key.
+
+    The other needs the key as well, by another way than the file: tell it by telephone.
+    """
+    from crafts_client.site_key import signed_head
     from crafts_privacy.ledger_export import write_export
 
     with one_line_errors("crafts-client"):
-        entries = _ledger(SiteHome.open(home)).entries()
-        write_export(entries, out)
-    print_result({"file": str(out), "entries": len(entries)}, as_json)
+        site = SiteHome.open(home)
+        ledger = _ledger(site)
+        head = signed_head(site, ledger)
+        write_export(ledger.entries()[: head.sequence], head, out)
+    print_result({"file": str(out), "entries": head.sequence, "key": head.fingerprint}, as_json)
 
 
 def _ledger(site: SiteHome) -> "Ledger":

@@ -1,55 +1,111 @@
-"""A ledger as a CSV file for a second party: every entry with its hashes, and back."""
+"""A ledger as a file for a second party: the site's signed head, then every entry as CSV.
+
+The file is accepted as a whole or not at all. Its head is signed by a key that the reader must know
+beforehand; the entries must lead, from the first one on, to exactly that head; and the file must be
+byte for byte what those entries and that head are written as. So nothing can be cut off, left out,
+changed, put in another order or made up by anybody but the site itself. What the reader cannot know
+is what the site has spent since: the head says when it was signed.
+"""
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
 from crafts_core.durable import write_file
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
-from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
+from crafts_privacy.ledger_rows import EntryKind, LedgerEntry, check_chain, genesis_hash
+from crafts_privacy.signed_head import SignedHead
+from crafts_privacy.signing import SignatureError
 
 _COLUMNS = [field.name for field in fields(LedgerEntry)]
+_HEAD = "# crafts ledger export 2: "
 
 
-def write_export(entries: Sequence[LedgerEntry], path: Path) -> None:
-    """Write all of a ledger's entries, oldest first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerExport:
+    """An export that was checked: whose, until when, and what it charged."""
+
+    head: SignedHead
+    charged: tuple[PrivacyEvent, ...]
+    """What was reserved, in all cohorts."""
+
+
+def write_export(entries: Sequence[LedgerEntry], head: SignedHead, path: Path) -> None:
+    """Write all of a ledger's entries, oldest first, and the head that they lead to."""
+    write_file(path, _written(entries, head))
+
+
+def read_export(path: Path, *, trusted: Collection[str]) -> LedgerExport:
+    """Read an export and check all of it, as ``parse_export`` does.
+
+    Raises:
+        LedgerError: as there, or the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LedgerError(f"cannot read {path}: {error.strerror}") from error
+    return parse_export(content, name=str(path), trusted=trusted)
+
+
+def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> LedgerExport:
+    """Accept a whole export, byte for byte.
+
+    Args:
+        content: Of the file.
+        name: Of the file, for what is said about it.
+        trusted: Fingerprints of keys that are known to be the exporting sites' own.
+
+    Raises:
+        LedgerError: this is no export, or it is signed by a key that is not trusted.
+        LedgerTamperedError: it is not what that site exported.
+    """
+    try:
+        first, _, table = content.decode("utf-8").partition("\n")
+        if not first.startswith(_HEAD):
+            raise ValueError("no signed head")
+        head = SignedHead.model_validate_json(first.removeprefix(_HEAD))
+        entries = tuple(_entry(row) for row in csv.DictReader(io.StringIO(table)))
+        charged = tuple(entry.event for entry in entries if entry.kind is EntryKind.RESERVED)
+        fingerprint = head.fingerprint
+    except (ValueError, KeyError, TypeError, csv.Error, SignatureError) as error:
+        raise LedgerError(
+            f"{name} is no exported ledger with a signed head; ask for one made with crafts-client "
+            "ledger export"
+        ) from error
+    if fingerprint not in trusted:
+        raise LedgerError(
+            f"{name} says that it is of {head.site} and is signed by key {fingerprint}; ask that "
+            "hospital, by telephone, what its own ledger export prints as key, and give that with "
+            "--also-key"
+        )
+    try:
+        head.check()
+        check_chain(head.ledger_id, entries)
+    except (SignatureError, LedgerTamperedError) as error:
+        raise _changed(name) from error
+    end = entries[-1].hash if entries else genesis_hash(head.ledger_id)
+    whole = (len(entries), end) == (head.sequence, head.hash)
+    if not whole or _written(entries, head).encode() != content:
+        raise _changed(name)
+    return LedgerExport(head=head, charged=charged)
+
+
+def _changed(name: str) -> LedgerTamperedError:
+    return LedgerTamperedError(f"{name} is not what was exported; ask that site for a new one")
+
+
+def _written(entries: Sequence[LedgerEntry], head: SignedHead) -> str:
     text = io.StringIO()
+    text.write(f"{_HEAD}{head.model_dump_json()}\n")
     rows = csv.DictWriter(text, _COLUMNS)
     rows.writeheader()
     rows.writerows(asdict(entry) for entry in entries)
-    write_file(path, text.getvalue())
-
-
-def read_export(path: Path) -> tuple[LedgerEntry, ...]:
-    """Read an export and check every entry and that none is missing between the first and last.
-
-    Raises:
-        LedgerError: the file is no export.
-        LedgerTamperedError: an entry was changed, or one is missing.
-    """
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-        entries = tuple(_entry(row) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LedgerError(
-            f"{path} is no exported ledger; make one with crafts-client ledger export"
-        ) from error
-    for index, entry in enumerate(entries):
-        follows = index == 0 or entry.previous_hash == entries[index - 1].hash
-        if entry.sequence != index + 1 or not follows or entry.computed_hash() != entry.hash:
-            raise LedgerTamperedError(
-                f"{path}: entry {index + 1} is not what was exported; ask that site for a new one"
-            )
-    return entries
-
-
-def charged(entries: Sequence[LedgerEntry]) -> tuple[PrivacyEvent, ...]:
-    """What was reserved, in all cohorts."""
-    return tuple(entry.event for entry in entries if entry.kind is EntryKind.RESERVED)
+    return text.getvalue()
 
 
 def _entry(row: dict[str, str]) -> LedgerEntry:

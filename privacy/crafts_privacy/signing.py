@@ -6,6 +6,7 @@ that only its owner can read; anything looser is refused.
 
 import base64
 import binascii
+import hashlib
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -69,6 +70,15 @@ def public_key_of(key: Ed25519PrivateKey) -> str:
     return base64.b64encode(raw).decode("ascii")
 
 
+def fingerprint(public_key: str) -> str:
+    """SHA-256 of a public key, for two people to compare.
+
+    Raises:
+        SignatureError: it is no public key.
+    """
+    return hashlib.sha256(_decoded(public_key, _PUBLIC_KEY_BYTES, "public key")).hexdigest()
+
+
 def sign(key: Ed25519PrivateKey, payload: bytes) -> str:
     """Sign exactly these bytes; base64."""
     return base64.b64encode(key.sign(payload)).decode("ascii")
@@ -97,4 +107,6 @@ def _decoded(text: str, num_bytes: int, what: str) -> bytes:
         raise SignatureError(f"the {what} is not base64") from error
     if len(raw) != num_bytes:
         raise SignatureError(f"expected a {what} of {num_bytes} bytes, got {len(raw)}")
+    if base64.b64encode(raw).decode("ascii") != text:  # unused bits of the last character
+        raise SignatureError(f"the {what} is not written as base64 writes it")
     return raw

@@ -227,19 +227,26 @@ def test_a_patient_at_two_sites_spends_both(tmp_path, home, foundation, coordina
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
     export = tmp_path / "other.csv"
-    run("ledger", "export", export, "--home", home.path)
-    told = json.loads(run("budget", "--home", home.path, "--also", export, "--json").stdout)
+    exported = run("ledger", "export", export, "--home", home.path, "--json")
+    key = json.loads(exported.stdout)["key"]
+    also = ("budget", "--home", home.path, "--also", export, "--also-key", key)
+    told = json.loads(run(*also, "--json").stdout)
     events = Ledger(home.ledger_path).events("main")
     both = epsilon([*events, *events], home.policy.max_delta)
     assert told["epsilon_of_a_patient_at_all_sites"] == both > told["epsilon_spent"]
+    assert told["counted_of_other_sites"][0].startswith("north: 2 entries, signed 20")
+    unknown = run("budget", "--home", home.path, "--also", export)
+    assert (unknown.exit_code, f"signed by key {key}" in unknown.stderr) == (1, True)
+    alone = run("budget", "--home", home.path, "--also-key", key)
+    assert (alone.exit_code, "no effect without --also" in alone.stderr) == (2, True)
 
     steps = events[0].steps
     export.write_text(export.read_text().replace(f",{steps},", f",{steps - 1},"))
-    refused = run("budget", "--home", home.path, "--also", export)
+    refused = run(*also)
     assert refused.exit_code == 1
     assert "is not what was exported; ask that site for a new one" in refused.stderr
     export.write_text("not,a,ledger\n1,2,3\n")
-    assert "no exported ledger" in run("budget", "--home", home.path, "--also", export).stderr
+    assert "no exported ledger" in run(*also).stderr
 
 
 def test_a_patient_who_withdraws_is_read_no_more(
@@ -295,6 +302,7 @@ def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinato
     assert "reserved" in shown.stdout.splitlines()[0]
     assert exported.exit_code == 0, exported.stderr
     with (tmp_path / "ledger.csv").open(newline="") as file:
+        assert file.readline().startswith("# crafts ledger export 2: {")
         rows = list(csv.DictReader(file))
     assert [row["hash"] for row in rows] == [entry["hash"] for entry in entries]
 
