@@ -6,6 +6,7 @@ CraftsError
 ├── EnrolmentError   the site's operator: the coordinator does not know this site, or is away
 │   ├── CoordinatorBusyError   the coordinator: it failed, and may be able to answer soon
 │   └── NotAgreedError         both: the site's number of patients is not the one that was agreed
+├── WitnessError     the site's operator: a folder that keeps the ledger's head is away
 ├── PolicyError      the coordinator: it asks for what this site's policy does not allow
 ├── OutboxError      the site's operator: a sealed release was altered or cannot be read
 └── TrainingError    the site's operator: training gave something that must not leave
@@ -28,6 +29,10 @@ class CoordinatorBusyError(EnrolmentError):
 
 class NotAgreedError(EnrolmentError):
     """``declared_patients`` of site.toml is not what the coordinator has agreed to."""
+
+
+class WitnessError(CraftsError):
+    """Nobody else can see how far the ledger is, so nothing may leave."""
 
 
 class OutboxError(CraftsError):

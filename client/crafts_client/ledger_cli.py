@@ -1,4 +1,4 @@
-"""The commands of ``crafts-client ledger``: what was spent."""
+"""The commands of ``crafts-client ledger``: what was spent, who else can see it, and where."""
 
 import json
 from dataclasses import asdict
@@ -62,9 +62,51 @@ def ledger_export(
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         ledger = _ledger(site)
+        ledger.check_place()  # what a copy has to say is old
         head = signed_head(site, ledger)
         write_export(ledger.entries()[: head.sequence], head, out)
     print_result({"file": str(out), "entries": head.sequence, "key": head.fingerprint}, as_json)
+
+
+@ledger_app.command("move")
+def ledger_move(
+    home: Home = Path("site"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Let the ledger pay here, after its home was moved, copied or put back from a backup."""
+    with one_line_errors("crafts-client"):
+        ledger = _ledger(SiteHome.open(home))
+    typer.echo(
+        "You vouch that every other copy of this home is gone or will never train again. If two "
+        "copies answer, each pays with the same budget and patients are promised more than is "
+        "kept. This goes into the ledger, for good, and every witness of it will see it."
+    )
+    if not yes:
+        typer.confirm("Is this the only copy that is used from now on?", abort=True)
+    with one_line_errors("crafts-client"):
+        ledger.move()
+    typer.echo("the ledger pays here from now on")
+
+
+@ledger_app.command("witness")
+def ledger_witness(
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="On a disk or share of its own."),
+    ],
+    home: Home = Path("site"),
+) -> None:
+    """Begin to keep the ledger's signed head in a folder, which then must be there to train."""
+    from crafts_client.site_ledger import open_ledger, take_place
+    from crafts_client.witness_folders import begin_in_folder
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        ledger = open_ledger(site)
+        take_place(site, ledger)
+        path = begin_in_folder(site, ledger, folder.resolve())
+    folders = json.dumps([*site.config.witness_folders, str(folder.resolve())])
+    typer.echo(f"{path} is written; in site.toml, set: witness_folders = {folders}")
 
 
 def _ledger(site: SiteHome) -> "Ledger":

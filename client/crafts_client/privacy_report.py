@@ -31,7 +31,7 @@ from crafts_core import __version__
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_privacy.accounting import SecondOpinion
-from crafts_privacy.ledger import EntryKind, LedgerEntry
+from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
 
 _LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
 
@@ -154,6 +154,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
             *_unrecorded(transmissions),
             *_uncommitted(all_entries, records),
             *_telling_times(site.config),
+            *_misplaced(ledger),
             *_weak_audit(audit, site.config, code),
         ),
     )
@@ -263,6 +264,15 @@ def _uncommitted(
             f"transmissions: {len(waiting)} sealed updates are not committed in the ledger; start "
             "crafts-client join, which commits what a crash left"
         )
+
+
+def _misplaced(ledger: Ledger | None) -> Iterator[str]:
+    """A copy does not know what the other one spends."""
+    if ledger is not None:
+        try:
+            ledger.check_place()
+        except LedgerPlaceError as error:
+            yield f"ledger: {error}"
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from crafts_client.errors import (
     NotAgreedError,
     OutboxError,
     TrainingError,
+    WitnessError,
 )
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.site import StageStartMissingError
@@ -25,6 +26,7 @@ from crafts_privacy.errors import (
     BudgetExceededError,
     CalibrationError,
     LedgerError,
+    LedgerPlaceError,
     PlanBudgetExceededError,
     RankError,
 )
@@ -49,6 +51,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (PlanError, Refusal(102, "the plan cannot be read")),
     (PlanBudgetExceededError, Refusal(117, "the plan has spent its own target epsilon here")),
     (BudgetExceededError, Refusal(104, "the cohort's lifetime privacy budget does not allow it")),
+    (LedgerPlaceError, Refusal(150, "the site's ledger is bound to another place than this")),
     (LedgerError, Refusal(105, "the site's privacy ledger does not allow it")),
     (CalibrationError, Refusal(106, "no noise reaches the plan's target epsilon")),
     (AdapterError, Refusal(107, "the plan's adapter does not fit the foundation")),
@@ -58,6 +61,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (FoundationError, Refusal(110, "the site's foundation is missing or damaged")),
     (NotAgreedError, Refusal(118, "the site's number of patients is not the one that was agreed")),
     (EnrolmentError, Refusal(116, "the coordinator did not witness the site's ledger")),
+    (WitnessError, Refusal(151, "a witness of the site's ledger is away")),
     (HomeError, NOT_SET_UP),
     (TileStoreError, NOT_SET_UP),
     (OutboxError, Refusal(113, "the site cannot send its sealed answer again")),

@@ -9,6 +9,7 @@ The order, and what a crash leaves behind::
     seal     the release is on disk                       sent only after a commit
     wait     until a time that no patient decides         committed when the site starts again
     commit   the ledger names the release's hash          asked again: the same file is sent
+    witness  the folders elsewhere have the ledger's head (and were asked before anything)
     send     the message leaves
 
 So nothing leaves that was not charged, and nothing is charged twice for being asked twice. A
@@ -36,9 +37,10 @@ from crafts_client.patients import PatientTiles
 from crafts_client.policy import Policy, PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import open_signed_plan
-from crafts_client.site_ledger import open_ledger
+from crafts_client.site_ledger import open_ledger, take_place
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.witness_folders import show_to_folders
 from crafts_core.adapters import State, factor_names
 from crafts_core.exchange import (
     ExchangeError,
@@ -83,6 +85,7 @@ class Site:
 
         Raises:
             LedgerTamperedError: the ledger is not what was written.
+            LedgerPlaceError: this home is a copy of the one that trains.
             TileStoreError: there is no finished tile store or latent cache.
             HomeError: the tiles are another cohort's.
             PolicyError: nobody here approved the foundation.
@@ -104,6 +107,7 @@ class Site:
             )
         self._register = PatientRegister(home.register_path)
         self._register.enrol(store.patients, home.config.cohort)
+        take_place(home, self._ledger)
         cache = LatentCache.open(store, foundation.manifest.hash)
         self._patients = PatientTiles(store, cache, foundation)
         self._trainer: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
@@ -126,6 +130,12 @@ class Site:
         Raises:
             CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
         """
+        show_to_folders(self._home, self._ledger)
+        release = self._answer(message)
+        show_to_folders(self._home, self._ledger)  # where that fails it stays, sealed
+        return release
+
+    def _answer(self, message: RoundMessage) -> Release:
         # Read anew: a policy that was tightened holds from this answer on.
         policy = Policy.load(self._home.path / POLICY_NAME)
         self._home = replace(self._home, policy=policy)

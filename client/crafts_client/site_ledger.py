@@ -2,12 +2,13 @@
 
 A ledger lies beside its own witness, and both can be lost, or put back from one backup. The outbox
 is a third witness: each release that was ever sealed names the entry that paid for it, so a ledger
-that lacks such an entry is not the newest one. Who removes all three finds an empty site; only the
-coordinator, and whoever kept a head, knows better.
+that lacks such an entry is not the newest one. Who removes all three finds an empty site; only
+whoever kept a head knows better: a folder elsewhere, the coordinator, other sites.
 """
 
 from crafts_client.home import SiteHome
 from crafts_client.outbox import Outbox
+from crafts_client.site_key import site_key
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.ledger_rows import RESTORE
@@ -47,3 +48,15 @@ def open_ledger(home: SiteHome) -> Ledger:
                 f"another one; {RESTORE}"
             )
     return ledger
+
+
+def take_place(home: SiteHome, ledger: Ledger) -> None:
+    """Bind the ledger to this home, and have the key that signs its head.
+
+    Raises:
+        LedgerPlaceError: it is bound to another place: this home is a copy.
+        HomeError: the key is missing.
+    """
+    ledger.check_place()
+    site_key(home, ledger)  # first: who finds the ledger bound expects a key
+    ledger.bind()

@@ -54,6 +54,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         "tiles drop",
         "tiles forget",
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
+        *("ledger move", "ledger witness"),
     }
     assert surface["init"] == {
         *("--name", "--patients", "--home", "--cohort", "--device", "--foundation"),
@@ -234,7 +235,7 @@ def test_a_patient_at_two_sites_spends_both(tmp_path, home, foundation, coordina
     events = Ledger(home.ledger_path).events("main")
     both = epsilon([*events, *events], home.policy.max_delta)
     assert told["epsilon_of_a_patient_at_all_sites"] == both > told["epsilon_spent"]
-    assert told["counted_of_other_sites"][0].startswith("north: 2 entries, signed 20")
+    assert told["counted_of_other_sites"][0].startswith("north: 3 entries, signed 20")
     unknown = run("budget", "--home", home.path, "--also", export)
     assert (unknown.exit_code, f"signed by key {key}" in unknown.stderr) == (1, True)
     alone = run("budget", "--home", home.path, "--also-key", key)
@@ -298,8 +299,9 @@ def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinato
     entries = json.loads(run("ledger", "show", "--home", home.path, "--json").stdout)
     exported = run("ledger", "export", tmp_path / "ledger.csv", "--home", home.path)
 
-    assert [entry["kind"] for entry in entries] == ["reserved", "committed"]
-    assert "reserved" in shown.stdout.splitlines()[0]
+    assert [entry["kind"] for entry in entries] == ["placed", "reserved", "committed"]
+    assert "bound to place" in shown.stdout.splitlines()[0]
+    assert "reserved" in shown.stdout.splitlines()[1]
     assert exported.exit_code == 0, exported.stderr
     with (tmp_path / "ledger.csv").open(newline="") as file:
         assert file.readline().startswith("# crafts ledger export 2: {")
@@ -363,6 +365,7 @@ def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None
     [
         *(("tiles", "stats"), ("budget",), ("policy", "show"), ("audit",), ("report",)),
         *(("ledger", "verify"), ("ledger", "show"), ("ledger", "export", "ledger.csv")),
+        *(("ledger", "move"), ("ledger", "witness", ".")),
     ],
 )
 def test_without_a_home_it_is_one_line_and_exit_1(tmp_path, arguments) -> None:

@@ -51,7 +51,9 @@ def one_round(tmp_path_factory: pytest.TempPathFactory, foundation) -> Path:
 @pytest.fixture
 def trained(one_round: Path, tmp_path: Path) -> SiteHome:
     shutil.copytree(one_round, tmp_path / "site")
-    return SiteHome.open(tmp_path / "site")
+    home = SiteHome.open(tmp_path / "site")
+    Ledger(home.ledger_path).move()
+    return home
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_a_ledger_that_is_lost_or_older_is_found_by_whoever_asks(
 def test_a_ledger_in_order_opens(trained) -> None:
     ledger = existing_ledger(trained)
     assert ledger is not None
-    assert len(ledger.entries()) == 4
+    assert len(ledger.entries()) == 5
 
 
 def test_a_sealed_file_that_was_damaged_is_no_witness_and_is_named(trained) -> None:

@@ -240,4 +240,6 @@ def test_a_site_answers_a_control_round_and_pays_for_it(tmp_path, foundation, co
     assert all(bool(value.any()) for value in release.delta.values()), "noise is in every tensor"
     (event,) = Ledger(home.ledger_path).events("main")
     assert (event.steps, event.sample_rate) == (2, 0.5)
-    assert {entry.stage for entry in Ledger(home.ledger_path).entries()} == {"control"}
+    assert {entry.stage for entry in Ledger(home.ledger_path).entries()} == {"", "control"}, (
+        "and its place"
+    )

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from crafts_client.home import SiteHome
 from crafts_core.foundation import Foundation
-from crafts_privacy.ledger import Ledger
+from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_server.enrolments import Enrolments
 from crafts_simulations.faults.case import Case, check_ledgers, expect
 from crafts_simulations.faults.link import Link
@@ -90,7 +90,10 @@ def has_reserved(programs: Programs, study: SmallStudy, name: str) -> None:
     """Until a site's ledger has paid for a round: it trains."""
     ledger = SiteHome.open(study.sites[name]).ledger_path
     programs.wait(
-        lambda: ledger.exists() and bool(Ledger(ledger).entries()),
+        lambda: (
+            ledger.exists()
+            and any(each.kind is EntryKind.RESERVED for each in Ledger(ledger).entries())
+        ),
         "nothing was reserved",
         within_s=_ROUND_WITHIN_S,
     )
