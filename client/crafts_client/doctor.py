@@ -24,7 +24,9 @@ from crafts_client.agreed_patients import check_agreed
 from crafts_client.answer_times import COHORT_SLACK
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
+from crafts_client.peer_heads import PeerHeads
 from crafts_client.site_ledger import existing_ledger
+from crafts_client.witness_folders import check_folders
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import verify
@@ -319,6 +321,7 @@ def ledger(home: SiteHome) -> Iterator[Finding]:
     if kept is None:
         yield _ok("ledger", "nothing was trained here yet")
         return
+    kept.check_place()
     cohort, lifetime = home.config.cohort, home.policy.lifetime
     kept.check_filters(cohort, lifetime.filters)
     plans = kept.plans(cohort)
@@ -334,6 +337,30 @@ def ledger(home: SiteHome) -> Iterator[Finding]:
         yield _problem("ledger", found, "no study can use these patients any more")
 
 
+def witnesses(home: SiteHome) -> Iterator[Finding]:
+    """Who else sees how far the ledger is, and what this site sees of others."""
+    kept = existing_ledger(home)
+    if kept is not None and home.witness_folders:
+        check_folders(home, kept)
+        yield _ok("witnesses", f"{len(home.witness_folders)} folders have seen this ledger")
+    elif not home.witness_folders:
+        yield Finding(
+            subject="witnesses",
+            verdict=Verdict.OK,
+            found="no folder of this hospital keeps the ledger's head",
+            advice="a coordinator can keep back what it and other sites saw: crafts-client ledger "
+            "witness FOLDER, on a share that is not backed up with this home, closes that",
+        )
+    for peer in PeerHeads(home.peer_heads_path).read():
+        if peer.against is not None:
+            yield _warning(
+                "witnesses",
+                f"{peer.newest.site} showed two ledgers: {peer.newest}, and {peer.against}",
+                "ask that hospital, by telephone, whether its home was copied, made anew, or had a "
+                f"wrong clock; if all is explained, remove {home.peer_heads_path}",
+            )
+
+
 CHECKS: tuple[Check, ...] = (
     enrolment,
     fleet,
@@ -347,6 +374,7 @@ CHECKS: tuple[Check, ...] = (
     foundation,
     data,
     ledger,
+    witnesses,
 )
 
 

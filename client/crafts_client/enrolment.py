@@ -111,6 +111,9 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
         write_file(keys / name, key.private_bytes(Encoding.PEM, form, NoEncryption()), mode=0o600)
     write_file(keys / "ca.crt", reply.ca_pem)
     write_file(keys / "tls.crt", reply.certificate_pem)
+    if _authority(home) != record.ca_fingerprint:
+        # Who takes part in another coordinator's studies is not this one's business.
+        home.peer_heads_path.unlink(missing_ok=True)
     write_file(home.coordinator_path, record.model_dump_json(indent=1) + "\n")
     return record
 
@@ -174,8 +177,17 @@ def coordinator_record(home: SiteHome) -> CoordinatorRecord:
 def forget_coordinator(home: SiteHome) -> None:
     """Remove what belongs to the coordinator. Again is fine."""
     home.coordinator_path.unlink(missing_ok=True)
+    home.peer_heads_path.unlink(missing_ok=True)
     for name in ("tls.key", "tls.crt", "node.key", "ca.crt"):
         (home.path / "keys" / name).unlink(missing_ok=True)
+
+
+def _authority(home: SiteHome) -> str:
+    """Of the coordinator so far; empty if there is none."""
+    try:
+        return coordinator_record(home).ca_fingerprint
+    except EnrolmentError:
+        return ""
 
 
 def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:

@@ -63,7 +63,7 @@ def join(
         from crafts_client.answer_times import flush_subnormals
         from crafts_client.client_app import make_client_app
         from crafts_client.enrolment import coordinator_record
-        from crafts_client.ledger_witness import witness_ledger
+        from crafts_client.ledger_witness import witness_at_start, witness_ledger
         from crafts_client.site import Site
         from crafts_client.supernode import join as take_part
 
@@ -78,6 +78,7 @@ def join(
             witness_ledger(opened)
 
         try:
+            witness_at_start(opened)
             client_app = make_client_app(lambda _: site, witness=witness)
             take_part(opened, record, client_app, stop)
         finally:

@@ -24,17 +24,19 @@ from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import MANIFEST_NAME, FoundationManifest, read_manifest
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
 from crafts_core.roster import Roster
+from crafts_privacy.signed_head import SignedHead
 from crafts_server.audit_log import Event
 from crafts_server.enrolments import Enrolments, Witness
 from crafts_server.errors import EnrolmentError, PkiError, RegistryError
 from crafts_server.home import CoordinatorHome
 from crafts_server.node_keys import check_node_key
 from crafts_server.pki import Pki, common_name, fingerprint
+from crafts_server.signed_heads import SignedHeads
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
-_MAX_REQUEST_BYTES = 64 * 1024
+_MAX_REQUEST_BYTES = 128 * 1024  # the heads that a site holds of a hundred others
 _WORKERS = 8
 _INTERNAL = "the coordinator failed; its operator can see why"
 
@@ -99,9 +101,10 @@ class EnrolmentService:
 class RegistrarService:
     """What an enrolled site may ask. ``context`` says which site it is."""
 
-    def __init__(self, home: CoordinatorHome, enrolments: Enrolments) -> None:
+    def __init__(self, home: CoordinatorHome, enrolments: Enrolments, heads: SignedHeads) -> None:
         self._home = home
         self._enrolments = enrolments
+        self._heads = heads
         self._foundation: Path = home.foundation_path
         self._manifest: FoundationManifest = read_manifest(self._foundation)
 
@@ -150,6 +153,24 @@ class RegistrarService:
         except EnrolmentError as error:
             raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
         return messages.WitnessLedgerReply(entries=kept.entries, head=kept.head)
+
+    def ExchangeHeads(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Keep what the site signed and holds of others; give what they signed and hold of it."""
+        site = self._site(context)
+        try:
+            mine = SignedHead.of(request.mine)
+            held = [SignedHead.of(head) for head in request.held]
+            of_you, of_others = self._heads.exchange(site, mine, held)
+        except ValueError as error:
+            raise RefusedError(
+                grpc.StatusCode.FAILED_PRECONDITION, "this is no signed head of a ledger"
+            ) from error
+        except EnrolmentError as error:
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
+        return messages.ExchangeHeadsReply(
+            of_you=[messages.SignedHead(**head.model_dump()) for head in of_you],
+            of_others=[messages.SignedHead(**head.model_dump()) for head in of_others],
+        )
 
     def Leave(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002
         """The site goes by its own wish; its certificate and node count no more."""

@@ -84,6 +84,17 @@ class WitnessRow(Base):
     seen_at: Mapped[datetime]
 
 
+class SignedHeadRow(Base):
+    """A head of a ledger, signed by its site, that a site (the same or another) has shown."""
+
+    __tablename__ = "signed_head"
+
+    holder: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    site: Mapped[str] = mapped_column(String(63), index=True)
+    json: Mapped[str] = mapped_column(Text)
+
+
 class PlanRow(Base):
     """A signed plan."""
 

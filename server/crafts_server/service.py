@@ -36,6 +36,7 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
+from crafts_server.signed_heads import SignedHeads
 from crafts_server.superlink import SuperLink
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Service:
         pki.renew(config.hosts)
         self.superlink.start()
         registrar, registrar_port = registrar_server(
-            RegistrarService(self._home, self._enrolments),
+            RegistrarService(self._home, self._enrolments, SignedHeads(self._registry)),
             pki,
             f"{config.listen}:{config.registrar_port}",
         )

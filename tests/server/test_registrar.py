@@ -20,16 +20,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
+from sqlalchemy import delete
 from typer.testing import CliRunner
 
 from crafts_client import doctor, ledger_witness
 from crafts_client.agreed_patients import check_agreed, fetch_roster
 from crafts_client.cli import app as client_app
-from crafts_client.enrolment import Registrar, enrol
+from crafts_client.enrolment import Registrar, enrol, forget_coordinator
 from crafts_client.errors import EnrolmentError, NotAgreedError
 from crafts_client.home import SITE_NAME, SiteHome
-from crafts_client.ledger_witness import witness_ledger
+from crafts_client.ledger_witness import witness_at_start, witness_ledger
+from crafts_client.peer_heads import PeerHeads
 from crafts_client.refusals import refusal_of
+from crafts_client.site_key import signed_head
+from crafts_client.site_ledger import take_place
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import verify
 from crafts_core.plan import Plan
@@ -51,7 +55,8 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
-from crafts_server.registry_rows import CohortSizeRow
+from crafts_server.registry_rows import CohortSizeRow, WitnessRow
+from crafts_server.signed_heads import SignedHeads
 from support.disk import fill_disk
 from support.proxy import Proxy
 from support.sites import make_site_home, plan_values
@@ -88,7 +93,7 @@ def coordinator(tmp_path: Path, foundation) -> Iterator[Coordinator]:
     pki = Pki.create(home.path / "pki", ["localhost", "127.0.0.1"])
     registry = home.registry()
     enrolments, joined = Enrolments(registry), []
-    service = RegistrarService(home, enrolments)
+    service = RegistrarService(home, enrolments, SignedHeads(registry))
     registrar, registrar_port = registrar_server(service, pki, "127.0.0.1:0")
     enrolment, enrolment_port = enrolment_server(
         EnrolmentService(
@@ -422,6 +427,113 @@ def test_a_site_finds_its_ledger_put_back_together_with_its_local_witness(
         path.unlink()
     with pytest.raises(LedgerTamperedError, match=r"this one \(0 entries\)"):
         witness_ledger(site)
+
+
+@pytest.fixture
+def south(coordinator, site, tmp_path: Path, foundation) -> SiteHome:
+    """Another site; both are enrolled."""
+    other = make_site_home(tmp_path / "south", foundation, "unknown", name="south")
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    enrol(other, coordinator.host, coordinator.invite("south"))
+    return other
+
+
+def forget_what_was_witnessed(coordinator: Coordinator) -> None:
+    """A coordinator that says nothing of what it saw; heads of others it still hands on."""
+    with coordinator.home.registry().session() as session:
+        session.execute(delete(WitnessRow))
+
+
+def witnessed_copy(coordinator: Coordinator, site: SiteHome, south: SiteHome) -> SiteHome:
+    """A copy, after one round, of a site whose second round is known to another site.
+
+    Its operator has said that there is no other copy.
+    """
+    take_place(site, Ledger(site.ledger_path))
+    spend(site, round=1)
+    copy = SiteHome.open(Path(shutil.copytree(site.path, site.path.with_name("copy"))))
+    Ledger(copy.ledger_path).move()
+    spend(site, round=2)
+    witness_ledger(site)
+    witness_ledger(south)  # gets north's head
+    witness_ledger(south)  # and says that it holds it
+    forget_what_was_witnessed(coordinator)
+    return copy
+
+
+def test_the_other_sites_are_witnesses_where_the_coordinator_is_none(
+    coordinator, site, south
+) -> None:
+    copy = witnessed_copy(coordinator, site, south)
+    assert [head.site for head in PeerHeads(south.peer_heads_path).held()] == ["north"]
+    with pytest.raises(LedgerTamperedError, match="another site holds a head of 5 entries"):
+        witness_ledger(copy)
+    forget_what_was_witnessed(coordinator)
+    spend(copy, round=7)
+    with pytest.raises(LedgerTamperedError, match="another copy went on"):
+        witness_at_start(copy)
+    forget_what_was_witnessed(coordinator)
+    spend(site, round=3)
+    witness_ledger(site)
+
+
+def test_a_coordinator_that_keeps_heads_back_is_not_seen_from_inside(
+    coordinator, site, south, monkeypatch
+) -> None:
+    """What docs/privacy.md says that it can do; a folder of the hospital's own sees it."""
+    copy = witnessed_copy(coordinator, site, south)
+    monkeypatch.setattr(SignedHeads, "exchange", lambda *_: ([], []))
+    witness_ledger(copy)
+
+
+def test_two_ledgers_of_one_site_raise_an_alarm_at_the_others(
+    coordinator, site, south, caplog
+) -> None:
+    witnessed_copy(coordinator, site, south)
+    other = SiteHome.open(site.path)
+    for path in (other.ledger_path, other.ledger_path.with_name("ledger.db.head")):
+        path.unlink()
+    spend(other, round=1)
+    with pytest.raises(LedgerTamperedError, match="another site holds a head"):
+        witness_ledger(other)
+    witness_ledger(south)
+    assert "alarm: two ledgers of site=north" in caplog.text
+    found = {each.found for each in doctor.witnesses(south)}
+    assert any("north showed two ledgers: north: 5 entries" in each for each in found)
+
+
+def test_a_head_is_accepted_from_its_own_site_only(coordinator, site, south) -> None:
+    spend(site, round=1)
+    norths = signed_head(site, Ledger(site.ledger_path))
+    forged = norths.model_copy(update={"site": "south"})
+    with Registrar(south) as registrar:
+        for head, says in (
+            (norths, "shows its own head once"),
+            (forged, "not signed by its key"),
+            (norths.model_copy(update={"hash": "x"}), "no signed head"),
+        ):
+            with pytest.raises(EnrolmentError, match=says):
+                registrar.call("ExchangeHeads", mine=messages.SignedHead(**head.model_dump()))
+
+
+def test_heads_of_one_coordinators_sites_are_not_shown_to_another(coordinator, site, south) -> None:
+    witness_ledger(south)
+    witness_ledger(site)
+    assert [head.site for head in PeerHeads(site.peer_heads_path).held()] == ["south"]
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    assert site.peer_heads_path.exists(), "the same coordinator"
+    record = json.loads(site.coordinator_path.read_text())
+    site.coordinator_path.write_text(json.dumps(record | {"ca_fingerprint": "0" * 64}))
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    assert not site.peer_heads_path.exists()
+    witness_ledger(site)
+    forget_coordinator(site)
+    assert not site.peer_heads_path.exists()
+
+
+def test_a_site_starts_while_its_coordinator_is_away(site, caplog) -> None:
+    witness_at_start(site)
+    assert "nobody has witnessed the ledger yet" in caplog.text
 
 
 def test_a_site_that_leaves_is_revoked_and_keeps_what_it_owns(coordinator, site) -> None:

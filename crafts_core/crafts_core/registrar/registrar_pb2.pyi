@@ -131,3 +131,39 @@ class GetRosterReply(_message.Message):
     json: str
     signature: str
     def __init__(self, json: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
+
+class SignedHead(_message.Message):
+    __slots__ = ("site", "ledger", "ledger_id", "sequence", "hash", "signed_at", "public_key", "signature")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_AT_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    ledger: str
+    ledger_id: str
+    sequence: int
+    hash: str
+    signed_at: int
+    public_key: str
+    signature: str
+    def __init__(self, site: _Optional[str] = ..., ledger: _Optional[str] = ..., ledger_id: _Optional[str] = ..., sequence: _Optional[int] = ..., hash: _Optional[str] = ..., signed_at: _Optional[int] = ..., public_key: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
+
+class ExchangeHeadsRequest(_message.Message):
+    __slots__ = ("mine", "held")
+    MINE_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    mine: SignedHead
+    held: _containers.RepeatedCompositeFieldContainer[SignedHead]
+    def __init__(self, mine: _Optional[_Union[SignedHead, _Mapping]] = ..., held: _Optional[_Iterable[_Union[SignedHead, _Mapping]]] = ...) -> None: ...
+
+class ExchangeHeadsReply(_message.Message):
+    __slots__ = ("of_you", "of_others")
+    OF_YOU_FIELD_NUMBER: _ClassVar[int]
+    OF_OTHERS_FIELD_NUMBER: _ClassVar[int]
+    of_you: _containers.RepeatedCompositeFieldContainer[SignedHead]
+    of_others: _containers.RepeatedCompositeFieldContainer[SignedHead]
+    def __init__(self, of_you: _Optional[_Iterable[_Union[SignedHead, _Mapping]]] = ..., of_others: _Optional[_Iterable[_Union[SignedHead, _Mapping]]] = ...) -> None: ...
