@@ -27,7 +27,9 @@ def foundation(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
     "fault",
     [
         *("replayed", "NaN", "in another site's name", "rolled back"),
-        "one of ten declares noise 1e-9, with a directed update",
+        pytest.param(
+            "one of ten declares noise 1e-9, with a directed update", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_what_must_hold_holds(fault: str, foundation: Foundation, tmp_path: Path) -> None:
