@@ -23,7 +23,7 @@ from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 
 if TYPE_CHECKING:
-    from crafts_privacy.audit import OneRun
+    from crafts_privacy.audit_statistics import OneRun
 
 app = typer.Typer(
     no_args_is_help=True,

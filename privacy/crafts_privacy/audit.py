@@ -29,17 +29,24 @@ from scipy import stats
 from torch import Tensor, nn
 
 from crafts_privacy.accounting import calibrate_noise_multiplier
+from crafts_privacy.audit_statistics import (
+    FALSE_ALARM,
+    OneRun,
+    Vector,
+    of_z,
+    one_run,
+    p_fresh,
+    p_rate,
+    p_rotation,
+    p_scale,
+    p_shape,
+    p_spread,
+)
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
-
-FALSE_ALARM = 1e-6
-"""A right engine fails one statistic with this probability (the audit has 27 of them)."""
-
-CONFIDENCE = 0.95
-"""Of the one-run lower bound."""
 
 _PATIENTS = 48
 _COORDINATES = 256
@@ -55,8 +62,6 @@ _STABILITY = 0.01
 """gamma of automatic clipping."""
 _TILES = 2
 _GROUP = 5
-
-Vector = NDArray[np.float64]
 
 
 class Engine(Protocol):
@@ -95,24 +100,6 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.p_value >= FALSE_ALARM
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OneRun:
-    """Lower bounds on epsilon from right guesses, at 95 % confidence."""
-
-    claimed_epsilon: float
-    delta: float
-    num_canaries: int
-    num_right: int
-    bound: float
-    ceiling: float
-    control: float
-    """The bound where the same engine runs without noise; it must exceed the claim."""
-
-    @property
-    def passed(self) -> bool:
-        return self.bound <= self.claimed_epsilon < min(self.ceiling, self.control)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,36 +313,32 @@ def direct_checks(seen: Observation) -> tuple[Check, ...]:
         Check(
             name="noise scale",
             question="has the noise the claimed standard deviation?",
-            p_value=_two_sided(
-                stats.chi2(seen.standardised_noise.size), float((seen.standardised_noise**2).sum())
-            ),
+            p_value=p_scale(seen.standardised_noise),
         ),
         Check(
             name="noise shape",
             question="is the noise Gaussian around zero?",
-            p_value=float(
-                stats.kstest(seen.standardised_noise[:, _PATIENTS:].ravel(), "norm").pvalue
-            ),
+            p_value=p_shape(seen.standardised_noise[:, _PATIENTS:]),
         ),
         Check(
             name="noise is fresh",
             question="is each step's noise its own, after a restart as well?",
-            p_value=_fresh(seen.standardised_noise[:, _PATIENTS:]),
+            p_value=p_fresh(seen.standardised_noise[:, _PATIENTS:]),
         ),
         Check(
             name="sampling rate",
             question="is a patient drawn as often as claimed, and at most once a step?",
-            p_value=_rate(seen),
+            p_value=p_rate(seen.drawn_TN, seen.mechanism.sample_rate),
         ),
         Check(
             name="independent sampling",
             question="does the size of the sample vary as independent draws make it?",
-            p_value=_spread(seen),
+            p_value=p_spread(seen.drawn_TN, seen.mechanism.sample_rate),
         ),
         Check(
             name="no rotation",
             question="is who was drawn in one step independent of the step before?",
-            p_value=_rotation(seen),
+            p_value=p_rotation(seen.drawn_TN, seen.mechanism.sample_rate),
         ),
         Check(
             name="fixed divisor",
@@ -376,46 +359,6 @@ def _clip(seen: Observation) -> float:
     return float(stats.norm.sf(excess / (std / math.sqrt(inside.sum()))))
 
 
-def _fresh(noise_TD: Vector) -> float:
-    """The largest correlation of two steps' noise; Bonferroni over all pairs."""
-    lengths = np.linalg.norm(noise_TD, axis=1, keepdims=True)
-    if not (lengths > 0).all():
-        return 0.0
-    unit_TD = noise_TD / lengths
-    upper = np.triu_indices(len(unit_TD), k=1)
-    largest = np.abs(unit_TD @ unit_TD.T)[upper].max()
-    num_coordinates = noise_TD.shape[1]
-    # Squared correlation of independent Gaussians is Beta(1/2, (D - 1) / 2).
-    single = stats.beta.sf(largest**2, 0.5, (num_coordinates - 1) / 2)
-    return float(min(1.0, len(upper[0]) * single))
-
-
-def _rate(seen: Observation) -> float:
-    if seen.drawn_TN.max() > 1:
-        return 0.0
-    binomial = stats.binomtest(
-        int(seen.drawn_TN.sum()), seen.drawn_TN.size, seen.mechanism.sample_rate
-    )
-    return float(binomial.pvalue)
-
-
-def _spread(seen: Observation) -> float:
-    """Sum of squared deviations of the sample sizes, chi-squared by the central limit."""
-    rate, (steps, num) = seen.mechanism.sample_rate, seen.drawn_TN.shape
-    deviation_T = seen.drawn_TN.sum(axis=1) - num * rate
-    scaled = float((deviation_T**2).sum()) / (num * rate * (1 - rate))
-    return _two_sided(stats.chi2(steps), scaled)
-
-
-def _rotation(seen: Observation) -> float:
-    """Agreement of who is drawn in neighbouring steps; a shuffled deck alternates."""
-    rate = seen.mechanism.sample_rate
-    centred_TN = seen.drawn_TN - rate
-    products = centred_TN[1:] * centred_TN[:-1]
-    z = products.sum() / (rate * (1 - rate) * math.sqrt(products.size))
-    return _of_z(float(z))
-
-
 def _divisor(seen: Observation) -> float:
     """Slope of the bound patients' sum, beyond its expectation, on the size of the sample."""
     num = seen.drawn_TN.shape[1]
@@ -426,15 +369,7 @@ def _divisor(seen: Observation) -> float:
     variance = float((centred_T**2 * bound_TN.sum(axis=1)).sum())
     if variance == 0:
         return 1.0  # samples of one size: the sampling statistics speak to that
-    return _of_z(float((centred_T * noise_TN.sum(axis=1)).sum()) / math.sqrt(variance))
-
-
-def _of_z(z: float) -> float:
-    return float(2 * stats.norm.sf(abs(z)))
-
-
-def _two_sided(distribution: "stats.rv_continuous_frozen", value: float) -> float:
-    return float(2 * min(distribution.cdf(value), distribution.sf(value)))
+    return of_z(float((centred_T * noise_TN.sum(axis=1)).sum()) / math.sqrt(variance))
 
 
 def _one_run(
@@ -447,18 +382,12 @@ def _one_run(
     )
     right = _guess(make, coins, num_canaries, noise=noise, steps=steps)
     without = _guess(make, coins, num_canaries, noise=1e-3, steps=steps)
-    bound, control, ceiling = (
-        epsilon_lower_bound(num_guesses=num_canaries, num_right=count, delta=delta)
-        for count in (right, without, num_canaries)
-    )
-    return OneRun(
+    return one_run(
         claimed_epsilon=claimed_epsilon,
         delta=delta,
         num_canaries=num_canaries,
         num_right=right,
-        bound=bound,
-        ceiling=ceiling,
-        control=control,
+        without_noise=without,
     )
 
 
@@ -481,30 +410,3 @@ def _guess(make: _Maker, coins: np.random.Generator, num: int, *, noise: float, 
     score = -layer.weight.detach()[0].double().cpu().numpy()
     guess_in = score > _RATE * steps * _BOUND / 2
     return int((guess_in == is_in).sum())
-
-
-def epsilon_lower_bound(*, num_guesses: int, num_right: int, delta: float) -> float:
-    """The smallest epsilon that so many right guesses do not contradict, at 95 % confidence.
-
-    Theorem 5.2 of arXiv 2305.08846, with a guess for every canary.
-    """
-    if _surprise(num_guesses, num_right, 0.0, delta) > 1 - CONFIDENCE:
-        return 0.0
-    low, high = 0.0, 1.0
-    while high < 64 and _surprise(num_guesses, num_right, high, delta) <= 1 - CONFIDENCE:
-        low, high = high, 2 * high
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        contradicted = _surprise(num_guesses, num_right, middle, delta) <= 1 - CONFIDENCE
-        low, high = (middle, high) if contradicted else (low, middle)
-    return low
-
-
-def _surprise(num_guesses: int, num_right: int, epsilon: float, delta: float) -> float:
-    """Probability bound of at least ``num_right`` right guesses under (epsilon, delta)-DP."""
-    right = stats.binom(num_guesses, 1 / (1 + math.exp(-epsilon)))
-    # tail_V[i - 1] is P[V - i <= successes < V]: what delta can lift above the threshold.
-    below_V = right.pmf(np.arange(num_right - 1, -1, -1))
-    tail_V = np.cumsum(below_V)
-    lift = float((tail_V / np.arange(1, num_right + 1)).max()) if num_right else 0.0
-    return float(min(1.0, right.sf(num_right - 1) + 2 * num_guesses * delta * lift))

@@ -16,9 +16,9 @@ from crafts_privacy.audit import (
     Engine,
     MakeEngine,
     audit,
-    epsilon_lower_bound,
     patient_sgd,
 )
+from crafts_privacy.audit_statistics import epsilon_lower_bound
 from crafts_privacy.clipping import to_grid_
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import NoiseSource
