@@ -22,9 +22,11 @@ from cryptography import x509
 
 from crafts_client.agreed_patients import check_agreed
 from crafts_client.answer_times import COHORT_SLACK
+from crafts_client.code_hash import code_sha256
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.peer_heads import PeerHeads
+from crafts_client.site_audit import read_record, weakness
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.witness_folders import check_folders
 from crafts_core.delta_text import delta_text, delta_times_patients
@@ -361,6 +363,16 @@ def witnesses(home: SiteHome) -> Iterator[Finding]:
             )
 
 
+def audit(home: SiteHome) -> Iterator[Finding]:
+    """Of the code, the libraries and the settings that train here now."""
+    reason = weakness(read_record(home.audit_path), home, code_sha256())
+    if reason is None:
+        yield _ok("audit", "the newest one passed, and is of what is installed and set here")
+    else:
+        found, _, advice = reason.partition("; ")
+        yield _warning("audit", found, advice)
+
+
 CHECKS: tuple[Check, ...] = (
     enrolment,
     fleet,
@@ -375,6 +387,7 @@ CHECKS: tuple[Check, ...] = (
     data,
     ledger,
     witnesses,
+    audit,
 )
 
 

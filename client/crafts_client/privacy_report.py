@@ -8,7 +8,6 @@ signed. What an attack found is computed from patients without noise, so it is i
 asked for, in files of another name that are the owner's alone.
 """
 
-import json
 import math
 import platform
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from crafts_client.code_hash import code_sha256
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
+from crafts_client.site_audit import LIBRARIES, read_record, weakness
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending import Spending, lifetime_spending, spending_of
 from crafts_core import __version__
@@ -33,7 +33,7 @@ from crafts_core.durable import write_file
 from crafts_privacy.accounting import SecondOpinion
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
 
-_LIBRARIES = ("torch", "dp-accounting", "opacus", "flwr", "cryptography")
+_LIBRARIES = (*LIBRARIES, "flwr")
 
 
 class _Record(BaseModel):
@@ -124,7 +124,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
     transmissions = _transmissions(entries, records)
     plans = () if ledger is None else ledger.plans(cohort)
     lifetime = lifetime_spending(site.policy.lifetime, plans)
-    audit = _record(site.audit_path)
+    audit = read_record(site.audit_path)
     code = code_sha256()
     return PrivacyReport(
         created=datetime.now(UTC),
@@ -155,7 +155,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
             *_uncommitted(all_entries, records),
             *_telling_times(site.config),
             *_misplaced(ledger),
-            *_weak_audit(audit, site.config, code),
+            *_weak_audit(audit, site, code),
         ),
     )
 
@@ -275,17 +275,8 @@ def _misplaced(ledger: Ledger | None) -> Iterator[str]:
             yield f"ledger: {error}"
 
 
-def _record(path: Path) -> dict[str, Any] | None:
-    """A JSON object, if there is a readable one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
 def _attack(site: SiteHome) -> dict[str, Any]:
-    found = _record(site.leakage_path)
+    found = read_record(site.leakage_path)
     if found is None:
         raise HomeError(
             f"no attack at {site.leakage_path}; run crafts-client attack first, or leave out "
@@ -316,33 +307,15 @@ def _unrecorded(transmissions: Sequence[Transmission]) -> Iterator[str]:
         yield f"transmissions: the outbox has no record of {unknown} committed updates"
 
 
-def _weak_audit(audit: dict[str, Any] | None, config: SiteConfig, code: str) -> Iterator[str]:
-    """Where the newest audit says nothing of the engine that trains."""
-    if audit is None:
-        yield "engine: it was never audited here; run crafts-client audit"
-        return
-    subject = audit.get("subject", {})
-    noise = "ExactNoise" if config.exact_noise else "GridNoise"
-    if not audit.get("passed"):
-        yield "engine: the newest audit failed; run crafts-client audit and look"
-    elif audit.get("code_sha256") != code:
-        yield "engine: the newest audit is of other code; run crafts-client audit"
-    elif (subject.get("noise"), subject.get("device")) != (noise, config.device):
-        yield (
-            f"engine: the newest audit is of {subject.get('noise')} on {subject.get('device')}, "
-            f"site.toml says {noise} on {config.device}; run crafts-client audit"
-        )
+def _weak_audit(audit: dict[str, Any] | None, site: SiteHome, code: str) -> Iterator[str]:
+    """Where the newest audit says nothing of what trains."""
+    reason = weakness(audit, site, code)
+    if reason is not None:
+        yield f"engine: {reason}"
 
 
 def _not_audited(config: SiteConfig) -> Iterator[str]:
-    """Canaries run in float32 on one device; sites may train otherwise."""
-    compared = "its gradients are compared on public tiles before each stage"
-    if config.precision != "float32":
-        yield f"training in {config.precision}: {compared}"
-    if config.compile:
-        yield f"compiled passes: {compared}"
-    if config.checkpointing:
-        yield f"checkpointed passes: {compared}"
+    """Both audits run on one device; sites may train on several."""
     if config.more_devices:
         devices = ", ".join((config.device, *config.more_devices))
         yield (

@@ -172,9 +172,7 @@ class Ledger:
             if held:
                 return held
             reservation = replace(reservation, sequence=len(transaction.entries) + 1)
-            terms = Terms(
-                limit=plan_limit, filters=lifetime.filters, request_hash=request_hash
-            )
+            terms = Terms(limit=plan_limit, filters=lifetime.filters, request_hash=request_hash)
             transaction.append(_entry(reservation, EntryKind.RESERVED, terms.to_text()))
             return Reservation.of(transaction.entries[-1])
 

@@ -2,6 +2,7 @@ import csv
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from crafts_client import site_audit
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
 from crafts_client.ingest import Salt
 from crafts_client.site import Site
+from crafts_client.training_audit import TrainingAudit, TrainingCheck
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
@@ -309,19 +312,40 @@ def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinato
     assert [row["hash"] for row in rows] == [entry["hash"] for entry in entries]
 
 
-def test_the_audit_passes_the_installed_engine_and_leaves_its_record(home) -> None:
+@pytest.mark.slow
+def test_the_audit_passes_engine_and_trainer_and_leaves_its_record(
+    tmp_path, foundation, coordinator
+) -> None:
+    home = make_site_home(
+        tmp_path / "site", foundation, coordinator.public_key, allowed_stages=("pretraining",)
+    )
+
     done = run("audit", "--home", home.path)
 
     assert done.exit_code == 0, done.output
-    assert len([line for line in done.stdout.splitlines() if line.startswith("passed")]) == 28
+    lines = done.stdout.splitlines()
+    middle = lines.index("the trainer, on public patients, as site.toml says:")
+    assert len([line for line in lines[:middle] if line.startswith("passed")]) == 28
+    assert len([line for line in lines[middle:] if line.startswith("passed  pretraining")]) == 8
     assert "audited: GridNoise, flat and automatic clipping" in done.stdout
     record = json.loads(home.audit_path.read_text())
     assert record["passed"]
     assert record["subject"] | {"noise": "GridNoise", "device": "cpu"} == record["subject"]
+    assert record["training"]["stages"] == ["pretraining"]
+    assert record["libraries"]["torch"] == metadata.version("torch")
+    assert record["settings"]["precision"] == "float32"
     assert datetime.fromisoformat(record["at"]) <= datetime.now(UTC)
     assert not home.ledger_path.exists(), "an audit spends nothing"
 
 
+@pytest.fixture
+def engine_only(monkeypatch) -> None:
+    """The trainer's part finds nothing: for what is about the engine's."""
+    nothing = TrainingAudit(stages=("pretraining", "alignment"), checks=(), one_runs=())
+    monkeypatch.setattr(site_audit, "audit_training", lambda *_, **__: nothing)
+
+
+@pytest.mark.usefixtures("engine_only")
 def test_an_audit_that_fails_exits_one(home, monkeypatch) -> None:
     monkeypatch.setattr(GridNoise, "add_", lambda self, grid_sum_D, std: None)
 
@@ -332,6 +356,7 @@ def test_an_audit_that_fails_exits_one(home, monkeypatch) -> None:
     assert "FAILED  one-run bound" in done.stdout
 
 
+@pytest.mark.usefixtures("engine_only")
 def test_the_audit_draws_its_noise_where_training_does(home, monkeypatch) -> None:
     """A site with exact noise whose exact noise is broken."""
     site = home.path / "site.toml"
@@ -344,6 +369,20 @@ def test_the_audit_draws_its_noise_where_training_does(home, monkeypatch) -> Non
     assert done.exit_code == 1
     assert "FAILED  noise scale" in done.stdout
     assert json.loads(home.audit_path.read_text())["subject"]["noise"] == "ExactNoise"
+
+
+def test_an_audit_whose_trainer_fails_exits_one(home, monkeypatch) -> None:
+    broken = TrainingCheck(
+        stage="alignment", name="noise is fresh", question="is it?", passed=False, found="p = 0"
+    )
+    found = TrainingAudit(stages=("alignment",), checks=(broken,), one_runs=())
+    monkeypatch.setattr(site_audit, "audit_training", lambda *_, **__: found)
+
+    done = run("audit", "--home", home.path)
+
+    assert done.exit_code == 1
+    assert "FAILED  alignment, noise is fresh: is it? (p = 0)" in done.stdout
+    assert not json.loads(home.audit_path.read_text())["passed"]
 
 
 def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None:

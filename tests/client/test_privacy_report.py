@@ -4,16 +4,20 @@ import json
 import math
 import re
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
+from crafts_client import site_audit
 from crafts_client.cli import app
+from crafts_client.doctor import Verdict, audit
 from crafts_client.home import SiteHome
 from crafts_client.privacy_report import privacy_report, write_privacy_report
 from crafts_client.site import Site
+from crafts_client.training_audit import TrainingAudit
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
@@ -61,7 +65,10 @@ def audit_record(tmp_path_factory: pytest.TempPathFactory, one_round: Path) -> d
     """A record as `crafts-client audit` leaves it."""
     path = tmp_path_factory.mktemp("audited") / "site"
     shutil.copytree(one_round, path)
-    done = run("audit", "--home", path)
+    trained_as = TrainingAudit(stages=("pretraining", "alignment"), checks=(), one_runs=())
+    with pytest.MonkeyPatch.context() as patched:  # its own tests run it
+        patched.setattr(site_audit, "audit_training", lambda *_, **__: trained_as)
+        done = run("audit", "--home", path)
     assert done.exit_code == 0, done.output
     return json.loads(SiteHome.open(path).audit_path.read_text())
 
@@ -130,33 +137,68 @@ def set_site(home: SiteHome, key: str, value: str) -> SiteHome:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("key", "value"), [("exact_noise", "true"), ("device", '"cuda:3"')])
-def test_an_audit_of_another_noise_or_device_carries_nothing(
-    trained, audit_record, key, value
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("exact_noise", "true", "exact_noise false, site.toml says true"),
+        ("device", '"cuda:3"', "device cpu, site.toml says cuda:3"),
+        ("precision", '"bfloat16"', "precision float32, site.toml says bfloat16"),
+        ("more_devices", '["cpu"]', "more_devices none, site.toml says cpu"),
+        ("microbatch_tiles", "8", "microbatch_tiles 64, site.toml says 8"),
+    ],
+)
+def test_an_audit_of_other_settings_carries_nothing(
+    trained, audit_record, key: str, value: str, says: str
 ) -> None:
     write_file(trained.audit_path, json.dumps(audit_record))
 
     (line,) = privacy_report(set_site(trained, key, value)).unsubstantiated
 
-    assert line.startswith("engine: the newest audit is of GridNoise on cpu, site.toml says")
+    assert line == f"engine: the newest audit is of {says}; run crafts-client audit"
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [
-        ("precision", '"bfloat16"', "training in bfloat16"),
-        ("more_devices", '["cpu"]', "several devices together (cpu, cpu)"),
-        ("compile", "true", "compiled passes"),
-        ("checkpointing", "true", "checkpointed passes"),
-    ],
-)
-def test_training_that_no_audit_covers_is_said_plainly(home, tmp_path, key, value, says) -> None:
-    report = privacy_report(set_site(home, key, value))
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torch", "cryptography", "opacus", "dp-accounting"])
+def test_an_upgraded_library_makes_the_audit_stale(
+    trained, audit_record, monkeypatch, library: str
+) -> None:
+    """For the report and for doctor."""
+    write_file(trained.audit_path, json.dumps(audit_record))
+    assert [finding.verdict for finding in audit(trained)] == [Verdict.OK]
+    right = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "99.1" if name == library else right(name)
+    )
+
+    (line,) = privacy_report(trained).unsubstantiated
+    (finding,) = audit(trained)
+
+    says = f"the newest audit is of {library} {right(library)}, installed is 99.1"
+    assert line == f"engine: {says}; run crafts-client audit"
+    assert (finding.verdict, finding.found) == (Verdict.WARNING, says)
+    assert finding.advice == "run crafts-client audit"
+
+
+@pytest.mark.slow
+def test_an_audit_of_fewer_stages_or_of_the_engine_alone_carries_nothing(
+    trained, audit_record
+) -> None:
+    for training, says in (
+        ({"stages": ["pretraining"]}, "stages pretraining, the policy allows alignment too"),
+        (None, "stages none, the policy allows alignment, pretraining too"),
+    ):
+        write_file(trained.audit_path, json.dumps(audit_record | {"training": training}))
+        (line,) = privacy_report(trained).unsubstantiated
+        assert says in line
+
+
+def test_training_that_no_audit_covers_is_said_plainly(home, tmp_path) -> None:
+    report = privacy_report(set_site(home, "more_devices", '["cpu"]'))
 
     (line,) = report.not_audited
-    assert line.startswith(says)
+    assert line.startswith("several devices together (cpu, cpu)")
     page, _ = write_privacy_report(report, tmp_path)
-    assert says in page.read_text()
+    assert "several devices together" in page.read_text()
     assert privacy_report(set_site(home, "name", '"other"')).code_sha256 == report.code_sha256
 
 
