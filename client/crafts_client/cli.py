@@ -17,7 +17,6 @@ from crafts_client.policy import Policy
 from crafts_client.tiles_cli import UNUSABLE, tiles_app
 from crafts_core.command_line import one_line_errors, print_result, progress_bars
 from crafts_core.durable import write_file
-from crafts_core.errors import CraftsError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -388,33 +387,18 @@ def attack(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same choice of tiles.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Ask whether a finished generator tells who was in its training. Keep the answer here."""
-    import numpy as np
+    """Ask whether what this site let out tells who was in training. Keep the answer here.
 
-    from crafts_core.evaluation.evaluate import RealTiles
-    from crafts_core.evaluation.leakage import LeakageConfig, measure_leakage
-    from crafts_core.foundation import load
-    from crafts_core.generator import Generator
-    from crafts_core.tiles import TileStore
+    Attacked are the finished generator and, as whoever saw every round could, all updates that
+    left: as many as are kept in the home, and the answer says how many those are.
+    """
+    from crafts_client.site_attack import attack_site
+    from crafts_core.evaluation.leakage import LeakageConfig
 
     with one_line_errors("crafts-client"), progress_bars() as progress:
         site = SiteHome.open(home)
-        device = site.config.device
-        members, strangers = (
-            RealTiles.read(store, np.arange(store.num_tiles))
-            for store in map(TileStore.open, (site.tile_store_path, others))
-        )
-        try:
-            result = measure_leakage(
-                Generator.from_directory(generator, device=device),
-                load(site.foundation_path, device=device).generator,
-                members,
-                strangers,
-                LeakageConfig(patients=patients, seed=seed),
-                progress,
-            )
-        except ValueError as error:
-            raise CraftsError(str(error)) from error
+        config = LeakageConfig(patients=patients, seed=seed)
+        result = attack_site(site, generator, others, config, progress)
         write_file(site.leakage_path, result.model_dump_json(indent=1) + "\n", mode=0o600)
     if as_json:
         typer.echo(result.model_dump_json())
@@ -424,6 +408,7 @@ def attack(
         typer.echo(
             f"{each.name}: area {each.auc:.2f} ({low:.2f} to {high:.2f}), p = {each.p_value:.2g}"
         )
+    typer.echo(f"updates: {result.updates_seen} of {result.updates_left} that left are kept here")
     copies = result.memorisation
     typer.echo(
         f"images nearer to training tiles: {copies.share_nearer_members:.2f} "

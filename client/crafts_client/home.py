@@ -22,6 +22,7 @@
     leakage.json        the newest attack on a finished generator: private, it stays here (0600)
     unusable/           how often tiles and gradients counted as zero: private, stays here (0600)
     outbox/             sealed releases
+    seen/               updates that left and what they answered: private, for attack (0600)
     stage_start.safetensors   the public adapter that the current stage began with
 """
 
@@ -239,6 +240,11 @@ class SiteHome:
     @property
     def outbox_path(self) -> Path:
         return self.path / "outbox"
+
+    @property
+    def seen_path(self) -> Path:
+        """What the stated adversary saw. Each update left with its noise."""
+        return self.path / "seen"
 
     @property
     def stage_start_path(self) -> Path:

@@ -36,6 +36,7 @@ from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import Policy, PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
+from crafts_client.seen_updates import SeenUpdates
 from crafts_client.signed_plan import open_signed_plan
 from crafts_client.site_ledger import open_ledger, take_place
 from crafts_client.speed import Speed
@@ -98,6 +99,7 @@ class Site:
         self._departure = Departure(self._clock)
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
+        self._seen = SeenUpdates(home.seen_path)
         self._settle()
         store = TileStore.open(home.tile_store_path, check_shards=False)
         if store.cohort != home.config.cohort:
@@ -180,6 +182,7 @@ class Site:
                 reply = self._reply(request, stage, mechanism, delta, update_norm)
                 source = type(self._randomness.noise).__name__
                 release = self._outbox.seal(request, reply, delta, reservation, noise=source)
+                self._seen.keep(plan, request, state, delta, release.hash)
         except (TrainingError, PolicyError):
             self._ledger.commit(reservation, REFUSED_RELEASE)
             raise

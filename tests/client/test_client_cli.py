@@ -290,8 +290,33 @@ def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> 
     done = run("attack", foundation.path, "--others", home.path / "others", "--home", home.path)
     assert done.exit_code == 0, done.stderr
     assert "loss against the foundation: area 0.50" in done.stdout
+    assert "updates: 0 of 0 that left are kept here" in done.stdout
     assert json.loads(home.leakage_path.read_text())["patients"] == 8
     assert home.leakage_path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_an_attack_looks_at_every_update_that_left(home, foundation, coordinator) -> None:
+    write_random_store(home.tile_store_path.with_name("more"), foundation, num_patients=8, seed=2)
+    write_random_store(home.tile_store_path.with_name("others"), foundation, num_patients=8, seed=3)
+    site = home.path / "site.toml"
+    site.write_text(site.read_text().replace('tile_store = "tiles"', 'tile_store = "more"'))
+    home = SiteHome.open(home.path)
+    plan = coordinator.plan()
+    state, trained = coordinator.start(plan), Site(home, foundation)
+    for number in (1, 2):
+        request = coordinator.request(plan, state, number=number)
+        trained.answer(coordinator.message(plan, state, request=request))
+    next(home.seen_path.iterdir()).unlink()
+
+    done = run("attack", foundation.path, "--others", home.path / "others", "--home", home.path)
+
+    assert done.exit_code == 0, done.stderr
+    assert "every update that left: area 0." in done.stdout
+    assert "updates: 1 of 2 that left are kept here" in done.stdout
+    record = json.loads(home.leakage_path.read_text())
+    assert [each["name"] for each in record["attacks"]][-1] == "every update that left"
+    assert (record["updates_seen"], record["updates_left"]) == (1, 2)
 
 
 def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinator) -> None:

@@ -10,6 +10,8 @@ over a patient's tiles:
   arXiv 2111.08440);
 * ``PIA``: the proximal initialization attack (Kong et al. 2024, arXiv 2305.18355).
 
+A site that kept its updates has a fourth: ``crafts_client.update_attack``.
+
 *Memorisation*: are generated images nearer to tiles that were trained on than to tiles of as many
 other patients? Copies would be; new images of the same tissue are not.
 
@@ -133,7 +135,9 @@ def measure_leakage(
     rng = np.random.default_rng(config.seed)
     sides = [_choice(side, count, config.tiles_per_patient, rng) for side in (members, others)]
     scores = [_scores(generator, foundation, side, config, progress) for side in sides]
-    attacks = tuple(_attack(name, scores[0][name], scores[1][name], config) for name in scores[0])
+    attacks = tuple(
+        membership_attack(name, scores[0][name], scores[1][name], config) for name in scores[0]
+    )
     return Leakage(
         patients=count,
         tiles_per_patient=config.tiles_per_patient,
@@ -229,7 +233,10 @@ def _times(share: float, schedule: NoiseSchedule, latents_BCHW: Tensor) -> Tenso
     return torch.full((len(latents_BCHW),), time, device=latents_BCHW.device)
 
 
-def _attack(name: str, members_G: Vector, others_G: Vector, config: LeakageConfig) -> Attack:
+def membership_attack(
+    name: str, members_G: Vector, others_G: Vector, config: LeakageConfig
+) -> Attack:
+    """How well a score tells members, who should have more of it, from others."""
     rng = np.random.default_rng(config.seed)
 
     def resampled(measure: Callable[[Vector, Vector], float]) -> Interval:

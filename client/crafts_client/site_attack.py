@@ -1,0 +1,89 @@
+"""``crafts-client attack``: on a finished generator, and on every update that left this site."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from crafts_client.home import SiteHome
+from crafts_client.outbox import REFUSED_RELEASE
+from crafts_client.patients import PatientTiles
+from crafts_client.seen_updates import SeenUpdates
+from crafts_client.site_ledger import existing_ledger
+from crafts_client.update_attack import attack_updates
+from crafts_core.errors import CraftsError
+from crafts_core.evaluation.evaluate import RealTiles
+from crafts_core.evaluation.leakage import Leakage, LeakageConfig, measure_leakage
+from crafts_core.foundation import Foundation, load
+from crafts_core.generator import Generator
+from crafts_core.tiles import TileStore, TileStoreError
+from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.ledger import EntryKind
+
+Progress = Callable[[str, int, int], None]
+
+
+class SiteLeakage(Leakage):
+    """``leakage.json``: the generator's attacks, then that on the updates if there are any."""
+
+    updates_seen: int
+    """How many were attacked: those that are kept."""
+    updates_left: int
+
+
+def attack_site(
+    site: SiteHome,
+    generator: Path,
+    others: Path,
+    config: LeakageConfig,
+    progress: Progress | None = None,
+) -> SiteLeakage:
+    """Attack what others have of this site, with its own patients and with ``others``.
+
+    Raises:
+        CraftsError: too few patients, or a store, a generator or a kept update cannot be read.
+    """
+    foundation = load(site.foundation_path, device=site.config.device)
+    stores = [TileStore.open(path) for path in (site.tile_store_path, others)]
+    left = _left(site)
+    updates = tuple(SeenUpdates(site.seen_path).read(left))
+    try:
+        members, strangers = (RealTiles.read(store, np.arange(store.num_tiles)) for store in stores)
+        found = measure_leakage(
+            Generator.from_directory(generator, device=site.config.device),
+            foundation.generator,
+            members,
+            strangers,
+            config,
+            progress,
+        )
+        attacks = found.attacks
+        if updates:
+            tiles = [_patients(store, foundation) for store in stores]
+            attacks = (*attacks, attack_updates(foundation, updates, *tiles, config, progress))
+    except ValueError as error:
+        raise CraftsError(str(error)) from error
+    values = dict(found) | {"attacks": attacks}
+    return SiteLeakage(**values, updates_seen=len(updates), updates_left=len(left))
+
+
+def _left(site: SiteHome) -> set[str]:
+    """Hashes of what this cohort's ledger let out."""
+    ledger = existing_ledger(site)
+    entries = () if ledger is None else ledger.entries()
+    return {
+        entry.detail
+        for entry in entries
+        if entry.kind is EntryKind.COMMITTED
+        and entry.cohort == site.config.cohort
+        and entry.detail != REFUSED_RELEASE
+    }
+
+
+def _patients(store: TileStore, foundation: Foundation) -> PatientTiles:
+    """With the cache that ingest made, or a new one."""
+    try:
+        cache = LatentCache.open(store, foundation.manifest.hash)
+    except TileStoreError:
+        cache = LatentCache.build(store, foundation)
+    return PatientTiles(store, cache, foundation)
