@@ -59,8 +59,11 @@ def attack_site(
         )
         attacks = found.attacks
         if updates:
-            tiles = [_patients(store, foundation) for store in stores]
-            attacks = (*attacks, attack_updates(foundation, updates, *tiles, config, progress))
+            ours, theirs = (_patients(store, foundation) for store in stores)
+            attacks = (
+                *attacks,
+                attack_updates(foundation, updates, ours, theirs, config, progress),
+            )
     except ValueError as error:
         raise CraftsError(str(error)) from error
     values = dict(found) | {"attacks": attacks}

@@ -112,7 +112,8 @@ def _scores(
     explained_P = torch.linalg.solve(
         gram_PP + ridge * torch.eye(len(rows), dtype=torch.float64), (grad_PD @ pull_D).double()
     )
-    return explained_P.numpy()
+    score_P: Vector = explained_P.numpy()
+    return score_P
 
 
 def _losses(objective: Objective, batch: TileBatch, draws: Draws) -> Iterator[Tensor]:
