@@ -17,7 +17,7 @@ from crafts_client.doctor import Verdict, audit
 from crafts_client.home import SiteHome
 from crafts_client.privacy_report import privacy_report, write_privacy_report
 from crafts_client.site import Site
-from crafts_client.training_audit import TrainingAudit
+from crafts_client.training_audit import TrainingAudit, TrainingCheck
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
@@ -65,7 +65,10 @@ def audit_record(tmp_path_factory: pytest.TempPathFactory, one_round: Path) -> d
     """A record as `crafts-client audit` leaves it."""
     path = tmp_path_factory.mktemp("audited") / "site"
     shutil.copytree(one_round, path)
-    trained_as = TrainingAudit(stages=("pretraining", "alignment"), checks=(), one_runs=())
+    check = TrainingCheck(
+        stage="alignment", name="fresh", question="is it fresh?", passed=True, found="p = 0.42"
+    )
+    trained_as = TrainingAudit(stages=("pretraining", "alignment"), checks=(check,), one_runs=())
     with pytest.MonkeyPatch.context() as patched:  # its own tests run it
         patched.setattr(site_audit, "audit_training", lambda *_, **__: trained_as)
         done = run("audit", "--home", path)
@@ -104,6 +107,8 @@ def test_the_command_writes_both_files_and_exits_zero_once_audited(
     assert f"{record['lifetime']['epsilon']:.3f}" in page
     assert record["transmissions"][0]["hash"][:16] in page
     assert record["ledger_head"] in page
+    assert "is it fresh?" in page
+    assert "p = 0.42" in page
     assert "http" not in page, "the page needs nothing from elsewhere"
 
 
