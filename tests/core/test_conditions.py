@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -176,6 +177,32 @@ def test_pages_and_bands_are_channels(tmp_path: Path) -> None:
     found = read_condition(save(tmp_path / "f.png", bands), "fluorescence", tile_px=8)
     assert (found[:3] > 0).all()
     assert not found[3].any()
+
+
+@pytest.mark.parametrize("num_bands", [1, 3])
+def test_opaque_alpha_is_no_channel(tmp_path: Path, num_bands: int) -> None:
+    """Most programs write it; a picture of what fluoresces has none."""
+    bands = np.random.default_rng(2).integers(1, 255, (8, 8, num_bands), dtype=np.uint8)
+    plain = save(tmp_path / "f.png", bands.squeeze())
+    alpha = np.full((8, 8, 1), 255, np.uint8)
+    layered = save(tmp_path / "a.png", np.concatenate([bands, alpha], axis=2))
+    found, expected = (read_condition(path, "fluorescence", tile_px=8) for path in (layered, plain))
+    assert np.array_equal(found, expected)
+    assert not found[num_bands:].any()
+
+
+def test_alpha_that_hides_is_neither_channel_nor_dropped(tmp_path: Path) -> None:
+    bands = np.random.default_rng(2).integers(1, 255, (8, 8, 4), dtype=np.uint8)
+    with pytest.raises(ConditionError, match=r"f.png is transparent in places; save what is"):
+        read_condition(save(tmp_path / "f.png", bands), "fluorescence", tile_px=8)
+
+
+def test_colour_that_would_lose_bits_or_samples_is_named(tmp_path: Path) -> None:
+    deep = np.random.default_rng(3).integers(0, 4096, (8, 8, 5)).astype(np.uint16)
+    for name, pixels in (("deep.tif", deep[..., :3]), ("five.tif", deep.astype(np.uint8))):
+        tifffile.imwrite(tmp_path / name, pixels, photometric="rgb", metadata=None)
+        with pytest.raises(ConditionError, match=rf"{name} has .*-bit pixels of several samples"):
+            check_condition_file(tmp_path / name, "fluorescence", (8, 8))
 
 
 def test_nothing_but_pixels_is_kept(tmp_path: Path) -> None:

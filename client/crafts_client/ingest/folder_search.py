@@ -9,7 +9,7 @@ from typing import Literal
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.pool import Beat, Pool
-from crafts_client.ingest.readers.dicom_files import is_dicom, slide_series
+from crafts_client.ingest.readers.dicom_instances import is_dicom, slide_series
 from crafts_client.ingest.readers.opening import open_reader
 from crafts_client.ingest.readers.tiff_header import is_tiff
 

@@ -11,11 +11,12 @@ from PIL import Image
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import Problem, SlideError
 from crafts_client.ingest.pool import Beat
-from crafts_client.ingest.readers.image_files import FORMATS, MODES_OF_8_BITS
+from crafts_client.ingest.readers.image_files import FORMATS, opaque, opened_picture
 from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
 from crafts_client.ingest.source_audit import UNSEEN, audit_image
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
+from crafts_core.picture_facts import opened, upright_size
 from crafts_core.plan import Modality
 from crafts_core.tiles.conditions import (
     ConditionError,
@@ -82,8 +83,8 @@ def condition_problems(row: TableRow, beat: Beat) -> list[Problem]:
     """What the headers say against the images that lie over a tile. No pixel is read."""
     beat(1)
     try:
-        with Image.open(row.path, formats=FORMATS) as image:
-            size = image.size
+        with opened(row.path, FORMATS) as image:
+            size = upright_size(image)
     except Exception:
         return []  # the tile itself is skipped later, by name
     problems: list[Problem] = []
@@ -109,24 +110,21 @@ def prepare_tile(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.mode not in MODES_OF_8_BITS:  # Pillow would make it all white
-                    told = f"{image.mode} pixels; expected 8 bits of red, green and blue"
-                    raise SlideError(told)
-                opaque = _opaque(image)
+            with opened_picture(path) as image:
+                shown = opaque(image)
     except SlideError:
         raise
     except Exception as error:  # Pillow answers damage with any kind
         raise SlideError(
             f"not a readable image ({', '.join(FORMATS)}), or far too large"
         ) from error
-    whole = min(opaque.size)
+    whole = min(shown.size)
     side = float(whole) if side_px is None else side_px
     if side > whole:
         raise SlideError(f"{whole} pixels wide, but a tile at this resolution needs {side:.0f}")
-    left, top = (opaque.width - side) / 2, (opaque.height - side) / 2
+    left, top = (shown.width - side) / 2, (shown.height - side) / 2
     box = (left, top, left + side, top + side)
-    resized = opaque.resize((tile_px, tile_px), Image.Resampling.HAMMING, box=box)
+    resized = shown.resize((tile_px, tile_px), Image.Resampling.HAMMING, box=box)
     pixels = np.asarray(resized)
     return CutTile(
         x=round(left),
@@ -137,7 +135,7 @@ def prepare_tile(
         sharpness=sharpness(pixels),
         jpeg=encode_tile(pixels),
         conditions={
-            modality: _condition(over, modality, tile_px, box, opaque.size)
+            modality: _condition(over, modality, tile_px, box, shown.size)
             for modality, over in (conditions or {}).items()
         },
     )
@@ -156,13 +154,3 @@ def _condition(
     except ConditionError as error:
         raise SlideError(str(error)) from error
     return encode_condition(stored_CHW, modality)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """RGB, with transparency over white."""
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    layered = image.convert("RGBA")
-    backdrop = Image.new("RGB", layered.size, "white")
-    backdrop.paste(layered, mask=layered.getchannel("A"))
-    return backdrop

@@ -16,12 +16,17 @@ from PIL import Image
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers.opening import open_reader
-from crafts_client.ingest.readers.seam import Pixels, Reader
+from crafts_client.ingest.readers.seam import Pixels, Reader, Scale
 
 __all__ = ["MAX_UPSAMPLING", "Box", "MissingScaleError", "Pixels", "Slide"]
 
-MIN_MPP, MAX_MPP = 0.05, 20.0
-"""Outside these a scale is a file's placeholder (72 dpi, for one), not a microscope's."""
+MIN_MPP, MAX_MPP = 0.06, 20.0
+"""Outside these a scale is a file's placeholder (72 dpi, for one), or a tenth of what it was before
+a converter took millimetres for centimetres; an oil objective of 100x gives 0.06 to 0.1."""
+MIN_MICRONS_AT_1X, MAX_MICRONS_AT_1X = 2.5, 40.0
+"""Microns per pixel times magnification: a camera's pixel, with adapters and binning."""
+MAX_DISAGREEMENT = 0.05
+"""Between two statements in one file; more is a contradiction."""
 MAX_ANISOTROPY = 0.1
 MAX_UPSAMPLING = 1.02
 """A level may be this much too coarse before a finer one is read: downsamples are not exact."""
@@ -180,14 +185,41 @@ class Slide:
 
 
 def _checked_mpp(source: Reader) -> tuple[float, float]:
-    """Microns per level-0 pixel along x and y, if what the file says can be right."""
-    if source.mpp is None:
+    """Microns per level-0 pixel along x and y, if what the file says can be right.
+
+    Of several statements those that cannot be right do not count; the others must agree.
+    """
+    if not source.scales:
         raise MissingScaleError("the file has no microns per pixel; give them in column mpp")
-    mpp_x, mpp_y = source.mpp
-    plausible = all(math.isfinite(mpp) and MIN_MPP <= mpp <= MAX_MPP for mpp in (mpp_x, mpp_y))
-    if not plausible or abs(mpp_x / mpp_y - 1) > MAX_ANISOTROPY:
+    plausible = [scale for scale in source.scales if _is_plausible(scale)]
+    if not plausible:
+        _, mpp_x, mpp_y = source.scales[0]
         raise MissingScaleError(
             f"the file's {mpp_x:g} x {mpp_y:g} microns per pixel cannot be right; "
             "give the true value in column mpp"
         )
-    return mpp_x, mpp_y
+    first = plausible[0]
+    for other in plausible[1:]:
+        if not (_agree(first.mpp_x, other.mpp_x) and _agree(first.mpp_y, other.mpp_y)):
+            raise MissingScaleError(
+                f"{first.source} says {first.mpp_x:g} microns per pixel, {other.source} "
+                f"{other.mpp_x:g}; give the true value in column mpp"
+            )
+    power = source.objective_power
+    if power and not MIN_MICRONS_AT_1X <= first.mpp_x * power <= MAX_MICRONS_AT_1X:
+        raise MissingScaleError(
+            f"{first.source} says {first.mpp_x:g} microns per pixel, which cannot be right with an "
+            f"objective of {power:g}x; give the true value in column mpp"
+        )
+    return first.mpp_x, first.mpp_y
+
+
+def _is_plausible(scale: Scale) -> bool:
+    return (
+        all(MIN_MPP <= mpp <= MAX_MPP for mpp in scale[1:])
+        and abs(scale.mpp_x / scale.mpp_y - 1) <= MAX_ANISOTROPY
+    )
+
+
+def _agree(one: float, other: float) -> bool:
+    return abs(one / other - 1) <= MAX_DISAGREEMENT

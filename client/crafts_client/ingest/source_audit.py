@@ -21,7 +21,7 @@ from crafts_client.ingest.readers.image_files import FORMATS
 from crafts_client.ingest.readers.jpeg_stream import JpegError
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.seam import foreign
-from crafts_client.ingest.readers.tiff_header import check_tiff_header, is_tiff
+from crafts_client.ingest.readers.tiff_header import is_tiff, read_tiff_header
 from crafts_client.ingest.slides import Slide
 
 UNSEEN = "fields that could not be looked at"
@@ -184,7 +184,7 @@ def _text_kinds(text: str) -> set[str]:
 
 
 def _tiff_kinds(path: Path) -> set[str]:
-    check_tiff_header(path)
+    read_tiff_header(path)
     import tifffile
 
     kinds: set[str] = set()

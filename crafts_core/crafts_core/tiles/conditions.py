@@ -25,6 +25,13 @@ from PIL import Image
 from scipy import ndimage
 
 from crafts_core.errors import CraftsError
+from crafts_core.picture_facts import (
+    bits_per_sample,
+    num_lost_samples,
+    opened,
+    upright,
+    upright_size,
+)
 from crafts_core.plan import Modality
 
 Bytes = npt.NDArray[np.uint8]
@@ -35,6 +42,7 @@ MAX_FLUORESCENCE_CHANNELS = 4
 LOW_QUANTILE, HIGH_QUANTILE = 0.01, 0.995
 """Of a fluorescence channel: what becomes 0 and 1."""
 _LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")
+_OPAQUE = 255
 _BINARY_PIECES = 4
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 """Tag of TIFF. Pillow turns such 8-bit numbers round, so that the background becomes a nucleus."""
@@ -192,10 +200,11 @@ def check_condition_file(path: Path, modality: Modality, size: tuple[int, int]) 
         ConditionError: what is wrong with it.
     """
     with _opened(path, modality) as image:
-        _check_header(image, modality)
-        if image.size != size:
+        _check_header(image, modality, path.name)
+        width, height = upright_size(image)
+        if (width, height) != size:
             raise ConditionError(
-                f"{modality} image {path.name} has {image.width}x{image.height} pixels, its tile "
+                f"{modality} image {path.name} has {width}x{height} pixels, its tile "
                 f"{size[0]}x{size[1]}"
             )
 
@@ -208,11 +217,11 @@ def read_condition(
     box: tuple[float, float, float, float] | None = None,
     size: tuple[int, int] | None = None,
 ) -> Bytes:
-    """Stored channels (C, tile_px, tile_px) of a given file.
+    """Stored channels (C, tile_px, tile_px) of a given file, as a viewer shows it.
 
     Args:
         path: Instance labels (8, 16 or 32-bit integers in one channel, 0 = background), or 1 to 4
-            channels of fluorescence (bands, or pages of a TIFF).
+            channels of fluorescence (bands, or pages of a TIFF). Opaque alpha is no channel.
         modality: Which of them.
         tile_px: Side of the result. Labels are resampled to the nearest pixel, then measured;
             fluorescence is resampled as tiles are, then normalised.
@@ -225,32 +234,33 @@ def read_condition(
     if size is not None:
         check_condition_file(path, modality, size)
     with _opened(path, modality) as image:
-        _check_header(image, modality)
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
+        _check_header(image, modality, path.name)
+        width, height = upright_size(image)
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
         square = box or (left, top, left + side, top + side)
         if modality == "nuclei":
             # Big-endian files give numbers that scipy does not take.
-            whole_HW = _checked_labels(np.asarray(image).astype(np.int64), path)
+            whole_HW = _checked_labels(np.asarray(upright(image)).astype(np.int64), path)
             labels_HW = _nearest(whole_HW, square, tile_px)
             return to_bytes(nuclei_condition(labels_HW), modality)
-        channels = [_resampled(channel, square, tile_px) for channel in _channels(image)]
+        channels = [_resampled(channel, square, tile_px) for channel in _channels(image, path)]
         return to_bytes(fluorescence_condition(channels), modality)
 
 
 @contextlib.contextmanager
 def _opened(path: Path, modality: Modality) -> Iterator[Image.Image]:
     """The open image. Pillow answers damage with any kind of exception, at any time."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-    except Exception as error:
-        raise ConditionError(
-            f"{modality} image {path.name} is not a readable image ({', '.join(FORMATS)}), or "
-            "far too large"
-        ) from error
-    with image:
+    with contextlib.ExitStack() as closing:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = closing.enter_context(opened(path, FORMATS))
+        except Exception as error:
+            raise ConditionError(
+                f"{modality} image {path.name} is not a readable image ({', '.join(FORMATS)}), or "
+                "far too large"
+            ) from error
         try:
             yield image
         except ConditionError:
@@ -259,8 +269,7 @@ def _opened(path: Path, modality: Modality) -> Iterator[Image.Image]:
             raise ConditionError(f"{modality} image {path.name} is damaged: {error}") from error
 
 
-def _check_header(image: Image.Image, modality: Modality) -> None:
-    name = Path(str(getattr(image, "filename", ""))).name
+def _check_header(image: Image.Image, modality: Modality, name: str) -> None:
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         raise ConditionError(
@@ -284,8 +293,14 @@ def _check_header(image: Image.Image, modality: Modality) -> None:
                 f"(mode {image.mode}), the first {first[0][0]}x{first[0][1]} (mode {first[1]}): "
                 "every page is a channel of the same place"
             )
+        is_colour = len(image.getbands()) > 1
+        if num_lost_samples(image) or (is_colour and bits_per_sample(image) > 8):
+            raise ConditionError(
+                f"fluorescence image {name} has {bits_per_sample(image)}-bit pixels of several "
+                "samples, which are not read whole; save each channel as a grey page of a TIFF"
+            )
     image.seek(0)
-    num_channels = num_pages * len(image.getbands())
+    num_channels = num_pages * len(_measured(image))
     if image.mode == "P" or not 1 <= num_channels <= MAX_FLUORESCENCE_CHANNELS:
         raise ConditionError(
             f"fluorescence image {name} has {num_channels} channels (mode {image.mode}), expected "
@@ -293,13 +308,24 @@ def _check_header(image: Image.Image, modality: Modality) -> None:
         )
 
 
-def _channels(image: Image.Image) -> list[npt.NDArray[np.float32]]:
-    """All bands of all pages."""
+def _measured(image: Image.Image) -> tuple[str, ...]:
+    """The bands that hold numbers of a microscope; alpha, the last, says how to show a picture."""
+    return tuple(band for band in image.getbands() if band != "A")
+
+
+def _channels(image: Image.Image, path: Path) -> list[npt.NDArray[np.float32]]:
+    """All measured bands of all pages."""
     channels = []
     for page in range(getattr(image, "n_frames", 1)):
         image.seek(page)
-        pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))
-        channels += [pixels[..., band] for band in range(pixels.shape[2])]
+        shown = upright(image)
+        if "A" in shown.getbands() and np.asarray(shown.getchannel("A")).min() < _OPAQUE:
+            raise ConditionError(
+                f"fluorescence image {path.name} is transparent in places; save what is measured "
+                "as channels without alpha, or each channel as a page of a TIFF"
+            )
+        pixels = np.atleast_3d(np.asarray(shown, dtype=np.float32))
+        channels += [pixels[..., band] for band in range(len(_measured(shown)))]
     return channels
 
 

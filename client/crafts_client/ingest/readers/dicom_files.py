@@ -1,10 +1,6 @@
-"""DICOM whole-slide images: the instances of one series, one file each.
+"""DICOM whole-slide images: the levels of one series, one file each or several."""
 
-A slide is a folder that holds one series, or any file of a series; the other instances are found
-beside it.
-"""
-
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,22 +8,27 @@ from typing import Any
 import numpy as np
 
 from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.readers import jpeg_stream
+from crafts_client.ingest.readers.dicom_instances import NOT_DICOM, instances
+from crafts_client.ingest.readers.scales import number
 from crafts_client.ingest.readers.scanners import known_scanner
 from crafts_client.ingest.readers.seam import (
     DAMAGED,
     MAX_CHUNK_PX,
     Pixels,
     ReaderName,
+    Scale,
     Size,
     foreign,
     pyramid,
 )
 
 CACHE_BYTES = 16 * 2**20
-_PREAMBLE_BYTES = 128
-_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
-_REFUSED = "not a DICOM slide that can be read, or its header is damaged"
-_HEADER_TAGS = ["SOPClassUID", "SeriesInstanceUID", "ImageType"]
+_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+_JPEG_2000 = (
+    "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.201",
+    "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203",
+)  # fmt: skip
 
 
 class WsiDicomFile:
@@ -37,29 +38,39 @@ class WsiDicomFile:
     has_plain_tiles: bool = False
 
     def __init__(self, path: Path) -> None:
-        self.files = instances(path)
-        with foreign(_REFUSED), ExitStack() as opened:
+        self.files, width = instances(path)
+        with foreign(NOT_DICOM), ExitStack() as opened:
             import wsidicom
+            from wsidicom.file import WsiDicomFileSource
 
             settings = wsidicom.Settings(
                 strict_tile_size_check=False,  # or a level with tiles of its own is left out
                 decoded_frame_cache_size=CACHE_BYTES,
                 encoded_frame_cache_size=CACHE_BYTES,
             )
+            with wsidicom.use_settings(settings):
+                source = opened.enter_context(WsiDicomFileSource.open(self.files))
+            self.scales = _take_scales([r for r in source.readers if _is_level(r)])
             self._slide: Any = opened.enter_context(
-                wsidicom.WsiDicom.open(self.files, settings=settings)
+                wsidicom.WsiDicom(source, source_owned=False, settings=settings)
             )
             if len(self._slide.pyramids) != 1:
                 raise SlideError(f"its series holds {len(self._slide.pyramids)} pictures, not one")
             self._pyramid: Any = list(self._slide.pyramids[0])
             for level in self._pyramid:
                 _check_level(level)
+                self._check_colour(level)
             self.levels = pyramid([_size(level.size) for level in self._pyramid])
-            self.mpp = _mpp(self._pyramid[0])
+            if self.levels[0].width != width:
+                raise SlideError(
+                    "its finest level cannot be opened, or the pixel spacings of its levels "
+                    "contradict their sizes"
+                )
             dataset = self._pyramid[0].default_instance.dataset.as_dataset()
             self.scanner = known_scanner(
                 dataset.get("Manufacturer"), dataset.get("ManufacturerModelName")
             )
+            self.objective_power = _objective_power(dataset)
             self._opened = opened.pop_all()
 
     def start(self, level: int, corner: Size) -> tuple[float, float]:
@@ -76,70 +87,43 @@ class WsiDicomFile:
                 raise SlideError(DAMAGED)
             return region
 
+    def _check_colour(self, level: Any) -> None:
+        """Compare what a level says of its colours with how they are stored."""
+        said = level.default_instance.dataset.photometric_interpretation
+        syntax = level.default_instance.image_data.transfer_syntax
+        if said not in _colours_in(syntax):
+            raise SlideError(f"its colours, {said}, are not read in this compression; expected RGB")
+        if said == "RGB" and syntax in _JPEG and self._stored_colour(level) == "YCbCr":
+            raise SlideError(
+                "its PhotometricInterpretation says RGB, its JPEG frames YCbCr: the colours would "
+                "be wrong; correct it: dcmodify -m PhotometricInterpretation=YBR_FULL_422 FILE"
+            )
+
+    def _stored_colour(self, level: Any) -> str | None:
+        """What the first frame of JPEG says; None where it says nothing or is damaged."""
+        try:
+            with foreign():
+                frame: bytes = self._slide.read_encoded_tile(
+                    level.level, (0, 0), crop_to_image_boundary=False
+                )
+                return jpeg_stream.stored_colour(frame)
+        except SlideError:  # others may be whole
+            return None
+
     def close(self) -> None:
         with foreign():
             self._opened.close()
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's mark."""
-    try:
-        with path.open("rb") as file:
-            return file.read(_PREAMBLE_BYTES + 4)[_PREAMBLE_BYTES:] == b"DICM"
-    except OSError:
-        return False
+def _colours_in(syntax: str) -> tuple[str, ...]:
+    """What decoders turn into RGB; anything else they pass on as it is."""
+    if syntax in _JPEG:
+        return "RGB", "YBR_FULL", "YBR_FULL_422"
+    return ("RGB", "YBR_RCT", "YBR_ICT") if syntax in _JPEG_2000 else ("RGB",)
 
 
-def slide_series(folder: Path) -> dict[str, list[Path]]:
-    """The files of each series in a folder that holds a slide's picture, in order of name."""
-    files: dict[str, list[Path]] = defaultdict(list)
-    with_picture: set[str] = set()
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError:  # a folder that may not be read has nothing for us
-        return {}
-    for path in paths:
-        if path.is_file() and is_dicom(path) and (header := _slide_header(path)) is not None:
-            series, is_picture = header
-            files[series].append(path)
-            if is_picture:
-                with_picture.add(series)
-    return {series: paths for series, paths in files.items() if series in with_picture}
-
-
-def instances(path: Path) -> list[Path]:
-    """The files of the slide that ``path`` stands for: a folder, or one of them.
-
-    Raises:
-        SlideError: none is a slide's, or a folder holds several slides.
-    """
-    if path.is_dir():
-        series = list(slide_series(path).values())
-        if len(series) > 1:
-            raise SlideError(
-                f"the folder holds {len(series)} DICOM slides; list one file of each instead"
-            )
-        if not series:
-            raise SlideError("the folder holds no DICOM slide")
-        return series[0]
-    for files in slide_series(path.parent).values():
-        if path in files:
-            return files
-    raise SlideError(_REFUSED)
-
-
-def _slide_header(path: Path) -> tuple[str, bool] | None:
-    """The series of a whole-slide instance, and whether it is a level; None for any other."""
-    try:
-        with foreign(_REFUSED):
-            import pydicom
-
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
-            if header.get("SOPClassUID") != _WHOLE_SLIDE or not header.get("SeriesInstanceUID"):
-                return None
-            return str(header.SeriesInstanceUID), "VOLUME" in (header.get("ImageType") or ())
-    except SlideError:
-        return None
+def _is_level(reader: Any) -> bool:
+    return str(reader.image_type.value) == "VOLUME"
 
 
 def _check_level(level: Any) -> None:
@@ -148,15 +132,71 @@ def _check_level(level: Any) -> None:
         raise SlideError("not a picture of 8 bits of red, green and blue")
     width, height = _size(dataset.tile_size)
     if not 0 < width * height <= MAX_CHUNK_PX:
-        raise SlideError(_REFUSED)
+        raise SlideError(NOT_DICOM)
 
 
 def _size(size: Any) -> Size:
     return int(size.width), int(size.height)
 
 
-def _mpp(level: Any) -> tuple[float, float] | None:
-    try:
-        return float(level.mpp.width), float(level.mpp.height)
-    except Exception:  # wsidicom has several for a scale that is missing
-        return None
+# ---- scale ----------------------------------------------------------------------------------
+
+
+def _take_scales(levels: Sequence[Any]) -> tuple[Scale, ...]:
+    """What the finest of some open files says of its scale; those without one get one that fits.
+
+    wsidicom orders levels by their spacing, and does not open a slide that has none.
+    """
+    if not levels:
+        raise SlideError(NOT_DICOM)
+    finest = max(levels, key=lambda level: level.dataset.image_size.width)
+    scales = tuple(_scales(finest))
+    mpp_x, mpp_y = scales[0][1:] if scales else (1.0, 1.0)
+    for level in levels:
+        if level.dataset.pixel_spacing is None or level.dataset.mm_size is None:
+            _set_scale(level.dataset, finest.dataset.image_size, (mpp_x, mpp_y))
+    return scales
+
+
+def _set_scale(dataset: Any, whole: Any, mpp: tuple[float, float]) -> None:
+    from wsidicom.geometry import SizeMm
+
+    size = dataset.image_size
+    width, height = mpp[0] * whole.width / 1e3, mpp[1] * whole.height / 1e3
+    # Both are computed once and kept: here they are before anybody asks.
+    dataset.pixel_spacing = SizeMm(width / size.width, height / size.height)
+    dataset.mm_size = SizeMm(width, height)
+
+
+def _scales(level: Any) -> Iterator[Scale]:
+    """PixelSpacing (rows first), wherever it stands, and the volume that all pixels cover."""
+    dataset = level.dataset
+    size, spacing, volume = dataset.image_size, dataset.pixel_spacing, dataset.mm_size
+    if spacing is not None:
+        yield Scale("its PixelSpacing", spacing.width * 1e3, spacing.height * 1e3)
+    else:
+        yield from _spacings_elsewhere(str(level.filepath))
+    if volume is not None and volume.width > 0 and volume.height > 0:
+        mpp_x, mpp_y = volume.width / size.width * 1e3, volume.height / size.height * 1e3
+        yield Scale("its ImagedVolumeWidth", mpp_x, mpp_y)
+
+
+def _spacings_elsewhere(path: str) -> Iterator[Scale]:
+    """In the groups of the first frame, or at the top, where radiology keeps it."""
+    import pydicom
+
+    tags = ["PerFrameFunctionalGroupsSequence", "PixelSpacing"]
+    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+    frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    measures = frames[0].get("PixelMeasuresSequence", []) if frames else []
+    for holder in (*measures[:1], header):
+        rows, columns = (number(n) for n in (holder.get("PixelSpacing") or (None, None)))
+        if rows is not None and columns is not None:
+            yield Scale("its PixelSpacing", columns * 1e3, rows * 1e3)
+
+
+def _objective_power(dataset: Any) -> float | None:
+    powers = {
+        number(path.get("ObjectiveLensPower")) for path in dataset.get("OpticalPathSequence", [])
+    }
+    return powers.pop() if len(powers) == 1 else None

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 SOI, EOI, SOS, DQT, DHT, DRI, COM = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
 APP0, APP14, APP15 = 0xE0, 0xEE, 0xEF
@@ -78,3 +78,24 @@ def frame(payload: bytes) -> Frame:
         precision=payload[0],
         num_components=payload[5],
     )
+
+
+def stored_colour(data: bytes) -> Literal["RGB", "YCbCr"] | None:
+    """How the three components of a stream are stored, by its own marks; None if it has none.
+
+    Marks are Adobe's and JFIF's segments, components that are called R, G and B, and colour of a
+    coarser grid than brightness, which only YCbCr has. ``data`` may end anywhere in the scan.
+    """
+    found: Literal["RGB", "YCbCr"] | None = None
+    try:
+        for segment in segments(data):
+            if segment.marker == APP14 and segment.payload[:5] == b"Adobe":
+                return "YCbCr" if segment.payload[11:12] == b"\1" else "RGB"
+            if segment.marker == APP0 and segment.payload[:4] == b"JFIF":
+                found = "YCbCr"
+            if segment.marker in FRAMES and found is None:
+                names, grids = segment.payload[6:15:3], segment.payload[7:15:3]
+                found = "RGB" if names == b"RGB" else "YCbCr" if len(set(grids)) > 1 else None
+    except JpegError:
+        pass
+    return found

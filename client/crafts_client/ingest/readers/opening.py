@@ -3,15 +3,21 @@
 from pathlib import Path
 
 from crafts_client.ingest.errors import SlideError
-from crafts_client.ingest.readers.dicom_files import WsiDicomFile, is_dicom
+from crafts_client.ingest.readers.dicom_files import WsiDicomFile
+from crafts_client.ingest.readers.dicom_instances import is_dicom
 from crafts_client.ingest.readers.image_files import ImageFile
-from crafts_client.ingest.readers.openslide_files import OpenSlideFile
+from crafts_client.ingest.readers.openslide_files import PLAIN_TIFF_VENDORS, OpenSlideFile
 from crafts_client.ingest.readers.seam import Reader
 from crafts_client.ingest.readers.tiff_files import TiffSlideFile
 from crafts_client.ingest.readers.tiff_header import (
-    check_tiff_header,
     is_beyond_classic,
     is_tiff,
+    read_tiff_header,
+)
+from crafts_client.ingest.readers.tiff_meaning import (
+    check_picture,
+    check_slide_pixels,
+    is_slide,
 )
 
 
@@ -19,19 +25,23 @@ def open_reader(path: Path) -> Reader:
     """Open a slide or image with the first library that knows it.
 
     Raises:
-        SlideError: none does, or the header is damaged.
+        SlideError: none does, the header is damaged, or what it says of its pixels is not read.
     """
     if path.is_dir() or is_dicom(path):
         return WsiDicomFile(path)
-    if is_tiff(path) and not is_beyond_classic(path):
-        check_tiff_header(path)
-    if OpenSlideFile.reads(path):
+    pages = read_tiff_header(path) if is_tiff(path) and not is_beyond_classic(path) else ()
+    vendor = OpenSlideFile.vendor(path)
+    if pages and (vendor is None or vendor in PLAIN_TIFF_VENDORS):
+        check_picture(pages)
+        if is_slide(pages):
+            check_slide_pixels(path, pages)
+    if vendor is not None:
         try:
-            return OpenSlideFile(path)
+            return OpenSlideFile(path, pages)
         except SlideError:  # it may know the container, but not how the pixels are packed
             if not _tiffslide_reads(path):
                 raise
-    return TiffSlideFile(path) if _tiffslide_reads(path) else ImageFile(path)
+    return TiffSlideFile(path, pages) if _tiffslide_reads(path) else ImageFile(path, pages)
 
 
 def _tiffslide_reads(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Slides that OpenSlide reads: the first choice for everything but DICOM."""
 
 import ctypes
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +11,20 @@ from openslide import lowlevel
 from PIL import Image, ImageColor
 
 from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.readers.scales import number, objective_power, tiff_scales
 from crafts_client.ingest.readers.scanners import known_scanner
 from crafts_client.ingest.readers.seam import (
     DAMAGED,
     Level,
     Pixels,
     ReaderName,
+    Scale,
     Size,
     foreign,
     pyramid,
 )
 from crafts_client.ingest.readers.stored_tiles import StoredTiles
+from crafts_client.ingest.readers.tiff_header import TiffPage
 
 CACHE_BYTES = 32 * 2**20
 _OPAQUE = 0xFF000000
@@ -34,7 +37,8 @@ _SCANNER_FIELDS = (
     "philips.DICOM_MANUFACTURERS_MODEL_NAME",
     "ventana.ScannerModel",
 )
-_PLAIN_TIFF_VENDORS = ("aperio", "generic-tiff")
+_NO_VENDOR = "generic-tiff"
+PLAIN_TIFF_VENDORS = ("aperio", _NO_VENDOR)
 """Others store tiles that overlap, in an order of their own, or in parts."""
 
 
@@ -46,7 +50,8 @@ class OpenSlideFile:
 
     name: ReaderName = "openslide"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pages: Sequence[TiffPage] = ()) -> None:
+        """Open; ``pages`` are those of a TIFF, as ``read_tiff_header`` gives them."""
         self._path = path
         self._stored_tiles: StoredTiles | None = None
         self._handle = _open_handle(path)
@@ -56,18 +61,24 @@ class OpenSlideFile:
                 properties = self._handle.properties
                 background = properties.get("openslide.background-color", "FFFFFF")
                 self._background = ImageColor.getrgb(f"#{background}")[:3]
-                self.mpp = _mpp(properties)
                 self.scanner = known_scanner(*(properties.get(key) for key in _SCANNER_FIELDS))
-                self.has_plain_tiles = properties.get("openslide.vendor") in _PLAIN_TIFF_VENDORS
+                vendor = properties.get("openslide.vendor")
+                self.has_plain_tiles = vendor in PLAIN_TIFF_VENDORS
+                self.scales = _scale(properties) if vendor != _NO_VENDOR else tiff_scales(pages)
+                self.objective_power = number(
+                    properties.get("openslide.objective-power")
+                ) or objective_power(pages)
             self.levels: tuple[Level, ...] = pyramid(sizes, downsamples)
         except SlideError:
             self._handle.close()
             raise
 
     @staticmethod
-    def reads(path: Path) -> bool:
+    def vendor(path: Path) -> str | None:
+        """Whose format a file has; None if OpenSlide does not read it."""
         with foreign():
-            return openslide.OpenSlide.detect_format(path) is not None
+            found: str | None = openslide.OpenSlide.detect_format(path)
+            return found
 
     def start(self, level: int, corner: Size) -> tuple[float, float]:
         downsample = self.levels[level].downsample
@@ -141,10 +152,6 @@ def _open_handle(path: Path) -> openslide.OpenSlide:
         return handle
 
 
-def _mpp(properties: "openslide._PropertyMap") -> tuple[float, float] | None:
-    texts = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-    try:
-        mpp_x, mpp_y = (float(text) for text in texts)
-    except (TypeError, ValueError):
-        return None
-    return (mpp_x, mpp_y) if math.isfinite(mpp_x) and math.isfinite(mpp_y) else None
+def _scale(properties: "openslide._PropertyMap") -> tuple[Scale, ...]:
+    mpp_x, mpp_y = (number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+    return () if mpp_x is None or mpp_y is None else (Scale("the file", mpp_x, mpp_y),)

@@ -41,6 +41,14 @@ class Level(NamedTuple):
     downsample: float
 
 
+class Scale(NamedTuple):
+    """One statement about the size of a level-0 pixel, in microns, unchecked."""
+
+    source: str
+    mpp_x: float
+    mpp_y: float
+
+
 class Reader(Protocol):
     """An open slide file. Holds no label, macro or description.
 
@@ -50,8 +58,10 @@ class Reader(Protocol):
     name: ReaderName
     levels: tuple[Level, ...]
     """Finest first; never empty, and checked."""
-    mpp: tuple[float, float] | None
-    """Microns per level-0 pixel along x and y as the file has them, unchecked."""
+    scales: tuple[Scale, ...]
+    """What the file says of the size of a level-0 pixel, unchecked, the best statement first."""
+    objective_power: float | None
+    """Magnification of the objective as the file has it, unchecked."""
     scanner: str
     """Vendor and model, from a closed list."""
     has_plain_tiles: bool

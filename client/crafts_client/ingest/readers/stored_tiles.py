@@ -24,7 +24,7 @@ from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers import jpeg_stream
 from crafts_client.ingest.readers.jpeg_stream import JpegError, Segment
 from crafts_client.ingest.readers.seam import Level, Pixels, Size, foreign
-from crafts_client.ingest.readers.tiff_header import check_tiff_header
+from crafts_client.ingest.readers.tiff_header import read_tiff_header
 
 CACHE_BYTES = 32 * 2**20
 MAX_TILE_PX = 2**20
@@ -178,7 +178,7 @@ def _decoded(level: StoredLevel, column: int, row: int) -> Pixels | None:
 
 def _find(path: Path, file: BinaryIO, levels: Sequence[Level]) -> tuple[StoredLevel | None, ...]:
     """The one page of each level's size, if it is plain."""
-    check_tiff_header(path)
+    read_tiff_header(path)
     with foreign():
         import tifffile
 

@@ -4,6 +4,7 @@ tiffslide decodes through tifffile and zarr. An image decoder there allocates wh
 data claims, not what the TIFF header says, so each piece is looked at before it is decoded.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers import jpeg_stream
+from crafts_client.ingest.readers.scales import number, tiff_scales
 from crafts_client.ingest.readers.scanners import known_scanner
 from crafts_client.ingest.readers.seam import (
     DAMAGED,
@@ -19,11 +21,12 @@ from crafts_client.ingest.readers.seam import (
     WHITE,
     Pixels,
     ReaderName,
+    Scale,
     Size,
     foreign,
     pyramid,
 )
-from crafts_client.ingest.readers.tiff_header import check_tiff_header
+from crafts_client.ingest.readers.tiff_header import TiffPage, read_tiff_header
 
 _REFUSED = "not a TIFF slide that can be read, or its header is damaged"
 _BOUNDED_CODECS = (1, 5, 8, 32773, 32946, 50013)
@@ -45,8 +48,7 @@ class TiffSlideFile:
 
     name: ReaderName = "tiffslide"
 
-    def __init__(self, path: Path) -> None:
-        check_tiff_header(path)
+    def __init__(self, path: Path, pages: Sequence[TiffPage]) -> None:
         with foreign(_REFUSED), ExitStack() as opened:
             import tiffslide
 
@@ -58,7 +60,10 @@ class TiffSlideFile:
             self.levels = pyramid([(page.imagewidth, page.imagelength) for page in self._pages])
             if self._slide.level_dimensions != tuple(level[:2] for level in self.levels):
                 raise SlideError(_REFUSED)
-            self.mpp = _mpp(self._slide.properties)
+            properties = self._slide.properties
+            is_vendors = properties.get("tiffslide.vendor") not in (None, "generic-tiff")
+            self.scales = _scale(properties) if is_vendors else tiff_scales(pages)
+            self.objective_power = number(properties.get("tiffslide.objective-power"))
             self.scanner = known_scanner(
                 self._slide.properties.get("tiffslide.vendor"),
                 *(_text(self._pages[0], tag) for tag in ("Make", "Model")),
@@ -71,7 +76,7 @@ class TiffSlideFile:
     def reads(path: Path) -> bool:
         """Whether a TIFF is a slide rather than a plain image: tiled, or with levels."""
         try:
-            check_tiff_header(path)
+            read_tiff_header(path)
             with foreign(_REFUSED):
                 import tifffile
 
@@ -93,7 +98,7 @@ class TiffSlideFile:
             region = self._slide.zarr_group[str(level)][top : top + height, left : left + width]
             if region.shape[:2] != (height, width):
                 raise SlideError(DAMAGED)
-            pixels = np.array(region[..., :3])
+            pixels = np.array(region)
             for piece in absent:
                 x0, y0, x1, y1 = piece.box
                 pixels[max(y0 - top, 0) : y1 - top, max(x0 - left, 0) : x1 - left] = WHITE
@@ -125,7 +130,8 @@ def _page(level: Any) -> Any:
     page = level.keyframe
     if len(level.pages) != 1 or level.axes != "YXS" or str(page.dtype) != "uint8":
         raise SlideError("not a picture of 8 bits of red, green and blue")
-    if page.photometric not in (2, 6) or page.samplesperpixel not in (3, 4):
+    is_coded = page.photometric == 6 and page.compression in _JPEG  # only JPEG is turned into RGB
+    if not (page.photometric == 2 or is_coded) or page.samplesperpixel != 3:
         raise SlideError("not a picture of 8 bits of red, green and blue")
     if page.compression not in (*_BOUNDED_CODECS, *_JPEG, *_JPEG_2000):
         raise SlideError(f"its compression, TIFF number {int(page.compression)}, is not read here")
@@ -178,9 +184,9 @@ def _jpeg_2000_size(head: bytes) -> Size:
     return x1 - x0, y1 - y0
 
 
-def _mpp(properties: Any) -> tuple[float, float] | None:
-    mpp_x, mpp_y = (properties.get(f"tiffslide.mpp-{axis}") for axis in "xy")
-    return None if mpp_x is None or mpp_y is None else (float(mpp_x), float(mpp_y))
+def _scale(properties: Any) -> tuple[Scale, ...]:
+    mpp_x, mpp_y = (number(properties.get(f"tiffslide.mpp-{axis}")) for axis in "xy")
+    return () if mpp_x is None or mpp_y is None else (Scale("the file", mpp_x, mpp_y),)
 
 
 def _text(page: Any, tag: str) -> str:
