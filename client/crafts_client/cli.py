@@ -220,6 +220,12 @@ def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> N
             typer.echo(
                 f"left out {found.num_images} plain images; --images lists them, too", err=True
             )
+        if found.num_housekeeping:
+            typer.echo(
+                f"left out {found.num_housekeeping} hidden files, recycle bins and the like, and "
+                "what is in them",
+                err=True,
+            )
         write_template(table, found.paths)
     what = "slides and images" if images else "slides"
     if found.left_out:

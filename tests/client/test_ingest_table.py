@@ -91,10 +91,10 @@ def test_every_fault_is_told_at_once(folder: Path) -> None:
         assert fault in told
 
 
-@pytest.mark.parametrize("mpp", ["0.049", "20.1", "96", "2500"])
+@pytest.mark.parametrize("mpp", ["0.059", "20.1", "96", "2500"])
 def test_scale_of_no_microscope_is_a_fault(folder: Path, mpp: str) -> None:
     table = write_table(folder / "t.csv", "file,patient,label,mpp", [f"a.svs,p1,COAD,{mpp}"])
-    assert f"mpp {mpp} cannot be right: microns per pixel, from 0.05 to 20" in problems_of(table)[0]
+    assert f"mpp {mpp} cannot be right: microns per pixel, from 0.06 to 20" in problems_of(table)[0]
 
 
 @pytest.mark.parametrize("mpp", ["0", "-1", "nan", "inf"])

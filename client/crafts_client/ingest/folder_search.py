@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.housekeeping import is_housekeeping, is_unfinished
 from crafts_client.ingest.pool import Beat, Pool
 from crafts_client.ingest.readers.dicom_instances import is_dicom, slide_series
 from crafts_client.ingest.readers.opening import open_reader
@@ -31,6 +32,8 @@ class FoundSlides:
     """Files that look like slides and folders that may hold some, and why nothing comes of them."""
     num_images: int
     """Plain images that were not asked for."""
+    num_housekeeping: int
+    """Hidden files, recycle bins and index folders of file servers: not looked into."""
 
 
 def find_slides(
@@ -52,7 +55,7 @@ def find_slides(
         progress: Called with the step, what is done of it and what there is.
     """
     left_out: list[tuple[Path, str]] = []
-    slides, files = _walk(folder, left_out)
+    slides, files, num_housekeeping = _walk(folder, left_out)
     num_images = num_done = 0
     with Pool(num_processes) as pool:
         for place, answer in pool.run(_look, files):
@@ -67,32 +70,46 @@ def find_slides(
             elif answer == "image":
                 num_images += 1
     return FoundSlides(
-        paths=tuple(sorted(slides)), left_out=tuple(sorted(left_out)), num_images=num_images
+        paths=tuple(sorted(slides)),
+        left_out=tuple(sorted(left_out)),
+        num_images=num_images,
+        num_housekeeping=num_housekeeping,
     )
 
 
-def _walk(folder: Path, left_out: list[tuple[Path, str]]) -> tuple[list[Path], list[Path]]:
-    """DICOM slides, and the files that are not DICOM; what cannot be entered is left out."""
+def _walk(folder: Path, left_out: list[tuple[Path, str]]) -> tuple[list[Path], list[Path], int]:
+    """DICOM slides, files that are not DICOM, and how much is housekeeping.
+
+    What cannot be entered, and copies that are not finished, are left out.
+    """
 
     def refused(error: OSError) -> None:
         left_out.append((Path(error.filename), f"cannot be entered: {error.strerror}"))
 
     slides: list[Path] = []
     files: list[Path] = []
-    for place, folders, names in os.walk(folder, onerror=refused):
+    num_housekeeping = 0
+    for place, folders, entries in os.walk(folder, onerror=refused):
         directory = Path(place)
+        num_housekeeping += sum(map(is_housekeeping, (*folders, *entries)))
+        folders[:] = [name for name in folders if not is_housekeeping(name)]
         left_out += [
             (directory / name, "a link to a folder, which is not followed")
             for name in folders
             if (directory / name).is_symlink()
         ]
+        names = [name for name in entries if not is_housekeeping(name)]
+        left_out += [
+            (directory / name, "an unfinished copy") for name in names if is_unfinished(name)
+        ]
+        names = [name for name in names if not is_unfinished(name)]
         series = list(slide_series(directory).values())
         slides += [directory] if len(series) == 1 else [paths[0] for paths in series]
         dicom = [directory / name for name in names if is_dicom(directory / name)]
         if spare := len(set(dicom) - {path for paths in series for path in paths}):
             left_out.append((directory, f"{spare} DICOM files in it are no part of a slide"))
         files += [path for name in names if (path := directory / name) not in set(dicom)]
-    return slides, sorted(files)
+    return slides, sorted(files), num_housekeeping
 
 
 def _look(path: Path, beat: Beat) -> Answer:

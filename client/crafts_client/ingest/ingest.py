@@ -188,7 +188,7 @@ def _duplicates(
     first: dict[str, Source] = {}
     for source in sources:
         before = first.setdefault(source.content, source)
-        if before.row.path == source.row.path:
+        if before.row.target == source.row.target:
             continue
         if not of_two_patients or before.row.patient != source.row.patient:
             told = f"{source.row.name} is the same {what} as {before.row.name} on line"

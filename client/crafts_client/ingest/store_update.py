@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, SlideError
+from crafts_client.ingest.housekeeping import is_housekeeping, is_unfinished
 from crafts_client.ingest.report import (
     IngestReport,
     NothingUsedError,
@@ -76,9 +77,10 @@ class Source:
         """
         slide_id = salt.slide_id(row.patient, row.name)
         try:
-            beside = [[name, _state_of(path)] for name, path in row.conditions.items()]
-            made_from = json.dumps([how, row.mpp, _state_of(row.path), *beside], sort_keys=True)
             content = content_key(row.path, salt)
+            beside = [[name, content_key(path, salt)] for name, path in row.conditions.items()]
+            # Times of files say nothing: copies, clocks and backups change them.
+            made_from = json.dumps([how, row.mpp, content, *beside], sort_keys=True)
         except OSError as error:
             raise SlideError(f"cannot be read: {error.strerror}") from error
         return cls(row=row, slide_id=slide_id, key=salt.key(slide_id, made_from), content=content)
@@ -425,13 +427,6 @@ def content_key(path: Path, salt: Salt) -> str:
     return salt.key("content", _content_of(path))
 
 
-def _state_of(path: Path) -> list[tuple[int, int]]:
-    """Sizes and times of the files of a slide."""
-    return [
-        (status.st_size, status.st_mtime_ns) for status in (file.stat() for file in _files(path))
-    ]
-
-
 def _content_of(path: Path) -> str:
     """Hash of the length, the beginning and the end of each file of a slide."""
     digest = hashlib.sha256()
@@ -448,8 +443,17 @@ def _content_of(path: Path) -> str:
 def _files(path: Path) -> list[Path]:
     """What a slide consists of: MIRAX keeps its pixels in a folder of the same name beside it."""
     if path.is_dir():
-        return sorted(path.iterdir())
-    companion = path.with_suffix("")
-    if path.suffix.lower() == ".mrxs" and companion.is_dir():
-        return [path, *sorted(companion.iterdir())]
+        return _files_in(path)
+    if path.suffix.lower() == ".mrxs":
+        companions = (named.with_suffix("") for named in (path, path.resolve()))
+        return [path, *next((_files_in(folder) for folder in companions if folder.is_dir()), [])]
     return [path]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Without what file servers and desktops put there: it changes, and the slide does not."""
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.is_file() and not (is_housekeeping(entry.name) or is_unfinished(entry.name))
+    )

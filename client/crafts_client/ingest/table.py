@@ -6,7 +6,6 @@ told together with what is wrong with the slides, before any pixel is read.
 
 import csv
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from crafts_client.ingest.errors import IngestError, Problem
 from crafts_client.ingest.known_names import identifying_names
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
+from crafts_client.ingest.named_files import NamedFiles, composed, target
 from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
@@ -50,9 +50,9 @@ class TableRow:
 
     line: int
     name: str
-    """The file as the table has it: what its id is made from."""
+    """The file as the table has it, in one Unicode form: what its id is made from."""
     path: Path
-    """A file, or the folder of a DICOM series."""
+    """A file, or the folder of a DICOM series; a link as it is."""
     patient: str
     case: str
     label: str
@@ -68,6 +68,11 @@ class TableRow:
     """What the operator should know of the row although it is not wrong."""
     conditions: Mapping[Modality, Path] = field(default_factory=dict)
     """Images that lie over a ready tile."""
+
+    @property
+    def target(self) -> Path:
+        """What the path leads to."""
+        return target(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +129,7 @@ def examine_table(
         problems.append((1, "a header, but no row follows"))
     if "file" not in found:  # what its rows are about cannot be known
         raise IngestError.at_lines(problems)
-    base = path.parent if root is None else root
+    files = NamedFiles(path.parent if root is None else root)
     rows: list[TableRow] = []
     is_there: set[int] = set()
     cohorts: dict[int, str] = {}
@@ -133,8 +138,8 @@ def examine_table(
             problems.append((number, f"expected {len(header)} cells, got {len(cells)}"))
             continue
         values = {key: cells[place].strip() for key, place in found.items()}
-        file, missing = _find_file(values["file"], base)
-        over, unfit = _find_conditions(values, base)
+        file, missing = files.find(values["file"])
+        over, unfit = _find_conditions(values, files)
         row, wrong = _read_row(number, values, file, over, listed)
         problems += [(number, problem) for problem in (*filter(None, [missing]), *unfit, *wrong)]
         rows.append(row)
@@ -160,8 +165,8 @@ def write_template(path: Path, slides: Sequence[Path]) -> None:
     """
     if not slides:
         raise IngestError("no slide was found there; is it the right folder?")
-    base = path.parent.resolve()
-    names = [slide.resolve() for slide in slides]
+    base = path.parent.absolute()
+    names = [slide.absolute() for slide in slides]
     lines = [name.relative_to(base) if name.is_relative_to(base) else name for name in names]
     odd = [line for line in lines if not _is_text(line)]
     if odd:
@@ -289,7 +294,7 @@ def _read_row(
     problems += [problem] if problem else []
     row = TableRow(
         line=number,
-        name=name,
+        name=composed(name),
         path=path,
         patient=patient,
         case=case,
@@ -304,41 +309,24 @@ def _read_row(
     return row, problems
 
 
-def _find_file(name: str, base: Path) -> tuple[Path, str | None]:
-    """Where a file is, and what is wrong with it."""
-    if not name:
-        return base, "no file"
-    try:
-        path = (base / name).resolve()
-        exists = path.is_file() or path.is_dir()
-    except (OSError, ValueError) as error:  # too long, or no name of a file at all
-        return base, f"file {name!r} cannot be looked for: {error}"
-    if not exists:
-        return path, f"file {name} does not exist below {base}"
-    if base.resolve().is_relative_to(path):
-        return path, f"file {name} is the folder of all slides, not a slide"
-    if not os.access(path, os.R_OK):
-        return path, f"file {name} may not be read; check its permissions"
-    return path, None
-
-
 def _find_conditions(
-    values: Mapping[str, str], base: Path
+    values: Mapping[str, str], files: NamedFiles
 ) -> tuple[dict[Modality, Path], list[str]]:
     """The images that lie over a tile and can be read, and what is wrong with the others."""
     named = {modality: values[modality] for modality in MODALITIES if values.get(modality)}
-    found = {modality: _find_condition(modality, text, base) for modality, text in named.items()}
+    found = {modality: _find_condition(modality, text, files) for modality, text in named.items()}
     paths = {modality: path for modality, (path, problem) in found.items() if problem is None}
     return paths, [problem for _, problem in found.values() if problem]
 
 
-def _find_condition(modality: Modality, name: str, base: Path) -> tuple[Path, str | None]:
+def _find_condition(modality: Modality, name: str, files: NamedFiles) -> tuple[Path, str | None]:
     """Where the image over a tile is, and what is wrong with it."""
-    path, problem = _find_file(name, base)
+    path, problem = files.find(name)
     if problem is not None:
         return path, f"{modality} {problem}"
-    if not path.is_relative_to(base.resolve()):
-        return path, f"{modality} file {name} leaves {base}; copy it there, or set --root"
+    path = target(path)
+    if not path.is_relative_to(target(files.base)):
+        return path, f"{modality} file {name} leaves {files.base}; copy it there, or set --root"
     if not path.is_file():
         return path, f"{modality} file {name} is a folder, not an image"
     return path, None
@@ -347,7 +335,7 @@ def _find_condition(modality: Modality, name: str, base: Path) -> tuple[Path, st
 def _shared_conditions(rows: Sequence[TableRow]) -> Iterator[tuple[int, str]]:
     """One image over two tiles is a mistake, and would mix their patients; so is a tile itself."""
     first: dict[Path, int] = {}
-    tiles = {row.path: row.line for row in rows if row.name}
+    tiles = {row.target: row.line for row in rows if row.name}
     for row in rows:
         for modality, path in row.conditions.items():
             if path in tiles:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from crafts_client.ingest.deidentify import plain_name
 from crafts_client.ingest.errors import Problem
+from crafts_client.ingest.named_files import composed
 
 
 class CheckedRow(Protocol):
@@ -20,7 +21,7 @@ class CheckedRow(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def path(self) -> Path: ...
+    def target(self) -> Path: ...
     @property
     def patient(self) -> str: ...
     @property
@@ -49,12 +50,14 @@ def problems_between(
 def _twice(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
     first: dict[str, CheckedRow] = {}
     for row in rows:
-        before = first.setdefault(str(row.path).casefold(), row)
+        before = first.setdefault(composed(str(row.target)).casefold(), row)
         if before is row:
             continue
-        if before.path != row.path:
+        if before.target != row.target:
+            is_form = row.name == before.name
+            how = "the form of its letters in Unicode" if is_form else "capitals"
             told = (
-                f"file {row.name} differs only in capitals from {before.name} on line "
+                f"file {row.name} differs only in {how} from {before.name} on line "
                 f"{before.line}; if they are two, rename one"
             )
             yield row.line, told
@@ -65,9 +68,9 @@ def _twice(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
 
 def _nested(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
     """A folder is one slide: no other row may be a part of it."""
-    listed = {row.path: row for row in rows}
+    listed = {row.target: row for row in rows}
     for row in rows:
-        for folder in row.path.parents:
+        for folder in row.target.parents:
             if folder in listed:
                 told = (
                     f"file {row.name} lies inside {listed[folder].name}, which is listed as a "

@@ -29,7 +29,19 @@ def open_reader(path: Path) -> Reader:
     """
     if path.is_dir() or is_dicom(path):
         return WsiDicomFile(path)
-    pages = read_tiff_header(path) if is_tiff(path) and not is_beyond_classic(path) else ()
+    if is_tiff(path):
+        return _open_tiff(path)
+    try:
+        return OpenSlideFile(path) if OpenSlideFile.vendor(path) is not None else ImageFile(path)
+    except SlideError:
+        if not path.is_symlink():
+            raise
+        # The link alone may have been staged, and what belongs to the slide lies at its target.
+        return open_reader(path.resolve())
+
+
+def _open_tiff(path: Path) -> Reader:
+    pages = () if is_beyond_classic(path) else read_tiff_header(path)
     vendor = OpenSlideFile.vendor(path)
     if pages and (vendor is None or vendor in PLAIN_TIFF_VENDORS):
         check_picture(pages)
@@ -39,10 +51,6 @@ def open_reader(path: Path) -> Reader:
         try:
             return OpenSlideFile(path, pages)
         except SlideError:  # it may know the container, but not how the pixels are packed
-            if not _tiffslide_reads(path):
+            if not TiffSlideFile.reads(path):
                 raise
-    return TiffSlideFile(path, pages) if _tiffslide_reads(path) else ImageFile(path, pages)
-
-
-def _tiffslide_reads(path: Path) -> bool:
-    return is_tiff(path) and TiffSlideFile.reads(path)
+    return TiffSlideFile(path, pages) if TiffSlideFile.reads(path) else ImageFile(path, pages)
