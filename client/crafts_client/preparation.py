@@ -27,12 +27,16 @@ from crafts_client.ingest import (
     remove_patient,
     remove_slides,
 )
+from crafts_client.ingest.deidentify import plain_name
 from crafts_client.ingest.errors import Problem
 from crafts_client.ingest.ingest_history import with_refusal, with_run
 from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
+from crafts_client.ingest.named_files import composed
+from crafts_client.ingest.patient_names import likeness
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.report import IngestRun, NothingUsedError
+from crafts_client.ingest.table_checks import look_alike
 from crafts_client.ingest.tiling import Artefact
 from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
@@ -109,7 +113,11 @@ def _cut(
     reading = examine_table(table, root=root, cohort=config.cohort, listed=listed)
     rows = reading.rows
     register = PatientRegister(home.register_path)
-    problems = [*reading.problems, *_of_other_cohorts(rows, register, salt, config.cohort)]
+    problems = [
+        *reading.problems,
+        *_of_other_cohorts(rows, register, salt, config.cohort),
+        *_look_like_others(rows, former),
+    ]
     has_scale = options.ready_tiles and any(row.mpp is not None for row in rows)
     if has_scale:
         told = "no mpp, but other lines have one; give it for all ready tiles, or for none"
@@ -163,6 +171,25 @@ def _of_other_cohorts(
                 f'line out, or set cohort = "{other}" in site.toml and ingest again'
             )
             yield row.line, told
+
+
+def _look_like_others(rows: Sequence[TableRow], former: IngestReport | None) -> Iterator[Problem]:
+    """Patients of this table who may be those of another under a name that is written otherwise.
+
+    A slide that this table lists, too, is no reason: it is this table's patient's from now on.
+    """
+    files = {row.name for row in rows}
+    others = {
+        likeness(source.patient): source.patient
+        for source in (former.sources if former is not None else ())
+        if source.num_tiles and source.file not in files
+    }
+    told: set[str] = set()
+    for row in rows:
+        other = others.get(likeness(row.patient), row.patient)
+        if plain_name(other) != plain_name(row.patient) and row.patient not in told:
+            told.add(row.patient)
+            yield row.line, look_alike(row.patient, f"{other}, who is in the store")
 
 
 def keep_names(home: SiteHome, names: Path) -> None:
@@ -283,7 +310,11 @@ def _slide_of(file: Path, store: TileStore, salt: Salt, report: IngestReport | N
         found = {slide for slide, known in sources.items() if known.content == content}
     else:
         told = report.sources if report is not None else ()
-        found = {salt.slide_id(s.patient, s.file) for s in told if s.file == str(file)}
+        found = {
+            salt.slide_id(s.patient, s.file)
+            for s in told
+            if composed(s.file) == composed(str(file))
+        }
         found &= sources.keys()
     if len(found) != 1:
         what = "several slides" if found else "no slide"

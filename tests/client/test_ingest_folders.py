@@ -184,7 +184,7 @@ def test_two_names_that_differ_in_their_form_only_are_told(tmp_path: Path) -> No
         name = unicodedata.normalize(form, "ö.png")
         Image.fromarray(tissue_image(64, margin=8)).save(tmp_path / name)
         rows.append(f"{name},p,COAD")
-    with pytest.raises(IngestError, match=r"form of its letters in Unicode, from ö.png on line 2"):
+    with pytest.raises(IngestError, match=r"form of its letters in Unicode from ö.png on line 2"):
         read_table(write_table(tmp_path / "t.csv", "file,patient,label", rows))
 
 

@@ -12,6 +12,7 @@ import unicodedata
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.patient_names import participant
 from crafts_core.durable import create_secret
 
 SALT_BYTES = 32
@@ -87,5 +88,5 @@ class Salt:
 
 
 def plain_name(name: str) -> str:
-    """The name without what people write now so, now so."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """The name without what people write now so, now so; of a barcode, whose sample it is."""
+    return " ".join(unicodedata.normalize("NFKC", participant(name)).casefold().split())

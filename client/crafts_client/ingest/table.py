@@ -15,6 +15,7 @@ from crafts_client.ingest.errors import IngestError, Problem
 from crafts_client.ingest.known_names import identifying_names
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.named_files import NamedFiles, composed, target
+from crafts_client.ingest.patient_names import is_missing, lost_in_a_spreadsheet, participant
 from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
@@ -44,6 +45,9 @@ class TableColumns:
     """People that the row's texts may name: taken out of them, and not kept."""
 
 
+_MAY_SAY_MISSING = ("patient", "case", "label", "caption", "report", "cohort", "names", *MODALITIES)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRow:
     """One slide or ready tile. Names its patient: never leaves the site."""
@@ -54,6 +58,7 @@ class TableRow:
     path: Path
     """A file, or the folder of a DICOM series; a link as it is."""
     patient: str
+    """As the table has it; of a barcode, the participant whose sample it is."""
     case: str
     label: str
     """A word of the vocabulary, or scrubbed free text."""
@@ -137,7 +142,7 @@ def examine_table(
         if len(cells) != len(header):
             problems.append((number, f"expected {len(header)} cells, got {len(cells)}"))
             continue
-        values = {key: cells[place].strip() for key, place in found.items()}
+        values = {key: _filled(key, cells[place]) for key, place in found.items()}
         file, missing = files.find(values["file"])
         over, unfit = _find_conditions(values, files)
         row, wrong = _read_row(number, values, file, over, listed)
@@ -277,6 +282,11 @@ def _odd_names(header: Sequence[str], columns: TableColumns) -> list[str]:
     return problems
 
 
+def _filled(key: str, cell: str) -> str:
+    """What a cell says. In a closed list of words ``none`` may mean something, and is told."""
+    return "" if key in _MAY_SAY_MISSING and is_missing(cell) else cell.strip()
+
+
 def _read_row(
     number: int,
     values: Mapping[str, str],
@@ -287,6 +297,12 @@ def _read_row(
     """The row as far as it can be read, and what is wrong with it beside its files."""
     name, patient, case = (values.get(key, "") for key in ("file", "patient", "case"))
     problems = [] if patient or "patient" not in values else ["no patient"]
+    lost = {what: lost_in_a_spreadsheet(values.get(what, "")) for what in ("patient", "case")}
+    problems += [
+        f"{what} {values[what]} {why}; format the column as text, enter it again, and export"
+        for what, why in lost.items()
+        if why is not None
+    ]
     known = identifying_names(patient=patient, case=case, file=name, names=values.get("names", ""))
     shown = read_caption(values, known, listed)
     problems += shown.problems
@@ -296,7 +312,7 @@ def _read_row(
         line=number,
         name=composed(name),
         path=path,
-        patient=patient,
+        patient=participant(patient),
         case=case,
         label=shown.label,
         caption=shown.caption,

@@ -11,6 +11,12 @@ from typing import Protocol
 from crafts_client.ingest.deidentify import plain_name
 from crafts_client.ingest.errors import Problem
 from crafts_client.ingest.named_files import composed
+from crafts_client.ingest.patient_names import (
+    EXACT_DIGITS,
+    is_long_number,
+    is_rounded,
+    likeness,
+)
 
 
 class CheckedRow(Protocol):
@@ -42,6 +48,8 @@ def problems_between(
         *_twice([row for row in rows if row.name]),
         *_nested([row for row in rows if row.name]),
         *_spellings([row for row in rows if row.patient]),
+        *_likenesses([row for row in rows if row.patient]),
+        *_rounded([row for row in rows if row.patient]),
         *_shared_cases([row for row in rows if row.patient and row.case]),
         *_other_cohorts(rows, cohorts, cohort),
     ]
@@ -89,6 +97,39 @@ def _spellings(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
                 "write one patient in one way, and tell two apart by more than capitals"
             )
             yield row.line, told
+
+
+def _likenesses(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
+    """Once for each name that looks like one before it."""
+    first: dict[str, CheckedRow] = {}
+    told: set[str] = set()
+    for row in rows:
+        name = plain_name(row.patient)
+        before = first.setdefault(likeness(row.patient), row)
+        if plain_name(before.patient) != name and name not in told:
+            told.add(name)
+            yield row.line, look_alike(row.patient, f"{before.patient} on line {before.line}")
+
+
+def look_alike(patient: str, other: str) -> str:
+    """What to say of two names that may be one patient's; ``other`` with its place."""
+    return (
+        f"patient {patient} looks like {other}; write one patient in one way, and tell two apart "
+        "by more than dashes, blanks, accents, zeros in front, .0 behind and signs that cannot be "
+        "seen"
+    )
+
+
+def _rounded(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
+    """Where every long number ends in zeros, a spreadsheet has put them there."""
+    long = [row for row in rows if is_long_number(row.patient)]
+    if len({row.patient for row in long}) > 1 and all(is_rounded(row.patient) for row in long):
+        told = (
+            f"patient {long[0].patient}: all numbers of more than {EXACT_DIGITS} digits end in "
+            "zeros, as a spreadsheet rounds them, so that several people may have one; format the "
+            "column as text, enter it again, and export"
+        )
+        yield long[0].line, told
 
 
 def _shared_cases(rows: Sequence[CheckedRow]) -> Iterator[Problem]:
