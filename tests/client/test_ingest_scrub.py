@@ -350,3 +350,35 @@ def test_a_list_of_names_is_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "n.txt").write_bytes("Müller".encode("latin-1"))
     with pytest.raises(IngestError, match="not UTF-8"):
         ListedNames.read(tmp_path / "n.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hans Müller, born 03.04.1950, {}", "Müller, Hans, *03.04.1950, {}",
+        "Hans Müller (geb. 3.4.50), {}", "Hans Müller, geb. 1950, {}",
+        "Paget, born 12 May 1944, {}", "Anna Crohn, DOB 1950-02-01, {}",
+        "Maria Schmidt geb. Müller, {}",
+        "née Müller, {}", "Anna von der Heide, born 3.4.1950, {}", "John Brown, born 1950, {}",
+        "Born: 03.04.1950 Hans Müller, {}", "(Hans Müller, 1950-04-03) {}",
+        "Hans Müller 3.4.1950, {}", "Anna Schmidt, 3.4.1950, {}", "Ms Müller, {}", "DR Müller, {}",
+        "frau müller, {}", "dr. müller, {}", "mr crohn, {}", "HERR Gleason, {}",
+    ],
+)  # fmt: skip
+def test_a_name_beside_a_date_or_a_title_goes_though_it_is_an_eponym(text: str) -> None:
+    assert scrub(text.format("colon with tumor")).text == "colon with tumor"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Gleason 3+4, 03.04.2021", "Gleason 3+4"),
+        ("03.04.2021: Burkitt lymphoma", "Burkitt lymphoma"),
+        ("Crohn disease since 2010, newborn", "Crohn disease since 2010, newborn"),
+        ("Operated 03.04.2021", "Operated"),
+        ("Gallenblase vom 03.04.2021", "Gallenblase"),
+        ("MR enterography of Crohn disease", "MR enterography of Crohn disease"),
+    ],
+)
+def test_what_is_no_name_beside_a_date_stays(text: str, left: str) -> None:
+    assert scrub(text).text == left

@@ -335,7 +335,7 @@ _RULES = (
 )
 _LEADS = {
     Kind.DATE: re.compile(
-        r"(?:\b(?:(?:received|collected|reported|signed|taken|seen|date|dated|datum|dob|born|geb"
+        r"(?:(?:\b(?:received|collected|reported|signed|taken|seen|date|dated|datum|dob|born|geb"
         r"|date\s+of\s+birth|geburtsdatum|eingang|ausgang|fecha)\b[\s.:]{0,3})?(?:\*\s?)?"
         r"(?:\b(?:on|am|vom|le|du|since|from|until|in|of|at|seit|bis|den|the)\s)?)$",
         re.IGNORECASE,

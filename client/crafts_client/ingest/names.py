@@ -30,10 +30,13 @@ _DIGIT_AFTER = re.compile(r"[-/+]?\d")
 _TITLE = re.compile(
     r"(?<![\w-])(?:(?:Dr|Prof|Mrs?|Messrs|Mme|Mlle|Herrn?|Hrn?|Frau|Fräulein|Monsieur|Madame"
     r"|Mademoiselle|Docteur|Professeur|Señora?|Dra|Sig(?:\.ra)?|Dott(?:\.ssa)?)(?!\w)\.?"
+    r"|herrn?(?!\w)|frau(?!\w)|HERRN?(?!\w)|FRAU(?!\w)"
     r"|(?P<weak>(?:Ms|Miss|Fr|Pr|Sra?|PD|Doctor|Professor|Nurse|dr|prof|mrs?|ms|DR|PROF|MRS?|MS)"
     r"(?!\w)\.?))"
     r"(?:[\s,]{0,2}(?:Dr|Prof|med|h\.\s?c|rer|nat|univ|habil|PD|phil|dent|Priv\.?-?Doz)(?!\w)\.?)*"
 )
+_METHODS_TOO = frozenset({"MR", "MS", "PD", "PR", "Pr"})
+"""Titles that without a stop are also a method, a disease or a receptor."""
 _BY = re.compile(
     r"\b(?:(?:(?:electronically|digitally)\s)?(?:signed|reported|dictated|reviewed|examined|verified|validated|approved"
     r"|submitted|requested|referred|performed|interpreted|transcribed|authored|written|typed"
@@ -95,10 +98,11 @@ def find_names(text: str) -> Iterator[Span]:
 
 def _after_titles(text: str) -> Iterator[Span]:
     for match in _TITLE.finditer(text):
-        accepts = _unknown if match["weak"] else _titled
-        end = _name_end(text, match.end(), accepts, with_comma=False)
-        if end is None:
-            end = _name_end(text, match.end(), _small, with_comma=False)
+        is_sure = match["weak"] not in _METHODS_TOO
+        accepts: Accepts = _unknown_or_eponym if match["weak"] else _titled
+        end = _name_end(text, match.end(), accepts if is_sure else _unknown, with_comma=False)
+        if end is None and is_sure:
+            end = _name_end(text, match.end(), _small_or_eponym, with_comma=False)
         if end is not None:
             yield Span(match.start(), end, Kind.NAME)
 
@@ -138,6 +142,11 @@ def _before_degrees(text: str) -> Iterator[Span]:
             start = start - len(text[max(0, start - 40) : start]) + word.start()
         if start < match.start():
             yield Span(start, match.end(), Kind.NAME)
+
+
+def name_after(text: str, start: int) -> int | None:
+    """Where a name ends that begins there, eponyms included; None if none does."""
+    return _name_end(text, start, _unknown_or_eponym, with_comma=False)
 
 
 def _name_end(text: str, start: int, accepts: Accepts, *, with_comma: bool) -> int | None:
@@ -182,9 +191,9 @@ def _titled(word: str, first: bool) -> bool:
     return _unknown_or_eponym(word, first) or (first and len(word) > 1 and word[0].isupper())
 
 
-def _small(word: str, first: bool) -> bool:
-    """``dr smith``: one word, as long as it is none of ours."""
-    return first and len(word) > 2 and not is_plain(word) and not is_eponym(word)
+def _small_or_eponym(word: str, first: bool) -> bool:
+    """``dr smith``, ``herr müller``: one word, as long as it is none of our plain ones."""
+    return first and len(word) > 2 and (is_eponym(word) or not is_plain(word))
 
 
 def _in_field(word: str, first: bool) -> bool:

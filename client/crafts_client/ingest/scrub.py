@@ -16,6 +16,7 @@ from crafts_client.ingest.identifiers import Kind, Span, find_identifiers
 from crafts_client.ingest.known_names import fold, known_pattern
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.names import find_names
+from crafts_client.ingest.names_beside import find_names_beside
 from crafts_client.ingest.plain_words import is_acronym, is_eponym, is_plain
 
 MAX_PASSES = 8
@@ -141,7 +142,9 @@ def _visible(text: str) -> str:
 
 def _find(text: str, names: re.Pattern[str] | None, listed: ListedNames) -> list[Span]:
     """What to remove, in order and without overlap."""
-    found = [*find_identifiers(text), *find_names(text), *listed.find(text)]
+    found = list(find_identifiers(text))
+    dates = [span for span in found if span.kind is Kind.DATE]
+    found += [*find_names(text), *find_names_beside(text, dates), *listed.find(text)]
     if names is not None:
         found += [Span(*match.span(), Kind.KNOWN) for match in names.finditer(fold(text))]
     return _merged(found)
