@@ -98,6 +98,9 @@ def init(
     )
 
 
+_TOLD_CAPTIONS = 5
+
+
 @app.command()
 def ingest(
     table: Annotated[
@@ -195,6 +198,7 @@ def ingest(
         "already_in_the_store": report.already,
         "skipped": len(report.skipped),
         "unusable_tiles": num_unusable,
+        "captions_cut": len(report.cut_captions),
         "report": str(site.ingest_report_path),
         "page": str(site.path / "ingest.html"),
     }
@@ -206,6 +210,12 @@ def ingest(
             typer.echo(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
         if num_unusable:
             typer.echo(UNUSABLE.format(num_unusable))
+        for note in report.cut_captions[:_TOLD_CAPTIONS]:
+            typer.echo(
+                f"cut caption of line {note.line}: the text tower does not read: {note.unread}"
+            )
+        if len(report.cut_captions) > _TOLD_CAPTIONS:
+            typer.echo(f"... and {len(report.cut_captions) - _TOLD_CAPTIONS} more, on the page")
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:

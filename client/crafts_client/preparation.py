@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from crafts_core.foundation import Foundation, read_manifest, verify
 from crafts_core.tiles import TileStore, TileStoreError, damaged_files
 from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
 from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
+from crafts_core.unread_text import unread_tails
 
 StepProgress = Callable[[str, int, int], None]
 """Name of the step, done, in all."""
@@ -111,7 +112,7 @@ def _cut(
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
     listed = ListedNames.read(home.names_path) if home.names_path.exists() else NOBODY
     reading = examine_table(table, root=root, cohort=config.cohort, listed=listed)
-    rows = reading.rows
+    rows = _with_unread(reading.rows, foundation)
     register = PatientRegister(home.register_path)
     problems = [
         *reading.problems,
@@ -156,6 +157,14 @@ def _cut(
         problems=problems,
         progress=progress,
     )
+
+
+def _with_unread(rows: Sequence[TableRow], foundation: Foundation) -> tuple[TableRow, ...]:
+    """The rows, with what of their captions will not steer anything."""
+    generator, captions = foundation.generator, list(dict.fromkeys(row.caption for row in rows))
+    most = int(generator.text_encoder.config.max_position_embeddings)
+    tails = dict(zip(captions, unread_tails(generator.tokenizer, captions, most), strict=True))
+    return tuple(replace(row, unread=tails[row.caption]) for row in rows)
 
 
 def _of_other_cohorts(

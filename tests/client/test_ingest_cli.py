@@ -530,3 +530,20 @@ def test_listed_names_are_in_no_caption_then_or_later(home: SiteHome, tmp_path: 
     captions = TileStore.open(home.tile_store_path).captions
     assert sorted(captions) == ["glands that showed to", "saw glands"]
     assert home.names_path.stat().st_mode & 0o77 == 0
+
+
+def test_the_end_of_a_caption_that_no_tower_reads_is_told(tmp_path: Path, home: SiteHome) -> None:
+    Image.fromarray(tissue_image(64, margin=8)).save(tmp_path / "t.png")
+    caption = (
+        "colon with tumor, " + "glands with moderate atypia and much stroma, " * 6 + "necrosis"
+    )
+    rows = [f'{name},p,"{text}"' for name, text in (("t.png", caption), ("t.png", "colon"))]
+    table = write_table(tmp_path / "t.csv", "file,patient,caption", rows[:1])
+    told = run("ingest", table, "--home", home.path, "--ready-tiles", "--processes", 1)
+    assert "captions cut: 1" in told.output
+    [line] = [line for line in told.output.splitlines() if line.startswith("cut caption of line 2")]
+    assert line.endswith("much stroma, necrosis")
+    assert "leaves out" in (home.path / "ingest.html").read_text(encoding="utf-8")
+    short = write_table(tmp_path / "t.csv", "file,patient,caption", rows[1:])
+    told = run("ingest", short, "--home", home.path, "--ready-tiles", "--processes", 1)
+    assert "captions cut: 0" in told.output

@@ -28,6 +28,8 @@ class CaptionNote(BaseModel):
     """The same of a label that is none of the vocabulary."""
     look_at: tuple[str, ...]
     """Words that stayed and may be names."""
+    unread: str = ""
+    """The end of the caption that the foundation's text tower does not read."""
     notes: tuple[str, ...] = ()
 
 
@@ -38,7 +40,9 @@ def caption_report(rows: Iterable[TableRow]) -> tuple[CaptionNote, ...]:
 
 def _needs_note(row: TableRow) -> bool:
     texts = (row.scrubbed, row.scrubbed_label)
-    return bool(row.notes) or any(text and (text.found or text.look_at) for text in texts)
+    return bool(row.notes or row.unread) or any(
+        text and (text.found or text.look_at) for text in texts
+    )
 
 
 def _note(row: TableRow) -> CaptionNote:
@@ -52,5 +56,10 @@ def _note(row: TableRow) -> CaptionNote:
         marked=None if row.scrubbed is None else row.scrubbed.marked,
         marked_label=None if row.scrubbed_label is None else row.scrubbed_label.marked,
         look_at=tuple(dict.fromkeys(word for text in texts for word in text.look_at)),
-        notes=row.notes,
+        unread=row.unread,
+        notes=row.notes + ((_told(row.unread),) if row.unread else ()),
     )
+
+
+def _told(unread: str) -> str:
+    return f"the text tower reads so many words and no more; it leaves out: {unread}"

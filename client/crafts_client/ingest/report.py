@@ -201,6 +201,11 @@ class IngestReport(_Record):
         return tuple(source for source in self.sources if source.warnings)
 
     @property
+    def cut_captions(self) -> tuple[CaptionNote, ...]:
+        """Those of which the text tower does not read all."""
+        return tuple(note for note in self.captions if note.unread)
+
+    @property
     def skipped(self) -> tuple[SourceOutcome, ...]:
         """The files that gave nothing, each with its reason."""
         return tuple(source for source in self.sources if source.skipped is not None)

@@ -69,6 +69,8 @@ class TableRow:
     scrubbed: Scrubbed | None = None
     """What scrubbing did to the caption; None for a composed one."""
     scrubbed_label: Scrubbed | None = None
+    unread: str = ""
+    """The end of the caption that the foundation's text tower does not read."""
     notes: tuple[str, ...] = ()
     """What the operator should know of the row although it is not wrong."""
     conditions: Mapping[Modality, Path] = field(default_factory=dict)

@@ -1,0 +1,22 @@
+"""What of a text is left out, because a text tower reads so many tokens and no more."""
+
+from collections.abc import Sequence
+
+from transformers import CLIPTokenizer
+
+from crafts_core.quiet import quiet_transformers
+
+
+def unread_tails(tokenizer: CLIPTokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """The end of each text that ``tokenize`` cuts off; empty where all of it is read."""
+    if not texts:
+        return []
+    most = min(max_tokens, int(tokenizer.model_max_length)) - 2  # start and end are tokens, too
+    with quiet_transformers():
+        places = tokenizer(
+            list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True
+        )["offset_mapping"]
+    return [
+        text[spans[most][0] :].strip() if len(spans) > most else ""
+        for text, spans in zip(texts, places, strict=True)
+    ]
