@@ -154,6 +154,16 @@ def test_a_pointer_is_named_as_one(tmp_path: Path, content: str) -> None:
         Slide.open(tmp_path / "s.svs", mpp=0.5)
 
 
+def test_a_link_that_was_copied_as_text_is_named_as_one(tmp_path: Path) -> None:
+    """Git writes links so where a file system has none."""
+    folder = write_dicom_slide(tmp_path / "store", tissue_image())
+    (tmp_path / "s").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "s" / file.name).write_text(f"../store/{file.name}")
+    with pytest.raises(SlideError, match="a link that was copied as text; make it a link again"):
+        Slide.open(tmp_path / "s" / "series1-level0.dcm", mpp=0.5)
+
+
 def test_plan_table_names_links_not_what_they_lead_to(tmp_path: Path) -> None:
     slide = write_tissue_slide(tmp_path / "slides" / "a.svs")
     in_store(slide, tmp_path / "store", 1)

@@ -168,6 +168,12 @@ def test_sixteen_bits_in_png_are_refused(tmp_path: Path) -> None:
         prepare_tile(path, None, PX)
 
 
+def test_samples_with_a_sign_are_refused(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "s.tif", tissue_image().astype(np.int8))
+    with pytest.raises(SlideError, match="signed samples; expected 8 bits, without a sign"):
+        Slide.open(path)
+
+
 def test_three_grey_samples_and_grey_slides_are_refused(tmp_path: Path) -> None:
     lying = write_slide(tmp_path / "s.tif", tissue_image(), photometric="minisblack",
                         extrasamples=[0, 0], planarconfig="contig")  # fmt: skip

@@ -21,7 +21,7 @@ from crafts_client.ingest.readers.seam import (
     pyramid,
 )
 from crafts_client.ingest.readers.tiff_header import TiffPage, is_tiff, read_tiff_header
-from crafts_client.ingest.readers.tiff_meaning import check_picture, check_stored_colour
+from crafts_client.ingest.readers.tiff_meaning import check_bits, check_picture, check_stored_colour
 from crafts_core.picture_facts import bits_per_sample, opened, upright, upright_size
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
@@ -32,6 +32,7 @@ _REFUSED = (
     "damaged, or neither a slide that OpenSlide, tiffslide or wsidicom can read nor an image "
     f"({', '.join(FORMATS)})"
 )
+_POINTER_BYTES = 1000
 _POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/")
 
 
@@ -45,6 +46,7 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
     if is_tiff(path):
         pages = read_tiff_header(path)
         check_picture(pages)
+        check_bits(pages[0])
         check_stored_colour(path, pages[0])
     with opened(path, FORMATS) as image:
         if image.mode not in MODES_OF_8_BITS:  # Pillow would make it all white
@@ -114,7 +116,16 @@ class ImageFile:
 def _refused(path: Path) -> str:
     """Why nothing can open a file, in words that say what to do where that is known."""
     with path.open("rb") as file:
-        head = file.read(200)
+        head = file.read(_POINTER_BYTES)
     if any(mark in head for mark in _POINTERS):
         return "a pointer to the file, not the file; fetch it: git annex get, or git lfs pull"
+    if len(head) < _POINTER_BYTES and _is_path_beside(path, head):
+        return "a link that was copied as text; make it a link again, or copy what it leads to"
     return _REFUSED
+
+
+def _is_path_beside(path: Path, text: bytes) -> bool:
+    try:
+        return b"/" in text and (path.parent / text.decode()).is_file()
+    except (OSError, ValueError):
+        return False

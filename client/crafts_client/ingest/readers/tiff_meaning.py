@@ -108,12 +108,23 @@ def check_stored_colour(path: Path, page: TiffPage) -> None:
         )
 
 
-def _check_pixels(page: TiffPage) -> None:
-    if any(bits != 8 for bits in page.bits) or any(kind != 1 for kind in page.sample_formats):
+def check_bits(page: TiffPage) -> None:
+    """Make sure that a page has whole numbers of at most 8 bits: of others libraries take a part.
+
+    Raises:
+        SlideError: it has not.
+    """
+    if max(page.bits) > 8:
         raise SlideError(
             f"{max(page.bits)} bits a sample; expected 8 bits of red, green and blue: write them "
             "so, from the range that the camera filled"
         )
+    if any(kind != 1 for kind in page.sample_formats):
+        raise SlideError("signed samples; expected 8 bits, without a sign, of red, green and blue")
+
+
+def _check_pixels(page: TiffPage) -> None:
+    check_bits(page)
     if page.photometric in _GREYS and page.samples == 1:
         raise SlideError("a grey picture; expected 8 bits of red, green and blue")
     if page.photometric not in (_RGB, _YCBCR):
