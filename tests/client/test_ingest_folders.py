@@ -2,6 +2,8 @@
 
 import os
 import unicodedata
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pydicom
@@ -11,12 +13,16 @@ from PIL import Image
 from crafts_client.ingest import IngestError, Salt, find_slides, read_table, write_template
 from crafts_client.ingest.deidentify import SALT_BYTES
 from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.readers.image_files import ImageFile
+from crafts_client.ingest.readers.tiff_header import TiffPage
 from crafts_client.ingest.slides import Slide
 from crafts_client.ingest.store_update import Source
 from crafts_client.ingest.table import TableRow
 from support.slide_files import write_dicom_slide
 from support.slides import tissue_image, write_table, write_tissue_slide
 
+tissue = cache(tissue_image)
+"""Drawn once; not to be written to."""
 SALT = Salt(bytes(SALT_BYTES))
 LEFT_BEHIND = (
     "@eaDir/l0.dcm@SynoEAStream", "#recycle/old.svs", "@Recycle/old.svs", ".@__thumb/s.tif",
@@ -51,7 +57,7 @@ def in_store(file: Path, store: Path, number: int) -> None:
 
 
 def test_what_a_file_server_leaves_in_a_slide_is_no_part_of_it(tmp_path: Path) -> None:
-    folder = write_dicom_slide(tmp_path / "s", tissue_image())
+    folder = write_dicom_slide(tmp_path / "s", tissue())
     before = key_of(folder)
     leave_behind(folder)
     assert key_of(folder) == before
@@ -86,7 +92,7 @@ def test_a_slide_is_known_again_whatever_its_times_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", ["series1-level0.dcm", "series1-level1.dcm", ""])
 def test_levels_behind_links_are_one_slide(tmp_path: Path, named: str) -> None:
-    folder = write_dicom_slide(tmp_path / "s", tissue_image())
+    folder = write_dicom_slide(tmp_path / "s", tissue())
     for number, file in enumerate(sorted(folder.iterdir())):
         in_store(file, tmp_path / "store", number)
     table = write_table(tmp_path / "t.csv", "file,patient,label", [f"s/{named},p,COAD"])
@@ -97,7 +103,7 @@ def test_levels_behind_links_are_one_slide(tmp_path: Path, named: str) -> None:
 
 def test_a_link_that_was_staged_alone_brings_its_levels_along(tmp_path: Path) -> None:
     """Nextflow links the file that a task names, not what lies beside it."""
-    folder = write_dicom_slide(tmp_path / "s", tissue_image())
+    folder = write_dicom_slide(tmp_path / "s", tissue())
     staged = tmp_path / "work" / "in.dcm"
     staged.parent.mkdir()
     staged.symlink_to(folder / "series1-level1.dcm")
@@ -107,7 +113,7 @@ def test_a_link_that_was_staged_alone_brings_its_levels_along(tmp_path: Path) ->
 
 @pytest.mark.parametrize("named", ["", "series1-level1.dcm"])
 def test_a_level_that_was_not_fetched_refuses_the_slide(tmp_path: Path, named: str) -> None:
-    folder = write_dicom_slide(tmp_path / "s", tissue_image())
+    folder = write_dicom_slide(tmp_path / "s", tissue())
     (folder / "series1-level0.dcm").unlink()
     (folder / "series1-level0.dcm").symlink_to("../.git/annex/objects/gone")
     with pytest.raises(SlideError, match=r"lead to nothing \(series1-level0.dcm\).*git annex get"):
@@ -115,14 +121,14 @@ def test_a_level_that_was_not_fetched_refuses_the_slide(tmp_path: Path, named: s
 
 
 def test_a_level_that_is_still_being_copied_refuses_the_slide(tmp_path: Path) -> None:
-    folder = write_dicom_slide(tmp_path / "s", tissue_image())
+    folder = write_dicom_slide(tmp_path / "s", tissue())
     (folder / "series1-level0.dcm").rename(folder / "series1-level0.dcm.part")
     with pytest.raises(SlideError, match=r"series1-level0.dcm.part .* unfinished copy; copy it"):
         Slide.open(folder)
 
 
 def test_a_reduced_level_alone_is_no_slide(tmp_path: Path) -> None:
-    folder = write_dicom_slide(tmp_path / "s", tissue_image())
+    folder = write_dicom_slide(tmp_path / "s", tissue())
     (folder / "series1-level0.dcm").unlink()
     coarse = pydicom.dcmread(folder / "series1-level1.dcm")
     coarse.ImageType = ["DERIVED", "PRIMARY", "VOLUME", "RESAMPLED"]
@@ -154,9 +160,30 @@ def test_a_pointer_is_named_as_one(tmp_path: Path, content: str) -> None:
         Slide.open(tmp_path / "s.svs", mpp=0.5)
 
 
+def test_what_belongs_to_a_staged_link_may_lie_at_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MIRAX and the like: the format is known only where its companions are."""
+    held = tmp_path / "held" / "s.png"
+    held.parent.mkdir()
+    Image.fromarray(tissue()).save(held)
+    (held.parent / "s").mkdir()
+    (tmp_path / "s.png").symlink_to(held)
+    opened = ImageFile.__init__
+
+    def with_companion(self: ImageFile, path: Path, pages: Sequence[TiffPage] = ()) -> None:
+        if not path.with_suffix("").is_dir():
+            raise SlideError("its companions are not there")
+        opened(self, path, pages)
+
+    monkeypatch.setattr(ImageFile, "__init__", with_companion)
+    with Slide.open(tmp_path / "s.png", mpp=0.5) as slide:
+        assert slide.size_px == (512, 512)
+
+
 def test_a_link_that_was_copied_as_text_is_named_as_one(tmp_path: Path) -> None:
     """Git writes links so where a file system has none."""
-    folder = write_dicom_slide(tmp_path / "store", tissue_image())
+    folder = write_dicom_slide(tmp_path / "store", tissue())
     (tmp_path / "s").mkdir()
     for file in folder.iterdir():
         (tmp_path / "s" / file.name).write_text(f"../store/{file.name}")
