@@ -70,7 +70,7 @@ def test_one_name_written_in_two_ways_is_told(tmp_path: Path, one: str, other: s
 @pytest.mark.parametrize(
     "names",
     [("1-11", "11-1", "111"), ("P1", "P10", "P100"), ("1.1", "1.10"), ("A1B2", "A12B"),
-     ("S23-1001-1", "S23-1001-2"), ("0", "1"), ("李伟", "李薇")],
+     ("S23-1001-1", "S23-1001-2"), ("0", "1"), ("李伟", "李薇"), ("かみや", "がみや")],
 )  # fmt: skip
 def test_different_patients_are_left_alone(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert patients_of(read_table(write_patients(tmp_path, *names))) == list(names)
@@ -87,6 +87,8 @@ def test_different_patients_are_left_alone(tmp_path: Path, names: tuple[str, ...
         ("TCGA-AA-3872-01Z-00-DX1", "TCGA-AA-3872"),
         ("tcga_aa_3872_01a_01_bs1", "TCGA-AA-3872"),
         ("TCGA.AA.3872.01A", "TCGA-AA-3872"),
+        ("TCGA–AA–3872–01A", "TCGA-AA-3872"),
+        ("TCGA-AA-3872\u200b-01A", "TCGA-AA-3872"),
         ("TCGA-AA-3872-01Z-00-DX1.9b3-f0.svs", "TCGA-AA-3872"),
         ("TARGET-10-PAAAAA-09A-01R", "TARGET-10-PAAAAA"),
         ("GTEX-1117F-0226-SM-5GZZ7", "GTEX-1117F"),

@@ -279,7 +279,7 @@ def test_a_label_in_strips_before_a_smaller_slide_in_tiles_is_refused(tmp_path: 
 def test_a_label_that_comes_later_does_no_harm(tmp_path: Path) -> None:
     """Levels, a thumbnail and a label without any mark, as most converters write them."""
     with tifffile.TiffWriter(tmp_path / "s.tif") as writer:
-        writer.write(tissue(), tile=(64, 64), **LABEL)
+        writer.write(tissue(), tile=(64, 64), description="Label-free phase", **LABEL)
         writer.write(tissue()[::2, ::2], tile=(64, 64), subfiletype=1, **LABEL)
         writer.write(np.zeros((90, 200, 3), np.uint8), **LABEL)
     with Slide.open(tmp_path / "s.tif", mpp=0.5) as slide:

@@ -62,4 +62,4 @@ def _note(row: TableRow) -> CaptionNote:
 
 
 def _told(unread: str) -> str:
-    return f"the text tower reads so many words and no more; it leaves out: {unread}"
+    return f"longer than the text tower reads, which leaves out: {unread}"

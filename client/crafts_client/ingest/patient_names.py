@@ -18,9 +18,10 @@ _BARCODES = tuple(
     )
 )
 """Of TCGA, TARGET, GTEx and CPTAC: the participant, then sample, portion, slide."""
-_SEPARATORS = re.compile(r"[-_.\s]")
+_SEPARATORS = re.compile(r"[_.\s‐-―−]")
 _WHOLE_FLOAT = re.compile(r"(\d+)[.,]0+")
 _GROUPED = re.compile(r"\d{1,3}(?:[ .,'’]\d{3})+")
+_ACCENTS = re.compile("[\u0300-\u036f]")
 _RUNS = re.compile(r"[^\W\d_]+|\d+")
 _SHORTENED = re.compile(r"[+-]?\d(?:[.,]\d+)?[eE]\+\d{2,3}")
 _DAY = re.compile(r"\d{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)")
@@ -44,7 +45,7 @@ def is_missing(cell: str) -> bool:
 
 def participant(name: str) -> str:
     """Whose sample a barcode names, where all barcodes of its kind do; else the name as it is."""
-    plain = _SEPARATORS.sub("-", name.strip())
+    plain = _SEPARATORS.sub("-", _visible(name).strip())
     for barcode in _BARCODES:
         if found := barcode.fullmatch(plain):
             return found[1].upper()
@@ -58,7 +59,7 @@ def likeness(name: str) -> str:
     be seen make no difference.
     """
     decomposed = unicodedata.normalize("NFKD", _visible(name)).casefold()
-    text = "".join(c for c in decomposed if not unicodedata.combining(c)).strip()
+    text = unicodedata.normalize("NFC", _ACCENTS.sub("", decomposed)).strip()
     if whole := _WHOLE_FLOAT.fullmatch(text):
         text = whole[1]
     elif _GROUPED.fullmatch(text):

@@ -21,7 +21,7 @@ _REDUCED, _MASK, _MACRO = 1, 4, 9
 """Of the subfile type: two bits, and the number that Aperio gives its macro image."""
 _ASSOCIATED, _UNASSOCIATED = 1, 2
 _NO_SLIDES = re.compile(
-    r"[\W_]*(?:[^\W_]+[\W_]+){0,3}?(label|macro|thumbnail|overview|localizer|barcode)(?![^\W_])",
+    r"[\W_]*(?:[^\W_]+[\W_]+){0,3}?(label|macro|thumbnail|overview|localizer|barcode)(?![^\W_]|-free)",
     re.IGNORECASE,
 )
 """Among the first words of a description or page name."""
