@@ -383,5 +383,6 @@ def test_report_of_captions_tells_what_went_and_what_to_look_at(folder: Path) ->
         "marked": "glands of Kowalczyk [date]",
         "marked_label": "tumor of [name]",
         "look_at": ["Kowalczyk"],
+        "unread": "",
         "notes": [],
     }
