@@ -45,7 +45,6 @@ from crafts_core.foundation import Foundation, read_manifest, verify
 from crafts_core.tiles import TileStore, TileStoreError, damaged_files
 from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
 from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
-from crafts_core.unread_text import unread_tails
 
 StepProgress = Callable[[str, int, int], None]
 """Name of the step, done, in all."""
@@ -161,9 +160,8 @@ def _cut(
 
 def _with_unread(rows: Sequence[TableRow], foundation: Foundation) -> tuple[TableRow, ...]:
     """The rows, with what of their captions will not steer anything."""
-    generator, captions = foundation.generator, list(dict.fromkeys(row.caption for row in rows))
-    most = int(generator.text_encoder.config.max_position_embeddings)
-    tails = dict(zip(captions, unread_tails(generator.tokenizer, captions, most), strict=True))
+    captions = list(dict.fromkeys(row.caption for row in rows))
+    tails = dict(zip(captions, foundation.generator.unread(captions), strict=True))
     return tuple(replace(row, unread=tails[row.caption]) for row in rows)
 
 

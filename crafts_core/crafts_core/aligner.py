@@ -135,15 +135,6 @@ def pearson(p_BK: Tensor, q_BK: Tensor) -> Tensor:
     return functional.cosine_similarity(p_BK, q_BK, dim=1, eps=1e-8)
 
 
-def cut_off(tokenizer: CLIPTokenizer, caption: str, max_tokens: int) -> str:
-    """The end of a caption that ``tokenize`` cuts off; empty where it cuts nothing."""
-    most = min(max_tokens, int(tokenizer.model_max_length))
-    whole = tokenizer(caption, add_special_tokens=False).input_ids
-    # Two places are taken by the beginning and end of the text.
-    rest: str = tokenizer.decode(whole[most - 2 :]) if len(whole) > most - 2 else ""
-    return rest.strip()
-
-
 def check_vocabulary(tokenizer: CLIPTokenizer, vocab_size: int) -> None:
     """Every token must have an embedding: else some captions, and no others, would be errors.
 

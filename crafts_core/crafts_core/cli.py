@@ -140,11 +140,10 @@ def _sample_to_files(
 
 def _tell_what_is_cut(generator: "Generator", prompts: list[str]) -> None:
     """One line for each prompt that the text encoder does not read to its end."""
-    for prompt in dict.fromkeys(prompts):
-        if rest := generator.left_out(prompt):
-            typer.echo(
-                f"crafts: a prompt is longer than the generator reads; left out: {rest!r}", err=True
-            )
+    for rest in filter(None, generator.unread(list(dict.fromkeys(prompts)))):
+        typer.echo(
+            f"crafts: a prompt is longer than the generator reads; left out: {rest!r}", err=True
+        )
 
 
 def _control(

@@ -3,6 +3,7 @@
 Shape letters: B batch, C H W channels and latent (or image) pixels, L tokens, D text width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, cast
@@ -12,10 +13,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from crafts_core.aligner import check_vocabulary, cut_off, tokenize
+from crafts_core.aligner import check_vocabulary, tokenize
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.pretrained import check_parts_fit, pipeline_kind, read_part, readable
 from crafts_core.quiet import quiet_transformers
+from crafts_core.unread_text import unread_tails
 
 PredictionType = Literal["epsilon", "v_prediction"]
 """What the denoiser predicts: the noise (diffusers says ``epsilon``) or the velocity."""
@@ -117,11 +119,10 @@ class Generator:
         decoded: Tensor = self.vae.decode(latents_BCHW / scale + shift).sample
         return decoded.clamp(-1.0, 1.0)
 
-    def left_out(self, caption: str) -> str:
-        """The end of a caption that the text encoder does not read; empty where it reads all."""
-        return cut_off(
-            self.tokenizer, caption, int(self.text_encoder.config.max_position_embeddings)
-        )
+    def unread(self, captions: Sequence[str]) -> list[str]:
+        """The end of each caption that the text encoder does not read; empty where it reads all."""
+        most = int(self.text_encoder.config.max_position_embeddings)
+        return unread_tails(self.tokenizer, captions, most)
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Tensor:
