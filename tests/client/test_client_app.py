@@ -467,7 +467,7 @@ def test_an_adapter_over_the_norm_limit_is_refused_before_it_costs_anything(
     content = coordinator.content(plan, state, request, stage_start=start)
 
     assert ask(home, foundation, content).error == error_of(Rule.ADAPTER_NORM)
-    assert not Ledger(home.ledger_path).entries()
+    assert not Ledger(home.ledger_path).events("main")
 
 
 def test_training_without_privacy_is_recorded_as_infinite(

@@ -43,7 +43,7 @@ def test_the_declared_number_alone_scales_an_update(tmp_path, foundation, coordi
     randomness = Randomness(
         noise=NoNoise(),
         sampler=FixedSampler([2]),
-        generator=lambda: torch.Generator().manual_seed(0),
+        generator=lambda _step, _patient: torch.Generator().manual_seed(0),
     )
     slow = {"learning_rate": 1e-4}  # so that the second step's gradient is the first one's
     plan = coordinator.plan(stage=[each.model_dump() | slow for each in coordinator.plan().stage])

@@ -72,7 +72,7 @@ def test_a_running_site_sees_that_it_was_taken_back(home, foundation, coordinato
     with pytest.raises(PolicyError) as refused:
         site.answer(message)
     assert refused.value.rule is Rule.FOUNDATION_APPROVAL
-    assert site._ledger.entries() == ()
+    assert site._ledger.events("main") == ()
     (home.path / "approved_foundations.json").write_text("{")
     with pytest.raises(HomeError, match="approve everything again"):
         site.answer(message)

@@ -432,7 +432,9 @@ def test_a_site_finds_its_ledger_put_back_together_with_its_local_witness(
 @pytest.fixture
 def south(coordinator, site, tmp_path: Path, foundation) -> SiteHome:
     """Another site; both are enrolled."""
-    other = make_site_home(tmp_path / "south", foundation, "unknown", name="south")
+    other = make_site_home(
+        tmp_path / "south", foundation, "unknown", name="south", declared_patients=PATIENTS
+    )
     enrol(site, coordinator.host, coordinator.invite("north"))
     enrol(other, coordinator.host, coordinator.invite("south"))
     return other
@@ -590,7 +592,9 @@ class TestDoctor:
     def test_a_site_in_order(self, enrolled) -> None:
         found = self.findings(enrolled)
         bad = {subject for subject, (verdict, _) in found.items() if verdict != "ok"}
-        assert bad == {"fleet", "signer"}, "nothing listens there; the policy trusts another key"
+        assert bad == {"fleet", "signer", "audit"}, (
+            "nothing listens there; the policy trusts another key; no audit was made here"
+        )
         assert "cannot be reached directly" in found["fleet"][1]
 
     def test_a_site_before_anything(self, site) -> None:
