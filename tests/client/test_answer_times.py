@@ -262,7 +262,7 @@ def test_timing_public_steps_changes_nothing_of_what_is_trained(
         randomness = Randomness(
             noise=NoNoise(),
             sampler=FixedSampler(),
-            generator=lambda: torch.Generator().manual_seed(5),
+            generator=lambda _step, _patient: torch.Generator().manual_seed(5),
         )
         site = Site(home, foundation, randomness=randomness, clock=ManualClock().clock)
         deltas.append(site.answer(coordinator.message(plan, coordinator.start(plan))).delta)

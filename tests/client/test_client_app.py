@@ -29,7 +29,6 @@ from crafts_privacy.ledger import (
     Ledger,
     LedgerError,
     PlanBudgetExceededError,
-    Reservation,
 )
 from crafts_privacy.patient_sgd import PatientSGD
 from crafts_privacy.sampling import PoissonSampler
@@ -309,7 +308,7 @@ def test_a_sealed_file_that_names_another_rounds_charge_is_never_sent(
         patch.setattr(Outbox, "seal", _killed)
         with pytest.raises(KeyboardInterrupt):
             hospital.answer(coordinator.message(plan, state))
-    paid = Reservation.of(Ledger(home.ledger_path).entries()[0])
+    (paid,) = Ledger(home.ledger_path).open_reservations()
     request = coordinator.request(plan, state, number=2)
     shared = request.model_dump(include=set(RoundReply.model_fields))
     reply = RoundReply(

@@ -165,7 +165,7 @@ def test_the_budget_falls_with_a_round(home, foundation, coordinator) -> None:
 
     empty = told()
     assert (empty["plans"], empty["further_plans_fit"], empty["epsilon_spent"]) == ([], True, 0)
-    assert empty["delta_times_declared_patients"] == 0.006
+    assert empty["delta_times_declared_patients"] == 0.01
     plan, site = coordinator.plan(), Site(home, foundation)
     state = coordinator.start(plan)
     for number, steps in ((1, 2), (2, 4)):

@@ -96,7 +96,7 @@ def fixed(drawn: Sequence[int] | None = None) -> Randomness:
     return Randomness(
         noise=NoNoise(),
         sampler=FixedSampler(drawn),
-        generator=lambda: torch.Generator().manual_seed(3),
+        generator=lambda _step, _patient: torch.Generator().manual_seed(3),
     )
 
 

@@ -355,7 +355,7 @@ def test_the_page_shows_delta_rounded_up_and_times_the_declared_patients(
 ) -> None:
     home = make_site_home(
         *(tmp_path / "site", foundation, coordinator.public_key),
-        num_patients=7,
+        declared_patients=7,
         max_delta=1.491e-4,
     )
     page, _ = write_privacy_report(privacy_report(home), tmp_path)

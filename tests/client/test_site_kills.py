@@ -39,7 +39,7 @@ from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_privacy import ledger_store
 from crafts_privacy.errors import LedgerError
-from crafts_privacy.ledger import EntryKind, Ledger
+from crafts_privacy.ledger import EntryKind, Ledger, LedgerError, Reservation
 from crafts_privacy.patient_sgd import PatientSGD
 from crafts_simulations.small_study import DECLARED_PATIENTS
 from support import power_cut
@@ -202,11 +202,13 @@ def violations(folder: Path) -> list[str]:
     except LedgerError as error:
         return [f"the ledger does not open: {error}"]
     left = released(folder / "outside")
-    reserved = [e.round for e in entries if e.kind is EntryKind.RESERVED]
+    charged = [Reservation.of(e) for e in entries if e.kind is EntryKind.RESERVED]
+    reserved = [each.round for each in charged]
+    asked = [(each.round, each.request_hash) for each in charged]  # another adapter costs anew
     committed = {e.round: e.detail for e in entries if e.kind is EntryKind.COMMITTED}
     found = [f"round {r} left without a charge" for r, _ in left if r not in reserved]
     found += [f"round {r} left without a commit of it" for r, h in left if committed.get(r) != h]
-    found += [f"round {r} charged twice" for r in set(reserved) if reserved.count(r) > 1]
+    found += [f"round {r[0]} charged twice" for r in set(asked) if asked.count(r) > 1]
     answers_of = [number for number, _ in set(left)]
     found += [f"round {r} answered twice" for r in set(left) if answers_of.count(r[0]) > 1]
     return found
@@ -245,6 +247,8 @@ def drive(folder: Path, kills: int, seed: int, broken: str) -> dict[str, Any]:
             power_cut.cut(home, Path(kept))
         if found := violations(folder):
             break
+        if kept:  # the disk has new files now; whoever put it back says that it is the only one
+            Ledger(home / "ledger.db").move()
     else:
         run_site(study, len(rounds_released(folder)) + 1, kills)
         found = violations(folder)

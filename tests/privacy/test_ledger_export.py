@@ -11,7 +11,7 @@ import pytest
 from crafts_privacy import signing
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
-from crafts_privacy.ledger import Ledger, LedgerHead, PlanLimit
+from crafts_privacy.ledger import Ledger, LedgerHead, Lifetime, PlanLimit
 from crafts_privacy.ledger_export import parse_export, read_export, write_export
 from crafts_privacy.ledger_rows import LedgerEntry, genesis_hash
 from crafts_privacy.signed_head import SignedHead
@@ -42,8 +42,8 @@ def ledger(tmp_path: Path) -> Ledger:
             round=number,
             stage="pretraining",
             event=EVENT,
-            max_epsilon=8.0,
-            delta=1e-4,
+            request_hash="0" * 64,
+            lifetime=Lifetime(max_epsilon=8.0, delta=1e-4, filters=("sums",)),
             plan_limit=PlanLimit(max_epsilon=8.0, delta=1e-4),
         )
         if number == 1:

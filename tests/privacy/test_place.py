@@ -16,6 +16,7 @@ from crafts_privacy.ledger import (
     Ledger,
     LedgerError,
     LedgerPlaceError,
+    Lifetime,
     PlanLimit,
     Reservation,
 )
@@ -51,8 +52,8 @@ def reserve(ledger: Ledger, round: int) -> Reservation:
         round=round,
         stage="pretraining",
         event=EVENT,
-        max_epsilon=8.0,
-        delta=1e-4,
+        request_hash="0" * 64,
+        lifetime=Lifetime(max_epsilon=8.0, delta=1e-4, filters=("sums",)),
         plan_limit=PlanLimit(max_epsilon=8.0, delta=1e-4),
     )
 

@@ -62,3 +62,5 @@ def _put_back(path: Path, inode: int, kept: Path) -> None:
             shutil.copyfile(file, path / name)
         else:  # its name was synced and its content never
             (path / name).touch()
+        if not (path / name).is_dir():
+            (path / name).chmod(0o600)  # a home is its owner's; modes are not kept here
