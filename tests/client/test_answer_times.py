@@ -160,7 +160,8 @@ def test_in_a_control_round_no_time_tells_how_many_have_a_mask(
     """All are drawn; nobody or everybody has one."""
     times = []
     for num_steered in (0, PATIENTS):
-        home = make_home(num_steered=num_steered)
+        # A patient to a pass: where several share one, places without a mask are filled.
+        home = make_home(num_steered=num_steered, microbatch_tiles=4)
         times += seconds_of_rounds(home, foundation, coordinator, clock, [PATIENTS], control=True)
     assert spread(times) < 1e-6
     assert clock.slept[1] > clock.slept[3] > 0, "training itself took longer with masks"
@@ -175,7 +176,7 @@ def test_the_time_follows_the_declared_size_and_not_the_true_one(
         times += seconds_of_rounds(home, foundation, coordinator, clock, [num_patients])
     assert spread(times) < 1e-6
     larger = make_home(declared_patients=2 * DECLARED)
-    assert seconds_of_rounds(larger, foundation, coordinator, clock, [5])[0] > 1.5 * times[0]
+    assert seconds_of_rounds(larger, foundation, coordinator, clock, [5])[0] > 1.3 * times[0]
 
 
 def test_a_release_is_committed_and_witnessed_after_it_waited(
@@ -192,7 +193,7 @@ def test_a_release_is_committed_and_witnessed_after_it_waited(
     site = site_of(home, foundation, clock, [3, 4])
     content = coordinator.content(plan, coordinator.start(plan))
     assert ask(home, site, content, looked("witness")).has_content()
-    assert order == ["witness 0", "wait 1", "witness 2"]
+    assert order == ["witness 1", "wait 2", "witness 3"], "the first says where the ledger lies"
     assert len(list(home.outbox_path.glob("*.safetensors"))) == 1
 
 
@@ -210,7 +211,7 @@ def test_a_refusal_that_patients_led_to_waits_like_an_answer(
     """An update too long, one not finite, a fault of a disk: after nobody or all patients."""
     home = make_home(max_update_norm=1e-6)
     if late is not PolicyError:
-        monkeypatch.setattr("crafts_client.site.global_norm", _fails(late))
+        monkeypatch.setattr(Site, "_reply", _fails(late))
     times = seconds_of_rounds(home, foundation, coordinator, clock, [0, PATIENTS])
     assert spread(times) < 1e-6
     assert clock.slept[1] > clock.slept[2] > 0

@@ -100,6 +100,7 @@ class Running:
 
     def __init__(self, gradients: GroupGradients) -> None:
         self._gradients = gradients
+        self.num_patients = gradients.num_patients
 
     def compute(self, *arguments: object) -> Tensor:
         return self._gradients.compute(*arguments).cumsum(0)
