@@ -145,8 +145,15 @@ def test_one_patient_less_moves_the_sum_by_no_more_than_the_bound(
     assert sum(length > 0.99 for length in moved) > len(adapters) / 4
 
 
+MINDED = {
+    "rows that weigh something": lambda loss_B: loss_B != 0,
+    "rows that are not finite": torch.isnan,
+}
+
+
+@pytest.mark.parametrize("minded", MINDED)
 def test_a_pass_that_minds_its_company_is_found_and_not_used(
-    foundation, store, monkeypatch, caplog
+    foundation, store, monkeypatch, caplog, minded: str
 ) -> None:
     """Found with the adapter of the very round, and the bound holds all the same."""
     cohorts = Cohorts(foundation, store)
@@ -154,8 +161,8 @@ def test_a_pass_that_minds_its_company_is_found_and_not_used(
     whole_pass = GroupGradients.compute
 
     def minding(self, loss_B: Tensor) -> Tensor:
-        """Rounds otherwise by how many rows weigh nothing: as in a pass of another shape."""
-        return whole_pass(self, loss_B) * (1 + 1e-3 * float((loss_B != 0).sum()))
+        """Rounds otherwise by how many such rows there are: as in a pass of another shape."""
+        return whole_pass(self, loss_B) * (1 + 1e-3 * float(MINDED[minded](loss_B).sum()))
 
     monkeypatch.setattr(GroupGradients, "compute", minding)
     assert cohorts.most_moved(cohorts.start, group=5, patients=range(2)) <= 1.0
