@@ -35,6 +35,8 @@ app.add_typer(tiles_app, name="tiles")
 @app.callback()
 def main() -> None:
     """Take part in a federated study as a hospital. Slides never leave this machine."""
+    # Read when grpc is imported. What fails is said in one line; gRPC would add a page of its own.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @app.command()

@@ -26,6 +26,7 @@ from crafts_client.code_hash import code_sha256
 from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.peer_heads import PeerHeads
+from crafts_client.proxies import Proxy, proxy_for, way
 from crafts_client.site_audit import read_record, weakness
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.witness_folders import check_folders
@@ -103,23 +104,33 @@ def enrolment(home: SiteHome) -> Iterator[Finding]:
 def fleet(home: SiteHome) -> Iterator[Finding]:
     """The way that the rounds go: TLS to the coordinator, through the proxy if there is one."""
     record = coordinator_record(home)
-    url = f"https://{record.fleet_address}/"
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    way = f"through proxy {httpx.URL(proxy).host}" if proxy else "directly"
+    proxy = proxy_for(record.fleet_address, os.environ)
     context = ssl.create_default_context(cafile=str(home.path / "keys" / "ca.crt"))
     started = time.time()
     try:
-        response = httpx.get(url, verify=context, timeout=_TIMEOUT_S)
+        response = _ask(record, proxy, context)
     except httpx.HTTPError as error:
-        yield _unreachable(record, error, way)
+        yield _unreachable(record, error, proxy)
         if _refused_certificate(error) is not None:
             with suppress(httpx.HTTPError):
                 # Nothing is sent, and an answer's date is only a hint.
-                yield from _clock(httpx.get(url, verify=False, timeout=_TIMEOUT_S))  # noqa: S501
+                yield from _clock(_ask(record, proxy, False))
         return
     seconds = time.time() - started
-    yield _ok("fleet", f"{record.fleet_address} answers {way} in {seconds * 1000:.0f} ms")
+    yield _ok("fleet", f"{record.fleet_address} answers {way(proxy)} in {seconds * 1000:.0f} ms")
     yield from _clock(response)
+
+
+def _ask(
+    record: CoordinatorRecord, proxy: Proxy | None, verify: ssl.SSLContext | bool
+) -> httpx.Response:
+    return httpx.get(
+        f"https://{record.fleet_address}/",
+        proxy=proxy.url if proxy else None,
+        verify=verify,
+        timeout=_TIMEOUT_S,
+        trust_env=False,
+    )
 
 
 def _clock(answer: httpx.Response) -> Iterator[Finding]:
@@ -167,17 +178,25 @@ def _refused_certificate(error: BaseException | None) -> ssl.SSLCertVerification
     return error
 
 
-def _unreachable(record: CoordinatorRecord, error: httpx.HTTPError, way: str) -> Finding:
+def _unreachable(record: CoordinatorRecord, error: httpx.HTTPError, proxy: Proxy | None) -> Finding:
     refused = _refused_certificate(error)
     if refused is not None:
         shown, advice = _UNTRUSTED.get(refused.verify_code, _FOREIGN)
-        return _problem("fleet", f"{record.fleet_address} shows {shown} ({way})", advice)
-    if isinstance(error, httpx.ProxyError):
-        return _problem("fleet", f"the proxy refuses ({way})", "ask that CONNECT be allowed")
+        return _problem("fleet", f"{record.fleet_address} shows {shown} ({way(proxy)})", advice)
+    if proxy is not None and isinstance(error, httpx.ProxyError):
+        status = str(error)[:3]  # the rest is the proxy's own text
+        advice = "ask that CONNECT to this address be allowed"
+        if status == "407":
+            advice = f"write http://USER:PASSWORD@HOST:PORT into {proxy.variable}"
+        found = f"{record.fleet_address} is refused with {status} {way(proxy)}"
+        return _problem("fleet", found, advice)
+    advice = "allow outbound HTTPS to this address, or set HTTPS_PROXY"
+    if proxy is not None:
+        advice = f"see whether {proxy.variable} names the right proxy"
     return _problem(
         "fleet",
-        f"{record.fleet_address} cannot be reached {way} ({type(error).__name__})",
-        "allow outbound HTTPS to this address, or set HTTPS_PROXY",
+        f"{record.fleet_address} cannot be reached {way(proxy)} ({type(error).__name__})",
+        advice,
     )
 
 

@@ -15,10 +15,9 @@ Private keys are made here and never leave.
 
 import hashlib
 import http.client
+import os
 import ssl
 from typing import Any, Self
-from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import grpc
 from cryptography import x509
@@ -35,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crafts_client.errors import CoordinatorBusyError, EnrolmentError
 from crafts_client.home import SiteHome
+from crafts_client.proxies import proxy_for, way
 from crafts_core.durable import write_file
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
 
@@ -94,7 +94,7 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
     with _channel(f"{name}:{port}", credentials) as channel:
-        reply = _call(channel, ENROLMENT, "Enrol", request)
+        reply = _call(channel, ENROLMENT, "Enrol", request, at=f"{name}:{port}")
     record = CoordinatorRecord(
         site=reply.site,
         signer=reply.signer,
@@ -155,7 +155,7 @@ class Registrar:
         CoordinatorBusyError: it failed; ask again.
         """
         request = calls_of(REGISTRAR)[name].request(**fields)
-        return _call(self._channel, REGISTRAR, name, request)
+        return _call(self._channel, REGISTRAR, name, request, at=self.record.registrar_address)
 
 
 def coordinator_record(home: SiteHome) -> CoordinatorRecord:
@@ -191,19 +191,20 @@ def _authority(home: SiteHome) -> str:
 
 
 def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:
-    """As the environment says, through an HTTP proxy; gRPC by itself reads small letters only."""
-    proxy = _proxy_for(address.rpartition(":")[0])
-    options = [("grpc.http_proxy", proxy.geturl())] if proxy else [("grpc.enable_http_proxy", 0)]
-    return grpc.secure_channel(address, credentials, options=options)
+    """Through the proxy or not, as ``proxies`` says; what gRPC reads by itself is switched off."""
+    proxy = proxy_for(address, os.environ)
+    options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
+    if proxy is None:
+        return grpc.secure_channel(address, credentials, options)
+    options += [
+        ("grpc.http_connect_server", address),
+        ("grpc.default_authority", address),  # whose certificate it must be
+        *(("grpc.http_connect_headers", f"{key}:{text}") for key, text in proxy.headers.items()),
+    ]
+    return grpc.secure_channel(f"dns:///{proxy.address}", credentials, options)
 
 
-def _proxy_for(host: str) -> SplitResult | None:
-    """The proxy of ``HTTPS_PROXY``, unless ``NO_PROXY`` excepts the host."""
-    proxy = getproxies().get("https")
-    return urlsplit(proxy) if proxy and not proxy_bypass(host) else None
-
-
-def _call(channel: grpc.Channel, service: str, name: str, request: Any) -> Any:
+def _call(channel: grpc.Channel, service: str, name: str, request: Any, *, at: str) -> Any:
     call = calls_of(service)[name]
     stub = channel.unary_unary(
         call.path,
@@ -218,7 +219,8 @@ def _call(channel: grpc.Channel, service: str, name: str, request: Any) -> Any:
         if error.code() in _STATUS_IS_PUBLIC:
             raise EnrolmentError(f"the coordinator says: {error.details()}") from error
         raise EnrolmentError(
-            "the coordinator cannot be reached; run crafts-client doctor to see why"
+            f"the coordinator cannot be reached at {at} {way(proxy_for(at, os.environ))}; "
+            "run crafts-client doctor to see why"
         ) from error
 
 
@@ -233,19 +235,22 @@ def _certificate_shown(name: str, port: int) -> str:
     """PEM of what the port shows, trusted by nobody yet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    proxy = _proxy_for(name)
-    first = (proxy.hostname or "", proxy.port or 80) if proxy else (name, port)
+    proxy = proxy_for(f"{name}:{port}", os.environ)
+    first = (proxy.host, proxy.port) if proxy else (name, port)
     connection = http.client.HTTPSConnection(*first, context=context, timeout=TIMEOUT_S)
     if proxy:
-        connection.set_tunnel(name, port)
+        connection.set_tunnel(name, port, proxy.headers)
     try:
         connection.connect()
         certificate = connection.sock.getpeercert(binary_form=True)
         return ssl.DER_cert_to_PEM_cert(certificate or b"")
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror or str(error) or type(error).__name__
+    except (OSError, http.client.HTTPException) as error:
+        reason = type(error).__name__
+        if isinstance(error, OSError):
+            reason = error.strerror or "".join(filter(str.isprintable, str(error))) or reason
+        advice = f"check {proxy.variable}" if proxy else "check host, port and firewall"
         raise EnrolmentError(
-            f"cannot reach {name}:{port} ({reason}); check host, port and firewall"
+            f"cannot reach {name}:{port} {way(proxy)} ({reason}); {advice}"
         ) from error
     finally:
         connection.close()

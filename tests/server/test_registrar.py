@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import re
 import shutil
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +61,7 @@ from crafts_server.registrar import (
 from crafts_server.registry_rows import CohortSizeRow, WitnessRow
 from crafts_server.signed_heads import SignedHeads
 from support.disk import fill_disk
-from support.proxy import Proxy
+from support.proxy import FAR, Proxy
 from support.sites import make_site_home, plan_values
 
 pytestmark = pytest.mark.network
@@ -90,7 +93,7 @@ class Coordinator:
 def coordinator(tmp_path: Path, foundation) -> Iterator[Coordinator]:
     config = HomeConfig(foundation=str(foundation.path))
     home = CoordinatorHome.create(tmp_path / "coordinator", config)
-    pki = Pki.create(home.path / "pki", ["localhost", "127.0.0.1"])
+    pki = Pki.create(home.path / "pki", ["localhost", "127.0.0.1", FAR])
     registry = home.registry()
     enrolments, joined = Enrolments(registry), []
     service = RegistrarService(home, enrolments, SignedHeads(registry))
@@ -551,25 +554,107 @@ def test_a_site_that_leaves_is_revoked_and_keeps_what_it_owns(coordinator, site)
     assert "this site is not enrolled" in again.output
 
 
-@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy"])
+@pytest.fixture
+def behind(coordinator, site) -> Callable[[str], None]:
+    """Enrols, and makes the record lead to an address that is not loopback."""
+
+    def enrolled(address: str) -> None:
+        enrol(site, address, coordinator.invite("north"))
+        record = json.loads(site.coordinator_path.read_text())
+        record["registrar_address"] = f"{FAR}:{coordinator.registrar_port}"
+        record["fleet_address"] = f"{FAR}:{coordinator.registrar_port}"
+        site.coordinator_path.write_text(json.dumps(record))
+
+    return enrolled
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "all_proxy"])
 def test_a_site_behind_a_proxy_enrols_and_asks(
-    coordinator, site, monkeypatch, variable: str
+    coordinator, site, behind, monkeypatch, variable: str
 ) -> None:
-    proxy = Proxy()
-    monkeypatch.setenv(variable, proxy.url)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    enrol(site, coordinator.host, coordinator.invite("north"))
-    with Registrar(site) as registrar:
-        registrar.call("ListPlans")
-    ports = {address.rpartition(":")[2] for address in proxy.asked}
-    assert ports == {str(coordinator.enrolment_port), str(coordinator.registrar_port)}
-    asked = len(proxy.asked)
-    monkeypatch.setenv("NO_PROXY", "localhost")
-    with Registrar(site) as registrar:
-        registrar.call("ListPlans")
-    assert len(proxy.asked) == asked
-    proxy.stop()
+    """With a password and without a scheme; gRPC's own variables lead nowhere."""
+    with Proxy(wants="Basic dXM6cHc=") as proxy:
+        monkeypatch.setenv(variable, f"us:pw@{proxy.address}")
+        monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("no_grpc_proxy", FAR)
+        monkeypatch.setenv("no_proxy", "ample.org")  # what gRPC would take for its end
+        behind(f"{FAR}:{coordinator.enrolment_port}")
+        with Registrar(site) as registrar:
+            registrar.call("ListPlans")
+    ports = {coordinator.enrolment_port, coordinator.registrar_port}
+    assert set(proxy.asked) == {f"{FAR}:{port}" for port in ports}
+
+
+def test_a_coordinator_on_loopback_is_asked_directly(coordinator, site, monkeypatch) -> None:
+    with Proxy() as proxy:
+        for variable in ("HTTPS_PROXY", "https_proxy", "http_proxy", "grpc_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        enrol(site, coordinator.host, coordinator.invite("north"))
+        with Registrar(site) as registrar:
+            registrar.call("ListPlans")
+        (finding,) = doctor.fleet(site)
+    assert "cannot be reached directly" in finding.found, "nothing listens there"
+    assert proxy.asked == []
+
+
+def test_the_certificate_behind_a_proxy_must_be_the_coordinators(
+    coordinator, site, behind, monkeypatch
+) -> None:
+    """Whoever answers behind the proxy must be the name that was asked for."""
+    with Proxy() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        behind(f"{FAR}:{coordinator.enrolment_port}")
+        record = site.coordinator_path.read_text()
+        site.coordinator_path.write_text(record.replace(FAR, "elsewhere.example.net"))
+        with Registrar(site) as registrar, pytest.raises(EnrolmentError, match="cannot be reached"):
+            registrar.call("ListPlans")
+    assert any(address.startswith("elsewhere") for address in proxy.asked)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("127.0.0.1:9", r"through proxy 127.0.0.1:9 \(HTTPS_PROXY\) \(.*\); check HTTPS_PROXY"),
+        ("http://proxy:port", "HTTPS_PROXY cannot be read; expected http://HOST:PORT"),
+        ("socks5://127.0.0.1:9", "HTTPS_PROXY: socks5:// proxies are not supported"),
+    ],
+)
+def test_a_proxy_that_leads_nowhere_is_one_line_of_each_command(
+    coordinator, site, behind, monkeypatch, value: str, told: str
+) -> None:
+    behind(coordinator.host)
+    monkeypatch.setenv("HTTPS_PROXY", value)
+    words = ["enroll", f"{FAR}:1", "--token", f"t.{'0' * 64}", "--home", str(site.path)]
+    result = CliRunner().invoke(client_app, words)
+    assert result.exit_code == 1
+    assert re.search(told, result.output)
+    assert result.output.count("\n") == 1
+    listed = CliRunner().invoke(client_app, ["plan", "list", "--home", str(site.path)])
+    assert listed.exit_code == 1
+    assert re.search(r"HTTPS_PROXY.*; ", listed.output)
+    assert listed.output.count("\n") == 1
+    checked = {each.subject: each for each in doctor.examine(site)}
+    for subject in ("fleet", "registrar"):
+        assert checked[subject].verdict == "problem"
+    assert "HTTPS_PROXY" in f"{checked['fleet'].found}{checked['fleet'].advice}"
+
+
+def test_a_proxy_that_refuses_is_told_with_what_it_wants(
+    coordinator, site, behind, monkeypatch
+) -> None:
+    behind(coordinator.host)
+    program = "from crafts_client.cli import app; app()"
+    words = [sys.executable, "-c", program, "leave", "--home", str(site.path)]
+    with Proxy(wants="Basic dXM6cHc=") as proxy:
+        monkeypatch.setenv("https_proxy", proxy.address)
+        monkeypatch.delenv("GRPC_VERBOSITY", raising=False)  # Flower sets it when it is imported
+        (finding,) = doctor.fleet(site)
+        left = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    through = f"through proxy {proxy.address} (https_proxy)"
+    assert finding.found == f"{FAR}:{coordinator.registrar_port} is refused with 407 {through}"
+    assert "USER:PASSWORD@HOST:PORT into https_proxy" in finding.advice
+    assert through in left.stderr
+    assert left.stderr.count("\n") == 1, "gRPC has a log of its own"
 
 
 class TestDoctor:

@@ -4,20 +4,28 @@ import socket
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+
+FAR = "coordinator.example.org"
+"""A name that no resolver knows: only the proxy leads there. It is not loopback, and ends here."""
 
 
 class Proxy:
-    """An HTTP proxy that tunnels, as hospitals have it."""
+    """An HTTP proxy that tunnels, as hospitals have it; every name is this machine's."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wants: str | None = None) -> None:
+        """Args: wants: The Proxy-Authorization without which it refuses."""
         self.asked: list[str] = []
         proxy = self
 
         class Tunnel(BaseHTTPRequestHandler):
             def do_CONNECT(self) -> None:
                 proxy.asked.append(self.path)
-                host, _, port = self.path.rpartition(":")
-                with socket.create_connection((host, int(port))) as far:
+                if wants not in (None, self.headers["Proxy-Authorization"]):
+                    self.send_error(407)
+                    return
+                port = int(self.path.rpartition(":")[2])
+                with socket.create_connection(("127.0.0.1", port)) as far:
                     self.send_response(200)
                     self.end_headers()
                     near = self.connection
@@ -25,6 +33,10 @@ class Proxy:
                     back.start()
                     _pour(near, far)
                     back.join()
+
+            def do_POST(self) -> None:
+                proxy.asked.append(self.path)
+                self.send_error(502)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -34,8 +46,18 @@ class Proxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.server_port}"
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        return f"http://{self.address}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         self.server.shutdown()
