@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -31,6 +31,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import (
@@ -43,6 +44,7 @@ from crafts_client.client_app import HOME_KEY
 from crafts_client.enrolment import CoordinatorRecord
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
+from crafts_client.proxies import environment_with, proxy_for
 from crafts_core import bundle
 from crafts_core.durable import exclusive_lock
 
@@ -55,6 +57,7 @@ _BACK_OFF_S = 20.0
 _SILENCE_S = 45.0
 """A SuperNode takes up to half a minute to start on a busy machine."""
 _ANSWERS_WITHIN_S = 5.0
+_RUNTIME_TIMEOUT_S = 30.0
 _RETRY_S = 120.0
 """The SuperNode may be started again while a task is worked on."""
 _ANSWER_TOO_LATE = b"Failed to store object"
@@ -77,6 +80,7 @@ class SuperNode:
 
     def __init__(self, home: SiteHome, record: CoordinatorRecord) -> None:
         self._home, self._record = home, record
+        self._proxy = proxy_for(record.fleet_address, os.environ)
         self.port = _free_port()
         self._secret_path = home.path / "keys" / "executor.secret"
         self.secret = secrets.token_bytes(32)
@@ -118,7 +122,7 @@ class SuperNode:
             self._log_start = log_file.tell()
             self._process = subprocess.Popen(  # noqa: S603  # our own words, no shell
                 self._command(),
-                env=_environment(self._home),
+                env=self._environment(),
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
             )
@@ -169,18 +173,51 @@ class SuperNode:
         words = [str(program), *(word for pair in options.items() for word in pair)]
         return [sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *words]
 
+    def _environment(self) -> dict[str, str]:
+        """Flower reports nothing, looks for no update, installs nothing; our answer on proxies."""
+        return environment_with(self._proxy, os.environ) | {
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_HOME": str((self._home.path / "flower").resolve()),
+        }
+
+
+class LoopbackClient(RuntimeHttpClient):
+    """Speaks to the SuperNode beside us, whatever the environment says of proxies."""
+
+    def __init__(
+        self,
+        port: int,
+        interceptors: Sequence[ProtobufClientInterceptor],
+        *,
+        retry_s: float = 0.0,
+    ) -> None:
+        # In place of Flower's own, which gives httpx the environment to read: a proxy for http://
+        # would be asked for loopback, and one that httpx cannot read ends in an error here.
+        self._base_url = f"http://127.0.0.1:{port}"  # TLS would guard nothing that tokens do not
+        self._interceptors = (RuntimeVersionHttpInterceptor("crafts-client"), *interceptors)
+        # Flower's own retries never end, and end this process when it is not authorised.
+        self._retry_invoker = RetryInvoker(
+            lambda: exponential(max_delay=5),
+            httpx.TransportError,
+            max_tries=None,
+            max_time=retry_s,
+        )
+        self._client = httpx.Client(timeout=_RUNTIME_TIMEOUT_S, trust_env=False)
+
 
 class Executor:
     """Takes the site's tasks one after the other; the ClientApp and its model stay warm."""
 
     def __init__(self, port: int, secret: bytes, app: ClientApp) -> None:
-        self._address = f"127.0.0.1:{port}"
+        self._port = port
         self._app = app
-        self._waiting = self._client(
-            SuperExecAuthHttpInterceptor(
-                master_secret=secret, protected_methods=frozenset({_ACQUIRE})
-            )
+        acquiring = SuperExecAuthHttpInterceptor(
+            master_secret=secret, protected_methods=frozenset({_ACQUIRE})
         )
+        self._waiting = LoopbackClient(port, [acquiring])
+        self._is_cut_off = False
 
     def close(self) -> None:
         """Close the connection to the SuperNode."""
@@ -189,18 +226,22 @@ class Executor:
     def work_once(self) -> bool:
         """Do one task if there is one; whether there was.
 
-        A SuperNode that is not up yet, or gone, has no task.
+        A SuperNode that is not up yet, or gone, has no task; that is logged when it begins and
+        when it is over.
         """
         try:
             # Never an agent, a connector or a model: only what this module runs.
             wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
             token = self._waiting.AcquireTask(wanted).token
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
+            self._log_link(error)
             return False
+        self._log_link(None)
         if not token:
             return False
-        client = self._client(RuntimeTokenHttpInterceptor(token), retry_s=_RETRY_S)
-        pulse = self._client(RuntimeTokenHttpInterceptor(token))  # a beat is waited for at the end
+        working = [RuntimeTokenHttpInterceptor(token)]
+        client = LoopbackClient(self._port, working, retry_s=_RETRY_S)
+        pulse = LoopbackClient(self._port, working)  # a beat is waited for at the end
         heartbeat = HeartbeatSender(lambda: _beat(pulse))
         heartbeat.start()
         try:
@@ -213,6 +254,16 @@ class Executor:
             pulse.close()
             client.close()
         return True
+
+    def _log_link(self, error: httpx.HTTPError | None) -> None:
+        """Log that the SuperNode is away, or back: once, as it is asked twice a second."""
+        if error is not None and not self._is_cut_off:
+            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else ""
+            what = status or type(error).__name__
+            log.info("waiting for the SuperNode on 127.0.0.1:%d (%s)", self._port, what)
+        if error is None and self._is_cut_off:
+            log.info("the SuperNode answers")
+        self._is_cut_off = error is not None
 
     def _answer(self, client: RuntimeHttpClient) -> None:
         message, context, _run, fab = pull_task_input(client)
@@ -231,21 +282,6 @@ class Executor:
         except Exception as error:  # its text stays here
             log.warning("refused error=%s", type(error).__name__)
             return Message(Error(100, "the site cannot answer this"), reply_to=message)
-
-    def _client(self, *interceptors: Any, retry_s: float = 0.0) -> RuntimeHttpClient:
-        return RuntimeHttpClient.from_server_address(
-            server_address=self._address,
-            insecure=True,  # loopback, where TLS would guard nothing that the token does not
-            root_certificates=None,
-            interceptors=[RuntimeVersionHttpInterceptor("crafts-client"), *interceptors],
-            # Flower's own retries never end, and end this process when it is not authorised.
-            retry_invoker=RetryInvoker(
-                lambda: exponential(max_delay=5),
-                httpx.TransportError,
-                max_tries=None,
-                max_time=retry_s,
-            ),
-        )
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
@@ -304,16 +340,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _environment(home: SiteHome) -> dict[str, str]:
-    """Flower reports nothing, looks for no update, installs nothing, and uses no proxy inside."""
-    nearby = "127.0.0.1,localhost"
-    known = os.environ.get("NO_PROXY", "")
-    return os.environ | {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_HOME": str((home.path / "flower").resolve()),
-        "NO_PROXY": f"{known},{nearby}" if known else nearby,
-    }

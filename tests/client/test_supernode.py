@@ -28,14 +28,14 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from crafts_client import supernode
 from crafts_client.enrolment import CoordinatorRecord
-from crafts_client.errors import HomeError
+from crafts_client.errors import EnrolmentError, HomeError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.supernode import BUNDLE_REFUSED, Executor, is_running
 from crafts_core import bundle
 from crafts_server import superlink
 from crafts_server.pki import Pki
 from crafts_server.superlink import SuperLink
-from support.proxy import Proxy
+from support.proxy import FAR, Proxy
 from support.sites import policy_of
 
 RECORD = CoordinatorRecord(
@@ -175,24 +175,61 @@ def test_what_a_coordinator_sends_is_never_run(link, joined, home, tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_the_rounds_go_through_a_proxy_where_there_is_one(home, tmp_path, monkeypatch) -> None:
-    """Under this machine's own name, as loopback never goes through a proxy."""
-    host = socket.gethostname()
-    try:
-        socket.gethostbyname(host)
-    except OSError:
-        pytest.skip("this machine does not know its own name")
-    pki = Pki.create(tmp_path / "named", [host])
-    link = SuperLink(database=tmp_path / "named.db", pki=pki, host="0.0.0.0", port=0)
-    proxy = Proxy()
-    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+def test_the_rounds_go_through_a_proxy_and_nothing_on_loopback_does(
+    home, tmp_path, monkeypatch
+) -> None:
+    pki = Pki.create(tmp_path / "named", [FAR])
+    link = SuperLink(database=tmp_path / "named.db", pki=pki, host="127.0.0.1", port=0)
     link.start()
-    with taking_part(link, home, pki.ca_path, host) as seen, link.grid() as grid:
-        assert ask(grid).content["reply"]["fine"] is True
+    with Proxy() as proxy:
+        for variable in ("HTTPS_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(variable, proxy.address)
+        monkeypatch.setenv("no_proxy", ".hospital.org")
+        with taking_part(link, home, pki.ca_path, FAR) as seen, link.grid() as grid:
+            assert ask(grid).content["reply"]["fine"] is True
     assert len(seen) == 1
-    assert set(proxy.asked) == {f"{host}:{link.port}"}
+    assert set(proxy.asked) == {f"{FAR}:{link.port}"}
     link.stop()
-    proxy.stop()
+
+
+@pytest.mark.network
+def test_no_proxy_is_asked_for_the_supernode_that_is_awaited_and_one_line_says_so(
+    monkeypatch, caplog
+) -> None:
+    caplog.set_level("INFO", supernode.__name__)
+    with socket.create_server(("127.0.0.1", 0)) as nobody, Proxy() as proxy:
+        port = nobody.getsockname()[1]
+        nobody.close()
+        for variable in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(variable, proxy.url)
+        executor = Executor(port, b"secret", ClientApp())
+        assert not executor.work_once()
+        assert not executor.work_once()
+        assert caplog.messages == [f"waiting for the SuperNode on 127.0.0.1:{port} (ConnectError)"]
+        monkeypatch.setattr(
+            supernode.RuntimeHttpClient, "AcquireTask", lambda *_: AcquireTaskResponse()
+        )
+        assert not executor.work_once()
+        assert caplog.messages[1:] == ["the SuperNode answers"]
+        executor.close()
+    assert proxy.asked == []
+
+
+def test_what_httpx_cannot_read_of_the_environment_harms_no_executor(monkeypatch) -> None:
+    for variable in ("http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(variable, "socks5://proxy:port")
+    monkeypatch.setenv("no_proxy", "[::1]")
+    executor = Executor(1, b"secret", ClientApp())
+    assert not executor.work_once()
+    executor.close()
+
+
+def test_a_proxy_that_cannot_be_read_is_told_before_anything_starts(home, monkeypatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:port")
+    record = RECORD.model_copy(update={"fleet_address": f"{FAR}:1"})
+    with pytest.raises(EnrolmentError, match="HTTPS_PROXY cannot be read"):
+        supernode.join(home, record, ClientApp(), threading.Event())
+    assert not (home.path / "supernode.log").exists()
 
 
 def test_no_task_but_a_client_apps_is_ever_asked_for(monkeypatch) -> None:
