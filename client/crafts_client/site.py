@@ -182,13 +182,32 @@ class Site:
                 reply = self._reply(request, stage, mechanism, delta, update_norm)
                 source = type(self._randomness.noise).__name__
                 release = self._outbox.seal(request, reply, delta, reservation, noise=source)
-                self._seen.keep(plan, request, state, delta, release.hash)
+                self._keep(plan, request, state, release)
         except (TrainingError, PolicyError):
-            self._ledger.commit(reservation, REFUSED_RELEASE)
+            self._close_round(reservation)
             raise
+        except Exception as error:
+            if not trainer.has_drawn:
+                raise
+            self._close_round(reservation)
+            raise TrainingError(
+                "the round failed once patients were drawn; it is charged and closed"
+            ) from error
         self._ledger.commit(reservation, release.hash)
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
+
+    def _close_round(self, reservation: Reservation) -> None:
+        """Charged, and not trained again; the refusal tells something too, so folders see it."""
+        self._ledger.commit(reservation, REFUSED_RELEASE)
+        show_to_folders(self._home, self._ledger)
+
+    def _keep(self, plan: Plan, request: RoundRequest, state: State, release: Release) -> None:
+        """For an attack of the site's own; a full disk stops no answer that is sealed."""
+        try:
+            self._seen.keep(plan, request, state, release.delta, release.hash)
+        except OSError as error:
+            log.warning("an update is not kept for crafts-client attack: %s", error.strerror)
 
     def _train_everywhere(self, trainer: Trainer, plan: Plan, task: TrainingTask) -> State:
         """On all of the site's devices.

@@ -17,8 +17,10 @@ from crafts_client.outbox import REFUSED_RELEASE, Outbox
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.refusals import OF_ERROR, OF_RULE, refusal_of
+from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.trainer import Trainer
+from crafts_client.witness_folders import begin_in_folder
 from crafts_core.adapters import AdapterError, State, add_delta
 from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash
 from crafts_core.stages.batch import TileBatch
@@ -746,3 +748,53 @@ def _raises(error: Exception) -> Callable[..., None]:
 
 def _killed(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", [(Outbox, "seal"), (site, "_as_wire"), (Site, "close")])
+def test_whatever_fails_after_the_draw_closes_the_round_with_one_code(
+    home, foundation, coordinator, monkeypatch, place: tuple[object, str]
+) -> None:
+    """Also what fails in sealing, or in cleaning up after a training that failed."""
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, fail)
+        if place[1] == "close":
+            patch.setattr(Trainer, "_drawn", fail)
+        assert ask(home, foundation, content).error.code == 109
+    assert Ledger(home.ledger_path).open_reservations() == ()
+    assert ask(home, foundation, content).error.code == 137, "and nobody trains it again"
+
+
+def test_an_update_that_cannot_be_kept_for_an_attack_leaves_all_the_same(
+    home, foundation, coordinator, monkeypatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SeenUpdates, "keep", full)
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+    assert ask(home, foundation, content).has_content()
+
+
+def test_a_folder_sees_the_charge_of_a_round_that_is_refused_after_the_draw(
+    tmp_path, home, foundation, coordinator, monkeypatch
+) -> None:
+    """Else a copy of the home could answer under the same charge."""
+    folder = tmp_path / "witness"
+    folder.mkdir()
+    Site(home, foundation)
+    head = begin_in_folder(home, Ledger(home.ledger_path), folder)
+    config = home.config.model_copy(update={"witness_folders": (str(folder),)})
+    plan = coordinator.plan()
+    monkeypatch.setattr(site, "_as_wire", lambda *_: (_ for _ in ()).throw(TrainingError("no")))
+    content = coordinator.content(plan, coordinator.start(plan))
+
+    assert ask(replace(home, config=config), foundation, content).error.code == 109
+
+    assert json.loads(head.read_text())["sequence"] == len(Ledger(home.ledger_path).entries())
