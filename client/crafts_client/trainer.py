@@ -153,7 +153,7 @@ class Trainer:
         self._speed = speed
         self._ranks = ranks
         self._public_tiles: dict[Modality | None, TileBatch] = {}
-        self._trusted: dict[tuple[StageConfig, Factor], Speed] = {}
+        self._trusted: dict[tuple[StageConfig, Factor, int], Speed] = {}
         self._shifts = itertools.cycle(_SHIFTS)
         self.num_unusable_patients = 0
         """Of the newest round, as ``PatientSGD`` counts them: for the site's own eyes."""
@@ -300,11 +300,11 @@ class Trainer:
     def _trusted_speed(self, task: TrainingTask, objective: Objective, rows: int) -> Speed:
         """The site's shortcuts, as far as public tiles show that they change no gradient.
 
-        Once for a stage and factor: gradients with and without them are nearly the same. Patients
-        who share a pass: to the last bit alone, once with wild weights and then with every adapter
-        that comes. What is left out depends on public numbers only.
+        Once for a stage, factor and number of rows: gradients with and without them are nearly the
+        same. Patients who share a pass: to the last bit alone, once with wild weights and then with
+        every adapter that comes. What is left out depends on public numbers only.
         """
-        key = (task.stage, task.factor)
+        key = (task.stage, task.factor, rows)
         if key not in self._trusted:
             self._trusted[key] = self._believed(task, objective, rows)
         speed = self._trusted[key]

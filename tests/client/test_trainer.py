@@ -322,6 +322,25 @@ def test_a_patients_tiles_are_drawn_without_replacement(patients) -> None:
     assert (np.abs(counts / 200 - 2 / 3) < 0.15).all()
 
 
+def test_shortcuts_are_compared_anew_where_a_pass_has_another_shape(
+    foundation, plan, patients, monkeypatch
+) -> None:
+    """The next plan of the same stage and adapter may have other tiles and draws."""
+    trainer, compared = trainer_of(foundation, plan, patients), []
+    honest = Trainer._believed
+
+    def noted(self, task, objective, rows):
+        compared.append(rows)
+        return honest(self, task, objective, rows)
+
+    monkeypatch.setattr(Trainer, "_believed", noted)
+    task = task_of(foundation, plan)
+    wider = plan.privacy.model_copy(update={"draws_per_tile": 4})
+    for each in (task, task, replace(task, privacy=wider)):
+        trainer.train(each)
+    assert compared == [4, 8]
+
+
 def test_the_sites_own_generator_has_no_seed() -> None:
     first, second = (torch.rand(8, generator=entropy_generator()) for _ in range(2))
 
