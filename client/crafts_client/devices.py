@@ -6,6 +6,7 @@ every rank ends with the same weights, and only the first one's leave.
 """
 
 import tempfile
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch.multiprocessing as multiprocessing
 
 from crafts_client import unusable
-from crafts_client.answer_times import flush_subnormals
+from crafts_client.answer_times import Pace, PublicStep, flush_subnormals
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
@@ -52,15 +53,17 @@ class DeviceWorkers:
             self._pipes.append(ours)
         self.ranks = ProcessRanks(meeting, 0, count, timeout_s=_STEP_TIMEOUT_S)
 
-    def start(self, config: AdapterConfig, parts: tuple[Part, ...], task: TrainingTask) -> None:
-        """Let every worker train this round.
+    def start(
+        self, config: AdapterConfig, parts: tuple[Part, ...], task: TrainingTask, *, is_timed: bool
+    ) -> None:
+        """Let every worker train this round, and time public steps before it if the first does.
 
         Raises:
             RankError: a worker is gone.
         """
         try:
             for pipe in self._pipes:
-                pipe.send((config, parts, task))
+                pipe.send((config, parts, task, is_timed))
         except OSError as error:
             raise RankError("a device of this site is gone; restart crafts-client") from error
 
@@ -80,6 +83,11 @@ def check_devices(home: SiteHome) -> None:
         raise HomeError(f"site.toml: more_devices names {min(twice)} twice; name each GPU once")
 
 
+def _take_timed_steps(step: PublicStep) -> None:
+    """As many as the first device takes, which reads the clock."""
+    Pace.of(step, time.monotonic)
+
+
 def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: Connection) -> None:
     flush_subnormals()
     home = SiteHome.open(path)
@@ -90,7 +98,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
     made: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
     while True:
         try:
-            config, parts, task = pipe.recv()
+            config, parts, task, is_timed = pipe.recv()
         except EOFError:
             return
         if made is None or made[0] != (config, parts):
@@ -104,7 +112,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
                 ranks=ranks,
             )
             made = ((config, parts), trainer)
-        made[1].train(task)
+        made[1].train(task, _take_timed_steps if is_timed else None)
         counted = unusable.Unusable(
             gradients=made[1].num_unusable_patients, tiles=patients.take_num_unusable()
         )

@@ -220,7 +220,8 @@ class Site:
         trainer.has_drawn = False
         try:
             if self._workers is not None:
-                self._workers.start(plan.adapter, plan.parts, task)
+                is_timed = self._home.config.answer_every_s == "auto"
+                self._workers.start(plan.adapter, plan.parts, task, is_timed=is_timed)
             return trainer.train(task, partial(self._fix_departure, plan, task))
         except TrainingError:
             raise

@@ -235,7 +235,11 @@ class Trainer:
         )
 
     def _public_step(self, task: TrainingTask, objective: Objective, speed: Speed) -> PublicStep:
-        """A private step, noise and all, on public patients with as many tiles as ours may have."""
+        """A private step, noise and all, on public patients with as many tiles as ours may have.
+
+        All of the site's devices take it together, as they take patients' steps: it lasts as long
+        as the slowest one's, and no device is at its patients while another is timed.
+        """
         rows = _rows_of(task)
         batch = self._probe(1, task.stage).select(torch.zeros(rows, dtype=torch.int64))
         batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
@@ -244,7 +248,7 @@ class Trainer:
 
         def run(num_passes: int) -> None:
             self._take_steps(
-                self._sgd(task, _AllPublic()),
+                self._sgd(task, _AllPublic(), self._ranks),
                 task,
                 objective,
                 speed,

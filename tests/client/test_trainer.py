@@ -341,6 +341,26 @@ def test_shortcuts_are_compared_anew_where_a_pass_has_another_shape(
     assert compared == [4, 8]
 
 
+def test_all_devices_take_the_timed_steps_together(foundation, plan, patients) -> None:
+    """Else one is timed while the others are at their patients, as long as these are many."""
+    sums: list[bool] = []
+    ranks = SimpleNamespace(rank=0, count=1, sum_=lambda _, failed: sums.append(failed))
+    trainer = Trainer(
+        foundation, plan.adapter, patients,
+        randomness=seeded(), speed=Speed(microbatch_tiles=64), ranks=ranks,
+    )  # fmt: skip
+    met: list[int] = []
+
+    def time_two(step) -> None:
+        step.run(1)
+        step.run(0)
+        met.append(len(sums))
+
+    trainer.train(task_of(foundation, plan), time_two)
+    assert met == [2]
+    assert len(sums) == 2 + plan.stage[0].local_steps
+
+
 def test_the_sites_own_generator_has_no_seed() -> None:
     first, second = (torch.rand(8, generator=entropy_generator()) for _ in range(2))
 
