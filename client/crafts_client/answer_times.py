@@ -45,7 +45,7 @@ MARGIN = 1.25
 _AFTER_S = 1.0
 """From the last step to a sealed release, and what a round does once before its first step."""
 _AFTER_S_PER_BYTE = 2e-8
-"""Writing, syncing and hashing an update, on a slow disk."""
+"""Writing, syncing and hashing what a round leaves in the home, on a slow disk."""
 _TIMED_STEPS = 3
 
 
@@ -141,7 +141,7 @@ def longest_round_s(
         stage: For the number of steps. Patients without a mask take no time in stage control, and
             count like all others.
         sample_rate: Of the plan.
-        num_bytes: Of the update.
+        num_bytes: That the round writes before its answer waits.
     """
     passes = most_passes(
         config.declared_patients,

@@ -63,7 +63,10 @@ class SeenUpdates:
         delta: Mapping[str, Tensor],
         release_hash: str,
     ) -> None:
-        """Add one, and drop the oldest beyond the bound."""
+        """Add one, and drop the oldest beyond the bound; one that is too large alone drops none."""
+        both = [*received.values(), *delta.values()]
+        if sum(tensor.nbytes for tensor in both) > self._most_bytes:
+            return
         about = _About(hash=release_hash, request=request, plan=plan)
         tensors = {_RECEIVED + name: tensor.contiguous() for name, tensor in received.items()}
         tensors |= {_DELTA + name: tensor.contiguous() for name, tensor in delta.items()}

@@ -19,11 +19,13 @@ left open is charged anew. When an answer leaves tells nothing either: ``answer_
 
 import logging
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from crafts_client import stage_start, unusable
 from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longest_round_s
@@ -249,7 +251,8 @@ class Site:
                 config,
                 task.stage,
                 sample_rate=task.mechanism.sample_rate,
-                num_bytes=4 * sum(task.state[name].numel() for name in names),
+                # Sealed; then kept for an attack of the site's own, with all that it answered.
+                num_bytes=4 * (2 * _num_numbers(task.state, names) + _num_numbers(task.state)),
             )
         if every_s > plan.aggregation.deadline_s:
             log.warning(
@@ -392,6 +395,10 @@ def _read_hashed(
         raise ExchangeError(f"{name} is not the checkpoint that the request names")
     policy.check_adapter_norm(global_norm(state))
     return state
+
+
+def _num_numbers(state: Mapping[str, Tensor], names: Collection[str] | None = None) -> int:
+    return sum(state[name].numel() for name in (state if names is None else names))
 
 
 def _as_wire(delta: State, plan: Plan) -> State:

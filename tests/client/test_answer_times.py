@@ -31,6 +31,7 @@ from crafts_client.errors import TrainingError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.network_cli import join
 from crafts_client.policy import PolicyError
+from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness, entropy_generator
 from crafts_core.plan import Plan
@@ -216,6 +217,22 @@ def test_a_refusal_that_patients_led_to_waits_like_an_answer(
     assert spread(times) < 1e-6
     assert clock.slept[1] > clock.slept[2] > 0
     assert not list(home.outbox_path.glob("*.safetensors"))
+
+
+def test_the_time_allows_for_all_that_a_round_writes(
+    make_home, foundation, coordinator, monkeypatch
+) -> None:
+    allowed: list[int] = []
+    monkeypatch.setattr(
+        "crafts_client.site.longest_round_s",
+        lambda *_, num_bytes, **__: allowed.append(num_bytes) or 1.0,
+    )
+    home, plan = make_home(), plan_of(coordinator, foundation)
+    site = site_of(home, foundation, ManualClock(), [1, 1])
+    release = site.answer(coordinator.message(plan, coordinator.start(plan)))
+    (update,) = SeenUpdates(home.seen_path).read({release.hash})
+    written = [release.delta, update.delta, update.received]
+    assert allowed == [sum(tensor.nbytes for state in written for tensor in state.values())]
 
 
 def test_what_is_refused_before_anybody_is_drawn_is_refused_at_once(

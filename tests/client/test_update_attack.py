@@ -183,6 +183,9 @@ def test_the_oldest_go_where_they_would_take_more_than_the_bound(kept, tmp_path)
         folder.keep(update.plan, update.request, update.received, update.delta, name)
         os.utime(tmp_path / "seen" / f"{name}.safetensors", ns=(number, number))
     assert sorted(int(path.stem) for path in (tmp_path / "seen").iterdir()) == [2, 3]
+    small = SeenUpdates(tmp_path / "seen", most_bytes=100)
+    small.keep(update.plan, update.request, update.received, update.delta, "f" * 64)
+    assert len(list((tmp_path / "seen").iterdir())) == 2, "what fits nowhere drives nothing out"
 
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
