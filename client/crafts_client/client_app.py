@@ -30,8 +30,8 @@ def make_client_app(
 
     Args:
         open_site: Opens the home at a path.
-        witness: Called before a round and again before its release leaves; when it raises, the
-            release stays, sealed, until it is asked for again.
+        witness: Called before a round and again before its release or refusal leaves; when it
+            raises, the release stays, sealed, until it is asked for again.
     """
     app = ClientApp()
     sites: dict[Path, Site] = {}
@@ -45,7 +45,11 @@ def make_client_app(
                 sites[path] = open_site(path)
             request = read_message(message)
             witness()
-            release = sites[path].answer(request)
+            try:
+                release = sites[path].answer(request)
+            except Exception:
+                witness()  # a refusal may have been charged, too
+                raise
             witness()
             log.info("answered round=%d", request.request.round)
             return Message(write_reply(release), reply_to=message)

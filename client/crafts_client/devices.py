@@ -8,6 +8,7 @@ every rank ends with the same weights, and only the first one's leave.
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from crafts_client.answer_times import Pace, PublicStep, flush_subnormals
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
+from crafts_client.register import PatientRegister
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core.foundation import load
@@ -94,6 +96,10 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
     foundation = load(home.foundation_path, device=device)
     store = TileStore.open(home.tile_store_path, check_shards=False)
     patients = PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
+    # An ingest may have gone on since the first device opened the store: nobody trains whom the
+    # site has not enrolled in its cohort.
+    known = PatientRegister(home.register_path).cohorts()
+    unknown = {name for name in store.patients if known.get(name) != home.config.cohort}
     ranks = ProcessRanks(meeting, rank, count, timeout_s=_STEP_TIMEOUT_S)
     made: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
     while True:
@@ -112,6 +118,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
                 ranks=ranks,
             )
             made = ((config, parts), trainer)
+        task = replace(task, withdrawn=task.withdrawn | unknown)
         made[1].train(task, _take_timed_steps if is_timed else None)
         counted = unusable.Unusable(
             gradients=made[1].num_unusable_patients, tiles=patients.take_num_unusable()

@@ -60,8 +60,8 @@ Integers = NDArray[Any]
 """Python's own integers (D,): nothing rounds."""
 
 ADAPTERS = (USUAL_DEVIATION, 1.0)
-"""Deviations of the received adapters under which neighbouring cohorts are compared: one as training
-makes them, and one that a coordinator might choose to make rounding large."""
+"""Deviations of the received adapters under which neighbouring cohorts are compared: one as
+training makes them, and one that a coordinator might choose to make rounding large."""
 _LEAST_SHARE = 0.99
 """Of C, that a patient must move the sum by, or the comparison would show nothing."""
 _LARGEST_MISFIT = 0.02

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, RecordDict
@@ -93,6 +94,27 @@ def test_no_release_leaves_unless_the_ledger_was_witnessed(home, foundation, coo
     assert heads == [1, 3], "asked before the round, and again with its reservation and release"
     assert ask(home, foundation, content).has_content(), "the sealed release is sent later"
     assert len(Ledger(home.ledger_path).events("main")) == 1
+
+
+def test_a_refusal_that_was_charged_is_witnessed_before_it_leaves(
+    home, foundation, coordinator, monkeypatch
+) -> None:
+    """Else a copy of the home could answer the round as if nobody had."""
+    plan = coordinator.plan()
+    content = coordinator.content(plan, coordinator.start(plan))
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Trainer, "_drawn", fail)
+    monkeypatch.setattr(PoissonSampler, "sample", lambda *_: np.arange(3))
+    heads: list[int] = []
+
+    def look() -> None:
+        heads.append(Ledger(home.ledger_path).verify().sequence)
+
+    assert ask(home, foundation, content, look).error.code == 109
+    assert heads == [1, 3], "with its reservation, and closed"
 
 
 def test_a_plan_trains_only_while_somebody_here_approves_it(

@@ -38,7 +38,6 @@ from crafts_core.adapters import State
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_privacy import ledger_store
-from crafts_privacy.errors import LedgerError
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerError, Reservation
 from crafts_privacy.patient_sgd import PatientSGD
 from crafts_simulations.small_study import DECLARED_PATIENTS
