@@ -67,6 +67,7 @@ def make_home(path: Path, foundation: Foundation, signer: str, tiles: Sequence[P
         num_patients=DECLARED,
         microbatch_tiles=4,  # a patient a pass
         allowed_stages=ALL_STAGES,
+        max_delta=2e-3,  # two plans
     )
     shutil.rmtree(home.tile_store_path)
     side = foundation.manifest.tile_px

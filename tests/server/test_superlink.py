@@ -30,6 +30,7 @@ from crafts_server.errors import ServerError
 from crafts_server.home import CoordinatorHome
 from crafts_server.superlink import SuperLink
 from crafts_simulations.processes import Programs, loopback_config
+from crafts_simulations.small_study import DECLARED_PATIENTS
 from support.disk import fill_disk, full_disk
 from support.sites import make_site_home, plan_values
 from support.superlinks import admitted_nodes, connected, link, new_key, openssh
@@ -67,13 +68,23 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
         run(crafts_server, "plan", "sign", file, *server)
         for name, site in sites.items():
             invited = run(
-                crafts_server, "sites", "invite", name, "--patients", 6, "--json", *server
+                crafts_server,
+                "sites",
+                "invite",
+                name,
+                "--patients",
+                DECLARED_PATIENTS,
+                "--json",
+                *server,
             )
             words = json.loads(invited)["command"].split()[1:]
             run(crafts_client, *words, *at(site))
             checked = json.loads(run(crafts_client, "doctor", "--json", *at(site)))
             assert {each["subject"] for each in checked} >= {"fleet", "clock", "registrar"}
-            assert {each["verdict"] for each in checked} == {"ok"}
+            doubts = {each["subject"]: each["verdict"] for each in checked}
+            doubts = {name: verdict for name, verdict in doubts.items() if verdict != "ok"}
+            # Tests declare another number than the true one, do not wait, and were not audited.
+            assert doubts == dict.fromkeys(("data", "answers", "audit"), "warning")
             run(crafts_client, "plan", "approve", plan.hash[:16], *at(site))
             programs.start_site(name)
         run(crafts_server, "train", file, *server)
