@@ -189,8 +189,10 @@ class Site:
             self._close_round(reservation)
             raise
         except Exception as error:
-            if not trainer.has_drawn:
+            if not trainer.has_drawn:  # on public values; the round stays reserved
                 raise
+            # That it failed may depend on who was drawn: the coordinator is told the same, whatever
+            # it was.
             self._close_round(reservation)
             raise TrainingError(
                 "the round failed once patients were drawn; it is charged and closed"
@@ -212,13 +214,7 @@ class Site:
             log.warning("an update is not kept for crafts-client attack: %s", error.strerror)
 
     def _train_everywhere(self, trainer: Trainer, plan: Plan, task: TrainingTask) -> State:
-        """On all of the site's devices.
-
-        Raises:
-            TrainingError: it failed after patients were drawn. Whatever it was, the coordinator is
-                told the same, and the round is closed: that it failed may depend on who was drawn.
-            CraftsError: it failed before, on public values; the round stays reserved.
-        """
+        """On all of the site's devices."""
         trainer.has_drawn = False
         try:
             if self._workers is not None:
@@ -227,12 +223,8 @@ class Site:
             return trainer.train(task, partial(self._fix_departure, plan, task))
         except TrainingError:
             raise
-        except Exception as error:
+        except Exception:
             self.close()  # other devices may wait for this one; the next round begins anew
-            if trainer.has_drawn:
-                raise TrainingError(
-                    "training failed once it had begun; the round is charged and closed"
-                ) from error
             raise
         finally:
             counted = unusable.Unusable(
