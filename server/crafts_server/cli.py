@@ -189,9 +189,14 @@ def sites_revoke(
 @foundation_app.command("build")
 def foundation_build(
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    tiles: Annotated[
+        Path | None,
+        typer.Option(help="Table of open tiles (docs/foundation.md). Without it all is drawn."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the foundation.")] = "embedded",
     work: Annotated[
         Path | None,
-        typer.Option(help="Keeps finished parts, so an interrupted build goes on. OUT.work."),
+        typer.Option(help="Keeps what is done, so an interrupted build goes on. OUT.work."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu or cuda; auto takes a GPU if there is.")
@@ -199,11 +204,11 @@ def foundation_build(
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the shipped.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build the embedded foundation from procedural public histology. No data, no download."""
+    """Build a public foundation from open tiles and drawings. No patient, no download."""
     with one_line_errors("crafts-server"):
         import torch
 
-        from crafts_core.foundation_build import BuildConfig, build
+        from crafts_core.foundation_build import BuildConfig, build, read_table
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,7 +216,9 @@ def foundation_build(
             manifest = build(
                 out,
                 work=work or out.with_name(out.name + ".work"),
+                rows=() if tiles is None else read_table(tiles),
                 config=BuildConfig() if seed is None else BuildConfig(seed=seed),
+                name=name,
                 device=device,
                 progress=report,
             )

@@ -1,19 +1,20 @@
-"""Builds the embedded foundation from procedural public histology: no data, no downloads.
+"""Builds a public foundation from open tissue and drawings: no patient, no download.
 
-``build`` runs the five trainings one after the other, keeps each finished part in a work
-directory (so an interrupted build goes on), and writes a foundation directory:
+``build`` runs the trainings one after the other. Each finished part, and every few minutes the
+state of the unfinished one, is kept in a work directory, so an interrupted build goes on:
 
-1. render public tiles with exact captions (``public_tiles``),
+1. open tiles by a table, measured; drawings of the types that it does not show (``public_tiles``),
 2. tokenizer and image-text aligner, contrastively (``aligner_training``),
-3. VAE, then the text-conditioned UNet on its latents (``diffusion_training``),
+3. a network that knows tissue by structure (``tissue_net``), and the VAE that must keep what it
+   sees; then the text-conditioned UNet on the VAE's latents (``diffusion_training``),
 4. latent aligner on the UNet's own denoised latents,
-5. prompt bank, probe, and the gate's correlation range (``assembly``).
+5. prompt bank, probe, the gate's correlation range and the card (``assembly``, ``card``).
 
-Takes about an hour on two CPU cores and uses a GPU if there is one. One seed decides everything:
-on the same machine and thread count it gives the same bytes.
+One seed decides everything: on the same machine and thread count it gives the same bytes.
 """
 
 from crafts_core.foundation_build.assembly import build
 from crafts_core.foundation_build.config import BuildConfig
+from crafts_core.foundation_build.tiles_table import read_table
 
-__all__ = ["BuildConfig", "build"]
+__all__ = ["BuildConfig", "build", "read_table"]

@@ -4,7 +4,7 @@ Shape letters: B batch, T tokens, D embedding.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from crafts_core.aligner import tokenize
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
+from crafts_core.foundation_build.training import Recipe, Rows, train
+from crafts_core.foundation_build.views import other_stains, to_pixels, turned
 
-Progress = Callable[[str, int, int], None]
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -76,7 +77,7 @@ def new_aligner(config: BuildConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
         num_hidden_layers=config.vision_layers,
         num_attention_heads=4,
         image_size=config.tile_px,
-        patch_size=8,
+        patch_size=config.vision_patch_px,
         projection_dim=config.embedding_dim,
     )
     clip = CLIPConfig(
@@ -88,52 +89,37 @@ def new_aligner(config: BuildConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def train_aligner(
-    tiles: PublicTiles,
-    tokenizer: CLIPTokenizer,
-    config: BuildConfig,
-    *,
-    device: torch.device,
-    progress: Progress,
+    tiles: PublicTiles, tokenizer: CLIPTokenizer, config: BuildConfig, recipe: Recipe
 ) -> CLIPModel:
-    """Multi-positive InfoNCE: every pair with the same caption in the batch is a match.
+    """Multi-positive InfoNCE: a caption matches every tile of the batch that it is true of.
 
-    This batch-coupled loss is allowed here, and only here, because every tile is public.
+    This batch-coupled loss is allowed here, and only here, because every tile is public. Stains
+    change at every look, so a caption cannot be told by its laboratory.
     """
-    torch.manual_seed(config.seed)
-    model = new_aligner(config, tokenizer).to(device).train()
-    ids_UT = tokenize(tokenizer, list(tiles.captions), config.max_tokens).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.5e-3, total_steps=config.aligner_steps, pct_start=0.1
-    )
-    rng = np.random.default_rng(config.seed)
-    for step in range(config.aligner_steps):
-        rows = rng.choice(len(tiles.caption_N), config.aligner_batch, replace=False)
-        pixels_BCHW = augment(to_pixels(tiles.image_NHWC[rows]), rng).to(device)
-        caption_B = torch.from_numpy(tiles.caption_N[rows]).to(device)
-        output = model(input_ids=ids_UT[caption_B], pixel_values=pixels_BCHW)
-        target_BB = (caption_B[:, None] == caption_B[None, :]).float()
-        target_BB = target_BB / target_BB.sum(dim=1, keepdim=True)
-        loss = functional.cross_entropy(output.logits_per_image, target_BB)
-        loss = loss + functional.cross_entropy(output.logits_per_text, target_BB)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress(f"aligner, loss {loss.item() / 2:.3f}", step + 1, config.aligner_steps)
+    torch.manual_seed(recipe.seed)
+    model = new_aligner(config, tokenizer).to(recipe.device)
+    ids_UT = tokenize(tokenizer, list(tiles.captions), config.max_tokens).to(recipe.device)
+    fits_NU = tiles.fits
+
+    def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
+        pixels_BCHW = other_stains(to_pixels(tiles.image_NHWC[rows]), strength=1.5, grey=0.1)
+        caption_B = tiles.caption_NV[rows, rng.integers(config.captions_per_tile, size=len(rows))]
+        with torch.autocast(recipe.device.type, torch.bfloat16):
+            output = model(
+                input_ids=ids_UT[torch.from_numpy(caption_B)],
+                pixel_values=turned(pixels_BCHW, rng).to(recipe.device),
+            )
+        fits_BB = torch.from_numpy(fits_NU[np.ix_(rows, caption_B)]).float().to(recipe.device)
+        logits_BB = output.logits_per_image.float()
+        return (_spread(logits_BB, fits_BB) + _spread(logits_BB.T, fits_BB.T)) / 2
+
+    train(model, loss_of, len(tiles), recipe)
     return model.eval()
 
 
-def to_pixels(image_BHWC: np.ndarray) -> Tensor:
-    """uint8 tiles to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def augment(pixels_BCHW: Tensor, rng: np.random.Generator) -> Tensor:
-    """One random flip and quarter turn for the whole batch: tissue has no up."""
-    turned = torch.rot90(pixels_BCHW, int(rng.integers(4)), dims=(2, 3))
-    return turned.flip(3) if rng.random() < 0.5 else turned
+def _spread(logits_BB: Tensor, fits_BB: Tensor) -> Tensor:
+    """Cross-entropy against all that fit, each alike."""
+    return functional.cross_entropy(logits_BB, fits_BB / fits_BB.sum(dim=1, keepdim=True))
 
 
 def save_aligner(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:

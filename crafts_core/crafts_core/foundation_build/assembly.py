@@ -4,32 +4,43 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from crafts_core.aligner import Aligner, tokenize
+from crafts_core.aligner import Aligner, LatentAligner, tokenize
 from crafts_core.foundation_build.aligner_training import (
-    Progress,
     save_aligner,
     train_aligner,
     train_tokenizer,
 )
+from crafts_core.foundation_build.card import write_card
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.diffusion_training import (
-    encode_tiles,
+    LATENT_ALIGNER_WIDTH,
+    encode_views,
     new_scheduler,
     train_latent_aligner,
     train_unet,
     train_vae,
 )
-from crafts_core.foundation_build.public_tiles import PublicTiles, render_public_tiles
+from crafts_core.foundation_build.public_tiles import (
+    DRAWN,
+    PublicTiles,
+    probe_of,
+    public_tiles,
+)
+from crafts_core.foundation_build.tiles_table import TableRow
+from crafts_core.foundation_build.tissue_net import TissueNet, train_tissue_net
+from crafts_core.foundation_build.training import Progress, Recipe
 from crafts_core.foundation_manifest import FoundationManifest, write_manifest
 from crafts_core.probe import Probe, correlation_range, save_probe
 from crafts_core.vocabulary import corpus, prompt_bank
@@ -45,64 +56,59 @@ def build(
     out: Path,
     *,
     work: Path,
+    rows: Sequence[TableRow] = (),
     config: BuildConfig | None = None,
+    name: str = "embedded",
     device: torch.device | str = "cpu",
     progress: Progress = _silent,
 ) -> FoundationManifest:
-    """Build the embedded foundation into ``out``.
+    """Build a public foundation into ``out``.
 
     Args:
         out: Directory to write; must not exist.
-        work: Finished parts are kept here and used again by the next call with the same config.
+        work: Finished parts and the state of the unfinished one are kept here and used again by
+            the next call with the same table and config.
+        rows: Open tiles (``tiles_table.read_table``); without any, everything is drawn.
         config: Sizes and lengths; the default made the shipped foundation.
+        name: Of the foundation.
         device: Where the trainings run.
         progress: Called with (what, done, total).
 
     Raises:
         FileExistsError: ``out`` is there already, or ``work`` is of another recipe.
+        FoundationError: an image of the table cannot be read.
     """
     config = config or BuildConfig()
-    device = torch.device(device)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or name another directory")
-    _claim(work, config)
-    all_tiles = render_public_tiles(config, work, progress)
-    tiles, probe = _hold_out_probe(all_tiles, config)
-
-    tokenizer, aligner = _aligner(tiles, config, work, device, progress)
-    vae = _vae(tiles, config, work, device, progress)
-    text_ULD, null_LD = _text(aligner, tokenizer, tiles.captions, config)
-    latents_NCHW = encode_tiles(vae, tiles.image_NHWC, device) * vae.config.scaling_factor
-    unet = _unet(vae, latents_NCHW, tiles, text_ULD, null_LD, config, work, device, progress)
-
+    _claim(work, rows, config)
+    workshop = _Workshop(rows, config, work, torch.device(device), progress)
     staging = out.with_name(out.name + ".building")
     shutil.rmtree(staging, ignore_errors=True)
-    save_aligner(aligner, tokenizer, staging / "aligner")
-    _save_pipeline(staging, vae, unet, aligner, tokenizer)
-    embedding_ND = _embed(Aligner.from_directory(staging / "aligner"), tiles.image_NHWC)
-    head = train_latent_aligner(
-        unet, latents_NCHW, tiles.caption_N, text_ULD, embedding_ND, config,
-        device=device, progress=progress,
-    )  # fmt: skip
+    head = workshop.latent_aligner
+    save_aligner(workshop.aligner, workshop.tokenizer, staging / "aligner")
+    _save_pipeline(staging, workshop.vae, workshop.unet, workshop.aligner, workshop.tokenizer)
     _save_half(head.cpu().state_dict(), staging / "latent_aligner.safetensors")
     bank = prompt_bank()
     records = json.dumps([asdict(prompt) for prompt in bank], indent=1) + "\n"
     (staging / "prompt_bank.json").write_text(records)
+    probe = workshop.probe
     save_probe(staging / "probe", probe)
     stored = Aligner.from_directory(staging / "aligner")
     anchors_KD = stored.embed_captions([prompt.text for prompt in bank])
     r_lo, r_hi = correlation_range(stored, probe, anchors_KD)
+    write_card(staging / "README.md", rows, config, name=name)
     manifest = write_manifest(
         staging,
-        name="embedded",
+        name=name,
         licence="Apache-2.0",
         kind="embedded",
         tile_px=config.tile_px,
         mpp=config.mpp,
-        latent_shape=tuple(latents_NCHW.shape[1:]),
+        latent_shape=tuple(workshop.latents.shape[2:]),
         latent_aligner={
             "in_channels": config.latent_channels,
-            "width": 48,
+            "width": LATENT_ALIGNER_WIDTH,
             "embedding_dim": config.embedding_dim,
         },
         alignment={"r_lo": r_lo, "r_hi": r_hi},
@@ -111,102 +117,185 @@ def build(
     return manifest
 
 
-def _claim(work: Path, config: BuildConfig) -> None:
-    """Refuse parts that other settings or other code made."""
+def _claim(work: Path, rows: Sequence[TableRow], config: BuildConfig) -> None:
+    """Refuse parts that other tiles, other settings or other code made."""
     work.mkdir(parents=True, exist_ok=True)
     stamp = work / "recipe.json"
     package = Path(__file__).parent
     sources = [*sorted(package.glob("*.py")), *map(package.parent.joinpath, _RENDERERS)]
-    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    text = json.dumps({"code": code, "config": config.model_dump(mode="json")}, indent=1) + "\n"
+    recipe = {
+        "code": _sha256(source.read_bytes() for source in sources),
+        "tiles": _sha256(row.model_dump_json(exclude={"file"}).encode() for row in rows),
+        "config": config.model_dump(mode="json"),
+    }
+    text = json.dumps(recipe, indent=1) + "\n"
     if stamp.exists() and stamp.read_text(encoding="utf-8") != text:
         raise FileExistsError(
-            f"{work} holds parts of a build with other settings or code; name another directory"
+            f"{work} holds parts of a build with other tiles, settings or code; "
+            "name another directory"
         )
     stamp.write_text(text, encoding="utf-8")
 
 
-def _hold_out_probe(tiles: PublicTiles, config: BuildConfig) -> tuple[PublicTiles, Probe]:
-    """Keep one tile of each of the last regions as the probe; train on the other regions."""
-    num_regions = int(tiles.region_N.max()) + 1
-    probe_regions = range(num_regions - config.num_probe, num_regions)
-    first_rows = [int(np.flatnonzero(tiles.region_N == region)[0]) for region in probe_regions]
-    probe = Probe(
-        tiles_NCHW=torch.from_numpy(tiles.image_NHWC[first_rows]).permute(0, 3, 1, 2).contiguous(),
-        captions=tuple(tiles.captions[tiles.caption_N[row]] for row in first_rows),
-    )
-    kept = tiles.region_N < probe_regions.start
-    return (
-        PublicTiles(
-            image_NHWC=tiles.image_NHWC[kept],
-            caption_N=tiles.caption_N[kept],
-            captions=tiles.captions,
-            region_N=tiles.region_N[kept],
-        ),
-        probe,
-    )
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
 
 
-def _aligner(
-    tiles: PublicTiles, config: BuildConfig, work: Path, device: torch.device, progress: Progress
-) -> tuple[CLIPTokenizer, CLIPModel]:
-    path = work / "aligner"
-    if not (path / "config.json").exists():
-        tokenizer = train_tokenizer(sorted({*corpus(), *tiles.captions}), config)
-        tokenizer.save_pretrained(path)
-        model = train_aligner(tiles, tokenizer, config, device=device, progress=progress)
-        model.cpu().save_pretrained(path)
-    return CLIPTokenizer.from_pretrained(path), CLIPModel.from_pretrained(path).eval()
+class _Workshop:
+    """Every part, trained when it is first asked for or read back from the work directory."""
 
+    def __init__(
+        self,
+        rows: Sequence[TableRow],
+        config: BuildConfig,
+        work: Path,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._rows, self._config, self._work = rows, config, work
+        self._device, self._progress = device, progress
 
-def _vae(
-    tiles: PublicTiles, config: BuildConfig, work: Path, device: torch.device, progress: Progress
-) -> AutoencoderKL:
-    path = work / "vae"
-    if not (path / "config.json").exists():
-        train_vae(tiles, config, device=device, progress=progress).save_pretrained(path)
-    return AutoencoderKL.from_pretrained(path).to(device).eval()
+    def _recipe(
+        self,
+        name: str,
+        *,
+        seed: int,
+        steps: int,
+        batch: int,
+        learning_rate: float,
+        ema_decay: float | None = None,
+        weight_decay: float = 0.01,
+    ) -> Recipe:
+        return Recipe(
+            name=name,
+            state=self._work / f"{name.replace(' ', '-')}.state",
+            seed=seed,
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            device=self._device,
+            progress=self._progress,
+            ema_decay=ema_decay,
+            weight_decay=weight_decay,
+        )
 
+    @cached_property
+    def tiles(self) -> PublicTiles:
+        return public_tiles(self._rows, self._config, self._work, self._progress)
 
-def _unet(
-    vae: AutoencoderKL,
-    latents_NCHW: Tensor,
-    tiles: PublicTiles,
-    text_ULD: Tensor,
-    null_LD: Tensor,
-    config: BuildConfig,
-    work: Path,
-    device: torch.device,
-    progress: Progress,
-) -> UNet2DConditionModel:
-    path = work / "unet"
-    if not (path / "config.json").exists():
-        turned_NHWC = np.rot90(tiles.image_NHWC, axes=(1, 2))[:, :, ::-1].copy()
-        turned_NCHW = encode_tiles(vae, turned_NHWC, device) * vae.config.scaling_factor
-        views_VNCHW = torch.stack([latents_NCHW, turned_NCHW])
-        unet = train_unet(
-            views_VNCHW, tiles.caption_N, text_ULD, null_LD, config,
-            device=device, progress=progress,
+    @cached_property
+    def probe(self) -> Probe:
+        return probe_of(self._rows, self._config)
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return train_tokenizer(sorted({*corpus(), *self.tiles.captions}), self._config)
+
+    @cached_property
+    def aligner(self) -> CLIPModel:
+        path, config = self._work / "aligner", self._config
+        if not path.exists():
+            recipe = self._recipe(
+                "aligner", seed=config.seed, steps=config.aligner_steps, batch=config.aligner_batch,
+                learning_rate=1e-3, weight_decay=0.05,
+            )  # fmt: skip
+            model = train_aligner(self.tiles, self.tokenizer, config, recipe)
+            _finish(path, model.cpu())
+        return CLIPModel.from_pretrained(path).eval()
+
+    @cached_property
+    def tissue_net(self) -> TissueNet:
+        """Tells open cases and what they show apart; drawings only where there is no table."""
+        path, config = self._work / "tissue_net.safetensors", self._config
+        is_drawn_N = np.char.startswith(self.tiles.kind_N, DRAWN)
+        use_N = is_drawn_N if is_drawn_N.all() else ~is_drawn_N
+        kinds, class_N = np.unique(self.tiles.kind_N[use_N], return_inverse=True)
+        if not path.exists():
+            recipe = self._recipe(
+                "tissue net", seed=config.tissue_seed, steps=config.tissue_steps,
+                batch=config.tissue_batch, learning_rate=2e-3,
+            )  # fmt: skip
+            net = train_tissue_net(self.tiles.image_NHWC[use_N], class_N.astype(np.int64), recipe)
+            save_file(net.cpu().state_dict(), path)
+        net = TissueNet(len(kinds))
+        net.load_state_dict(load_file(path))
+        return net.eval().requires_grad_(False)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        path, config = self._work / "vae", self._config
+        if not path.exists():
+            recipe = self._recipe(
+                "VAE", seed=config.seed + 1, steps=config.vae_steps, batch=config.vae_batch,
+                learning_rate=2e-3, ema_decay=0.995,
+            )  # fmt: skip
+            _finish(path, train_vae(self.tiles, self.tissue_net, config, recipe))
+        return AutoencoderKL.from_pretrained(path).to(self._device).eval()
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """(V, N, C, H, W), half precision."""
+        path = self._work / "latents.safetensors"
+        if not path.exists():
+            recipe = self._recipe(
+                "latents", seed=self._config.seed + 6, steps=0, batch=64, learning_rate=0.0
+            )
+            views = encode_views(self.vae, self.tiles.image_NHWC, self._config.unet_views, recipe)
+            save_file({"latents": views}, path)
+        latents_VNCHW: Tensor = load_file(path)["latents"]
+        return latents_VNCHW
+
+    @cached_property
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Token states of every caption (U, L, D) and of the empty one (L, D)."""
+        ids_UT = tokenize(self.tokenizer, ["", *self.tiles.captions], self._config.max_tokens)
+        with torch.no_grad():
+            states = [self.aligner.text_model(ids).last_hidden_state for ids in ids_UT.split(256)]
+        joined = torch.cat(states)
+        return joined[1:], joined[0]
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        path, config = self._work / "unet", self._config
+        if not path.exists():
+            text_ULD, null_LD = self.text
+            recipe = self._recipe(
+                "UNet", seed=config.seed + 2, steps=config.unet_steps, batch=config.unet_batch,
+                learning_rate=1e-3, ema_decay=0.999,
+            )  # fmt: skip
+            unet = train_unet(
+                self.latents, self.tiles.caption_NV, text_ULD, null_LD, config, recipe
+            )
+            _finish(path, unet)
+        return UNet2DConditionModel.from_pretrained(path).to(self._device).eval()
+
+    @cached_property
+    def latent_aligner(self) -> LatentAligner:
+        config = self._config
+        recipe = self._recipe(
+            "latent aligner", seed=config.seed + 3, steps=config.latent_aligner_steps, batch=64,
+            learning_rate=2e-3,
         )  # fmt: skip
-        unet.save_pretrained(path)
-    return UNet2DConditionModel.from_pretrained(path).to(device).eval()
+        tower = Aligner(
+            model=self.aligner, tokenizer=self.tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        tiles_NCHW = torch.from_numpy(self.tiles.image_NHWC).permute(0, 3, 1, 2)
+        embedding_ND = torch.cat([tower.embed_images(part) for part in tiles_NCHW.split(256)])
+        return train_latent_aligner(
+            self.unet, self.latents[0], self.tiles.caption_NV[:, 0], self.text[0],
+            embedding_ND, config, recipe,
+        )  # fmt: skip
 
 
-@torch.no_grad()
-def _text(
-    aligner: CLIPModel, tokenizer: CLIPTokenizer, captions: tuple[str, ...], config: BuildConfig
-) -> tuple[Tensor, Tensor]:
-    """Token states of every caption (U, L, D) and of the empty one (L, D)."""
-    ids_UT = tokenize(tokenizer, ["", *captions], config.max_tokens)
-    states = [aligner.text_model(ids).last_hidden_state for ids in ids_UT.split(256)]
-    joined = torch.cat(states)
-    return joined[1:], joined[0]
-
-
-@torch.no_grad()
-def _embed(aligner: Aligner, image_NHWC: np.ndarray) -> Tensor:
-    tiles_NCHW = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2)
-    return torch.cat([aligner.embed_images(part) for part in tiles_NCHW.split(256)])
+def _finish(path: Path, model: CLIPModel | AutoencoderKL | UNet2DConditionModel) -> None:
+    """Written beside and renamed: a part that is there is whole."""
+    unfinished = path.with_name(path.name + ".writing")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    unfinished.rename(path)
 
 
 def _save_pipeline(

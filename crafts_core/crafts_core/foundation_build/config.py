@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class BuildConfig(BaseModel):
@@ -12,33 +13,40 @@ class BuildConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seed: Annotated[int, Field(ge=0)] = 20261123
-    tile_px: Count = 64
+    seed: Annotated[int, Field(ge=0)] = 20261128
+    tile_px: Count = 128
     mpp: Annotated[float, Field(gt=0)] = 1.0
-    num_regions: Count = 1600
-    region_tiles: Count = 4
+    num_regions: Count = 480
+    """Drawn regions, of the types that no open case shows."""
+    region_tiles: Count = 2
     """A region is region_tiles x region_tiles tiles of one phenotype and one stain."""
-    normal_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.12
-    bare_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Regions whose caption says only what it is: hospitals often know no more."""
+    captions_per_tile: Count = 6
     num_probe: Count = 60
 
-    max_tokens: Count = 32
-    vocab_size: Count = 1200
-    text_width: Count = 96
+    tissue_seed: Count = 1
+    tissue_batch: Count = 64
+    tissue_steps: Count = 1000
+
+    max_tokens: Count = 40
+    vocab_size: Count = 1600
+    text_width: Count = 128
     text_layers: Count = 2
-    vision_width: Count = 96
-    vision_layers: Count = 3
+    vision_width: Count = 128
+    vision_layers: Count = 4
+    vision_patch_px: Count = 16
     embedding_dim: Count = 64
-    aligner_batch: Count = 128
-    aligner_steps: Count = 1500
+    aligner_batch: Count = 96
+    aligner_steps: Count = 1200
 
-    latent_channels: Count = 4
-    vae_channels: tuple[int, ...] = (24, 48, 64)
-    vae_batch: Count = 16
-    vae_steps: Count = 3000
+    latent_channels: Count = 16
+    vae_channels: tuple[int, ...] = (16, 48, 96, 128)
+    vae_batch: Count = 8
+    vae_steps: Count = 2400
+    vae_perceptual: Rate = 0.3
 
-    unet_channels: tuple[int, ...] = (32, 96, 128)
-    unet_batch: Count = 64
-    unet_steps: Count = 3000
-    latent_aligner_steps: Count = 500
+    unet_channels: tuple[int, ...] = (64, 128, 192)
+    unet_batch: Count = 32
+    unet_steps: Count = 4000
+    unet_views: Count = 4
+    """Each tile's latent is computed this often, turned and stained anew."""
+    latent_aligner_steps: Count = 600

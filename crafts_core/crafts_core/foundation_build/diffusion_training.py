@@ -1,36 +1,36 @@
-"""VAE, text-conditioned UNet and latent aligner of the embedded foundation.
+"""VAE, text-conditioned UNet and latent aligner of a built foundation.
 
-Shape letters: N tiles, B batch, C H W channels and pixels, L D text tokens and width, U captions.
+Shape letters: N tiles, V views of a tile, B batch, C H W channels and pixels, L D text tokens and
+width, U captions.
 """
 
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn import functional
 
 from crafts_core.aligner import LatentAligner
-from crafts_core.foundation_build.aligner_training import Progress, augment, to_pixels
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
+from crafts_core.foundation_build.tissue_net import TissueNet, perceptual_loss
+from crafts_core.foundation_build.training import Recipe, Rows, train
+from crafts_core.foundation_build.views import other_stains, to_pixels, turned
 
 MIN_SNR_GAMMA = 5.0
+LATENT_ALIGNER_WIDTH = 64
 
 
-def train_vae(
-    tiles: PublicTiles, config: BuildConfig, *, device: torch.device, progress: Progress
-) -> AutoencoderKL:
-    """L1 on pixels, on their fine detail and on their colour; a very small KL.
+def new_vae(config: BuildConfig) -> AutoencoderKL:
+    """Stable Diffusion's layout without attention, which small tiles do not need.
 
-    Colours are shifted at random, far beyond the public stains: what the VAE cannot hold, no
-    adapter can draw, and hospitals' stains are what separates them from the foundation. Residual
-    branches start at zero, so training starts from a plain downscaling.
+    Residual branches start at zero, so training starts from a plain downscaling.
     """
-    torch.manual_seed(config.seed + 1)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(config.vae_channels),
         up_block_types=("UpDecoderBlock2D",) * len(config.vae_channels),
@@ -39,56 +39,94 @@ def train_vae(
         latent_channels=config.latent_channels,
         norm_num_groups=8,
         sample_size=config.tile_px,
-    ).to(device)
+        mid_block_add_attention=False,
+    )
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
             torch.nn.init.zeros_(module.conv2.weight)
             torch.nn.init.zeros_(module.conv2.bias)
-    ema = EMAModel(vae.parameters(), decay=0.995)
-    rng = np.random.default_rng(config.seed + 1)
-
-    def loss_of(rows: np.ndarray) -> Tensor:
-        pixels_BCHW = augment(other_laboratories(to_pixels(tiles.image_NHWC[rows])), rng).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(pixels_BCHW).latent_dist
-            decoded_BCHW = vae.decode(posterior.sample()).sample
-        error_BCHW = decoded_BCHW.float() - pixels_BCHW
-        detail_BCHW = error_BCHW - functional.avg_pool2d(error_BCHW, 5, stride=1, padding=2)
-        kl: Tensor = posterior.kl().float().mean()
-        colour_BCHW = functional.avg_pool2d(error_BCHW, 8)
-        loss: Tensor = error_BCHW.abs().mean() + detail_BCHW.abs().mean()
-        return loss + 2.0 * colour_BCHW.abs().mean() + 1e-6 * kl
-
-    _optimise(
-        vae, ema, loss_of, len(tiles.caption_N), config.vae_batch, config.vae_steps, 2e-3, rng,
-        lambda text, done: progress(f"VAE, {text}", done, config.vae_steps),
-    )  # fmt: skip
-    ema.copy_to(vae.parameters())
-    vae.eval()
-    latents = encode_tiles(vae, tiles.image_NHWC[:: max(1, len(tiles.caption_N) // 2048)], device)
-    vae.register_to_config(scaling_factor=float(1.0 / latents.std()))
     return vae
 
 
-def other_laboratories(pixels_BCHW: Tensor) -> Tensor:
-    """Each tile (in [-1, 1]) as another stain and scanner might show it: densities mixed."""
-    density_BCHW = -torch.log((pixels_BCHW + 1.0) / 2.0 * 0.996 + 0.004)
-    count = len(pixels_BCHW)
-    mixing_BCC = torch.eye(3) + 0.12 * torch.randn(count, 3, 3)
-    mixing_BCC = mixing_BCC * torch.exp(0.25 * torch.randn(count, 3, 1))
-    mixed_BCHW = torch.einsum("bdc,bchw->bdhw", mixing_BCC, density_BCHW).clamp(0.0, 6.0)
-    return torch.exp(-mixed_BCHW) * 2.0 - 1.0
+def train_vae(
+    tiles: PublicTiles, net: TissueNet, config: BuildConfig, recipe: Recipe
+) -> AutoencoderKL:
+    """L1 on pixels, on their fine detail and on their colour; what ``net`` sees; a very small KL.
+
+    Stains are changed at random, beyond the public ones: what the VAE cannot hold, no adapter can
+    draw, and hospitals' stains are what separates them from the foundation.
+    """
+    torch.manual_seed(recipe.seed)
+    vae = new_vae(config).to(recipe.device)
+    seen = perceptual_loss(net.to(recipe.device))
+
+    def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
+        pixels_BCHW = turned(other_stains(to_pixels(tiles.image_NHWC[rows])), rng)
+        pixels_BCHW = pixels_BCHW.to(recipe.device)
+        with torch.autocast(recipe.device.type, torch.bfloat16):
+            posterior = vae.encode(pixels_BCHW).latent_dist
+            decoded_BCHW = vae.decode(posterior.sample()).sample
+            structure = seen(decoded_BCHW, pixels_BCHW).float()
+        error_BCHW = decoded_BCHW.float() - pixels_BCHW
+        detail_BCHW = error_BCHW - functional.avg_pool2d(error_BCHW, 5, stride=1, padding=2)
+        colour_BCHW = functional.avg_pool2d(error_BCHW, 8)
+        kl: Tensor = posterior.kl().float().mean()
+        loss: Tensor = error_BCHW.abs().mean() + detail_BCHW.abs().mean()
+        loss = loss + 2.0 * colour_BCHW.abs().mean() + config.vae_perceptual * structure
+        return loss + 1e-6 * kl
+
+    train(vae, loss_of, len(tiles), recipe)
+    vae.eval()
+    sample_NHWC = tiles.image_NHWC[:: max(1, len(tiles) // 2048)]
+    latents_NCHW = encode_tiles(vae, sample_NHWC, recipe.device)
+    vae.register_to_config(scaling_factor=float(1.0 / latents_NCHW.std()))
+    return vae
 
 
 @torch.no_grad()
-def encode_tiles(vae: AutoencoderKL, image_NHWC: np.ndarray, device: torch.device) -> Tensor:
+def encode_tiles(
+    vae: AutoencoderKL, image_NHWC: npt.NDArray[np.uint8], device: torch.device
+) -> Tensor:
     """Unscaled latent means, (N, C, H, W) float32 on the CPU."""
-    with torch.autocast(device.type, torch.bfloat16):
-        parts = [
-            vae.encode(to_pixels(image_NHWC[start : start + 64]).to(device)).latent_dist.mean
-            for start in range(0, len(image_NHWC), 64)
-        ]
-    return torch.cat(parts).float().cpu()
+    return _encode(vae, to_pixels, image_NHWC, device)
+
+
+@torch.no_grad()
+def encode_views(
+    vae: AutoencoderKL, image_NHWC: npt.NDArray[np.uint8], num_views: int, recipe: Recipe
+) -> Tensor:
+    """Scaled latents of every tile as it is and in other stains and turns, (V, N, C, H, W).
+
+    The first view is the tile untouched. Kept in half precision: a build of 10,000 tiles has
+    60,000 latents.
+    """
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+
+    def look(image_BHWC: npt.NDArray[np.uint8]) -> Tensor:
+        return turned(other_stains(to_pixels(image_BHWC), strength=0.5), rng)
+
+    views = []
+    for view in range(num_views):
+        recipe.progress("latents", view, num_views)
+        change = to_pixels if view == 0 else look
+        latents_NCHW = _encode(vae, change, image_NHWC, recipe.device)
+        views.append((latents_NCHW * vae.config.scaling_factor).half())
+    return torch.stack(views)
+
+
+def _encode(
+    vae: AutoencoderKL,
+    look: Callable[[npt.NDArray[np.uint8]], Tensor],
+    image_NHWC: npt.NDArray[np.uint8],
+    device: torch.device,
+) -> Tensor:
+    parts = []
+    for start in range(0, len(image_NHWC), 64):
+        pixels_BCHW = look(image_NHWC[start : start + 64]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            parts.append(vae.encode(pixels_BCHW).latent_dist.mean.float().cpu())
+    return torch.cat(parts)
 
 
 def new_scheduler() -> DDPMScheduler:
@@ -110,45 +148,59 @@ def new_scheduler() -> DDPMScheduler:
     )
 
 
-def train_unet(
-    latents_VNCHW: Tensor,
-    caption_N: np.ndarray,
-    text_ULD: Tensor,
-    null_text_LD: Tensor,
-    config: BuildConfig,
-    *,
-    device: torch.device,
-    progress: Progress,
-) -> UNet2DConditionModel:
-    """v-prediction with min-SNR weights; V views (original, flipped) of each latent."""
-    torch.manual_seed(config.seed + 2)
-    unet = UNet2DConditionModel(
-        sample_size=latents_VNCHW.shape[-1],
+def new_unet(config: BuildConfig) -> UNet2DConditionModel:
+    """Text reaches the denoiser at 16 x 16, at 8 x 8 and in the middle.
+
+    The lighter cross-attention block (DeepFloyd IF's, stock diffusers) attends to tokens and to the
+    latent at once, without a feed-forward of its own: half the time of Stable Diffusion's block.
+    """
+    return UNet2DConditionModel(
+        sample_size=config.tile_px // 2 ** (len(config.vae_channels) - 1),
         in_channels=config.latent_channels,
         out_channels=config.latent_channels,
         layers_per_block=1,
         block_out_channels=config.unet_channels,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=(
+            "SimpleCrossAttnDownBlock2D",
+            "SimpleCrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("UpBlock2D", "SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"),
         cross_attention_dim=config.text_width,
         attention_head_dim=32,
         norm_num_groups=16,
-    ).to(device)
-    scheduler = new_scheduler()
-    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    rng = np.random.default_rng(config.seed + 2)
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    )
 
-    def loss_of(rows: np.ndarray) -> Tensor:
-        view = int(rng.integers(len(latents_VNCHW)))
-        clean_BCHW = latents_VNCHW[view][rows].to(device)
-        text_BLD = text_ULD[caption_N[rows]].to(device).clone()
-        text_BLD[torch.from_numpy(rng.random(len(rows)) < 0.1).to(device)] = null_text_LD.to(device)
+
+def train_unet(
+    latents_VNCHW: Tensor,
+    caption_NV: npt.NDArray[np.int64],
+    text_ULD: Tensor,
+    null_text_LD: Tensor,
+    config: BuildConfig,
+    recipe: Recipe,
+) -> UNet2DConditionModel:
+    """v-prediction with min-SNR weights; a random view and a random caption of each tile."""
+    torch.manual_seed(recipe.seed)
+    unet = new_unet(config).to(recipe.device)
+    scheduler = new_scheduler()
+    alphas_cumprod = scheduler.alphas_cumprod.to(recipe.device)
+
+    def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
+        view_B = rng.integers(len(latents_VNCHW), size=len(rows))
+        clean_BCHW = latents_VNCHW[view_B, rows].float().to(recipe.device)
+        told_B = caption_NV[rows, rng.integers(caption_NV.shape[1], size=len(rows))]
+        text_BLD = text_ULD[told_B].to(recipe.device)
+        text_BLD[torch.from_numpy(rng.random(len(rows)) < 0.1).to(recipe.device)] = null_text_LD
         noise_BCHW = torch.randn_like(clean_BCHW)
-        t_B = torch.from_numpy(rng.integers(1000, size=len(rows))).to(device)
+        t_B = torch.from_numpy(rng.integers(1000, size=len(rows))).to(recipe.device)
         noisy_BCHW = scheduler.add_noise(clean_BCHW, noise_BCHW, t_B)
         target_BCHW = scheduler.get_velocity(clean_BCHW, noise_BCHW, t_B)
-        with torch.autocast(device.type, torch.bfloat16):
+        # On CPUs bfloat16 is slower than float32 for layers as small as these.
+        with torch.autocast(
+            recipe.device.type, torch.bfloat16, enabled=recipe.device.type == "cuda"
+        ):
             velocity_BCHW = unet(noisy_BCHW, t_B, text_BLD).sample
         error_B = (velocity_BCHW.float() - target_BCHW).square().mean((1, 2, 3))
         snr_B = compute_snr(_Alphas(alphas_cumprod), t_B)
@@ -157,11 +209,8 @@ def train_unet(
         loss: Tensor = (weight_B * error_B).mean()
         return loss
 
-    _optimise(
-        unet, ema, loss_of, len(caption_N), config.unet_batch, config.unet_steps, 1e-3, rng,
-        lambda text, done: progress(f"UNet, {text}", done, config.unet_steps),
-    )  # fmt: skip
-    ema.copy_to(unet.parameters())
+    null_text_LD = null_text_LD.to(recipe.device)
+    train(unet, loss_of, len(caption_NV), recipe)
     return unet.eval()
 
 
@@ -175,69 +224,40 @@ class _Alphas:
 def train_latent_aligner(
     unet: UNet2DConditionModel,
     latents_NCHW: Tensor,
-    caption_N: np.ndarray,
+    caption_N: npt.NDArray[np.int64],
     text_ULD: Tensor,
     image_embedding_ND: Tensor,
     config: BuildConfig,
-    *,
-    device: torch.device,
-    progress: Progress,
+    recipe: Recipe,
 ) -> LatentAligner:
     """Head from the UNet's denoised latent to the tile's aligner embedding.
 
     Half of each batch is clean latents, half x0 predictions at random timesteps: that is what the
     head is asked about during alignment.
     """
-    torch.manual_seed(config.seed + 3)
+    torch.manual_seed(recipe.seed)
     head = LatentAligner(
-        in_channels=config.latent_channels, width=48, embedding_dim=config.embedding_dim
-    ).to(device)
+        in_channels=config.latent_channels,
+        width=LATENT_ALIGNER_WIDTH,
+        embedding_dim=config.embedding_dim,
+    ).to(recipe.device)
     scheduler = new_scheduler()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.01)
-    rng = np.random.default_rng(config.seed + 3)
-    for step in range(config.latent_aligner_steps):
-        rows = rng.choice(len(caption_N), 64, replace=False)
-        clean_BCHW = latents_NCHW[rows].to(device)
-        t_B = torch.from_numpy(rng.integers(800, size=len(rows) // 2)).to(device)
-        half_BCHW, text_BLD = clean_BCHW[: len(t_B)], text_ULD[caption_N[rows[: len(t_B)]]]
+    alphas_cumprod = scheduler.alphas_cumprod.to(recipe.device)
+
+    def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
+        clean_BCHW = latents_NCHW[rows].float().to(recipe.device)
+        t_B = torch.from_numpy(rng.integers(800, size=len(rows) // 2)).to(recipe.device)
+        half_BCHW = clean_BCHW[: len(t_B)]
+        text_BLD = text_ULD[caption_N[rows[: len(t_B)]]].to(recipe.device)
         noisy_BCHW = scheduler.add_noise(half_BCHW, torch.randn_like(half_BCHW), t_B)
         with torch.no_grad():
-            velocity_BCHW = unet(noisy_BCHW, t_B, text_BLD.to(device)).sample
-        alpha_B111 = scheduler.alphas_cumprod.to(device)[t_B][:, None, None, None]
+            velocity_BCHW = unet(noisy_BCHW, t_B, text_BLD).sample
+        alpha_B111 = alphas_cumprod[t_B][:, None, None, None]
         denoised_BCHW = alpha_B111.sqrt() * noisy_BCHW - (1 - alpha_B111).sqrt() * velocity_BCHW
         predicted_BD = head(torch.cat([denoised_BCHW, clean_BCHW[len(t_B) :]]))
-        target_BD = image_embedding_ND[rows].to(device)
-        loss = 1 - functional.cosine_similarity(predicted_BD, target_BD).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        progress(f"latent aligner, loss {loss.item():.3f}", step + 1, config.latent_aligner_steps)
+        target_BD = image_embedding_ND[rows].to(recipe.device)
+        loss: Tensor = 1 - functional.cosine_similarity(predicted_BD, target_BD).mean()
+        return loss
+
+    train(head, loss_of, len(caption_N), recipe)
     return head.eval()
-
-
-def _optimise(
-    model: torch.nn.Module,
-    ema: EMAModel,
-    loss_of: Callable[[np.ndarray], Tensor],
-    num_rows: int,
-    batch: int,
-    steps: int,
-    learning_rate: float,
-    rng: np.random.Generator,
-    progress: Callable[[str, int], None],
-) -> None:
-    """AdamW with one warm-up and a cosine to zero; EMA after each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.05
-    )
-    model.train()
-    for step in range(steps):
-        loss = loss_of(rng.choice(num_rows, batch, replace=False))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.step(model.parameters())
-        progress(f"loss {loss.item():.4f}", step + 1)

@@ -1,72 +1,151 @@
-"""Public training tiles: procedural regions under broadly random stains, cut into tiles."""
+"""Public training tiles: open tissue by a table, and drawings of the types that it does not show.
 
-from collections.abc import Callable
+A tile comes with every statement that is known to be true of it: what it is, of which organ, and
+what was measured on it or drawn into it. Captions are some of a tile's statements, so a caption
+fits every tile whose statements include its own, whoever's tile it was composed for.
+
+Shape letters: N tiles, V captions of a tile, U different captions.
+"""
+
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from crafts_core.foundation_build.config import BuildConfig
-from crafts_core.procedural import phenotype, random_stain, render_region
-from crafts_core.vocabulary import (
-    CANCER_TYPES,
-    NORMAL_ORGANS,
-    compose_caption,
-    sample_attributes,
+from crafts_core.foundation_build.measured import measure
+from crafts_core.foundation_build.tiles_table import (
+    NoTissueError,
+    TableRow,
+    read_open_tiles,
 )
+from crafts_core.probe import Probe
+from crafts_core.procedural import phenotype, random_stain, render_region
+from crafts_core.vocabulary import CANCER_TYPES, CancerType, compose_caption, sample_attributes
+
+Progress = Callable[[str, int, int], None]
+Pixels = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+Statements = tuple[str, ...]
+STAIN = "H&E"
+"""The first statement of every caption."""
+DRAWN = "drawn|"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PublicTiles:
-    """Rows are tiles; ``caption_N`` and ``region_N`` index captions and regions."""
+    """Rows are tiles. ``kind_N`` says whose tissue it is and what its case is called."""
 
-    image_NHWC: npt.NDArray[np.uint8]
-    caption_N: npt.NDArray[np.int64]
-    captions: tuple[str, ...]
-    region_N: npt.NDArray[np.int64]
+    image_NHWC: Pixels
+    kind_N: npt.NDArray[np.str_]
+    statements: tuple[Statements, ...]
+    """What is true of each tile, the stain left out: what it is first, then what one sees."""
+    caption_NV: Indices = field(repr=False)
+    captions: tuple[str, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.image_NHWC)
+
+    @cached_property
+    def fits(self) -> npt.NDArray[np.bool_]:
+        """Whether all that a caption says is known of a tile, (N, U)."""
+        words = sorted({word for caption in self.captions for word in _said(caption)})
+        place = {word: index for index, word in enumerate(words)}
+        says_UW = np.zeros((len(self.captions), len(words)), dtype=np.float32)
+        for row, caption in enumerate(self.captions):
+            says_UW[row, [place[word] for word in _said(caption)]] = 1.0
+        known_NW = np.zeros((len(self), len(words)), dtype=np.float32)
+        for row, statements in enumerate(self.statements):
+            known_NW[row, [place[word] for word in statements if word in place]] = 1.0
+        return np.asarray(known_NW @ says_UW.T >= says_UW.sum(axis=1))
 
 
-def render_public_tiles(
-    config: BuildConfig, work: Path, progress: Callable[[str, int, int], None]
+def _said(caption: str) -> list[str]:
+    return caption.split(", ")[1:]
+
+
+def public_tiles(
+    rows: Sequence[TableRow], config: BuildConfig, work: Path, progress: Progress
 ) -> PublicTiles:
-    """Render every region once, on two processes; a finished rendering is read back."""
+    """Open tiles of the table's ``build`` rows and drawings, with composed captions.
+
+    Cut, measured and drawn once; a finished set is read back.
+    """
     path = work / "public_tiles.npz"
     if not path.exists():
-        with ProcessPoolExecutor(2) as pool:
-            rendered = []
-            jobs = pool.map(_render_one, range(config.num_regions), _repeat(config), chunksize=8)
-            for done, region in enumerate(jobs, start=1):
-                rendered.append(region)
-                progress("public tiles", done, config.num_regions)
-        images = np.concatenate([tiles for tiles, _ in rendered])
-        region_N = np.repeat(np.arange(len(rendered)), config.region_tiles**2)
-        captions, caption_R = np.unique([caption for _, caption in rendered], return_inverse=True)
+        images, kinds, statements = [], [], []
+        build_rows = [row for row in rows if row.split == "build"]
+        if build_rows:
+            part = _open_part(build_rows, config, progress)
+            images, kinds, statements = [part[0]], part[1], part[2]
+        drawn = _drawn_part(build_rows, config, progress)
+        images.append(drawn[0])
         np.savez(
-            path, images=images, region=region_N, caption=caption_R[region_N], captions=captions
+            path,
+            images=np.concatenate(images),
+            kinds=np.asarray(kinds + drawn[1]),
+            statements=np.asarray(["\n".join(each) for each in statements + drawn[2]]),
         )
     with np.load(path) as stored:
+        found = tuple(tuple(each.split("\n")) for each in stored["statements"].tolist())
+        caption_NV, captions = compose(found, config)
         return PublicTiles(
             image_NHWC=stored["images"],
-            caption_N=stored["caption"],
-            captions=tuple(str(caption) for caption in stored["captions"]),
-            region_N=stored["region"],
+            kind_N=stored["kinds"],
+            statements=found,
+            caption_NV=caption_NV,
+            captions=captions,
         )
 
 
-def _repeat(config: BuildConfig) -> list[BuildConfig]:
-    return [config] * config.num_regions
+Part = tuple[Pixels, list[str], list[Statements]]
 
 
-def _render_one(index: int, config: BuildConfig) -> tuple[npt.NDArray[np.uint8], str]:
-    """Tiles of one region, shape (region_tiles^2, px, px, 3), and the caption they share."""
+def _open_part(rows: Sequence[TableRow], config: BuildConfig, progress: Progress) -> Part:
+    tiles = read_open_tiles(rows, tile_px=config.tile_px, mpp=config.mpp)
+    statements = []
+    for done, (image, place) in enumerate(zip(tiles.image_NHWC, tiles.row_N, strict=True), 1):
+        said = tuple(_said(rows[place].description))
+        statements.append(said + measure(image, mpp=config.mpp).phrases())
+        progress("open tiles", done, len(tiles.row_N))
+    kinds = [f"{rows[place].label}|{rows[place].case}" for place in tiles.row_N]
+    return tiles.image_NHWC, kinds, statements
+
+
+def _drawn_part(rows: Sequence[TableRow], config: BuildConfig, progress: Progress) -> Part:
+    """Regions of every type that no open case shows, in turn."""
+    types = drawn_types(rows)
+    chosen = [types[index % len(types)] for index in range(config.num_regions)]
+    rendered = []
+    with ProcessPoolExecutor(2) as pool:
+        jobs = pool.map(partial(_draw, config), range(len(chosen)), chosen, chunksize=8)
+        for done, region in enumerate(jobs, start=1):
+            rendered.append(region)
+            progress("drawn tiles", done, len(chosen))
+    count = config.region_tiles**2
+    return (
+        np.concatenate([tiles for tiles, _ in rendered]),
+        [f"{DRAWN}{cancer.code}" for cancer in chosen for _ in range(count)],
+        [tuple(_said(caption)) for _, caption in rendered for _ in range(count)],
+    )
+
+
+def drawn_types(rows: Sequence[TableRow]) -> tuple[CancerType, ...]:
+    """The cancer types that no ``build`` row shows; all of them if every one is shown."""
+    shown = {row.type for row in rows if row.split == "build"}
+    missing = tuple(cancer for cancer in CANCER_TYPES if cancer.code not in shown)
+    return missing or CANCER_TYPES
+
+
+def _draw(config: BuildConfig, index: int, cancer: CancerType) -> tuple[Pixels, str]:
+    """Tiles of one region, shape (region_tiles^2, px, px, 3), and all that is true of them."""
     rng = np.random.default_rng([config.seed, index])
-    if rng.random() < config.normal_fraction:
-        cancer, organ = None, str(rng.choice(NORMAL_ORGANS))
-    else:
-        cancer, organ = CANCER_TYPES[index % len(CANCER_TYPES)], None
-    attributes = sample_attributes(rng, cancer, organ=organ)
+    attributes = sample_attributes(rng, cancer)
     side = config.region_tiles * config.tile_px
     region = render_region(
         rng,
@@ -80,5 +159,60 @@ def _render_one(index: int, config: BuildConfig) -> tuple[npt.NDArray[np.uint8],
         config.region_tiles, config.tile_px, config.region_tiles, config.tile_px, 3
     )
     tiles = grid.swapaxes(1, 2).reshape(-1, config.tile_px, config.tile_px, 3)
-    told = attributes if rng.random() > config.bare_fraction else None
-    return tiles, compose_caption(cancer, told, organ=organ)
+    return tiles, compose_caption(cancer, attributes)
+
+
+def compose(
+    statements: Sequence[Statements], config: BuildConfig
+) -> tuple[Indices, tuple[str, ...]]:
+    """For each tile ``captions_per_tile`` captions: places (N, V) in the tuple of captions.
+
+    What a tile is comes in four of five captions, every other statement in one of two, as
+    hospitals know sometimes much and sometimes only a diagnosis; the first caption says all.
+    """
+    rng = np.random.default_rng(config.seed + 4)
+    place: dict[str, int] = {}
+    caption_NV = np.empty((len(statements), config.captions_per_tile), dtype=np.int64)
+    for row, known in enumerate(statements):
+        for view in range(config.captions_per_tile):
+            chance = rng.random(len(known)) < np.where(np.arange(len(known)) == 0, 0.8, 0.5)
+            keep = np.ones(len(known), dtype=bool) if view == 0 else chance
+            keep[0] |= not keep.any()
+            told = [STAIN, *(word for word, kept in zip(known, keep, strict=True) if kept)]
+            caption_NV[row, view] = place.setdefault(", ".join(told), len(place))
+    return caption_NV, tuple(place)
+
+
+def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
+    """Public pairs that no part was trained on: held-out cases, one tile each, and fresh drawings.
+
+    At most two in three are of real tissue, so that types without open cases are asked for too.
+    """
+    held_out = [row for row in rows if row.split == "held-out"]
+    first_rows = list({row.case: row for row in held_out}.values())
+    images, captions = [], []
+    for row in _spread(first_rows, 2 * config.num_probe // 3):
+        try:
+            tiles = read_open_tiles([row], tile_px=config.tile_px, mpp=config.mpp)
+        except NoTissueError:
+            continue
+        image = tiles.image_NHWC[len(tiles.image_NHWC) // 2]
+        said = _said(row.description)
+        images.append(image)
+        captions.append(", ".join([STAIN, *said, *measure(image, mpp=config.mpp).phrases()]))
+    types = drawn_types(rows)
+    for index in range(config.num_regions, config.num_regions + config.num_probe - len(images)):
+        tiles_THWC, caption = _draw(config, index, types[index % len(types)])
+        images.append(tiles_THWC[0])
+        captions.append(caption)
+    return Probe(
+        tiles_NCHW=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        captions=tuple(captions),
+    )
+
+
+def _spread(rows: Sequence[TableRow], count: int) -> list[TableRow]:
+    """At most ``count`` rows, evenly over the table."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).astype(int)]

@@ -1,0 +1,90 @@
+"""What can be measured on a tile of real tissue, in words.
+
+A source tells the diagnosis of a slide, but a tile of it may show nothing but its stroma.
+Nuclei take up hematoxylin, which absorbs red; eosin hardly does. So the density of the red channel,
+against a threshold of the tile's own, finds nuclei under any stain. The bounds between words are
+tertiles of the embedded foundation's open tiles.
+
+Shape letters: H W pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+Mask = npt.NDArray[np.bool_]
+
+_SMALLEST_UM2 = 8.0
+"""Specks below are not nuclei."""
+FEW, MANY = 0.18, 0.30
+"""Share of the tissue that nuclei cover."""
+SMALL_UM2, LARGE_UM2 = 22.0, 29.0
+"""Median area of a nucleus."""
+OPEN = 0.2
+"""Share of the tile that lets all light through: lumina, air, fat, clefts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Measurements of one tile."""
+
+    nuclear_share: float
+    nuclear_area_um2: float
+    open_share: float
+
+    def phrases(self) -> tuple[str, ...]:
+        """The words for what stands out; the middle of a scale is not worth a word."""
+        found = []
+        if self.nuclear_share < FEW:
+            found.append("few nuclei")
+        elif self.nuclear_share > MANY:
+            found.append("crowded nuclei")
+        if self.nuclear_area_um2 < SMALL_UM2:
+            found.append("small nuclei")
+        elif self.nuclear_area_um2 > LARGE_UM2:
+            found.append("large nuclei")
+        if self.open_share > OPEN:
+            found.append("open spaces")
+        return tuple(found)
+
+
+def measure(tile_HWC: npt.NDArray[np.uint8], *, mpp: float) -> Measured:
+    """Nuclei and open spaces of a uint8 RGB tile."""
+    density_HWC = -np.log((tile_HWC.astype(np.float32) + 1.0) / 256.0)
+    is_open = density_HWC.mean(axis=2) < 0.12
+    nuclei = _nuclei(density_HWC[..., 0], is_open)
+    areas_um2 = _areas(nuclei) * mpp**2
+    tissue = max(1, int((~is_open).sum()))
+    return Measured(
+        nuclear_share=float(nuclei.sum() / tissue),
+        nuclear_area_um2=float(np.median(areas_um2)) if len(areas_um2) else 0.0,
+        open_share=float(is_open.mean()),
+    )
+
+
+def _nuclei(red_HW: npt.NDArray[np.float32], is_open: Mask) -> Mask:
+    smooth_HW = ndimage.gaussian_filter(red_HW, 0.7)
+    inside = smooth_HW[~is_open]
+    if inside.size < 100:
+        return np.zeros(red_HW.shape, dtype=bool)
+    return np.asarray((smooth_HW > max(otsu(inside), 0.25)) & ~is_open)
+
+
+def _areas(mask: Mask) -> npt.NDArray[np.float64]:
+    labels, count = ndimage.label(mask)
+    areas = np.bincount(labels.ravel())[1:] if count else np.zeros(0)
+    return areas[areas >= _SMALLEST_UM2].astype(np.float64)
+
+
+def otsu(values: npt.NDArray[np.float32]) -> float:
+    """The threshold that separates values into two classes best (Otsu 1979)."""
+    counts, edges = np.histogram(values, bins=128)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(centres[int(np.nanargmax(between))])
