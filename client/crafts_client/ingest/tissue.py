@@ -16,6 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from crafts_core.otsu import otsu_bin
+
 Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 Number = TypeVar("Number", np.uint8, np.float32)
@@ -278,15 +280,7 @@ def fill_small_holes(mask_HW: Mask, max_px: float) -> Mask:
 
 def otsu_threshold(values: Pixels) -> float:
     """Otsu's split of uint8 values, as a fraction of 255."""
-    counts = np.bincount(values.ravel(), minlength=256).astype(np.float64)
-    levels = np.arange(256)
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    sum_below = np.cumsum(counts * levels)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gap = sum_below / below - (sum_below[-1] - sum_below) / above
-        variance = below * above * gap**2
-    return float(np.nanargmax(np.nan_to_num(variance, nan=-1.0))) / 255
+    return otsu_bin(np.bincount(values.ravel(), minlength=256), np.arange(256)) / 255
 
 
 def judge(tile: Pixels, method: TissueMethod = TissueMethod.OTSU) -> Quality:

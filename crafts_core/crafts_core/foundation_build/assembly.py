@@ -200,7 +200,7 @@ class _Workshop:
         if not path.exists():
             recipe = self._recipe(
                 "aligner", seed=config.seed, steps=config.aligner_steps, batch=config.aligner_batch,
-                learning_rate=1e-3, weight_decay=0.05,
+                learning_rate=1.5e-3, weight_decay=0.05,
             )  # fmt: skip
             model = train_aligner(self.tiles, self.tokenizer, config, recipe)
             _finish(path, model.cpu())

@@ -36,7 +36,7 @@ class BuildConfig(BaseModel):
     vision_patch_px: Count = 16
     embedding_dim: Count = 64
     aligner_batch: Count = 96
-    aligner_steps: Count = 1200
+    aligner_steps: Count = 1600
 
     latent_channels: Count = 16
     vae_channels: tuple[int, ...] = (16, 48, 96, 128)

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from crafts_core.otsu import otsu_bin
+
 Mask = npt.NDArray[np.bool_]
 
 _SMALLEST_UM2 = 8.0
@@ -69,7 +71,7 @@ def _nuclei(red_HW: npt.NDArray[np.float32], is_open: Mask) -> Mask:
     inside = smooth_HW[~is_open]
     if inside.size < 100:
         return np.zeros(red_HW.shape, dtype=bool)
-    return np.asarray((smooth_HW > max(otsu(inside), 0.25)) & ~is_open)
+    return np.asarray((smooth_HW > max(_otsu(inside), 0.25)) & ~is_open)
 
 
 def _areas(mask: Mask) -> npt.NDArray[np.float64]:
@@ -78,13 +80,7 @@ def _areas(mask: Mask) -> npt.NDArray[np.float64]:
     return areas[areas >= _SMALLEST_UM2].astype(np.float64)
 
 
-def otsu(values: npt.NDArray[np.float32]) -> float:
-    """The threshold that separates values into two classes best (Otsu 1979)."""
+def _otsu(values: npt.NDArray[np.float32]) -> float:
     counts, edges = np.histogram(values, bins=128)
     centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    sums = np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(centres[int(np.nanargmax(between))])
+    return float(centres[otsu_bin(counts, centres)])
