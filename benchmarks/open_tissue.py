@@ -1,4 +1,4 @@
-"""The table of open tiles that the embedded foundation was built from.
+"""The table of open tiles that a foundation of open tissue is built from.
 
     python benchmarks/open_tissue.py DATA > open-tissue.tsv
     crafts-server foundation build OUT --tiles open-tissue.tsv

@@ -201,7 +201,7 @@ def foundation_build(
     device: Annotated[
         str, typer.Option(help="cpu or cuda; auto takes a GPU if there is.")
     ] = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the shipped.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build a public foundation from open tiles and drawings. No patient, no download."""

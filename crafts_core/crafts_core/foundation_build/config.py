@@ -1,4 +1,4 @@
-"""Sizes and training lengths of the embedded foundation."""
+"""Sizes and training lengths of a built foundation."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class BuildConfig(BaseModel):
-    """Everything that decides the result. The defaults made the shipped foundation."""
+    """Everything that decides the result, beside the tiles."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,15 +38,17 @@ class BuildConfig(BaseModel):
     aligner_batch: Count = 96
     aligner_steps: Count = 1600
 
-    latent_channels: Count = 16
-    vae_channels: tuple[int, ...] = (16, 48, 96, 128)
-    vae_batch: Count = 8
-    vae_steps: Count = 2400
-    vae_perceptual: Rate = 0.3
+    latent_channels: Count = 8
+    vae_channels: tuple[int, ...] = (24, 48, 96)
+    vae_crop_px: Count = 64
+    """The VAE is convolutional: many small crops teach it more than few whole tiles."""
+    vae_batch: Count = 16
+    vae_steps: Count = 12000
+    vae_perceptual: Rate = 0.6
 
-    unet_channels: tuple[int, ...] = (64, 128, 192)
+    unet_channels: tuple[int, ...] = (32, 96, 128, 192)
     unet_batch: Count = 32
-    unet_steps: Count = 4000
+    unet_steps: Count = 3600
     unet_views: Count = 4
     """Each tile's latent is computed this often, turned and stained anew."""
     latent_aligner_steps: Count = 600

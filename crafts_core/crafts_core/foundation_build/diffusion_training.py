@@ -20,7 +20,7 @@ from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
 from crafts_core.foundation_build.tissue_net import TissueNet, perceptual_loss
 from crafts_core.foundation_build.training import Recipe, Rows, train
-from crafts_core.foundation_build.views import other_stains, to_pixels, turned
+from crafts_core.foundation_build.views import cropped, other_stains, to_pixels, turned
 
 MIN_SNR_GAMMA = 5.0
 LATENT_ALIGNER_WIDTH = 64
@@ -61,8 +61,8 @@ def train_vae(
     seen = perceptual_loss(net.to(recipe.device))
 
     def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
-        pixels_BCHW = turned(other_stains(to_pixels(tiles.image_NHWC[rows])), rng)
-        pixels_BCHW = pixels_BCHW.to(recipe.device)
+        cut_BCHW = cropped(to_pixels(tiles.image_NHWC[rows]), config.vae_crop_px, rng)
+        pixels_BCHW = turned(other_stains(cut_BCHW), rng).to(recipe.device)
         with torch.autocast(recipe.device.type, torch.bfloat16):
             posterior = vae.encode(pixels_BCHW).latent_dist
             decoded_BCHW = vae.decode(posterior.sample()).sample
@@ -149,7 +149,7 @@ def new_scheduler() -> DDPMScheduler:
 
 
 def new_unet(config: BuildConfig) -> UNet2DConditionModel:
-    """Text reaches the denoiser at 16 x 16, at 8 x 8 and in the middle.
+    """Text reaches the denoiser at half, a quarter and an eighth of the latent's resolution.
 
     The lighter cross-attention block (DeepFloyd IF's, stock diffusers) attends to tokens and to the
     latent at once, without a feed-forward of its own: half the time of Stable Diffusion's block.
@@ -161,12 +161,18 @@ def new_unet(config: BuildConfig) -> UNet2DConditionModel:
         layers_per_block=1,
         block_out_channels=config.unet_channels,
         down_block_types=(
+            "DownBlock2D",
             "SimpleCrossAttnDownBlock2D",
             "SimpleCrossAttnDownBlock2D",
             "DownBlock2D",
         ),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("UpBlock2D", "SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"),
+        up_block_types=(
+            "UpBlock2D",
+            "SimpleCrossAttnUpBlock2D",
+            "SimpleCrossAttnUpBlock2D",
+            "UpBlock2D",
+        ),
         cross_attention_dim=config.text_width,
         attention_head_dim=32,
         norm_num_groups=16,

@@ -13,6 +13,21 @@ def to_pixels(image_BHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+def cropped(pixels_BCHW: Tensor, side_px: int, rng: np.random.Generator) -> Tensor:
+    """A square of ``side_px`` out of each tile, at a place of its own; small tiles are kept."""
+    height, width = pixels_BCHW.shape[-2:]
+    if min(height, width) <= side_px:
+        return pixels_BCHW
+    tops, lefts = (
+        rng.integers(side - side_px + 1, size=len(pixels_BCHW)) for side in (height, width)
+    )
+    squares = [
+        tile[:, top : top + side_px, left : left + side_px]
+        for tile, top, left in zip(pixels_BCHW, tops, lefts, strict=True)
+    ]
+    return torch.stack(squares)
+
+
 def turned(pixels_BCHW: Tensor, rng: np.random.Generator) -> Tensor:
     """One random flip and quarter turn for the whole batch: tissue has no up."""
     rotated = torch.rot90(pixels_BCHW, int(rng.integers(4)), dims=(2, 3))
