@@ -73,7 +73,8 @@ class ServerStep:
     """What a rule made of the weighted sum."""
 
     state: State
-    momentum: State
+    server_state: State
+    """What the rule carries into the next round; in the checkpoint, and read by nobody else."""
     margin_after: float
     step_norm: float
     """Length of the sites' step before the trust region and before halving."""
@@ -99,7 +100,8 @@ class RoundState:
     """Where a round starts."""
 
     state: State
-    momentum: State
+    server_state: State
+    """The rule's own, from the round before."""
     factor: Factor
     margin: float
 
@@ -126,6 +128,10 @@ class AggregationRule(Protocol):
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         """Turn the weighted sum into the next global adapter."""
+        ...
+
+    def begin_stage(self, server_state: State) -> State:
+        """What of the last stage's state the next one starts with."""
         ...
 
 
@@ -228,7 +234,7 @@ class AlignmentRegularized:
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         config = self._config
-        velocity = with_momentum(start.momentum, delta, config.server_momentum)
+        velocity = with_momentum(start.server_state, delta, config.server_momentum)
         step = {name: config.server_learning_rate * tensor for name, tensor in velocity.items()}
         trust = alignment_steps(
             start.state,
@@ -248,12 +254,16 @@ class AlignmentRegularized:
         kept = {name: taken.scale * tensor for name, tensor in velocity.items()}
         return ServerStep(
             state=taken.state,
-            momentum={**start.momentum, **kept},
+            server_state={**start.server_state, **kept},
             margin_after=taken.margin,
             step_norm=global_norm(step),
             trust_norm=global_norm(trust),
             step_scale=taken.scale,
         )
+
+    def begin_stage(self, server_state: State) -> State:  # noqa: ARG002
+        """The next stage minimises something else; a push from the last one would be noise."""
+        return {}
 
 
 class Uniform:
@@ -267,6 +277,9 @@ class Uniform:
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         return _plain_step(start, delta, probe)
+
+    def begin_stage(self, server_state: State) -> State:
+        return server_state
 
 
 class ByPatients:
@@ -282,6 +295,9 @@ class ByPatients:
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         return _plain_step(start, delta, probe)
 
+    def begin_stage(self, server_state: State) -> State:
+        return server_state
+
 
 def with_momentum(momentum: Mapping[str, Tensor], delta: State, beta: float) -> State:
     """``beta m + Delta`` for the tensors of ``delta``; a tensor without history starts at Delta."""
@@ -295,7 +311,7 @@ def _plain_step(start: RoundState, delta: State, probe: PublicProbe) -> ServerSt
     state = add_delta(start.state, delta)
     return ServerStep(
         state=state,
-        momentum={},
+        server_state={},
         margin_after=probe.margin(state),
         step_norm=global_norm(delta),
         trust_norm=0.0,

@@ -1,9 +1,10 @@
 """Signed checkpoints of one run: a chain of directories, one per committed round.
 
-``round-0007/`` holds ``adapter.safetensors``, ``momentum.safetensors``, ``receipt.json``,
-``manifest.json`` (SHA-256 of each of them and of the parent's manifest) and ``manifest.sig``. The
-rename that puts the directory in place commits the round: adapter, momentum and receipt together
-or not at all. Round 0 is where the study starts and has no receipt.
+``round-0007/`` holds ``adapter.safetensors``, ``momentum.safetensors`` (what the aggregation rule
+carries from round to round), ``receipt.json``, ``manifest.json`` (SHA-256 of each of them and of
+the parent's manifest) and ``manifest.sig``. The rename that puts the directory in place commits the
+round: adapter, server state and receipt together or not at all. Round 0 is where the study starts
+and has no receipt.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ from crafts_privacy.signing import SignatureError, public_key_of, sign, verify
 from crafts_server.errors import CheckpointError, StorageError
 from crafts_server.receipts import RoundReceipt
 
-_ADAPTER, _MOMENTUM, _RECEIPT = "adapter.safetensors", "momentum.safetensors", "receipt.json"
+_ADAPTER, _RECEIPT = "adapter.safetensors", "receipt.json"
+_SERVER_STATE = "momentum.safetensors"  # named when momentum was all that there was
 _MANIFEST, _SIGNATURE = "manifest.json", "manifest.sig"
 _NAME = re.compile(r"round-(\d{4,})")
 RESTORE = "restore the checkpoints of this run from a copy"
@@ -70,9 +72,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: the adapter is not the signed one; {RESTORE}")
         return state
 
-    def momentum(self) -> State:
-        """Server momentum after this round; empty where the rule keeps none."""
-        return self._tensors(_MOMENTUM)
+    def server_state(self) -> State:
+        """What the aggregation rule carries on; empty where it keeps nothing."""
+        return self._tensors(_SERVER_STATE)
 
     def receipt(self) -> RoundReceipt:
         """What happened in this round.
@@ -123,7 +125,7 @@ class CheckpointStore:
         plan_hash: str,
         parent: Checkpoint | None,
         state: Mapping[str, Tensor],
-        momentum: Mapping[str, Tensor],
+        server_state: Mapping[str, Tensor],
         receipt: RoundReceipt | None,
     ) -> Checkpoint:
         """Commit the round after ``parent`` (round 0 without one). Durable when it returns.
@@ -132,7 +134,7 @@ class CheckpointStore:
             CheckpointError: the round is committed already.
             StorageError: the disk refuses.
         """
-        files = {_ADAPTER: _bytes_of(state), _MOMENTUM: _bytes_of(momentum)}
+        files = {_ADAPTER: _bytes_of(state), _SERVER_STATE: _bytes_of(server_state)}
         if receipt is not None:
             files[_RECEIPT] = (receipt.model_dump_json(indent=1) + "\n").encode()
         manifest = CheckpointManifest(

@@ -6,8 +6,10 @@ enough updates are good, or at the deadline; sites that appear meanwhile are ask
 
 import time
 from collections.abc import Callable
+from collections.abc import Collection as Container
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -80,32 +82,49 @@ class Replies:
     missing: tuple[str, ...]
 
 
+class Phase(Protocol):
+    """One question to the sites, and what becomes of the answers."""
+
+    def compose(self, node_id: int) -> Message:
+        """The message for a node."""
+        ...
+
+    def accept(self, node_id: int, message: Message) -> None:
+        """Take an answer that is no error.
+
+        Raises:
+            ExchangeError: it cannot be parsed.
+            UpdateRefusedError: it is not what was asked for.
+        """
+        ...
+
+
 class Collection:
-    """One round's questions and answers."""
+    """The questions and answers of one phase of a round."""
 
     def __init__(
         self,
         grid: Grid,
         sites: SiteDirectory,
+        phase: Phase,
         *,
-        compose: Callable[[int], Message],
-        accept: Callable[[int, Message], None],
         patience: Patience,
+        only: Container[int] | None = None,
     ) -> None:
         """Prepare.
 
         Args:
             grid: Flower's.
             sites: Who is who; nodes that refuse are no longer trusted to hold anything.
-            compose: Node id to the message for it.
-            accept: Takes a reply or raises ``UpdateRefusedError`` or ``ExchangeError``.
+            phase: What is asked and who takes the answers.
             patience: How to wait.
+            only: The nodes to ask; without it every node, also those that appear meanwhile.
         """
         self._grid = grid
         self._sites = sites
-        self._compose = compose
-        self._accept = accept
+        self._phase = phase
         self._patience = patience
+        self._only = only
         self._asked: set[int] = set()
         self._pending: dict[str, int] = {}
         self._lost: set[int] = set()
@@ -146,7 +165,7 @@ class Collection:
             self._lost.discard(node_id)
             self._connected_since[node_id] = self._since(node_id)
             self._asked.add(node_id)
-            pushed = patiently(partial(self._grid.push_messages, [self._compose(node_id)]))
+            pushed = patiently(partial(self._grid.push_messages, [self._phase.compose(node_id)]))
             message_id = next(iter(pushed), None)
             if message_id:
                 self._pending[message_id] = node_id
@@ -173,7 +192,7 @@ class Collection:
             self._refuse(node_id, error_sentence(message))
             return
         try:
-            self._accept(node_id, message)
+            self._phase.accept(node_id, message)
         except (UpdateRefusedError, ExchangeError) as error:
             self._refuse(node_id, str(error))
         else:
@@ -197,4 +216,5 @@ class Collection:
         return patiently(partial(self._sites.members.connected_since, node_id))
 
     def _node_ids(self) -> list[int]:
-        return list(self._grid.get_node_ids())
+        nodes = self._grid.get_node_ids()
+        return [node for node in nodes if self._only is None or node in self._only]

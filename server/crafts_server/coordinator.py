@@ -25,7 +25,8 @@ from crafts_server.home import CoordinatorHome
 from crafts_server.probe import FoundationProbe, ProbeOfRound, ProbeSize
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import Registry, RunStatus
-from crafts_server.rounds import OnRound, Study, recover, run_rounds
+from crafts_server.rounds import OnRound, recover, run_rounds
+from crafts_server.study import Study
 
 log = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ def start(momentum: State | None = None) -> RoundState:
     state = small_state()
     return RoundState(
         state=state,
-        momentum=momentum or {},
+        server_state=momentum or {},
         factor="second",
         margin=QuadraticProbe().margin(state),
     )
@@ -117,6 +117,7 @@ class Partial:
         return [float(site.noise_variance == least) for site in evidence]
 
     move = aggregation.Uniform.move
+    begin_stage = aggregation.Uniform.begin_stage
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1.0, 0.1), (2.0, 0.2), (5.0, 0.5)])
@@ -192,7 +193,7 @@ def test_the_factor_that_rests_keeps_its_values_and_its_momentum() -> None:
     momentum = {"layer.first": torch.ones(1, 4)}
     result = run(config(), momentum)
     assert torch.equal(result.step.state["layer.first"], small_state()["layer.first"])
-    assert torch.equal(result.step.momentum["layer.first"], momentum["layer.first"])
+    assert torch.equal(result.step.server_state["layer.first"], momentum["layer.first"])
 
 
 def test_a_rejected_step_leaves_state_and_no_momentum() -> None:
@@ -202,7 +203,7 @@ def test_a_rejected_step_leaves_state_and_no_momentum() -> None:
     result = aggregate(rule_of(settings), start(), [update(0, away)], probe)
     assert result.step.step_scale == 0.0
     assert torch.equal(result.step.state["layer.second"], small_state()["layer.second"])
-    assert global_norm(result.step.momentum) == 0.0
+    assert global_norm(result.step.server_state) == 0.0
     assert result.step.margin_after == result.margin_before
 
 
@@ -213,7 +214,7 @@ def test_a_halved_step_keeps_half_the_momentum() -> None:
     settings = config(margin_tolerance=0.0, trust_steps=0, server_momentum=0.9)
     result = aggregate(rule_of(settings), start(), [update(0, jump)], QuadraticProbe())
     assert result.step.step_scale == 0.5
-    assert torch.allclose(result.step.momentum["layer.second"], 0.5 * jump["layer.second"])
+    assert torch.allclose(result.step.server_state["layer.second"], 0.5 * jump["layer.second"])
 
 
 def test_a_site_that_harms_alignment_counts_less() -> None:
@@ -291,7 +292,7 @@ def test_a_control_round_is_weighed_by_precision_alone_and_takes_no_alignment_st
     moves = [{name: torch.randn(3, generator=generator)} for _ in range(3)]
     probe = _CountingProbe()
     state = small_state() | {name: torch.zeros(3)}
-    begin = RoundState(state=state, momentum={}, factor="nuclei", margin=0.5)
+    begin = RoundState(state=state, server_state={}, factor="nuclei", margin=0.5)
     rule = rule_of(config(max_weight=0.9, server_momentum=0.0))
     result = aggregate(rule, begin, [update(i, d) for i, d in enumerate(moves)], probe)
 

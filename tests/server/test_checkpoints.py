@@ -33,7 +33,7 @@ def write(store: CheckpointStore, parent: Checkpoint | None, value: float) -> Ch
         plan_hash=PLAN_HASH,
         parent=parent,
         state=state(value),
-        momentum=state(-value),
+        server_state=state(-value),
         receipt=None,
     )
 
@@ -53,7 +53,7 @@ def test_what_is_written_is_read(store: CheckpointStore) -> None:
     assert latest is not None
     assert latest.round == 2
     assert torch.equal(latest.state()["layer.second"], state(2.0)["layer.second"])
-    assert torch.equal(latest.momentum()["layer.second"], state(-2.0)["layer.second"])
+    assert torch.equal(latest.server_state()["layer.second"], state(-2.0)["layer.second"])
 
 
 def test_each_checkpoint_names_its_parent(store: CheckpointStore) -> None:

@@ -50,12 +50,24 @@ def test_patience_ends_after_a_minute() -> None:
 ANSWER = RecordDict({"reply": ConfigRecord({"fine": True})})
 
 
+class Noting:
+    """A phase that notes who answered."""
+
+    def __init__(self, accepted: list[int]) -> None:
+        self._accepted = accepted
+
+    def compose(self, node_id: int) -> Message:
+        return Message(RecordDict(), dst_node_id=node_id, message_type="train")
+
+    def accept(self, node_id: int, _message: Message) -> None:
+        self._accepted.append(node_id)
+
+
 def collection(grid: FakeGrid, sleep, accepted: list[int], members=None) -> Collection:
     return Collection(
         grid,
         SiteDirectory(members=members or Members()),
-        compose=lambda node: Message(RecordDict(), dst_node_id=node, message_type="train"),
-        accept=lambda node, _message: accepted.append(node),
+        Noting(accepted),
         patience=Patience(poll_s=0.0, join_wait_s=0.0, sleep=sleep),
     )
 

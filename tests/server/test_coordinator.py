@@ -324,7 +324,12 @@ def test_rounds_before_its_stage_have_no_share_in_a_control_net(tmp_path: Path) 
             "control.nuclei.layer.first": torch.tensor([7.0]),
         }
         parent = store.write(
-            run_id="run", plan_hash="0" * 64, parent=parent, state=state, momentum={}, receipt=None
+            run_id="run",
+            plan_hash="0" * 64,
+            parent=parent,
+            state=state,
+            server_state={},
+            receipt=None,
         )
 
     average = averaged(store.chain(), decay=0.5)

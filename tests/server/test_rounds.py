@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from flwr.app import Error, RecordDict
 from crafts_core import durable
 from crafts_core.adapters import State
 from crafts_core.exchange import RoundRequest, state_hash
+from crafts_server.aggregation import PublicProbe, RoundState, ServerStep, Uniform
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
 from crafts_server.errors import AggregationError, CheckpointError, DivergedError
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import RunStatus
-from crafts_server.rounds import Study, run_rounds
+from crafts_server.rounds import run_rounds
+from crafts_server.study import Study
 from support.fake_grid import FakeGrid
 from support.studies import (
     RUN_ID,
@@ -230,6 +233,31 @@ def test_too_few_sites_at_the_deadline_stop_the_run_and_name_who_is_missing(tmp_
     assert "Good: aachen" in message
     assert "Missing: node 22" in message
     assert "Refused: node 33 (code 101" in message
+
+
+class Counting(Uniform):
+    """A rule from research whose state is a number: rounds so far, and a hundred for each stage."""
+
+    def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+        count = start.server_state.get("count", torch.zeros(1)) + 1
+        return replace(super().move(start, delta, probe), server_state={"count": count})
+
+    def begin_stage(self, server_state: State) -> State:
+        return {name: tensor + 100 for name, tensor in server_state.items()}
+
+
+def test_the_rule_owns_its_state_over_stages_and_restarts(tmp_path: Path) -> None:
+    study = small_study(tmp_path / "home", rule=Counting())
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(
+            FakeGrid(three_sites()),
+            study,
+            initial_state=small_state,
+            on_round=_stop_after_the_first,
+        )
+    study.registry.close()
+    last, _ = run(small_study(tmp_path / "home", rule=Counting()), FakeGrid(three_sites()))
+    assert last.server_state()["count"].item() == 4 + 100
 
 
 def test_a_stopped_run_goes_on_when_the_sites_are_back(tmp_path: Path, undisturbed: State) -> None:

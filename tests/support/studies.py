@@ -18,7 +18,7 @@ from crafts_server.checkpoints import CheckpointStore
 from crafts_server.collection import Members, Patience
 from crafts_server.messages import SignedPlan
 from crafts_server.registry import PlanRecord, Registry
-from crafts_server.rounds import Study
+from crafts_server.study import Study
 from support.fake_grid import SiteFunction
 from support.wire import as_record, from_record
 

@@ -1,0 +1,104 @@
+"""A plain round: one phase, in which each site answers with its own update."""
+
+import math
+
+from flwr.app import Message
+
+from crafts_server.aggregation import Aggregate, SiteUpdate, aggregate
+from crafts_server.collection import Replies
+from crafts_server.errors import AggregationError
+from crafts_server.messages import read_reply
+from crafts_server.open_round import OpenRound, Outcome
+from crafts_server.receipts import SiteReceipt
+from crafts_server.spool import UpdateSpool
+from crafts_server.verification import Expectation, verify_update
+
+
+def plain_round(opened: OpenRound) -> Outcome:
+    """Collect updates, weigh them, move.
+
+    Raises:
+        AggregationError: too few good updates at the deadline.
+    """
+    study = opened.study
+    config = study.plan.aggregation
+    spool = UpdateSpool(study.spool_path)
+    phase = DeltaPhase(opened, spool)
+    replies = opened.collect(phase, min_sites=config.min_sites, deadline_s=config.deadline_s)
+    if replies.num_accepted < config.min_sites:
+        raise AggregationError(_too_few(opened, phase, replies))
+    probe = study.probe_of_round(opened.planned.round)
+    result = aggregate(
+        *(study.rule, opened.begin(probe), list(phase.updates.values()), probe),
+        max_weight_per_share=config.max_weight_per_share,
+    )
+    spool.remove()
+    return Outcome(
+        step=result.step,
+        margin_before=result.margin_before,
+        sites=tuple(_site_receipt(phase.updates[site], result) for site in sorted(phase.updates)),
+        replies=replies,
+    )
+
+
+class DeltaPhase:
+    """Every site trains and answers with its delta."""
+
+    def __init__(self, opened: OpenRound, spool: UpdateSpool) -> None:
+        self._opened = opened
+        self._spool = spool
+        self.updates: dict[str, SiteUpdate] = {}
+
+    def compose(self, node_id: int) -> Message:
+        """See :class:`Phase`."""
+        return self._opened.ask(node_id, self._opened.request)
+
+    def accept(self, node_id: int, message: Message) -> None:
+        """Verify a reply and put its delta aside; see :class:`Phase`."""
+        opened, study = self._opened, self._opened.study
+        reply, delta, num_bytes = read_reply(message, opened.schema)
+        opened.bytes_up += num_bytes
+        expected = Expectation(
+            request=opened.request,
+            stage=opened.planned.stage,
+            privacy=study.plan.privacy,
+            schema=opened.schema,
+            noise_multiplier=study.noise_multiplier,
+            patients=study.agreed_patients(),
+        )
+        variance = verify_update(reply, delta, expected)
+        opened.take(node_id, reply.site)
+        self.updates[reply.site] = SiteUpdate(
+            reply=reply,
+            noise_variance=variance,
+            read_delta=self._spool.add(reply.site, delta),
+        )
+
+
+def _too_few(opened: OpenRound, phase: DeltaPhase, replies: Replies) -> str:
+    good = ", ".join(sorted(phase.updates)) or "none"
+    missing = ", ".join(replies.missing) or "none"
+    refused = "; ".join(f"{each.site} ({each.reason})" for each in replies.refused) or "none"
+    return (
+        f"round {opened.planned.round}: {replies.num_accepted} good updates, expected at least "
+        f"{opened.study.plan.aggregation.min_sites}. Good: {good}. Missing: {missing}. "
+        f"Refused: {refused}. Committed rounds are kept; run again when the sites are back"
+    )
+
+
+def _site_receipt(update: SiteUpdate, result: Aggregate) -> SiteReceipt:
+    reply = update.reply
+    gain = result.gains[reply.site]
+    return SiteReceipt(
+        site=reply.site,
+        weight=result.weights[reply.site],
+        max_weight=result.caps[reply.site],
+        gain=gain if gain is not None and math.isfinite(gain) else None,
+        update_norm=reply.update_norm,
+        noise_multiplier=reply.noise_multiplier,
+        max_grad_norm=reply.max_grad_norm,
+        sample_rate=reply.sample_rate,
+        steps=reply.steps,
+        declared_patients=reply.declared_patients,
+        declared_noise_variance=update.noise_variance,
+    )

@@ -1,0 +1,33 @@
+"""Everything a run needs beside the sites."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from crafts_core.plan import Plan
+from crafts_server.aggregation import AggregationRule
+from crafts_server.checkpoints import CheckpointStore
+from crafts_server.collection import Members, Patience
+from crafts_server.messages import SignedPlan
+from crafts_server.probe import ProbeOfRound
+from crafts_server.registry import Registry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One run of one plan, and where it keeps what must last."""
+
+    plan: Plan
+    signed_plan: SignedPlan
+    run_id: str
+    store: CheckpointStore
+    registry: Registry
+    rule: AggregationRule
+    probe_of_round: ProbeOfRound
+    spool_path: Path
+    patience: Patience
+    members: Members
+    noise_multiplier: float
+    """The plan's, below which no update is used."""
+    agreed_patients: Callable[[], Mapping[str, int]]
+    """Asked at each reply: a site may enrol, or be resized, while a round is open."""
