@@ -1,4 +1,4 @@
-"""An adapter as one array of numbers, and back; what comes back is not trusted.
+"""An adapter, or a masked sum, as one array of numbers, and back; what comes back is not trusted.
 
 Both sides know the adapter's names and shapes from the plan, so only the values travel: one array,
 one object of Flower's store and one request, whatever the number of layers. Type, size and header
@@ -57,7 +57,27 @@ def unpacked(arrays: Mapping[str, bytes], expected: Mapping[str, Tensor]) -> dic
     return {name: split[name].reshape(expected[name].shape) for name in expected}
 
 
+def unpacked_vector(arrays: Mapping[str, bytes], num_values: int) -> npt.NDArray[np.uint32]:
+    """A masked vector: numbers modulo 2**32, each of which may be any.
+
+    Args:
+        arrays: One entry, ``PACKED``: a NumPy file (format 1.0) of little-endian uint32.
+        num_values: How many there must be.
+
+    Raises:
+        ExchangeError: what is wrong with the array, or that there are others.
+    """
+    if arrays.keys() != {PACKED}:
+        raise ExchangeError(f"expected one array {PACKED!r}, got {len(arrays)}")
+    return _read(arrays[PACKED], num_values, {"<u4": "uint32"}).astype(np.uint32)
+
+
 def _decoded(data: bytes, num_values: int) -> Tensor:
+    values = _read(data, num_values, {"<f2": "float16", "<f4": "float32"})
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _read(data: bytes, num_values: int, types: Mapping[str, str]) -> npt.NDArray[np.generic]:
     """The values; what the header says is compared before memory is taken for them."""
     if len(data) > _MAX_ITEM_BYTES * num_values + _MAX_HEADER_BYTES:
         raise ExchangeError(f"{len(data)} bytes are too many for {num_values} values")
@@ -71,11 +91,12 @@ def _decoded(data: bytes, num_values: int) -> Tensor:
         raise ExchangeError("the values are not a NumPy array") from error
     if version != (1, 0):
         raise ExchangeError(f"expected array format 1.0, got {version}")
-    if dtype.str not in ("<f2", "<f4"):
-        raise ExchangeError(f"expected float16 or float32, got {dtype}")
+    if dtype.str not in types:
+        raise ExchangeError(f"expected {' or '.join(types.values())}, got {dtype}")
     if tuple(shape) != (num_values,):
         raise ExchangeError(f"expected {num_values} values, got shape {list(shape)}")
     body = data[stream.tell() :]
     if len(body) != num_values * dtype.itemsize:
         raise ExchangeError(f"{len(body)} bytes of data do not fill {num_values} values")
-    return torch.from_numpy(np.frombuffer(body, dtype=dtype).astype(np.float32))
+    values: npt.NDArray[np.generic] = np.frombuffer(body, dtype=dtype)
+    return values

@@ -7,10 +7,17 @@ of the two closed records below. Both sides check what they get before they use 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from torch import Tensor
 
 from crafts_core.errors import CraftsError
@@ -18,6 +25,7 @@ from crafts_core.plan import Factor, describe_first_error
 
 Scalars = dict[str, str | int | float | bool]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class ExchangeError(CraftsError):
@@ -51,12 +59,21 @@ class RoundRequest(_Record):
     """Identity of the global adapter that comes along (``state_hash``)."""
     stage_start_hash: Sha256
     """Identity of the adapter that the stage began with (theta1 of stage alignment)."""
+    attempt: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """At the round's sum. Everything that a site knows of an earlier attempt is void."""
+
+    @model_serializer(mode="wrap")
+    def _first_attempts_go_unsaid(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Rounds without sums have the bytes and hash that they always had."""
+        values: dict[str, Any] = dump(self)
+        if self.attempt == 1:
+            del values["attempt"]
+        return values
 
     @property
     def hash(self) -> str:
         """SHA-256 of every word of it."""
-        canonical = json.dumps(self.to_scalars(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.to_scalars()).encode()).hexdigest()
 
 
 class RoundReply(_Record):
@@ -66,7 +83,7 @@ class RoundReply(_Record):
     is configuration.
     """
 
-    site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    site: SiteName
     run_id: str
     plan_hash: Sha256
     round: Annotated[int, Field(ge=1)]
@@ -79,6 +96,64 @@ class RoundReply(_Record):
     declared_patients: Annotated[int, Field(ge=1)]
     """The site's public, rounded size; sample_rate times it is the fixed divisor."""
     update_norm: Annotated[float, Field(ge=0)]
+
+
+class ReadyReply(_Record):
+    """Site to coordinator, and on to every member: this site holds a sum and would take part.
+
+    Signed with the key that the roster names for the site (``secure_aggregation.members``).
+    """
+
+    site: SiteName
+    request_hash: Sha256
+    declared_patients: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    """The site's public, rounded size: what it adds to the sum's divisor."""
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
+    """X25519, base64, fresh for this request and good for one announcement."""
+    signature: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
+
+
+class Announcement(_Record):
+    """Coordinator to every member of a sum: these are its members, and nobody else."""
+
+    request_hash: Sha256
+    members: Annotated[tuple[ReadyReply, ...], Field(min_length=2, max_length=1000)]
+    """By name."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what a coordinator sent; who the members are is not believed yet.
+
+        Raises:
+            ExchangeError: it is no announcement.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ExchangeError(f"announcement: {describe_first_error(error)}") from error
+
+    def to_json(self) -> str:
+        """Canonical JSON: what travels, and what every mask depends on."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class MaskedReply(_Record):
+    """Site to coordinator: whose sum the masked vector that comes along belongs to."""
+
+    site: SiteName
+    run_id: str
+    plan_hash: Sha256
+    round: Annotated[int, Field(ge=1)]
+    request_hash: Sha256
+    members_hash: Sha256
+    schema_hash: Sha256
+    own_noise_multiplier: Annotated[float, Field(gt=0)]
+    """Standard deviation of the share of noise in the vector, over max_grad_norm."""
+
+
+def canonical_json(values: object) -> str:
+    """One text for one value: what is hashed and signed."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 def schema_hash(tensors: Mapping[str, Tensor]) -> str:

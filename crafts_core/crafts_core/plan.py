@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from crafts_core.errors import CraftsError
 
@@ -122,15 +130,47 @@ class PrivacyConfig(_Section):
     tiles_per_patient: Annotated[int, Field(ge=1, le=4096)]
     draws_per_tile: Annotated[int, Field(ge=1, le=256)]
     trust: Literal["site", "distributed"] = "site"
+    """Who adds the noise: each site all of it, or all members of a sum a share each."""
+    colluding_sites: Annotated[int, Field(ge=1, le=998)] | None = None
+    """Of trust ``distributed``: so many members of a sum may add no noise, and give the coordinator
+    all that they know, without weakening the promise to the others' patients."""
+    sum_grid_bits: Annotated[int, Field(ge=12, le=22)] | None = None
+    """Of trust ``distributed``: max_grad_norm is at least 2 to this number of grid steps. A sum has
+    32 bits, so the more patients a step expects, the fewer."""
+    spare_steps: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Steps that may be charged and lost without costing the plan its last rounds."""
 
     @model_validator(mode="after")
     def _epsilon_and_delta_come_with_privacy(self) -> Self:
         private = self.mechanism == "patient_dp"
         if private != (self.target_epsilon is not None and self.delta is not None):
             raise ValueError("patient_dp needs target_epsilon and delta; none must not name them")
-        if self.trust == "distributed":
-            raise ValueError("trust = 'distributed' is not available yet; use 'site'")
+        if not private and (self.trust == "distributed" or self.spare_steps):
+            raise ValueError("trust = 'distributed' and spare_steps need mechanism patient_dp")
         return self
+
+    @model_validator(mode="after")
+    def _sums_are_of_distributed_trust(self) -> Self:
+        named = (self.colluding_sites is not None, self.sum_grid_bits is not None)
+        if named != (self.trust == "distributed",) * 2:
+            raise ValueError(
+                "trust = 'distributed' needs colluding_sites and sum_grid_bits; no other trust has "
+                "them"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan that names none of these keys has the bytes and hash that it always had."""
+        values: dict[str, Any] = dump(self)
+        if self.trust == "site":
+            del values["colluding_sites"], values["sum_grid_bits"]
+        if not self.spare_steps:
+            del values["spare_steps"]
+        return values
+
+
+_OF_SUMS = frozenset({"masked_deadline_s", "max_attempts", "diagnose_after"})
 
 
 class AggregationConfig(_Section):
@@ -160,12 +200,30 @@ class AggregationConfig(_Section):
     margin_tolerance: Annotated[float, Field(ge=0)] = 0.02
     max_halvings: Annotated[int, Field(ge=0, le=16)] = 3
     secure_aggregation: bool = False
+    """The coordinator opens sums over sites, and nothing of any one of them."""
+    masked_deadline_s: Annotated[float, Field(gt=0)] = 900.0
+    """How long the members of a sum have to deliver their masked vectors."""
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
+    """At a round's sum, before the round is given up."""
+    diagnose_after: Annotated[int, Field(ge=0, le=100)] = 0
+    """After so many refused steps in a row sums are taken over halves of the members, until the bad
+    site is found; 0 is never."""
 
     @model_validator(mode="after")
-    def _not_yet(self) -> Self:
-        if self.secure_aggregation:
-            raise ValueError("secure_aggregation is not available yet; set it to false")
+    def _keys_of_sums_need_sums(self) -> Self:
+        unused = sorted(_OF_SUMS & self.model_fields_set)
+        if unused and not self.secure_aggregation:
+            raise ValueError(f"{', '.join(unused)}: belongs to secure_aggregation = true")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan without secure aggregation has the bytes and hash that it always had."""
+        values: dict[str, Any] = dump(self)
+        if not self.secure_aggregation:
+            for key in _OF_SUMS:
+                del values[key]
+        return values
 
 
 class TransportConfig(_Section):
@@ -206,10 +264,30 @@ class Plan(_Section):
 
     @model_validator(mode="after")
     def _steps_can_be_accounted(self) -> Self:
-        if self.total_steps > MAX_STEPS:
+        if self.charged_steps > MAX_STEPS:
             raise ValueError(
-                f"rounds times local_steps make {self.total_steps} steps, at most {MAX_STEPS} can "
-                "be accounted for; take fewer"
+                f"rounds times local_steps and spare_steps make {self.charged_steps} steps, at "
+                f"most {MAX_STEPS} can be accounted for; take fewer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distributed_noise_is_hidden_in_sums(self) -> Self:
+        is_distributed = self.privacy.trust == "distributed"
+        if is_distributed != self.aggregation.secure_aggregation:
+            raise ValueError(
+                "trust = 'distributed' and secure_aggregation = true come together: a share of the "
+                "noise protects nobody but in a sum"
+            )
+        if not is_distributed:
+            return self
+        if any(stage.local_steps != 1 for stage in self.stage):
+            raise ValueError("trust = 'distributed' needs local_steps = 1 in every stage")
+        min_sites, colluding = self.aggregation.min_sites, self.privacy.colluding_sites or 0
+        if min_sites < 3 or min_sites - colluding < 2:
+            raise ValueError(
+                "trust = 'distributed' needs min_sites of 3 or more, and at least 2 above "
+                f"colluding_sites, got {min_sites} and {colluding}"
             )
         return self
 
@@ -264,6 +342,11 @@ class Plan(_Section):
     def total_steps(self) -> int:
         """Private steps a site takes if it takes part in every round."""
         return sum(stage.rounds * stage.local_steps for stage in self.stage)
+
+    @property
+    def charged_steps(self) -> int:
+        """Steps that a site may be charged for: the noise is calibrated for all of them."""
+        return self.total_steps + self.privacy.spare_steps
 
     def rounds(self) -> Iterator[RoundOfPlan]:
         """Every round in order, numbered from 1."""

@@ -2,15 +2,27 @@
 
 Both sides agreed on every number: the site said it, the coordinator approved it. The coordinator
 signs the list, so every site can see with what weight the others come in; no update with another
-number is used. A roster with the sites' own identity keys would be this one with a field more.
+number is used.
+
+For sums of distributed trust it names each site's identity key as well. Who is a hospital is then
+decided by the hospitals: each approves the roster once all have read its phrase to each other. The
+coordinator's signature is not enough, as it could enrol sites that do not exist.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from crafts_core.errors import CraftsError
 from crafts_core.plan import describe_first_error
@@ -32,6 +44,16 @@ class RosterSite(_Record):
 
     site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     declared_patients: Annotated[int, Field(ge=1, le=MAX_PATIENTS)]
+    identity: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")] | None = None
+    """Ed25519, base64: the key that signs for the site in sums."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A roster without identities has the bytes and hash that it always had."""
+        values: dict[str, Any] = dump(self)
+        if self.identity is None:
+            del values["identity"]
+        return values
 
 
 class Roster(_Record):
@@ -47,15 +69,38 @@ class Roster(_Record):
         names = [entry.site for entry in self.sites]
         if names != sorted(set(names)):
             raise ValueError("the sites must be sorted by name, each once")
+        identities = [entry.identity for entry in self.sites]
+        if not (set(identities) <= {None} or len(set(identities) - {None}) == len(identities)):
+            raise ValueError("every site must name an identity of its own, or none any")
         return self
 
     @classmethod
-    def of(cls, plan_hash: str, patients: Mapping[str, int]) -> Self:
-        """The roster of a plan from what was agreed."""
-        sites = tuple(
-            RosterSite(site=name, declared_patients=patients[name]) for name in sorted(patients)
-        )
-        return cls(plan_hash=plan_hash, sites=sites)
+    def of(
+        cls,
+        plan_hash: str,
+        patients: Mapping[str, int],
+        identities: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The roster of a plan from what was agreed, and for sums from who signs for each site.
+
+        Raises:
+            RosterError: a site lacks an identity, or two share one.
+        """
+        keys = {} if identities is None else identities
+        missing = sorted(patients.keys() - keys.keys())
+        if identities is not None and missing:
+            raise RosterError(
+                f"roster: no identity key of {', '.join(missing)}; ask there for crafts-client "
+                "identity"
+            )
+        try:
+            sites = tuple(
+                RosterSite(site=name, declared_patients=patients[name], identity=keys.get(name))
+                for name in sorted(patients)
+            )
+            return cls(plan_hash=plan_hash, sites=sites)
+        except ValidationError as error:
+            raise RosterError(f"roster: {describe_first_error(error)}") from error
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -77,6 +122,21 @@ class Roster(_Record):
     def hash(self) -> str:
         """SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def phrase(self) -> str:
+        """The first 200 bits of the hash as twelve groups of five digits, to be read aloud.
+
+        Whoever hears the same phrase has the same names, numbers and keys.
+        """
+        number = int(self.hash[:50], 16) % 10**60
+        digits = f"{number:060d}"
+        return " ".join(digits[start : start + 5] for start in range(0, 60, 5))
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """Site to the key that signs for it; empty where the roster names none."""
+        return {entry.site: entry.identity for entry in self.sites if entry.identity is not None}
 
     @property
     def patients(self) -> dict[str, int]:

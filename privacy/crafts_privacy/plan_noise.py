@@ -9,7 +9,7 @@ from crafts_privacy.accounting import calibrate_noise_multiplier
 
 
 def plan_noise_multiplier(plan: Plan) -> float:
-    """Calibrated once for all the steps of the plan, so that a whole run ends below its target.
+    """Calibrated once for all steps that the plan may charge, so that a run ends below its target.
 
     Returns:
         Zero for a plan without privacy.
@@ -24,5 +24,5 @@ def plan_noise_multiplier(plan: Plan) -> float:
         target_epsilon=privacy.target_epsilon,
         delta=privacy.delta,
         sample_rate=privacy.sample_rate,
-        steps=plan.total_steps,
+        steps=plan.charged_steps,
     )

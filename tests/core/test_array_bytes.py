@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crafts_core.array_bytes import packed, unpacked
+from crafts_core.array_bytes import PACKED, packed, unpacked, unpacked_vector
 from crafts_core.exchange import ExchangeError
 
 SCHEMA = {"b.second": torch.zeros(2, 1), "a.first": torch.zeros(1, 2)}
@@ -96,3 +96,25 @@ def test_there_is_one_array_of_one_name() -> None:
     for arrays in ({"values": GOOD, "extra": GOOD}, {"other": GOOD}, {}):
         with pytest.raises(ExchangeError, match="expected one array 'values'"):
             unpacked(arrays, SCHEMA)
+
+
+def test_a_masked_vector_comes_back_to_the_last_bit() -> None:
+    vector = np.array([0, 1, 2**31, 2**32 - 1], dtype=np.uint32)
+    assert unpacked_vector({PACKED: npy(vector)}, 4).tolist() == vector.tolist()
+
+
+@pytest.mark.parametrize(
+    ("vector", "said"),
+    [
+        (np.zeros(4, dtype=np.float32), "expected uint32"),
+        (np.zeros(4, dtype=np.int32), "expected uint32"),
+        (np.zeros(3, dtype=np.uint32), "expected 4 values"),
+        (np.zeros((2, 2), dtype=np.uint32), "expected 4 values"),
+        (np.zeros(5000, dtype=np.uint32), "too many"),
+    ],
+)
+def test_what_is_no_masked_vector_is_refused(vector: np.ndarray, said: str) -> None:
+    with pytest.raises(ExchangeError, match=said):
+        unpacked_vector({PACKED: npy(vector)}, 4)
+    with pytest.raises(ExchangeError, match="one array"):
+        unpacked_vector({}, 4)

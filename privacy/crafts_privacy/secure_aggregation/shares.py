@@ -1,0 +1,46 @@
+"""How much noise each member of a sum adds.
+
+The promise is that the noise of the members who are honest is enough: with up to
+``colluding_sites`` members who add none and tell theirs to the coordinator, the rest make up the
+plan's whole noise between them. As shares are sized once the members are known, whoever was not
+ready costs nothing, and a sum that lacks a member cannot be read.
+"""
+
+import math
+from collections.abc import Iterable
+
+
+def num_honest(num_members: int, colluding_sites: int) -> int:
+    """h: members who must add their share.
+
+    Raises:
+        ValueError: fewer than one is left.
+    """
+    honest = num_members - colluding_sites
+    if colluding_sites < 0 or honest < 1:
+        raise ValueError(
+            f"expected more members than colluding sites, got {num_members} and {colluding_sites}"
+        )
+    return honest
+
+
+def own_noise_multiplier(
+    noise_multiplier: float, *, num_members: int, colluding_sites: int, floor: float = 0.0
+) -> float:
+    """The standard deviation of one member's share, over max_grad_norm.
+
+    Shares of the honest have variances that add up: ``sigma / sqrt(h)`` each make sigma together.
+
+    Args:
+        noise_multiplier: sigma, what the accountant is told.
+        num_members: Of the announcement.
+        colluding_sites: Of the plan.
+        floor: Of a site that adds more than its share, for the case that nobody else adds any.
+    """
+    share = noise_multiplier / math.sqrt(num_honest(num_members, colluding_sites))
+    return max(share, floor)
+
+
+def total_noise_multiplier(own_noise_multipliers: Iterable[float]) -> float:
+    """The standard deviation of the noise in the whole sum, over max_grad_norm."""
+    return math.sqrt(math.fsum(own**2 for own in own_noise_multipliers))
