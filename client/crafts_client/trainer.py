@@ -40,7 +40,7 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients
 from crafts_privacy.isolation import is_isolated
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
-from crafts_privacy.optimizers import AdamBC, Momentum, Optimizer
+from crafts_privacy.optimizers import optimizer_of
 from crafts_privacy.patient_sgd import Mechanism, PatientSGD
 from crafts_privacy.ranks import Alone, Ranks
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
@@ -228,7 +228,7 @@ class Trainer:
             self._adapter.trainable(task.factor),
             task.mechanism,
             learning_rate=task.stage.learning_rate,
-            optimizer=_optimizer(task.stage),
+            optimizer=optimizer_of(task.stage),
             noise=self._randomness.noise,
             sampler=sampler,
             ranks=ranks,
@@ -478,12 +478,6 @@ def _moved(task: TrainingTask, std: float) -> Mapping[str, Tensor]:
 def _rows_of(task: TrainingTask) -> int:
     """Tiles times draws of one patient in one step, at most."""
     return task.privacy.tiles_per_patient * task.privacy.draws_per_tile
-
-
-def _optimizer(stage: StageConfig) -> Optimizer:
-    if stage.optimizer == "adam":
-        return AdamBC(stage.momentum, stage.second_moment_decay)
-    return Momentum(stage.momentum)
 
 
 def _public_draws(objective: Objective, batch: TileBatch) -> Draws:

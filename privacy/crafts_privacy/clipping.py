@@ -69,12 +69,13 @@ def norm_float64(grad_D: Tensor) -> Tensor:
     return norm
 
 
-def grid_step(max_grad_norm: float) -> float:
+def grid_step(max_grad_norm: float, grid_bits: int = GRID_BITS) -> float:
     """The grid's step for clipping bound C: the power of two in (C / 2**25, C / 2**24].
 
-    A power of two, so that dividing a float32 by it is exact.
+    A power of two, so that dividing a float32 by it is exact. With other ``grid_bits`` C is at
+    least 2 to so many steps; a sum of several sites has a coarser grid than a site's own.
     """
-    return 2.0 ** (math.floor(math.log2(max_grad_norm)) - GRID_BITS)
+    return 2.0 ** (math.floor(math.log2(max_grad_norm)) - grid_bits)
 
 
 def to_grid_(grad_D: Tensor, step: float) -> Tensor:

@@ -4,10 +4,13 @@ Letters: D all coordinates.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from crafts_core.plan import StageConfig
 
 
 class Optimizer(Protocol):
@@ -22,6 +25,16 @@ class Optimizer(Protocol):
 
         Returns:
             Float32 (D,); belongs to the optimizer, valid until the next call.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what it keeps from step to step; nothing before the first."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` gave, to the last bit.
+
+        Raises:
+            ValueError: it is another optimizer's.
         """
 
 
@@ -39,6 +52,15 @@ class Momentum:
         if self._velocity_D is None:
             self._velocity_D = torch.zeros_like(mean_D, dtype=torch.float32)
         return self._velocity_D.mul_(self._momentum).add_(mean_D)
+
+    def state(self) -> dict[str, Tensor]:
+        """See :class:`Optimizer`."""
+        return {} if self._velocity_D is None else {"velocity": self._velocity_D.clone()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Optimizer`."""
+        _check_names(state, {"velocity"})
+        self._velocity_D = state["velocity"].float().clone() if state else None
 
 
 class AdamBC:
@@ -83,6 +105,34 @@ class AdamBC:
         variance_D = second_D / (1 - beta2**self._steps) - noise_std**2
         root_D = variance_D.clamp_(min=max((self._floor * noise_std) ** 2, 1e-16)).sqrt_()
         return (first_D / (1 - beta1**self._steps) / root_D).float()
+
+    def state(self) -> dict[str, Tensor]:
+        """See :class:`Optimizer`."""
+        if self._moments is None:
+            return {}
+        first_D, second_D = self._moments
+        steps = torch.tensor(self._steps, dtype=torch.int64)
+        return {"first": first_D.clone(), "second": second_D.clone(), "steps": steps}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Optimizer`."""
+        _check_names(state, {"first", "second", "steps"})
+        self._moments, self._steps = None, 0
+        if state:
+            self._moments = (state["first"].double().clone(), state["second"].double().clone())
+            self._steps = int(state["steps"])
+
+
+def optimizer_of(stage: StageConfig) -> Optimizer:
+    """A fresh one, as a plan's stage says."""
+    if stage.optimizer == "adam":
+        return AdamBC(stage.momentum, stage.second_moment_decay)
+    return Momentum(stage.momentum)
+
+
+def _check_names(state: Mapping[str, Tensor], wanted: set[str]) -> None:
+    if state.keys() not in (set(), wanted):
+        raise ValueError(f"expected the state {sorted(wanted)}, got {sorted(state)}")
 
 
 def _check_decay(name: str, value: float) -> None:

@@ -21,7 +21,7 @@ from crafts_privacy.accounting import (
     MIN_NOISE_MULTIPLIER,
     PrivacyEvent,
 )
-from crafts_privacy.clipping import add_float64_, clip_, grid_step, to_grid_
+from crafts_privacy.clipping import GRID_BITS, add_float64_, clip_, grid_step, to_grid_
 from crafts_privacy.gradients import FlatGradient, GroupGradients, views_of
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Optimizer
@@ -119,11 +119,10 @@ class Mechanism:
         )
 
 
-class PatientSGD:
-    """Descent on patients, private or not.
+class PatientSum:
+    """Steps on patients up to the sum of their clipped gradients; what becomes of it, a class says.
 
-    It owns everything between the loss and the new weights; the caller only says what a patient's
-    loss is. Nothing computed from patients comes back but the weights themselves.
+    It owns everything between the loss and the sum; the caller only says what a patient's loss is.
     """
 
     def __init__(
@@ -131,36 +130,28 @@ class PatientSGD:
         parameters: Mapping[str, nn.Parameter],
         mechanism: Mechanism,
         *,
-        learning_rate: float,
-        optimizer: Optimizer,
         noise: NoiseSource,
         sampler: PatientSampler,
         ranks: Ranks | None = None,
+        grid_bits: int = GRID_BITS,
     ) -> None:
-        """Prepare to train exactly ``parameters``; each must require a gradient.
+        """Prepare for exactly ``parameters``; each must require a gradient.
 
-        ``optimizer`` is fresh, or goes on with the state it has. ``ranks`` are the processes that
-        share every step's patients; each starts from the same weights, and ends with the same.
+        ``ranks`` are the processes that share every step's patients; each starts from the same
+        weights, and gets the same sum. ``grid_bits`` is of ``clipping.grid_step``.
 
         Raises:
-            ValueError: no parameters, one that is frozen, several devices, or a bad rate.
+            ValueError: no parameters, one that is frozen, or several devices.
         """
         _check_parameters(parameters)
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise ValueError(f"expected learning_rate > 0, got {learning_rate}")
         self._parameters = list(parameters.values())
         self._mechanism = mechanism
-        self._learning_rate = learning_rate
-        self._optimizer = optimizer
         self._noise = noise
         self._sampler = sampler
         self._ranks = ranks or Alone()
         self._gradient = FlatGradient(self._parameters)
         self._sum_D = torch.zeros_like(self._gradient.grad_D, dtype=torch.float64)
-        # float() is the parameter's own storage in float32 and a master copy in half precision,
-        # where small updates would otherwise round away.
-        self._masters = [parameter.detach().float() for parameter in self._parameters]
-        self._step = grid_step(mechanism.max_grad_norm) if mechanism.private else 1.0
+        self._step = grid_step(mechanism.max_grad_norm, grid_bits) if mechanism.private else 1.0
         self._num_usable = torch.zeros((), dtype=torch.int64, device=self._sum_D.device)
         self._num_seen = 0
         self.steps_taken = 0
@@ -183,7 +174,7 @@ class PatientSGD:
         depend on who else is there, or a device that rounds otherwise would tell.
 
         A patient whose gradient is not finite contributes zero. A step that an exception cuts
-        short leaves the weights alone and still counts.
+        short changes nothing and still counts.
         """
 
         def one_by_one(drawn: Sequence[int]) -> Iterator[Tensor]:
@@ -229,7 +220,11 @@ class PatientSGD:
         finally:
             self._gradient.release()
         ranks.sum_(self._sum_D, failed=False)
-        self._update()
+        self._use_sum()
+
+    def _use_sum(self) -> None:
+        """What becomes of ``_sum_D``: whole grid steps, over all ranks."""
+        raise NotImplementedError
 
     def _add_patient(self, grad_D: Tensor) -> None:
         self._num_usable += clip_(
@@ -240,8 +235,45 @@ class PatientSGD:
             to_grid_(grad_D, self._step)
         add_float64_(self._sum_D, grad_D)
 
+
+class PatientSGD(PatientSum):
+    """Descent on patients, private or not.
+
+    Nothing computed from patients comes back but the weights themselves.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mechanism: Mechanism,
+        *,
+        learning_rate: float,
+        optimizer: Optimizer,
+        noise: NoiseSource,
+        sampler: PatientSampler,
+        ranks: Ranks | None = None,
+        grid_bits: int = GRID_BITS,
+    ) -> None:
+        """Prepare to train exactly ``parameters``, as :class:`PatientSum` does.
+
+        ``optimizer`` is fresh, or goes on with the state it has.
+
+        Raises:
+            ValueError: as there, or a bad rate.
+        """
+        super().__init__(
+            parameters, mechanism, noise=noise, sampler=sampler, ranks=ranks, grid_bits=grid_bits
+        )
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"expected learning_rate > 0, got {learning_rate}")
+        self._learning_rate = learning_rate
+        self._optimizer = optimizer
+        # float() is the parameter's own storage in float32 and a master copy in half precision,
+        # where small updates would otherwise round away.
+        self._masters = [parameter.detach().float() for parameter in self._parameters]
+
     @torch.no_grad()
-    def _update(self) -> None:
+    def _use_sum(self) -> None:
         """One step down the noisy mean, in float32."""
         self._sum_D *= self._step / self._mechanism.expected_patients
         direction_D = self._optimizer.direction(self._sum_D, self._mechanism.noise_std)

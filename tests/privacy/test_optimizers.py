@@ -1,12 +1,13 @@
 """Directions from noisy means: against torch's optimizers, and against the noise itself."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from crafts_privacy.optimizers import AdamBC, Momentum
+from crafts_privacy.optimizers import AdamBC, Momentum, Optimizer
 
 
 def gradients(steps: int, num: int) -> list[torch.Tensor]:
@@ -71,3 +72,30 @@ def test_decays_are_checked(bad: float) -> None:
         AdamBC(0.9, bad)
     with pytest.raises(ValueError, match="floor"):
         AdamBC(floor=-bad if bad > 0 else bad)
+
+
+@pytest.mark.parametrize("make", [lambda: Momentum(0.7), lambda: AdamBC(0.8, 0.95)])
+def test_a_state_that_is_loaded_goes_on_to_the_last_bit(make: Callable[[], Optimizer]) -> None:
+    whole, state = make(), {}
+    for grad in gradients(5, 50):
+        expected = whole.direction(grad, 0.5).clone()
+        piece = make()
+        piece.load_state(state)
+        assert torch.equal(piece.direction(grad, 0.5), expected)
+        state = piece.state()
+
+
+def test_a_state_is_a_copy_and_of_one_optimizer() -> None:
+    momentum = Momentum(0.7)
+    assert momentum.state() == {}
+    first, second = gradients(2, 4)
+    momentum.direction(first, 0.5)
+    state = momentum.state()
+    momentum.direction(second, 0.5)
+    assert torch.equal(state["velocity"], first.float())
+    with pytest.raises(ValueError, match="expected the state"):
+        AdamBC().load_state(state)
+    with pytest.raises(ValueError, match="expected the state"):
+        momentum.load_state({"first": first})
+    momentum.load_state({})
+    assert momentum.state() == {}
