@@ -286,7 +286,9 @@ def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:
 def add_delta(
     state: Mapping[str, Tensor], delta: Mapping[str, Tensor], scale: float = 1.0
 ) -> State:
-    """``state + scale * delta`` in float32; tensors that ``delta`` does not name are copied.
+    """``state + scale * delta`` as float32; tensors that ``delta`` does not name are copied.
+
+    A delta in float64 is added as exactly as that; the sum is rounded once.
 
     Raises:
         AdapterError: ``delta`` names a tensor that ``state`` lacks, or of another shape.
@@ -295,7 +297,9 @@ def add_delta(
         if name not in state or state[name].shape != tensor.shape:
             raise AdapterError(f"delta {name} does not fit the state it is added to")
     return {
-        name: tensor.float() + scale * delta[name].float() if name in delta else tensor.clone()
+        name: (tensor.double() + scale * delta[name].to(_wide(delta[name]))).float()
+        if name in delta
+        else tensor.clone()
         for name, tensor in state.items()
     }
 
@@ -338,6 +342,11 @@ def lora_tensors(state: Mapping[str, Tensor]) -> State:
         letter = "A" if factor == "first" else "B"
         renamed[f"unet.{module}.lora_{letter}.weight"] = tensor.contiguous()
     return renamed
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """What a tensor is scaled in: float32 or more."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _copied(tensor: Tensor) -> Tensor:

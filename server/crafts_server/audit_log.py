@@ -30,6 +30,7 @@ class Event(StrEnum):
     REVOKED = "site revoked"
     LEFT = "site left"
     SIGNED = "plan signed"
+    RENEWED = "roster of a plan renewed"
     QUEUED = "plan queued"
     STOPPED = "plan stopped"
     COMMITTED = "round committed"

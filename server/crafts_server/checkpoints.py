@@ -73,7 +73,7 @@ class Checkpoint:
         return state
 
     def server_state(self) -> State:
-        """What the aggregation rule carries on; empty where it keeps nothing."""
+        """What the aggregation rule carries on, as it was; empty where it keeps nothing."""
         return self._tensors(_SERVER_STATE)
 
     def receipt(self) -> RoundReceipt:
@@ -134,7 +134,8 @@ class CheckpointStore:
             CheckpointError: the round is committed already.
             StorageError: the disk refuses.
         """
-        files = {_ADAPTER: _bytes_of(state), _SERVER_STATE: _bytes_of(server_state)}
+        adapter = {name: tensor.float() for name, tensor in state.items()}
+        files = {_ADAPTER: _bytes_of(adapter), _SERVER_STATE: _bytes_of(server_state)}
         if receipt is not None:
             files[_RECEIPT] = (receipt.model_dump_json(indent=1) + "\n").encode()
         manifest = CheckpointManifest(
@@ -206,7 +207,7 @@ class CheckpointStore:
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
-    content: bytes = save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
+    content: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     return content
 
 

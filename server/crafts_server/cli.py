@@ -322,6 +322,29 @@ def plan_sign(
     )
 
 
+@plan_app.command("roster")
+def plan_roster(
+    plan: PlanFile,
+    home: Home = DEFAULT_HOME,
+    renew: Annotated[
+        bool, typer.Option(help="Fix it anew, of who is enrolled now; all sites approve it again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show who takes part in the sums of a signed plan, and the phrase that sites read aloud."""
+    with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
+        from crafts_core.plan import Plan
+
+        loaded = Plan.load(plan)
+        if renew:
+            roster = enrolments.rosters.renew(loaded)
+            opened.audit_log.write(Event.RENEWED, plan=loaded.hash, roster=roster.hash)
+        else:
+            roster = enrolments.rosters.fixed(loaded)
+    lines = [f"{entry.site}\t{entry.declared_patients}\t{entry.identity}" for entry in roster.sites]
+    _print(roster.model_dump(mode="json"), "\n".join([*lines, roster.phrase]), as_json)
+
+
 @runs_app.command("list")
 def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """All runs, newest first."""

@@ -6,7 +6,6 @@ enough updates are good, or at the deadline; sites that appear meanwhile are ask
 
 import time
 from collections.abc import Callable
-from collections.abc import Collection as Container
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -52,8 +51,12 @@ class SiteDirectory:
     holders: dict[int, str] = field(default_factory=dict)
     """Node -> hash of the stage's first adapter that it is known to hold."""
 
+    def name(self, node_id: int) -> str | None:
+        """The node's site, if that was ever heard."""
+        return self.names.get(node_id) or self.members.enrolled_as(node_id)
+
     def label(self, node_id: int) -> str:
-        return self.names.get(node_id) or self.members.enrolled_as(node_id) or f"node {node_id}"
+        return self.name(node_id) or f"node {node_id}"
 
     def bind(self, node_id: int, site: str) -> None:
         """Remember a node's name. Nodes are authenticated by Flower, names are said.
@@ -109,7 +112,7 @@ class Collection:
         phase: Phase,
         *,
         patience: Patience,
-        only: Container[int] | None = None,
+        only: Callable[[int], bool] = lambda _: True,
     ) -> None:
         """Prepare.
 
@@ -118,7 +121,7 @@ class Collection:
             sites: Who is who; nodes that refuse are no longer trusted to hold anything.
             phase: What is asked and who takes the answers.
             patience: How to wait.
-            only: The nodes to ask; without it every node, also those that appear meanwhile.
+            only: Whether to ask a node; asked again for those that appear meanwhile.
         """
         self._grid = grid
         self._sites = sites
@@ -132,8 +135,15 @@ class Collection:
         self._num_accepted = 0
         self._refused: list[Refusal] = []
 
-    def run(self, *, min_sites: int, deadline_s: float) -> Replies:
-        """Ask and listen until the round may close."""
+    def run(self, *, deadline_s: float, min_sites: int = 0, expected: int = 0) -> Replies:
+        """Ask and listen until the phase may close.
+
+        Args:
+            deadline_s: Then it closes, whoever is missing.
+            min_sites: With fewer good answers it stays open a while for sites that join.
+            expected: With fewer answers, good or not, it stays open: these sites have to be there,
+                and one whose line is cut comes back.
+        """
         last_news = time.monotonic()
         deadline = last_news + deadline_s
         while True:
@@ -145,6 +155,7 @@ class Collection:
                 self._pending
                 or self._lost
                 or (self._num_accepted < min_sites and waits_for_joiners)
+                or self._num_accepted + len(self._refused) < expected
             )
             if not is_open or now >= deadline:
                 return self._replies()
@@ -217,4 +228,4 @@ class Collection:
 
     def _node_ids(self) -> list[int]:
         nodes = self._grid.get_node_ids()
-        return [node for node in nodes if self._only is None or node in self._only]
+        return [node for node in nodes if self._only(node)]

@@ -25,6 +25,7 @@ from crafts_server.home import CoordinatorHome
 from crafts_server.probe import FoundationProbe, ProbeOfRound, ProbeSize
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import Registry, RunStatus
+from crafts_server.rosters import Rosters
 from crafts_server.rounds import OnRound, recover, run_rounds
 from crafts_server.study import Study
 
@@ -177,6 +178,7 @@ class Coordinator:
             members=self._members,
             noise_multiplier=plan_noise_multiplier(self.plan),
             agreed_patients=CohortSizes(registry).agreed,
+            roster=lambda: Rosters(registry).fixed(self.plan),
         )
 
     def _probe(self) -> ProbeOfRound:

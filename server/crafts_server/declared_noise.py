@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from crafts_core.exchange import RoundReply
 from crafts_core.plan import StageConfig
+from crafts_privacy.secure_aggregation.fixed_point import most_patients
 
 TAIL_Z = 6.0
 """Gaussian tail of the bounds: an honest update falls outside with probability below 1e-7."""
@@ -71,8 +72,7 @@ def norm_bounds(reply: RoundReply, stage: StageConfig, num_coordinates: int) -> 
     and for Adam.
     """
     patients = _expected_patients(reply)
-    most_patients = 2.0 * patients + 12.0 * math.sqrt(patients) + 12.0
-    most_signal = reply.max_grad_norm * most_patients / patients
+    most_signal = reply.max_grad_norm * most_patients(patients) / patients
     deviation = math.sqrt(noise_variance(reply, stage))
     root = math.sqrt(num_coordinates)
     if stage.optimizer == "adam":

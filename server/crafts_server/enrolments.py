@@ -17,6 +17,7 @@ from crafts_server.cohort_sizes import CohortSizes, agree_at_enrolment, check_pa
 from crafts_server.errors import EnrolmentError
 from crafts_server.registry import Registry
 from crafts_server.registry_rows import CohortSizeRow, EnrolmentRow, InvitationRow, WitnessRow
+from crafts_server.rosters import Rosters
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 MAX_LEDGERS = 64
@@ -62,6 +63,11 @@ class Enrolments:
     def sizes(self) -> CohortSizes:
         """How many patients each counts as."""
         return CohortSizes(self._registry)
+
+    @property
+    def rosters(self) -> Rosters:
+        """Which key signs for each."""
+        return Rosters(self._registry)
 
     def invite(self, name: str, *, patients: int, valid_for: timedelta) -> str:
         """A new one-time token; an older one of the same site is void.

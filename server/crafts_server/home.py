@@ -36,6 +36,7 @@ from crafts_server.errors import HomeError
 from crafts_server.messages import SignedPlan
 from crafts_server.pki import Pki
 from crafts_server.registry import PlanRecord, Registry
+from crafts_server.rosters import Rosters
 
 EMBEDDED = "embedded"
 SQLITE = "sqlite"
@@ -163,7 +164,12 @@ class CoordinatorHome:
         return self.path / "spool" / run_id
 
     def sign_plan(self, plan: Plan) -> SignedPlan:
-        """Sign the plan's canonical JSON and remember it in the registry."""
+        """Sign the plan's canonical JSON and remember it in the registry.
+
+        Raises:
+            RosterError: the plan is one of sums, and a site has published no key for its roster.
+            HomeError: it is one of sums that the enrolled sites cannot make.
+        """
         key, text = self._key(), plan.to_json()
         signed = SignedPlan(
             json=text, signature=sign(key, text.encode()), public_key=public_key_of(key)
@@ -179,6 +185,8 @@ class CoordinatorHome:
                     public_key=signed.public_key,
                 )
             )
+            if plan.aggregation.secure_aggregation:
+                Rosters(registry).fix(plan)
         finally:
             registry.close()
         return signed

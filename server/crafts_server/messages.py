@@ -1,11 +1,16 @@
-"""Flower messages of one round: request out, reply in.
+"""Flower messages of one round: questions out, answers in.
 
 ``request``: ConfigRecord ``request`` (``RoundRequest``), ConfigRecord ``plan`` (``json``,
 ``signature``, ``public_key``), ArrayRecord ``adapter``, and ArrayRecord ``stage_start`` where the
 site is not known to hold it. ``reply``: ConfigRecord ``reply`` (``RoundReply``) and ArrayRecord
 ``delta``. Tensors travel in the plan's ``wire_dtype``.
 
-A reply is untrusted: ``read_reply`` takes only what the plan implies.
+Of a sum there are two questions. ``request`` again, answered with ConfigRecord ``ready``
+(``ReadyReply``) alone; and ``announcement``: ConfigRecords ``request``, ``plan`` and
+``announcement`` (``json``), answered with ConfigRecord ``masked`` (``MaskedReply``) and ArrayRecord
+``sum`` of 32-bit integers.
+
+An answer is untrusted: the readers here take only what the plan implies.
 """
 
 from collections.abc import Mapping
@@ -16,10 +21,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from crafts_core.adapters import State
-from crafts_core.array_bytes import PACKED, packed, unpacked
-from crafts_core.exchange import ExchangeError, RoundReply, RoundRequest
+from crafts_core.array_bytes import PACKED, packed, unpacked, unpacked_vector
+from crafts_core.exchange import ExchangeError, MaskedReply, ReadyReply, RoundReply, RoundRequest
+from crafts_privacy.secure_aggregation.masking import Group
 
-TRAIN = "train"
+TRAIN, MASKED = "train", "train.masked"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _MAX_REASON = 200
 
@@ -63,18 +69,25 @@ def request_message(
     ttl_s: float,
 ) -> Message:
     """What one site is asked."""
-    content = RecordDict(
-        {
-            "request": ConfigRecord(dict(request.to_scalars())),
-            "plan": ConfigRecord(
-                {"json": plan.json, "signature": plan.signature, "public_key": plan.public_key}
-            ),
-            "adapter": adapter.arrays,
-        }
-    )
+    content = RecordDict({**_head(request, plan), "adapter": adapter.arrays})
     if stage_start is not None:
         content["stage_start"] = stage_start.arrays
     return Message(content, node_id, TRAIN, ttl=ttl_s, group_id=str(request.round))
+
+
+def announcement_message(
+    request: RoundRequest,
+    plan: SignedPlan,
+    announcement: str,
+    *,
+    node_id: int,
+    ttl_s: float,
+) -> Message:
+    """Who the members of a sum are, for one of them."""
+    content = RecordDict(
+        {**_head(request, plan), "announcement": ConfigRecord({"json": announcement})}
+    )
+    return Message(content, node_id, MASKED, ttl=ttl_s, group_id=str(request.round))
 
 
 def read_reply(message: Message, schema: Mapping[str, Tensor]) -> tuple[RoundReply, State, int]:
@@ -90,17 +103,35 @@ def read_reply(message: Message, schema: Mapping[str, Tensor]) -> tuple[RoundRep
     Raises:
         ExchangeError: the message is not what a reply must be.
     """
-    if not message.has_content():
-        raise ExchangeError("the reply is empty")
-    content = message.content
-    record, arrays = content.get("reply"), content.get("delta")
-    if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-        raise ExchangeError("expected a config record 'reply' and an array record 'delta'")
-    if len(content) != 2:
-        raise ExchangeError(f"expected exactly 2 records, got {len(content)}")
+    record, arrays = _record_and_arrays(message, "reply", "delta")
     reply = RoundReply.from_scalars(dict(record))
     delta = unpacked({name: array.data for name, array in arrays.items()}, schema)
     return reply, delta, _num_bytes(arrays)
+
+
+def read_ready(message: Message) -> ReadyReply:
+    """Parse a site's word that it is ready; nobody has checked its signature.
+
+    Raises:
+        ExchangeError: the message is not what such an answer must be.
+    """
+    content = message.content if message.has_content() else RecordDict()
+    record = content.get("ready")
+    if not isinstance(record, ConfigRecord) or len(content) != 1:
+        raise ExchangeError("expected one config record 'ready'")
+    return ReadyReply.from_scalars(dict(record))
+
+
+def read_masked(message: Message, num_values: int) -> tuple[MaskedReply, Group, int]:
+    """Parse a masked vector: what it says of itself, its numbers, and its array bytes.
+
+    Raises:
+        ExchangeError: the message is not what such an answer must be.
+    """
+    record, arrays = _record_and_arrays(message, "masked", "sum")
+    reply = MaskedReply.from_scalars(dict(record))
+    vector = unpacked_vector({name: array.data for name, array in arrays.items()}, num_values)
+    return reply, vector, _num_bytes(arrays)
 
 
 def error_sentence(message: Message) -> str:
@@ -108,6 +139,28 @@ def error_sentence(message: Message) -> str:
     reason = message.error.reason or "no reason given"
     printable = "".join(letter if letter.isprintable() else " " for letter in reason)
     return f"code {message.error.code}: {printable[:_MAX_REASON]}"
+
+
+def _head(request: RoundRequest, plan: SignedPlan) -> dict[str, ConfigRecord]:
+    """What every question begins with."""
+    return {
+        "request": ConfigRecord(dict(request.to_scalars())),
+        "plan": ConfigRecord(
+            {"json": plan.json, "signature": plan.signature, "public_key": plan.public_key}
+        ),
+    }
+
+
+def _record_and_arrays(message: Message, name: str, array: str) -> tuple[ConfigRecord, ArrayRecord]:
+    if not message.has_content():
+        raise ExchangeError("the reply is empty")
+    content = message.content
+    record, arrays = content.get(name), content.get(array)
+    if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise ExchangeError(f"expected a config record {name!r} and an array record {array!r}")
+    if len(content) != 2:
+        raise ExchangeError(f"expected exactly 2 records, got {len(content)}")
+    return record, arrays
 
 
 def _num_bytes(arrays: ArrayRecord) -> int:

@@ -3,8 +3,7 @@
 The same for every phase of the round, and for every attempt at one.
 """
 
-from collections.abc import Collection as Container
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -18,7 +17,7 @@ from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Collection, Phase, Replies, SiteDirectory
 from crafts_server.messages import as_travelled, encode, request_message
-from crafts_server.receipts import SiteReceipt
+from crafts_server.receipts import SiteReceipt, SumReceipt
 from crafts_server.study import Study
 
 
@@ -31,6 +30,12 @@ class Outcome:
     sites: tuple[SiteReceipt, ...]
     """By name."""
     replies: Replies
+    sums: tuple[SumReceipt, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def _everybody(_node_id: int) -> bool:
+    return True
 
 
 class OpenRound:
@@ -42,16 +47,15 @@ class OpenRound:
         study: Study,
         sites: SiteDirectory,
         planned: RoundOfPlan,
-        parent: Checkpoint,
+        chain: Sequence[Checkpoint],
         stage_start: State,
     ) -> None:
         self.study = study
         self.sites = sites
         self.planned = planned
-        self.parent = parent
-        self.state = parent.state()
-        kept = parent.server_state()
-        self.server_state = study.rule.begin_stage(kept) if planned.starts_stage else kept
+        self.chain = chain
+        self.parent = chain[-1]
+        self.state = self.parent.state()
         names = factor_names(self.state, planned.factor)
         self.schema: Mapping[str, Tensor] = {name: self.state[name] for name in names}
         self.bytes_down = 0
@@ -71,13 +75,19 @@ class OpenRound:
         )
 
     def collect(
-        self, phase: Phase, *, min_sites: int, deadline_s: float, only: Container[int] | None = None
+        self,
+        phase: Phase,
+        *,
+        deadline_s: float,
+        min_sites: int = 0,
+        expected: int = 0,
+        only: Callable[[int], bool] = _everybody,
     ) -> Replies:
-        """Ask every site, or the nodes in ``only``, and listen until the phase may close."""
+        """Ask and listen until the phase may close; see :class:`Collection`."""
         collection = Collection(
             self._grid, self.sites, phase, patience=self.study.patience, only=only
         )
-        return collection.run(min_sites=min_sites, deadline_s=deadline_s)
+        return collection.run(min_sites=min_sites, expected=expected, deadline_s=deadline_s)
 
     def ask(self, node_id: int, request: RoundRequest) -> Message:
         """The request for one site, with the stage's first adapter where it needs it."""
@@ -106,11 +116,15 @@ class OpenRound:
         self.sites.bind(node_id, site)
         self.sites.holders[node_id] = self.request.stage_start_hash
 
-    def begin(self, probe: PublicProbe) -> RoundState:
+    def rule_state(self, kept: State) -> State:
+        """What the rule goes on with, of what it kept in the round before."""
+        return self.study.rule.begin_stage(kept) if self.planned.starts_stage else kept
+
+    def begin(self, probe: PublicProbe, server_state: State) -> RoundState:
         """Where the rule starts from, measured on the round's probe."""
         return RoundState(
             state=self.state,
-            server_state=self.server_state,
+            server_state=server_state,
             factor=self.planned.factor,
             margin=probe.margin(self.state),
         )

@@ -29,7 +29,10 @@ def plain_round(opened: OpenRound) -> Outcome:
         raise AggregationError(_too_few(opened, phase, replies))
     probe = study.probe_of_round(opened.planned.round)
     result = aggregate(
-        *(study.rule, opened.begin(probe), list(phase.updates.values()), probe),
+        study.rule,
+        opened.begin(probe, opened.rule_state(opened.parent.server_state())),
+        list(phase.updates.values()),
+        probe,
         max_weight_per_share=config.max_weight_per_share,
     )
     spool.remove()

@@ -5,12 +5,20 @@ and public data.
 """
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from crafts_core.exchange import Sha256
 from crafts_core.plan import Factor, StageName
+
+_OF_SUMS = frozenset({"sums", "left_out"})
 
 
 class _Record(BaseModel):
@@ -27,8 +35,10 @@ class SiteReceipt(_Record):
     gain: float | None
     """Alignment margin that its update alone would have gained; None where nobody measured
     it, or the measure was not finite (then the gate was shut)."""
-    update_norm: float
+    update_norm: float | None
+    """None where only a sum over sites was seen."""
     noise_multiplier: float
+    """What it added; in a sum of distributed trust its share."""
     max_grad_norm: float
     sample_rate: float
     steps: int
@@ -52,6 +62,29 @@ class WeightRise(_Record):
     now: float
 
 
+class SumReceipt(_Record):
+    """One set of sites that were announced to each other as the members of a sum."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    members: tuple[str, ...]
+    missing: tuple[str, ...]
+    """Who was ready and did not deliver: then nothing of the set can be read."""
+    noise_multiplier: float | None
+    """Of the whole sum, from the shares that its members declare."""
+    norm: float | None
+    """Of the sum, in units of max_grad_norm."""
+    lowest: float | None
+    highest: float | None
+    """Which norms agree with the declared noise and clipping; a step beyond them is refused."""
+
+    @property
+    def is_plausible(self) -> bool | None:
+        """None where the sum was not read."""
+        if self.norm is None or self.lowest is None or self.highest is None:
+            return None
+        return self.lowest <= self.norm <= self.highest
+
+
 class RoundReceipt(_Record):
     """One committed round."""
 
@@ -66,6 +99,10 @@ class RoundReceipt(_Record):
     """Sites that were asked and had not answered when the round closed."""
     rises: tuple[WeightRise, ...]
     """Beyond the plan's ``max_weight_rise``: somebody should look at these."""
+    sums: tuple[SumReceipt, ...] = ()
+    """Of secure aggregation: every announced set of every attempt, in order."""
+    left_out: tuple[str, ...] = ()
+    """Of secure aggregation: sites that were not asked, as they spoil sums or do not deliver."""
     margin_before: float
     margin_after: float
     step_norm: float
@@ -81,6 +118,12 @@ class RoundReceipt(_Record):
     """Identity of the adapter as it travelled (``checkpoint_hash`` of the request)."""
     state_hash: Sha256
     """Identity of the new global adapter."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A receipt of a round without sums has the bytes that it always had."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if value or name not in _OF_SUMS}
 
     @property
     def accepted(self) -> bool:

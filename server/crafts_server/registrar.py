@@ -10,6 +10,7 @@ What a site is told about an error is a status and one sentence of ours; everyth
 here and answered with INTERNAL.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import MANIFEST_NAME, FoundationManifest, read_manifest
+from crafts_core.plan import Plan
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
 from crafts_core.roster import Roster
 from crafts_privacy.signed_head import SignedHead
@@ -31,6 +33,7 @@ from crafts_server.errors import EnrolmentError, PkiError, RegistryError
 from crafts_server.home import CoordinatorHome
 from crafts_server.node_keys import check_node_key
 from crafts_server.pki import Pki, common_name, fingerprint
+from crafts_server.rosters import Rosters
 from crafts_server.signed_heads import SignedHeads
 
 log = logging.getLogger(__name__)
@@ -86,6 +89,8 @@ class EnrolmentService:
                 node_public_key=request.node_public_key,
                 declared_patients=request.declared_patients,
             )
+            if request.identity_public_key:
+                self._enrolments.rosters.publish(site, request.identity_public_key)
         except (EnrolmentError, PkiError) as error:
             raise RefusedError(grpc.StatusCode.PERMISSION_DENIED, str(error)) from error
         self._on_enrolled(site, request.node_public_key)
@@ -193,17 +198,35 @@ class RegistrarService:
             agreed_patients=self._enrolments.sizes.agreed().get(site, 0)
         )
 
+    def PublishIdentity(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Note the key that signs for the site in rosters to come."""
+        site = self._site(context)
+        try:
+            self._enrolments.rosters.publish(site, request.identity_public_key)
+        except EnrolmentError as error:
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
+        log.info("identity site=%s", site)
+        return messages.PublishIdentityReply()
+
     def GetRoster(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        """Who takes part in a plan and with how many patients, signed, as of now."""
+        """Who takes part in a plan and with how many patients, signed.
+
+        As of now, or of sums as it was fixed with the plan.
+        """
         self._site(context)
         registry = self._home.registry()
         try:
-            plan_hash = registry.plan(request.plan_hash).hash
+            signed = registry.plan(request.plan_hash)
+            plan = Plan.parse(json.loads(signed.json))
+            roster = (
+                Rosters(registry).fixed(plan)
+                if plan.aggregation.secure_aggregation
+                else Roster.of(signed.hash, self._enrolments.sizes.agreed())
+            )
         except RegistryError as error:
             raise RefusedError(grpc.StatusCode.NOT_FOUND, "no such plan was signed") from error
         finally:
             registry.close()
-        roster = Roster.of(plan_hash, self._enrolments.sizes.agreed())
         return messages.GetRosterReply(
             json=roster.to_json(), signature=self._home.sign_roster(roster)
         )

@@ -72,6 +72,24 @@ class CohortSizeRow(Base):
     agreed: Mapped[int | None]
 
 
+class IdentityRow(Base):
+    """The key that signs for a site in rosters to come."""
+
+    __tablename__ = "identity"
+
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    public_key: Mapped[str] = mapped_column(String(64), unique=True)
+
+
+class RosterRow(Base):
+    """Who takes part in the sums of a plan."""
+
+    __tablename__ = "roster"
+
+    plan_hash: Mapped[str] = mapped_column(ForeignKey("plan.hash"), primary_key=True)
+    json: Mapped[str] = mapped_column(Text)
+
+
 class WitnessRow(Base):
     """The head of a site's ledger when it last said."""
 
@@ -159,6 +177,32 @@ class ParticipationRow(Base):
     steps: Mapped[int | None]
     sample_rate: Mapped[float | None]
     declared_patients: Mapped[int | None]
+
+
+class AttemptRow(Base):
+    """An attempt at a round's sum: its number is taken."""
+
+    __tablename__ = "attempt"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.run_id"), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    void: Mapped[bool]
+    """No member will be asked for it again."""
+
+
+class AnnouncementRow(Base):
+    """A set of sites that were, or are about to be, told that they are the members of a sum."""
+
+    __tablename__ = "announcement"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.run_id"), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    part: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    json: Mapped[str] = mapped_column(Text)
+    missing: Mapped[str | None] = mapped_column(Text)
+    """JSON list of who did not deliver, once their time was up."""
 
 
 class CheckpointRow(Base):

@@ -25,6 +25,7 @@ from crafts_server.plain_round import plain_round
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import CheckpointRecord, Registry, RunStatus
 from crafts_server.study import Study
+from crafts_server.summed_round import summed_round
 from crafts_server.weight_watch import WeightWatch
 
 OnRound = Callable[[RoundReceipt], None]
@@ -51,6 +52,7 @@ def run_rounds(
     Raises:
         AggregationError: too few good updates at a round's deadline. Committed rounds stay.
         CheckpointError: the checkpoints are not what was committed.
+        VoidSumsError: sites did not deliver to sums that they were ready for.
         DivergedError: a round's result is not finite; it is not committed, and would be the same
             again.
     """
@@ -66,7 +68,7 @@ def run_rounds(
         if planned.round < len(chain):
             continue
         stage_start = chain[_first_round(study.plan, planned) - 1].state()
-        opened = OpenRound(grid, study, sites, planned, chain[-1], stage_start)
+        opened = OpenRound(grid, study, sites, planned, chain, stage_start)
         checkpoint = _play(opened, watch)
         chain.append(checkpoint)
         watch.note(checkpoint.receipt())
@@ -106,7 +108,8 @@ def recover(
 def _play(opened: OpenRound, watch: WeightWatch) -> Checkpoint:
     """Ask the sites, move, commit, index."""
     started = time.monotonic()
-    outcome = plain_round(opened)
+    is_summed = opened.study.plan.aggregation.secure_aggregation
+    outcome = summed_round(opened) if is_summed else plain_round(opened)
     _check_finite(opened.planned, outcome)
     return _commit(
         opened.study,
@@ -142,6 +145,8 @@ def _receipt(
         refused=outcome.replies.refused,
         missing=outcome.replies.missing,
         rises=watch.rises(planned.stage_index, outcome.sites, max_rise=max_rise),
+        sums=outcome.sums,
+        left_out=outcome.left_out,
         margin_before=outcome.margin_before,
         margin_after=step.margin_after,
         step_norm=step.step_norm,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crafts_core.plan import Plan
+from crafts_core.roster import Roster
 from crafts_server.aggregation import AggregationRule
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.collection import Members, Patience
@@ -31,3 +32,5 @@ class Study:
     """The plan's, below which no update is used."""
     agreed_patients: Callable[[], Mapping[str, int]]
     """Asked at each reply: a site may enrol, or be resized, while a round is open."""
+    roster: Callable[[], Roster]
+    """Of a plan with secure aggregation: frozen, as its sites approved it."""

@@ -401,5 +401,6 @@ def test_the_surface_grows_only_on_purpose() -> None:
     assert surface == {
         *("init", "serve", "train", "stop", "export", "log show", "log verify"),
         *("sites invite", "sites list", "sites resize", "sites revoke", "plan check", "plan sign"),
-        *("runs list", "runs show", "foundation build", "foundation import", "foundation verify"),
+        *("plan roster", "runs list", "runs show"),
+        *("foundation build", "foundation import", "foundation verify"),
     }

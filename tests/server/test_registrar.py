@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import verify
 from crafts_core.plan import Plan
 from crafts_core.registrar import REGISTRAR, calls_of, messages
-from crafts_core.roster import Roster
+from crafts_core.roster import Roster, RosterError
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger, Lifetime, PlanLimit
@@ -63,6 +64,7 @@ from crafts_server.signed_heads import SignedHeads
 from support.disk import fill_disk
 from support.proxy import FAR, Proxy
 from support.sites import make_site_home, plan_values
+from support.summing_sites import summed_plan
 
 pytestmark = pytest.mark.network
 PATIENTS = 7
@@ -243,6 +245,32 @@ def test_everybody_sees_the_roster_that_the_coordinator_signed(
     assert roster.hash in shown.stdout
     with pytest.raises(EnrolmentError, match="no such plan was signed"):
         fetch_roster(site, "0" * 64)
+
+
+def test_a_plan_of_sums_has_a_roster_of_keys_that_stays(coordinator, site) -> None:
+    plan = summed_plan()
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    keys = {name: b64encode(bytes([place]) * 32).decode() for place, name in enumerate("nsw")}
+    for name, key in (("south", keys["s"]), ("west", keys["w"])):
+        coordinator.enrolments.sizes.agree(name, 28)
+        coordinator.enrolments.rosters.publish(name, key)
+    with Registrar(site) as registrar:
+        registrar.call("PublishIdentity", identity_public_key=keys["n"])
+        coordinator.home.sign_plan(plan)
+        with pytest.raises(EnrolmentError, match="another site's"):
+            registrar.call("PublishIdentity", identity_public_key=keys["s"])
+        registrar.call("PublishIdentity", identity_public_key=b64encode(bytes([9]) * 32).decode())
+        reply = registrar.call("GetRoster", plan_hash=plan.hash)
+    roster = Roster.parse(reply.json)
+    assert roster.identities == {"north": keys["n"], "south": keys["s"], "west": keys["w"]}
+    assert reply.signature == coordinator.home.sign_roster(roster)
+
+
+def test_a_plan_of_sums_is_not_signed_before_every_site_has_said_its_key(coordinator) -> None:
+    for name in ("north", "south", "west"):
+        coordinator.enrolments.sizes.agree(name, 28)
+    with pytest.raises(RosterError, match="no identity key of north, south, west"):
+        coordinator.home.sign_plan(summed_plan())
 
 
 @pytest.mark.parametrize("spoil", ["number", "key", "plan"])

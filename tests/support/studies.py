@@ -11,6 +11,7 @@ from torch import Tensor
 from crafts_core.adapters import State
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
 from crafts_core.plan import Plan
+from crafts_core.roster import Roster
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.signing import create_signing_key, load_signing_key
 from crafts_server.aggregation import AggregationRule, PublicProbe, rule_of
@@ -96,6 +97,7 @@ def small_study(
     rule: AggregationRule | None = None,
     patience: Patience | None = None,
     patients: Mapping[str, int] | None = None,
+    roster: Roster | None = None,
 ) -> Study:
     """Opened in ``directory``; opened again, it is the same study after a restart."""
     plan = plan or small_plan()
@@ -122,6 +124,7 @@ def small_study(
         spool_path=directory / "spool",
         patience=patience or Patience(poll_s=0.001, join_wait_s=0.0),
         noise_multiplier=plan_noise_multiplier(plan),
+        roster=lambda: roster or Roster.of(plan.hash, dict.fromkeys(SITES, 100)),
         agreed_patients=lambda: dict.fromkeys(SITES, 100) if patients is None else patients,
     )
 

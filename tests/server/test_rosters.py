@@ -1,0 +1,114 @@
+"""Which key signs for which site, fixed for each plan of sums."""
+
+import base64
+import math
+from pathlib import Path
+
+import pytest
+
+from crafts_core.plan import Plan
+from crafts_core.roster import RosterError
+from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_privacy.secure_aggregation.fixed_point import sum_fits
+from crafts_server.cohort_sizes import CohortSizes
+from crafts_server.errors import EnrolmentError, HomeError
+from crafts_server.registry import PlanRecord, Registry
+from crafts_server.rosters import Rosters
+from support.studies import small_plan
+from support.summing_sites import summed_plan
+
+SITES = {"aachen": 40, "bern": 60, "coimbra": 80}
+PLAN = summed_plan()
+
+
+def key_of(number: int) -> str:
+    return base64.b64encode(bytes([number]) * 32).decode()
+
+
+@pytest.fixture
+def registry(tmp_path: Path):  # type: ignore[no-untyped-def]
+    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    remember(registry, PLAN)
+    for number, (site, patients) in enumerate(SITES.items(), start=1):
+        CohortSizes(registry).agree(site, patients)
+        Rosters(registry).publish(site, key_of(number))
+    yield registry
+    registry.close()
+
+
+def remember(registry: Registry, plan: Plan) -> None:
+    registry.add_plan(
+        PlanRecord(hash=plan.hash, study="s", json=plan.to_json(), signature="s", public_key="k")
+    )
+
+
+def test_the_roster_names_every_site_its_number_and_its_key(registry: Registry) -> None:
+    Rosters(registry).fix(PLAN)
+    roster = Rosters(registry).fixed(PLAN)
+    assert roster.patients == SITES
+    assert roster.identities == {"aachen": key_of(1), "bern": key_of(2), "coimbra": key_of(3)}
+    assert roster.plan_hash == PLAN.hash
+
+
+def test_a_fixed_roster_stays_whatever_is_published_until_it_is_renewed(
+    registry: Registry,
+) -> None:
+    rosters = Rosters(registry)
+    rosters.fix(PLAN)
+    before = rosters.fixed(PLAN)
+    rosters.publish("aachen", key_of(9))
+    CohortSizes(registry).agree("dresden", 20)
+    rosters.publish("dresden", key_of(4))
+    rosters.fix(PLAN)
+    assert rosters.fixed(PLAN) == before
+    renewed = rosters.renew(PLAN)
+    assert rosters.fixed(PLAN) == renewed
+    assert renewed.identities["aachen"] == key_of(9)
+    assert "dresden" in renewed.patients
+    assert renewed.phrase != before.phrase
+
+
+def test_who_has_published_no_key_is_named(registry: Registry) -> None:
+    CohortSizes(registry).agree("dresden", 20)
+    with pytest.raises(RosterError, match="no identity key of dresden"):
+        Rosters(registry).fix(PLAN)
+    with pytest.raises(HomeError, match="has no roster; sign it again"):
+        Rosters(registry).fixed(PLAN)
+
+
+@pytest.mark.parametrize("key", ["", "short", key_of(7)[:-1], key_of(7) + "=", "*" * 43 + "="])
+def test_what_is_no_key_is_refused(registry: Registry, key: str) -> None:
+    with pytest.raises(EnrolmentError, match="must be an Ed25519 public key"):
+        Rosters(registry).publish("aachen", key)
+
+
+def test_nobody_takes_another_sites_key(registry: Registry) -> None:
+    with pytest.raises(EnrolmentError, match="another site's"):
+        Rosters(registry).publish("bern", key_of(1))
+    Rosters(registry).publish("aachen", key_of(1))
+
+
+def test_a_plan_whose_sums_could_wrap_is_refused_with_the_grid_that_fits(
+    registry: Registry,
+) -> None:
+    fine = PLAN.model_dump(mode="json")
+    fine["privacy"]["sum_grid_bits"] = 22
+    plan = Plan.parse(fine)
+    remember(registry, plan)
+    with pytest.raises(HomeError, match=r"sum_grid_bits of 21 or less.*set it to 21"):
+        Rosters(registry).fix(plan)
+    noise = plan_noise_multiplier(plan) * math.sqrt(3 / 2)
+    assert sum_fits(21, expected_patients=90, total_noise_multiplier=noise)
+    assert not sum_fits(22, expected_patients=90, total_noise_multiplier=noise)
+
+
+def test_too_few_sites_are_said_when_the_plan_is_signed(registry: Registry) -> None:
+    plan = summed_plan(min_sites=4)
+    remember(registry, plan)
+    with pytest.raises(HomeError, match="needs 4 sites, 3 are enrolled"):
+        Rosters(registry).fix(plan)
+
+
+def test_a_plan_without_sums_needs_no_roster(registry: Registry) -> None:
+    with pytest.raises(HomeError, match="has no secure_aggregation"):
+        Rosters(registry).renew(small_plan())
