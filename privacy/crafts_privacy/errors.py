@@ -3,7 +3,8 @@
 CraftsError
 └── PrivacyError
     ├── BudgetExceededError      the site: less training, or a policy that allows more
-    │   └── PlanBudgetExceededError  the coordinator: the plan has had what it was approved for
+    │   ├── PlanBudgetExceededError  the coordinator: the plan has had what it was approved for
+    │   └── AloneBudgetExceededError  the site: less in sums, or a policy that trusts others more
     ├── CalibrationError         the coordinator: a target that no noise reaches
     ├── RankError                the site: one of its devices failed or is gone
     └── LedgerError              the site: the ledger cannot be used like this
@@ -38,6 +39,18 @@ class PlanBudgetExceededError(BudgetExceededError):
             f"plan {plan_hash[:16]}: epsilon over all of its runs would reach {epsilon:.3f}, above "
             f"its target {max_epsilon:.3f}; what is lost to crashes and given up runs counts, so "
             "ask the coordinator for a new plan for the rest",
+        )
+
+
+class AloneBudgetExceededError(BudgetExceededError):
+    """The share of noise that a site adds itself would protect its patients too little."""
+
+    def __init__(self, *, cohort: str, epsilon: float, max_epsilon: float) -> None:
+        Exception.__init__(
+            self,
+            f"cohort {cohort}: if everybody else worked together against this hospital, epsilon "
+            f"would reach {epsilon:.3f}, above max_epsilon_alone {max_epsilon:g} of policy.toml; "
+            "raise that, or set min_own_noise_multiplier",
         )
 
 

@@ -2,8 +2,8 @@
 
 ``reserve`` before training, ``commit`` before the result leaves. What is reserved is spent,
 whatever becomes of it, so a process killed at any instruction never leaves the ledger below what
-was released. Epsilon is never stored: it is computed from the events of a cohort whenever somebody
-asks.
+was released; only a charge of which nothing left and nothing will may be carried over to another
+round. Epsilon is never stored: it is computed from the events of a cohort whenever somebody asks.
 
 Beside ``ledger.db`` lie ``ledger.db.head`` (the witness) and ``ledger.db.lock``. Every operation
 verifies the whole chain against the witness before it answers. Detected: torn
@@ -13,16 +13,32 @@ an administrator who rewrites both the chain and its witness, or restores both f
 (``place.py``) charges and commits nothing in a copy.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from crafts_privacy import accounting
 from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
+from crafts_privacy.charges import (
+    HOLDS_A_CHARGE,
+    SHA256,
+    Reservation,
+    attempt_of,
+    charged_to,
+    check_alone,
+    check_filters,
+    check_unused,
+    entry_about,
+    events_alone,
+    held_for,
+    open_charges,
+    plans_of,
+    what_followed,
+)
 from crafts_privacy.errors import (
+    AloneBudgetExceededError,
     BudgetExceededError,
     FiltersChangedError,
     LedgerError,
@@ -30,13 +46,28 @@ from crafts_privacy.errors import (
     LedgerTamperedError,
     PlanBudgetExceededError,
 )
-from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry, genesis_hash
+from crafts_privacy.ledger_rows import (
+    EntryKind,
+    LedgerEntry,
+    Share,
+    genesis_hash,
+    released_text,
+)
 from crafts_privacy.ledger_store import LedgerStore, LedgerTransaction
-from crafts_privacy.lifetime import Lifetime, PlanCharges, PlanLimit, Terms, with_charge
+from crafts_privacy.lifetime import (
+    AloneLimit,
+    Lifetime,
+    PlanCharges,
+    PlanLimit,
+    Terms,
+    with_charge,
+)
 from crafts_privacy.place import Place
 from crafts_privacy.witness import LedgerHead
 
 __all__ = [
+    "AloneBudgetExceededError",
+    "AloneLimit",
     "BudgetExceededError",
     "EntryKind",
     "FiltersChangedError",
@@ -51,50 +82,8 @@ __all__ = [
     "PlanCharges",
     "PlanLimit",
     "Reservation",
+    "Share",
 ]
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Permission to train one round. ``sequence`` is its entry in the ledger."""
-
-    sequence: int
-    entry_hash: str
-    cohort: str
-    plan_hash: str
-    run_id: str
-    round: int
-    stage: str
-    event: PrivacyEvent
-    request_hash: str
-    """SHA-256 of what exactly was asked for, the adapter among it."""
-
-    def __post_init__(self) -> None:
-        if not (self.cohort and self.run_id and self.stage and self.round >= 1):
-            raise ValueError("expected a cohort, a run, a stage and a round from 1")
-        if not _SHA256.fullmatch(self.plan_hash):
-            raise ValueError("expected plan_hash as 64 hexadecimal digits")
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """Which round of which run of whom."""
-        return (self.cohort, self.plan_hash, self.run_id, self.round)
-
-    @classmethod
-    def of(cls, entry: LedgerEntry) -> "Reservation":
-        return cls(
-            sequence=entry.sequence,
-            entry_hash=entry.hash,
-            cohort=entry.cohort,
-            plan_hash=entry.plan_hash,
-            run_id=entry.run_id,
-            round=entry.round,
-            stage=entry.stage,
-            event=entry.event,
-            request_hash=terms.request_hash if (terms := _terms(entry)) else "",
-        )
 
 
 class Ledger:
@@ -123,6 +112,9 @@ class Ledger:
         request_hash: str,
         lifetime: Lifetime,
         plan_limit: PlanLimit,
+        attempt: int = 1,
+        alone: AloneLimit | None = None,
+        unused: Reservation | None = None,
     ) -> Reservation:
         """Charge ``event`` to the cohort before any of it runs.
 
@@ -130,6 +122,10 @@ class Ledger:
         reservation: nothing of it was released, so it costs once. After a commit, for another
         mechanism, or for another request (the same round from another adapter, say), it is a new
         training and costs again: one charge never pays for two answers.
+
+        ``unused`` is the exception: an open reservation of the same run for the same event, of
+        which the caller knows that nothing left and nothing will (a sum that this site was not
+        made a member of). Its charge is carried over to what is asked for now.
 
         A calibrated plan fits its own limit exactly, because ``accounting.merge`` gives the same
         composition that the calibration verified; no slack is needed and none is given.
@@ -139,6 +135,8 @@ class Ledger:
                 cohort was charged; nothing is recorded.
             PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
                 this, passes the plan's limit; nothing is recorded.
+            AloneBudgetExceededError: the same with the shares of noise that the site itself added,
+                this smallest one among them; nothing is recorded.
             FiltersChangedError: the cohort began under other filters; nothing is recorded.
             LedgerPlaceError: this is a copy of the ledger.
         """
@@ -153,14 +151,17 @@ class Ledger:
             event=event,
             request_hash=request_hash,
         )
-        if not _SHA256.fullmatch(request_hash):
+        if not SHA256.fullmatch(request_hash):
             raise ValueError("expected request_hash as 64 hexadecimal digits")
         with self._in_place() as transaction:
-            held = _held(transaction.entries, reservation)
-            charged = _charged(transaction.entries, cohort)
-            _check_filters(charged, lifetime.filters)
-            new = [] if held else [event]
-            after = with_charge(_plans(charged), plan_hash, plan_limit, *new)
+            held = held_for(transaction.entries, reservation)
+            charged = charged_to(transaction.entries, cohort)
+            check_filters(charged, lifetime.filters)
+            carried = None if held else unused
+            if carried is not None:
+                check_unused(transaction.entries, carried, reservation)
+            new = [] if held or carried else [event]
+            after = with_charge(plans_of(charged), plan_hash, plan_limit, *new)
             state = lifetime.state(after)
             if not state.holds:
                 raise BudgetExceededError(cohort=cohort, found=str(state))
@@ -169,46 +170,82 @@ class Ledger:
                 raise PlanBudgetExceededError(
                     plan_hash=plan_hash, epsilon=epsilon, max_epsilon=plan_limit.max_epsilon
                 )
+            if alone is not None:
+                check_alone(transaction.entries, cohort, new, lifetime, alone)
             if held:
                 return held
-            reservation = replace(reservation, sequence=len(transaction.entries) + 1)
-            terms = Terms(limit=plan_limit, filters=lifetime.filters, request_hash=request_hash)
-            transaction.append(_entry(reservation, EntryKind.RESERVED, terms.to_text()))
+            terms = Terms(
+                limit=plan_limit,
+                filters=lifetime.filters,
+                request_hash=request_hash,
+                own_noise_multiplier=None if alone is None else alone.own_noise_multiplier,
+                attempt=attempt,
+            )
+            kind, number = EntryKind.RESERVED, len(transaction.entries) + 1
+            if carried is not None:
+                kind, number = EntryKind.CARRIED, carried.sequence
+            reservation = replace(reservation, sequence=number)
+            transaction.append(entry_about(reservation, kind, terms.to_text()))
             return Reservation.of(transaction.entries[-1])
 
-    def commit(self, reservation: Reservation, release_hash: str) -> None:
+    def commit(
+        self, reservation: Reservation, release_hash: str, share: Share | None = None
+    ) -> None:
         """Record that the result with this SHA-256 may now leave. Again with the same is fine.
+
+        ``share`` is of a masked vector: what this site added of the sum's noise.
 
         Raises:
             LedgerError: the reservation is unknown or released something else, or this is a copy.
         """
-        if not _SHA256.fullmatch(release_hash):
+        if not SHA256.fullmatch(release_hash):
             raise ValueError("expected release_hash as 64 hexadecimal digits")
         with self._in_place() as transaction:
             entries = transaction.entries
             at = entries[reservation.sequence - 1 : reservation.sequence]
-            known = [Reservation.of(each) for each in at if each.kind is EntryKind.RESERVED]
+            known = [Reservation.of(each) for each in at if each.kind in HOLDS_A_CHARGE]
             if known != [reservation]:
                 raise LedgerError(f"reservation {reservation.sequence} is not in this ledger")
-            last = [entry for entry in entries if entry.reservation == reservation.sequence][-1]
-            if (last.kind, last.detail) == (EntryKind.COMMITTED, release_hash):
-                return
-            if last.kind is not EntryKind.RESERVED:
+            detail = released_text(release_hash, share)
+            last = what_followed(entries, reservation.sequence)
+            if last is None:
+                transaction.append(entry_about(reservation, EntryKind.COMMITTED, detail))
+            elif (last.kind, last.detail) != (EntryKind.COMMITTED, detail):
                 raise LedgerError(
                     f"reservation {reservation.sequence} is already {last.kind} "
                     f"(entry {last.sequence}); reserve again to train that round again"
                 )
-            transaction.append(_entry(reservation, EntryKind.COMMITTED, release_hash))
 
     def events(self, cohort: str) -> tuple[PrivacyEvent, ...]:
         """Everything the cohort was charged for: every reservation, whatever became of it."""
         with self._store.transaction() as transaction:
-            return tuple(entry.event for entry in _charged(transaction.entries, cohort))
+            return tuple(entry.event for entry in charged_to(transaction.entries, cohort))
+
+    def events_alone(self, cohort: str) -> tuple[PrivacyEvent, ...]:
+        """The same events with no noise but what this site added itself.
+
+        What they cost if everybody else works together against it. A sum that left counts with the
+        share that was added to it, one that did not with the smallest that it could have been.
+        """
+        with self._store.transaction() as transaction:
+            return events_alone(transaction.entries, cohort)
+
+    def last_released(self, plan_hash: str, run_id: str) -> tuple[int, int]:
+        """The newest round of a run that was committed or closed, and its attempt; 0 and 0."""
+        with self._store.transaction() as transaction:
+            entries = transaction.entries
+            found = [
+                (entry.round, attempt_of(entries[entry.reservation - 1]))
+                for entry in entries
+                if entry.kind is EntryKind.COMMITTED
+                and (entry.plan_hash, entry.run_id) == (plan_hash, run_id)
+            ]
+            return max(found, default=(0, 0))
 
     def plans(self, cohort: str) -> tuple[PlanCharges, ...]:
         """The same by plan, each with what it declared."""
         with self._store.transaction() as transaction:
-            return _plans(_charged(transaction.entries, cohort))
+            return plans_of(charged_to(transaction.entries, cohort))
 
     def check_filters(self, cohort: str, declared: tuple[str, ...]) -> None:
         """A policy must declare the filters under which the cohort was charged first.
@@ -217,7 +254,7 @@ class Ledger:
             FiltersChangedError: it declares others.
         """
         with self._store.transaction() as transaction:
-            _check_filters(_charged(transaction.entries, cohort), declared)
+            check_filters(charged_to(transaction.entries, cohort), declared)
 
     def epsilon(
         self,
@@ -234,7 +271,7 @@ class Ledger:
     def open_reservations(self) -> tuple[Reservation, ...]:
         """Reserved and not committed, such as a crash leaves behind."""
         with self._store.transaction() as transaction:
-            return tuple(Reservation.of(entry) for entry in _open(transaction.entries))
+            return tuple(Reservation.of(entry) for entry in open_charges(transaction.entries))
 
     def entries(self) -> tuple[LedgerEntry, ...]:
         """Every entry, oldest first."""
@@ -345,77 +382,4 @@ def _bound_to(entries: Sequence[LedgerEntry]) -> Place | None:
     for entry in reversed(entries):
         if entry.kind is EntryKind.PLACED:
             return Place.parse(entry.detail)
-    return None
-
-
-def _entry(reservation: Reservation, kind: EntryKind, detail: str) -> LedgerEntry:
-    """An entry about a reservation, to be sealed by the store."""
-    return LedgerEntry(
-        sequence=0,
-        recorded_at=datetime.now(UTC),
-        kind=kind,
-        reservation=reservation.sequence,
-        cohort=reservation.cohort,
-        plan_hash=reservation.plan_hash,
-        run_id=reservation.run_id,
-        round=reservation.round,
-        stage=reservation.stage,
-        noise_multiplier=float(reservation.event.noise_multiplier),
-        sample_rate=float(reservation.event.sample_rate),
-        steps=int(reservation.event.steps),
-        detail=detail,
-        previous_hash="",
-    )
-
-
-def _charged(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]:
-    """The cohort's reserving entries."""
-    return [
-        entry for entry in entries if entry.kind is EntryKind.RESERVED and entry.cohort == cohort
-    ]
-
-
-def _terms(entry: LedgerEntry) -> Terms | None:
-    """What a charge was made under; None for one from before that was written down."""
-    if not entry.detail:
-        return None
-    try:
-        return Terms.of_text(entry.detail)
-    except ValueError as error:
-        raise LedgerTamperedError(f"ledger entry {entry.sequence}: {error}; {RESTORE}") from error
-
-
-def _plans(charged: Sequence[LedgerEntry]) -> tuple[PlanCharges, ...]:
-    """Reserving entries by plan, the plan charged last at the end."""
-    plans: tuple[PlanCharges, ...] = ()
-    for entry in charged:
-        terms = _terms(entry)
-        limit = None if terms is None else terms.limit
-        plans = with_charge(plans, entry.plan_hash, limit, entry.event)
-    return plans
-
-
-def _check_filters(charged: Sequence[LedgerEntry], declared: tuple[str, ...]) -> None:
-    for entry in charged:
-        terms = _terms(entry)
-        if terms is not None and set(terms.filters) != set(declared):
-            raise FiltersChangedError(cohort=entry.cohort, began=terms.filters, declared=declared)
-
-
-def _open(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
-    """Reserving entries that nothing followed."""
-    closed = {entry.reservation for entry in entries if entry.kind is not EntryKind.RESERVED}
-    return [
-        entry
-        for entry in entries
-        if entry.kind is EntryKind.RESERVED and entry.sequence not in closed
-    ]
-
-
-def _held(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
-    """The open reservation of exactly the same request and mechanism, if there is one."""
-    for entry in _open(entries):
-        held = Reservation.of(entry)
-        if held == replace(wanted, sequence=held.sequence, entry_hash=held.entry_hash):
-            return held
     return None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from crafts_core.durable import write_file
 from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.charges import is_of_sum
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry, check_chain, genesis_hash
 from crafts_privacy.signed_head import SignedHead
@@ -32,6 +33,8 @@ class LedgerExport:
     head: SignedHead
     charged: tuple[PrivacyEvent, ...]
     """What was reserved, in all cohorts."""
+    of_sums: tuple[LedgerEntry, ...]
+    """The charges among these for steps over several sites."""
 
 
 def write_export(entries: Sequence[LedgerEntry], head: SignedHead, path: Path) -> None:
@@ -70,9 +73,10 @@ def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> Ledg
             raise ValueError("no signed head")
         head = SignedHead.model_validate_json(first.removeprefix(_HEAD))
         entries = tuple(_entry(row) for row in csv.DictReader(io.StringIO(table)))
-        charged = tuple(entry.event for entry in entries if entry.kind is EntryKind.RESERVED)
+        reserved = tuple(entry for entry in entries if entry.kind is EntryKind.RESERVED)
+        of_sums = tuple(entry for entry in reserved if is_of_sum(entry))
         fingerprint = head.fingerprint
-    except (ValueError, KeyError, TypeError, csv.Error, SignatureError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error, SignatureError, LedgerError) as error:
         raise LedgerError(
             f"{name} is no exported ledger with a signed head; ask for one made with crafts-client "
             "ledger export"
@@ -92,7 +96,8 @@ def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> Ledg
     whole = (len(entries), end) == (head.sequence, head.hash)
     if not whole or _written(entries, head).encode() != content:
         raise _changed(name)
-    return LedgerExport(head=head, charged=charged)
+    charged = tuple(entry.event for entry in reserved)
+    return LedgerExport(head=head, charged=charged, of_sums=of_sums)
 
 
 def _changed(name: str) -> LedgerTamperedError:

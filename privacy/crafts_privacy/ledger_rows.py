@@ -27,6 +27,9 @@ class EntryKind(StrEnum):
 
     RESERVED = "reserved"
     """Training may start; counts as spent from here on, for good."""
+    CARRIED = "carried"
+    """The charge of ``reservation``, of which nothing left, pays for what this entry says instead:
+    from here on this entry's own number is the reservation."""
     COMMITTED = "committed"
     """The result may leave."""
     PLACED = "placed"
@@ -35,8 +38,29 @@ class EntryKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A site's part in the noise of a sum."""
+
+    own_noise_multiplier: float
+    """What is left if every other member and the coordinator work together."""
+    members: int
+    colluding_sites: int
+    """Of the plan: so many members are not counted on."""
+
+
+def released_text(release_hash: str, share: Share | None) -> str:
+    """What a committed entry says."""
+    if share is None:
+        return release_hash
+    return f"{release_hash} {json.dumps(asdict(share), sort_keys=True)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerEntry:
-    """One line of the ledger. ``reservation`` is the sequence number of the reserving entry."""
+    """One line of the ledger. ``reservation`` is the sequence number of the reserving entry.
+
+    Of an entry that carries a charge it is the one that held the charge before.
+    """
 
     sequence: int
     recorded_at: datetime
@@ -51,8 +75,9 @@ class LedgerEntry:
     sample_rate: float
     steps: int
     detail: str
-    """Hash of what was released, or a place; while reserved, what the charge was made for and under
-    (``lifetime.Terms``), empty before that was written down."""
+    """Hash of what was released, with the share of noise where there is one (``released_text``), or
+    a place; while reserved, what the charge was made for and under (``lifetime.Terms``), empty
+    before that was written down."""
     previous_hash: str
     hash: str = ""
 
@@ -61,6 +86,28 @@ class LedgerEntry:
         return PrivacyEvent(
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps
         )
+
+    @property
+    def release_hash(self) -> str:
+        """Of a committed entry: what may leave."""
+        return self.detail.partition(" ")[0]
+
+    @property
+    def share(self) -> Share | None:
+        """Of a committed entry: this site's part in the noise; None where it added all of it.
+
+        Raises:
+            LedgerTamperedError: this was never written here.
+        """
+        _, _, text = self.detail.partition(" ")
+        if self.kind is not EntryKind.COMMITTED or not text:
+            return None
+        try:
+            return Share(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise LedgerTamperedError(
+                f"ledger entry {self.sequence}: {error}; {RESTORE}"
+            ) from error
 
     def computed_hash(self) -> str:
         """SHA-256 over every field but the hash itself, the previous hash among them."""

@@ -60,6 +60,16 @@ class PlanLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AloneLimit:
+    """What a cohort may be charged if every other site and the coordinator work together."""
+
+    own_noise_multiplier: float
+    """The smallest share of noise that the site may add to the sum that it asks a charge for."""
+    max_epsilon: float
+    """Of everything that the cohort was charged, each with the share that was added."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanCharges:
     """What one plan was charged to a cohort."""
 
@@ -181,6 +191,10 @@ class Terms:
     filters: tuple[str, ...]
     request_hash: str
     """SHA-256 of what exactly was asked for, the adapter among it."""
+    own_noise_multiplier: float | None = None
+    """Of a sum: the smallest share of noise that the site may add."""
+    attempt: int = 1
+    """At the round's sum."""
 
     def to_text(self) -> str:
         """JSON, which has no infinity: no target is null."""
@@ -191,6 +205,8 @@ class Terms:
             "filters": self.filters,
             "request": self.request_hash,
         }
+        if self.own_noise_multiplier is not None:
+            values |= {"own_noise_multiplier": self.own_noise_multiplier, "attempt": self.attempt}
         return json.dumps(values, sort_keys=True)
 
     @classmethod
@@ -207,7 +223,10 @@ class Terms:
                 max_epsilon=math.inf if target is None else float(target),
                 delta=float(values["delta"]),
             )
+            own = values.get("own_noise_multiplier")
             return cls(
+                own_noise_multiplier=None if own is None else float(own),
+                attempt=int(values.get("attempt", 1)),
                 limit=limit,
                 filters=tuple(map(str, values["filters"])),
                 request_hash=str(values["request"]),

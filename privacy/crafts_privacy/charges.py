@@ -1,0 +1,210 @@
+"""What a cohort was charged, read off the ledger's entries; which charge pays for what.
+
+A charge is held by one entry at a time: the one that reserved it, then each that carried it over.
+Nothing here writes.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from crafts_privacy import accounting
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.errors import (
+    AloneBudgetExceededError,
+    FiltersChangedError,
+    LedgerError,
+    LedgerTamperedError,
+)
+from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry
+from crafts_privacy.lifetime import AloneLimit, Lifetime, PlanCharges, Terms, with_charge
+
+HOLDS_A_CHARGE = frozenset({EntryKind.RESERVED, EntryKind.CARRIED})
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Permission to train one round. ``sequence`` is its entry in the ledger."""
+
+    sequence: int
+    entry_hash: str
+    cohort: str
+    plan_hash: str
+    run_id: str
+    round: int
+    stage: str
+    event: PrivacyEvent
+    request_hash: str
+    """SHA-256 of what exactly was asked for, the adapter among it."""
+
+    def __post_init__(self) -> None:
+        if not (self.cohort and self.run_id and self.stage and self.round >= 1):
+            raise ValueError("expected a cohort, a run, a stage and a round from 1")
+        if not SHA256.fullmatch(self.plan_hash):
+            raise ValueError("expected plan_hash as 64 hexadecimal digits")
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """Which round of which run of whom."""
+        return (self.cohort, self.plan_hash, self.run_id, self.round)
+
+    @classmethod
+    def of(cls, entry: LedgerEntry) -> "Reservation":
+        return cls(
+            sequence=entry.sequence,
+            entry_hash=entry.hash,
+            cohort=entry.cohort,
+            plan_hash=entry.plan_hash,
+            run_id=entry.run_id,
+            round=entry.round,
+            stage=entry.stage,
+            event=entry.event,
+            request_hash=terms.request_hash if (terms := terms_of(entry)) else "",
+        )
+
+
+def entry_about(reservation: Reservation, kind: EntryKind, detail: str) -> LedgerEntry:
+    """An entry about a reservation, to be sealed by the store."""
+    return LedgerEntry(
+        sequence=0,
+        recorded_at=datetime.now(UTC),
+        kind=kind,
+        reservation=reservation.sequence,
+        cohort=reservation.cohort,
+        plan_hash=reservation.plan_hash,
+        run_id=reservation.run_id,
+        round=reservation.round,
+        stage=reservation.stage,
+        noise_multiplier=float(reservation.event.noise_multiplier),
+        sample_rate=float(reservation.event.sample_rate),
+        steps=int(reservation.event.steps),
+        detail=detail,
+        previous_hash="",
+    )
+
+
+def charged_to(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]:
+    """The cohort's reserving entries."""
+    return [
+        entry for entry in entries if entry.kind is EntryKind.RESERVED and entry.cohort == cohort
+    ]
+
+
+def terms_of(entry: LedgerEntry) -> Terms | None:
+    """What a charge was made under; None for one from before that was written down."""
+    if not entry.detail:
+        return None
+    try:
+        return Terms.of_text(entry.detail)
+    except ValueError as error:
+        raise LedgerTamperedError(f"ledger entry {entry.sequence}: {error}; {RESTORE}") from error
+
+
+def is_of_sum(entry: LedgerEntry) -> bool:
+    """Whether an entry that holds a charge is of a sum over sites."""
+    terms = terms_of(entry)
+    return terms is not None and terms.own_noise_multiplier is not None
+
+
+def attempt_of(entry: LedgerEntry) -> int:
+    """At a round's sum, of an entry that holds a charge; 1 where there is no sum."""
+    terms = terms_of(entry)
+    return 1 if terms is None else terms.attempt
+
+
+def plans_of(charged: Sequence[LedgerEntry]) -> tuple[PlanCharges, ...]:
+    """Reserving entries by plan, the plan charged last at the end."""
+    plans: tuple[PlanCharges, ...] = ()
+    for entry in charged:
+        terms = terms_of(entry)
+        limit = None if terms is None else terms.limit
+        plans = with_charge(plans, entry.plan_hash, limit, entry.event)
+    return plans
+
+
+def check_filters(charged: Sequence[LedgerEntry], declared: tuple[str, ...]) -> None:
+    """Raises FiltersChangedError where the first charges were made under others."""
+    for entry in charged:
+        terms = terms_of(entry)
+        if terms is not None and set(terms.filters) != set(declared):
+            raise FiltersChangedError(cohort=entry.cohort, began=terms.filters, declared=declared)
+
+
+def open_charges(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """Entries that hold a charge and that nothing followed."""
+    closed = {entry.reservation for entry in entries if entry.kind is not EntryKind.RESERVED}
+    return [
+        entry for entry in entries if entry.kind in HOLDS_A_CHARGE and entry.sequence not in closed
+    ]
+
+
+def what_followed(entries: Sequence[LedgerEntry], sequence: int) -> LedgerEntry | None:
+    """What became of the charge that an entry holds: committed, or carried over."""
+    for entry in entries[sequence:]:
+        if entry.reservation == sequence and entry.kind is not EntryKind.RESERVED:
+            return entry
+    return None
+
+
+def check_unused(entries: Sequence[LedgerEntry], unused: Reservation, wanted: Reservation) -> None:
+    """A charge is carried from an open entry, within one run, for one event.
+
+    Raises:
+        LedgerError: it is not open in this ledger, or was made for something else.
+    """
+    if unused not in [Reservation.of(entry) for entry in open_charges(entries)]:
+        raise LedgerError(
+            f"reservation {unused.sequence} is not open in this ledger; its charge pays for nothing"
+        )
+    for name in ("cohort", "plan_hash", "run_id", "event"):
+        if getattr(unused, name) != getattr(wanted, name):
+            raise LedgerError(
+                f"the charge of reservation {unused.sequence} was made for another {name}"
+            )
+
+
+def events_alone(entries: Sequence[LedgerEntry], cohort: str) -> tuple[PrivacyEvent, ...]:
+    """Each event with no noise but what the site added itself."""
+    events = []
+    for entry in charged_to(entries, cohort):
+        holder, last = entry, what_followed(entries, entry.sequence)
+        while last is not None and last.kind is EntryKind.CARRIED:
+            holder, last = last, what_followed(entries, last.sequence)
+        share = None if last is None else last.share
+        terms = terms_of(holder)
+        own = None if terms is None else terms.own_noise_multiplier
+        if share is not None:
+            own = share.own_noise_multiplier
+        events.append(entry.event if own is None else replace(entry.event, noise_multiplier=own))
+    return tuple(events)
+
+
+def check_alone(
+    entries: Sequence[LedgerEntry],
+    cohort: str,
+    new: Sequence[PrivacyEvent],
+    lifetime: Lifetime,
+    alone: AloneLimit,
+) -> None:
+    """Apply the limit on what only the site's own noise protects.
+
+    Raises:
+        AloneBudgetExceededError: with ``new`` it would be passed.
+    """
+    own = [replace(event, noise_multiplier=alone.own_noise_multiplier) for event in new]
+    epsilon = accounting.epsilon([*events_alone(entries, cohort), *own], lifetime.delta)
+    if not epsilon <= alone.max_epsilon:  # NaN must refuse too
+        raise AloneBudgetExceededError(
+            cohort=cohort, epsilon=epsilon, max_epsilon=alone.max_epsilon
+        )
+
+
+def held_for(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
+    """The open reservation of exactly the same request and mechanism, if there is one."""
+    for entry in open_charges(entries):
+        held = Reservation.of(entry)
+        if held == replace(wanted, sequence=held.sequence, entry_hash=held.entry_hash):
+            return held
+    return None
