@@ -1,4 +1,4 @@
-"""What a person at this site has read and approved, by hash: plans and foundations.
+"""What a person at this site has read and approved, by hash: plans, foundations and rosters.
 
 A hash covers every word of a plan and every byte of a foundation, so an approval is for exactly
 what was shown. It is asked for before each round; taken back, the site answers no further one.
@@ -7,6 +7,9 @@ A plan is approved for one run: approving it again once it ran allows one run mo
 sees every tile, as it encodes them, and one that was made for that could behave otherwise where a
 certain tile is; so nothing private is encoded, and nothing trained, with one that nobody here
 approved. The embedded foundation is part of the installed package, and approved by installing it.
+
+A roster says who the other hospitals of a plan's sums are, by their keys. It is approved once they
+have read its phrase to each other, or their fingerprints are in the policy.
 """
 
 from datetime import UTC, datetime
@@ -20,6 +23,7 @@ from crafts_client.policy import PolicyError, Rule
 from crafts_core.durable import write_file
 from crafts_core.foundation_manifest import FoundationManifest, embedded_path, read_manifest
 from crafts_core.plan import Plan
+from crafts_core.roster import Roster
 
 
 class Approval(BaseModel):
@@ -40,6 +44,15 @@ class FoundationApproval(BaseModel):
 
     name: str
     licence: str
+    approved_at: datetime
+
+
+class RosterApproval(BaseModel):
+    """The roster of one plan, as it was approved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    roster: Roster
     approved_at: datetime
 
 
@@ -130,6 +143,33 @@ class FoundationApprovals(_ApprovalFile[FoundationApproval]):
                 "study's, then run crafts-client foundation approve "
                 f"{manifest.hash[:16]}",
             )
+
+
+class RosterApprovals(_ApprovalFile[RosterApproval]):
+    """Of rosters, one for each plan: ``approved_rosters.json``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, RosterApproval)
+
+    def approve(self, roster: Roster) -> None:
+        """Say yes to a roster, in place of the one of the same plan."""
+        approval = RosterApproval(roster=roster, approved_at=datetime.now(UTC))
+        self._write(self.all() | {roster.plan_hash: approval})
+
+    def of_plan(self, plan_hash: str) -> Roster:
+        """The roster that was approved for a plan.
+
+        Raises:
+            PolicyError: rule ``roster``: none was.
+        """
+        approval = self.all().get(plan_hash)
+        if approval is None:
+            raise PolicyError(
+                Rule.ROSTER,
+                "nobody here approved who the other hospitals are; run crafts-client roster "
+                f"approve {plan_hash[:16]}",
+            )
+        return approval.roster
 
 
 def is_embedded(foundation_hash: str) -> bool:

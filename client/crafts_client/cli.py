@@ -14,6 +14,7 @@ from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.ledger_cli import ledger_app
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
+from crafts_client.roster_cli import roster_app
 from crafts_client.tiles_cli import UNUSABLE, tiles_app
 from crafts_core.command_line import one_line_errors, print_result, progress_bars
 from crafts_core.durable import write_file
@@ -28,6 +29,7 @@ app = typer.Typer(
 policy_app = typer.Typer(no_args_is_help=True, help="What this site allows.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(roster_app, name="roster")
 app.add_typer(network_app)
 app.add_typer(tiles_app, name="tiles")
 
@@ -366,22 +368,20 @@ def budget(
     """Print the limit for life, what its filters count, and what is left in steps and plans."""
     if also_key and not also:
         raise typer.BadParameter("--also-key has no effect without --also")
-    from crafts_client.budget import budget_of, left_for
+    from crafts_client.budget import budget_of, epsilon_at_all_sites, left_for
     from crafts_client.site_ledger import existing_ledger
-    from crafts_privacy.accounting import epsilon
     from crafts_privacy.ledger_export import read_export
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         ledger = existing_ledger(site)
-        events = () if ledger is None else ledger.events(site.config.cohort)
         told = budget_of(site)
         for_plan = {} if plan is None else left_for(site, plan)
         exports = [read_export(path, trusted=also_key or ()) for path in also or ()]
     result = told.model_dump() if as_json else dict(told)
     if also:
-        elsewhere = [event for export in exports for event in export.charged]
-        together = epsilon([*events, *elsewhere], site.policy.max_delta)
+        with one_line_errors("crafts-client"):
+            together = epsilon_at_all_sites(site, ledger, exports)
         result["epsilon_of_a_patient_at_all_sites"] = together if math.isfinite(together) else None
         result["counted_of_other_sites"] = [str(export.head) for export in exports]
     print_result(result | for_plan, as_json)

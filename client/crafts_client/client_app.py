@@ -13,11 +13,16 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from crafts_client.errors import HomeError
-from crafts_client.messages import read_message, write_reply
+from crafts_client.messages import read_announcement, read_message, write_reply
+from crafts_client.outbox import Release
 from crafts_client.refusals import refusal_of
 from crafts_client.site import Site
+from crafts_core.exchange import ReadyReply, RoundRequest
 
 log = logging.getLogger(__name__)
+
+Answer = Callable[[], Release | ReadyReply]
+Ask = Callable[[Site, Message], tuple[RoundRequest, Answer]]
 
 HOME_KEY = "site-home"
 """Key of the node's configuration that names the site home."""
@@ -36,22 +41,21 @@ def make_client_app(
     app = ClientApp()
     sites: dict[Path, Site] = {}
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        """Answer one round, or refuse it with a public sentence."""
+    def answered(message: Message, context: Context, ask: Ask) -> Message:
+        """One question, or a refusal with a public sentence."""
         try:
             path = _home_of(context)
             if path not in sites:
                 sites[path] = open_site(path)
-            request = read_message(message)
+            request, answer = ask(sites[path], message)
             witness()
             try:
-                release = sites[path].answer(request)
+                release = answer()
             except Exception:
                 witness()  # a refusal may have been charged, too
                 raise
             witness()
-            log.info("answered round=%d", request.request.round)
+            log.info("answered round=%d", request.round)
             return Message(write_reply(release), reply_to=message)
         except Exception as error:  # whatever it is, its text stays here
             refusal = refusal_of(error)
@@ -65,7 +69,27 @@ def make_client_app(
             log.debug("refused because", exc_info=error)
             return Message(Error(refusal.code, refusal.sentence), reply_to=message)
 
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        """Answer one round; of a sum, say that this site is ready."""
+        return answered(message, context, _ask_to_train)
+
+    @app.train("masked")
+    def masked(message: Message, context: Context) -> Message:
+        """Add this site's masked vector to a sum."""
+        return answered(message, context, _ask_to_add)
+
     return app
+
+
+def _ask_to_train(site: Site, message: Message) -> tuple[RoundRequest, Answer]:
+    request = read_message(message)
+    return request.request, lambda: site.answer(request)
+
+
+def _ask_to_add(site: Site, message: Message) -> tuple[RoundRequest, Answer]:
+    announced = read_announcement(message)
+    return announced.request, lambda: site.add_to_sum(announced)
 
 
 def _place(error: BaseException) -> str:

@@ -119,7 +119,11 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
             )
             made = ((config, parts), trainer)
         task = replace(task, withdrawn=task.withdrawn | unknown)
-        made[1].train(task, _take_timed_steps if is_timed else None)
+        before_draws = _take_timed_steps if is_timed else None
+        if task.sum_grid_bits is None:
+            made[1].train(task, before_draws)
+        else:
+            made[1].hold(task, before_draws)  # the sum is the first device's to keep
         counted = unusable.Unusable(
             gradients=made[1].num_unusable_patients, tiles=patients.take_num_unusable()
         )

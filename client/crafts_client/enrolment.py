@@ -10,6 +10,7 @@ Private keys are made here and never leave.
     keys/tls.key, tls.crt    the site's client certificate
     keys/ca.crt              the coordinator's authority
     keys/node.key            EC P-256, OpenSSH: the Flower node's
+    keys/site.key            made before, if it is not there: the coordinator gets its public half
     coordinator.json         addresses and the signer's public key
 """
 
@@ -35,8 +36,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from crafts_client.errors import CoordinatorBusyError, EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_client.proxies import proxy_for, way
+from crafts_client.site_key import site_key
+from crafts_client.site_ledger import existing_ledger
 from crafts_core.durable import write_file
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
+from crafts_privacy import signing
 
 DEFAULT_PORT = 8444
 TIMEOUT_S = 30.0
@@ -85,12 +89,14 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
             f"{name}:{port} shows another certificate ({shown[:16]}) than the invitation names "
             f"({wanted[:16]}): a wrong host, or TLS inspection on the way; ask your network people"
         )
+    identity = site_key(home, existing_ledger(home))
     tls_key, node_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     request = messages.EnrolRequest(
         token=secret,
         signing_request_pem=_signing_request(tls_key, home.config.name),
         node_public_key=_public_text(node_key),
         declared_patients=home.config.declared_patients,
+        identity_public_key=signing.public_key_of(identity),
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
     with _channel(f"{name}:{port}", credentials) as channel:
@@ -156,6 +162,18 @@ class Registrar:
         """
         request = calls_of(REGISTRAR)[name].request(**fields)
         return _call(self._channel, REGISTRAR, name, request, at=self.record.registrar_address)
+
+
+def publish_identity(home: SiteHome) -> str:
+    """Tell the coordinator which key signs for this site; the key's fingerprint.
+
+    Raises:
+        EnrolmentError: the coordinator cannot be reached or refuses.
+    """
+    public_key = signing.public_key_of(site_key(home, existing_ledger(home)))
+    with Registrar(home) as registrar:
+        registrar.call("PublishIdentity", identity_public_key=public_key)
+    return signing.fingerprint(public_key)
 
 
 def coordinator_record(home: SiteHome) -> CoordinatorRecord:

@@ -8,6 +8,7 @@ CraftsError
 │   └── NotAgreedError         both: the site's number of patients is not the one that was agreed
 ├── WitnessError     the site's operator: a folder that keeps the ledger's head is away
 ├── PolicyError      the coordinator: it asks for what this site's policy does not allow
+├── NotReadyError    the coordinator: it announces a sum that this site does not hold
 ├── OutboxError      the site's operator: a sealed release was altered or cannot be read
 └── TrainingError    the site's operator: training gave something that must not leave
 """
@@ -33,6 +34,10 @@ class NotAgreedError(EnrolmentError):
 
 class WitnessError(CraftsError):
     """Nobody else can see how far the ledger is, so nothing may leave."""
+
+
+class NotReadyError(CraftsError):
+    """The sum that an announcement asks for is not here: it left, was lost, or never was."""
 
 
 class OutboxError(CraftsError):

@@ -10,10 +10,12 @@
     names.txt           names to take out of every caption, if you list some (0600)
     ingest.html         the same to look at, with pictures/ (0600)
     keys/               certificate, its key, the node's key (0600), the coordinator's authority;
-                        site.key (0600), which signs the ledger's head
+                        site.key (0600), which signs the ledger's head and stands for the site
+                        in sums
     coordinator.json    where the coordinator is
     approved.json       the plans that a person here approved
     approved_foundations.json   the foundations, too
+    approved_rosters.json   who the hospitals of a plan's sums are
     foundations/        what was fetched of the coordinator's
     patients.jsonl      who is in which cohort, and who withdrew (pseudonyms, 0600), with its .head
     ledger.db           what was spent, with its .head
@@ -35,7 +37,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from crafts_client.approvals import Approvals, FoundationApprovals
+from crafts_client.approvals import Approvals, FoundationApprovals, RosterApprovals
 from crafts_client.errors import HomeError
 from crafts_client.ingest import Salt
 from crafts_client.policy import Policy
@@ -191,6 +193,11 @@ class SiteHome:
         return Approvals(self.path / "approved.json")
 
     @property
+    def roster_approvals(self) -> RosterApprovals:
+        """The rosters of sums that a person here approved."""
+        return RosterApprovals(self.path / "approved_rosters.json")
+
+    @property
     def foundations_path(self) -> Path:
         """Foundations that were fetched, each in a folder."""
         return self.path / "foundations"
@@ -216,7 +223,7 @@ class SiteHome:
 
     @property
     def site_key_path(self) -> Path:
-        """The key that signs the ledger's head."""
+        """The key that others know this site by; it signs the ledger's head."""
         return self.path / "keys" / "site.key"
 
     @property
@@ -252,8 +259,14 @@ class SiteHome:
 
 
 def to_toml(model: BaseModel) -> str:
-    """Flat values as TOML. JSON's scalars and lists of scalars are TOML's."""
-    values = model.model_dump(mode="json")
+    """Values as TOML; JSON's scalars and lists of scalars are TOML's. Tables come last."""
+    values = model.model_dump(mode="json", exclude_none=True)
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    text = _lines({key: value for key, value in values.items() if key not in tables})
+    return text + "".join(f"[{key}]\n{_lines(table)}" for key, table in tables.items() if table)
+
+
+def _lines(values: dict[str, object]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 

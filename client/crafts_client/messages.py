@@ -3,11 +3,16 @@
 A request carries ConfigRecords ``request`` and ``plan`` and ArrayRecords ``adapter`` and, where
 the coordinator does not know that the site holds it, ``stage_start``. A reply carries ConfigRecord
 ``reply`` and ArrayRecord ``delta``.
+
+Of a sum there are two: a request is answered by ConfigRecord ``ready`` alone; an announcement
+(``request``, ``plan`` and ConfigRecord ``announcement`` with ``json``) by ConfigRecord ``masked``
+and ArrayRecord ``sum`` of 32-bit words.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
@@ -15,7 +20,14 @@ from crafts_client.outbox import Release
 from crafts_client.signed_plan import SignedPlan
 from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED, packed, unpacked
-from crafts_core.exchange import ExchangeError, RoundRequest, check_tensors
+from crafts_core.exchange import (
+    Announcement,
+    ExchangeError,
+    MaskedReply,
+    ReadyReply,
+    RoundRequest,
+    check_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,30 +40,42 @@ class RoundMessage:
     stage_start: ArrayRecord | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnouncementMessage:
+    """Who the members of a sum are, as it came."""
+
+    request: RoundRequest
+    plan: SignedPlan
+    announcement: Announcement
+
+
 def read_message(message: Message) -> RoundMessage:
     """Take a request apart.
 
     Raises:
         ExchangeError: a record is missing, unknown, or of another kind.
     """
-    if message.has_error():
-        raise ExchangeError("expected a request, got an error")
-    content = message.content
-    unknown = content.keys() - {"request", "plan", "adapter", "stage_start"}
-    if unknown:
-        raise ExchangeError(f"the message holds {len(unknown)} unknown records")
-    plan = dict(_config(content, "plan"))
-    if plan.keys() != {"json", "signature", "public_key"}:
-        raise ExchangeError("record plan: expected json, signature and public_key")
-    texts = {key: value for key, value in plan.items() if isinstance(value, str)}
-    if texts.keys() != plan.keys():
-        raise ExchangeError("record plan: expected texts")
+    content = _known(message, {"request", "plan", "adapter", "stage_start"})
     stage_start = _arrays(content, "stage_start") if "stage_start" in content else None
     return RoundMessage(
         request=RoundRequest.from_scalars(dict(_config(content, "request"))),
-        plan=SignedPlan(**texts),
+        plan=_plan(content),
         adapter=_arrays(content, "adapter"),
         stage_start=stage_start,
+    )
+
+
+def read_announcement(message: Message) -> AnnouncementMessage:
+    """Take an announcement apart.
+
+    Raises:
+        ExchangeError: a record is missing, unknown, or of another kind.
+    """
+    content = _known(message, {"request", "plan", "announcement"})
+    return AnnouncementMessage(
+        request=RoundRequest.from_scalars(dict(_config(content, "request"))),
+        plan=_plan(content),
+        announcement=Announcement.parse(_texts(content, "announcement", {"json"})["json"]),
     )
 
 
@@ -66,8 +90,18 @@ def read_state(record: ArrayRecord, expected: Mapping[str, Tensor]) -> State:
     return state
 
 
-def write_reply(release: Release) -> RecordDict:
-    """A release as the content of a reply."""
+def write_reply(release: Release | ReadyReply) -> RecordDict:
+    """A release, or the word that a site is ready, as the content of a reply."""
+    if isinstance(release, ReadyReply):
+        return RecordDict({"ready": ConfigRecord(dict(release.to_scalars()))})
+    if isinstance(release.reply, MaskedReply):
+        words = release.delta[PACKED].numpy().view(np.uint32)
+        return RecordDict(
+            {
+                "masked": ConfigRecord(dict(release.reply.to_scalars())),
+                "sum": ArrayRecord({PACKED: Array.from_numpy_ndarray(words)}),
+            }
+        )
     (dtype,) = {tensor.dtype for tensor in release.delta.values()}
     values = Array.from_numpy_ndarray(packed(release.delta, dtype))
     return RecordDict(
@@ -76,6 +110,30 @@ def write_reply(release: Release) -> RecordDict:
             "delta": ArrayRecord({PACKED: values}),
         }
     )
+
+
+def _known(message: Message, names: set[str]) -> RecordDict:
+    """The content of a message that holds nothing else."""
+    if message.has_error():
+        raise ExchangeError("expected a request, got an error")
+    unknown = message.content.keys() - names
+    if unknown:
+        raise ExchangeError(f"the message holds {len(unknown)} unknown records")
+    return message.content
+
+
+def _plan(content: RecordDict) -> SignedPlan:
+    return SignedPlan(**_texts(content, "plan", {"json", "signature", "public_key"}))
+
+
+def _texts(content: RecordDict, name: str, keys: set[str]) -> dict[str, str]:
+    values = dict(_config(content, name))
+    if values.keys() != keys:
+        raise ExchangeError(f"record {name}: expected {', '.join(sorted(keys))}")
+    texts = {key: value for key, value in values.items() if isinstance(value, str)}
+    if texts.keys() != values.keys():
+        raise ExchangeError(f"record {name}: expected texts")
+    return texts
 
 
 def _config(content: RecordDict, name: str) -> ConfigRecord:

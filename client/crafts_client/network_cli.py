@@ -108,6 +108,19 @@ def declare(home: Home = Path("site"), as_json: AsJson = False) -> None:
         )
 
 
+@network_app.command()
+def identity(home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Tell the coordinator which key signs for this site, and print its fingerprint.
+
+    `enroll` does the same; a site that enrolled with older software does it once.
+    """
+    from crafts_client.enrolment import publish_identity
+
+    with one_line_errors("crafts-client"):
+        fingerprint = publish_identity(SiteHome.open(home))
+    typer.echo(json.dumps({"fingerprint": fingerprint}) if as_json else fingerprint)
+
+
 @plan_app.command("list")
 def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """The plans that the coordinator signed, and what this site would say to each."""

@@ -21,8 +21,8 @@ from torch import Tensor
 from crafts_client.errors import OutboxError
 from crafts_core.adapters import State
 from crafts_core.durable import append_line, write_file
-from crafts_core.exchange import RoundReply, RoundRequest
-from crafts_privacy.ledger import Reservation
+from crafts_core.exchange import MaskedReply, RoundReply, RoundRequest
+from crafts_privacy.ledger import Reservation, Share
 
 _SEAL = "seal"
 _RECORDS = "releases.jsonl"
@@ -47,9 +47,11 @@ class _Seal(BaseModel):
     reservation: int = Field(ge=1)
     entry_hash: str
     request: RoundRequest
-    reply: RoundReply
+    reply: RoundReply | MaskedReply
     noise: str
     """Where the noise of privacy came from."""
+    share: Share | None = None
+    """Of a masked vector."""
 
 
 class ReleaseRecord(BaseModel):
@@ -66,6 +68,8 @@ class ReleaseRecord(BaseModel):
     tensors: tuple[str, ...]
     noise: str
     """Where the noise of privacy came from."""
+    share: Share | None = None
+    """Of a masked vector: this site's part in the sum's noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +77,11 @@ class Release:
     """One reply, sealed."""
 
     payment: Payment
-    reply: RoundReply
+    reply: RoundReply | MaskedReply
     delta: State
+    """What leaves: an update, or one masked vector, whose words are kept as int32."""
     noise: str
+    share: Share | None
     hash: str
     """SHA-256 of the sealed file: what the ledger commits."""
 
@@ -89,21 +95,24 @@ class Outbox:
     def seal(
         self,
         request: RoundRequest,
-        reply: RoundReply,
+        reply: RoundReply | MaskedReply,
         delta: Mapping[str, Tensor],
         reservation: Reservation,
         *,
         noise: str,
+        share: Share | None = None,
     ) -> Release:
         """Write a release durably. Nothing has left yet, and nothing may before the commit."""
         payment = Payment(reservation.sequence, reservation.entry_hash)
-        seal = _Seal(**payment._asdict(), request=request, reply=reply, noise=noise)
+        seal = _Seal(**payment._asdict(), request=request, reply=reply, noise=noise, share=share)
         tensors = {name: tensor.contiguous() for name, tensor in delta.items()}
-        data = save(tensors, metadata={_SEAL: seal.model_dump_json()})
+        data = save(tensors, metadata={_SEAL: seal.model_dump_json(exclude_none=True)})
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(self._path(request), data, mode=0o600)
         digest = hashlib.sha256(data).hexdigest()
-        release = Release(payment=payment, reply=reply, delta=tensors, hash=digest, noise=noise)
+        release = Release(
+            payment=payment, reply=reply, delta=tensors, hash=digest, noise=noise, share=share
+        )
         self._remember(release)
         return release
 
@@ -119,8 +128,10 @@ class Outbox:
             num_bytes=sum(tensor.nbytes for tensor in release.delta.values()),
             tensors=tuple(sorted(release.delta)),
             noise=release.noise,
+            share=release.share,
         )
-        append_line(self._folder / _RECORDS, record.model_dump_json(), mode=0o600)
+        line = record.model_dump_json(exclude_none=True)
+        append_line(self._folder / _RECORDS, line, mode=0o600)
 
     def payments(self) -> set[Payment]:
         """What paid for everything that was ever sealed here, as far as is still known.
@@ -172,6 +183,7 @@ class Outbox:
             delta=delta,
             hash=hashlib.sha256(data).hexdigest(),
             noise=seal.noise,
+            share=seal.share,
         )
 
     def drop_before(self, run_id: str, round: int) -> None:

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Collection, Container, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -54,6 +54,10 @@ class Rule(StrEnum):
     APPROVAL = "approval"
     RUN = "run"
     FOUNDATION_APPROVAL = "foundation_approval"
+    TRUST = "trust"
+    COLLUDING = "colluding"
+    MEMBERS = "members"
+    ROSTER = "roster"
 
 
 class PolicyError(CraftsError):
@@ -97,10 +101,35 @@ class Policy(BaseModel):
     require_secure_aggregation: bool
     require_approval: bool
     """A person here reads every plan and approves it, before its first round."""
+    allowed_trust: tuple[Literal["site", "distributed"], ...] = ("site",)
+    """Who adds the noise: this site all of it, or all members of a sum a share each."""
+    min_colluding_sites: Annotated[int, Field(ge=1)] = 1
+    """Against how many other hospitals together with the coordinator a plan must hold."""
+    min_members: Annotated[int, Field(ge=3)] = 3
+    """Smallest sum that this site adds to."""
+    max_epsilon_alone: Annotated[float, Field(gt=0)] | None = None
+    """Lifetime epsilon, at ``max_delta``, if every other hospital and the coordinator work together
+    against this one, so that only its own shares of noise protect it."""
+    min_own_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest share of noise that this site adds, whatever its part would be."""
+    peers: dict[
+        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")],
+        Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")],
+    ] = {}
+    """Fingerprints of other hospitals' keys that somebody here has checked for good."""
 
     @model_validator(mode="after")
     def _filters_leave_room(self) -> Self:
         check_filters(self.lifetime_filters, max_epsilon=self.max_epsilon, delta=self.max_delta)
+        return self
+
+    @model_validator(mode="after")
+    def _distributed_trust_is_bounded(self) -> Self:
+        if "distributed" in self.allowed_trust and self.max_epsilon_alone is None:
+            raise ValueError(
+                'allowed_trust with "distributed" needs max_epsilon_alone: what may be spent if '
+                "everybody else works together against this hospital"
+            )
         return self
 
     @property
@@ -304,6 +333,35 @@ def aggregation_is_secure_enough(policy: Policy, asked: Asked) -> None:
         raise PolicyError(Rule.SECURE_AGGREGATION, "the plan does not use secure aggregation")
 
 
+def trust_is_allowed(policy: Policy, asked: Asked) -> None:
+    """Whether a share of the noise is enough, with others' shares beside it."""
+    trust = asked.plan.privacy.trust
+    if trust not in policy.allowed_trust:
+        raise PolicyError(Rule.TRUST, f"the plan's trust is {trust!r}, which is not allowed")
+
+
+def enough_sites_may_collude(policy: Policy, asked: Asked) -> None:
+    """The promise must hold against so many others together with the coordinator."""
+    colluding = asked.plan.privacy.colluding_sites
+    if colluding is not None and colluding < policy.min_colluding_sites:
+        raise PolicyError(
+            Rule.COLLUDING,
+            f"the plan holds against {colluding} colluding sites, the policy wants "
+            f"{policy.min_colluding_sites}",
+        )
+
+
+def sums_are_large_enough(policy: Policy, asked: Asked) -> None:
+    """Members of the smallest sum that the plan takes a step with."""
+    aggregation = asked.plan.aggregation
+    if aggregation.secure_aggregation and aggregation.min_sites < policy.min_members:
+        raise PolicyError(
+            Rule.MEMBERS,
+            f"the plan takes sums over {aggregation.min_sites} sites, the policy wants "
+            f"{policy.min_members} members",
+        )
+
+
 PLAN_RULES: tuple[PlanRule, ...] = (
     plan_is_private,
     epsilon_is_allowed,
@@ -316,6 +374,9 @@ PLAN_RULES: tuple[PlanRule, ...] = (
     steps_are_allowed,
     rounds_are_allowed,
     aggregation_is_secure_enough,
+    trust_is_allowed,
+    enough_sites_may_collude,
+    sums_are_large_enough,
 )
 
 
@@ -364,12 +425,19 @@ def check_run(request: "RoundRequest", known_runs: Collection[str], allowed_runs
         )
 
 
-def check_not_replayed(request: "RoundRequest", last_released_round: int) -> None:
+def check_not_replayed(
+    request: "RoundRequest", last_released_round: int, last_attempt: int = 1
+) -> None:
     """A round that this site released in this run, or an earlier one, is not trained again.
+
+    Of a sum, another attempt at the last round is something new: what left for the one before it
+    was charged, and so is this.
 
     Raises:
         PolicyError: rule ``replay``.
     """
+    if request.round == last_released_round and request.attempt > last_attempt:
+        return
     if request.round <= last_released_round:
         raise PolicyError(
             Rule.REPLAY,

@@ -10,6 +10,7 @@ from crafts_client.errors import (
     EnrolmentError,
     HomeError,
     NotAgreedError,
+    NotReadyError,
     OutboxError,
     TrainingError,
     WitnessError,
@@ -23,6 +24,7 @@ from crafts_core.plan import PlanError
 from crafts_core.stages.objective import BatchCoupledLossError
 from crafts_core.tiles import TileStoreError
 from crafts_privacy.errors import (
+    AloneBudgetExceededError,
     BudgetExceededError,
     CalibrationError,
     LedgerError,
@@ -30,6 +32,7 @@ from crafts_privacy.errors import (
     PlanBudgetExceededError,
     RankError,
 )
+from crafts_privacy.secure_aggregation.members import MembersError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (ExchangeError, Refusal(101, "the message is not what the plan says it should be")),
     (PlanError, Refusal(102, "the plan cannot be read")),
     (PlanBudgetExceededError, Refusal(117, "the plan has spent its own target epsilon here")),
+    (
+        AloneBudgetExceededError,
+        Refusal(146, "the site's own shares of noise would protect its patients too little"),
+    ),
     (BudgetExceededError, Refusal(104, "the cohort's lifetime privacy budget does not allow it")),
     (LedgerPlaceError, Refusal(150, "the site's ledger is bound to another place than this")),
     (LedgerError, Refusal(105, "the site's privacy ledger does not allow it")),
@@ -62,6 +69,8 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (NotAgreedError, Refusal(118, "the site's number of patients is not the one that was agreed")),
     (EnrolmentError, Refusal(116, "the coordinator did not witness the site's ledger")),
     (WitnessError, Refusal(151, "a witness of the site's ledger is away")),
+    (NotReadyError, Refusal(119, "the site holds no sum for what is announced")),
+    (MembersError, Refusal(145, "the announced members are not ones that the site adds to")),
     (HomeError, NOT_SET_UP),
     (TileStoreError, NOT_SET_UP),
     (OutboxError, Refusal(113, "the site cannot send its sealed answer again")),
@@ -95,6 +104,10 @@ OF_RULE: dict[Rule, Refusal] = {
     Rule.FOUNDATION_APPROVAL: Refusal(
         149, "policy: nobody at the site has approved the foundation yet"
     ),
+    Rule.ROSTER: Refusal(141, "policy: nobody at the site has approved this roster"),
+    Rule.TRUST: Refusal(142, "policy: the plan's trust is not allowed"),
+    Rule.COLLUDING: Refusal(143, "policy: the plan holds against too few colluding sites"),
+    Rule.MEMBERS: Refusal(144, "policy: the plan takes sums over too few sites"),
 }
 
 

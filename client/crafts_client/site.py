@@ -12,6 +12,9 @@ The order, and what a crash leaves behind::
     witness  the folders elsewhere have the ledger's head (and were asked before anything)
     send     the message leaves
 
+Of a sum over sites, training ends with a sum that is held in memory; what is sealed is one masked
+vector, once the members are announced (``sums``).
+
 So nothing leaves that was not charged, and nothing is charged twice for being asked twice. A
 reservation is for one request, adapter included: asked from another adapter, a round that a crash
 left open is charged anew. When an answer leaves tells nothing either: ``answer_times``.
@@ -33,20 +36,23 @@ from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import HomeError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of
-from crafts_client.messages import RoundMessage, read_state
+from crafts_client.messages import AnnouncementMessage, RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import Policy, PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.seen_updates import SeenUpdates
-from crafts_client.signed_plan import open_signed_plan
+from crafts_client.signed_plan import SignedPlan, open_signed_plan
+from crafts_client.site_key import site_key
 from crafts_client.site_ledger import open_ledger, take_place
 from crafts_client.speed import Speed
+from crafts_client.sums import SiteSums, alone_limit, check_answers, check_roster
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_client.witness_folders import show_to_folders
 from crafts_core.adapters import State, factor_names
 from crafts_core.exchange import (
     ExchangeError,
+    ReadyReply,
     RoundReply,
     RoundRequest,
     global_norm,
@@ -54,10 +60,13 @@ from crafts_core.exchange import (
     state_hash,
 )
 from crafts_core.foundation import Foundation, load
-from crafts_core.plan import AdapterConfig, Part, Plan, StageConfig
+from crafts_core.plan import AdapterConfig, Part, Plan, RoundOfPlan, StageConfig
+from crafts_core.roster import Roster
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
-from crafts_privacy.ledger import EntryKind, LedgerEntry, Reservation
+from crafts_privacy import signing
+from crafts_privacy.held_sum import HeldSum
+from crafts_privacy.ledger import LedgerEntry, Reservation
 from crafts_privacy.patient_sgd import Mechanism
 
 log = logging.getLogger(__name__)
@@ -101,6 +110,7 @@ class Site:
         self._departure = Departure(self._clock)
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
+        self._sums = SiteSums(self._outbox, type(self._randomness.noise).__name__)
         self._seen = SeenUpdates(home.seen_path)
         self._settle()
         store = TileStore.open(home.tile_store_path, check_shards=False)
@@ -128,8 +138,10 @@ class Site:
         home = SiteHome.open(path)
         return cls(home, load(home.foundation_path, device=home.config.device))
 
-    def answer(self, message: RoundMessage) -> Release:
+    def answer(self, message: RoundMessage) -> Release | ReadyReply:
         """Do what the message asks, if everything about it is allowed.
+
+        Of a sum that is the word that the site holds its part.
 
         Raises:
             CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
@@ -139,26 +151,77 @@ class Site:
         show_to_folders(self._home, self._ledger)  # where that fails it stays, sealed
         return release
 
-    def _answer(self, message: RoundMessage) -> Release:
+    def add_to_sum(self, message: AnnouncementMessage) -> Release:
+        """The masked vector for exactly the members that were announced, once.
+
+        Raises:
+            CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
+        """
+        show_to_folders(self._home, self._ledger)
+        release = self._masked(message)
+        show_to_folders(self._home, self._ledger)  # as above
+        return release
+
+    def _allowed(self, signed: SignedPlan, request: RoundRequest) -> tuple[Plan, RoundOfPlan]:
+        """The plan and its round, if both are allowed here and now."""
         # Read anew: a policy that was tightened holds from this answer on.
         policy = Policy.load(self._home.path / POLICY_NAME)
         self._home = replace(self._home, policy=policy)
-        config, request = self._home.config, message.request
-        plan = open_signed_plan(message.plan, policy)
+        config = self._home.config
+        plan = open_signed_plan(signed, policy)
         policy.check_plan(plan, declared_patients=config.declared_patients)
         policy.check_approved(plan, self._home.approvals.all())
         self._home.foundation_approvals.check(self._foundation.manifest)
         planned = check_request(plan, request, foundation_hash=self._foundation.manifest.hash)
+        return plan, planned
+
+    def _answer(self, message: RoundMessage) -> Release | ReadyReply:
+        request = message.request
+        plan, planned = self._allowed(message.plan, request)
+        is_sum = plan.privacy.trust == "distributed"
+        ready = self._sums.word_for(request)
+        if ready is not None:
+            return ready
         sealed = self._outbox.find(request)
         if sealed is not None:
             self._commit_sealed(sealed)
-            return sealed
+            if not is_sum:
+                return sealed
         runs = {entry.run_id for entry in self._entries_of(plan.hash)}
         check_run(request, runs, self._home.approvals.runs_of(plan.hash))
-        check_not_replayed(request, self._last_released_round(request))
+        check_not_replayed(request, *self._ledger.last_released(plan.hash, request.run_id))
         return self._train(plan, planned.stage, message)
 
-    def _train(self, plan: Plan, stage: StageConfig, message: RoundMessage) -> Release:
+    def _masked(self, message: AnnouncementMessage) -> Release:
+        """Seal the vector and commit it, or find the one that was sealed."""
+        request, announcement = message.request, message.announcement
+        plan, _ = self._allowed(message.plan, request)
+        sealed = self._outbox.find(request)
+        if sealed is not None:
+            check_answers(sealed, announcement)
+            self._commit_sealed(sealed)
+            return sealed
+        roster = self._roster(plan)
+        release, reservation = self._sums.release(
+            request, announcement, plan=plan, policy=self._home.policy, roster=roster
+        )
+        self._ledger.commit(reservation, release.hash, release.share)
+        self._outbox.drop_before(request.run_id, request.round - 1)
+        return release
+
+    def _roster(self, plan: Plan) -> Roster:
+        """Who the hospitals of a plan's sums are, as somebody here approved it."""
+        config, roster = self._home.config, self._home.roster_approvals.of_plan(plan.hash)
+        check_roster(
+            roster,
+            self._home.policy,
+            site=config.name,
+            declared_patients=config.declared_patients,
+            identity=signing.public_key_of(site_key(self._home, self._ledger)),
+        )
+        return roster
+
+    def _train(self, plan: Plan, stage: StageConfig, message: RoundMessage) -> Release | ReadyReply:
         """Reserve, train, check, seal, commit: the order that the module's docstring explains."""
         config, policy, request = self._home.config, self._home.policy, message.request
         mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
@@ -174,11 +237,15 @@ class Site:
             state=state,
             stage_start=self._stage_start(message, stage, state),
             withdrawn=self._register.withdrawn,
+            sum_grid_bits=plan.privacy.sum_grid_bits,
         )
         reservation = self._reserve(plan, request, task)
         try:
             with self._departure:
-                delta = _as_wire(self._train_everywhere(trainer, plan, task), plan)
+                trained = self._train_everywhere(trainer, plan, task)
+                if isinstance(trained, HeldSum):
+                    return self._hold(request, trained, reservation, task)
+                delta = _as_wire(trained, plan)
                 update_norm = global_norm(delta)
                 policy.check_update_norm(update_norm)
                 reply = self._reply(request, stage, mechanism, delta, update_norm)
@@ -201,6 +268,22 @@ class Site:
         self._outbox.drop_before(request.run_id, request.round - 1)
         return release
 
+    def _hold(
+        self, request: RoundRequest, held_sum: HeldSum, reservation: Reservation, task: TrainingTask
+    ) -> ReadyReply:
+        """Keep the sum; nothing of it is on disk, and what was reserved stays open."""
+        names = factor_names(task.state, task.factor)
+        return self._sums.hold(
+            request,
+            held_sum,
+            reservation,
+            mechanism=task.mechanism,
+            trained={name: task.state[name] for name in names},
+            identity=site_key(self._home, self._ledger),
+            site=self._home.config.name,
+            declared_patients=self._home.config.declared_patients,
+        )
+
     def _close_round(self, reservation: Reservation) -> None:
         """Charged, and not trained again; the refusal tells something too, so folders see it."""
         self._ledger.commit(reservation, REFUSED_RELEASE)
@@ -213,14 +296,17 @@ class Site:
         except OSError as error:
             log.warning("an update is not kept for crafts-client attack: %s", error.strerror)
 
-    def _train_everywhere(self, trainer: Trainer, plan: Plan, task: TrainingTask) -> State:
+    def _train_everywhere(
+        self, trainer: Trainer, plan: Plan, task: TrainingTask
+    ) -> State | HeldSum:
         """On all of the site's devices."""
         trainer.has_drawn = False
         try:
             if self._workers is not None:
                 is_timed = self._home.config.answer_every_s == "auto"
                 self._workers.start(plan.adapter, plan.parts, task, is_timed=is_timed)
-            return trainer.train(task, partial(self._fix_departure, plan, task))
+            run = trainer.train if task.sum_grid_bits is None else trainer.hold
+            return run(task, partial(self._fix_departure, plan, task))
         except TrainingError:
             raise
         except Exception:
@@ -267,6 +353,10 @@ class Site:
         limit = limit_of(plan, lifetime)
         if limit.max_epsilon == math.inf:  # without noise; the policy has allowed it by name
             lifetime = replace(lifetime, max_epsilon=math.inf)
+        alone = unused = None
+        if task.sum_grid_bits is not None:
+            alone = alone_limit(plan, self._home.policy, task.mechanism, self._roster(plan))
+            unused = self._sums.give_up(request)
         return self._ledger.reserve(
             cohort=self._home.config.cohort,
             plan_hash=request.plan_hash,
@@ -277,6 +367,9 @@ class Site:
             request_hash=request.hash,
             lifetime=lifetime,
             plan_limit=limit,
+            attempt=request.attempt,
+            alone=alone,
+            unused=unused,
         )
 
     def _commit_sealed(self, sealed: Release) -> None:
@@ -293,7 +386,7 @@ class Site:
         if reservation.key[1:] != (reply.plan_hash, reply.run_id, reply.round):
             raise OutboxError("a sealed release names the reservation of another round")
         self._outbox.remember(sealed)
-        self._ledger.commit(reservation, sealed.hash)
+        self._ledger.commit(reservation, sealed.hash, sealed.share)
 
     def _settle(self) -> None:
         """Commit what a crash left sealed, so that the ledger names all that may leave."""
@@ -301,16 +394,7 @@ class Site:
         for record in reversed(self._outbox.records().values()):  # the newest of each
             reservation = waiting.pop(record.reservation, None)
             if reservation is not None:
-                self._ledger.commit(reservation, record.hash)
-
-    def _last_released_round(self, request: RoundRequest) -> int:
-        """0 if this run released nothing yet."""
-        rounds = (
-            entry.round
-            for entry in self._entries_of(request.plan_hash)
-            if entry.kind is EntryKind.COMMITTED and entry.run_id == request.run_id
-        )
-        return max(rounds, default=0)
+                self._ledger.commit(reservation, record.hash, record.share)
 
     def _entries_of(self, plan_hash: str) -> list[LedgerEntry]:
         return [entry for entry in self._ledger.entries() if entry.plan_hash == plan_hash]

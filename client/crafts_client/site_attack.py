@@ -80,6 +80,7 @@ def _left(site: SiteHome) -> set[str]:
         if entry.kind is EntryKind.COMMITTED
         and entry.cohort == site.config.cohort
         and entry.detail != REFUSED_RELEASE
+        and entry.share is None  # a masked vector is no update: nobody can read it
     }
 
 

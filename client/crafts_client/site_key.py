@@ -1,4 +1,4 @@
-"""The key of this site, and the ledger's head signed with it.
+"""The key of this site, and what is signed with it: the ledger's head, and its word in sums.
 
 The key is made when it is first needed and stays as long as the ledger: others know the site by its
 fingerprint. A ledger in use whose key is gone is not given a new one in silence.
@@ -16,15 +16,15 @@ from crafts_privacy.ledger import Ledger
 from crafts_privacy.signed_head import SignedHead
 
 
-def site_key(home: SiteHome, ledger: Ledger) -> Ed25519PrivateKey:
-    """The site's key; a new one only where the ledger has not been in use.
+def site_key(home: SiteHome, ledger: Ledger | None) -> Ed25519PrivateKey:
+    """The site's key; a new one only where the ledger, if there is one, has not been in use.
 
     Raises:
         HomeError: the key is missing.
         SignatureError: it cannot be read.
     """
     if not home.site_key_path.exists():
-        if ledger.is_bound():
+        if ledger is not None and ledger.is_bound():
             raise HomeError(
                 f"{home.site_key_path} is missing; put it back, or make a new one (openssl genpkey "
                 f"-algorithm ed25519 -out {home.site_key_path}) and tell everybody who knows this "

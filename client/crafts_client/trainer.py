@@ -1,8 +1,8 @@
 """The local part of a round: a global adapter goes in, a private delta comes out.
 
 The model stays warm between rounds. No loss, count or norm of a patient is returned or logged:
-everything that leaves the site went through ``PatientSGD``. One count stays, for the site's
-operator: how often a patient's gradient was not finite.
+everything that leaves the site went through ``PatientSGD``, or waits in a ``HeldSum`` for its
+noise. One count stays, for the site's operator: how often a patient's gradient was not finite.
 """
 
 import copy
@@ -38,10 +38,11 @@ from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients
+from crafts_privacy.held_sum import HeldStep, HeldSum
 from crafts_privacy.isolation import is_isolated
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
 from crafts_privacy.optimizers import optimizer_of
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import Mechanism, PatientSGD, PatientSum
 from crafts_privacy.ranks import Alone, Ranks
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
@@ -102,6 +103,8 @@ class TrainingTask:
     """The global adapter of the round."""
     stage_start: Mapping[str, Tensor] | None
     """The adapter that the stage began with (theta1), where the stage's loss needs it."""
+    sum_grid_bits: int | None = None
+    """Of a step whose sum is held until it is known who else adds noise; of the plan."""
     withdrawn: frozenset[str] = frozenset()
     """Pseudonyms of patients who take no part any more."""
 
@@ -182,6 +185,54 @@ class Trainer:
             BatchCoupledLossError: the loss has no per-patient sensitivity.
             TrainingError: the result is not finite.
         """
+        objective, speed = self._prepare(task, before_draws)
+        parameters = self._adapter.trainable(task.factor)
+        optimizer = self._sgd(task, self._randomness.sampler, self._ranks)
+        self._step_on_patients(optimizer, task, objective, speed)
+        delta = {
+            name: parameter.detach().to("cpu", torch.float32) - task.state[name].float()
+            for name, parameter in parameters.items()
+        }
+        # A function of noised sums and public values alone, so that a refusal tells no more of a
+        # patient than the update would have.
+        if not torch.tensor(global_norm(delta)).isfinite():
+            raise TrainingError(
+                "training gave weights that are not finite; ask the coordinator for a smaller "
+                "learning rate"
+            )
+        return delta
+
+    def hold(
+        self, task: TrainingTask, before_draws: Callable[[PublicStep], None] | None = None
+    ) -> HeldSum:
+        """Take the round's one step as far as the sum over patients, which is held.
+
+        Args:
+            task: The round, after every check; with ``sum_grid_bits``.
+            before_draws: As in ``train``.
+
+        Raises:
+            AdapterError: a state does not fit the adapter.
+            BatchCoupledLossError: the loss has no per-patient sensitivity.
+            TrainingError: another number of steps was charged.
+        """
+        assert task.sum_grid_bits is not None
+        objective, speed = self._prepare(task, before_draws)
+        step = HeldStep(
+            self._adapter.trainable(task.factor),
+            task.mechanism,
+            noise=self._randomness.noise,
+            sampler=self._randomness.sampler,
+            grid_bits=task.sum_grid_bits,
+            ranks=self._ranks,
+        )
+        self._step_on_patients(step, task, objective, speed)
+        return step.take()
+
+    def _prepare(
+        self, task: TrainingTask, before_draws: Callable[[PublicStep], None] | None
+    ) -> tuple[Objective, Speed]:
+        """Everything before the first draw, on public values; the round's weights are in."""
         self.num_unusable_patients, self.has_drawn = 0, False
         self._patients.leave_out(task.withdrawn)
         self._adapter.load_state(_awake(task))
@@ -190,8 +241,12 @@ class Trainer:
         if before_draws is not None:
             before_draws(self._public_step(task, objective, speed))
         self._adapter.load_state(task.state)
-        parameters = self._adapter.trainable(task.factor)
-        optimizer = self._sgd(task, self._randomness.sampler, self._ranks)
+        return objective, speed
+
+    def _step_on_patients(
+        self, optimizer: PatientSum, task: TrainingTask, objective: Objective, speed: Speed
+    ) -> None:
+        """Exactly the steps that were charged, on this device's patients."""
         own = self._patients.of_rank(self._ranks or Alone())
         self.has_drawn = True
         self._take_steps(
@@ -208,18 +263,6 @@ class Trainer:
         self.num_unusable_patients = optimizer.num_unusable_patients()
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
-        delta = {
-            name: parameter.detach().to("cpu", torch.float32) - task.state[name].float()
-            for name, parameter in parameters.items()
-        }
-        # A function of noised sums and public values alone, so that a refusal tells no more of a
-        # patient than the update would have.
-        if not torch.tensor(global_norm(delta)).isfinite():
-            raise TrainingError(
-                "training gave weights that are not finite; ask the coordinator for a smaller "
-                "learning rate"
-            )
-        return delta
 
     def _sgd(
         self, task: TrainingTask, sampler: PatientSampler, ranks: Ranks | None = None
@@ -263,7 +306,7 @@ class Trainer:
 
     def _take_steps(
         self,
-        optimizer: PatientSGD,
+        optimizer: PatientSum,
         task: TrainingTask,
         objective: Objective,
         speed: Speed,

@@ -23,6 +23,8 @@ from torch import Tensor
 from crafts_core.errors import CraftsError
 from crafts_core.plan import Factor, describe_first_error
 
+MAX_ANNOUNCEMENT_CHARS = 512 * 1024
+"""More than a thousand members need."""
 Scalars = dict[str, str | int | float | bool]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -127,6 +129,8 @@ class Announcement(_Record):
         Raises:
             ExchangeError: it is no announcement.
         """
+        if len(text) > MAX_ANNOUNCEMENT_CHARS:
+            raise ExchangeError(f"an announcement of {len(text)} characters is too long")
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -44,7 +45,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     surface = {name: options(command) for name, command in commands.items()}
     surface |= {
         f"{group} {name}": options(command)
-        for group in ("policy", "ledger", "plan", "foundation", "tiles")
+        for group in ("policy", "ledger", "plan", "foundation", "tiles", "roster")
         for name, command in commands[group].commands.items()
     }
 
@@ -58,6 +59,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         "tiles forget",
         *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
         *("ledger move", "ledger witness"),
+        *("identity", "roster", "roster show", "roster approve"),
     }
     assert surface["init"] == {
         *("--name", "--patients", "--home", "--cohort", "--device", "--foundation"),
@@ -72,8 +74,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
 
 def test_every_option_has_help() -> None:
     commands = get_command(app).commands
-    nested = [commands[group].commands.values() for group in ("policy", "ledger")]
-    for command in [*commands.values(), *nested[0], *nested[1]]:
+    nested = [commands[group].commands.values() for group in ("policy", "ledger", "roster")]
+    for command in itertools.chain(commands.values(), *nested):
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.help, parameter.name

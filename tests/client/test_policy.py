@@ -20,6 +20,7 @@ from crafts_core.plan import Plan, PlanError
 from crafts_privacy import signing
 from crafts_privacy.patient_sgd import Mechanism
 from support.sites import plan_values, policy_of, without_privacy
+from support.sum_study import distributed_values
 
 HASH = "ab" * 32
 
@@ -78,6 +79,33 @@ def test_each_limit_refuses_the_plan_that_passes_it(
     rule: Rule, limit: dict[str, object], change: Callable[[dict], None]
 ) -> None:
     assert refused_rules(policy_of("key", **limit), plan(change)) == [rule]
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit"),
+    [
+        (Rule.TRUST, {"allowed_trust": ("site",)}),
+        (Rule.COLLUDING, {"min_colluding_sites": 2}),
+        (Rule.MEMBERS, {"min_members": 4}),
+    ],
+)
+def test_each_limit_on_sums_refuses_the_plan_that_passes_it(
+    rule: Rule, limit: dict[str, object]
+) -> None:
+    generous = {"allowed_trust": ("distributed",), "max_epsilon_alone": 10.0}
+    asked = Plan.parse(distributed_values(HASH))
+    assert refused_rules(policy_of("key", **generous), asked) == []
+    assert refused_rules(policy_of("key", **(generous | limit)), asked) == [rule]
+
+
+def test_a_later_attempt_at_the_last_round_is_no_replay() -> None:
+    """And the same or an earlier one is, as is an earlier round at any attempt."""
+    asked = request(plan(), round=2)
+    for last, attempt, again in ((2, 1, 2), (2, 3, 4), (1, 5, 1)):
+        check_not_replayed(asked.model_copy(update={"attempt": again}), last, attempt)
+    for last, attempt, again in ((2, 1, 1), (2, 3, 3), (2, 3, 2), (3, 1, 9)):
+        with pytest.raises(PolicyError):
+            check_not_replayed(asked.model_copy(update={"attempt": again}), last, attempt)
 
 
 def test_a_limit_is_inclusive() -> None:

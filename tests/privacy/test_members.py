@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crafts_core.exchange import Announcement, ExchangeError, ReadyReply
+from crafts_core.exchange import (
+    MAX_ANNOUNCEMENT_CHARS,
+    Announcement,
+    ExchangeError,
+    ReadyReply,
+)
 from crafts_core.roster import Roster
 from crafts_privacy.secure_aggregation.members import (
     Members,
@@ -115,6 +120,14 @@ def test_two_members_with_one_key_are_refused() -> None:
         verify(announcement)
 
 
+def test_a_key_that_makes_no_mask_is_refused_before_any_is_made() -> None:
+    """A member with it could otherwise void an attempt that all others are charged for."""
+    sites = sum_sites(5)
+    sites[NAMES[3]].ready = sites[NAMES[3]].word(key=f"{'A' * 43}=")
+    with pytest.raises(MembersError, match="no X25519 key"):
+        verify(announcement_of(sites, NAMES))
+
+
 def test_too_few_members_are_refused() -> None:
     announcement = announcement_of(SITES, NAMES[:3])
     assert len(verify(announcement, least=3)) == 3
@@ -143,7 +156,8 @@ def test_everything_of_the_announcement_is_in_the_hash() -> None:
 def test_an_announcement_travels_as_text() -> None:
     good = announcement_of(SITES, NAMES)
     assert Announcement.parse(good.to_json()) == good
-    for text in ("{", "{}", good.to_json().replace("request_hash", "other", 1)):
+    long = good.to_json() + " " * MAX_ANNOUNCEMENT_CHARS
+    for text in ("{", "{}", good.to_json().replace("request_hash", "other", 1), long):
         with pytest.raises(ExchangeError):
             Announcement.parse(text)
     with pytest.raises(ExchangeError):

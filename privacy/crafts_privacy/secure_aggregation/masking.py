@@ -50,12 +50,13 @@ class MaskKey:
         """
         if self._members_hash not in (None, members.hash):
             raise MembersError("this site's key has answered another announcement")
-        self._members_hash = members.hash
-        return [
+        pairs = [
             (_pair_key(self._private, key, members.hash, *sorted((site, peer))), site < peer)
             for peer, key in members.keys.items()
             if peer != site
         ]
+        self._members_hash = members.hash
+        return pairs
 
 
 def add_masks_(vector_D: Group, pairs: Iterable[tuple[bytes, bool]]) -> None:

@@ -6,12 +6,15 @@ roster that people at its hospital approved, and against the word that it gave i
 answered different requests, have masks that do not cancel: the coordinator gets noise.
 """
 
+import base64
+import binascii
 import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from crafts_core.exchange import Announcement, ReadyReply, canonical_json
 from crafts_core.roster import Roster
@@ -59,7 +62,8 @@ def verify_ready(ready: ReadyReply, roster: Roster) -> None:
     """Accept only the word of a site of the roster, with the number that was agreed.
 
     Raises:
-        MembersError: it is no site's of the roster, or another key signed it.
+        MembersError: it is no site's of the roster, another key signed it, or no mask can be made
+            with its key.
     """
     identity = roster.identities.get(ready.site)
     if identity is None:
@@ -73,6 +77,12 @@ def verify_ready(ready: ReadyReply, roster: Roster) -> None:
         signing.verify(identity, _payload(ready), ready.signature)
     except signing.SignatureError as error:
         raise MembersError(f"{ready.site} did not sign what stands for it: {error}") from error
+    try:
+        X25519PrivateKey.generate().exchange(
+            X25519PublicKey.from_public_bytes(base64.b64decode(ready.key, validate=True))
+        )
+    except (ValueError, binascii.Error) as error:  # of low order: everybody would know the mask
+        raise MembersError(f"{ready.site} has no X25519 key") from error
 
 
 def announce(members: Sequence[ReadyReply]) -> Announcement:

@@ -1,0 +1,86 @@
+"""The commands of ``crafts-client roster``: who the other hospitals of a plan's sums are."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crafts_client.home import SiteHome
+from crafts_client.network_cli import AsJson, Home, PlanHash
+from crafts_core.command_line import one_line_errors
+
+if TYPE_CHECKING:
+    from crafts_client.rosters import ShownRoster
+
+roster_app = typer.Typer(
+    no_args_is_help=True, help="The hospitals whose patients are added up with ours."
+)
+
+
+@roster_app.command("show")
+def roster_show(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """Names, sizes and keys of a plan's hospitals, and the phrase to read to each other."""
+    with one_line_errors("crafts-client"):
+        shown = _shown(SiteHome.open(home), plan_hash)
+    if as_json:
+        values = asdict(shown) | {"roster": shown.roster.model_dump(mode="json")}
+        typer.echo(json.dumps(values | {"phrase": shown.roster.phrase}))
+        return
+    _print(shown)
+
+
+@roster_app.command("approve")
+def roster_approve(
+    plan_hash: PlanHash,
+    home: Home = Path("site"),
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask: the phrase was compared by telephone.")
+    ] = False,
+    take_back: Annotated[
+        bool, typer.Option("--take-back", help="Add to no further sum of this plan.")
+    ] = False,
+) -> None:
+    """Let this site's patients be added up with those of exactly these hospitals.
+
+    Asks nothing where policy.toml knows all their fingerprints.
+    """
+    from crafts_client.offered_plans import offered_plan
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        if take_back:
+            plan, _ = offered_plan(site, plan_hash)
+            site.roster_approvals.take_back(plan.hash)
+            typer.echo("the roster is not approved any more")
+            return
+        shown = _shown(site, plan_hash)
+    _print(shown)
+    if shown.unpinned and not yes:
+        typer.confirm(
+            "Have all these hospitals, each known to you by voice, read this phrase?", abort=True
+        )
+    with one_line_errors("crafts-client"):
+        site.roster_approvals.approve(shown.roster)
+    typer.echo("the roster is approved")
+
+
+def _shown(site: SiteHome, plan_hash: str) -> "ShownRoster":
+    from crafts_client.offered_plans import offered_plan
+    from crafts_client.rosters import shown_roster
+
+    plan, _ = offered_plan(site, plan_hash)
+    return shown_roster(site, plan)
+
+
+def _print(shown: "ShownRoster") -> None:
+    for line in shown.lines:
+        known = f"  {line.known}" if line.known else ""
+        typer.echo(f"{line.site:24} {line.declared_patients:8} patients  {line.fingerprint}{known}")
+    typer.echo(f"phrase  {shown.roster.phrase}")
+    typer.echo(
+        f"if all others worked together against this hospital: epsilon {shown.epsilon_alone:.2f} "
+        "for the whole plan"
+    )
+    typer.echo("approved here" if shown.is_approved else "not approved here yet")

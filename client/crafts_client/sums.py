@@ -1,0 +1,241 @@
+"""A site's part in one sum over sites: its word that it is ready, then one masked vector.
+
+The clipped sum of a round and the key of its masks are in memory only, for one request, and go
+when they are used or something else is asked for. So a process that dies has nothing left that
+could leave, and one put back from a backup has no key to use again.
+
+::
+
+    ready    reserve, train, hold the sum, sign a fresh key      nothing of a patient has left
+    masked   verify the members, add noise for exactly them, mask, seal, commit     one vector
+
+For each attempt at most one vector is ever sealed, for one announcement; asked again, the same
+bytes are sent again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
+
+from crafts_client.errors import NotReadyError
+from crafts_client.outbox import Outbox, Release
+from crafts_client.policy import Policy, PolicyError, Rule
+from crafts_core.array_bytes import PACKED
+from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
+from crafts_core.plan import Plan
+from crafts_core.roster import Roster
+from crafts_privacy import signing
+from crafts_privacy.held_sum import HeldSum
+from crafts_privacy.ledger import AloneLimit, Reservation, Share
+from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.secure_aggregation.masking import MaskKey
+from crafts_privacy.secure_aggregation.members import (
+    Members,
+    members_hash,
+    sign_ready,
+    verify_members,
+)
+from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What waits in memory for an announcement."""
+
+    request: RoundRequest
+    mechanism: Mechanism
+    schema_hash: str
+    reservation: Reservation
+    ready: ReadyReply
+    key: MaskKey
+    sum: HeldSum
+
+
+class SiteSums:
+    """The sum that a site holds, if it holds one."""
+
+    def __init__(self, outbox: Outbox, noise: str) -> None:
+        """``noise`` is the name of the source that shares are drawn from."""
+        self._outbox = outbox
+        self._noise = noise
+        self._held: _Held | None = None
+
+    def hold(
+        self,
+        request: RoundRequest,
+        held_sum: HeldSum,
+        reservation: Reservation,
+        *,
+        mechanism: Mechanism,
+        trained: Mapping[str, Tensor],
+        identity: Ed25519PrivateKey,
+        site: str,
+        declared_patients: int,
+    ) -> ReadyReply:
+        """Keep a sum, with a fresh key for its masks; the site's word that it is ready."""
+        key = MaskKey()
+        ready = sign_ready(
+            identity,
+            site=site,
+            request_hash=request.hash,
+            declared_patients=declared_patients,
+            key=key.public_key,
+        )
+        self._held = _Held(
+            request=request,
+            mechanism=mechanism,
+            schema_hash=schema_hash(trained),
+            reservation=reservation,
+            ready=ready,
+            key=key,
+            sum=held_sum,
+        )
+        return ready
+
+    def word_for(self, request: RoundRequest) -> ReadyReply | None:
+        """What the site said to exactly this request, while it holds the sum of it."""
+        return self._held.ready if self._held and self._held.request == request else None
+
+    def give_up(self, request: RoundRequest) -> Reservation | None:
+        """Forget the sum, as ``request`` asks for another; what was reserved for it in that run.
+
+        Nothing of it left or can leave, so the charge may pay for ``request``. Only a sum that was
+        whole and whose word left at its time is here: of a round that failed, or of a process that
+        died in one, nobody knows what its end has told, and its charge is not carried over.
+        """
+        held, self._held = self._held, None
+        if held is None or held.request.plan_hash != request.plan_hash:
+            return None
+        return held.reservation if held.request.run_id == request.run_id else None
+
+    def release(
+        self,
+        request: RoundRequest,
+        announcement: Announcement,
+        *,
+        plan: Plan,
+        policy: Policy,
+        roster: Roster,
+    ) -> tuple[Release, Reservation]:
+        """Seal the masked vector for an announcement; the ledger must still commit it.
+
+        Raises:
+            NotReadyError: the sum of this request is not here.
+            MembersError: the announcement is not one that this site adds to.
+        """
+        held = self._held
+        if held is None or held.request != request:
+            raise NotReadyError("this site holds no sum for what is announced")
+        members = verify_members(
+            announcement, roster, held.ready, min_members=fewest_members(plan, policy)
+        )
+        pairs = held.key.pair_keys(held.ready.site, members)
+        self._held = None
+        own = share_of(plan, policy, held.mechanism, num_members=len(members))
+        vector_D = held.sum.release(own, pairs)
+        release = self._outbox.seal(
+            request,
+            _reply(held, members, own),
+            {PACKED: torch.from_numpy(vector_D.view(np.int32))},
+            held.reservation,
+            noise=self._noise,
+            share=Share(
+                own_noise_multiplier=own,
+                members=len(members),
+                colluding_sites=plan.privacy.colluding_sites or 0,
+            ),
+        )
+        return release, held.reservation
+
+
+def _reply(held: _Held, members: Members, own: float) -> MaskedReply:
+    request = held.request
+    return MaskedReply(
+        site=held.ready.site,
+        run_id=request.run_id,
+        plan_hash=request.plan_hash,
+        round=request.round,
+        request_hash=request.hash,
+        members_hash=members.hash,
+        schema_hash=held.schema_hash,
+        own_noise_multiplier=own,
+    )
+
+
+def check_answers(sealed: Release, announcement: Announcement) -> None:
+    """A vector that was sealed is for one announcement.
+
+    Raises:
+        PolicyError: rule ``replay``: this is another.
+    """
+    assert isinstance(sealed.reply, MaskedReply)
+    if sealed.reply.members_hash != members_hash(announcement):
+        raise PolicyError(Rule.REPLAY, "this attempt was answered for another announcement")
+
+
+def fewest_members(plan: Plan, policy: Policy) -> int:
+    """Of a sum that this site adds to: the policy's, and two honest ones besides the colluding."""
+    return max(policy.min_members, 2 + (plan.privacy.colluding_sites or 0))
+
+
+def share_of(plan: Plan, policy: Policy, mechanism: Mechanism, *, num_members: int) -> float:
+    """The noise that this site adds to a sum of so many members, over max_grad_norm."""
+    return own_noise_multiplier(
+        mechanism.noise_multiplier,
+        num_members=num_members,
+        colluding_sites=plan.privacy.colluding_sites or 0,
+        floor=policy.min_own_noise_multiplier,
+    )
+
+
+def alone_limit(plan: Plan, policy: Policy, mechanism: Mechanism, roster: Roster) -> AloneLimit:
+    """What a step may cost if all others work together: with all of the roster as members."""
+    assert policy.max_epsilon_alone is not None  # allowed_trust needs it
+    return AloneLimit(
+        own_noise_multiplier=share_of(plan, policy, mechanism, num_members=len(roster.sites)),
+        max_epsilon=policy.max_epsilon_alone,
+    )
+
+
+def check_roster(
+    roster: Roster, policy: Policy, *, site: str, declared_patients: int, identity: str
+) -> None:
+    """The roster names this site as it knows itself, and others as the policy knows them.
+
+    Args:
+        roster: Of a plan.
+        policy: Of this site, as of now.
+        site: Its name.
+        declared_patients: Its own number.
+        identity: Its own public key.
+
+    Raises:
+        PolicyError: rule ``roster``.
+    """
+    if roster.identities.get(site) != identity:
+        raise PolicyError(
+            Rule.ROSTER,
+            f"the roster names another key for {site} than this site's; run crafts-client identity "
+            "and ask the coordinator for a new plan",
+        )
+    if roster.patients[site] != declared_patients:
+        raise PolicyError(
+            Rule.ROSTER,
+            f"the roster counts {site} as {roster.patients[site]} patients, site.toml declares "
+            f"{declared_patients}",
+        )
+    for name, key in roster.identities.items():
+        pinned = policy.peers.get(name)
+        if pinned is not None and pinned != signing.fingerprint(key):
+            raise PolicyError(
+                Rule.ROSTER, f"the roster names another key for {name} than peers of policy.toml"
+            )
+
+
+def unpinned(roster: Roster, policy: Policy, site: str) -> list[str]:
+    """Other sites of a roster whose keys the policy does not know."""
+    return [name for name in roster.identities if name != site and name not in policy.peers]

@@ -1,0 +1,147 @@
+"""Who the other hospitals are is decided here, by ear: shown with its phrase, approved, held."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from crafts_client import agreed_patients, enrolment
+from crafts_client.cli import app
+from crafts_client.home import POLICY_NAME, SiteHome, to_toml
+from crafts_client.mechanism import mechanism_of
+from crafts_client.policy import Policy, PolicyError
+from crafts_client.rosters import shown_roster
+from crafts_core.roster import Roster
+from crafts_privacy import accounting, signing
+from support.sites import Coordinator, make_site_home
+from support.sum_study import SumStudy
+from support.sums import SumSite
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
+    return make_site_home(
+        tmp_path / "site",
+        foundation,
+        coordinator.public_key,
+        allowed_trust=("site", "distributed"),
+        max_epsilon_alone=60.0,
+    )
+
+
+@pytest.fixture
+def study(coordinator, foundation, home) -> SumStudy:
+    made = SumStudy(coordinator, foundation, home)
+    home.roster_approvals.take_back(made.plan.hash)
+    return made
+
+
+@pytest.fixture
+def far_side(study: SumStudy, coordinator: Coordinator, monkeypatch):
+    """Puts a roster on the far side of the wire, signed by the coordinator."""
+    told: list[tuple[str, dict[str, object]]] = []
+
+    def offer(roster: Roster, key: object | None = None):
+        text = roster.to_json()
+        plan = coordinator.message(study.plan, study.state).plan
+
+        class Registrar:
+            def __init__(self, home: SiteHome) -> None:
+                self.record = SimpleNamespace(signer=coordinator.public_key)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_: object) -> None: ...
+
+            def call(self, name: str, **fields: object):
+                told.append((name, fields))
+                signature = signing.sign(key or coordinator._key, text.encode())
+                return SimpleNamespace(plans=[plan], json=text, signature=signature)
+
+        monkeypatch.setattr(enrolment, "Registrar", Registrar)
+        monkeypatch.setattr(agreed_patients, "Registrar", Registrar)
+        return told
+
+    return offer
+
+
+def run(*arguments: object, answer: str | None = None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=answer)
+
+
+def test_a_roster_is_shown_with_keys_phrase_and_what_is_left_alone(home, study, far_side) -> None:
+    roster = study.roster()
+    far_side(roster)
+    plan = study.plan.hash[:16]
+    shown = json.loads(run("roster", "show", plan, "--home", home.path, "--json").stdout)
+    assert shown["phrase"] == roster.phrase
+    lines = {line["site"]: line for line in shown["lines"]}
+    assert lines["south"]["fingerprint"] == signing.fingerprint(roster.identities["south"])
+    assert (lines["north"]["known"], lines["south"]["known"]) == ("this site", "")
+    event = mechanism_of(study.plan, declared_patients=20).event(study.plan.charged_steps)
+    share = replace(event, noise_multiplier=event.noise_multiplier / 2**0.5)
+    assert shown["epsilon_alone"] == pytest.approx(accounting.epsilon([share], 1e-3))
+    text = run("roster", "show", plan, "--home", home.path).stdout
+    assert roster.phrase in text
+    assert "not approved here yet" in text
+
+
+def test_a_person_approves_and_takes_back(home, study, far_side) -> None:
+    far_side(study.roster())
+    plan = study.plan.hash[:16]
+    refused = run("roster", "approve", plan, "--home", home.path, answer="n\n")
+    assert refused.exit_code == 1
+    assert home.roster_approvals.all() == {}
+    done = run("roster", "approve", plan, "--home", home.path, answer="y\n")
+    assert done.exit_code == 0, done.output
+    assert home.roster_approvals.of_plan(study.plan.hash) == study.roster()
+    assert "approved here" in run("roster", "show", plan, "--home", home.path).stdout
+    run("roster", "approve", plan, "--home", home.path, "--take-back")
+    with pytest.raises(PolicyError, match="nobody here approved"):
+        home.roster_approvals.of_plan(study.plan.hash)
+
+
+def test_nobody_is_asked_where_the_policy_knows_them_all(home, study, far_side) -> None:
+    roster = study.roster()
+    pins = {
+        name: signing.fingerprint(key) for name, key in roster.identities.items() if name != "north"
+    }
+    policy = home.policy.model_copy(update={"peers": pins})
+    (home.path / POLICY_NAME).write_text(to_toml(policy))
+    assert Policy.load(home.path / POLICY_NAME).peers == pins
+    far_side(roster)
+    done = run("roster", "approve", study.plan.hash[:16], "--home", home.path)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_roster_that_is_not_one_to_take_part_in_is_not_shown(home, study, far_side) -> None:
+    stranger = signing.public_key_of(SumSite("x", 70).identity)
+    far_side(study.roster(north=stranger))
+    with pytest.raises(PolicyError, match="another key for north"):
+        shown_roster(home, study.plan)
+    far_side(study.roster(), key=SumSite("x", 70).identity)
+    with pytest.raises(signing.SignatureError):
+        shown_roster(home, study.plan)
+
+
+def test_a_plan_without_sums_has_no_roster_to_approve(home, coordinator) -> None:
+    with pytest.raises(PolicyError, match="adds all noise at each site"):
+        shown_roster(home, coordinator.plan())
+
+
+def test_the_key_that_signs_for_a_site_is_told(home, study, far_side) -> None:
+    told = far_side(study.roster())
+    done = run("identity", "--home", home.path, "--json")
+    assert done.exit_code == 0, done.output
+    own = signing.public_key_of(study.identity)
+    assert told[-1] == ("PublishIdentity", {"identity_public_key": own})
+    assert json.loads(done.stdout) == {"fingerprint": signing.fingerprint(own)}
+
+
+def test_a_policy_of_distributed_trust_needs_a_limit_alone(home) -> None:
+    with pytest.raises(ValueError, match="max_epsilon_alone"):
+        Policy.model_validate(home.policy.model_dump() | {"max_epsilon_alone": None})

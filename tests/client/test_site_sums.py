@@ -1,0 +1,431 @@
+"""A site's part in a sum: one vector an attempt, for exactly the members that it agreed to."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, Error, RecordDict
+
+from crafts_client.client_app import HOME_KEY, make_client_app
+from crafts_client.errors import NotReadyError, TrainingError
+from crafts_client.home import POLICY_NAME, SiteHome, to_toml
+from crafts_client.outbox import Outbox, Release
+from crafts_client.patients import PatientTiles
+from crafts_client.policy import PolicyError, Rule
+from crafts_client.site import Site
+from crafts_client.trainer import Randomness, Trainer, entropy_generator
+from crafts_core.adapters import State
+from crafts_core.array_bytes import PACKED, unpacked_vector
+from crafts_core.exchange import MaskedReply, ReadyReply
+from crafts_privacy import signing
+from crafts_privacy.errors import AloneBudgetExceededError
+from crafts_privacy.ledger import Ledger, Share
+from crafts_privacy.noise import GridNoise
+from crafts_privacy.sampling import PoissonSampler
+from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
+from support.noise import FixedSampler, RecordedSums
+from support.sites import Coordinator, flower_message, make_site_home
+from support.sum_study import SumStudy
+from support.sums import SumSite
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
+    return make_site_home(
+        tmp_path / "site",
+        foundation,
+        coordinator.public_key,
+        allowed_trust=("site", "distributed"),
+        max_epsilon_alone=60.0,
+        max_delta=5e-3,
+    )
+
+
+@pytest.fixture
+def study(coordinator: Coordinator, foundation, home: SiteHome) -> SumStudy:
+    return SumStudy(coordinator, foundation, home)
+
+
+@pytest.fixture
+def site(home: SiteHome, foundation, study: SumStudy) -> Site:
+    return Site(home, foundation)
+
+
+def kinds(home: SiteHome) -> list[str]:
+    """Of the ledger's entries about rounds."""
+    return [str(e.kind) for e in Ledger(home.ledger_path).entries() if e.kind != "placed"]
+
+
+def set_policy(home: SiteHome, **changes: object) -> None:
+    policy = home.policy.model_copy(update=changes)
+    (home.path / POLICY_NAME).write_text(to_toml(policy))
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def words(release: Release) -> np.ndarray:
+    return release.delta[PACKED].numpy().view(np.uint32)
+
+
+def test_a_vector_opens_to_the_sum_with_its_share_of_noise(home, foundation, study) -> None:
+    """Everybody drawn, noise recorded instead of drawn: what the others cannot know."""
+    noise = RecordedSums()
+    site = Site(
+        home,
+        foundation,
+        randomness=Randomness(noise=noise, sampler=FixedSampler(), generator=entropy_generator),
+    )
+    ready = study.ready(site)
+    assert noise.sums == []
+    request = study.request()
+    announcement = study.announcement(request, ready)
+    release = site.add_to_sum(study.tell(request, announcement))
+    assert study.opened(release, announcement).equal(noise.sums[0])
+    assert noise.sums[0].any()
+    assert isinstance(release.reply, MaskedReply)
+    assert release.reply.members_hash == members_hash(announcement)
+    (event,) = Ledger(home.ledger_path).events("main")
+    own = event.noise_multiplier / 2**0.5
+    assert release.reply.own_noise_multiplier == pytest.approx(own)
+    assert release.share == Share(own_noise_multiplier=own, members=3, colluding_sites=1)
+    assert (event.steps, kinds(home)) == (1, ["reserved", "committed"])
+
+
+def test_a_share_has_the_noise_that_was_declared(home, foundation, study, monkeypatch) -> None:
+    """At a site that holds nobody, two-sided, through everything that a site does."""
+    monkeypatch.setattr(FixedSampler, "sample", lambda *_: np.arange(0))
+    site = Site(
+        home,
+        foundation,
+        randomness=Randomness(
+            noise=GridNoise(), sampler=FixedSampler(), generator=entropy_generator
+        ),
+    )
+    drawn: list[float] = []
+    for attempt in range(1, 5):
+        request = study.request(attempt=attempt)
+        announcement = study.announcement(request, study.ready(site, attempt=attempt))
+        release = site.add_to_sum(study.tell(request, announcement))
+        assert isinstance(release.reply, MaskedReply)
+        std = release.reply.own_noise_multiplier * 2.0**18
+        drawn += (study.opened(release, announcement) / std).tolist()
+    spread = float(np.mean(np.square(drawn)))
+    assert spread == pytest.approx(1.0, abs=5 * (2 / len(drawn)) ** 0.5)
+
+
+def test_until_the_members_are_known_nothing_is_on_disk(home, site, study) -> None:
+    study.ready(site)
+    assert not list(home.outbox_path.glob("*.safetensors"))
+    assert kinds(home) == ["reserved"]
+    assert "HeldSum" not in "".join(path.name for path in home.path.rglob("*"))
+
+
+def test_a_site_says_the_same_word_until_its_vector_left(home, site, study) -> None:
+    first = study.ready(site)
+    assert study.ready(site) == first
+    study.add(site)
+    with pytest.raises(PolicyError, match="replay"):
+        study.ready(site)
+    assert kinds(home) == ["reserved", "committed"]
+
+
+def test_the_same_announcement_gets_the_same_bytes_and_another_one_nothing(
+    home, site, study
+) -> None:
+    """Two announcements for one sum would give two vectors whose difference has no noise."""
+    request, ready = study.request(), study.ready(site)
+    announcement = study.announcement(request, ready)
+    release = site.add_to_sum(study.tell(request, announcement))
+    again = site.add_to_sum(study.tell(request, announcement))
+    assert (again.hash, words(again).tolist()) == (release.hash, words(release).tolist())
+    fresh = SumSite("south", 77, declared_patients=33, request=request.hash)
+    fresh.identity = study.peers(request.hash)["south"].identity
+    south = fresh.word(request.hash)
+    other = announce([ready, study.peers(request.hash)["east"].ready, south])
+    with pytest.raises(PolicyError, match="another announcement"):
+        site.add_to_sum(study.tell(request, other))
+    assert len(Outbox(home.outbox_path).records()) == 1
+
+
+@pytest.mark.parametrize(
+    "what", ["ghost", "too few", "swapped key", "low order", "without it", "replayed"]
+)
+def test_a_lying_announcement_gets_nothing_and_spoils_nothing(home, site, study, what: str) -> None:
+    request, ready = study.request(), study.ready(site)
+    peers = study.peers(request.hash)
+    east, south = peers["east"].ready, peers["south"].ready
+    mine = SumSite("south", 90, declared_patients=33, request=request.hash)
+    lies = {
+        "ghost": [ready, east, south, SumSite("zz", 91, request=request.hash).ready],
+        "too few": [ready, east],
+        "swapped key": [ready, east, south.model_copy(update={"key": mine.mask_key.public_key})],
+        "low order": [ready, east, peers["south"].word(request.hash, f"{'A' * 43}=")],
+        "without it": [east, south],
+        "replayed": [peer.ready for peer in study.peers("9" * 64).values()],
+    }
+    with pytest.raises(MembersError):
+        site.add_to_sum(study.tell(request, announce(lies[what])))
+    assert kinds(home) == ["reserved"]
+    site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert kinds(home) == ["reserved", "committed"]
+
+
+def test_a_model_for_one_site_alone_has_no_members(site, study) -> None:
+    """The victim's request is another one, so nobody else is ready for it."""
+    own: State = {name: value + 0.01 for name, value in study.state.items()}
+    request = study.request(state=own)
+    ready = site.answer(study.ask(request, own))
+    assert isinstance(ready, ReadyReply)
+    peers = study.peers(study.request().hash).values()  # what the others were asked
+    announcement = study.announcement(request, ready).model_copy(
+        update={"members": tuple(sorted((ready, *(p.ready for p in peers)), key=lambda r: r.site))}
+    )
+    with pytest.raises(MembersError, match="another request"):
+        site.add_to_sum(study.tell(request, announcement))
+
+
+def test_a_site_that_was_left_out_pays_once(home, site, study) -> None:
+    """Ready, and not taken: three attempts and two rounds, then a vector leaves."""
+    for number, attempt in ((1, 1), (1, 2), (1, 3), (2, 1)):
+        study.ready(site, number, attempt)
+    study.add(site, 3)
+    assert len(Ledger(home.ledger_path).events("main")) == 1
+    assert kinds(home) == ["reserved", *["carried"] * 4, "committed"]
+
+
+def test_an_answer_that_was_hidden_is_charged_and_the_next_attempt_again(home, site, study) -> None:
+    """What the coordinator says about the first does not matter: it left."""
+    first, second = study.add(site), study.add(site, attempt=2)
+    assert len(Ledger(home.ledger_path).events("main")) == 2
+    assert kinds(home) == ["reserved", "committed"] * 2
+    assert (words(first) == words(second)).mean() < 0.01
+    with pytest.raises(PolicyError, match="replay"):
+        study.ready(site, attempt=1)
+
+
+def test_a_process_that_died_holds_no_sum_and_its_charge_is_for_its_request(
+    home, foundation, site, study
+) -> None:
+    request, ready = study.request(), study.ready(site)
+    again = Site(home, foundation)
+    with pytest.raises(NotReadyError):
+        again.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert study.ready(again) != ready, "a fresh key, under the same charge"
+    assert kinds(home) == ["reserved"]
+    third = Site(home, foundation)
+    study.ready(third, attempt=2)  # nobody knows what the end of the second told
+    assert kinds(home) == ["reserved", "reserved"]
+
+
+def test_a_round_that_failed_is_closed_and_its_charge_not_carried(
+    home, site, study, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_drawn", failing(MemoryError()))
+        patch.setattr(PoissonSampler, "sample", lambda *_: np.arange(2))
+        with pytest.raises(TrainingError, match="charged and closed"):
+            study.ready(site)
+    with pytest.raises(PolicyError, match="replay"):
+        study.ready(site)
+    study.add(site, attempt=2)
+    assert kinds(home) == ["reserved", "committed"] * 2
+
+
+def test_a_vector_that_could_not_be_sealed_is_gone_and_charged(
+    home, site, study, monkeypatch
+) -> None:
+    request, ready = study.request(), study.ready(site)
+    announced = study.tell(request, study.announcement(request, ready))
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "seal", failing(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            site.add_to_sum(announced)
+    with pytest.raises(NotReadyError):
+        site.add_to_sum(announced)
+    study.add(site, attempt=2)
+    assert len(Ledger(home.ledger_path).events("main")) == 2
+
+
+def test_what_a_crash_left_sealed_is_committed_with_its_share(
+    home, foundation, site, study, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            study.add(site)
+    assert kinds(home) == ["reserved"]
+    Site(home, foundation)
+    (committed,) = [e for e in Ledger(home.ledger_path).entries() if e.share is not None]
+    assert committed.share is not None
+    assert committed.share.members == 3
+
+
+def test_another_study_between_ready_and_masked_takes_nothing_away(
+    home, site, study, coordinator
+) -> None:
+    request, ready = study.request(), study.ready(site)
+    plan = coordinator.plan()
+    plain = site.answer(coordinator.message(plan, coordinator.start(plan)))
+    assert isinstance(plain, Release)
+    site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert kinds(home).count("reserved") == 2
+
+
+def test_a_site_adds_its_floor_of_noise(home, site, study) -> None:
+    set_policy(home, min_own_noise_multiplier=9.5)
+    release = study.add(site)
+    assert isinstance(release.reply, MaskedReply)
+    assert release.reply.own_noise_multiplier == 9.5
+    (alone,) = Ledger(home.ledger_path).events_alone("main")
+    assert alone.noise_multiplier == 9.5
+
+
+def test_a_policy_that_is_tightened_holds_for_a_sum_that_is_held(home, site, study) -> None:
+    request, ready = study.request(), study.ready(site)
+    set_policy(home, min_members=4)
+    with pytest.raises(PolicyError) as refused:
+        site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert refused.value.rule is Rule.MEMBERS
+
+
+def test_the_limit_alone_refuses_before_anything_is_drawn(home, site, study, monkeypatch) -> None:
+    set_policy(home, max_epsilon_alone=0.5)
+    monkeypatch.setattr(PatientTiles, "batch", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(AloneBudgetExceededError):
+        study.ready(site)
+    assert kinds(home) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy", "plan"),
+    [
+        (Rule.TRUST, {"allowed_trust": ("site",)}, {}),
+        (Rule.COLLUDING, {"min_colluding_sites": 2}, {}),
+        (Rule.MEMBERS, {"min_members": 4}, {}),
+    ],
+)
+def test_every_rule_about_sums_refuses(home, site, study, rule, policy, plan) -> None:
+    set_policy(home, **policy)
+    with pytest.raises(PolicyError) as refused:
+        study.ready(site)
+    assert refused.value.rule is rule
+    assert kinds(home) == []
+
+
+def test_the_roster_is_a_persons_word(home, site, study) -> None:
+    home.roster_approvals.take_back(study.plan.hash)
+    with pytest.raises(PolicyError, match="roster") as refused:
+        study.ready(site)
+    assert refused.value.rule is Rule.ROSTER
+    home.roster_approvals.approve(study.roster())
+    request, ready = study.request(), study.ready(site)
+    home.roster_approvals.take_back(study.plan.hash)
+    with pytest.raises(PolicyError, match="roster"):
+        site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert kinds(home) == ["reserved"]
+
+
+def test_a_roster_must_know_this_site_and_the_pinned_others(home, site, study) -> None:
+    stranger = signing.public_key_of(SumSite("x", 70).identity)
+    home.roster_approvals.approve(study.roster(north=stranger))
+    with pytest.raises(PolicyError, match="another key for north"):
+        study.ready(site)
+    roster = study.roster()
+    other_number = roster.patients | {"north": 999}
+    home.roster_approvals.approve(type(roster).of(study.plan.hash, other_number, roster.identities))
+    with pytest.raises(PolicyError, match="999"):
+        study.ready(site)
+    home.roster_approvals.approve(roster)
+    set_policy(home, peers={"south": "0" * 64})
+    with pytest.raises(PolicyError, match="another key for south"):
+        study.ready(site)
+    set_policy(home, peers={"south": signing.fingerprint(roster.identities["south"])})
+    study.ready(site)
+    assert len(kinds(home)) == 1
+
+
+def test_a_key_that_was_lost_and_made_anew_is_not_the_rosters(home, foundation, study) -> None:
+    home.site_key_path.unlink()
+    site = Site(home, foundation)
+    with pytest.raises(PolicyError, match="crafts-client identity"):
+        study.ready(site)
+
+
+def asked(home, site: Site, content: RecordDict, kind: str) -> Error | RecordDict:
+    app = make_client_app(lambda _: site)
+    where = Context(
+        run_id=1,
+        node_id=7,
+        node_config={HOME_KEY: str(home.path)},
+        state=RecordDict(),
+        run_config={},
+    )
+    reply = app(flower_message(content, message_type=kind), where)
+    return reply.error if reply.has_error() else reply.content
+
+
+def test_both_messages_travel(home, site, study) -> None:
+    request = study.request()
+    content = study.coordinator.content(study.plan, study.state, request)
+    reply = asked(home, site, content, "train")
+    assert isinstance(reply, RecordDict)
+    assert list(reply) == ["ready"]
+    ready = ReadyReply.from_scalars(dict(reply["ready"]))
+    announcement = study.announcement(request, ready)
+    answer = asked(home, site, study.told(request, announcement), "train.masked")
+    assert isinstance(answer, RecordDict)
+    assert set(answer) == {"masked", "sum"}
+    reply_record = MaskedReply.from_scalars(dict(answer["masked"]))
+    names = [name for name in study.state if name.endswith(".second")]
+    num = sum(study.state[name].numel() for name in names)
+    vector = unpacked_vector({key: each.data for key, each in answer["sum"].items()}, num)
+    assert sum(len(each.data) for each in answer["sum"].values()) <= 4.05 * num + 128
+    assert vector.dtype == np.uint32
+    assert reply_record.request_hash == request.hash
+
+
+def test_refusals_of_sums_have_codes_and_say_nothing_else(home, foundation, site, study) -> None:
+    request, ready = study.request(), study.ready(site)
+    told = study.told(request, announce([ready, study.peers(request.hash)["east"].ready]))
+    for content, code in (
+        (told, 145),
+        (study.told(study.request(2), study.announcement(study.request(2), ready)), 119),
+    ):
+        error = asked(home, site, content, "train.masked")
+        assert isinstance(error, Error)
+        assert error.code == code
+        assert error.reason is not None
+        assert "east" not in error.reason
+    broken = dict(told["announcement"]) | {"json": json.dumps({"members": []})}
+    told["announcement"] = type(told["announcement"])(broken)
+    error = asked(home, site, told, "train.masked")
+    assert isinstance(error, Error)
+    assert error.code == 101
+
+
+def test_a_tensor_in_an_announcement_is_refused(home, site, study) -> None:
+    request, ready = study.request(), study.ready(site)
+    content = study.told(request, study.announcement(request, ready))
+    content["adapter"] = study.coordinator.content(study.plan, study.state)["adapter"]
+    error = asked(home, site, content, "train.masked")
+    assert isinstance(error, Error)
+    assert error.code == 101
+
+
+def test_the_word_that_a_site_is_ready_tells_nothing_of_its_patients(
+    home, foundation, study
+) -> None:
+    """Public numbers, and a key that is drawn from nothing but entropy."""
+    site = Site(home, foundation)
+    ready = study.ready(site)
+    assert set(ready.to_scalars()) == {
+        "site", "request_hash", "declared_patients", "key", "signature"
+    }  # fmt: skip
+    assert ready.declared_patients == home.config.declared_patients
