@@ -4,6 +4,7 @@ Epsilons do not subtract: what is left is told as what still may run.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from pydantic import BaseModel, ConfigDict
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.site_ledger import existing_ledger
+from crafts_client.sum_report import summed_entries
 from crafts_core.delta_text import delta_times_patients
 from crafts_core.plan import Plan
 from crafts_privacy import accounting
-from crafts_privacy.ledger import FiltersChangedError, Ledger
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.charges import charged_to
+from crafts_privacy.ledger import FiltersChangedError, Ledger, LedgerEntry, LedgerError
+from crafts_privacy.ledger_export import LedgerExport
 from crafts_privacy.lifetime import FilterState, Lifetime, PlanCharges
 
 
@@ -126,6 +131,40 @@ def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
         "noise_multiplier_of_this_plan": mechanism.noise_multiplier,
         "further_plans_like_this_one": lifetime.plans_left(plans, limit, whole),
     }
+
+
+def epsilon_at_all_sites(
+    site: SiteHome, ledger: Ledger | None, exports: Sequence[LedgerExport]
+) -> float:
+    """Of a patient of this cohort who is at other sites as well: the steps of all of them.
+
+    Steps that this site and another took in one sum share its noise, and count as such.
+
+    Raises:
+        LedgerError: a patient would be at three members of one sum, which nothing here counts.
+    """
+    entries = () if ledger is None else ledger.entries()
+    ours = charged_to(entries, site.config.cohort)
+    apart = Counter(entry.event for entry in ours)
+    in_one_sum: Counter[PrivacyEvent] = Counter()
+    own_sums = Counter(_sum_of(entry) for entry in summed_entries(ours))
+    for export in exports:
+        shared = own_sums & Counter(_sum_of(entry) for entry in export.of_sums)
+        if shared and in_one_sum:
+            raise LedgerError(
+                "two of these ledgers hold sums that this site was a member of too; a patient at "
+                "three members of one sum is not counted, so ask with one of them at a time"
+            )
+        events = Counter(event for *_, event in shared.elements())
+        in_one_sum += events
+        apart = apart - events + (Counter(export.charged) - events)
+    return accounting.epsilon_at_two_hospitals(
+        apart.elements(), in_one_sum.elements(), site.policy.max_delta
+    )
+
+
+def _sum_of(entry: LedgerEntry) -> tuple[str, str, int, PrivacyEvent]:
+    return (entry.plan_hash, entry.run_id, entry.round, entry.event)
 
 
 def charged_plans(site: SiteHome, ledger: Ledger | None) -> tuple[PlanCharges, ...]:

@@ -29,12 +29,14 @@ from crafts_client.peer_heads import PeerHeads
 from crafts_client.proxies import Proxy, proxy_for, way
 from crafts_client.site_audit import read_record, weakness
 from crafts_client.site_ledger import existing_ledger
+from crafts_client.sums import check_roster
 from crafts_client.witness_folders import check_folders
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import verify
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_privacy import accounting, signing
 
 _TIMEOUT_S = 15.0
 _LEAST_DISK_BYTES = 2 << 30
@@ -382,6 +384,30 @@ def witnesses(home: SiteHome) -> Iterator[Finding]:
             )
 
 
+def sums(home: SiteHome) -> Iterator[Finding]:
+    """Of the plans that are approved: are the other hospitals, too?"""
+    if "distributed" not in home.policy.allowed_trust:
+        return
+    for plan_hash, approval in home.roster_approvals.all().items():
+        roster = approval.roster
+        check_roster(
+            roster,
+            home.policy,
+            site=home.config.name,
+            declared_patients=home.config.declared_patients,
+            identity=signing.public_key_of(signing.load_signing_key(home.site_key_path)),
+        )
+        yield _ok("sums", f"plan {plan_hash[:16]}: {len(roster.sites)} hospitals are approved")
+    kept, most = existing_ledger(home), home.policy.max_epsilon_alone
+    events = () if kept is None else kept.events_alone(home.config.cohort)
+    alone = accounting.epsilon(events, home.policy.max_delta)
+    found = f"epsilon {alone:.3f} of {most:g} if all others worked together against this hospital"
+    if most is not None and alone <= most:
+        yield _ok("sums", found)
+    else:
+        yield _problem("sums", found, "max_epsilon_alone in policy.toml lets no further sum pass")
+
+
 def audit(home: SiteHome) -> Iterator[Finding]:
     """Of the code, the libraries and the settings that train here now."""
     reason = weakness(read_record(home.audit_path), home, code_sha256())
@@ -406,6 +432,7 @@ CHECKS: tuple[Check, ...] = (
     data,
     ledger,
     witnesses,
+    sums,
     audit,
 )
 

@@ -27,6 +27,7 @@ from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
 from crafts_client.site_audit import LIBRARIES, read_record, weakness
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending import Spending, lifetime_spending, spending_of
+from crafts_client.sum_report import SumReport, doubts_about_sums, sum_report, summed_entries
 from crafts_core import __version__
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
@@ -70,7 +71,7 @@ class Transmission(_Record):
 class PrivacyReport(_Record):
     """The whole report; ``privacy-report.json`` is this."""
 
-    schema_version: int = 2
+    schema_version: int = 3
     created: datetime
     site: str
     cohort: str
@@ -85,6 +86,8 @@ class PrivacyReport(_Record):
     """Charged to the cohort so far."""
     lifetime: Spending
     runs: tuple[RunSpending, ...]
+    sums: SumReport | None
+    """Steps in which this hospital added a share of the noise; None where there were none."""
     transmissions: tuple[Transmission, ...]
     charged_and_not_sent: int
     """Rounds that count as spent though nothing left: crashes, refusals, work in progress."""
@@ -123,7 +126,9 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
     records = Outbox(site.outbox_path).records()
     transmissions = _transmissions(entries, records)
     plans = () if ledger is None else ledger.plans(cohort)
-    lifetime = lifetime_spending(site.policy.lifetime, plans)
+    summed = [entry.event for entry in summed_entries(entries)]
+    lifetime = lifetime_spending(site.policy.lifetime, plans, summed=summed)
+    sums = sum_report(site, all_entries)
     audit = read_record(site.audit_path)
     code = code_sha256()
     return PrivacyReport(
@@ -138,6 +143,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
         plans=len(plans),
         lifetime=lifetime,
         runs=_runs(entries, delta),
+        sums=sums,
         transmissions=transmissions,
         charged_and_not_sent=len(events) - len(transmissions),
         ledger_entries=len(all_entries),
@@ -150,6 +156,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
         unsubstantiated=(
             *doubts(site, ledger, plans),
             *_weak_spending(lifetime),
+            *doubts_about_sums(site, sums, all_entries),
             *_weak_delta(delta, site.config.declared_patients),
             *_unrecorded(transmissions),
             *_uncommitted(all_entries, records),
@@ -198,7 +205,11 @@ def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ..
             plan_hash=plan_hash,
             stages=tuple(dict.fromkeys(entry.stage for entry in group)),
             rounds=len({entry.round for entry in group}),
-            spent=spending_of([entry.event for entry in group], delta),
+            spent=spending_of(
+                [entry.event for entry in group],
+                delta,
+                summed=[entry.event for entry in summed_entries(group)],
+            ),
         )
         for (run_id, plan_hash), group in charged.items()
     )
@@ -210,16 +221,16 @@ def _transmissions(
     """Commits of a sealed file; a refused release committed a constant and sent nothing."""
     found = []
     for entry in entries:
-        if entry.kind is not EntryKind.COMMITTED or entry.detail == REFUSED_RELEASE:
+        if entry.kind is not EntryKind.COMMITTED or entry.release_hash == REFUSED_RELEASE:
             continue
-        record = records.get(entry.detail)
+        record = records.get(entry.release_hash)
         found.append(
             Transmission(
                 committed_at=entry.recorded_at,
                 run_id=entry.run_id,
                 round=entry.round,
                 stage=entry.stage,
-                hash=entry.detail,
+                hash=entry.release_hash,
                 num_bytes=None if record is None else record.num_bytes,
                 num_tensors=None if record is None else len(record.tensors),
                 noise_multiplier=entry.noise_multiplier,
@@ -257,7 +268,7 @@ def _uncommitted(
     A release whose payment was committed to another never left: one entry pays for one.
     """
     committed = [entry for entry in entries if entry.kind is EntryKind.COMMITTED]
-    hashes, closed = {e.detail for e in committed}, {e.reservation for e in committed}
+    hashes, closed = {e.release_hash for e in committed}, {e.reservation for e in committed}
     waiting = [r for r in records.values() if r.hash not in hashes and r.reservation not in closed]
     if waiting:
         yield (

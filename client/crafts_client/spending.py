@@ -1,6 +1,7 @@
 """What steps cost together, as the privacy report shows it."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
@@ -30,17 +31,22 @@ class Spending(BaseModel):
     epsilon_second_opinion: float | None
     second_accountant: str
     epsilon_seen_twice: float | None
-    """For a patient who is also at another hospital that ran as much: both composed."""
+    """For a patient who is also at another hospital that ran as much: both composed, or both in
+    the same sums where this one's steps were of sums."""
     max_true_positive_rate: float
     """How often any attacker can be right that a patient took part, at 1 % false alarms."""
 
 
-def lifetime_spending(limit: Lifetime, plans: Sequence[PlanCharges]) -> Spending:
-    """Of everything charged. Odds of an attack are by the curve of one plan, else by the limit.
+def lifetime_spending(
+    limit: Lifetime, plans: Sequence[PlanCharges], *, summed: Sequence[PrivacyEvent] = ()
+) -> Spending:
+    """Of everything charged, ``summed`` of it in sums over sites.
 
-    Where no filter keeps the limit, nothing bounds the odds.
+    Odds of an attack are by the curve of one plan, else by the limit. Where no filter keeps the
+    limit, nothing bounds the odds.
     """
-    spent = spending_of([event for plan in plans for event in plan.events], limit.delta)
+    events = [event for plan in plans for event in plan.events]
+    spent = spending_of(events, limit.delta, summed=summed)
     if len(plans) <= 1 or spent.epsilon is None:
         return spent
     odds = 1.0
@@ -49,8 +55,16 @@ def lifetime_spending(limit: Lifetime, plans: Sequence[PlanCharges]) -> Spending
     return spent.model_copy(update={"max_true_positive_rate": odds})
 
 
-def spending_of(events: Sequence[PrivacyEvent], delta: float) -> Spending:
-    """By every accountant."""
+def spending_of(
+    events: Sequence[PrivacyEvent], delta: float, *, summed: Sequence[PrivacyEvent] = ()
+) -> Spending:
+    """By every accountant.
+
+    Args:
+        events: All of them.
+        delta: Of the promise.
+        summed: Those of ``events`` that were steps over several sites.
+    """
     opinion = accounting.epsilon_second_opinion(events, delta)
     replace_one = accounting.epsilon(
         events, delta, neighboring_relation=NeighboringRelation.REPLACE_ONE
@@ -62,9 +76,16 @@ def spending_of(events: Sequence[PrivacyEvent], delta: float) -> Spending:
         epsilon_replace_one=_finite(replace_one),
         epsilon_second_opinion=_finite(opinion.epsilon),
         second_accountant=opinion.accountant,
-        epsilon_seen_twice=_finite(accounting.epsilon([*events, *events], delta)),
+        epsilon_seen_twice=_finite(_seen_twice(events, summed, delta)),
         max_true_positive_rate=accounting.max_true_positive_rate(events, FALSE_POSITIVE_RATE),
     )
+
+
+def _seen_twice(
+    events: Sequence[PrivacyEvent], summed: Sequence[PrivacyEvent], delta: float
+) -> float:
+    apart = Counter(events) - Counter(summed)
+    return accounting.epsilon_at_two_hospitals([*apart.elements()] * 2, summed, delta)
 
 
 def _finite(value: float) -> float | None:

@@ -111,6 +111,42 @@ def epsilon(
     return float(composed.get_epsilon_for_delta(delta))
 
 
+def epsilon_at_two_hospitals(
+    apart: Iterable[PrivacyEvent], in_one_sum: Iterable[PrivacyEvent], delta: float
+) -> float:
+    """Epsilon for a patient who is at two hospitals.
+
+    Args:
+        apart: Steps of either hospital, each of whose noise protects its patients by itself.
+        in_one_sum: Steps in which both hospitals are members of one sum. The patient is drawn at
+            both, at one or at none, and may count for twice the bound under the noise of one sum:
+            both gradients point the same way at worst, which is a mixture of Gaussians at 0, 1 and
+            2 (Choquette-Choo et al. 2023, arXiv 2310.15526).
+        delta: Of the promise.
+
+    Returns:
+        Infinity when anything ran without noise.
+    """
+    _check_delta(delta)
+    alone, summed = merge(apart), merge(in_one_sum)
+    if any(event.noise_multiplier == 0 for event in (*alone, *summed)):
+        return math.inf
+    if not summed:
+        return epsilon(alone, delta)
+    discretization = max(COARSE, _FINEST_RELATIVE * _rough_epsilon([*alone, *summed * 4], delta))
+    composed = _composed(alone, discretization, NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for event in summed:
+        rate = event.sample_rate
+        step = pld.from_mixture_gaussian_mechanism(
+            standard_deviation=event.noise_multiplier,
+            sensitivities=[0.0, 1.0, 2.0],
+            sampling_probs=[(1 - rate) ** 2, 2 * rate * (1 - rate), rate**2],
+            value_discretization_interval=discretization,
+        )
+        composed = composed.compose(step.self_compose(event.steps))
+    return float(composed.get_epsilon_for_delta(delta))
+
+
 def max_true_positive_rate(events: Iterable[PrivacyEvent], false_positive_rate: float) -> float:
     """How often any attacker can be right that a patient was in, at a false positive rate.
 

@@ -15,6 +15,7 @@ from crafts_privacy.accounting import (
     SecondOpinion,
     calibrate_noise_multiplier,
     epsilon,
+    epsilon_at_two_hospitals,
     epsilon_second_opinion,
     merge,
     steps_left,
@@ -275,3 +276,34 @@ def test_the_two_accountants_agree(noise: float, rate: float, steps: int, delta:
     opinion = epsilon_second_opinion(events, delta)
     assert opinion.accountant == "opacus-prv"
     assert opinion.agrees_with(epsilon(events, delta))
+
+
+@pytest.mark.parametrize(("sigma", "once", "twice"), [(1.488, 8.0, 20.8), (7.25, 1.0, 2.3)])
+def test_a_patient_at_two_members_of_one_sum_pays_more_than_at_two_studies(
+    sigma: float, once: float, twice: float
+) -> None:
+    """q 0.4, 48 steps, delta 1e-3: both gradients under the noise of one sum."""
+    steps = PrivacyEvent(noise_multiplier=sigma, sample_rate=0.4, steps=48)
+    assert epsilon([steps], 1e-3) == pytest.approx(once, rel=0.01)
+    found = epsilon_at_two_hospitals([], [steps], 1e-3)
+    assert found == pytest.approx(twice, abs=0.1)
+    assert found > epsilon([steps, steps], 1e-3)
+
+
+def test_two_hospitals_without_a_sum_in_common_compose() -> None:
+    one = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.2, steps=20)
+    other = PrivacyEvent(noise_multiplier=3.0, sample_rate=0.1, steps=40)
+    together = epsilon_at_two_hospitals([one, other], [], 1e-4)
+    assert together == epsilon([one, other], 1e-4)
+    mixed = epsilon_at_two_hospitals([other], [one], 1e-4)
+    assert mixed > together
+    none = PrivacyEvent(noise_multiplier=0.0, sample_rate=0.2, steps=1)
+    assert epsilon_at_two_hospitals([one], [none], 1e-4) == math.inf
+
+
+def test_where_everybody_is_drawn_two_hospitals_are_one_patient_of_twice_the_bound() -> None:
+    """Closed form: at rate 1 the mixture is a Gaussian of twice the sensitivity."""
+    steps = PrivacyEvent(noise_multiplier=4.0, sample_rate=1.0, steps=3)
+    halved = PrivacyEvent(noise_multiplier=2.0, sample_rate=1.0, steps=3)
+    found = epsilon_at_two_hospitals([], [steps], 1e-3)
+    assert found == pytest.approx(epsilon([halved], 1e-3), abs=0.01)

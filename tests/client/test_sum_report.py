@@ -1,0 +1,130 @@
+"""The report says in which steps a site relied on others, and what is left without them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crafts_client.budget import epsilon_at_all_sites
+from crafts_client.cli import app
+from crafts_client.doctor import Verdict, sums
+from crafts_client.home import POLICY_NAME, SiteHome, to_toml
+from crafts_client.privacy_report import privacy_report, write_privacy_report
+from crafts_client.site import Site
+from crafts_client.site_key import signed_head
+from crafts_privacy import accounting
+from crafts_privacy.ledger import Ledger, LedgerError
+from crafts_privacy.ledger_export import LedgerExport, read_export, write_export
+from support.sites import Coordinator, make_site_home
+from support.sum_study import SumStudy
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
+    return make_site_home(
+        tmp_path / "site",
+        foundation,
+        coordinator.public_key,
+        allowed_trust=("site", "distributed"),
+        max_epsilon_alone=60.0,
+    )
+
+
+@pytest.fixture
+def study(coordinator, foundation, home) -> SumStudy:
+    """One round whose first attempt gave no result, and one that this site was left out of."""
+    made = SumStudy(coordinator, foundation, home)
+    site = Site(home, foundation)
+    made.add(site)
+    made.add(site, attempt=2)
+    made.ready(site, 2)
+    return made
+
+
+def set_policy(home: SiteHome, **changes: object) -> SiteHome:
+    policy = home.policy.model_copy(update=changes)
+    (home.path / POLICY_NAME).write_text(to_toml(policy))
+    return SiteHome.open(home.path)
+
+
+def test_both_guarantees_are_reported(home, study, tmp_path: Path) -> None:
+    report = privacy_report(home)
+    assert report.sums is not None
+    assert (report.sums.steps, report.sums.vectors) == (3, 2)
+    assert report.sums.attempts_without_result == 2
+    assert (report.sums.fewest_members, report.sums.fewest_honest) == (3, 2)
+    assert report.sums.most_colluding == 1
+    alone = accounting.epsilon(Ledger(home.ledger_path).events_alone("main"), 1e-3)
+    assert report.sums.epsilon_alone == pytest.approx(alone)
+    assert report.lifetime.epsilon is not None
+    assert alone > report.lifetime.epsilon
+    (roster,) = report.sums.rosters
+    assert (roster.phrase, roster.sites) == (study.roster().phrase, ("east", "north", "south"))
+    assert not [line for line in report.unsubstantiated if line.startswith("sums")]
+    page, _ = write_privacy_report(report, tmp_path / "report")
+    text = page.read_text()
+    assert roster.phrase in text
+    assert "added only a share of the noise" in text
+    assert "All noise is added here" not in text
+
+
+def test_a_patient_at_two_members_of_one_sum_is_not_told_too_little(home, study) -> None:
+    report = privacy_report(home)
+    events = Ledger(home.ledger_path).events("main")
+    assert report.lifetime.epsilon_seen_twice is not None
+    assert report.lifetime.epsilon_seen_twice > 1.05 * accounting.epsilon([*events, *events], 1e-3)
+
+
+def test_what_the_files_do_not_carry_is_not_to_be_signed(home, study) -> None:
+    home.roster_approvals.take_back(study.plan.hash)
+    changed = set_policy(home, min_members=4, max_epsilon_alone=0.01)
+    told = [line for line in privacy_report(changed).unsubstantiated if line.startswith("sums")]
+    assert [any(word in line for line in told) for word in ("approved", "over 3", "0.01")] == [
+        True
+    ] * 3
+
+
+def test_doctor_looks_at_rosters_and_at_the_limit_alone(home, study) -> None:
+    assert {finding.verdict for finding in sums(home)} == {Verdict.OK}
+    tight = set_policy(home, max_epsilon_alone=0.01)
+    assert [finding.verdict for finding in sums(tight)] == [Verdict.OK, Verdict.PROBLEM]
+    assert list(sums(set_policy(home, allowed_trust=("site",)))) == []
+
+
+def test_a_study_without_sums_has_no_such_section(tmp_path, foundation, coordinator) -> None:
+    home = make_site_home(tmp_path / "plain", foundation, coordinator.public_key)
+    plan = coordinator.plan()
+    Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
+    report = privacy_report(home)
+    assert report.sums is None
+    assert json.loads(report.model_dump_json())["schema_version"] == 3
+
+
+def exported(home: SiteHome, path: Path) -> LedgerExport:
+    ledger = Ledger(home.ledger_path)
+    head = signed_head(home, ledger)
+    write_export(ledger.entries(), head, path)
+    return read_export(path, trusted=[head.fingerprint])
+
+
+def test_another_hospitals_ledger_of_the_same_sums_counts_as_one_sum(
+    home, study, tmp_path: Path
+) -> None:
+    """The other member's charges are these very ones here: as if it had been asked as often."""
+    ledger = Ledger(home.ledger_path)
+    export = exported(home, tmp_path / "theirs.csv")
+    found = epsilon_at_all_sites(home, ledger, [export])
+    events = ledger.events("main")
+    assert found == accounting.epsilon_at_two_hospitals([], events, 1e-3)
+    with pytest.raises(LedgerError, match="three members"):
+        epsilon_at_all_sites(home, ledger, [export, export])
+    run = CliRunner().invoke(
+        app,
+        [
+            *("budget", "--home", str(home.path), "--also", str(tmp_path / "theirs.csv")),
+            *("--also-key", export.head.fingerprint, "--json"),
+        ],
+    )
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["epsilon_of_a_patient_at_all_sites"] == pytest.approx(found)
