@@ -1,4 +1,4 @@
-"""``crafts-client audit``: both audits of one site, what is kept of them, and when they are stale.
+"""``crafts-client audit``: the audits of one site, what is kept of them, and when they are stale.
 
 An audit says something of exactly what ran: the code, the libraries that privacy rests on, the
 settings of ``site.toml`` that change how a gradient comes about, and the stages that the policy
@@ -15,6 +15,7 @@ from typing import Any
 
 from crafts_client.code_hash import code_sha256
 from crafts_client.home import SiteConfig, SiteHome
+from crafts_client.sum_audit import SumCheck, audit_sums
 from crafts_client.trainer import Randomness
 from crafts_client.training_audit import Progress, TrainingAudit, audit_training
 from crafts_core import __version__
@@ -34,26 +35,34 @@ _AGAIN = "run crafts-client audit"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteAudit:
-    """The engine where every gradient is known, and the trainer as this site runs it."""
+    """The engine where every gradient is known, the trainer as this site runs it, and sums."""
 
     engine: AuditResult
     training: TrainingAudit
+    sums: tuple[SumCheck, ...]
+    """Empty where the policy allows no distributed trust."""
 
     @property
     def passed(self) -> bool:
-        return self.engine.passed and self.training.passed
+        sums_passed = all(check.passed for check in self.sums)
+        return self.engine.passed and self.training.passed and sums_passed
 
     def record(self, config: SiteConfig) -> dict[str, Any]:
         """``audit.json``."""
-        return asdict(self.engine) | {
-            "training": asdict(self.training),
-            "passed": self.passed,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "version": __version__,
-            "code_sha256": code_sha256(),
-            "libraries": _versions(),
-            "settings": _settings(config),
-        }
+        sums = {"sums": [asdict(check) for check in self.sums]} if self.sums else {}
+        return (
+            asdict(self.engine)
+            | sums
+            | {
+                "training": asdict(self.training),
+                "passed": self.passed,
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "version": __version__,
+                "code_sha256": code_sha256(),
+                "libraries": _versions(),
+                "settings": _settings(config),
+            }
+        )
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -75,10 +84,14 @@ class SiteAudit:
         for run in self.training.one_runs:
             yield _one_run_line(f"{run.stage}, one-run bound from releases", run.one_run)
         yield f"audited: stages {', '.join(self.training.stages) or 'none'}"
+        if self.sums:
+            yield "sums over sites, by hospitals that nobody is:"
+        for found in self.sums:
+            yield f"{_verdict(found.passed)}  {found.name}: {found.question} ({found.found})"
 
 
 def audit_site(site: SiteHome, progress: Progress | None = None) -> SiteAudit:
-    """Run both. Takes a minute or two, reads no patient and spends nothing.
+    """Run all. Takes a minute or two, reads no patient and spends nothing.
 
     Raises:
         CraftsError: the foundation or a library that ``site.toml`` asks for is missing.
@@ -96,7 +109,15 @@ def audit_site(site: SiteHome, progress: Progress | None = None) -> SiteAudit:
             Randomness.from_os(exact_noise=config.exact_noise),
             progress=progress,
         ),
+        sums=_audited_sums(site),
     )
+
+
+def _audited_sums(site: SiteHome) -> tuple[SumCheck, ...]:
+    if "distributed" not in site.policy.allowed_trust:
+        return ()
+    noise = Randomness.from_os(exact_noise=site.config.exact_noise).noise
+    return audit_sums(site.policy, noise)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -126,6 +147,7 @@ def weakness(record: Mapping[str, Any] | None, site: SiteHome, code: str) -> str
         *_differences(record.get("libraries"), _versions(), "installed is"),
         *_differences(record.get("settings"), _settings(site.config), "site.toml says"),
         *_stages_left(record, site),
+        *_sums_left(record, site),
     )
     return f"the newest audit is of {differences[0]}; {_AGAIN}" if differences else None
 
@@ -151,6 +173,11 @@ def _stages_left(record: Mapping[str, Any], site: SiteHome) -> Iterator[str]:
     left = sorted(set(site.policy.allowed_stages) - set(audited))
     if left:
         yield f"stages {', '.join(audited) or 'none'}, the policy allows {', '.join(left)} too"
+
+
+def _sums_left(record: Mapping[str, Any], site: SiteHome) -> Iterator[str]:
+    if "distributed" in site.policy.allowed_trust and not record.get("sums"):
+        yield "no sums over sites, which the policy allows"
 
 
 def _versions() -> dict[str, str]:
