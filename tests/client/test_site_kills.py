@@ -4,6 +4,7 @@ Run as a script, this file is the driver: it forks sites that train and release 
 with SIGKILL at a named point or at a random time, restarts, and compares the ledger with an outside
 witness of what left. Every round is asked for with two adapters, by turns first with one and first
 with the other, so that what was begun for one before a kill is asked for with the other after it.
+The same goes for sums over sites, where every round is asked for in attempts.
 The driver is its own process because forking pytest, with the threads of many libraries in it,
 would not be safe.
 """
@@ -29,34 +30,38 @@ import torch
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
+from crafts_client import sums
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import PolicyError
 from crafts_client.site import Site
+from crafts_client.sums import SiteSums
 from crafts_core.adapters import State
+from crafts_core.exchange import ReadyReply
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_privacy import ledger_store
+from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerError, Reservation
-from crafts_privacy.patient_sgd import PatientSGD
+from crafts_privacy.patient_sgd import PatientSum
 from crafts_simulations.small_study import DECLARED_PATIENTS
 from support import power_cut
 from support.foundations import write_tiny_foundation
 from support.sites import Coordinator, make_site_home, plan_values
+from support.sum_study import SumStudy, distributed_values
 
-POINTS = [
-    f"{moment} {what}"
-    for what in (
-        "reservation", "step", "seal", "database commit", "witness write", "sync", "rename",
-        "release",
-    )
-    for moment in ("before", "after")
-]  # fmt: skip
+STEPS = ("reservation", "step", "seal", "database commit", "witness write", "sync", "rename")
+OF_SUMS = ("word", "members", "masks", "ledger commit")
+MOMENTS = ("before", "after")
+POINTS = [f"{moment} {what}" for what in (*STEPS, "release") for moment in MOMENTS]
+SUM_POINTS = [f"{moment} {what}" for what in (*STEPS, *OF_SUMS, "release") for moment in MOMENTS]
 
 
 class Study:
     """One home, one coordinator, one plan of more rounds than any test needs, two adapters."""
+
+    points = POINTS
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,9 +71,65 @@ class Study:
         start = self.coordinator.start(self.plan)
         self.adapters = (start, {name: value + 0.001 for name, value in start.items()})
 
+    def make_home(self) -> None:
+        """Everything that a site needs to take part."""
+        self.new_home()
+
+    def new_home(self, **policy: object) -> SiteHome:
+        signer = self.coordinator.public_key
+        home = self.folder / "site"
+        return make_site_home(home, self.foundation, signer, max_rounds=2000, **policy)
+
+    def answers(self, site: Site, number: int, *, first: int) -> Iterator[tuple[str, Release]]:
+        """Of a coordinator who asks with another adapter too: at most one is right."""
+        for adapter in (self.adapters[first], self.adapters[1 - first]):
+            # The round was answered, or what a kill left sealed for one is paid for by the other.
+            with suppress(PolicyError, LedgerError):
+                release = site.answer(self.request(number, adapter))
+                assert isinstance(release, Release)
+                yield str(number), release
+
     def request(self, number: int, adapter: State) -> Any:
         request = self.coordinator.request(self.plan, adapter, number=number)
         return self.coordinator.message(self.plan, adapter, request=request)
+
+
+class StudyOfSums(Study):
+    """The same as steps over three sites; the other two have keys and no patients."""
+
+    points = SUM_POINTS
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        values = distributed_values(self.foundation.manifest.hash, rounds=2000)
+        smallest = study_plan(self.foundation).model_dump(mode="json")
+        values["adapter"] = smallest["adapter"]
+        values["privacy"] |= {"tiles_per_patient": 1, "draws_per_tile": 1}  # type: ignore[operator]
+        self.plan = Plan.parse(values)
+
+    def make_home(self) -> None:
+        home = self.new_home(allowed_trust=("distributed",), max_epsilon_alone=1e3)
+        SumStudy(self.coordinator, self.foundation, home, self.plan)  # approves the roster
+
+    def answers(self, site: Site, number: int, *, first: int) -> Iterator[tuple[str, Release]]:
+        """Of a coordinator who begins an attempt at every start, and asks both ways for it."""
+        home = SiteHome.open(self.folder / "site")
+        study = SumStudy(self.coordinator, self.foundation, home, self.plan)
+        attempt = self.next_attempt()
+        for adapter in (self.adapters[first], self.adapters[1 - first]):
+            request = study.request(number, attempt, adapter)
+            with suppress(PolicyError, LedgerError):
+                ready = site.answer(study.ask(request, adapter))
+                assert isinstance(ready, ReadyReply)
+                told = study.tell(request, study.announcement(request, ready))
+                yield f"{number}.{attempt}", site.add_to_sum(told)
+
+    def next_attempt(self) -> int:
+        """On the coordinator's disk before it is asked for."""
+        path = self.folder / "attempts"
+        attempt = 1 + (int(path.read_text()) if path.exists() else 0)
+        path.write_text(str(attempt))
+        return attempt
 
 
 def study_plan(foundation: Foundation) -> Plan:
@@ -82,15 +143,15 @@ def study_plan(foundation: Foundation) -> Plan:
     return Plan.parse(values)
 
 
-def released(outside: Path) -> list[tuple[int, str]]:
-    """The outside witness: what left, in order."""
+def released(outside: Path) -> list[tuple[str, str]]:
+    """The outside witness: what left, in order, by round (and attempt)."""
     if not outside.exists():
         return []
     lines = [line.split() for line in outside.read_text().splitlines()]
-    return [(int(number), digest) for number, digest in lines]
+    return [(number, digest) for number, digest in lines]
 
 
-def release(outside: Path, number: int, digest: str) -> None:
+def release(outside: Path, number: str, digest: str) -> None:
     with outside.open("a") as file:
         file.write(f"{number} {digest}\n")
         file.flush()
@@ -98,7 +159,11 @@ def release(outside: Path, number: int, digest: str) -> None:
 
 
 def rounds_released(folder: Path) -> list[int]:
-    return sorted({number for number, _ in released(folder / "outside")})
+    return sorted({round_of(number) for number, _ in released(folder / "outside")})
+
+
+def round_of(number: str) -> int:
+    return int(number.partition(".")[0])
 
 
 def run_site(study: Study, rounds: int, attempt: int, broken: str = "") -> None:
@@ -107,18 +172,10 @@ def run_site(study: Study, rounds: int, attempt: int, broken: str = "") -> None:
     site = Site(SiteHome.open(study.folder / "site"), study.foundation)
     for number in range(len(rounds_released(study.folder)) + 1, rounds + 1):
         if broken == "early":
-            release(outside, number, "0")
-        for answer in answers(site, study, number, first=attempt % 2):
+            release(outside, str(number), "0")
+        for which, answer in study.answers(site, number, first=attempt % 2):
             if broken != "early":
-                release(outside, number, answer.hash)
-
-
-def answers(site: Site, study: Study, number: int, *, first: int) -> Iterator[Release]:
-    """Of a coordinator who asks with another adapter too: at most one is right."""
-    for adapter in (study.adapters[first], study.adapters[1 - first]):
-        # The round was answered, or what a kill left sealed for one is paid for by the other.
-        with suppress(PolicyError, LedgerError):
-            yield site.answer(study.request(number, adapter))
+                release(outside, which, answer.hash)
 
 
 def die() -> None:
@@ -146,7 +203,11 @@ def arm(point: str, occurrence: int) -> None:
     """Patch this process (a fork that will die) so that it is killed at the point."""
     for owner, name, what in (
         (Ledger, "reserve", "reservation"),
-        (PatientSGD, "step_in_groups", "step"),
+        (PatientSum, "step_in_groups", "step"),
+        (SiteSums, "hold", "word"),
+        (sums, "verify_members", "members"),
+        (HeldSum, "release", "masks"),
+        (Ledger, "commit", "ledger commit"),
         (Outbox, "seal", "seal"),
         (Session, "commit", "database commit"),
         (ledger_store, "write_head", "witness write"),
@@ -202,34 +263,38 @@ def violations(folder: Path) -> list[str]:
         return [f"the ledger does not open: {error}"]
     left = released(folder / "outside")
     charged = [Reservation.of(e) for e in entries if e.kind is EntryKind.RESERVED]
-    reserved = [each.round for each in charged]
+    reserved = [e.round for e in entries if e.kind in ("reserved", "carried")]
     asked = [(each.round, each.request_hash) for each in charged]  # another adapter costs anew
-    committed = {e.round: e.detail for e in entries if e.kind is EntryKind.COMMITTED}
-    found = [f"round {r} left without a charge" for r, _ in left if r not in reserved]
-    found += [f"round {r} left without a commit of it" for r, h in left if committed.get(r) != h]
+    committed = {e.release_hash: e for e in entries if e.kind is EntryKind.COMMITTED}
+    paid = {e.reservation: h for h, e in committed.items()}
+    rounds = [(round_of(r), r, h) for r, h in left]
+    found = [f"round {r} left without a charge" for n, r, _ in rounds if n not in reserved]
+    found += [
+        f"round {r} left without a commit of it"
+        for n, r, h in rounds
+        if h not in committed or committed[h].round != n or paid[committed[h].reservation] != h
+    ]
     found += [f"round {r[0]} charged twice" for r in set(asked) if asked.count(r) > 1]
     answers_of = [number for number, _ in set(left)]
     found += [f"round {r} answered twice" for r in set(left) if answers_of.count(r[0]) > 1]
     return found
 
 
-def kills_of(generator: random.Random) -> Iterator[tuple[str, int] | float]:
+def kills_of(generator: random.Random, points: list[str]) -> Iterator[tuple[str, int] | float]:
     """Every named point, then the same in turn with random times."""
-    named = ((point, generator.randint(1, 3)) for point in itertools.cycle(POINTS))
-    yield from itertools.islice(named, len(POINTS))
+    named = ((point, generator.randint(1, 3)) for point in itertools.cycle(points))
+    yield from itertools.islice(named, len(points))
     while True:
         yield generator.uniform(0.0, 0.4)
         yield next(named)
 
 
-def drive(folder: Path, kills: int, seed: int, broken: str) -> dict[str, Any]:
+def drive(folder: Path, kills: int, seed: int, broken: str, kind: str) -> dict[str, Any]:
     folder.mkdir()
-    study = Study(folder)
+    study = StudyOfSums(folder) if kind == "sums" else Study(folder)
     child = os.fork()  # what writing tiles starts, no later fork inherits
     if child == 0:
-        make_site_home(
-            folder / "site", study.foundation, study.coordinator.public_key, max_rounds=2000
-        )
+        study.make_home()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     mechanism_of(study.plan, declared_patients=DECLARED_PATIENTS)  # once for all forks
@@ -238,7 +303,7 @@ def drive(folder: Path, kills: int, seed: int, broken: str) -> dict[str, Any]:
     if kept:
         power_cut.settle(home, Path(kept))
     reached: list[str] = []
-    for kill in itertools.islice(kills_of(random.Random(seed)), kills):
+    for kill in itertools.islice(kills_of(random.Random(seed), study.points), kills):
         while not run_and_kill(study, len(reached), kill, broken):
             pass  # it was done before its time came
         reached.append(kill[0] if isinstance(kill, tuple) else "some time")
@@ -281,12 +346,22 @@ def assert_nothing_was_lost(result: dict[str, Any], kills: int) -> None:
 
 @pytest.mark.timeout(1200)  # a minute of work, ten where many share two cores
 @pytest.mark.parametrize(
-    "kills", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.exhaustive)]
+    ("kind", "kills"),
+    [
+        pytest.param("plain", 20, id="20"),
+        pytest.param("plain", 200, id="200", marks=pytest.mark.exhaustive),
+        pytest.param("sums", 24, id="sums-24", marks=pytest.mark.slow),
+        pytest.param("sums", 200, id="sums-200", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_no_kill_leaves_the_ledger_below_what_was_released(tmp_path: Path, kills: int) -> None:
-    (result,) = driven(tmp_path, "--kills", str(kills), "--seed", str(kills))
+def test_no_kill_leaves_the_ledger_below_what_was_released(
+    tmp_path: Path, kind: str, kills: int
+) -> None:
+    """Of sums: no vector is uncharged, and for each attempt at most one ever leaves."""
+    (result,) = driven(tmp_path, "--kills", str(kills), "--seed", str(kills), "--kind", kind)
     assert_nothing_was_lost(result, kills)
-    assert set(result["reached"]) >= set(POINTS), "every named point"
+    points = SUM_POINTS if kind == "sums" else POINTS
+    assert set(result["reached"]) >= set(points), "every named point"
 
 
 def test_a_site_that_releases_before_it_charges_is_caught(tmp_path: Path) -> None:
@@ -315,6 +390,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=["plain", "sums"], default="plain")
     parser.add_argument("--broken", action="append", choices=["", "early", "files", "ledger"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -322,7 +398,7 @@ if __name__ == "__main__":
     print(
         json.dumps(
             [
-                drive(chosen.folder / str(run), chosen.kills, chosen.seed, broken)
+                drive(chosen.folder / str(run), chosen.kills, chosen.seed, broken, chosen.kind)
                 for run, broken in runs
             ]
         )
