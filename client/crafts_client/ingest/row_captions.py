@@ -1,29 +1,19 @@
 """What a row of the site's table shows: its own words, scrubbed, or words of the public grammar."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.scrub import Scrubbed, scrub
-from crafts_core.vocabulary import (
-    FEATURES,
-    GRADES,
-    GROWTH_PATTERNS,
-    STROMA_AMOUNTS,
-    PartialAttributes,
-    VocabularyError,
-    label_caption,
-)
+from crafts_core.attribute_words import read_attributes
+from crafts_core.vocabulary import PartialAttributes, VocabularyError, label_caption
 
 MAX_CAPTION_CHARACTERS = 1000
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
-_SEPARATORS = re.compile(r"[;|]")
 _Clean = Callable[[str], Scrubbed]
-_Word = TypeVar("_Word", bound=str)
 
 
 @dataclass(slots=True)
@@ -51,7 +41,7 @@ def read_caption(
     """
     clean = partial(scrub, known=known, listed=listed)
     row = RowCaption()
-    attributes = _attributes(cells, row.problems)
+    attributes = read_attributes(cells, row.problems)
     label, text, report = (cells.get(key, "") for key in ("label", "caption", "report"))
     _read_label(label, row, clean)
     if text or report:
@@ -108,31 +98,3 @@ def _cut(text: str) -> str:
     if ends:
         return head[: ends[-1]]
     return head.rsplit(" ", 1)[0][:MAX_CAPTION_CHARACTERS]
-
-
-def _attributes(cells: Mapping[str, str], problems: list[str]) -> PartialAttributes:
-    """The attributes that are filled in; a word that is unknown is a problem and left out."""
-    named = [word for word in _SEPARATORS.split(cells.get("features", "")) if word.strip()]
-    features = {_one_of("features", word, FEATURES, problems) for word in named}
-    return PartialAttributes(
-        growth_pattern=_cell(cells, "growth_pattern", GROWTH_PATTERNS, problems),
-        nuclear_grade=_cell(cells, "nuclear_grade", GRADES, problems),
-        stroma=_cell(cells, "stroma", STROMA_AMOUNTS, problems),
-        features=tuple(feature for feature in FEATURES if feature in features),
-    )
-
-
-def _cell(
-    cells: Mapping[str, str], column: str, allowed: Sequence[_Word], problems: list[str]
-) -> _Word | None:
-    word = cells.get(column, "")
-    return _one_of(column, word, allowed, problems) if word else None
-
-
-def _one_of(column: str, word: str, allowed: Sequence[_Word], problems: list[str]) -> _Word | None:
-    """The allowed value that is written so, in any case and with _ for spaces."""
-    written = " ".join(word.lower().replace("_", " ").split())
-    if written in allowed:
-        return allowed[[str(value) for value in allowed].index(written)]
-    problems.append(f"{column} {word.strip()!r} is none of: {', '.join(allowed)}")
-    return None
