@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,17 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)
+
+
+def share_as_umask_says(directory: Path, like: Path) -> None:
+    """Give every file of a directory the permissions of ``like``, which was written plainly.
+
+    Libraries write weights through temporary files, which only their owner may read.
+    """
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def create_secret(path: Path, content: bytes) -> None:

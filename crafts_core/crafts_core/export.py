@@ -10,17 +10,29 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from crafts_core.adapters import lora_tensors, merged_control_net, merged_unet
 from crafts_core.control_net import modalities_in
+from crafts_core.durable import share_as_umask_says
 from crafts_core.foundation import Foundation
+from crafts_core.generator_record import (
+    PROMPT_BANK_NAME,
+    RECORD_NAME,
+    GeneratorRecord,
+    prompt_bank_text,
+)
 from crafts_core.plan import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
 
 CONTROLS = "controlnet"
 _OF_VERSION_4 = "text_model."
+_HUB_LICENCES = frozenset(
+    {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "openrail++"}
+)
+"""Of the identifiers that the Hugging Face hub knows, those that a foundation is likely to have."""
 
 
 def save_pipeline(
@@ -30,6 +42,7 @@ def save_pipeline(
     adapter: AdapterConfig,
     state: Mapping[str, Tensor],
     card: str,
+    record: GeneratorRecord | None = None,
 ) -> None:
     """Write the foundation with the adapter merged in, as a Stable Diffusion pipeline.
 
@@ -43,6 +56,7 @@ def save_pipeline(
         adapter: The plan's adapter section.
         state: The trained weights.
         card: Text of ``README.md``; ``model_card`` composes one.
+        record: What its images will say of it; None for an adapter that no study trained.
 
     Raises:
         AdapterError: the state does not fit.
@@ -71,6 +85,11 @@ def save_pipeline(
         network = merged_control_net(foundation, adapter, state, modality)
         network.save_pretrained(staging / CONTROLS / modality, safe_serialization=True)
     (staging / "README.md").write_text(card, encoding="utf-8")
+    bank = prompt_bank_text(foundation.prompt_bank)
+    (staging / PROMPT_BANK_NAME).write_text(bank, encoding="utf-8")
+    if record is not None:
+        (staging / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
+    share_as_umask_says(staging, like=staging / "README.md")
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
 
@@ -101,7 +120,7 @@ def save_lora(path: Path, state: Mapping[str, Tensor]) -> None:
         AdapterError: the state holds full weights, which are no LoRA.
     """
     staging = path.with_name(path.name + ".writing")
-    save_file(lora_tensors(state), staging, metadata={"format": "pt"})
+    staging.write_bytes(save(lora_tensors(state), metadata={"format": "pt"}))
     staging.replace(path)
 
 
@@ -126,12 +145,7 @@ def model_card(
     """
     manifest = foundation.manifest
     named = ", ".join(sites) if sites else "not named"
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [histopathology, synthetic-data, federated-learning, differential-privacy]
----
-# {study}: a shared generator of synthetic histology tiles
+    text = f"""# {study}: a shared generator of synthetic histology tiles
 
 Trained across hospitals in {rounds} rounds; slides never left a site. Follows our reading of the
 CRAFTS abstract (arXiv 2512.13164); it is not the authors' model.
@@ -157,6 +171,25 @@ transformers 4.57.3, where the same prompts gave the same conditioning.
 Research and teaching. Every image is synthetic: none shows a patient, and none may be used for
 diagnosis. Mark images as synthetic wherever you pass them on.
 """
+    return str(ModelCard(f"---\n{_hub_facts(manifest.licence).to_yaml()}\n---\n{text}"))
+
+
+def hub_licence(licence: str) -> tuple[str, str | None]:
+    """A licence as cards on the Hugging Face hub name it: identifier, and name if it has none."""
+    known = licence.lower()
+    return (known, None) if known in _HUB_LICENCES else ("other", licence)
+
+
+def _hub_facts(licence: str) -> ModelCardData:
+    identifier, name = hub_licence(licence)
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        language="en",
+        tags=["histopathology", "synthetic-data", "federated-learning", "differential-privacy"],
+        license=identifier,
+        license_name=name,
+    )
 
 
 _CONDITION_TEXT: dict[Modality, str] = {

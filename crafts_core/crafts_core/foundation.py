@@ -4,7 +4,6 @@
 study starts from the same bytes and no file can run code.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crafts_core.aligner import Aligner, LatentAligner
+from crafts_core.errors import CraftsError
 from crafts_core.foundation_import import import_diffusers
 from crafts_core.foundation_manifest import (
     FoundationError,
@@ -24,6 +24,7 @@ from crafts_core.foundation_manifest import (
     write_manifest,
 )
 from crafts_core.generator import Generator
+from crafts_core.generator_record import PROMPT_BANK_NAME, read_prompt_bank
 from crafts_core.probe import Probe, correlation_range, load_probe, save_probe
 from crafts_core.vocabulary import Prompt
 
@@ -113,15 +114,11 @@ def load_prompt_bank(directory: Path) -> tuple[Prompt, ...]:
     Raises:
         FoundationError: the file is missing, empty or holds something else.
     """
-    path = directory / "prompt_bank.json"
+    path = directory / PROMPT_BANK_NAME
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        bank = tuple(
-            Prompt(text=str(record["text"]), cancer_code=str(record["cancer_code"]))
-            for record in records
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FoundationError(f"cannot read {path}: {error}") from error
+        bank = read_prompt_bank(path)
+    except CraftsError as error:
+        raise FoundationError(str(error)) from error
     if len(bank) < 3:
         raise FoundationError(f"{path}: expected at least 3 prompts, got {len(bank)}")
     return bank

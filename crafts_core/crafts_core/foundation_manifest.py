@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crafts_core import __version__
+from crafts_core.durable import share_as_umask_says
 from crafts_core.errors import CraftsError
 from crafts_core.plan import describe_first_error
 
@@ -102,6 +103,8 @@ def write_manifest(
 ) -> FoundationManifest:
     """Hash every file of ``directory`` and write ``foundation.json`` beside them.
 
+    All of them are then as readable as the umask says.
+
     Raises:
         FoundationError: the directory holds a file that is not allowed, or a value is impossible.
     """
@@ -123,6 +126,7 @@ def write_manifest(
     )
     text = manifest.model_dump_json(indent=1) + "\n"
     (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    share_as_umask_says(directory, like=directory / MANIFEST_NAME)
     return manifest
 
 

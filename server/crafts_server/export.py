@@ -11,6 +11,7 @@ from crafts_core.control_net import generator_state, modalities_in
 from crafts_core.delta_text import delta_text
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
+from crafts_core.generator_record import GeneratorRecord
 from crafts_core.plan import Plan
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.errors import CheckpointError
@@ -45,15 +46,25 @@ def export_generator(
         CheckpointError: a checkpoint was altered, or there is no round yet.
     """
     state = averaged(chain, decay=plan.aggregation.ema_decay)
-    card = model_card(
+    record = GeneratorRecord(
         study=plan.study.name,
+        plan_hash=plan.hash,
+        rounds=chain[-1].round,
+        foundation=foundation.manifest.name,
+        foundation_hash=foundation.manifest.hash,
+        privacy=privacy_statement(plan, num_sites=num_sites),
+    )
+    card = model_card(
+        study=record.study,
         foundation=foundation,
         sites=list(named_sites),
-        privacy=privacy_statement(plan, num_sites=num_sites),
-        rounds=chain[-1].round,
+        privacy=record.privacy,
+        rounds=record.rounds,
         modalities=modalities_in(state),
     )
-    save_pipeline(directory, foundation, adapter=plan.adapter, state=state, card=card)
+    save_pipeline(
+        directory, foundation, adapter=plan.adapter, state=state, card=card, record=record
+    )
     if lora is not None:
         save_lora(lora, state)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from crafts_core.adapters import AdapterError, merged_unet
-from crafts_core.export import model_card, save_lora, save_pipeline
-from crafts_core.foundation import Foundation
+from crafts_core.errors import CraftsError
+from crafts_core.export import hub_licence, model_card, save_lora, save_pipeline
+from crafts_core.foundation import Foundation, embedded_path
 from crafts_core.generator import Generator
+from crafts_core.generator_record import (
+    GeneratorRecord,
+    parts_hash,
+    read_origin,
+    trained_prompts,
+)
 from crafts_core.plan import AdapterConfig
 from crafts_core.starting_point import initial_state
 
@@ -175,6 +184,74 @@ def test_full_weights_export_as_a_pipeline(foundation: Foundation, tmp_path: Pat
     save_pipeline(tmp_path / "generator", foundation, adapter=config, state=state, card="")
     unet = Generator.from_directory(tmp_path / "generator").unet
     torch.testing.assert_close(dict(unet.named_parameters()), state)
+
+
+def test_the_hub_reads_the_card(foundation: Foundation) -> None:
+    about = {"study": "lungs: two", "sites": [], "privacy": "epsilon 8.", "rounds": 4}
+    card = ModelCard(model_card(foundation=foundation, **about))
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert card.data.license == "apache-2.0"
+    assert hub_licence("Study only") == ("other", "Study only")
+    assert card.text.strip().startswith("# lungs: two")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_are_as_readable_as_the_umask_says(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path, umask: int
+) -> None:
+    """safetensors writes through temporary files that only their owner may read."""
+    before = os.umask(umask)
+    try:
+        save_pipeline(tmp_path / "out", foundation, adapter=CONFIG, state=state, card="")
+        save_lora(tmp_path / "adapter.safetensors", state)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_images_of_an_export_name_study_plan_and_promise(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    record = GeneratorRecord(
+        study="lungs", plan_hash="ab" * 32, rounds=3, privacy="epsilon at most 3",
+        foundation=foundation.manifest.name, foundation_hash=foundation.manifest.hash,
+    )  # fmt: skip
+    out = tmp_path / "shared"
+    save_pipeline(out, foundation, adapter=CONFIG, state=state, card="", record=record)
+    origin = read_origin(out)
+    assert (origin.generator, origin.study, origin.plan_hash) == ("shared", "lungs", "ab" * 32)
+    assert (origin.privacy, origin.foundation_hash) == (
+        "epsilon at most 3", foundation.manifest.hash,
+    )  # fmt: skip
+    assert [p.text for p in trained_prompts(out)] == [p.text for p in foundation.prompt_bank]
+    assert origin.generator_hash == parts_hash(out) != parts_hash(foundation.path)
+    DiffusionPipeline.from_pretrained(out)  # stock diffusers passes over the record
+
+
+def test_a_weight_that_changed_is_another_generator(exported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    assert parts_hash(copy) == parts_hash(exported)
+    (path,) = (copy / "unet").glob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert parts_hash(copy) != parts_hash(exported)
+
+
+def test_a_damaged_record_is_one_line(exported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (copy / "generator.json").write_text('{"study": "x"}')
+    with pytest.raises(CraftsError, match=r"generator\.json: .*; export it again"):
+        read_origin(copy)
+
+
+def test_the_embedded_foundation_loads_in_stock_diffusers_as_it_lies() -> None:
+    """Once "Half and Float" without ``torch_dtype``: only transformers keeps the files' halves."""
+    pipeline = DiffusionPipeline.from_pretrained(embedded_path())
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("H&E, lung", num_inference_steps=1, output_type="np").images[0]
+    assert np.isfinite(image).all()
+    assert image.std() > 0
 
 
 def test_card_names_study_sites_and_promise(foundation: Foundation) -> None:

@@ -319,10 +319,12 @@ def _save_pipeline(
     pipeline.to(torch.float16)
     pipeline.save_pretrained(out, safe_serialization=True)
     pipeline.to(torch.float32)
-    for part in ("unet", "vae"):  # where a part was read from is nobody's business
+    for part in ("unet", "vae", "text_encoder"):
         path = out / part / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
+        config.pop("_name_or_path", None)  # where a part was read from is nobody's business
+        if "dtype" in config:  # diffusers widens its own parts; transformers asks this file
+            config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
