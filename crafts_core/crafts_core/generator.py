@@ -34,10 +34,17 @@ class Generator:
     scheduler: DDPMScheduler
 
     @classmethod
-    def from_directory(cls, path: Path, *, device: torch.device | str = "cpu") -> Self:
+    def from_directory(
+        cls,
+        path: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """Load a diffusers layout (``unet/ vae/ text_encoder/ tokenizer/ scheduler/``).
 
-        Half-precision files are widened to float32: norms and noise are computed there.
+        Half-precision files are widened to float32: norms and noise are computed there. Who only
+        draws may ask for another ``dtype``.
 
         Raises:
             FoundationError: a part is missing, damaged or of another kind, or the denoiser predicts
@@ -50,9 +57,9 @@ class Generator:
                 f"text_encoder/, tokenizer/ and scheduler/, as Stable Diffusion has"
                 + (f"; this is a {kind}" if kind else "")
             )
-        unet = read_part(UNet2DConditionModel, path / "unet", dtype=torch.float32)
-        vae = read_part(AutoencoderKL, path / "vae", dtype=torch.float32)
-        text_encoder = read_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32)
+        unet = read_part(UNet2DConditionModel, path / "unet", dtype=dtype)
+        vae = read_part(AutoencoderKL, path / "vae", dtype=dtype)
+        text_encoder = read_part(CLIPTextModel, path / "text_encoder", dtype=dtype)
         check_parts_fit(unet, vae, text_encoder)
         with readable(path / "tokenizer"), quiet_transformers():
             tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
@@ -77,6 +84,11 @@ class Generator:
     def device(self) -> torch.device:
         device: torch.device = self.unet.device
         return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -114,10 +126,10 @@ class Generator:
 
     @torch.no_grad()
     def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        """Float images, clamped to [-1, 1], of scaled latents."""
+        """Float32 images, clamped to [-1, 1], of scaled latents."""
         scale, shift = self._latent_scale()
         decoded: Tensor = self.vae.decode(latents_BCHW / scale + shift).sample
-        return decoded.clamp(-1.0, 1.0)
+        return decoded.float().clamp(-1.0, 1.0)
 
     def unread(self, captions: Sequence[str]) -> list[str]:
         """The end of each caption that the text encoder does not read; empty where it reads all."""

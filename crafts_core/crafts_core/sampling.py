@@ -1,27 +1,43 @@
-"""Prompts to images: DDIM with classifier-free guidance, and files that say they are synthetic.
+"""Prompts to images, drawn by the stock diffusers pipeline.
+
+Ours is only what the pipeline leaves open: noise that depends on seed and index alone, each caption
+encoded once, and the refusal of what is no image.
 
 Shape letters: B images of one batch, N all images, C H W latent or pixels, L D text.
 """
 
-import json
-import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import ControlNetModel
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from crafts_core.control_net import steering
 from crafts_core.errors import CraftsError
 from crafts_core.generator import Generator
+from crafts_core.quiet import quiet_transformers
+from crafts_core.sampler_config import SamplerConfig, SchedulerName
 
+_CLASSES: dict[SchedulerName, Any] = {
+    "unipc": UniPCMultistepScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+}
 _MARGIN_PX, _LABEL_PX = 2, 14
+_MAX_KEPT_CAPTIONS = 1024
+
+Images = npt.NDArray[np.uint8]
 
 
 class SamplingError(CraftsError):
@@ -34,14 +50,112 @@ class Control(NamedTuple):
     network: ControlNetModel
     conditions_NCHW: Tensor
 
-    def of(self, rows: range) -> "Control":
-        """The part of some images."""
-        return self._replace(conditions_NCHW=self.conditions_NCHW[rows.start : rows.stop])
 
-    def residuals(self, noisy_BCHW: Tensor, timestep: Tensor, text_BLD: Tensor) -> dict[str, Any]:
-        """What is added to the denoiser's features."""
-        image_BCHW = self.conditions_NCHW.to(noisy_BCHW)
-        return steering(self.network, noisy_BCHW, timestep, text_BLD, image_BCHW)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One image to draw. Seed and index choose its noise; other pairs are unrelated."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    index: int = 0
+
+
+class Sampler:
+    """A generator as a stock pipeline, ready to draw one batch after the other.
+
+    Args:
+        generator: Whose weights draw.
+        config: How.
+        control: A ControlNet that steers every image.
+        compile_unet: Compile the denoiser at the first batch; minutes once, for long runs on a GPU.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        config: SamplerConfig,
+        *,
+        control: ControlNetModel | None = None,
+        compile_unet: bool = False,
+    ) -> None:
+        self._generator = generator
+        self._config = config
+        self._is_steered = control is not None
+        self._pipeline = _stock_pipeline(generator, config.scheduler, control)
+        if generator.device.type == "cuda":
+            for part in (generator.unet, generator.vae):
+                part.to(memory_format=torch.channels_last)
+        if compile_unet:
+            self._pipeline.unet.compile()
+        self._hidden_LD: dict[str, Tensor] = {}
+
+    def draw(self, drawings: Sequence[Drawing], conditions_BCHW: Tensor | None = None) -> Images:
+        """One batch, uint8 (B, H, W, 3).
+
+        Args:
+            drawings: What to draw, at least one.
+            conditions_BCHW: What steers each image; given where there is a ControlNet.
+
+        Raises:
+            ValueError: conditions do not match drawings or this sampler.
+            SamplingError: an image is not finite.
+        """
+        noise = [
+            initial_noise(self._generator, seed=each.seed, index=each.index) for each in drawings
+        ]
+        latents_BCHW = self.denoise(
+            torch.stack(noise),
+            self._encoded([each.prompt for each in drawings]),
+            self._encoded([each.negative_prompt for each in drawings]),
+            conditions_BCHW,
+        )
+        decoded_BCHW = self._generator.decode_latents(latents_BCHW)
+        finite_B = (latents_BCHW.isfinite().all((1, 2, 3))) & decoded_BCHW.isfinite().all((1, 2, 3))
+        if not bool(finite_B.all()):
+            raise SamplingError(
+                f"{int((~finite_B).sum())} of {len(drawings)} images came out as NaN or infinity; "
+                f"lower the guidance ({self._config.guidance_scale:g}), try float32, or check the "
+                "generator's weights"
+            )
+        pixels_BHWC = ((decoded_BCHW + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        pixels: Images = pixels_BHWC.cpu().numpy()
+        return pixels
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        noise_BCHW: Tensor,
+        text_BLD: Tensor,
+        negative_BLD: Tensor,
+        conditions_BCHW: Tensor | None = None,
+    ) -> Tensor:
+        """Unit noise to clean latents, with classifier-free guidance against ``negative_BLD``."""
+        num_conditions = 0 if conditions_BCHW is None else len(conditions_BCHW)
+        expected = len(noise_BCHW) if self._is_steered else 0
+        if num_conditions != expected:
+            raise ValueError(f"expected {expected} conditions, got {num_conditions}")
+        steering = {} if conditions_BCHW is None else {"image": conditions_BCHW.to(noise_BCHW)}
+        latents_BCHW: Tensor = self._pipeline(
+            prompt_embeds=text_BLD,
+            negative_prompt_embeds=negative_BLD,
+            latents=noise_BCHW,
+            num_inference_steps=self._config.num_inference_steps,
+            guidance_scale=self._config.guidance_scale,
+            output_type="latent",
+            **steering,
+        ).images
+        return latents_BCHW
+
+    def _encoded(self, texts: Sequence[str]) -> Tensor:
+        """Hidden states (B, L, D). Images of one kind share a caption: each is encoded once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._hidden_LD]
+        if len(self._hidden_LD) + len(new) > _MAX_KEPT_CAPTIONS:
+            self._hidden_LD.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            self._hidden_LD.update(zip(new, self._generator.encode_captions(new), strict=True))
+        return torch.stack([self._hidden_LD[text] for text in texts])
 
 
 def sample_images(
@@ -49,12 +163,13 @@ def sample_images(
     prompts: Sequence[str],
     *,
     control: Control | None = None,
+    scheduler: SchedulerName = "ddim",
     num_inference_steps: int = 30,
     guidance_scale: float = 3.0,
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
-) -> npt.NDArray[np.uint8]:
+) -> Images:
     """One image per prompt, uint8 (N, H, W, 3).
 
     Image ``i`` starts from noise that depends on ``seed`` and ``i`` only, so the batch size changes
@@ -64,7 +179,8 @@ def sample_images(
         generator: Whose weights draw.
         prompts: One text per image; ``""`` draws without a caption.
         control: Steers each image, with and without its caption.
-        num_inference_steps: DDIM steps (eta 0).
+        scheduler: Its name. Measurements keep to DDIM, so that old ones compare.
+        num_inference_steps: Denoising steps.
         guidance_scale: 1 follows the caption as trained; more exaggerates it.
         seed: Which images.
         batch_size: Images at a time.
@@ -74,36 +190,27 @@ def sample_images(
         ValueError: a setting is out of its range.
         SamplingError: an image is not finite.
     """
-    if num_inference_steps < 1 or batch_size < 1:
-        raise ValueError("num_inference_steps and batch_size must be at least 1")
-    if not 1.0 <= guidance_scale < math.inf:
-        raise ValueError(f"expected guidance_scale from 1 up, got {guidance_scale}")
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
     if control is not None and len(control.conditions_NCHW) != len(prompts):
         raise ValueError(f"expected {len(prompts)} conditions, got {len(control.conditions_NCHW)}")
-    side = generator.tile_px
-    images = np.empty((len(prompts), side, side, 3), np.uint8)
-    null_1LD = generator.encode_captions([""])
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        text_BLD = generator.encode_captions([prompts[row] for row in rows])
-        noise = torch.stack([initial_noise(generator, seed=seed, index=row) for row in rows])
-        latents_BCHW = denoise(
-            generator,
-            noise,
-            text_BLD,
-            null_1LD,
-            control=None if control is None else control.of(rows),
+    sampler = Sampler(
+        generator,
+        SamplerConfig(
+            scheduler=scheduler,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+        ),
+        control=None if control is None else control.network,
+    )
+    side = generator.tile_px
+    images = np.empty((len(prompts), side, side, 3), np.uint8)
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        images[start : rows.stop] = sampler.draw(
+            [Drawing(prompt=prompts[row], seed=seed, index=row) for row in rows],
+            None if control is None else control.conditions_NCHW[start : rows.stop],
         )
-        decoded_BCHW = generator.decode_latents(latents_BCHW)
-        if not bool(latents_BCHW.isfinite().all() and decoded_BCHW.isfinite().all()):
-            raise SamplingError(
-                f"images {rows.start} to {rows.stop - 1} came out as NaN or infinity; lower the "
-                f"guidance ({guidance_scale:g}), or check the generator's weights"
-            )
-        pixels_BHWC = ((decoded_BCHW + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        images[start : rows.stop] = pixels_BHWC.cpu().numpy()
         if progress is not None:
             progress(rows.stop, len(prompts))
     return images
@@ -113,54 +220,36 @@ def initial_noise(generator: Generator, *, seed: int, index: int) -> Tensor:
     """Unit noise (C, H, W) of image ``index``; other seeds and indices are unrelated."""
     state = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
     source = torch.Generator().manual_seed(state)
-    return torch.randn(generator.latent_shape, generator=source).to(generator.device)
+    noise_CHW = torch.randn(generator.latent_shape, generator=source)
+    return noise_CHW.to(generator.device, generator.dtype)
 
 
-@torch.no_grad()
-def denoise(
-    generator: Generator,
-    noise_BCHW: Tensor,
-    text_BLD: Tensor,
-    null_1LD: Tensor,
-    *,
-    control: Control | None = None,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Tensor:
-    """Noise to clean latents by DDIM (eta 0) with classifier-free guidance."""
-    scheduler = generator.sampling_scheduler()
-    scheduler.set_timesteps(num_inference_steps, device=generator.device)
-    null_BLD = null_1LD.expand_as(text_BLD)
-    latents_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(latents_BCHW, timestep)
-        prediction = _predict(generator, control, model_input, timestep, text_BLD)
-        if guidance_scale > 1.0:
-            unconditional = _predict(generator, control, model_input, timestep, null_BLD)
-            prediction = unconditional + guidance_scale * (prediction - unconditional)
-        latents_BCHW = scheduler.step(prediction, timestep, latents_BCHW).prev_sample
-    return latents_BCHW
+def _stock_pipeline(
+    generator: Generator, scheduler: SchedulerName, control: ControlNetModel | None
+) -> Any:
+    with quiet_transformers():
+        # Importing a pipeline class makes transformers talk about image processors.
+        from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
-
-def _predict(
-    generator: Generator,
-    control: Control | None,
-    noisy_BCHW: Tensor,
-    timestep: Tensor,
-    text_BLD: Tensor,
-) -> Tensor:
-    added = {} if control is None else control.residuals(noisy_BCHW, timestep, text_BLD)
-    prediction: Tensor = generator.unet(noisy_BCHW, timestep, text_BLD, **added).sample
-    return prediction
-
-
-def save_png(image_HWC: npt.NDArray[np.uint8], path: Path, *, prompt: str, origin: str) -> None:
-    """Write one image whose metadata says that it is synthetic, of what, and from where."""
-    note = PngInfo()
-    note.add_text("Synthetic", "true")
-    note.add_text("Description", f"Synthetic histology image, not a patient's: {prompt}")
-    note.add_text("Provenance", json.dumps({"prompt": prompt, "generator": origin}))
-    Image.fromarray(image_HWC).save(path, pnginfo=note)
+        pipeline_class: Any = StableDiffusionPipeline
+        added: dict[str, Any] = {}
+        if control is not None:
+            pipeline_class, added = StableDiffusionControlNetPipeline, {"controlnet": control}
+        pipeline = pipeline_class(
+            vae=generator.vae,
+            text_encoder=generator.text_encoder,
+            tokenizer=generator.tokenizer,
+            unet=generator.unet,
+            scheduler=_CLASSES[scheduler].from_config(
+                generator.scheduler.config, clip_sample=False
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **added,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def contact_sheet(

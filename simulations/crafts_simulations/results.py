@@ -25,7 +25,8 @@ from crafts_core.evaluation.steering import Steering, measure_steering
 from crafts_core.export import CONTROLS
 from crafts_core.generator import Generator
 from crafts_core.pretrained import read_part
-from crafts_core.sampling import contact_sheet, sample_images, save_png
+from crafts_core.provenance import Origin, Provenance, encode_png, save_png
+from crafts_core.sampling import contact_sheet, sample_images
 from crafts_core.tiles import TileStore
 from crafts_privacy import accounting
 from crafts_privacy.ledger import Ledger
@@ -201,12 +202,28 @@ def _write_images(
     study: LocalStudy, labels: Sequence[str], prompts: Sequence[str], when: str, images: Images
 ) -> None:
     """One PNG per label, and all of them on one sheet."""
+    settings = study.scenario.evaluation
+    manifest = study.foundation.manifest
+    drawn = Provenance(
+        origin=Origin(
+            generator=f"{study.plan.study.name}, {when} training",
+            foundation=manifest.name,
+            foundation_hash=manifest.hash,
+            study=study.plan.study.name,
+            plan_hash=study.plan.hash,
+        ),
+        seed=settings.seed,
+        scheduler="ddim",
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    )
     folder = study.workspace.samples
     folder.mkdir(exist_ok=True)
-    for label, prompt, image in zip(labels, prompts, images, strict=True):
+    for index, (label, image) in enumerate(zip(labels, images, strict=True)):
         file = folder / f"{_file_name(label)}-{when}.png"
-        save_png(image, file, prompt=prompt, origin=study.plan.study.name)
-    contact_sheet(images, columns=5).save(folder / f"sheet-{when}.png")
+        save_png(image, file, drawn.of_image(prompts[index], index=index))
+    sheet = contact_sheet(images, columns=5)
+    (folder / f"sheet-{when}.png").write_bytes(encode_png(sheet, drawn.of_sheet(prompts)))
 
 
 def _file_name(label: str) -> str:

@@ -51,6 +51,9 @@ def test_sample_command_writes_marked_images(foundation: Foundation, tmp_path: P
         assert stored.size == (32, 32)
         assert stored.text["Synthetic"] == "true"
         assert "lung" in stored.text["Description"]
+    said = CliRunner().invoke(app, ["provenance", str(tmp_path / "out" / "sheet.png"), "--json"])
+    (sheet,) = json.loads(said.stdout).values()
+    assert (sheet["kind"], sheet["prompts"]) == ("contact sheet", ["tissue with glands", "lung"])
 
 
 def test_sample_command_fails_on_one_line_without_a_generator(tmp_path: Path) -> None:
@@ -127,6 +130,73 @@ def test_what_a_prompt_is_too_long_for_is_told(foundation: Foundation, tmp_path:
     (told,) = result.stderr.strip().splitlines()
     assert told.startswith("crafts: a prompt is longer than the generator reads; left out: ")
     assert "necrosis" in told
+
+
+def test_a_prompt_of_unknown_words_is_named(foundation: Foundation, tmp_path: Path) -> None:
+    """It drew lymphoid tissue without a word."""
+    result = draw(foundation.path, tmp_path / "out", "-p", "a dog")
+    assert result.exit_code == 0
+    (told,) = result.stderr.strip().splitlines()
+    assert told.startswith("crafts: no word of 'a dog' is one that this generator")
+
+
+def test_a_table_draws_one_kind_of_image_a_row(foundation: Foundation, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("type,features,count,seed\nLUAD,necrosis,2,5\nCOAD,,,\n")
+    result = CliRunner().invoke(
+        app,
+        ["sample", str(foundation.path), "--prompts", str(tmp_path / "rows.csv"), "--steps", "1",
+         "--num", "1", "--out", str(tmp_path / "out"), "--json"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    *files, _ = json.loads(result.stdout)["files"]
+    said = json.loads(CliRunner().invoke(app, ["provenance", *files, "--json"]).stdout)
+    drawn = [(each["prompts"][0], each["seed"], each["index"]) for each in said.values()]
+    luad = "H&E, lung adenocarcinoma, lung, necrosis"
+    assert drawn == [(luad, 5, 0), (luad, 5, 1), ("H&E, colon adenocarcinoma, colon", 0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--num", "100000000"], 2, "100000000 is not in the range"),
+        (["--num", "1000000", "-p", "lung"], 1, "more than one run draws"),
+        (["--scheduler", "pndm"], 2, "'pndm' is not one of"),
+        (["--dtype", "float8"], 2, "'float8' is not one of"),
+        (["--dtype", "float16"], 1, "float16 is for GPUs"),
+        (["--control", "nuclei"], 2, "belong together"),
+        (["--batch-size", "0"], 2, "is not in the range"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(
+    foundation: Foundation, tmp_path: Path, options: list[str], code: int, told: str
+) -> None:
+    result = draw(foundation.path, tmp_path / "out", *options)
+    assert told in " ".join(one_line(result, code).replace("│", "").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_caption_is_needed(foundation: Foundation, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["sample", str(foundation.path)])
+    assert result.exit_code == 2
+    (tmp_path / "p.txt").write_text("lung\n")
+    words = ["sample", str(foundation.path), "--prompts", str(tmp_path / "p.txt")]
+    assert CliRunner().invoke(app, [*words, "--negative", "x"]).exit_code == 2
+
+
+def test_what_it_was_trained_to_draw_is_listed(foundation: Foundation) -> None:
+    text = CliRunner().invoke(app, ["prompts"]).stdout
+    assert "LUAD  lung adenocarcinoma, lung" in text
+    assert "normal colon" in text
+    listed = json.loads(CliRunner().invoke(app, ["prompts", str(foundation.path), "--json"]).stdout)
+    assert listed["captions"] == [prompt.text for prompt in foundation.prompt_bank]
+    assert "papillae" in listed["attributes"]["growth_pattern"]
+
+
+def test_an_image_of_unknown_origin_is_exit_code_1(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    assert "carries no provenance" in one_line(
+        CliRunner().invoke(app, ["provenance", str(tmp_path / "x.png")])
+    )
 
 
 @pytest.mark.parametrize("num_patients", [4, 5])

@@ -27,7 +27,8 @@ from crafts_core.export import model_card, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import AdapterConfig, Plan, PlanError
-from crafts_core.sampling import Control, sample_images
+from crafts_core.sampler_config import SamplerConfig
+from crafts_core.sampling import Control, Sampler, sample_images
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import BatchCoupledLossError, Objective, assert_per_tile
 from crafts_core.starting_point import initial_state
@@ -303,14 +304,14 @@ def test_stock_diffusers_draws_from_a_mask_what_we_draw(foundation, start, expor
     ).images[0]  # fmt: skip
 
     generator = Generator.from_directory(exported)
-    from crafts_core.sampling import denoise
-
     image = torch.from_numpy(channels)[None].float() / 255
-    latents = denoise(
-        generator, noise, generator.encode_captions(["lung tissue"]),
-        generator.encode_captions([""]), control=Control(control, image), num_inference_steps=3,
-        guidance_scale=2.0,
-    )  # fmt: skip
+    config = SamplerConfig(scheduler="ddim", num_inference_steps=3, guidance_scale=2.0)
+    latents = Sampler(generator, config, control=control).denoise(
+        noise,
+        generator.encode_captions(["lung tissue"]),
+        generator.encode_captions([""]),
+        image,
+    )
     ours = (generator.decode_latents(latents)[0].permute(1, 2, 0).numpy() + 1) / 2
     np.testing.assert_allclose(theirs, ours, atol=2e-3)
 

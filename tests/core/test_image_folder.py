@@ -1,0 +1,182 @@
+"""After a run a folder holds its images and no others, whatever ended the runs before."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crafts_core.foundation import Foundation
+from crafts_core.image_folder import (
+    ImageFolderError,
+    ImagePlan,
+    check_space,
+    draw_into,
+    write_sheet,
+)
+from crafts_core.image_requests import ImageRequest
+from crafts_core.provenance import read_provenance
+from crafts_core.sampler_config import SamplerConfig
+from crafts_core.sampling import sample_images
+from crafts_core.studio import Studio, fitting_batch
+
+CONFIG = SamplerConfig(num_inference_steps=1, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def studio(foundation: Foundation) -> Studio:
+    return Studio.open(foundation.path)
+
+
+def plan(studio: Studio, *requests: ImageRequest, seed: int = 3) -> ImagePlan:
+    return ImagePlan(requests, studio.provenance(CONFIG), seed=seed)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_each_file_is_the_image_of_its_request(studio: Studio, tmp_path: Path) -> None:
+    asked = plan(studio, ImageRequest(prompt="lung", count=2), ImageRequest(prompt="colon"))
+    files = draw_into(tmp_path, asked, studio, CONFIG, batch_size=2)
+    expected = sample_images(
+        studio.generator, ["lung", "lung", "colon"], scheduler="unipc", num_inference_steps=1,
+        guidance_scale=2.0, seed=3,
+    )  # fmt: skip
+    found = np.stack([pixels(path) for path in files])
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert [read_provenance(path).prompts[0] for path in files] == ["lung", "lung", "colon"]
+    assert [read_provenance(path).index for path in files] == [0, 1, 2]
+
+
+def test_a_seed_of_its_own_makes_a_row_independent_of_the_others(studio: Studio) -> None:
+    row = ImageRequest(prompt="lung", count=2, seed=9)
+    alone, later = plan(studio, row), plan(studio, ImageRequest(prompt="colon", count=5), row)
+    assert [alone[place].drawing for place in range(2)] == [later[5].drawing, later[6].drawing]
+    assert plan(studio, row, seed=4)[1].drawing == alone[1].drawing
+
+
+def test_what_is_missing_is_drawn_as_it_would_have_been(studio: Studio, tmp_path: Path) -> None:
+    asked = plan(studio, ImageRequest(prompt="lung", count=4))
+    draw_into(tmp_path, asked, studio, CONFIG, batch_size=1)
+    before = bytes_in(tmp_path)
+    (tmp_path / "tile-0002.png").unlink()
+    (tmp_path / ".tile-0002.png.writing").write_bytes(b"half of")
+    drawn: list[int] = []
+    draw_into(
+        tmp_path, asked, studio, CONFIG, batch_size=1,
+        progress=lambda done, total: drawn.append(done),
+    )  # fmt: skip
+    assert drawn == [4]
+    assert bytes_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("changed", ["fewer", "prompt", "seed", "steps"])
+def test_another_run_leaves_nothing_of_the_first(
+    studio: Studio, tmp_path: Path, changed: str
+) -> None:
+    draw_into(
+        tmp_path, plan(studio, ImageRequest(prompt="lung", count=3)), studio, CONFIG, batch_size=3
+    )
+    config = SamplerConfig(num_inference_steps=2 if changed == "steps" else 1, guidance_scale=2.0)
+    request = ImageRequest(prompt="colon" if changed == "prompt" else "lung", count=2)
+    second = ImagePlan([request], studio.provenance(config), seed=5 if changed == "seed" else 3)
+    draw_into(tmp_path, second, studio, config, batch_size=3)
+    clean = tmp_path / "clean"
+    draw_into(clean, second, studio, config, batch_size=3)
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert found == bytes_in(clean)
+
+
+def test_pictures_that_no_generator_drew_are_nobodys_to_remove(
+    studio: Studio, tmp_path: Path
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "tile-0000.png")
+    with pytest.raises(ImageFolderError, match="holds other images; name another folder"):
+        draw_into(tmp_path, plan(studio, ImageRequest(prompt="lung")), studio, CONFIG)
+    with Image.open(tmp_path / "tile-0000.png") as image:
+        assert image.size == (4, 4)
+
+
+def test_runs_in_folders_below_are_left_alone(studio: Studio, tmp_path: Path) -> None:
+    asked = plan(studio, ImageRequest(prompt="lung"))
+    draw_into(tmp_path / "below", asked, studio, CONFIG)
+    draw_into(tmp_path, plan(studio, ImageRequest(prompt="colon")), studio, CONFIG)
+    assert read_provenance(tmp_path / "below" / "tile-0000.png").prompts == ("lung",)
+
+
+@pytest.mark.parametrize("count", [3, 500])
+def test_a_contact_sheet_is_capped(studio: Studio, tmp_path: Path, count: int) -> None:
+    """500 images once gave a picture 33,000 pixels high."""
+    files = [tmp_path / f"{place}.png" for place in range(count)]
+    for path in files[:100]:
+        Image.new("RGB", (512, 512)).save(path, compress_level=1)
+    asked = plan(studio, ImageRequest(prompt="lung", count=count))
+    with Image.open(write_sheet(tmp_path, files, asked, columns=4)) as sheet:
+        assert max(sheet.size) <= 4096
+    said = read_provenance(tmp_path / "sheet.png")
+    assert (said.kind, said.prompts, said.origin) == ("contact sheet", ("lung",), studio.origin)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
+    check_space(tmp_path / "not" / "yet", 10, 64)
+    with pytest.raises(ImageFolderError, match="GB free; ask for fewer"):
+        check_space(tmp_path / "not" / "yet", 10**6, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("free", "each", "expected"),
+    [(80 * 2**30, 2**29, 128), (80 * 2**30, 2**20, 256), (2**20, 2**29, 1), (2**30, 0, 256)],
+)
+def test_a_batch_leaves_a_fifth_of_the_memory(free: int, each: int, expected: int) -> None:
+    batch = fitting_batch(free, bytes_per_image=each)
+    assert batch == expected
+    assert batch == 1 or batch * each <= 0.8 * free
+
+
+@pytest.mark.gpu
+def test_a_gpu_fills_its_memory_and_draws_in_bfloat16(foundation: Foundation) -> None:
+    studio = Studio.open(foundation.path, device="cuda")
+    assert studio.provenance(CONFIG).dtype == "bfloat16"
+    assert studio.batch_size(CONFIG, is_steered=False) >= 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_same_command_goes_on_after_any_end(
+    foundation: Foundation, tmp_path: Path, number: signal.Signals
+) -> None:
+    def command(out: str) -> list[str]:
+        return [
+            sys.executable, "-c", "from crafts_core.cli import app; app()", "sample",
+            str(foundation.path), "-p", "lung", "--num", "400", "--steps", "2", "--batch-size", "1",
+            "--out", str(tmp_path / out),
+        ]  # fmt: skip
+
+    (tmp_path / "out").mkdir()
+    with subprocess.Popen(
+        command("out"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as first:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "tile-0005.png").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(first.pid, number)
+        _, told = first.communicate(timeout=60)
+    partial = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tile-*.png")}
+    assert 5 < len(partial) < 400
+    if number == signal.SIGINT:
+        assert told.strip() == "crafts: interrupted; the same command goes on"
+    subprocess.run(command("out"), check=True, timeout=120, stdout=subprocess.DEVNULL)
+    done = bytes_in(tmp_path / "out")
+    assert len(done) == 401
+    assert partial.items() <= done.items()
