@@ -1,4 +1,4 @@
-"""``crafts``: use a generator. Draw images, measure them, compare generators."""
+"""``crafts``: use a generator. Draw images and data sets, measure them, compare generators."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crafts_core import sample_cli
+from crafts_core import dataset_cli, sample_cli
 from crafts_core.command_line import one_line_errors, progress_bars
 from crafts_core.errors import CraftsError
 from crafts_core.sample_cli import AsJson, GeneratorDir, Seed
@@ -40,6 +40,7 @@ def main() -> None:
 
 for _command in (
     sample_cli.sample,
+    dataset_cli.dataset,
     sample_cli.prompts,
     sample_cli.provenance,
 ):

@@ -235,17 +235,38 @@ def read_condition(
         check_condition_file(path, modality, size)
     with _opened(path, modality) as image:
         _check_header(image, modality, path.name)
-        width, height = upright_size(image)
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        square = box or (left, top, left + side, top + side)
+        square = box or _central_square(image)
         if modality == "nuclei":
-            # Big-endian files give numbers that scipy does not take.
-            whole_HW = _checked_labels(np.asarray(upright(image)).astype(np.int64), path)
-            labels_HW = _nearest(whole_HW, square, tile_px)
+            labels_HW = _labels(image, path, square, tile_px)
             return to_bytes(nuclei_condition(labels_HW), modality)
         channels = [_resampled(channel, square, tile_px) for channel in _channels(image, path)]
         return to_bytes(fluorescence_condition(channels), modality)
+
+
+def read_labels(path: Path, *, tile_px: int) -> npt.NDArray[np.int64]:
+    """The numbered nuclei (tile_px, tile_px) that ``read_condition`` makes a condition of.
+
+    Raises:
+        ConditionError: what is wrong with the file.
+    """
+    with _opened(path, "nuclei") as image:
+        _check_header(image, "nuclei", path.name)
+        return _labels(image, path, _central_square(image), tile_px)
+
+
+def _labels(
+    image: Image.Image, path: Path, square: tuple[float, float, float, float], tile_px: int
+) -> npt.NDArray[np.int64]:
+    # Big-endian files give numbers that scipy does not take.
+    whole_HW = _checked_labels(np.asarray(upright(image)).astype(np.int64), path)
+    return _nearest(whole_HW, square, tile_px)
+
+
+def _central_square(image: Image.Image) -> tuple[float, float, float, float]:
+    width, height = upright_size(image)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
 
 
 @contextlib.contextmanager
