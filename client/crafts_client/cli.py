@@ -16,7 +16,7 @@ from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_client.roster_cli import roster_app
 from crafts_client.tiles_cli import UNUSABLE, tiles_app
-from crafts_core.command_line import one_line_errors, print_result, progress_bars
+from crafts_core.command_line import Version, one_line_errors, print_result, progress_bars
 from crafts_core.durable import write_file
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ app.add_typer(tiles_app, name="tiles")
 
 
 @app.callback()
-def main() -> None:
+def main(_version: Version = False) -> None:
     """Take part in a federated study as a hospital. Slides never leave this machine."""
     # Read when grpc is imported. What fails is said in one line; gRPC would add a page of its own.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crafts_core import dataset_cli, sample_cli
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import Version, one_line_errors, progress_bars
 from crafts_core.errors import CraftsError
 from crafts_core.sample_cli import AsJson, GeneratorDir, Seed
 
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def main() -> None:
+def main(_version: Version = False) -> None:
     """Use a generator of synthetic histology: draw, measure, compare."""
 
 

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,23 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from crafts_core import __version__
 from crafts_core.errors import CraftsError
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"crafts-federated {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+]
+"""An option of every program."""
 
 ShowProgress = Callable[[str, int, int], None]
 """Called with (what, done, total). What follows a comma in ``what`` is news of the same work."""

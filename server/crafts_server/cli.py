@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from click.core import ParameterSource
 
-from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
+from crafts_core.command_line import Version, one_line_errors, progress_bars, run_as_service
 from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
 
@@ -43,6 +43,11 @@ Home = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanFile = Annotated[Path, typer.Argument(help="A plan.toml.")]
 DEFAULT_HOME = Path("coordinator")
+
+
+@app.callback()
+def main(_version: Version = False) -> None:
+    """Coordinate a federated study: foundation, plans, sites, rounds, export."""
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import Version, one_line_errors, progress_bars
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def main() -> None:
+def main(_version: Version = False) -> None:
     """Simulate hospitals that train one generator together, with the real programs' code."""
 
 

@@ -1,0 +1,26 @@
+"""Use a generator of synthetic histology from Python.
+
+>>> import crafts
+>>> generator = crafts.Generator.load("runs/quickstart/generator")
+>>> image = generator.sample("H&E, lung adenocarcinoma, lung")[0]
+>>> image.save("tile.png")
+
+These names are the public surface; everything below ``crafts_core`` may change without notice.
+"""
+
+from crafts_core import __version__
+from crafts_core.dataset import Dataset
+from crafts_core.errors import CraftsError
+from crafts_core.library import Generator, SyntheticImage
+from crafts_core.provenance import Origin, Provenance, read_provenance
+
+__all__ = [
+    "CraftsError",
+    "Dataset",
+    "Generator",
+    "Origin",
+    "Provenance",
+    "SyntheticImage",
+    "__version__",
+    "read_provenance",
+]

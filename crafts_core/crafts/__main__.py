@@ -1,0 +1,5 @@
+"""``python -m crafts`` is ``crafts``."""
+
+from crafts_core.programs import crafts
+
+crafts()

@@ -1,0 +1,5 @@
+"""``python -m crafts_core`` is ``crafts``."""
+
+from crafts_core.programs import crafts
+
+crafts()

@@ -1,0 +1,205 @@
+"""What ``import crafts`` offers to whoever has a generator: load, sample, make a data set."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from PIL import Image
+
+from crafts_core.dataset import Dataset, draw_dataset
+from crafts_core.dataset_plan import (
+    DEFAULT_SPLITS,
+    DatasetConfig,
+    PackedLayout,
+    list_masks,
+)
+from crafts_core.image_folder import ImagePlan, batches, write_whole
+from crafts_core.image_requests import ImageRequest
+from crafts_core.plan import Modality
+from crafts_core.provenance import Origin, Provenance, encode_png
+from crafts_core.sampler_config import DtypeName, SamplerConfig, SchedulerName
+from crafts_core.studio import Studio
+from crafts_core.tissue_types import read_types
+
+_DEFAULTS = SamplerConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticImage:
+    """An image that was drawn, and how."""
+
+    image: Image.Image
+    provenance: Provenance
+
+    def save(self, path: str | Path) -> None:
+        """Write a PNG that says in its metadata that it is synthetic, of what, and from where."""
+        write_whole(Path(path), encode_png(self.image, self.provenance))
+
+
+class Generator:
+    """A generator of synthetic histology. ``Generator.load`` opens one."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: DtypeName = "auto",
+        compile_unet: bool = False,
+    ) -> Self:
+        """Open an exported generator or a foundation.
+
+        Args:
+            path: Its directory.
+            device: As torch names it.
+            dtype: ``auto`` is bfloat16 on a GPU that has it, float32 elsewhere.
+            compile_unet: Compile the denoiser at the first batch: for long runs on a GPU.
+
+        Raises:
+            CraftsError: there is no such device, or the generator cannot be read.
+        """
+        studio = Studio.open(Path(path), device=device, dtype=dtype, compile_unet=compile_unet)
+        return cls(studio)
+
+    @property
+    def origin(self) -> Origin:
+        """Study, plan, foundation and promise to patients, as every image will say."""
+        return self._studio.origin
+
+    @property
+    def tile_px(self) -> int:
+        """Side of an image, in pixels."""
+        return self._studio.generator.tile_px
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The public captions that it was trained on."""
+        return self._studio.trained_on
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num: int = 1,
+        negative_prompt: str = "",
+        seed: int = 0,
+        num_inference_steps: int = _DEFAULTS.num_inference_steps,
+        guidance_scale: float = _DEFAULTS.guidance_scale,
+        scheduler: SchedulerName = _DEFAULTS.scheduler,
+        control: Modality | None = None,
+        mask: str | Path | None = None,
+        batch_size: int | None = None,
+    ) -> list[SyntheticImage]:
+        """Draw images; those of the first prompt come first. A string is one prompt.
+
+        The same arguments draw the same images as ``crafts sample``. What will not be drawn as
+        asked (a prompt too long, words it never saw) is a warning.
+
+        Args:
+            prompts: Captions.
+            num: Images of each.
+            negative_prompt: What they should not show.
+            seed: Which images.
+            num_inference_steps: Denoising steps.
+            guidance_scale: 1 follows the caption as trained; more exaggerates it.
+            scheduler: ``unipc``, ``dpm++``, ``ddim`` or ``euler``.
+            control: ``nuclei`` or ``fluorescence``, with a mask.
+            mask: What steers every image.
+            batch_size: Images at a time; chosen by the device if None.
+
+        Raises:
+            ValueError: a setting is out of its range.
+            CraftsError: a mask cannot be read, or an image came out as NaN.
+        """
+        if num < 1 or (control is None) != (mask is None):
+            raise ValueError("expected num of at least 1, and control and mask together")
+        config = SamplerConfig(
+            scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+        requests = [
+            ImageRequest(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                count=num,
+                control=control,
+                mask=None if mask is None else Path(mask),
+            )
+            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
+        self._warn(requests)
+        plan = ImagePlan(requests, self._studio.provenance(config), seed=seed)
+        is_steered = control is not None
+        size = batch_size or self._studio.batch_size(config, is_steered=is_steered)
+        return self._drawn(plan, config, size)
+
+    def dataset(
+        self,
+        path: str | Path,
+        types: str | Sequence[str],
+        *,
+        per_type: int,
+        splits: dict[str, float] | None = None,
+        layouts: Sequence[PackedLayout] = (),
+        masks: str | Path | None = None,
+        seed: int = 0,
+        config: SamplerConfig = _DEFAULTS,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Dataset:
+        """Draw an annotated data set, as ``crafts dataset`` does, or go on with one.
+
+        Args:
+            path: Its folder.
+            types: TCGA codes, names, or ``normal <organ>``; ``all`` is every cancer type.
+            per_type: Images of each.
+            splits: Shares of ``train``, ``validation`` and ``test``; 0.8, 0.1, 0.1 if None.
+            layouts: ``webdataset`` and ``parquet``, beside the image folder.
+            masks: Folder of numbered nuclei that steer and annotate the images.
+            seed: Which images.
+            config: How they are drawn.
+            progress: Called with (images done, images in all).
+
+        Raises:
+            CraftsError: says what cannot be done and why.
+        """
+        asked = DatasetConfig(
+            labels=tuple(read_types([types] if isinstance(types, str) else types)),
+            per_type=per_type,
+            splits=tuple((DEFAULT_SPLITS if splits is None else splits).items()),
+            seed=seed,
+        )
+        return draw_dataset(
+            self._studio,
+            Path(path),
+            asked,
+            config,
+            layouts=layouts,
+            masks=[] if masks is None else list_masks(Path(masks)),
+            progress=progress,
+        )
+
+    def _warn(self, requests: Sequence[ImageRequest]) -> None:
+        prompts = [text for each in requests for text in (each.prompt, each.negative_prompt)]
+        masks = [each.mask for each in requests if each.mask is not None]
+        for line in self._studio.warnings(prompts, masks):
+            warnings.warn(line, stacklevel=3)
+
+    def _drawn(self, plan: ImagePlan, config: SamplerConfig, size: int) -> list[SyntheticImage]:
+        drawn = []
+        for batch in batches((plan[place] for place in range(len(plan))), size):
+            images = self._studio.draw(
+                [each.drawing for each in batch],
+                config,
+                control=batch[0].control,
+                masks=[each.mask for each in batch if each.mask is not None],
+            )
+            for each, pixels in zip(batch, images, strict=True):
+                drawn.append(SyntheticImage(Image.fromarray(pixels), each.provenance))
+        return drawn

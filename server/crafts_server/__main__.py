@@ -1,0 +1,5 @@
+"""``python -m crafts_server`` is ``crafts-server``."""
+
+from crafts_core.programs import server
+
+server()

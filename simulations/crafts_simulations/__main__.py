@@ -1,0 +1,5 @@
+"""``python -m crafts_simulations`` is ``crafts-sim``."""
+
+from crafts_core.programs import simulations
+
+simulations()
