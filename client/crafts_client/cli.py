@@ -16,7 +16,7 @@ from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_client.roster_cli import roster_app
 from crafts_client.tiles_cli import UNUSABLE, tiles_app
-from crafts_core.command_line import Version, one_line_errors, print_result, progress_bars
+from crafts_core.command_line import Version, one_line_errors, print_result, progress_bars, say
 from crafts_core.durable import write_file
 
 app = typer.Typer(
@@ -97,9 +97,7 @@ def init(
         )
         SiteHome.create(home, config, policy)
     approval = "" if foundation == "embedded" else "crafts-client foundation list and approve, and "
-    typer.echo(
-        f"site home {home}; read policy.toml, then run: {approval}crafts-client ingest TABLE"
-    )
+    say(f"site home {home}; read policy.toml, then run: {approval}crafts-client ingest TABLE")
 
 
 _TOLD_CAPTIONS = 5
@@ -209,17 +207,15 @@ def ingest(
     print_result(result, as_json)
     if not as_json:
         for source in report.skipped:
-            typer.echo(f"skipped line {source.line}: {source.file}: {source.skipped}")
+            say(f"skipped line {source.line}: {source.file}: {source.skipped}")
         for source in report.warned:
-            typer.echo(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
+            say(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
         if num_unusable:
-            typer.echo(UNUSABLE.format(num_unusable))
+            say(UNUSABLE.format(num_unusable))
         for note in report.cut_captions[:_TOLD_CAPTIONS]:
-            typer.echo(
-                f"cut caption of line {note.line}: the text tower does not read: {note.unread}"
-            )
+            say(f"cut caption of line {note.line}: the text tower does not read: {note.unread}")
         if len(report.cut_captions) > _TOLD_CAPTIONS:
-            typer.echo(f"... and {len(report.cut_captions) - _TOLD_CAPTIONS} more, on the page")
+            say(f"... and {len(report.cut_captions) - _TOLD_CAPTIONS} more, on the page")
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
@@ -229,13 +225,11 @@ def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> N
         with progress_bars() as progress:
             found = find_slides(folder, images=images, num_processes=processes, progress=progress)
         for path, why in found.left_out:
-            typer.echo(f"left out {path}: {why}", err=True)
+            say(f"left out {path}: {why}", err=True)
         if found.num_images:
-            typer.echo(
-                f"left out {found.num_images} plain images; --images lists them, too", err=True
-            )
+            say(f"left out {found.num_images} plain images; --images lists them, too", err=True)
         if found.num_housekeeping:
-            typer.echo(
+            say(
                 f"left out {found.num_housekeeping} hidden files, recycle bins and the like, and "
                 "what is in them",
                 err=True,
@@ -243,8 +237,8 @@ def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> N
         write_template(table, found.paths)
     what = "slides and images" if images else "slides"
     if found.left_out:
-        typer.echo(f"{len(found.left_out)} files or folders were left out, see above", err=True)
-    typer.echo(
+        say(f"{len(found.left_out)} files or folders were left out, see above", err=True)
+    say(
         f"{table}: {len(found.paths)} {what}; fill in patient, and label or caption (mpp only "
         f"where a slide does not know its scale), then run: crafts-client ingest {table}"
     )
@@ -263,7 +257,7 @@ def withdraw(
         site = SiteHome.open(home)
         register = PatientRegister(site.register_path)
         register.withdraw(Salt.load(site.salt_path).patient_id(patient))
-    typer.echo("withdrawn: no tile of this patient is read from the next round on")
+    say("withdrawn: no tile of this patient is read from the next round on")
 
 
 @app.command()
@@ -292,11 +286,11 @@ def report(
         result = privacy_report(SiteHome.open(home), with_attack=with_attack)
         files = write_privacy_report(result, out or (home if with_attack else Path()))
     if as_json:
-        typer.echo(result.model_dump_json())
+        say(result.model_dump_json())
     else:
         for line in result.unsubstantiated:
-            typer.echo(f"NOT SUBSTANTIATED  {line}")
-        typer.echo("\n".join(map(str, files)))
+            say(f"NOT SUBSTANTIATED  {line}")
+        say(*map(str, files))
     if result.unsubstantiated:
         raise typer.Exit(1)
 
@@ -419,16 +413,14 @@ def attack(
         result = attack_site(site, generator, others, config, progress)
         write_file(site.leakage_path, result.model_dump_json(indent=1) + "\n", mode=0o600)
     if as_json:
-        typer.echo(result.model_dump_json())
+        say(result.model_dump_json())
         return
     for each in result.attacks:
         low, high = each.auc_interval
-        typer.echo(
-            f"{each.name}: area {each.auc:.2f} ({low:.2f} to {high:.2f}), p = {each.p_value:.2g}"
-        )
-    typer.echo(f"updates: {result.updates_seen} of {result.updates_left} that left are kept here")
+        say(f"{each.name}: area {each.auc:.2f} ({low:.2f} to {high:.2f}), p = {each.p_value:.2g}")
+    say(f"updates: {result.updates_seen} of {result.updates_left} that left are kept here")
     copies = result.memorisation
-    typer.echo(
+    say(
         f"images nearer to training tiles: {copies.share_nearer_members:.2f} "
         f"({copies.interval.low:.2f} to {copies.interval.high:.2f}), p = {copies.p_value:.2g}"
     )
@@ -451,10 +443,10 @@ def audit(home: Home = Path("site"), as_json: AsJson = False) -> None:
         record = result.record(site.config)
         write_file(site.audit_path, json.dumps(record, indent=1) + "\n")
     if as_json:
-        typer.echo(json.dumps(record))
+        say(json.dumps(record))
     else:
         for line in result.lines():
-            typer.echo(line)
+            say(line)
     if not result.passed:
         raise typer.Exit(1)
 

@@ -23,7 +23,8 @@ from cryptography import x509
 from crafts_client.agreed_patients import check_agreed
 from crafts_client.answer_times import COHORT_SLACK
 from crafts_client.code_hash import code_sha256
-from crafts_client.enrolment import CoordinatorRecord, Registrar, coordinator_record
+from crafts_client.coordinator_record import CoordinatorRecord
+from crafts_client.enrolment import Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.peer_heads import PeerHeads
 from crafts_client.proxies import Proxy, proxy_for, way

@@ -31,37 +31,29 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from cryptography.x509.oid import NameOID
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from crafts_client.coordinator_record import CoordinatorRecord, checked_reply
 from crafts_client.errors import CoordinatorBusyError, EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_client.proxies import proxy_for, way
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.durable import write_file
+from crafts_core.harmless import harmless
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
 from crafts_privacy import signing
 
 DEFAULT_PORT = 8444
 TIMEOUT_S = 30.0
+_MOST_SAID = 300
+"""Letters of a sentence of the coordinator."""
 _STATUS_IS_PUBLIC = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.UNAUTHENTICATED,
 }
-
-
-class CoordinatorRecord(BaseModel):
-    """``coordinator.json``: where the coordinator is, as it said at enrolment."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    site: str
-    signer: str
-    registrar_address: str
-    fleet_address: str
-    ca_fingerprint: str
 
 
 def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
@@ -101,13 +93,8 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
     credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
     with _channel(f"{name}:{port}", credentials) as channel:
         reply = _call(channel, ENROLMENT, "Enrol", request, at=f"{name}:{port}")
-    record = CoordinatorRecord(
-        site=reply.site,
-        signer=reply.signer,
-        registrar_address=reply.registrar_address,
-        fleet_address=reply.fleet_address,
-        ca_fingerprint=_fingerprint(reply.ca_pem),
-    )
+    enrolled = checked_reply(reply, site=home.config.name, key=tls_key.public_key())
+    record = enrolled.record
     keys = home.path / "keys"
     keys.mkdir(mode=0o700, exist_ok=True)
     for name, key, form in (
@@ -115,8 +102,8 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
         ("node.key", node_key, PrivateFormat.OpenSSH),
     ):
         write_file(keys / name, key.private_bytes(Encoding.PEM, form, NoEncryption()), mode=0o600)
-    write_file(keys / "ca.crt", reply.ca_pem)
-    write_file(keys / "tls.crt", reply.certificate_pem)
+    write_file(keys / "ca.crt", enrolled.ca_pem)
+    write_file(keys / "tls.crt", enrolled.certificate_pem)
     if _authority(home) != record.ca_fingerprint:
         # Who takes part in another coordinator's studies is not this one's business.
         home.peer_heads_path.unlink(missing_ok=True)
@@ -232,10 +219,11 @@ def _call(channel: grpc.Channel, service: str, name: str, request: Any, *, at: s
     try:
         return stub(request, timeout=TIMEOUT_S)
     except grpc.RpcError as error:
+        said = f"the coordinator says: {harmless(error.details() or '', most=_MOST_SAID)}"
         if error.code() == grpc.StatusCode.INTERNAL:
-            raise CoordinatorBusyError(f"the coordinator says: {error.details()}") from error
+            raise CoordinatorBusyError(said) from error
         if error.code() in _STATUS_IS_PUBLIC:
-            raise EnrolmentError(f"the coordinator says: {error.details()}") from error
+            raise EnrolmentError(said) from error
         raise EnrolmentError(
             f"the coordinator cannot be reached at {at} {way(proxy_for(at, os.environ))}; "
             "run crafts-client doctor to see why"
@@ -265,17 +253,13 @@ def _certificate_shown(name: str, port: int) -> str:
     except (OSError, http.client.HTTPException) as error:
         reason = type(error).__name__
         if isinstance(error, OSError):
-            reason = error.strerror or "".join(filter(str.isprintable, str(error))) or reason
+            reason = error.strerror or harmless(str(error)) or reason
         advice = f"check {proxy.variable}" if proxy else "check host, port and firewall"
         raise EnrolmentError(
             f"cannot reach {name}:{port} {way(proxy)} ({reason}); {advice}"
         ) from error
     finally:
         connection.close()
-
-
-def _fingerprint(pem: bytes) -> str:
-    return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256()).hex()
 
 
 def _public_text(key: ec.EllipticCurvePrivateKey) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home
-from crafts_core.command_line import one_line_errors, print_result
+from crafts_core.command_line import confirm, one_line_errors, print_result, say
 
 if TYPE_CHECKING:
     from crafts_privacy.ledger import Ledger
@@ -34,16 +34,16 @@ def ledger_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
     with one_line_errors("crafts-client"):
         entries = _ledger(SiteHome.open(home)).entries()
     if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries], default=str))
+        say(json.dumps([asdict(entry) for entry in entries], default=str))
         return
     for entry in entries:
         begin = f"{entry.sequence:5d}  {entry.recorded_at:%Y-%m-%d %H:%M:%S}  {entry.kind:9s}"
         if entry.kind is EntryKind.PLACED:
-            typer.echo(f"{begin}  bound to place {entry.detail}")
+            say(f"{begin}  bound to place {entry.detail}")
             continue
         about = f"run {entry.run_id} round {entry.round} {entry.stage}"
         mechanism = f"{entry.steps} steps, noise {entry.noise_multiplier:g}, rate "
-        typer.echo(f"{begin}  {entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}")
+        say(f"{begin}  {entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}")
 
 
 @ledger_app.command("export")
@@ -76,16 +76,15 @@ def ledger_move(
     """Let the ledger pay here, after its home was moved, copied or put back from a backup."""
     with one_line_errors("crafts-client"):
         ledger = _ledger(SiteHome.open(home))
-    typer.echo(
+    say(
         "You vouch that every other copy of this home is gone or will never train again. If two "
         "copies answer, each pays with the same budget and patients are promised more than is "
         "kept. This goes into the ledger, for good, and every witness of it will see it."
     )
-    if not yes:
-        typer.confirm("Is this the only copy that is used from now on?", abort=True)
+    confirm("Is this the only copy that is used from now on?", yes=yes)
     with one_line_errors("crafts-client"):
         ledger.move()
-    typer.echo("the ledger pays here from now on")
+    say("the ledger pays here from now on")
 
 
 @ledger_app.command("witness")
@@ -106,7 +105,7 @@ def ledger_witness(
         take_place(site, ledger)
         path = begin_in_folder(site, ledger, folder.resolve())
     folders = json.dumps([*site.config.witness_folders, str(folder.resolve())])
-    typer.echo(f"{path} is written; in site.toml, set: witness_folders = {folders}")
+    say(f"{path} is written; in site.toml, set: witness_folders = {folders}")
 
 
 def _ledger(site: SiteHome) -> "Ledger":

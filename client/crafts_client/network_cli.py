@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.errors import EnrolmentError, HomeError
 from crafts_client.home import SiteHome
-from crafts_core.command_line import one_line_errors, progress_bars, run_as_service
+from crafts_core.command_line import one_line_errors, progress_bars, run_as_service, say
 
 network_app = typer.Typer()
 plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
@@ -40,11 +40,11 @@ def enroll(
         site = SiteHome.open(home)
         record = enrol(site, host, token)
     if as_json:
-        typer.echo(record.model_dump_json())
+        say(record.model_dump_json())
         return
-    typer.echo(f"enrolled as {record.site}; authority {record.ca_fingerprint}")
+    say(f"enrolled as {record.site}; authority {record.ca_fingerprint}")
     if record.signer not in site.policy.allowed_signers:
-        typer.echo(
+        say(
             "compare that with the coordinator by telephone; then, to accept plans that it signs, "
             f'put this key into allowed_signers of policy.toml: "{record.signer}"'
         )
@@ -98,11 +98,11 @@ def declare(home: Home = Path("site"), as_json: AsJson = False) -> None:
         agreed = declare_patients(site)
     declared, name = site.config.declared_patients, site.config.name
     if as_json:
-        typer.echo(json.dumps({"declared_patients": declared, "agreed_patients": agreed}))
+        say(json.dumps({"declared_patients": declared, "agreed_patients": agreed}))
     elif agreed == declared:
-        typer.echo(f"{declared} patients are agreed")
+        say(f"{declared} patients are agreed")
     else:
-        typer.echo(
+        say(
             f"declared {declared} patients, agreed are {agreed or 'none'}; ask the coordinator "
             f"for: crafts-server sites resize {name} {declared}"
         )
@@ -143,17 +143,17 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
             for each in offered_plans(site)
         ]
     if as_json:
-        typer.echo(json.dumps(told))
+        say(json.dumps(told))
         return
     for each in told:
         verdict = "; ".join(each["refused"]) or ("approved" if each["approved"] else "allowed")
         if each["hash"] is None:
-            typer.echo(f"{'unreadable':16}  {verdict}")
+            say(f"{'unreadable':16}  {verdict}")
             continue
         verdict += f"; {each['remark']}" if each["remark"] else ""
-        typer.echo(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
+        say(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
     if not told:
-        typer.echo("the coordinator has no plan yet")
+        say("the coordinator has no plan yet")
 
 
 @plan_app.command("show")
@@ -163,11 +163,11 @@ def plan_show(plan_hash: PlanHash, home: Home = Path("site")) -> None:
 
     with one_line_errors("crafts-client"):
         plan, offered = offered_plan(SiteHome.open(home), plan_hash)
-    typer.echo(json.dumps(plan.model_dump(mode="json"), indent=1))
+    say(*json.dumps(plan.model_dump(mode="json"), indent=1).split("\n"))
     for line in offered.refused:
-        typer.echo(f"refused: {line}", err=True)
+        say(f"refused: {line}", err=True)
     if offered.remark:
-        typer.echo(offered.remark, err=True)
+        say(offered.remark, err=True)
 
 
 @plan_app.command("approve")
@@ -195,12 +195,12 @@ def plan_approve(
         else:
             site.approvals.approve(plan, runs_so_far=runs)
     if take_back:
-        typer.echo(f"{plan.study.name} is not approved any more")
+        say(f"{plan.study.name} is not approved any more")
         return
     again = f" for one run more, after {runs}" if runs else ""
-    typer.echo(f"{plan.study.name} is approved{again}")
+    say(f"{plan.study.name} is approved{again}")
     if offered.remark:
-        typer.echo(offered.remark)
+        say(offered.remark)
 
 
 @plan_app.command("roster")
@@ -214,12 +214,12 @@ def plan_roster(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson 
         plan, _ = offered_plan(site, plan_hash)
         roster = fetch_roster(site, plan.hash)
     if as_json:
-        typer.echo(roster.to_json())
+        say(roster.to_json())
         return
     total = sum(roster.patients.values())
     for name, patients in roster.patients.items():
-        typer.echo(f"{name:24} {patients:8} patients  {patients / total:6.1%}")
-    typer.echo(f"roster {roster.hash}")
+        say(f"{name:24} {patients:8} patients  {patients / total:6.1%}")
+    say(f"roster {roster.hash}")
 
 
 @foundation_app.command("fetch")
@@ -232,11 +232,11 @@ def foundation_fetch(home: Home = Path("site"), as_json: AsJson = False) -> None
         path, manifest = fetch_foundation(site, progress)
     values = {"foundation": str(path), "hash": manifest.hash}
     if as_json:
-        typer.echo(json.dumps(values))
+        say(json.dumps(values))
         return
-    typer.echo(f'in site.toml, set: foundation = "{path}"')
+    say(f'in site.toml, set: foundation = "{path}"')
     if not site.foundation_approvals.has(manifest.hash):
-        typer.echo(
+        say(
             "then see crafts-client foundation list, compare the hash with the study's, and run: "
             f"crafts-client foundation approve {manifest.hash[:16]}"
         )
@@ -261,14 +261,14 @@ def foundation_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
             for each in foundations_here(SiteHome.open(home))
         ]
     if as_json:
-        typer.echo(json.dumps(told))
+        say(json.dumps(told))
         return
     for each in told:
         verdict = "approved" if each["approved"] else "not approved"
         use = ", in site.toml" if each["used"] else ""
-        typer.echo(
-            f"{each['hash']}  {each['name']}  {each['bytes'] / 2**20:.0f} MiB  {verdict}{use}\n"
-            f"{'':4}{each['licence']}; {each['path']}"
+        say(
+            f"{each['hash']}  {each['name']}  {each['bytes'] / 2**20:.0f} MiB  {verdict}{use}",
+            f"{'':4}{each['licence']}; {each['path']}",
         )
 
 
@@ -300,7 +300,7 @@ def foundation_approve(
         else:
             site.foundation_approvals.approve(manifest)
     verdict = "is not approved any more" if take_back else "is approved"
-    typer.echo(f"{manifest.name} ({manifest.licence}), {manifest.hash}, {verdict}")
+    say(f"{manifest.name} ({manifest.licence}), {manifest.hash}, {verdict}")
 
 
 @network_app.command()
@@ -314,11 +314,11 @@ def doctor(home: Home = Path("site"), as_json: AsJson = False) -> None:
         for finding in examine(site):
             findings.append(asdict(finding))
             if not as_json:
-                typer.echo(f"{finding.verdict:8} {finding.subject:12} {finding.found}")
+                say(f"{finding.verdict:8} {finding.subject:12} {finding.found}")
                 if finding.advice:
-                    typer.echo(f"{'':21} -> {finding.advice}")
+                    say(f"{'':21} -> {finding.advice}")
     if as_json:
-        typer.echo(json.dumps(findings))
+        say(json.dumps(findings))
     if any(finding["verdict"] == Verdict.PROBLEM for finding in findings):
         raise typer.Exit(1)
 
@@ -356,10 +356,10 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
             "unusable_tiles": unusable_total.tiles,
         }
     if as_json:
-        typer.echo(json.dumps(values))
+        say(json.dumps(values))
         return
     for key, value in values.items():
-        typer.echo(f"{key:18} {'-' if value in (None, {}) else value}")
+        say(f"{key:18} {'-' if value in (None, {}) else value}")
 
 
 @network_app.command()
@@ -381,4 +381,4 @@ def leave(
             with Registrar(site) as registrar:
                 registrar.call("Leave")
         forget_coordinator(site)
-    typer.echo("left; tiles and ledger stay here")
+    say("left; tiles and ledger stay here")

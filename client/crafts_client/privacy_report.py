@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_client.budget import FilterCount, doubts
@@ -31,6 +30,7 @@ from crafts_client.sum_report import SumReport, doubts_about_sums, sum_report, s
 from crafts_core import __version__
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
+from crafts_core.pages import page_environment
 from crafts_privacy.accounting import SecondOpinion
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
 
@@ -178,10 +178,7 @@ def write_privacy_report(report: PrivacyReport, folder: Path) -> tuple[Path, Pat
         name, mode = ("privacy-report-with-attack", 0o600)
     folder.mkdir(parents=True, exist_ok=True)
     page, record = folder / f"{name}.html", folder / f"{name}.json"
-    environment = Environment(
-        loader=PackageLoader("crafts_client"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = page_environment("crafts_client")
     environment.filters["delta"] = delta_text
     template = environment.get_template("privacy_report.html.j2")
     write_file(page, template.render(report=report, spent=report.lifetime), mode=mode)

@@ -41,7 +41,7 @@ from flwr.supernode.runtime.run_clientapp import (
 )
 
 from crafts_client.client_app import HOME_KEY
-from crafts_client.enrolment import CoordinatorRecord
+from crafts_client.coordinator_record import CoordinatorRecord
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.proxies import environment_with, proxy_for

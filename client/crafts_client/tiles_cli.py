@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import confirm, one_line_errors, progress_bars, say
 
 tiles_app = typer.Typer(no_args_is_help=True, help="Look at the tile store. Nothing leaves.")
 _MOST_SHOWN = 400
@@ -48,10 +48,10 @@ def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
         "tiles_by_label": {label or "-": labels.count(label) for label in sorted(set(labels))},
     }
     if as_json:
-        typer.echo(json.dumps(values))
+        say(json.dumps(values))
         return
     for key, value in values.items():
-        typer.echo(f"{key:26} {value}")
+        say(f"{key:26} {value}")
 
 
 @tiles_app.command("check")
@@ -88,9 +88,9 @@ def tiles_check(
         "foundation": foundation.hash,
     }
     text = f"{store.num_tiles} tiles are as they were written; latents of {foundation.name}"
-    typer.echo(json.dumps(values) if as_json else text)
+    say(json.dumps(values) if as_json else text)
     if num_unusable and not as_json:
-        typer.echo(UNUSABLE.format(num_unusable))
+        say(UNUSABLE.format(num_unusable))
 
 
 def _repair(home: Path, as_json: bool) -> None:
@@ -101,20 +101,20 @@ def _repair(home: Path, as_json: bool) -> None:
     with one_line_errors("crafts-client"):
         done = repair(SiteHome.open(home))
     if as_json:
-        typer.echo(json.dumps(asdict(done)))
+        say(json.dumps(asdict(done)))
         return
     for name in done.damaged:
-        typer.echo(f"damaged: {name}")
+        say(f"damaged: {name}")
     if done.slides:
-        typer.echo(f"{done.num_tiles} tiles taken out, of: {', '.join(done.slides)}")
+        say(f"{done.num_tiles} tiles taken out, of: {', '.join(done.slides)}")
     elif done.damaged:
-        typer.echo("the index is damaged: every slide is cut again")
+        say("the index is damaged: every slide is cut again")
     if not done.has_latents:
-        typer.echo("the latent cache was damaged or not finished: it is computed again")
+        say("the latent cache was damaged or not finished: it is computed again")
     if done.damaged or not done.has_latents:
-        typer.echo("now run ingest again with the same table; training waits for it")
+        say("now run ingest again with the same table; training waits for it")
     else:
-        typer.echo("nothing is damaged")
+        say("nothing is damaged")
 
 
 @tiles_app.command("drop")
@@ -132,19 +132,18 @@ def tiles_drop(
     from crafts_client.preparation import drop
     from crafts_core.foundation import load
 
-    if not yes:
-        typer.confirm(f"Remove everything of {file}?", abort=True)
+    confirm(f"Remove everything of {file}?", yes=yes)
     with one_line_errors("crafts-client"), progress_bars() as progress:
         site = SiteHome.open(home)
         done = drop(
             site, file, lambda: load(site.foundation_path, device=site.config.device), progress
         )
-    typer.echo(
+    say(
         f"{done.num_tiles} tiles removed; remove its line from your table, or the next ingest "
         "brings it back; restart crafts-client join if it runs"
     )
     if done.others:
-        typer.echo(
+        say(
             f"{len(done.others)} more images of the patient lay in the same shard: the next ingest "
             "brings them back"
         )
@@ -185,7 +184,7 @@ def tiles_show(
         sheet = contact_sheet(images_NHWC, columns=math.ceil(math.sqrt(len(chosen))))
         sheet.save(out)
         out.chmod(0o600)
-    typer.echo(f"{len(chosen)} of {len(rows)} tiles in {out}; it shows patients, keep it here")
+    say(f"{len(chosen)} of {len(rows)} tiles in {out}; it shows patients, keep it here")
 
 
 @tiles_app.command("forget")
@@ -202,8 +201,7 @@ def tiles_forget(
     from crafts_client.preparation import forget
     from crafts_core.foundation import load
 
-    if not yes:
-        typer.confirm(f"Remove everything of {patient}? It cannot be undone", abort=True)
+    confirm(f"Remove everything of {patient}? It cannot be undone", yes=yes)
     with one_line_errors("crafts-client"), progress_bars() as progress:
         site = SiteHome.open(home)
         num_tiles = forget(
@@ -212,7 +210,7 @@ def tiles_forget(
             lambda: load(site.foundation_path, device=site.config.device),
             progress,
         )
-    typer.echo(
+    say(
         f"{num_tiles} tiles removed; remove the patient's lines from your table, and restart "
         "crafts-client join if it runs"
     )

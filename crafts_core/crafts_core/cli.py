@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crafts_core import dataset_cli, sample_cli
-from crafts_core.command_line import Version, one_line_errors, progress_bars
+from crafts_core.command_line import Version, one_line_errors, progress_bars, say
 from crafts_core.errors import CraftsError
 from crafts_core.sample_cli import AsJson, GeneratorDir, Seed
 
@@ -65,13 +65,13 @@ def evaluate(
         generator = Generator.from_directory(generator_dir)
         result = evaluator.compare(loaded.generator, generator, progress)
     if as_json:
-        typer.echo(result.model_dump_json())
+        say(result.model_dump_json())
         return
-    typer.echo(
+    say(
         f"distance to held-out tiles ({result.metric}, {result.encoder}): "
         f"foundation {result.distance_foundation:.4f}, generator {result.distance_generator:.4f}, "
-        f"real against real {result.floor:.4f}\n"
-        f"drift: foundation {result.drift_foundation:.3f}, generator {result.drift_generator:.3f}"
+        f"real against real {result.floor:.4f}",
+        f"drift: foundation {result.drift_foundation:.3f}, generator {result.drift_generator:.3f}",
     )
 
 
@@ -99,10 +99,10 @@ def compare(
         }
     if as_json:
         values = {path: fidelity.model_dump(mode="json") for path, fidelity in measured.items()}
-        typer.echo(json.dumps(values))
+        say(json.dumps(values))
         return
     for path, fidelity in sorted(measured.items(), key=lambda item: item[1].mmd2):
-        typer.echo(f"{fidelity.mmd2:.4f}  {path}")
+        say(f"{fidelity.mmd2:.4f}  {path}")
 
 
 def _evaluator(

@@ -21,6 +21,7 @@ from rich.progress import (
 
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
+from crafts_core.harmless import MOST_OF_A_SENTENCE, harmless
 
 
 def _print_version(is_asked: bool) -> None:
@@ -46,7 +47,7 @@ def progress_bars() -> Iterator[ShowProgress]:
     """One bar on stderr for each kind of work; nothing where nobody watches."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -55,6 +56,7 @@ def progress_bars() -> Iterator[ShowProgress]:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
+            what = harmless(what, most=MOST_OF_A_SENTENCE)
             kind = what.partition(",")[0]
             if kind not in tasks:
                 tasks[kind] = bars.add_task(what, total=total)
@@ -65,9 +67,7 @@ def progress_bars() -> Iterator[ShowProgress]:
 
 def run_as_service(*, debug: bool = False) -> threading.Event:
     """Log to stderr from now on; the event is set when a person or the system ends the program."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    log_to_stderr("%(asctime)s %(levelname)s %(name)s %(message)s")
     for package in ("crafts_core", "crafts_client", "crafts_server", "crafts_privacy"):
         logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
     flower = logging.getLogger("flwr")  # writes each line itself, and again through the root
@@ -79,6 +79,37 @@ def run_as_service(*, debug: bool = False) -> threading.Event:
     return stop
 
 
+def log_to_stderr(line: str) -> None:
+    """Log warnings from now on, each as such a line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormat(line))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+class HarmlessFormat(logging.Formatter):
+    """A message is one line whoever wrote it, and no line of a traceback looks like one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        """Asked for each message, before a traceback is put below it."""
+        return harmless(super().formatMessage(record), most=MOST_OF_A_SENTENCE)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # logging's name
+        """Asked for each traceback."""
+        return "\n".join(f"  | {harmless(x)}" for x in super().formatException(ei).splitlines())
+
+
+def say(*lines: object, err: bool = False) -> None:
+    """Print each as one line, on stdout or stderr. What a program shows goes through here."""
+    for line in lines:
+        typer.echo(harmless(str(line)), err=err)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask a person, unless ``yes``; the program ends with 1 if the answer is no."""
+    if not yes:
+        typer.confirm(harmless(question), abort=True)
+
+
 @contextlib.contextmanager
 def one_line_errors(program: str, *, advice: str = "") -> Iterator[None]:
     """Failures that a person can act on: one line each on stderr, exit code 1.
@@ -88,6 +119,8 @@ def one_line_errors(program: str, *, advice: str = "") -> Iterator[None]:
         advice: Ends the line after a failure of the machine (a full disk, Ctrl-C).
     """
     advice = advice and f"; {advice}"
+    if logging.lastResort is not None:  # where no service logs, warnings reach stderr by this
+        logging.lastResort.setFormatter(HarmlessFormat("%(message)s"))
     try:
         yield
     except CraftsError as error:
@@ -102,13 +135,13 @@ def one_line_errors(program: str, *, advice: str = "") -> Iterator[None]:
 def print_result(result: dict[str, Any], as_json: bool) -> None:
     """The result on stdout: one JSON object, or one ``name: value`` a line."""
     if as_json:
-        typer.echo(json.dumps(result))
+        say(json.dumps(result))
         return
     for key, value in result.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        typer.echo(f"{key.replace('_', ' ')}: {shown}")
+        say(f"{key.replace('_', ' ')}: {shown}")
 
 
 def _fail(program: str, sentence: str, cause: BaseException) -> None:
-    typer.echo(f"{program}: {sentence}", err=True)
+    say(f"{program}: {harmless(sentence, most=MOST_OF_A_SENTENCE)}", err=True)
     raise typer.Exit(1) from cause

@@ -21,8 +21,10 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from crafts_core.errors import CraftsError
+from crafts_core.harmless import harmless
 
 StageName = Literal["pretraining", "alignment", "control"]
 Modality = Literal["nuclei", "fluorescence"]
@@ -38,6 +40,8 @@ is trained of the ControlNet of a modality."""
 
 MAX_STEPS = 100_000
 """Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
+_MOST_SHOWN = 300
+"""Letters of a key or a complaint."""
 
 
 class PlanError(CraftsError):
@@ -370,7 +374,12 @@ class Plan(_Section):
 def describe_first_error(error: ValidationError) -> str:
     """One line for the first thing that is wrong: where, what, and how many more."""
     first, *rest = error.errors()
-    where = ".".join(str(part) for part in first["loc"]) or "whole file"
-    what = "unknown key; remove it" if first["type"] == "extra_forbidden" else first["msg"]
     more = f" (and {len(rest)} more)" if rest else ""
-    return f"{where}: {what}{more}"
+    return f"{_described(first)}{more}"
+
+
+def _described(error: ErrorDetails) -> str:
+    """Where and what. Keys, and values in a message, may be somebody else's."""
+    where = ".".join(str(part) for part in error["loc"]) or "whole file"
+    what = "unknown key; remove it" if error["type"] == "extra_forbidden" else error["msg"]
+    return f"{harmless(where, most=_MOST_SHOWN)}: {harmless(what, most=_MOST_SHOWN)}"

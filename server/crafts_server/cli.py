@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from click.core import ParameterSource
 
-from crafts_core.command_line import Version, one_line_errors, progress_bars, run_as_service
+from crafts_core.command_line import Version, one_line_errors, progress_bars, run_as_service, say
 from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
 
@@ -83,15 +83,14 @@ def init(
     if context.get_parameter_source("registry") == ParameterSource.COMMANDLINE and _has_password(
         registry
     ):
-        typer.echo(
+        say(
             "crafts-server: a password on the command line is seen by others on this machine; "
             "change it, and give the URL by CRAFTS_REGISTRY",
             err=True,
         )
     _print(
         {"home": str(home), "public_key": public_key},
-        f"Coordinator home {home}. Sites trust it by adding this key to allowed_signers:\n"
-        f"{public_key}",
+        (f"Coordinator home {home}. Sites trust it by this key in allowed_signers:", public_key),
         as_json,
     )
 
@@ -137,7 +136,7 @@ def sites_invite(
     command = f"crafts-client enroll {config.hosts[0]}:{config.enrolment_port} --token {token}"
     _print(
         {"site": name, "token": token, "command": command},
-        f"{name} enrols with {patients} patients within {days} days by:\n{command}",
+        (f"{name} enrols with {patients} patients within {days} days by:", command),
         as_json,
     )
 
@@ -155,7 +154,7 @@ def sites_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     ]
     lines += [f"{name}  invited until {until:%Y-%m-%d %H:%M}" for name, until in waiting.items()]
     values = {"sites": [asdict(site) for site in sites], "invited": waiting}
-    _print(values, "\n".join(lines) or "no sites yet; see crafts-server sites invite", as_json)
+    _print(values, lines or ["no sites yet; see crafts-server sites invite"], as_json)
 
 
 def _patients(site: "EnrolledSite") -> str:
@@ -176,7 +175,7 @@ def sites_resize(
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         before = enrolments.sizes.resize(name, patients)
         opened.audit_log.write(Event.RESIZED, site=name, patients=patients, before=before)
-    typer.echo(f"{name} counts as {patients} patients (before: {before or 'none'})")
+    say(f"{name} counts as {patients} patients (before: {before or 'none'})")
 
 
 @sites_app.command("revoke")
@@ -188,7 +187,7 @@ def sites_revoke(
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         enrolments.revoke(name)
         opened.audit_log.write(Event.REVOKED, site=name)
-    typer.echo(f"{name} is revoked")
+    say(f"{name} is revoked")
 
 
 @foundation_app.command("build")
@@ -293,8 +292,11 @@ def plan_check(plan: PlanFile, as_json: AsJson = False) -> None:
             "target_epsilon": privacy.target_epsilon,
             "delta": privacy.delta,
         },
-        f"{loaded.study.name}: {loaded.num_rounds} rounds, {loaded.total_steps} private steps a "
-        f"site, {promise}\nhash {loaded.hash}",
+        (
+            f"{loaded.study.name}: {loaded.num_rounds} rounds, {loaded.total_steps} private steps "
+            f"a site, {promise}",
+            f"hash {loaded.hash}",
+        ),
         as_json,
     )
 
@@ -360,7 +362,7 @@ def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         f"{run.started_at:%Y-%m-%d %H:%M}"
         for run in summaries
     ]
-    _print([asdict(run) for run in summaries], "\n".join(lines) or "no runs yet", as_json)
+    _print([asdict(run) for run in summaries], lines or ["no runs yet"], as_json)
 
 
 @runs_app.command("show")
@@ -396,7 +398,7 @@ def runs_show(
         **asdict(summary),
         "receipts": [receipt.model_dump(mode="json") for receipt in receipts],
     }
-    _print(values, "\n".join(lines), as_json)
+    _print(values, lines, as_json)
 
 
 @app.command()
@@ -415,7 +417,7 @@ def serve(home: Home = DEFAULT_HOME) -> None:
             stop = run_as_service()
             service.start()
             try:
-                typer.echo(json.dumps(service.ports))
+                say(json.dumps(service.ports))
                 service.work(stop)
             finally:
                 service.stop()
@@ -449,7 +451,7 @@ def stop(
         from crafts_server.service import stop_plan
 
         stopped = stop_plan(CoordinatorHome.open(home), plan)
-    typer.echo(f"plan {stopped[:16]} is stopped")
+    say(f"plan {stopped[:16]} is stopped")
 
 
 @log_app.command("verify")
@@ -483,7 +485,7 @@ def log_show(
         + "  ".join(f"{key}={value}" for key, value in entry.facts.items())
         for entry in entries
     ]
-    _print([asdict(entry) for entry in entries], "\n".join(lines) or "nothing yet", as_json)
+    _print([asdict(entry) for entry in entries], lines or ["nothing yet"], as_json)
 
 
 @app.command()
@@ -499,7 +501,7 @@ def export(
     """Export a run's newest generator as stock diffusers files."""
     with one_line_errors("crafts-server"):
         files = _export(home, run_id, out, name_site or [])
-    _print({"files": [str(path) for path in files]}, "\n".join(map(str, files)), as_json)
+    _print({"files": [str(path) for path in files]}, [str(path) for path in files], as_json)
 
 
 def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> list[Path]:
@@ -550,5 +552,8 @@ def _registry(home: Path) -> Iterator["Registry"]:
         registry.close()
 
 
-def _print(values: object, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(values, default=str) if as_json else text)
+def _print(values: object, text: str | Sequence[str], as_json: bool) -> None:
+    if as_json:
+        say(json.dumps(values, default=str))
+    else:
+        say(*([text] if isinstance(text, str) else text))

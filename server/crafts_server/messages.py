@@ -23,6 +23,7 @@ from torch import Tensor
 from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED, packed, unpacked, unpacked_vector
 from crafts_core.exchange import ExchangeError, MaskedReply, ReadyReply, RoundReply, RoundRequest
+from crafts_core.harmless import harmless
 from crafts_privacy.secure_aggregation.masking import Group
 
 TRAIN, MASKED = "train", "train.masked"
@@ -137,8 +138,7 @@ def read_masked(message: Message, num_values: int) -> tuple[MaskedReply, Group, 
 def error_sentence(message: Message) -> str:
     """What a site's error says, cut to one printable line: it goes into receipts."""
     reason = message.error.reason or "no reason given"
-    printable = "".join(letter if letter.isprintable() else " " for letter in reason)
-    return f"code {message.error.code}: {printable[:_MAX_REASON]}"
+    return f"code {message.error.code}: {harmless(reason[:_MAX_REASON])[:_MAX_REASON]}"
 
 
 def _head(request: RoundRequest, plan: SignedPlan) -> dict[str, ConfigRecord]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crafts_core.command_line import Version, one_line_errors, progress_bars
+from crafts_core.command_line import Version, log_to_stderr, one_line_errors, progress_bars, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,7 +73,7 @@ def run(
     if (tiles is None) != (labels is None):
         raise typer.BadParameter("--tiles and --labels belong together")
     if verbose:
-        logging.basicConfig(level=logging.WARNING)
+        log_to_stderr("%(levelname)s %(name)s %(message)s")
         logging.getLogger("crafts_client").setLevel(logging.DEBUG)
     advice = f"what is finished in {out} is kept: run the same command again to go on"
     with one_line_errors("crafts-sim", advice=advice):
@@ -110,10 +110,10 @@ def run(
                 progress=progress,
             )
     if as_json:
-        typer.echo(report.model_dump_json())
+        say(report.model_dump_json())
     else:
-        typer.echo(headline(report.evaluation))
-        typer.echo(f"Report: {out / 'report.html'}")
+        say(headline(report.evaluation))
+        say(f"Report: {out / 'report.html'}")
 
 
 @app.command()
@@ -134,12 +134,12 @@ def faults(
         cases = [case for case in CASES if only in f"{case.group} {case.fault}"]
         if list_only:
             for case in cases:
-                typer.echo(f"{case.group:12} {case.fault}")
+                say(f"{case.group:12} {case.fault}")
             return
         outcomes = run_matrix(
             cases,
             out,
-            on_outcome=lambda each: typer.echo(
+            on_outcome=lambda each: say(
                 f"{each.verdict:7} {each.seconds:4.0f} s  {each.group:12} {each.fault}: "
                 f"{each.observed}"
             ),

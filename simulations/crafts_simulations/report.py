@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +21,7 @@ from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.evaluate import Evaluation
 from crafts_core.evaluation.leakage import Leakage
 from crafts_core.evaluation.steering import Steering
+from crafts_core.pages import page_environment
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations import charts
@@ -158,13 +158,7 @@ def write_report(report: Report, pairs: Sequence[SamplePair], out: Path) -> None
 
 def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
     """The page as one string: inline style, SVG and images; no script, no external resource."""
-    environment = Environment(
-        loader=PackageLoader("crafts_simulations"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("crafts_simulations")
     environment.filters |= {"delta": delta_text, "times": delta_times_patients}
     return environment.get_template("report.html.j2").render(
         report=report,

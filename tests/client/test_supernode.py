@@ -27,7 +27,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from crafts_client import supernode
-from crafts_client.enrolment import CoordinatorRecord
+from crafts_client.coordinator_record import CoordinatorRecord
 from crafts_client.errors import EnrolmentError, HomeError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.supernode import BUNDLE_REFUSED, Executor, is_running
@@ -39,7 +39,11 @@ from support.proxy import FAR, Proxy
 from support.sites import policy_of
 
 RECORD = CoordinatorRecord(
-    site="north", signer="key", registrar_address="", ca_fingerprint="", fleet_address="localhost:1"
+    site="north",
+    signer="A" * 43 + "=",
+    registrar_address="localhost:1",
+    ca_fingerprint="0" * 64,
+    fleet_address="localhost:1",
 )
 PATIENCE_S = 150.0
 """A SuperNode starts in seconds; on a machine that many share, in a minute."""
@@ -86,13 +90,7 @@ def taking_part(link: SuperLink, home: SiteHome, ca: Path, host: str) -> Iterato
     (keys / "node.key").write_bytes(private)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     link.admit("north", public)
-    record = CoordinatorRecord(
-        site="north",
-        signer="key",
-        registrar_address="",
-        ca_fingerprint="",
-        fleet_address=f"{host}:{link.port}",
-    )
+    record = RECORD.model_copy(update={"fleet_address": f"{host}:{link.port}"})
     seen: list[str] = []
     app = ClientApp()
 

@@ -107,6 +107,6 @@ def test_an_unknown_or_missing_field_of_the_record_is_refused() -> None:
 def test_an_error_becomes_one_short_printable_line() -> None:
     message = Message(Error(101, "policy:\nno\x1b[31m " + "x" * 1000), reply_to=request())
     sentence = error_sentence(message)
-    assert sentence.startswith("code 101: policy: no")
+    assert sentence.startswith("code 101: policy:\\nno\\u001b[31m x")
     assert sentence.isprintable()
     assert len(sentence) < 250

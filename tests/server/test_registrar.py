@@ -47,6 +47,7 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger, Lifetime, PlanLimit
 from crafts_server import pki
+from crafts_server import registrar as registrar_module
 from crafts_server.audit_log import Event
 from crafts_server.cli import app as server_app
 from crafts_server.enrolments import Enrolments, Witness
@@ -62,6 +63,7 @@ from crafts_server.registrar import (
 from crafts_server.registry_rows import CohortSizeRow, WitnessRow
 from crafts_server.signed_heads import SignedHeads
 from support.disk import fill_disk
+from support.hostile import TEXT, assert_harmless
 from support.proxy import FAR, Proxy
 from support.sites import make_site_home, plan_values
 from support.summing_sites import summed_plan
@@ -145,6 +147,32 @@ def test_an_invited_site_enrols_and_reads_plans(coordinator, site, foundation) -
     assert (plan.json, plan.signature) == (signed.json, signed.signature)
     keys = site.path / "keys"
     assert {p.stat().st_mode & 0o777 for p in keys.glob("*.key")} == {0o600}
+
+
+def test_what_a_hostile_coordinator_answers_is_harmless_and_not_kept(
+    coordinator, site, monkeypatch
+) -> None:
+    """A whole line of its own, in a refusal and in a field of a yes."""
+    hostile = TEXT.replace("\ud800", "")
+    told = ["enroll", coordinator.host, "--home", str(site.path), "--token"]
+
+    def refuse(*_: object) -> None:
+        raise registrar_module.RefusedError(grpc.StatusCode.PERMISSION_DENIED, hostile)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registrar_module, "check_node_key", refuse)
+        refused = CliRunner().invoke(client_app, [*told, coordinator.invite("north")])
+    assert refused.exit_code == 1
+    assert_harmless(refused.stderr, num_lines=1)
+    reply = messages.EnrolReply
+    monkeypatch.setattr(
+        registrar_module.messages, "EnrolReply", lambda **v: reply(**v | {"signer": hostile})
+    )
+    answered = CliRunner().invoke(client_app, [*told, coordinator.invite("north")])
+    assert (answered.exit_code, "signer: " in answered.stderr) == (1, True)
+    assert answered.stderr.removesuffix("\n").isprintable()
+    assert not site.coordinator_path.exists()
+    assert list((site.path / "keys").glob("*")) == []
 
 
 def test_private_keys_stay_where_they_were_made(coordinator, site) -> None:

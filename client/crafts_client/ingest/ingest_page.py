@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crafts_client.ingest import ingest_charts
@@ -16,6 +15,7 @@ from crafts_client.ingest.pictures import OVERLAY_COLOURS, picture_paths
 from crafts_client.ingest.report import IngestReport, SourceOutcome, Stain
 from crafts_client.ingest.stain_outliers import far_stains, scanner_of
 from crafts_core.durable import write_file
+from crafts_core.pages import page_environment
 
 PAGE_NAME = "ingest.html"
 PICTURES = "pictures"
@@ -63,11 +63,7 @@ def write_ingest_page(report: IngestReport, folder: Path) -> Path:
     pictures are not there is shown without.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    environment = Environment(
-        loader=PackageLoader("crafts_client"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    template = environment.get_template("ingest.html.j2")
+    template = page_environment("crafts_client").get_template("ingest.html.j2")
     path = folder / PAGE_NAME
     write_file(path, template.render(_content(report, folder / PICTURES)), mode=0o600)
     return path

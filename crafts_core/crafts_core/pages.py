@@ -1,0 +1,25 @@
+"""How every page is rendered: markup is escaped, and text of others is made harmless."""
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from crafts_core.harmless import harmless
+
+
+def page_environment(package: str) -> Environment:
+    """The templates of a package. Only the tags of a ``Markup`` of ours act on the page."""
+    return Environment(
+        loader=PackageLoader(package),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _shown(value: object) -> object:
+    """A drawing or a macro of ours keeps its tags and lines; text of others within is harmless."""
+    if isinstance(value, Markup):
+        return Markup("\n").join(Markup(harmless(line)) for line in value.split("\n"))  # noqa: S704
+    return harmless(value) if isinstance(value, str) else value
