@@ -25,12 +25,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED, packed, unpacked
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
 from crafts_core.foundation import embedded_path, load
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator

@@ -46,9 +46,9 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.fab import Fab
 
 from crafts_client.home import SiteHome
-from crafts_core.adapters import State
 from crafts_core.foundation import embedded_path, load
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_server import superlink
 from crafts_server.pki import Pki
 from crafts_simulations.faults.link import Link

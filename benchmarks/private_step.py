@@ -50,9 +50,10 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from crafts_privacy.gradients import GroupGradients
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import PatientSGD
 
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 BOUND, NOISE = 1e-3, 1.0

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from crafts_client.home import SiteConfig, SiteHome
-from crafts_client.ingest.tiling import Artefact
-from crafts_client.ingest.tissue import TissueMethod
+from crafts_client.ingest.choices import Artefact, TissueMethod
 from crafts_client.ledger_cli import ledger_app
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from crafts_client.approvals import Approvals, FoundationApprovals, RosterApprovals
 from crafts_client.errors import HomeError
-from crafts_client.ingest import Salt
+from crafts_client.ingest.deidentify import Salt
 from crafts_client.policy import Policy
 from crafts_core.durable import write_file
 from crafts_core.foundation_manifest import embedded_path

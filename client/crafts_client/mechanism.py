@@ -12,7 +12,7 @@ import math
 
 from crafts_core.plan import Plan
 from crafts_privacy.lifetime import Lifetime, PlanLimit
-from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.plan_noise import plan_noise_multiplier
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from crafts_client.outbox import Release
 from crafts_client.signed_plan import SignedPlan
-from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED, packed, unpacked
 from crafts_core.exchange import (
     Announcement,
@@ -28,6 +27,7 @@ from crafts_core.exchange import (
     RoundRequest,
     check_tensors,
 )
+from crafts_core.state import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,18 +11,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from crafts_client.errors import OutboxError
-from crafts_core.adapters import State
 from crafts_core.durable import append_line, write_file
 from crafts_core.exchange import MaskedReply, RoundReply, RoundRequest
 from crafts_privacy.ledger import Reservation, Share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crafts_core.state import State
 
 _SEAL = "seal"
 _RECORDS = "releases.jsonl"
@@ -78,7 +80,7 @@ class Release:
 
     payment: Payment
     reply: RoundReply | MaskedReply
-    delta: State
+    delta: "State"
     """What leaves: an update, or one masked vector, whose words are kept as int32."""
     noise: str
     share: Share | None
@@ -96,13 +98,15 @@ class Outbox:
         self,
         request: RoundRequest,
         reply: RoundReply | MaskedReply,
-        delta: Mapping[str, Tensor],
+        delta: "Mapping[str, Tensor]",
         reservation: Reservation,
         *,
         noise: str,
         share: Share | None = None,
     ) -> Release:
         """Write a release durably. Nothing has left yet, and nothing may before the commit."""
+        from safetensors.torch import save  # torch takes seconds; to look at payments needs none
+
         payment = Payment(reservation.sequence, reservation.entry_hash)
         seal = _Seal(**payment._asdict(), request=request, reply=reply, noise=noise, share=share)
         tensors = {name: tensor.contiguous() for name, tensor in delta.items()}
@@ -165,6 +169,8 @@ class Outbox:
         Raises:
             OutboxError: there is a file, and it is not what was sealed for this request.
         """
+        from safetensors.torch import load
+
         path = self._path(request)
         try:
             data = path.read_bytes()

@@ -24,7 +24,7 @@ if (
 ):  # torch and the accountants take seconds to import; `crafts-client status` should not
     from crafts_core.exchange import RoundRequest
     from crafts_privacy.lifetime import Lifetime
-    from crafts_privacy.patient_sgd import Mechanism
+    from crafts_privacy.mechanism import Mechanism
 
 
 class Rule(StrEnum):

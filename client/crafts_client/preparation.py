@@ -27,6 +27,7 @@ from crafts_client.ingest import (
     remove_patient,
     remove_slides,
 )
+from crafts_client.ingest.choices import Artefact, TissueMethod
 from crafts_client.ingest.deidentify import plain_name
 from crafts_client.ingest.errors import Problem
 from crafts_client.ingest.ingest_history import with_refusal, with_run
@@ -37,8 +38,6 @@ from crafts_client.ingest.patient_names import likeness
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.report import IngestRun, NothingUsedError
 from crafts_client.ingest.table_checks import look_alike
-from crafts_client.ingest.tiling import Artefact
-from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation import Foundation, read_manifest, verify

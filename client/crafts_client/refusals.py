@@ -17,11 +17,11 @@ from crafts_client.errors import (
 )
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.site import StageStartMissingError
-from crafts_core.adapters import AdapterError
 from crafts_core.exchange import ExchangeError
 from crafts_core.foundation import FoundationError
 from crafts_core.plan import PlanError
 from crafts_core.stages.objective import BatchCoupledLossError
+from crafts_core.state import AdapterError
 from crafts_core.tiles import TileStoreError
 from crafts_privacy.errors import (
     AloneBudgetExceededError,

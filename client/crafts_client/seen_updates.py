@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from crafts_client.errors import HomeError
-from crafts_core.adapters import State
 from crafts_core.durable import write_file
 from crafts_core.exchange import RoundRequest
 from crafts_core.plan import Plan, StageConfig
+from crafts_core.state import State
 
 MOST_BYTES = 1 << 30
 """Of all: hundreds of rounds of a small adapter, not one of a large model's full weights."""

@@ -49,7 +49,6 @@ from crafts_client.speed import Speed
 from crafts_client.sums import SiteSums, alone_limit, check_answers, check_roster
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_client.witness_folders import show_to_folders
-from crafts_core.adapters import State, factor_names
 from crafts_core.exchange import (
     ExchangeError,
     ReadyReply,
@@ -62,6 +61,7 @@ from crafts_core.exchange import (
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import AdapterConfig, Part, Plan, RoundOfPlan, StageConfig
 from crafts_core.roster import Roster
+from crafts_core.state import State, factor_names
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import signing

@@ -7,9 +7,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.durable import write_file
 from crafts_core.exchange import state_hash
+from crafts_core.state import State
 
 
 def remember(path: Path, state: Mapping[str, Tensor]) -> None:

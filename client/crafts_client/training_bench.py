@@ -17,14 +17,14 @@ from torch import Tensor
 from crafts_client.public_patients import TILES_EACH, PublicPatients
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
-from crafts_core.adapters import State, add_delta
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig, Factor, Part, PrivacyConfig, StageConfig, StageName
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, add_delta
 from crafts_privacy.audit_statistics import Vector
 from crafts_privacy.clipping import grid_step
-from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.mechanism import Mechanism
 
 FACTORS: Mapping[StageName, Factor] = {
     "pretraining": "second",

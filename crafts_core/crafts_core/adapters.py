@@ -19,9 +19,6 @@ from torch.func import functional_call
 from crafts_core.control_net import (
     build_control_net,
     control_layers,
-    control_prefix,
-    control_state,
-    generator_state,
     num_halvings_of,
     own_parameters,
     steering,
@@ -29,9 +26,6 @@ from crafts_core.control_net import (
 from crafts_core.exchange import ExchangeError, check_tensors
 from crafts_core.foundation import Foundation
 from crafts_core.lora_layers import (
-    FIRST,
-    SECOND,
-    AdapterError,
     add_factors,
     matching_layers,
     with_factors_merged,
@@ -45,21 +39,14 @@ from crafts_core.plan import (
     Modality,
     Part,
 )
-
-__all__ = [
-    "Adapter",
-    "AdapterError",
-    "Condition",
-    "State",
-    "add_delta",
-    "factor_names",
-    "lora_tensors",
-    "merged_control_net",
-    "merged_unet",
-    "target_layers",
-]
-
-State = dict[str, Tensor]
+from crafts_core.state import (
+    AdapterError,
+    State,
+    control_prefix,
+    control_state,
+    factor_names,
+    generator_state,
+)
 
 
 class Condition(NamedTuple):
@@ -263,47 +250,6 @@ def target_layers(
     return matching_layers(unet, config.targets, config.rank)
 
 
-def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:
-    """The sorted names of one factor's tensors.
-
-    Raises:
-        AdapterError: LoRA was asked for ``all``, full weights for a factor, or there is nothing.
-    """
-    if factor in MODALITIES:
-        names = [name for name in control_state(state, factor) if not name.endswith(FIRST)]
-        if not names:
-            raise AdapterError(f"the adapter has no ControlNet for {factor}")
-        return sorted(names)
-    names = list(generator_state(state))
-    is_lora = all(name.endswith((FIRST, SECOND)) for name in names)
-    if is_lora == (factor == "all") or not names:
-        kind = "LoRA factors" if is_lora else "full weights"
-        raise AdapterError(f"an adapter of {kind} has no factor {factor!r}")
-    endings = {"first": (FIRST,), "second": (SECOND,), "both": (FIRST, SECOND), "all": ("",)}
-    return sorted(name for name in names if name.endswith(endings[factor]))
-
-
-def add_delta(
-    state: Mapping[str, Tensor], delta: Mapping[str, Tensor], scale: float = 1.0
-) -> State:
-    """``state + scale * delta`` as float32; tensors that ``delta`` does not name are copied.
-
-    A delta in float64 is added as exactly as that; the sum is rounded once.
-
-    Raises:
-        AdapterError: ``delta`` names a tensor that ``state`` lacks, or of another shape.
-    """
-    for name, tensor in delta.items():
-        if name not in state or state[name].shape != tensor.shape:
-            raise AdapterError(f"delta {name} does not fit the state it is added to")
-    return {
-        name: (tensor.double() + scale * delta[name].to(_wide(delta[name]))).float()
-        if name in delta
-        else tensor.clone()
-        for name, tensor in state.items()
-    }
-
-
 def merged_unet(
     unet: UNet2DConditionModel, config: AdapterConfig, state: Mapping[str, Tensor]
 ) -> UNet2DConditionModel:
@@ -327,26 +273,6 @@ def merged_control_net(
     )
     adapter.load_state(control_state(state, modality))
     return adapter.merged_control(modality)
-
-
-def lora_tensors(state: Mapping[str, Tensor]) -> State:
-    """The denoiser's part of the state under the names that diffusers' ``load_lora_weights`` reads.
-
-    Raises:
-        AdapterError: the state holds full weights, or nothing of the denoiser.
-    """
-    factor_names(state, "both")
-    renamed = {}
-    for name, tensor in generator_state(state).items():
-        module, _, factor = name.rpartition(".")
-        letter = "A" if factor == "first" else "B"
-        renamed[f"unet.{module}.lora_{letter}.weight"] = tensor.contiguous()
-    return renamed
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """What a tensor is scaled in: float32 or more."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from crafts_core.generator import Generator
-from crafts_core.lora_layers import FIRST, SECOND, AdapterError, matching_layers
+from crafts_core.lora_layers import matching_layers
 from crafts_core.plan import MODALITIES, AdapterConfig, Modality
+from crafts_core.state import FIRST, SECOND, AdapterError, control_prefix
 from crafts_core.tiles.conditions import NUM_CHANNELS
 
-_PREFIX = "control."
 _STEM_CHANNELS = (16, 32, 96, 256)
 _OWN_PARTS = ("controlnet_cond_embedding.", "controlnet_down_blocks.", "controlnet_mid_block.")
 _STARTS_AT_ZERO = (
@@ -63,11 +63,6 @@ def build_control_net(
 def num_halvings_of(generator: Generator) -> int:
     """How often the generator's VAE halves an image."""
     return len(generator.vae.config.block_out_channels) - 1
-
-
-def control_prefix(modality: Modality) -> str:
-    """What the wire names of a modality's tensors begin with."""
-    return f"{_PREFIX}{modality}."
 
 
 def own_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -139,19 +134,3 @@ def control_layers(
             "control_targets match no layer of the ControlNet's encoder; name some, such as to_q"
         )
     return layers
-
-
-def generator_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the denoiser."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(_PREFIX)}
-
-
-def control_state(state: Mapping[str, Tensor], modality: Modality) -> dict[str, Tensor]:
-    """One ControlNet's tensors, by their wire names."""
-    prefix = control_prefix(modality)
-    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def modalities_in(state: Mapping[str, Tensor]) -> tuple[Modality, ...]:
-    """Which conditions a state can be steered by."""
-    return tuple(modality for modality in MODALITIES if control_state(state, modality))

@@ -7,9 +7,8 @@ of the two closed records below. Both sides check what they get before they use 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -18,10 +17,12 @@ from pydantic import (
     ValidationError,
     model_serializer,
 )
-from torch import Tensor
 
 from crafts_core.errors import CraftsError
 from crafts_core.plan import Factor, describe_first_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_ANNOUNCEMENT_CHARS = 512 * 1024
 """More than a thousand members need."""
@@ -160,29 +161,29 @@ def canonical_json(values: object) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
-def schema_hash(tensors: Mapping[str, Tensor]) -> str:
+def schema_hash(tensors: "Mapping[str, Tensor]") -> str:
     """SHA-256 over sorted names and shapes."""
     schema = {name: list(tensors[name].shape) for name in sorted(tensors)}
     return hashlib.sha256(json.dumps(schema, separators=(",", ":")).encode()).hexdigest()
 
 
-def state_hash(tensors: Mapping[str, Tensor]) -> str:
+def state_hash(tensors: "Mapping[str, Tensor]") -> str:
     """SHA-256 over sorted names, shapes and float32 values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        tensor = tensors[name].detach().cpu().float().contiguous()
         digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
-def global_norm(tensors: Mapping[str, Tensor]) -> float:
+def global_norm(tensors: "Mapping[str, Tensor]") -> float:
     """L2 norm over all tensors together, in float64."""
     squares = [float(tensor.detach().double().square().sum()) for tensor in tensors.values()]
     return float(sum(squares) ** 0.5)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(tensors: "Mapping[str, Tensor]", expected: "Mapping[str, Tensor]") -> None:
     """Refuse tensors whose names or shapes differ from ``expected``, or that are not finite.
 
     Raises:

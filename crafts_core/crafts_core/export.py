@@ -14,8 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from crafts_core.adapters import lora_tensors, merged_control_net, merged_unet
-from crafts_core.control_net import modalities_in
+from crafts_core.adapters import merged_control_net, merged_unet
 from crafts_core.durable import share_as_umask_says
 from crafts_core.foundation import Foundation
 from crafts_core.generator_record import (
@@ -26,6 +25,7 @@ from crafts_core.generator_record import (
 )
 from crafts_core.plan import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
+from crafts_core.state import lora_tensors, modalities_in
 
 CONTROLS = "controlnet"
 _OF_VERSION_4 = "text_model."

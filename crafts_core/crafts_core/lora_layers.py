@@ -14,15 +14,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from crafts_core.errors import CraftsError
+from crafts_core.state import FIRST, SECOND, AdapterError
 
-FIRST, SECOND = ".first", ".second"
 _PEFT_NAME = "crafts"
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class AdapterError(CraftsError):
-    """The adapter of a plan does not fit the model, or a state does not fit the adapter."""
 
 
 def matching_layers(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from crafts_core.adapters import State, target_layers
+from crafts_core.adapters import target_layers
 from crafts_core.control_net import (
     build_control_net,
     control_layers,
@@ -13,7 +13,6 @@ from crafts_core.control_net import (
     num_halvings_of,
 )
 from crafts_core.foundation import Foundation
-from crafts_core.lora_layers import FIRST, SECOND
 from crafts_core.plan import GENERATOR_ONLY, MODALITIES, AdapterConfig, Part
 from crafts_core.public_update import (
     PublicUpdateConfig,
@@ -21,6 +20,7 @@ from crafts_core.public_update import (
     leading_right_directions,
     public_update,
 )
+from crafts_core.state import FIRST, SECOND, State
 
 _LEAST_INFLUENCE = 1e-6
 """Relative to the most influential direction."""

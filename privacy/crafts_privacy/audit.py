@@ -43,9 +43,10 @@ from crafts_privacy.audit_statistics import (
     p_spread,
 )
 from crafts_privacy.gradients import GroupGradients
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.patient_sgd import GroupLoss, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 
 _PATIENTS = 48

@@ -15,9 +15,9 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.plan import MODALITIES, AggregationConfig, Factor
+from crafts_core.state import State, add_delta
 from crafts_server.errors import AggregationError
 from crafts_server.trust_region import accept_or_halve, alignment_steps
 from crafts_server.weighting import capped, log_gate, log_precision, normalised, share_caps

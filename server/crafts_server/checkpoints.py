@@ -13,21 +13,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.durable import write_directory
 from crafts_core.exchange import Sha256, state_hash
 from crafts_core.plan import describe_first_error
 from crafts_privacy.signing import SignatureError, public_key_of, sign, verify
 from crafts_server.errors import CheckpointError, StorageError
 from crafts_server.receipts import RoundReceipt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crafts_core.state import State
 
 _ADAPTER, _RECEIPT = "adapter.safetensors", "receipt.json"
 _SERVER_STATE = "momentum.safetensors"  # named when momentum was all that there was
@@ -65,14 +67,14 @@ class Checkpoint:
     def round(self) -> int:
         return self.manifest.round
 
-    def state(self) -> State:
+    def state(self) -> "State":
         """The global adapter after this round (float32)."""
         state = self._tensors(_ADAPTER)
         if state_hash(state) != self.manifest.state_hash:
             raise CheckpointError(f"{self.path}: the adapter is not the signed one; {RESTORE}")
         return state
 
-    def server_state(self) -> State:
+    def server_state(self) -> "State":
         """What the aggregation rule carries on, as it was; empty where it keeps nothing."""
         return self._tensors(_SERVER_STATE)
 
@@ -98,7 +100,9 @@ class Checkpoint:
         for name in self.manifest.files:
             self._read(name)
 
-    def _tensors(self, name: str) -> State:
+    def _tensors(self, name: str) -> "State":
+        from safetensors.torch import load  # torch takes seconds; a chain is verified without
+
         try:
             return dict(load(self._read(name)))
         except SafetensorError as error:
@@ -124,8 +128,8 @@ class CheckpointStore:
         run_id: str,
         plan_hash: str,
         parent: Checkpoint | None,
-        state: Mapping[str, Tensor],
-        server_state: Mapping[str, Tensor],
+        state: "Mapping[str, Tensor]",
+        server_state: "Mapping[str, Tensor]",
         receipt: RoundReceipt | None,
     ) -> Checkpoint:
         """Commit the round after ``parent`` (round 0 without one). Durable when it returns.
@@ -206,7 +210,9 @@ class CheckpointStore:
         return Checkpoint(path=path, manifest=manifest, hash=_sha256(signed))
 
 
-def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
+def _bytes_of(tensors: "Mapping[str, Tensor]") -> bytes:
+    from safetensors.torch import save
+
     content: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     return content
 

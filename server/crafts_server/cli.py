@@ -429,7 +429,7 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
     with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan
         from crafts_server.home import CoordinatorHome
-        from crafts_server.service import queue_plan
+        from crafts_server.plan_queue import queue_plan
 
         loaded = Plan.load(plan)
         queue_plan(CoordinatorHome.open(home), loaded)
@@ -448,7 +448,7 @@ def stop(
     """Stop training a plan, within seconds. Committed rounds stay; `train` goes on with them."""
     with one_line_errors("crafts-server"):
         from crafts_server.home import CoordinatorHome
-        from crafts_server.service import stop_plan
+        from crafts_server.plan_queue import stop_plan
 
         stopped = stop_plan(CoordinatorHome.open(home), plan)
     say(f"plan {stopped[:16]} is stopped")

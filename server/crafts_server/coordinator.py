@@ -9,11 +9,11 @@ from typing import Self
 
 from flwr.serverapp import Grid
 
-from crafts_core.adapters import State
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.signing import verify
 from crafts_server.aggregation import AggregationRule, rule_of

@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import State
-from crafts_core.control_net import generator_state, modalities_in
 from crafts_core.delta_text import delta_text
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.generator_record import GeneratorRecord
 from crafts_core.plan import Plan
+from crafts_core.state import State, generator_state, modalities_in
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.errors import CheckpointError
 

@@ -33,10 +33,10 @@ from crafts_privacy.signing import create_signing_key, load_signing_key, public_
 from crafts_server.audit_log import AuditLog
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.errors import HomeError
-from crafts_server.messages import SignedPlan
 from crafts_server.pki import Pki
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rosters import Rosters
+from crafts_server.signed_plan import SignedPlan
 
 EMBEDDED = "embedded"
 SQLITE = "sqlite"

@@ -20,24 +20,16 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED, packed, unpacked, unpacked_vector
 from crafts_core.exchange import ExchangeError, MaskedReply, ReadyReply, RoundReply, RoundRequest
 from crafts_core.harmless import harmless
+from crafts_core.state import State
 from crafts_privacy.secure_aggregation.masking import Group
+from crafts_server.signed_plan import SignedPlan
 
 TRAIN, MASKED = "train", "train.masked"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _MAX_REASON = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignedPlan:
-    """A plan as sites get it: its canonical JSON and who signed it (base64, Ed25519)."""
-
-    json: str
-    signature: str
-    public_key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.alignment_probe import AlignmentProbe
-from crafts_core.control_net import generator_state
 from crafts_core.exchange import state_hash
 from crafts_core.foundation import Foundation
 from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Factor, Part
 from crafts_core.probe import Probe
+from crafts_core.state import State, generator_state
 from crafts_server.aggregation import PublicProbe
 
 ProbeOfRound = Callable[[int], PublicProbe]

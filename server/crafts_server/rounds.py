@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 
 from flwr.serverapp import Grid
 
-from crafts_core.adapters import State
 from crafts_core.exchange import state_hash
 from crafts_core.plan import Plan, RoundOfPlan
+from crafts_core.state import State
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.collection import SiteDirectory
 from crafts_server.errors import CheckpointError, DivergedError

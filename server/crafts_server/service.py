@@ -15,20 +15,19 @@ from sqlalchemy.exc import OperationalError
 
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
-from crafts_core.plan import Plan
 from crafts_server.audit_log import Event
 from crafts_server.collection import Members, Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.enrolments import Enrolments
 from crafts_server.errors import (
     AggregationError,
-    HomeError,
     RegistryError,
     RunStoppedError,
     StorageError,
 )
 from crafts_server.home import CoordinatorHome
 from crafts_server.metrics import Metrics
+from crafts_server.plan_queue import queued_plans
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registrar import (
     EnrolmentService,
@@ -243,41 +242,6 @@ class Service:
                 log.exception("looking after sites failed; the next look is soon")
             if self._over.wait(_LOOK_S):
                 return
-
-
-def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
-    """Sign a plan and hand it to whoever serves this home. Again is fine."""
-    home.sign_plan(plan)
-    folder = home.path / "queue"
-    folder.mkdir(exist_ok=True)
-    (folder / plan.hash).touch()
-    home.audit_log.write(Event.QUEUED, plan=plan.hash, study=plan.study.name)
-
-
-def stop_plan(home: CoordinatorHome, beginning: str) -> str:
-    """Take a plan out of the queue; who trains it stops within seconds. Its hash.
-
-    Raises:
-        HomeError: none or several waiting plans begin like this.
-    """
-    found = [path for path in queued_plans(home) if path.name.startswith(beginning)]
-    if len(found) != 1:
-        raise HomeError(
-            f"{len(found)} queued plans begin with {beginning!r}, expected one; "
-            "see crafts-server runs list"
-        )
-    found[0].unlink(missing_ok=True)
-    home.audit_log.write(Event.STOPPED, plan=found[0].name)
-    return found[0].name
-
-
-def queued_plans(home: CoordinatorHome) -> list[Path]:
-    """What waits, oldest first; the names are the plans' hashes."""
-    since: dict[Path, float] = {}
-    for path in (home.path / "queue").glob("*"):
-        with suppress(FileNotFoundError):  # it has left meanwhile
-            since[path] = path.stat().st_mtime
-    return sorted((path for path in since if not path.suffix), key=since.__getitem__)
 
 
 def _until_stopped(entry: Path, stop: threading.Event) -> Callable[[float], None]:

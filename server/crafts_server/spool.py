@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crafts_core.adapters import State
+from crafts_core.state import State
 from crafts_server.errors import StorageError
 
 

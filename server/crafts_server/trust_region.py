@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import global_norm
+from crafts_core.state import State, add_delta
 
 Margin = Callable[[Mapping[str, Tensor]], float]
 Gradient = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]

@@ -22,7 +22,7 @@ from crafts_core.plan import Plan
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.enrolments import Enrolments
 from crafts_server.home import CoordinatorHome, HomeConfig
-from crafts_server.service import queue_plan, queued_plans
+from crafts_server.plan_queue import queue_plan, queued_plans
 from crafts_simulations.errors import ProcessError
 
 LOOPBACK = "127.0.0.1"

@@ -22,9 +22,9 @@ from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.trainer import Trainer
 from crafts_client.witness_folders import begin_in_folder
-from crafts_core.adapters import AdapterError, State, add_delta
 from crafts_core.exchange import RoundReply, global_norm, schema_hash, state_hash
 from crafts_core.stages.batch import TileBatch
+from crafts_core.state import AdapterError, State, add_delta
 from crafts_core.tiles import TileStoreError
 from crafts_privacy.errors import RankError
 from crafts_privacy.ledger import (

@@ -11,7 +11,7 @@ from crafts_client.doctor import examine
 from crafts_client.doctor import foundation as foundation_check
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
-from crafts_client.ingest.tissue import TissueMethod
+from crafts_client.ingest.choices import TissueMethod
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.preparation import IngestOptions, fill_cache, prepare_site
 from crafts_client.site import Site

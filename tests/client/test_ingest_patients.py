@@ -8,9 +8,9 @@ from PIL import Image
 
 from crafts_client.home import SiteHome
 from crafts_client.ingest import IngestError, Salt, TableRow, read_table
+from crafts_client.ingest.choices import TissueMethod
 from crafts_client.ingest.deidentify import SALT_BYTES
 from crafts_client.ingest.patient_names import is_missing, likeness, participant
-from crafts_client.ingest.tissue import TissueMethod
 from crafts_client.preparation import IngestOptions, forget, prepare_site
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileStore

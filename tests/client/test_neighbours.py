@@ -16,10 +16,10 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
-from crafts_core.adapters import State
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.clipping import grid_step

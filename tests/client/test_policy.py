@@ -18,7 +18,7 @@ from crafts_client.signed_plan import MAX_PLAN_BYTES, SignedPlan, open_signed_pl
 from crafts_core.exchange import RoundRequest
 from crafts_core.plan import Plan, PlanError
 from crafts_privacy import signing
-from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.mechanism import Mechanism
 from support.sites import plan_values, policy_of, without_privacy
 from support.sum_study import distributed_values
 

@@ -28,11 +28,11 @@ from crafts_client.patients import PatientTiles
 from crafts_client.preparation import fill_cache
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness
-from crafts_core.adapters import State
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation, load, write_manifest
 from crafts_core.plan import Modality, Plan
 from crafts_core.stages.batch import TileBatch
+from crafts_core.state import State
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
 from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes
 from crafts_core.tiles.latents import (

@@ -37,10 +37,10 @@ from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import PolicyError
 from crafts_client.site import Site
 from crafts_client.sums import SiteSums
-from crafts_core.adapters import State
 from crafts_core.exchange import ReadyReply
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
+from crafts_core.state import State
 from crafts_privacy import ledger_store
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerError, Reservation

@@ -16,13 +16,14 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
-from crafts_core.adapters import Adapter, State, add_delta
+from crafts_core.adapters import Adapter
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Plan
 from crafts_core.stages.batch import TileBatch, draw
 from crafts_core.stages.objective import BatchCoupledLossError, Objective
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, add_delta
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.gradients import GroupGradients

@@ -14,12 +14,13 @@ from crafts_client.site import Site
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core import adapters
-from crafts_core.adapters import Adapter, State, factor_names
+from crafts_core.adapters import Adapter
 from crafts_core.exchange import schema_hash
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import BatchCoupledLossError, Objective
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, factor_names
 from crafts_core.tiles.augment import turned_as_view
 from crafts_core.tiles.conditions import to_floats
 from crafts_core.tiles.latents import LatentCache, tile_keys

@@ -28,9 +28,9 @@ from crafts_client.training_audit import (
     samples,
 )
 from crafts_client.training_bench import RATE, Bench
-from crafts_core.adapters import State
 from crafts_core.foundation import Foundation
 from crafts_core.plan import StageName
+from crafts_core.state import State
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.patient_sgd import PatientSGD
 from support.noise import NoNoise, SeededNoise, SeededSampler

@@ -16,11 +16,12 @@ from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness
 from crafts_client.update_attack import attack_updates
-from crafts_core.adapters import State, add_delta, merged_unet
+from crafts_core.adapters import merged_unet
 from crafts_core.evaluation.evaluate import RealTiles
 from crafts_core.evaluation.leakage import Attack, LeakageConfig, measure_leakage
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
+from crafts_core.state import State, add_delta
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.ledger import EntryKind, Ledger

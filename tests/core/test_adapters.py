@@ -6,14 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import (
-    Adapter,
-    AdapterError,
-    add_delta,
-    factor_names,
-    merged_unet,
-    target_layers,
-)
+from crafts_core.adapters import Adapter, merged_unet, target_layers
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
 from crafts_core.public_update import (
@@ -24,6 +17,7 @@ from crafts_core.public_update import (
 )
 from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.starting_point import initial_state
+from crafts_core.state import AdapterError, add_delta, factor_names
 
 LORA = AdapterConfig(
     kind="lora", rank=3, targets=("to_q", "to_out.0", "conv1", "conv_in", "ff.net.2")

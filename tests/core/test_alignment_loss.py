@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import Adapter, AdapterError
+from crafts_core.adapters import Adapter
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_manifest import AlignmentRange
 from crafts_core.plan import AdapterConfig, StageConfig
@@ -17,6 +17,7 @@ from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import BatchCoupledLossError, Objective, assert_per_tile
 from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.starting_point import initial_state
+from crafts_core.state import AdapterError
 from support.batches import random_batch, widened
 
 CONFIG = AdapterConfig(kind="lora", rank=2, targets=("to_q", "conv1"), first_factor="random")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import add_delta, factor_names
 from crafts_core.alignment_probe import AlignmentProbe, alignment_margin
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
 from crafts_core.starting_point import initial_state
+from crafts_core.state import add_delta, factor_names
 
 CONFIG = AdapterConfig(kind="lora", rank=2, targets=("attn2.to_v", "conv1"), first_factor="random")
 

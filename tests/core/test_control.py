@@ -11,18 +11,8 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from crafts_core.adapters import (
-    Adapter,
-    AdapterError,
-    Condition,
-    State,
-    add_delta,
-    factor_names,
-    lora_tensors,
-    merged_control_net,
-)
+from crafts_core.adapters import Adapter, Condition, merged_control_net
 from crafts_core.cli import app
-from crafts_core.control_net import control_state, generator_state, modalities_in
 from crafts_core.export import model_card, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
@@ -32,6 +22,16 @@ from crafts_core.sampling import Control, Sampler, sample_images
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import BatchCoupledLossError, Objective, assert_per_tile
 from crafts_core.starting_point import initial_state
+from crafts_core.state import (
+    AdapterError,
+    State,
+    add_delta,
+    control_state,
+    factor_names,
+    generator_state,
+    lora_tensors,
+    modalities_in,
+)
 from crafts_core.tiles.conditions import nuclei_condition
 
 CONFIG = AdapterConfig(kind="lora", rank=2, first_factor="random")

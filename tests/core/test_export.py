@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crafts_core.adapters import AdapterError, merged_unet
+from crafts_core.adapters import merged_unet
 from crafts_core.errors import CraftsError
 from crafts_core.export import hub_licence, model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation, embedded_path
@@ -29,6 +29,7 @@ from crafts_core.generator_record import (
 )
 from crafts_core.plan import AdapterConfig
 from crafts_core.starting_point import initial_state
+from crafts_core.state import AdapterError
 
 CONFIG = AdapterConfig(
     kind="lora", rank=2, targets=("to_q", "to_out.0", "conv1", "conv_in"), first_factor="random"

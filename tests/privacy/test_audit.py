@@ -21,9 +21,10 @@ from crafts_privacy.audit import (
 from crafts_privacy.audit_statistics import epsilon_lower_bound
 from crafts_privacy.clipping import to_grid_
 from crafts_privacy.gradients import GroupGradients
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.patient_sgd import GroupLoss, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler
 from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from crafts_privacy.clipping import CLIP_MARGIN
 from crafts_privacy.gradients import GroupGradients
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import GroupLoss, Mechanism, PatientLoss, PatientSGD
+from crafts_privacy.patient_sgd import GroupLoss, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 from support.noise import FixedSampler, NoNoise, SeededNoise, SeededSampler
 

@@ -11,9 +11,10 @@ import torch
 from torch import distributed, nn
 
 from crafts_privacy.errors import RankError
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.optimizers import Momentum
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import PatientSGD
 from crafts_privacy.ranks import Alone, ProcessRanks, Ranks
 from support.noise import FixedSampler, SeededNoise
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.plan import AggregationConfig
+from crafts_core.state import State, add_delta
 from crafts_server import aggregation
 from crafts_server.aggregation import (
     Aggregate,

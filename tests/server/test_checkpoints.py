@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crafts_core import durable
-from crafts_core.adapters import State
+from crafts_core.state import State
 from crafts_privacy.signing import create_signing_key, load_signing_key, sign
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.errors import CheckpointError, StorageError

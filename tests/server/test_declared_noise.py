@@ -8,8 +8,9 @@ from torch import nn
 
 from crafts_core.exchange import RoundReply
 from crafts_core.plan import StageConfig
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import AdamBC, Momentum
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import PatientSGD
 from crafts_server.declared_noise import momentum_sums, noise_variance, norm_bounds
 from support.noise import FixedSampler, SeededNoise
 

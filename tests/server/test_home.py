@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from crafts_core.plan import Plan
 from crafts_server.cli import app
 from crafts_server.home import CoordinatorHome, HomeConfig
-from crafts_server.service import Service, queue_plan
+from crafts_server.plan_queue import queue_plan
+from crafts_server.service import Service
 from support.sites import plan_values
 
 SECRET = "postgresql+nosuchdriver://crafts:hunter2@localhost/crafts"

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from crafts_core.adapters import State, add_delta, factor_names
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, add_delta, factor_names
 from crafts_server.probe import FoundationProbe, ProbeSize
 
 CONFIG = AdapterConfig(kind="lora", rank=2, targets=("to_q", "to_v"), first_factor="random")

@@ -15,8 +15,8 @@ import torch
 from flwr.app import Error, RecordDict
 
 from crafts_core import durable
-from crafts_core.adapters import State
 from crafts_core.exchange import RoundRequest, state_hash
+from crafts_core.state import State
 from crafts_server.aggregation import PublicProbe, RoundState, ServerStep, Uniform
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience

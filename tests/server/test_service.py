@@ -13,8 +13,9 @@ from crafts_server import service as module
 from crafts_server.errors import AggregationError, DivergedError, StorageError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki
+from crafts_server.plan_queue import queue_plan, queued_plans
 from crafts_server.receipts import WeightRise
-from crafts_server.service import Service, queue_plan, queued_plans
+from crafts_server.service import Service
 from support.disk import fill_disk
 from support.receipts import receipt
 from support.sites import plan_values

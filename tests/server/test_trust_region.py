@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crafts_core.adapters import State, add_delta
 from crafts_core.exchange import global_norm
+from crafts_core.state import State, add_delta
 from crafts_server.trust_region import (
     accept_or_halve,
     alignment_steps,

@@ -11,11 +11,11 @@ from flwr.app.metadata import Metadata
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.messages import RoundMessage, read_message
 from crafts_client.policy import Policy
-from crafts_core.adapters import State
 from crafts_core.exchange import RoundRequest, state_hash
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_simulations.small_study import DECLARED_PATIENTS, NUM_PATIENTS, write_random_store
 from support.wire import as_record

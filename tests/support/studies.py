@@ -8,17 +8,17 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
+from crafts_core.state import State
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.signing import create_signing_key, load_signing_key
 from crafts_server.aggregation import AggregationRule, PublicProbe, rule_of
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.collection import Members, Patience
-from crafts_server.messages import SignedPlan
 from crafts_server.registry import PlanRecord, Registry
+from crafts_server.signed_plan import SignedPlan
 from crafts_server.study import Study
 from support.fake_grid import SiteFunction
 from support.wire import as_record, from_record

@@ -4,25 +4,15 @@ import hashlib
 import hmac
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from crafts_client.ingest.choices import Artefact, TissueMethod
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.slides import MAX_UPSAMPLING, Box, Slide
-from crafts_client.ingest.tissue import TissueMask, TissueMethod
-
-
-class Artefact(StrEnum):
-    """What is left out, unless it is to be kept."""
-
-    PEN = "pen"
-    """Marker ink, or a stain of its colours."""
-    FOLD = "fold"
-    BLURRED = "blurred"
-
+from crafts_client.ingest.tissue import TissueMask
 
 MAX_DRIFT_PX = 0.5
 """Over a whole slide, in level-0 pixels."""

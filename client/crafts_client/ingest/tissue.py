@@ -8,7 +8,6 @@ Shape letters: H and W thumbnail or tile pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from crafts_client.ingest.choices import TissueMethod
 from crafts_core.otsu import otsu_bin
 
 Mask = npt.NDArray[np.bool_]
@@ -52,19 +52,6 @@ MIN_STAIN_TEXTURE = 4.5
 Strokes beside or over tissue measured 0.07 to 4.8 on ten real thumbnails, and 0.1 to 2.7 where they
 were most of the tissue; three real slides, recoloured green, blue or inverted, 6.4 to 10.4.
 """
-
-
-class TissueMethod(StrEnum):
-    """How tissue is told from glass."""
-
-    OTSU = "otsu"
-    """Otsu's split of the saturation, within bounds."""
-    FIXED = "fixed"
-    """One low saturation for all slides: keeps pale fat, and needs clean glass."""
-    LUMINANCE = "luminance"
-    """Otsu's split of the darkness, within bounds: for stains that are pale or grey."""
-    ALL = "all"
-    """Everything is tissue: for cores and images without glass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import Adapter, AdapterError, Condition, State
+from crafts_core.adapters import Adapter, Condition
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.plan import StageConfig
@@ -23,6 +23,7 @@ from crafts_core.stages.alignment import (
 from crafts_core.stages.batch import Draws, TileBatch, draw
 from crafts_core.stages.pretraining import pretraining_loss
 from crafts_core.stages.schedule import NoiseSchedule
+from crafts_core.state import AdapterError, State
 
 LossPerTile = Callable[[TileBatch, Draws], Tensor]
 

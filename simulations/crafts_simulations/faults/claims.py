@@ -17,12 +17,12 @@ from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.home import SiteHome
 from crafts_client.messages import read_message, read_state
 from crafts_client.site import Site
-from crafts_core.adapters import State, add_delta
 from crafts_core.array_bytes import PACKED, packed
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, add_delta
 from crafts_server.aggregation import PublicProbe
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
