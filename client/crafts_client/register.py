@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -99,14 +100,12 @@ class PatientRegister:
     def _lines(self) -> list[_Line]:
         """Every line, checked from the first to the one that the head names, and those after it."""
         head = self._head()  # before the lines: a writer moves it after them
-        *texts, _torn = self._data().split(b"\n")
-        lines: list[_Line] = []
-        for number, text in enumerate(texts, start=1):
-            line = _parsed(text)
-            previous = lines[-1].hash if lines else _START
-            if line is None or (line.number, line.previous) != (number, previous):
-                raise HomeError(f"{self._path}: line {number} is not what was written; {_RESTORE}")
-            lines.append(line)
+        data = self._data()
+        lines = list(_chain(data[: data.rfind(b"\n") + 1]))
+        if len(lines) < data.count(b"\n"):
+            raise HomeError(
+                f"{self._path}: line {len(lines) + 1} is not what was written; {_RESTORE}"
+            )
         if head is None and not lines:
             self._refuse_to_begin_anew()
         elif head not in (_START, *(line.hash for line in lines)):
@@ -190,6 +189,22 @@ def _refuse_elsewhere(known: dict[str, _Line], patients: Iterable[str], cohort: 
             f"budget they share for life; set cohort = {json.dumps(other)} in site.toml and "
             "ingest again"
         )
+
+
+@lru_cache(maxsize=2)
+def _chain(whole: bytes) -> tuple[_Line, ...]:
+    """The lines up to the first that does not follow from the one before.
+
+    Kept for the same bytes: a register of years is asked before every round, and changes seldom.
+    """
+    lines: list[_Line] = []
+    for number, text in enumerate(whole.split(b"\n")[:-1], start=1):
+        line = _parsed(text)
+        previous = lines[-1].hash if lines else _START
+        if line is None or (line.number, line.previous) != (number, previous):
+            break
+        lines.append(line)
+    return tuple(lines)
 
 
 def _parsed(text: bytes) -> _Line | None:

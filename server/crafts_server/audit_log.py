@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from crafts_core.durable import append_line, exclusive_lock
+from crafts_core.durable import append_line, exclusive_lock, newest_lines
 from crafts_server.errors import AuditLogError
 
 _START = "0" * 64
@@ -79,6 +79,24 @@ class AuditLog:
             }
             append_line(self._path, json.dumps(values | {"hash": _hashed(values)}), mode=0o600)
 
+    def recent(self, most: int) -> list[Entry]:
+        """The newest entries, oldest first, each checked against the one before it.
+
+        Raises:
+            AuditLogError: one of them is not as it was written.
+        """
+        entries: list[Entry] = []
+        for line in self._end(most)[0]:
+            entry = _parsed(line)
+            previous = entries[-1].hash if entries else entry and entry.previous
+            if entry is None or entry.previous != previous:
+                raise AuditLogError(
+                    f"{self._path}: one of the newest lines was altered; run crafts-server log "
+                    "verify"
+                )
+            entries.append(entry)
+        return entries
+
     def verify(self) -> list[Entry]:
         """Every entry, oldest first.
 
@@ -106,18 +124,24 @@ class AuditLog:
 
     def _drop_torn_line(self) -> None:
         """What a crash left of a line that nobody was told is there."""
-        whole = sum(len(line.encode()) + 1 for line in self._lines())
-        if self._path.exists() and self._path.stat().st_size > whole:
-            os.truncate(self._path, whole)
+        if torn := self._end(1)[1]:
+            os.truncate(self._path, self._path.stat().st_size - torn)
 
     def _newest(self) -> Entry | None:
-        lines = self._lines()
+        lines, _ = self._end(1)
         if not lines:
             return None
-        newest = _parsed(lines[-1])
+        newest = _parsed(lines[0])
         if newest is None:
             raise AuditLogError(f"{self._path}: the last line was altered; compare with a copy")
         return newest
+
+    def _end(self, most: int) -> tuple[list[bytes], int]:
+        """What a look and a write need: they are as quick after years as on the first day."""
+        try:
+            return newest_lines(self._path, most)
+        except OSError as error:
+            raise AuditLogError(f"cannot read {self._path}: {error}") from error
 
     def _lines(self) -> list[str]:
         """The whole lines."""
@@ -129,7 +153,7 @@ class AuditLog:
             raise AuditLogError(f"cannot read {self._path}: {error}") from error
 
 
-def _parsed(line: str) -> Entry | None:
+def _parsed(line: str | bytes) -> Entry | None:
     """The entry, if its hash is of its content."""
     try:
         values = json.loads(line)
