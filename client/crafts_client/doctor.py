@@ -26,6 +26,7 @@ from crafts_client.code_hash import code_sha256
 from crafts_client.coordinator_record import CoordinatorRecord
 from crafts_client.enrolment import Registrar, coordinator_record
 from crafts_client.home import SiteHome
+from crafts_client.memory_limit import memory_limit
 from crafts_client.peer_heads import PeerHeads
 from crafts_client.proxies import Proxy, proxy_for, way
 from crafts_client.site_audit import read_record, weakness
@@ -97,7 +98,8 @@ def enrolment(home: SiteHome) -> Iterator[Finding]:
         yield _problem(
             "signer",
             "the policy does not know the coordinator's signing key",
-            f'put it into allowed_signers of policy.toml: "{record.signer}"',
+            "compare its fingerprint by telephone, then run: crafts-client policy trust "
+            f"{record.signer}",
         )
     exposed = [path.name for path in (home.path / "keys").glob("*.key") if path.stat().st_mode & 63]
     if exposed:
@@ -263,10 +265,13 @@ def memory(home: SiteHome) -> Iterator[Finding]:
     """Of the machine and of the device that trains."""
     with suppress(ValueError, OSError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if total < _LEAST_MEMORY_BYTES:
-            yield _problem("memory", f"{total / 2**30:.1f} GiB", "4 GiB are needed at least")
+        allowed = min(total, memory_limit() or total)
+        limited = f" of {total / 2**30:.0f}, limited by container or service"
+        found = f"{allowed / 2**30:.1f} GiB{limited if allowed < total else ''}"
+        if allowed < _LEAST_MEMORY_BYTES:
+            yield _problem("memory", found, "4 GiB are needed at least")
         else:
-            yield _ok("memory", f"{total / 2**30:.0f} GiB")
+            yield _ok("memory", found)
     device = home.config.device
     if not device.startswith("cuda"):
         yield _ok("device", f"{device}, {os.cpu_count()} cores")

@@ -39,6 +39,7 @@ class Metrics:
         self._rises = counter("weight_rises", "Sites whose weight per share rose at once", "run")
         self._bytes = counter("bytes", "Of adapters and updates", "run", "direction")
         self.short_rounds = counter("short_rounds", "Rounds with too few good updates")
+        self.refused_calls = counter("refused_calls", "Calls of the registrar refused", "call")
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
 

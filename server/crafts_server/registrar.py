@@ -39,9 +39,20 @@ from crafts_server.signed_heads import SignedHeads
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+_MAX_OFFSET = 1 << 40
 _MAX_REQUEST_BYTES = 128 * 1024  # the heads that a site holds of a hundred others
 _WORKERS = 8
 _INTERNAL = "the coordinator failed; its operator can see why"
+
+HANDSHAKE_MS = 20_000
+IDLE_MS = 60_000
+OnRefused = Callable[[str], None]
+"""The name of a call: called for each that is refused."""
+
+
+def _ignore(_call: str) -> None:
+    pass
+
 
 OnEnrolled = Callable[[str, str], None]
 """Site and its node's public key: called before the site is told yes."""
@@ -141,6 +152,8 @@ class RegistrarService:
         self._site(context)
         if request.path not in self._manifest.files:
             raise RefusedError(grpc.StatusCode.NOT_FOUND, "the foundation has no such file")
+        if request.offset > _MAX_OFFSET:
+            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "no file is that long")
         with (self._foundation / request.path).open("rb") as file:
             file.seek(request.offset)
             return messages.ReadFoundationReply(data=file.read(CHUNK_BYTES))
@@ -247,33 +260,47 @@ class RegistrarService:
         return site
 
 
-def enrolment_server(service: EnrolmentService, pki: Pki, address: str) -> tuple[grpc.Server, int]:
+def enrolment_server(
+    service: EnrolmentService, pki: Pki, address: str, *, on_refused: OnRefused = _ignore
+) -> tuple[grpc.Server, int]:
     """The enrolment server, started, and its port (``address`` may ask for port 0)."""
     credentials = grpc.ssl_server_credentials([pki.pair("enrolment")])
-    return _start(ENROLMENT, service, credentials, address)
+    return _start(ENROLMENT, service, credentials, address, on_refused)
 
 
-def registrar_server(service: RegistrarService, pki: Pki, address: str) -> tuple[grpc.Server, int]:
+def registrar_server(
+    service: RegistrarService, pki: Pki, address: str, *, on_refused: OnRefused = _ignore
+) -> tuple[grpc.Server, int]:
     """The registrar, started; it speaks only to who shows a certificate of our authority."""
     credentials = grpc.ssl_server_credentials(
         [pki.pair("server")],
         root_certificates=pki.ca_path.read_bytes(),
         require_client_auth=True,
     )
-    return _start(REGISTRAR, service, credentials, address)
+    return _start(REGISTRAR, service, credentials, address, on_refused)
 
 
 def _start(
-    name: str, service: object, credentials: grpc.ServerCredentials, address: str
+    name: str,
+    service: object,
+    credentials: grpc.ServerCredentials,
+    address: str,
+    on_refused: OnRefused,
 ) -> tuple[grpc.Server, int]:
     server = grpc.server(
         ThreadPoolExecutor(_WORKERS, thread_name_prefix=name),
-        options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)],
+        options=[
+            ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+            ("grpc.so_reuseport", 0),
+            # Strangers may connect, and hold a connection no longer than a call takes.
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_connection_idle_ms", IDLE_MS),
+        ],
     )
     calls = calls_of(name)
     handlers: Mapping[str, grpc.RpcMethodHandler] = {
         call.name: grpc.unary_unary_rpc_method_handler(
-            _guarded(getattr(service, call.name)),
+            _guarded(getattr(service, call.name), on_refused),
             request_deserializer=call.request.FromString,
             response_serializer=call.reply.SerializeToString,
         )
@@ -291,14 +318,20 @@ def _start(
     return server, port
 
 
-def _guarded(handle: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+def _guarded(
+    handle: Callable[[Any, grpc.ServicerContext], Any], on_refused: OnRefused
+) -> Callable[..., Any]:
     """Nothing of an unforeseen error's text leaves."""
 
     def answer(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return handle(request, context)
         except RefusedError as refused:
-            log.warning("refused call=%s status=%s", handle.__name__, refused.status.name)
+            peer = context.peer()
+            log.warning(
+                "refused call=%s status=%s peer=%s", handle.__name__, refused.status.name, peer
+            )
+            on_refused(handle.__name__)
             context.abort(refused.status, str(refused))
         except Exception:
             log.exception("failed call=%s", handle.__name__)

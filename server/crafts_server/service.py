@@ -84,6 +84,7 @@ class Service:
             RegistrarService(self._home, self._enrolments, SignedHeads(self._registry)),
             pki,
             f"{config.listen}:{config.registrar_port}",
+            on_refused=self._refused,
         )
         enrolment, enrolment_port = enrolment_server(
             EnrolmentService(
@@ -96,6 +97,7 @@ class Service:
             ),
             pki,
             f"{config.listen}:{config.enrolment_port}",
+            on_refused=self._refused,
         )
         self._grpc = (registrar, enrolment)
         self.ports = {
@@ -217,6 +219,9 @@ class Service:
                 log.error("the audit log cannot be written, trying again: %s", error)
                 if self._stop.wait(_LOOK_S):
                     raise
+
+    def _refused(self, call: str) -> None:
+        self.metrics.refused_calls.labels(call).inc()
 
     def _enrolled(self, site: str, node_public_key: str) -> None:
         with self._admitting:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from crafts_client.doctor import Verdict, answers, data, delta, home_folder, ledger
+from crafts_client.doctor import Verdict, answers, data, delta, home_folder, ledger, memory
 from crafts_client.home import SiteHome
+from crafts_client.memory_limit import memory_limit
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.ledger import FiltersChangedError, Ledger, PlanLimit
 from support.sites import make_site_home
@@ -108,3 +109,33 @@ def test_a_limit_that_no_filter_keeps_is_a_problem(home) -> None:
     changed = home.policy.model_copy(update={"lifetime_filters": ("renyi:3",)})
     with pytest.raises(FiltersChangedError):  # the doctor prints it as a problem
         list(ledger(replace(home, policy=changed)))
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/\n", {"memory.max": "1073741824\n"}, 1 << 30),
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        ("0::/a/b\n", {"a/memory.max": "900", "a/b/memory.max": "max"}, 900),
+        ("0::/a/b\n", {"a/memory.max": "900", "a/b/memory.max": "800"}, 800),
+        ("4:memory:/x\n", {"memory/x/memory.limit_in_bytes": "700"}, 700),
+        ("4:cpu,memory:/x\n", {"memory/memory.limit_in_bytes": "600"}, 600),
+        ("4:memory:/x\n", {"memory/x/memory.limit_in_bytes": str(2**63 - 4096)}, None),
+        ("0::/../../elsewhere\n", {"memory.max": "500"}, 500),
+        ("", {}, None),
+    ],
+)
+def test_the_limit_of_a_container_counts(tmp_path: Path, own: str, files, limit) -> None:
+    """Doctor said 24 GiB in a container of 1 GiB."""
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    assert memory_limit(tmp_path / "groups", tmp_path / "own") == limit
+
+
+def test_memory_that_a_container_withholds_is_a_problem(home, monkeypatch) -> None:
+    monkeypatch.setattr("crafts_client.doctor.memory_limit", lambda: 1 << 30)
+    found = next(iter(memory(home)))
+    assert found.verdict == Verdict.PROBLEM
+    assert found.found.startswith("1.0 GiB of ")
