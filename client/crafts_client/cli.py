@@ -15,7 +15,14 @@ from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_client.roster_cli import roster_app
 from crafts_client.tiles_cli import UNUSABLE, tiles_app
-from crafts_core.command_line import Version, one_line_errors, print_result, progress_bars, say
+from crafts_core.command_line import (
+    Version,
+    confirm,
+    one_line_errors,
+    print_result,
+    progress_bars,
+    say,
+)
 from crafts_core.durable import write_file
 
 app = typer.Typer(
@@ -247,8 +254,10 @@ def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> N
 def withdraw(
     patient: Annotated[str, typer.Argument(help="The patient's name in the table of ingest.")],
     home: Home = Path("site"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Leave a patient out from the next round on. What was spent stays in the ledger."""
+    confirm(f"Withdraw {patient}? No command takes it back", yes=yes)
     from crafts_client.ingest import Salt
     from crafts_client.register import PatientRegister
 
@@ -300,6 +309,23 @@ def policy_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
     with one_line_errors("crafts-client"):
         policy = SiteHome.open(home).policy
     print_result(policy.model_dump(mode="json"), as_json)
+
+
+@policy_app.command("trust")
+def policy_trust(
+    key: Annotated[str, typer.Argument(help="The coordinator's, as you heard it by telephone.")],
+    home: Home = Path("site"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Let plans signed by a coordinator's key be approved here; its fingerprint is shown first."""
+    from crafts_client.policy_trust import trust_signer
+    from crafts_privacy.signing import fingerprint
+
+    with one_line_errors("crafts-client"):
+        site, told = SiteHome.open(home), fingerprint(key)
+        confirm(f"Does the coordinator read you {told} as its signer?", yes=yes)
+        trust_signer(site, key)
+    say(f"plans signed by {told[:16]} may be approved here; next: crafts-client doctor")
 
 
 @policy_app.command("check")

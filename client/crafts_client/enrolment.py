@@ -16,6 +16,7 @@ Private keys are made here and never leave.
 
 import hashlib
 import http.client
+import logging
 import os
 import ssl
 from typing import Any, Self
@@ -34,7 +35,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
 from crafts_client.coordinator_record import CoordinatorRecord, checked_reply
-from crafts_client.errors import CoordinatorBusyError, EnrolmentError
+from crafts_client.errors import CoordinatorBusyError, EnrolmentError, RevokedError
 from crafts_client.home import SiteHome
 from crafts_client.proxies import proxy_for, way
 from crafts_client.site_key import site_key
@@ -44,6 +45,8 @@ from crafts_core.harmless import harmless
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
 from crafts_privacy import signing
 
+log = logging.getLogger(__name__)
+
 DEFAULT_PORT = 8444
 TIMEOUT_S = 30.0
 _MOST_SAID = 300
@@ -52,6 +55,7 @@ _STATUS_IS_PUBLIC = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNAUTHENTICATED,
 }
 
@@ -179,6 +183,21 @@ def coordinator_record(home: SiteHome) -> CoordinatorRecord:
         raise EnrolmentError(f"cannot read {home.coordinator_path}; enroll again") from error
 
 
+def end_if_revoked(home: SiteHome) -> None:
+    """Ask whether this site still takes part; a coordinator that is away has not said no.
+
+    Raises:
+        RevokedError: it does not.
+    """
+    try:
+        with Registrar(home) as registrar:
+            registrar.call("DeclarePatients")
+    except RevokedError:
+        raise
+    except EnrolmentError as error:
+        log.warning("the coordinator cannot be asked yet: %s", type(error).__name__)
+
+
 def forget_coordinator(home: SiteHome) -> None:
     """Remove what belongs to the coordinator. Again is fine."""
     home.coordinator_path.unlink(missing_ok=True)
@@ -222,6 +241,8 @@ def _call(channel: grpc.Channel, service: str, name: str, request: Any, *, at: s
         said = f"the coordinator says: {harmless(error.details() or '', most=_MOST_SAID)}"
         if error.code() == grpc.StatusCode.INTERNAL:
             raise CoordinatorBusyError(said) from error
+        if service == REGISTRAR and error.code() == grpc.StatusCode.PERMISSION_DENIED:
+            raise RevokedError(said) from error
         if error.code() in _STATUS_IS_PUBLIC:
             raise EnrolmentError(said) from error
         raise EnrolmentError(

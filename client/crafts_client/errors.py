@@ -4,6 +4,7 @@ CraftsError
 ├── IngestError      the site's operator: table, slides or disk (``crafts_client.ingest``)
 ├── HomeError        the site's operator: the home is missing, incomplete or says nonsense
 ├── EnrolmentError   the site's operator: the coordinator does not know this site, or is away
+│   ├── RevokedError           the coordinator: this site takes part no more; a new invitation helps
 │   ├── CoordinatorBusyError   the coordinator: it failed, and may be able to answer soon
 │   └── NotAgreedError         both: the site's number of patients is not the one that was agreed
 ├── WitnessError     the site's operator: a folder that keeps the ledger's head is away
@@ -22,6 +23,10 @@ class HomeError(CraftsError):
 
 class EnrolmentError(CraftsError):
     """The site is not enrolled, its invitation does not count, or the coordinator is away."""
+
+
+class RevokedError(EnrolmentError):
+    """The coordinator knows this site's certificate and lets it take part no more."""
 
 
 class CoordinatorBusyError(EnrolmentError):

@@ -9,7 +9,14 @@ import typer
 
 from crafts_client.errors import EnrolmentError, HomeError
 from crafts_client.home import SiteHome
-from crafts_core.command_line import one_line_errors, progress_bars, run_as_service, say
+from crafts_core.command_line import (
+    agrees,
+    confirm,
+    one_line_errors,
+    progress_bars,
+    run_as_service,
+    say,
+)
 
 network_app = typer.Typer()
 plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
@@ -21,6 +28,8 @@ Home = Annotated[
     Path, typer.Option("--home", envvar="CRAFTS_SITE_HOME", help="Folder of the site home.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+REVOKED = 3
+"""Exit code of ``join``: to start it again does not help."""
 PlanHash = Annotated[
     str, typer.Argument(help="16 digits or more of its hash, as plan list has them.")
 ]
@@ -31,23 +40,53 @@ def enroll(
     host: Annotated[str, typer.Argument(help="The coordinator: HOST or HOST:PORT.")],
     token: Annotated[str, typer.Option(help="As crafts-server sites invite printed it.")],
     home: Home = Path("site"),
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Trust its signer at once: both fingerprints are known by another way."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Become a site of a coordinator. Keys are made here; only a signing request leaves."""
+    """Become a site of a coordinator. Keys are made here; only a signing request leaves.
+
+    Shows two fingerprints to compare by telephone and, if you say that they agree, puts the
+    coordinator's signer into the policy. By hand, or later: crafts-client policy trust KEY.
+    """
     from crafts_client.enrolment import enrol
+    from crafts_client.policy_trust import trust_signer
+    from crafts_privacy.signing import fingerprint
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         record = enrol(site, host, token)
+        if yes:
+            trust_signer(site, record.signer)
     if as_json:
         say(record.model_dump_json())
         return
-    say(f"enrolled as {record.site}; authority {record.ca_fingerprint}")
-    if record.signer not in site.policy.allowed_signers:
-        say(
-            "compare that with the coordinator by telephone; then, to accept plans that it signs, "
-            f'put this key into allowed_signers of policy.toml: "{record.signer}"'
-        )
+    say(
+        f"enrolled as {record.site}",
+        f"authority {record.ca_fingerprint}",
+        f"signer    {fingerprint(record.signer)}",
+    )
+    if not yes and record.signer not in site.policy.allowed_signers:
+        say("compare both with crafts-server status of the coordinator, by telephone")
+        if not _trusts_now(site, record.signer):
+            say(f"when they agree, run: crafts-client policy trust {record.signer}")
+            return
+    say("next: crafts-client doctor")
+
+
+def _trusts_now(site: SiteHome, signer: str) -> bool:
+    """Ask at a terminal; nobody is trusted where nobody can answer."""
+    from crafts_client.policy_trust import trust_signer
+
+    if not agrees("Do both agree?"):
+        return False
+    with one_line_errors("crafts-client"):
+        trust_signer(site, signer)
+    return True
 
 
 @network_app.command()
@@ -62,7 +101,8 @@ def join(
         from crafts_client.agreed_patients import check_agreed
         from crafts_client.answer_times import flush_subnormals
         from crafts_client.client_app import make_client_app
-        from crafts_client.enrolment import coordinator_record
+        from crafts_client.enrolment import coordinator_record, end_if_revoked
+        from crafts_client.errors import RevokedError
         from crafts_client.ledger_witness import witness_at_start, witness_ledger
         from crafts_client.site import Site
         from crafts_client.supernode import join as take_part
@@ -78,9 +118,13 @@ def join(
             witness_ledger(opened)
 
         try:
+            end_if_revoked(opened)
             witness_at_start(opened)
             client_app = make_client_app(lambda _: site, witness=witness)
-            take_part(opened, record, client_app, stop)
+            take_part(opened, record, client_app, stop, lambda: end_if_revoked(opened))
+        except RevokedError as error:
+            say(f"crafts-client: {error}; ask for a new invitation, or run: leave", err=True)
+            raise typer.Exit(REVOKED) from error
         finally:
             site.close()
 
@@ -157,17 +201,20 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
 
 @plan_app.command("show")
-def plan_show(plan_hash: PlanHash, home: Home = Path("site")) -> None:
-    """The whole plan as JSON; on stderr, what this site would say to it."""
+def plan_show(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson = False) -> None:
+    """What a plan asks of this site's patients, in words, and then all of it as JSON.
+
+    With --json stdout is the plan and nothing else; the words are on stderr.
+    """
     from crafts_client.offered_plans import offered_plan
+    from crafts_client.plan_words import plan_words
 
     with one_line_errors("crafts-client"):
-        plan, offered = offered_plan(SiteHome.open(home), plan_hash)
+        site = SiteHome.open(home)
+        plan, offered = offered_plan(site, plan_hash)
+        words = list(plan_words(site, plan, offered))
+    say(*words, err=as_json)
     say(*json.dumps(plan.model_dump(mode="json"), indent=1).split("\n"))
-    for line in offered.refused:
-        say(f"refused: {line}", err=True)
-    if offered.remark:
-        say(offered.remark, err=True)
 
 
 @plan_app.command("approve")
@@ -198,7 +245,7 @@ def plan_approve(
         say(f"{plan.study.name} is not approved any more")
         return
     again = f" for one run more, after {runs}" if runs else ""
-    say(f"{plan.study.name} is approved{again}")
+    say(f"{plan.study.name} is approved{again}; next: crafts-client join, if it does not run")
     if offered.remark:
         say(offered.remark)
 
@@ -321,6 +368,8 @@ def doctor(home: Home = Path("site"), as_json: AsJson = False) -> None:
         say(json.dumps(findings))
     if any(finding["verdict"] == Verdict.PROBLEM for finding in findings):
         raise typer.Exit(1)
+    if not as_json:
+        say("ready; next: crafts-client plan list")
 
 
 @network_app.command()
@@ -368,11 +417,13 @@ def leave(
     offline: Annotated[
         bool, typer.Option("--offline", help="The coordinator is gone; tell it nothing.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Leave the coordinator for good: it revokes us, and our keys for it are removed.
 
     Tiles, ledger, register and outbox stay: what was spent stays spent.
     """
+    confirm("Leave for good? To come back takes a new invitation", yes=yes)
     from crafts_client.enrolment import Registrar, forget_coordinator
 
     with one_line_errors("crafts-client", advice="with --offline it is not asked"):

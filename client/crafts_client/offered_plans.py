@@ -15,9 +15,12 @@ from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.policy import PolicyError
 from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_ledger import existing_ledger
+from crafts_core.foundation_manifest import read_manifest
 from crafts_core.plan import Plan, PlanError
+from crafts_core.plan_targets import target_problems
 from crafts_privacy.errors import CalibrationError, FiltersChangedError
 from crafts_privacy.lifetime import FilterState, with_charge
+from crafts_privacy.plan_check import noise_problems
 
 _PREFIX = re.compile(r"[0-9a-f]{16,64}")
 
@@ -54,9 +57,12 @@ def judge(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
         return OfferedPlan(plan=None, refused=(*refused, "it cannot be read"))
     size = site.config.declared_patients
     refused += [str(error) for error in site.policy.violations(plan, declared_patients=size)]
+    if plan.study.foundation == read_manifest(site.foundation_path).hash:
+        refused += target_problems(plan, site.foundation_path)
     if refused or plan.privacy.target_epsilon is None:  # calibrate only what is asked in earnest
         return OfferedPlan(plan=plan, refused=tuple(refused))
-    return _with_budget(site, plan)
+    refused += noise_problems(plan)
+    return OfferedPlan(plan=plan, refused=tuple(refused)) if refused else _with_budget(site, plan)
 
 
 def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
@@ -70,7 +76,7 @@ def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
     with Registrar(site) as registrar:
         offered = registrar.call("ListPlans").plans
     for each in offered:
-        yield judge(
+        yield _told(
             site,
             SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
         )
@@ -98,6 +104,15 @@ def runs_so_far(site: SiteHome, plan: Plan) -> int:
     ledger = existing_ledger(site)
     entries = () if ledger is None else ledger.entries()
     return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
+
+
+def _told(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
+    """As ``judge``; what a plan's extremes break in it refuses that plan and hides no other."""
+    try:
+        return judge(site, signed)
+    except (ArithmeticError, ValueError, MemoryError) as error:
+        why = f"what it costs cannot be computed here ({type(error).__name__})"
+        return OfferedPlan(plan=_readable(signed.json), refused=(why,))
 
 
 def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:

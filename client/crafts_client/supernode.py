@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -93,6 +93,8 @@ class SuperNode:
         self._heard_at = 0.0
         self._log_path, self._log_start = home.path / "supernode.log", 0
         self.silence_s = _SILENCE_S
+        self.num_ended = 0
+        """How often a process has ended that was not told to."""
 
     def supervise(self) -> None:
         """Start the process if it is not running or not working; call this every now and then.
@@ -116,6 +118,7 @@ class SuperNode:
                 _BACK_OFF_S,
             )
             self._process, self._ended_at = None, now
+            self.num_ended += 1
         if now - self._ended_at < _BACK_OFF_S:
             return
         with self._log_path.open("ab") as log_file:
@@ -293,8 +296,23 @@ def _beat(client: RuntimeHttpClient) -> bool:
     return True
 
 
-def join(home: SiteHome, record: CoordinatorRecord, app: ClientApp, stop: threading.Event) -> None:
-    """Take part until ``stop`` is set."""
+def join(
+    home: SiteHome,
+    record: CoordinatorRecord,
+    app: ClientApp,
+    stop: threading.Event,
+    end_if_revoked: Callable[[], None],
+) -> None:
+    """Take part until ``stop`` is set.
+
+    Args:
+        home: Whose keys and outbox.
+        record: Where the coordinator is.
+        app: What answers.
+        stop: Set when a person or the system ends the program.
+        end_if_revoked: Asked whenever a SuperNode ended, which is how a revoked one fares; it
+            raises what ends this call.
+    """
     with _the_only_one(home):
         node = SuperNode(home, record)
         executor = Executor(node.port, node.secret, app)
@@ -303,8 +321,12 @@ def join(home: SiteHome, record: CoordinatorRecord, app: ClientApp, stop: thread
         over = threading.Event()
         keeper = threading.Thread(target=_keep, args=(node, over), name="SuperNode", daemon=True)
         keeper.start()
+        num_ended = 0
         try:
             while not stop.is_set():
+                if node.num_ended > num_ended:
+                    num_ended = node.num_ended
+                    end_if_revoked()
                 if not executor.work_once():
                     stop.wait(_POLL_S)
         finally:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -102,6 +103,11 @@ def say(*lines: object, err: bool = False) -> None:
     """Print each as one line, on stdout or stderr. What a program shows goes through here."""
     for line in lines:
         typer.echo(harmless(str(line)), err=err)
+
+
+def agrees(question: str) -> bool:
+    """Whether a person at a terminal says yes; where there is none, nobody does."""
+    return sys.stdin.isatty() and typer.confirm(harmless(question))
 
 
 def confirm(question: str, *, yes: bool) -> None:

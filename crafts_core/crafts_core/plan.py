@@ -8,7 +8,7 @@ does not enter.
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
@@ -47,15 +47,23 @@ _MOST_SHOWN = 300
 class PlanError(CraftsError):
     """The plan file is missing, is not TOML, or asks for something impossible."""
 
+    def __init__(self, text: str, *, problems: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.problems = tuple(problems) or (text,)
+        """Everything that is wrong; the text names the first."""
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class StudyConfig(_Section):
     """Which study this is and which public foundation it starts from."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """Small letters, digits and dashes; sites see it."""
     foundation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the foundation's manifest."""
     seed: Annotated[int, Field(ge=0, lt=2**31)]
@@ -66,7 +74,9 @@ class AdapterConfig(_Section):
     """The weights that travel."""
 
     kind: Literal["lora", "full"]
+    """Low-rank factors beside the denoiser's layers, or all of its weights."""
     rank: Annotated[int, Field(ge=1, le=256)] = 4
+    """Of the factors: more learns more and carries more noise."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Suffixes of UNet module names (Linear or Conv2d)."""
     schedule: Literal["alternate", "second_only", "both"] = "alternate"
@@ -81,11 +91,15 @@ class StageConfig(_Section):
     """One training stage: its loss and how long it runs."""
 
     name: StageName
+    """The loss: denoising, denoising with alignment of image and words, or steering."""
     modality: Modality | None = None
     """Of stage control, and of no other."""
     rounds: Annotated[int, Field(ge=1, le=10_000)]
+    """How often sites train and the coordinator aggregates."""
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
+    """Private steps that a site takes in a round."""
     learning_rate: Annotated[float, Field(gt=0, le=1e4)]
+    """Of a site's steps."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """``adam`` is Adam whose second moment is freed of the noise's share (DP-AdamBC)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -93,10 +107,13 @@ class StageConfig(_Section):
     second_moment_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Adam's beta 2."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Weights of timesteps by signal to noise, cut at this (Min-SNR)."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """In stage control 0.5 unless the plan says otherwise."""
+    """Part of captions left empty. In stage control 0.5 unless the plan says otherwise."""
     lambda_align: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the alignment loss; stage alignment only."""
     lambda_drift: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of staying near the stage's start; stage alignment only."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,17 +139,24 @@ class PrivacyConfig(_Section):
     mechanism: Literal["patient_dp", "none"]
     """``none`` is a baseline on public or synthetic data; a site's policy must allow it."""
     unit: Literal["patient"] = "patient"
+    """Who is protected: a patient with all tiles."""
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """What all rounds together may cost a patient; noise is calibrated to it."""
     delta: Annotated[float, Field(ge=1e-12, lt=1e-2)] | None = None
-    """The accountants resolve no smaller one."""
+    """Chance that the promise says nothing, well below one in a site's patients. The accountants
+    resolve none below 1e-12."""
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)]
+    """The length that what one patient adds to a step is cut to."""
     clipping: Literal["flat", "automatic"] = "flat"
     """Shorten only gradients beyond max_grad_norm, or scale every one to just below it (AUTO-S)."""
     clipping_stability: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.01
     """gamma of automatic clipping: the gradient norm below which a patient counts for less."""
     sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """Chance of a patient to be drawn into a step."""
     tiles_per_patient: Annotated[int, Field(ge=1, le=4096)]
+    """Most tiles of a patient in a step."""
     draws_per_tile: Annotated[int, Field(ge=1, le=256)]
+    """Timesteps and noises of a tile in a step."""
     trust: Literal["site", "distributed"] = "site"
     """Who adds the noise: each site all of it, or all members of a sum a share each."""
     colluding_sites: Annotated[int, Field(ge=1, le=998)] | None = None
@@ -181,8 +205,11 @@ class AggregationConfig(_Section):
     """How site updates become one global adapter. Constants of design section 6."""
 
     rule: Literal["alignment_regularized", "uniform", "by_patients"]
+    """By noise and alignment, or a baseline."""
     min_sites: Annotated[int, Field(ge=1, le=1000)]
+    """A round with fewer has no result, and is asked again."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds that a round waits for sites."""
     precision_floor: Annotated[float, Field(gt=0)] = 1e-12
     """tau^2 in p_k = 1 / (tau^2 + v_k); v_k is the declared noise variance per coordinate."""
     max_weight: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -195,14 +222,19 @@ class AggregationConfig(_Section):
     gate_temperature: Annotated[float, Field(gt=0)] = 0.05
     """Softness of the alignment gate a_k, in units of alignment margin."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of the aggregated steps, from round to round."""
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """How far an aggregated step goes; 1 is where the sites are."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The exported generator is this moving average over rounds; 0 exports the last round."""
     trust_radius: Annotated[float, Field(ge=0, le=1)] = 0.1
     """rho: the probe's alignment steps may move at most rho * |Delta|."""
     trust_steps: Annotated[int, Field(ge=0, le=100)] = 2
+    """Alignment steps on public data after a round."""
     margin_tolerance: Annotated[float, Field(ge=0)] = 0.02
+    """How much alignment margin a step may lose before it is halved."""
     max_halvings: Annotated[int, Field(ge=0, le=16)] = 3
+    """Then the step is refused."""
     secure_aggregation: bool = False
     """The coordinator opens sums over sites, and nothing of any one of them."""
     masked_deadline_s: Annotated[float, Field(gt=0)] = 900.0
@@ -234,6 +266,7 @@ class TransportConfig(_Section):
     """Speed only: outside the hash."""
 
     wire_dtype: Literal["float16", "float32"] = "float16"
+    """Of the numbers on the way."""
 
 
 class RoundOfPlan(NamedTuple):
@@ -313,7 +346,8 @@ class Plan(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise PlanError(f"plan: {describe_first_error(error)}") from error
+            problems = [_described(each) for each in error.errors()]
+            raise PlanError(f"plan: {describe_first_error(error)}", problems=problems) from error
 
     def to_json(self) -> str:
         """The whole plan as canonical JSON, transport included."""

@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from click.core import ParameterSource
 
-from crafts_core.command_line import Version, one_line_errors, progress_bars, run_as_service, say
-from crafts_core.delta_text import delta_text
+from crafts_core.command_line import (
+    Version,
+    confirm,
+    one_line_errors,
+    progress_bars,
+    run_as_service,
+    say,
+)
 from crafts_server.audit_log import Event
+from crafts_server.plan_cli import (
+    DEFAULT_HOME,
+    AsJson,
+    Home,
+    PlanFile,
+    plan_app,
+    refuse_problems,
+)
 
 if TYPE_CHECKING:
     from crafts_server.enrolments import EnrolledSite, Enrolments
@@ -27,7 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify a foundation.")
-plan_app = typer.Typer(no_args_is_help=True, help="Check or sign a plan.")
 sites_app = typer.Typer(no_args_is_help=True, help="Invite hospitals, see and revoke them.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
 log_app = typer.Typer(no_args_is_help=True, help="What the coordinator did, for auditors.")
@@ -36,13 +49,6 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(sites_app, name="sites")
 app.add_typer(runs_app, name="runs")
 app.add_typer(log_app, name="log")
-
-Home = Annotated[
-    Path, typer.Option(envvar="CRAFTS_SERVER_HOME", help="The coordinator's home directory.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PlanFile = Annotated[Path, typer.Argument(help="A plan.toml.")]
-DEFAULT_HOME = Path("coordinator")
 
 
 @app.callback()
@@ -90,7 +96,11 @@ def init(
         )
     _print(
         {"home": str(home), "public_key": public_key},
-        (f"Coordinator home {home}. Sites trust it by this key in allowed_signers:", public_key),
+        (
+            f"Coordinator home {home}. Sites trust it by this key in allowed_signers:",
+            public_key,
+            "next: crafts-server serve, then crafts-server sites invite NAME --patients N",
+        ),
         as_json,
     )
 
@@ -129,6 +139,7 @@ def sites_invite(
     from datetime import timedelta
 
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
+        replaces = name in enrolments.waiting()
         token = enrolments.invite(name, patients=patients, valid_for=timedelta(days=days))
         opened.audit_log.write(Event.INVITED, site=name, patients=patients, days=days)
         token += f".{opened.pki.enrolment_fingerprint}"
@@ -136,7 +147,11 @@ def sites_invite(
     command = f"crafts-client enroll {config.hosts[0]}:{config.enrolment_port} --token {token}"
     _print(
         {"site": name, "token": token, "command": command},
-        (f"{name} enrols with {patients} patients within {days} days by:", command),
+        (
+            *(["an older token of this site counts no more"] if replaces else []),
+            f"{name} enrols with {patients} patients within {days} days by:",
+            command,
+        ),
         as_json,
     )
 
@@ -182,8 +197,10 @@ def sites_resize(
 def sites_revoke(
     name: Annotated[str, typer.Argument(help="As `sites list` prints it.")],
     home: Home = DEFAULT_HOME,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """From now on the site's certificate and node count no more."""
+    confirm(f"Revoke {name}? To come back it needs a new invitation", yes=yes)
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         enrolments.revoke(name)
         opened.audit_log.write(Event.REVOKED, site=name)
@@ -270,65 +287,6 @@ def foundation_verify(
     )
 
 
-@plan_app.command("check")
-def plan_check(plan: PlanFile, as_json: AsJson = False) -> None:
-    """Read a plan, say what it asks for, or what is wrong with it."""
-    with one_line_errors("crafts-server"):
-        from crafts_core.plan import Plan
-
-        loaded = Plan.load(plan)
-    privacy = loaded.privacy
-    promise = (
-        "no differential privacy"
-        if privacy.target_epsilon is None or privacy.delta is None
-        else f"epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} per patient"
-    )
-    _print(
-        {
-            "study": loaded.study.name,
-            "hash": loaded.hash,
-            "rounds": loaded.num_rounds,
-            "steps": loaded.total_steps,
-            "target_epsilon": privacy.target_epsilon,
-            "delta": privacy.delta,
-        },
-        (
-            f"{loaded.study.name}: {loaded.num_rounds} rounds, {loaded.total_steps} private steps "
-            f"a site, {promise}",
-            f"hash {loaded.hash}",
-        ),
-        as_json,
-    )
-
-
-@plan_app.command("sign")
-def plan_sign(
-    plan: PlanFile,
-    home: Home = DEFAULT_HOME,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the signed plan (JSON) here for the sites.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Sign a plan with the home's key and remember it."""
-    with one_line_errors("crafts-server"):
-        from crafts_core.durable import write_file
-        from crafts_core.plan import Plan
-        from crafts_server.home import CoordinatorHome
-
-        loaded = Plan.load(plan)
-        opened = CoordinatorHome.open(home)
-        signed = opened.sign_plan(loaded)
-        opened.audit_log.write(Event.SIGNED, plan=loaded.hash, study=loaded.study.name)
-        if out is not None:
-            write_file(out, json.dumps(asdict(signed), indent=1) + "\n")
-    _print(
-        {"hash": loaded.hash, "signature": signed.signature, "public_key": signed.public_key},
-        f"signed {loaded.study.name} {loaded.hash}",
-        as_json,
-    )
-
-
 @plan_app.command("roster")
 def plan_roster(
     plan: PlanFile,
@@ -349,20 +307,26 @@ def plan_roster(
         else:
             roster = enrolments.rosters.fixed(loaded)
     lines = [f"{entry.site}\t{entry.declared_patients}\t{entry.identity}" for entry in roster.sites]
-    _print(roster.model_dump(mode="json"), "\n".join([*lines, roster.phrase]), as_json)
+    _print(roster.model_dump(mode="json"), [*lines, roster.phrase], as_json)
 
 
 @runs_app.command("list")
 def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """All runs, newest first."""
     with one_line_errors("crafts-server"), _registry(home) as registry:
+        from crafts_server.home import CoordinatorHome
+        from crafts_server.status import reasons
+
         summaries = registry.runs()
+        why = reasons(CoordinatorHome.open(home).audit_log)
     lines = [
-        f"{run.run_id}  {run.study}  {run.status}  {run.rounds} rounds  "
+        f"{run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  {run.rounds} rounds  "
         f"{run.started_at:%Y-%m-%d %H:%M}"
+        + (f"  ({why[run.plan_hash]})" if run.plan_hash in why else "")
         for run in summaries
     ]
-    _print([asdict(run) for run in summaries], lines or ["no runs yet"], as_json)
+    values = [asdict(run) | {"why": why.get(run.plan_hash)} for run in summaries]
+    _print(values, lines or ["no runs yet"], as_json)
 
 
 @runs_app.command("show")
@@ -418,6 +382,7 @@ def serve(home: Home = DEFAULT_HOME) -> None:
             service.start()
             try:
                 say(json.dumps(service.ports))
+                say("serving; from another terminal: crafts-server status", err=True)
                 service.work(stop)
             finally:
                 service.stop()
@@ -432,7 +397,9 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
         from crafts_server.plan_queue import queue_plan
 
         loaded = Plan.load(plan)
-        queue_plan(CoordinatorHome.open(home), loaded)
+        opened = CoordinatorHome.open(home)
+        refuse_problems(loaded, opened.foundation_path)
+        queue_plan(opened, loaded)
     _print(
         {"hash": loaded.hash},
         f"{loaded.study.name} waits to be trained; see crafts-server runs list",
@@ -444,14 +411,27 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
 def stop(
     plan: Annotated[str, typer.Argument(help="Beginning of the plan's hash.")],
     home: Home = DEFAULT_HOME,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Stop training a plan, within seconds. Committed rounds stay; `train` goes on with them."""
+    confirm(f"Stop plan {plan}?", yes=yes)
     with one_line_errors("crafts-server"):
         from crafts_server.home import CoordinatorHome
         from crafts_server.plan_queue import stop_plan
 
         stopped = stop_plan(CoordinatorHome.open(home), plan)
     say(f"plan {stopped[:16]} is stopped")
+
+
+@app.command()
+def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Fingerprints to compare by telephone, sites, when they were seen, runs, what waits, why."""
+    with one_line_errors("crafts-server"):
+        from crafts_server.home import CoordinatorHome
+        from crafts_server.status import sentences, status_of
+
+        now = status_of(CoordinatorHome.open(home))
+    _print(now.as_json(), list(sentences(now)), as_json)
 
 
 @log_app.command("verify")

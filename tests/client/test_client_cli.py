@@ -57,7 +57,14 @@ def test_the_surface_grows_only_on_purpose() -> None:
         *("tiles stats", "tiles check", "tiles show"),
         "tiles drop",
         "tiles forget",
-        *("policy show", "policy check", "ledger verify", "ledger show", "ledger export"),
+        *(
+            "policy show",
+            "policy check",
+            "policy trust",
+            "ledger verify",
+            "ledger show",
+            "ledger export",
+        ),
         *("ledger move", "ledger witness"),
         *("identity", "roster", "roster show", "roster approve"),
     }
@@ -271,8 +278,8 @@ def test_a_patient_who_withdraws_is_read_no_more(
     assert set(read) == {0, 1, 2, 3, 4, 5}
     spent = Ledger(home.ledger_path).events("main")
 
-    assert "no such patient" in run("withdraw", "9999", "--home", home.path).stderr
-    done = run("withdraw", "0003", "--home", home.path)
+    assert "no such patient" in run("withdraw", "9999", "--yes", "--home", home.path).stderr
+    done = run("withdraw", "0003", "--yes", "--home", home.path)
     assert done.exit_code == 0, done.stderr
     read.clear()
     request = coordinator.request(plan, state, number=2)

@@ -75,7 +75,7 @@ def offering(*plans: object) -> Callable[..., object]:
 
 def test_plan_list_names_an_impossible_key(home, coordinator, replies, foundation) -> None:
     values = plan_values(foundation.manifest.hash)
-    texts = [json.dumps(values | {TEXT: 1}), json.dumps(values | {"transport": TEXT})]
+    texts = [json.dumps(values | {SENT: 1}), json.dumps(values | {"transport": {SENT: 1}})]
     replies["ListPlans"] = offering(*(signed(coordinator, text) for text in texts))
     shown = run(home, "plan", "list").stdout
     assert_harmless(shown, num_lines=2)
@@ -148,7 +148,7 @@ def test_doctor_shows_an_address_and_an_error_of_the_coordinator(
     replies["DeclarePatients"] = lambda **_: SimpleNamespace(agreed_patients=1)
     monkeypatch.setattr(doctor, "CHECKS", (doctor.registrar,))
     monkeypatch.setattr(doctor, "check_agreed", lambda _: None)
-    assert_harmless(run(home, "doctor").stdout, num_lines=2)
+    assert_harmless(run(home, "doctor").stdout, num_lines=3)
 
     def refuses() -> object:
         raise enrolment.EnrolmentError(TEXT)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,14 @@ from typer.testing import CliRunner
 from crafts_client import enrolment
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
+from crafts_client.mechanism import mechanism_of
 from crafts_client.offered_plans import judge
+from crafts_client.plan_words import seconds_per_step
 from crafts_client.signed_plan import SignedPlan
 from crafts_client.site import Site
 from crafts_core.plan import Plan
+from crafts_privacy import signing
+from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 from support.sites import Coordinator, make_site_home
 
 
@@ -91,7 +96,7 @@ def test_the_noise_floor_is_told_before_anybody_approves(
     offer(signed(coordinator, plan))
 
     assert "the site's floor is 50" in run("plan", "list", "--home", home.path).stdout
-    shown = run("plan", "show", plan.hash, "--home", home.path)
+    shown = run("plan", "show", plan.hash, "--json", "--home", home.path)
     assert Plan.parse(json.loads(shown.stdout)) == plan
     assert "the site's floor is 50" in shown.stderr
     assert run("plan", "approve", plan.hash, "--home", home.path).exit_code == 1
@@ -152,3 +157,91 @@ def test_approving_again_allows_one_run_more(home, foundation, coordinator, offe
 
     assert "for one run more, after 1" in done.stdout
     assert home.approvals.runs_of(plan.hash) == 2
+
+
+def test_a_plan_whose_cost_nobody_can_compute_hides_no_other(home, coordinator, offer) -> None:
+    privacy = coordinator.plan().privacy.model_dump()
+    extreme = coordinator.plan(privacy=privacy | {"sample_rate": 1e-9})
+    good = coordinator.plan()
+    offer(signed(coordinator, extreme), signed(coordinator, good))
+    listed = json.loads(run("plan", "list", "--json", "--home", home.path).stdout)
+    assert len(listed) == 2
+    assert (listed[1]["hash"], listed[1]["refused"]) == (good.hash, [])
+    assert run("plan", "show", good.hash[:16], "--home", home.path).exit_code == 0
+
+
+@pytest.mark.parametrize("error", [OverflowError, ZeroDivisionError, ValueError, MemoryError])
+def test_whatever_breaks_in_the_arithmetic_of_a_plan_refuses_it(
+    home, coordinator, offer, monkeypatch, error
+) -> None:
+    plan = coordinator.plan()
+    offer(signed(coordinator, plan), by_nobody("{"))
+
+    def breaks(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("crafts_privacy.plan_check.plan_noise_multiplier", breaks)
+    first, second = json.loads(run("plan", "list", "--json", "--home", home.path).stdout)
+    assert "cannot be computed" in first["refused"][0]
+    assert second["hash"] is None
+    assert run("plan", "approve", plan.hash[:16], "--home", home.path).exit_code == 1
+
+
+def test_what_a_budget_cannot_be_computed_for_is_refused(home, coordinator, offer, monkeypatch):
+    plan = coordinator.plan()
+    offer(signed(coordinator, plan))
+
+    def breaks(*_: object) -> None:
+        raise OverflowError
+
+    monkeypatch.setattr("crafts_client.offered_plans._with_budget", breaks)
+    (told,) = json.loads(run("plan", "list", "--json", "--home", home.path).stdout)
+    assert told["refused"] == ["what it costs cannot be computed here (OverflowError)"]
+
+
+def test_targets_that_match_no_layer_are_refused_before_approval(home, coordinator, offer) -> None:
+    plan = coordinator.plan(adapter={"kind": "lora", "rank": 2, "targets": ["to_q", "nowhere"]})
+    text = plan.to_json()
+    signature = signing.sign(coordinator._key, text.encode())
+    offer(SignedPlan(json=text, signature=signature, public_key=coordinator.public_key))
+    refused = run("plan", "approve", plan.hash[:16], "--home", home.path)
+    assert (refused.exit_code, "'nowhere' matches no Linear" in refused.stderr) == (1, True)
+
+
+def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> None:
+    plan = coordinator.plan()
+    offer(signed(coordinator, plan))
+    shown = run("plan", "show", plan.hash[:16], "--home", home.path).stdout
+    words, _, text = shown.partition("\n{")
+    assert Plan.parse(json.loads("{" + text)) == plan
+    for said in (
+        "asks for 2 rounds of 2 steps of pretraining, then 2 rounds of 2 steps of alignment",
+        "What leaves: in each round one update of the adapter",
+        "epsilon 8 at delta 0.001 for all rounds together",
+        "the cohort's life stands at epsilon ",
+        f"adds noise of {mechanism_of(plan, declared_patients=1).noise_multiplier:.3g} times that",
+        "How long a round takes here is known once a first one ran",
+        f"Next: crafts-client plan approve {plan.hash[:16]}",
+    ):
+        assert said in words, said
+
+
+def test_how_long_a_round_takes_is_taken_from_the_newest_one_that_ran() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    facts = {"hash": "", "previous_hash": "", "plan_hash": "", "run_id": "", "stage": ""}
+    facts |= {"cohort": "", "detail": "", "round": 1, "noise_multiplier": 1.0, "sample_rate": 1.0}
+
+    def entry(number: int, kind: EntryKind, reservation: int, seconds: int) -> LedgerEntry:
+        when = at + timedelta(seconds=seconds)
+        own = {"sequence": number, "kind": kind, "reservation": reservation, "recorded_at": when}
+        return LedgerEntry(steps=4, **own, **facts)
+
+    entries = [
+        entry(1, EntryKind.RESERVED, 1, 0),
+        entry(2, EntryKind.COMMITTED, 1, 400),
+        entry(3, EntryKind.RESERVED, 3, 1000),
+        entry(4, EntryKind.COMMITTED, 3, 1200),
+        entry(5, EntryKind.RESERVED, 5, 9000),
+    ]
+    assert seconds_per_step(entries) == 50.0
+    assert seconds_per_step(entries[:1]) is None

@@ -100,7 +100,7 @@ def taking_part(link: SuperLink, home: SiteHome, ca: Path, host: str) -> Iterato
         return Message(RecordDict({"reply": ConfigRecord({"fine": True})}), reply_to=message)
 
     stop = threading.Event()
-    site = threading.Thread(target=supernode.join, args=(home, record, app, stop))
+    site = threading.Thread(target=supernode.join, args=(home, record, app, stop, lambda: None))
     site.start()
     try:
         yield seen
@@ -167,7 +167,7 @@ def test_what_a_coordinator_sends_is_never_run(link, joined, home, tmp_path, mon
     assert joined == [str(home.path.resolve())]
     assert is_running(home)
     with pytest.raises(HomeError, match="another crafts-client join"):
-        supernode.join(home, None, None, threading.Event())
+        supernode.join(home, None, None, threading.Event(), lambda: None)
     assert (home.path / "keys" / "executor.secret").stat().st_mode & 0o77 == 0
 
 
@@ -226,7 +226,7 @@ def test_a_proxy_that_cannot_be_read_is_told_before_anything_starts(home, monkey
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:port")
     record = RECORD.model_copy(update={"fleet_address": f"{FAR}:1"})
     with pytest.raises(EnrolmentError, match="HTTPS_PROXY cannot be read"):
-        supernode.join(home, record, ClientApp(), threading.Event())
+        supernode.join(home, record, ClientApp(), threading.Event(), lambda: None)
     assert not (home.path / "supernode.log").exists()
 
 

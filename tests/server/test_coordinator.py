@@ -11,12 +11,13 @@ import torch
 from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
-from crafts_core.adapters import State, merged_unet
+from crafts_core.adapters import merged_unet
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_privacy.signing import create_signing_key, load_signing_key, sign, verify
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.cli import app
@@ -399,7 +400,8 @@ def test_the_surface_grows_only_on_purpose() -> None:
         for sub in getattr(command, "commands", {"": None})
     }
     assert surface == {
-        *("init", "serve", "train", "stop", "export", "log show", "log verify"),
+        *("init", "serve", "train", "stop", "status", "export", "log show", "log verify"),
+        *("plan new", "plan keys"),
         *("sites invite", "sites list", "sites resize", "sites revoke", "plan check", "plan sign"),
         *("plan roster", "runs list", "runs show"),
         *("foundation build", "foundation import", "foundation verify"),

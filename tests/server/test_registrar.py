@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -30,7 +31,13 @@ from typer.testing import CliRunner
 from crafts_client import doctor, ledger_witness
 from crafts_client.agreed_patients import check_agreed, fetch_roster
 from crafts_client.cli import app as client_app
-from crafts_client.enrolment import Registrar, enrol, forget_coordinator
+from crafts_client.enrolment import (
+    Registrar,
+    coordinator_record,
+    end_if_revoked,
+    enrol,
+    forget_coordinator,
+)
 from crafts_client.errors import EnrolmentError, NotAgreedError
 from crafts_client.home import SITE_NAME, SiteHome
 from crafts_client.ledger_witness import witness_at_start, witness_ledger
@@ -173,6 +180,86 @@ def test_what_a_hostile_coordinator_answers_is_harmless_and_not_kept(
     assert answered.stderr.removesuffix("\n").isprintable()
     assert not site.coordinator_path.exists()
     assert list((site.path / "keys").glob("*")) == []
+
+
+def test_a_revoked_sites_join_says_so_and_ends(coordinator, site, monkeypatch) -> None:
+    """Not as a failure that a service manager would start it again for."""
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    coordinator.enrolments.revoke("north")
+    taking_part: list[object] = []
+    monkeypatch.setattr("crafts_client.supernode.join", lambda *_: taking_part.append(1))
+    ended = CliRunner().invoke(client_app, ["join", "--home", str(site.path)])
+    assert (ended.exit_code, taking_part) == (3, [])
+    assert "this certificate is revoked or replaced" in ended.stderr
+    assert "ask for a new invitation" in ended.stderr
+
+
+def test_a_coordinator_that_is_away_has_revoked_nobody(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    end_if_revoked(site)
+    record = coordinator_record(site).model_copy(update={"registrar_address": "localhost:1"})
+    site.coordinator_path.write_text(record.model_dump_json())
+    end_if_revoked(site)
+
+
+def test_an_absurd_offset_is_the_askers_error(coordinator, site, caplog) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    path = next(iter(verify(coordinator.home.foundation_path).files))
+    with Registrar(site) as registrar:
+        with pytest.raises(EnrolmentError, match="no file is that long"):
+            registrar.call("ReadFoundation", path=path, offset=2**64 - 1)
+        assert registrar.call("ReadFoundation", path=path, offset=2**30).data == b""
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_who_is_refused_is_logged_with_an_address_and_counted(
+    tmp_path, coordinator, site, caplog
+) -> None:
+    refused: list[str] = []
+    service = EnrolmentService(
+        coordinator.enrolments,
+        coordinator.pki,
+        signer=coordinator.home.public_key,
+        registrar_address="localhost:1",
+        fleet_address="localhost:1",
+        on_enrolled=lambda *_: None,
+    )
+    server, port = enrolment_server(
+        service, coordinator.pki, "127.0.0.1:0", on_refused=refused.append
+    )
+    token = coordinator.invite("north").partition(".")[2]
+    with pytest.raises(EnrolmentError, match="unknown, used or expired"):
+        enrol(site, f"localhost:{port}", f"nosuchtoken.{token}")
+    server.stop(None).wait()
+    assert refused == ["Enrol"]
+    (line,) = [record.getMessage() for record in caplog.records if "refused" in record.msg]
+    assert re.fullmatch(r"refused call=Enrol status=PERMISSION_DENIED peer=ipv\S+:\d+", line), line
+
+
+def test_connections_that_ask_nothing_end(coordinator, monkeypatch) -> None:
+    """Before and after the handshake; any number of them could be held open before."""
+    monkeypatch.setattr(registrar_module, "HANDSHAKE_MS", 200)
+    monkeypatch.setattr(registrar_module, "IDLE_MS", 200)
+    service = EnrolmentService(
+        coordinator.enrolments,
+        coordinator.pki,
+        signer=coordinator.home.public_key,
+        registrar_address="localhost:1",
+        fleet_address="localhost:1",
+        on_enrolled=lambda *_: None,
+    )
+    server, port = enrolment_server(service, coordinator.pki, "127.0.0.1:0")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    silent = socket.create_connection(("127.0.0.1", port), timeout=60)
+    idle = context.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=60))
+    idle.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    for connection in (silent, idle):
+        while connection.recv(4096):
+            pass
+        connection.close()
+    server.stop(None).wait()
 
 
 def test_private_keys_stay_where_they_were_made(coordinator, site) -> None:
@@ -599,13 +686,13 @@ def test_a_site_starts_while_its_coordinator_is_away(site, caplog) -> None:
 
 def test_a_site_that_leaves_is_revoked_and_keeps_what_it_owns(coordinator, site) -> None:
     enrol(site, coordinator.host, coordinator.invite("north"))
-    left = CliRunner().invoke(client_app, ["leave", "--home", str(site.path)])
+    left = CliRunner().invoke(client_app, ["leave", "--yes", "--home", str(site.path)])
     assert left.exit_code == 0, left.output
     assert [each.revoked_at is None for each in coordinator.enrolments.sites()] == [False]
     assert not site.coordinator_path.exists()
     assert not list((site.path / "keys").iterdir())
     assert site.tile_store_path.exists()
-    again = CliRunner().invoke(client_app, ["leave", "--home", str(site.path)])
+    again = CliRunner().invoke(client_app, ["leave", "--yes", "--home", str(site.path)])
     assert again.exit_code == 1
     assert "this site is not enrolled" in again.output
 
@@ -700,7 +787,7 @@ def test_a_proxy_that_refuses_is_told_with_what_it_wants(
 ) -> None:
     behind(coordinator.host)
     program = "from crafts_client.cli import app; app()"
-    words = [sys.executable, "-c", program, "leave", "--home", str(site.path)]
+    words = [sys.executable, "-c", program, "leave", "--yes", "--home", str(site.path)]
     with Proxy(wants="Basic dXM6cHc=") as proxy:
         monkeypatch.setenv("https_proxy", proxy.address)
         monkeypatch.delenv("GRPC_VERBOSITY", raising=False)  # Flower sets it when it is imported
@@ -894,7 +981,7 @@ def test_from_the_command_line(coordinator, site, foundation, tmp_path: Path, mo
     listed = json.loads(client.invoke(client_app, ["plan", "list", "--json", *where]).stdout)
     assert [each["hash"] for each in listed] == [plan.hash]
     assert "signer" in listed[0]["refused"][0]
-    shown = client.invoke(client_app, ["plan", "show", plan.hash[:16], *where])
+    shown = client.invoke(client_app, ["plan", "show", plan.hash[:16], "--json", *where])
     assert Plan.parse(json.loads(shown.stdout)) == plan
 
     fetch = ["foundation", "fetch", "--json", *where]
@@ -912,6 +999,6 @@ def test_from_the_command_line(coordinator, site, foundation, tmp_path: Path, mo
     assert "is not what the manifest says; run the same command again" in refused.stderr
     assert client.invoke(client_app, fetch).exit_code == 0
 
-    assert server.invoke(server_app, ["sites", "revoke", "north", *home]).exit_code == 0
+    assert server.invoke(server_app, ["sites", "revoke", "north", "--yes", *home]).exit_code == 0
     late = client.invoke(client_app, ["plan", "list", *where])
     assert (late.exit_code, "revoked" in late.stderr) == (1, True)

@@ -109,7 +109,7 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
         port = home.config.metrics_port
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read()
         assert b"crafts_sites_online 2.0" in metrics
-        run(crafts_client, "leave", *at(sites["south"]))
+        run(crafts_client, "leave", "--yes", *at(sites["south"]))
         listed = json.loads(run(crafts_server, "sites", "list", "--json", *server))["sites"]
         assert [site["revoked_at"] is None for site in listed] == [True, False]
     events = [entry.event for entry in home.audit_log.verify()]

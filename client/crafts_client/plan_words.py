@@ -1,0 +1,78 @@
+"""What a plan asks of this site's patients, in words that a person can decide by."""
+
+from collections.abc import Iterator, Sequence
+
+from crafts_client.home import SiteHome
+from crafts_client.mechanism import mechanism_of
+from crafts_client.offered_plans import OfferedPlan
+from crafts_client.site_ledger import existing_ledger
+from crafts_core.delta_text import delta_text
+from crafts_core.plan import Plan
+from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
+
+_ALL_LEAVES = (
+    "What leaves: in each round one update of the adapter, noise and all, and the numbers of this "
+    "plan. No image, path, caption, loss, count of patients or norm of a gradient."
+)
+
+
+def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
+    """One sentence or two a line; what is refused comes last."""
+    stages = ", then ".join(
+        f"{each.rounds} rounds of {each.local_steps} steps of {each.modality or each.name}"
+        for each in plan.stage
+    )
+    yield f"Study {plan.study.name} (plan {plan.hash[:16]}) asks for {stages}."
+    yield _ALL_LEAVES
+    if plan.privacy.target_epsilon is None or plan.privacy.delta is None:
+        yield "It promises patients nothing: it trains without privacy."
+    else:
+        yield from _promise(site, plan, offered)
+    yield _time(site, plan)
+    yield from (f"Refused: {line}." for line in offered.refused)
+    if not offered.refused:
+        approved = plan.hash in site.approvals.all()
+        yield "Approved here." if approved else f"Next: crafts-client plan approve {plan.hash[:16]}"
+    if offered.remark:
+        yield f"Note: {offered.remark}."
+
+
+def _promise(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
+    privacy, declared = plan.privacy, site.config.declared_patients
+    yield (
+        f"What it promises each patient: epsilon {privacy.target_epsilon:g} at delta "
+        f"{delta_text(privacy.delta or 0)} for all rounds together."
+    )
+    if offered.epsilon_after is not None:
+        yield (
+            f"After all of it the cohort's life stands at epsilon {offered.epsilon_after:.2f} of "
+            f"{site.policy.max_epsilon:g}."
+        )
+    if offered.refused:  # the noise of a plan that nobody takes may not even be computable
+        return
+    mechanism = mechanism_of(plan, declared_patients=declared)
+    yield (
+        f"How: each step draws every patient with chance {privacy.sample_rate:g} (about "
+        f"{mechanism.expected_patients:.3g} of {declared}), takes at most "
+        f"{privacy.tiles_per_patient} tiles of each, cuts what one patient adds to length "
+        f"{privacy.max_grad_norm:g}, and adds noise of {mechanism.noise_multiplier:.3g} times that."
+    )
+
+
+def _time(site: SiteHome, plan: Plan) -> str:
+    """From rounds that ran here; nothing is loaded or timed for it."""
+    ledger = existing_ledger(site)
+    seconds = seconds_per_step(() if ledger is None else ledger.entries())
+    if seconds is None:
+        return "How long a round takes here is known once a first one ran."
+    longest = max(stage.local_steps for stage in plan.stage) * seconds / 60
+    return f"A round takes about {longest:.2g} minutes here if its steps are as earlier ones were."
+
+
+def seconds_per_step(entries: Sequence[LedgerEntry]) -> float | None:
+    """Of the newest round that was answered, from its reservation on; None before there is one."""
+    for entry in reversed(entries):
+        if entry.kind is EntryKind.COMMITTED and entry.steps:
+            paid = entries[entry.reservation - 1]
+            return (entry.recorded_at - paid.recorded_at).total_seconds() / entry.steps
+    return None

@@ -1,0 +1,188 @@
+"""``crafts-server plan new``, ``keys``, ``check`` and ``sign``."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crafts_core.command_line import one_line_errors, say
+from crafts_core.delta_text import delta_text
+from crafts_server.audit_log import Event
+
+plan_app = typer.Typer(no_args_is_help=True, help="Make, check or sign a plan.")
+
+Home = Annotated[
+    Path, typer.Option(envvar="CRAFTS_SERVER_HOME", help="The coordinator's home directory.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan.toml.")]
+DEFAULT_HOME = Path("coordinator")
+
+
+@plan_app.command("new")
+def plan_new(
+    out: Annotated[Path, typer.Argument(help="plan.toml to write; must not exist.")],
+    home: Home = DEFAULT_HOME,
+    name: Annotated[str | None, typer.Option(help="Of the study; asked if absent.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="What it may cost a patient in all; asked if absent.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Of each of the two stages; asked if absent.")
+    ] = None,
+    local_steps: Annotated[int, typer.Option(min=1, help="Private steps of a round.")] = 8,
+    patients: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a site that will take part; repeat. Else as agreed so far."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a plan that says of each key what it is for, fitted to the sites there are.
+
+    Foundation, number of sites, sample rate and delta come from the home and the sites' patients;
+    the noise that follows is computed and said.
+    """
+    with one_line_errors("crafts-server"):
+        from crafts_core.plan_keys import commented_toml
+        from crafts_server.errors import HomeError
+        from crafts_server.plan_new import new_plan, sizes_of, told
+
+        sizes = tuple(patients or sizes_of(home))
+        plan = new_plan(
+            home,
+            name=_asked("Name of the study", name, str),
+            target_epsilon=_asked("Epsilon for all rounds together (8 is usual)", epsilon, float),
+            rounds=_asked("Rounds of each stage", rounds, int),
+            local_steps=local_steps,
+            patients=sizes,
+        )
+        lines = told(plan, sizes)
+        try:
+            with out.open("x", encoding="utf-8") as file:
+                file.write("".join(f"# {line}\n" for line in lines) + "\n" + commented_toml(plan))
+        except FileExistsError as error:
+            raise HomeError(f"{out} is there already; name another file") from error
+    if as_json:
+        say(json.dumps({"plan": str(out), "hash": plan.hash}))
+        return
+    say(*lines, f"{out} is written; read it, then run: crafts-server plan check {out}")
+
+
+@plan_app.command("keys")
+def plan_keys() -> None:
+    """Every key of a plan: what it may be and what it is for (Markdown)."""
+    from crafts_core.plan_keys import keys_table
+
+    say(*keys_table().split("\n"))
+
+
+@plan_app.command("check")
+def plan_check(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+    """Say what a plan asks for, or all that is wrong with it, as sites will; exit 1 if anything is.
+
+    Where there is a coordinator's home, its adapter is compared with the foundation there.
+    """
+    with one_line_errors("crafts-server"):
+        from crafts_core.plan import Plan, PlanError
+        from crafts_privacy.plan_check import noise_problems, plan_problems
+        from crafts_server.home import CoordinatorHome
+
+        loaded: Plan | None = None
+        try:
+            loaded = Plan.load(plan)
+            if (home / "coordinator.toml").exists():
+                problems = list(plan_problems(loaded, CoordinatorHome.open(home).foundation_path))
+            else:
+                problems = list(noise_problems(loaded))
+        except PlanError as error:
+            problems = list(error.problems)
+    if as_json:
+        say(json.dumps({"problems": problems} | ({} if loaded is None else _facts(loaded))))
+    elif problems:
+        say(*(f"{plan}: {each}" for each in problems), err=True)
+    elif loaded is not None:
+        say(*_sentences(loaded))
+    if problems:
+        raise typer.Exit(1)
+
+
+@plan_app.command("sign")
+def plan_sign(
+    plan: PlanFile,
+    home: Home = DEFAULT_HOME,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the signed plan (JSON) here for the sites.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan with the home's key and remember it."""
+    with one_line_errors("crafts-server"):
+        from crafts_core.durable import write_file
+        from crafts_core.plan import Plan
+        from crafts_server.home import CoordinatorHome
+
+        loaded = Plan.load(plan)
+        opened = CoordinatorHome.open(home)
+        refuse_problems(loaded, opened.foundation_path)
+        signed = opened.sign_plan(loaded)
+        opened.audit_log.write(Event.SIGNED, plan=loaded.hash, study=loaded.study.name)
+        if out is not None:
+            write_file(out, json.dumps(asdict(signed), indent=1) + "\n")
+    values = {"hash": loaded.hash, "signature": signed.signature, "public_key": signed.public_key}
+    say(json.dumps(values) if as_json else f"signed {loaded.study.name} {loaded.hash}")
+
+
+def refuse_problems(plan: Any, foundation: Path) -> None:
+    """Sign nothing that every site would fail at.
+
+    Raises:
+        PlanError: names the first thing that is wrong.
+    """
+    from crafts_core.plan import PlanError
+    from crafts_privacy.plan_check import plan_problems
+
+    problems = list(plan_problems(plan, foundation))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise PlanError(
+            f"not signed: {problems[0]}{more}; see crafts-server plan check", problems=problems
+        )
+
+
+def _facts(plan: Any) -> dict[str, object]:
+    return {
+        "study": plan.study.name,
+        "hash": plan.hash,
+        "rounds": plan.num_rounds,
+        "steps": plan.total_steps,
+        "target_epsilon": plan.privacy.target_epsilon,
+        "delta": plan.privacy.delta,
+    }
+
+
+def _sentences(plan: Any) -> tuple[str, str]:
+    privacy = plan.privacy
+    promise = (
+        "no differential privacy"
+        if privacy.target_epsilon is None or privacy.delta is None
+        else f"epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} per patient"
+    )
+    return (
+        f"{plan.study.name}: {plan.num_rounds} rounds, {plan.total_steps} private steps "
+        f"a site, {promise}",
+        f"hash {plan.hash}",
+    )
+
+
+def _asked(question: str, given: Any, kind: type) -> Any:
+    """The option, or an answer at a terminal."""
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        from crafts_server.errors import HomeError
+
+        raise HomeError("without a terminal give --name, --epsilon and --rounds")
+    return typer.prompt(question, type=kind)

@@ -1,0 +1,99 @@
+"""A first plan for the sites of a home: careful defaults, and what follows from them."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from crafts_core.delta_text import delta_text
+from crafts_core.foundation_manifest import read_manifest
+from crafts_core.plan import Plan
+from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_server.cohort_sizes import CohortSizes
+from crafts_server.errors import HomeError
+from crafts_server.home import CoordinatorHome
+
+_STEP_PATIENTS = 16
+"""Drawn on average at the smallest site: fewer give a step that is mostly noise."""
+_MOST_RATE = 0.5
+_LEAST_RATE = 0.01
+
+
+def sizes_of(home: Path) -> tuple[int, ...]:
+    """The agreed patients of the sites that are enrolled.
+
+    Raises:
+        HomeError: nobody is.
+    """
+    registry = CoordinatorHome.open(home).registry()
+    try:
+        agreed = CohortSizes(registry).agreed()
+    finally:
+        registry.close()
+    if not agreed:
+        raise HomeError("no site has enrolled yet; give --patients N for each that will")
+    return tuple(agreed.values())
+
+
+def new_plan(
+    home: Path,
+    *,
+    name: str,
+    target_epsilon: float,
+    rounds: int,
+    local_steps: int,
+    patients: Sequence[int],
+) -> Plan:
+    """Pretraining, then alignment, on the home's foundation.
+
+    Delta is a tenth of one in the patients of the largest site, so that it suits them all.
+
+    Raises:
+        PlanError: a value is impossible.
+    """
+    stage = {"rounds": rounds, "local_steps": local_steps, "learning_rate": 0.5, "momentum": 0.9}
+    rate = min(_MOST_RATE, max(_LEAST_RATE, _STEP_PATIENTS / min(patients)))
+    return Plan.parse(
+        {
+            "study": {
+                "name": name,
+                "foundation": read_manifest(CoordinatorHome.open(home).foundation_path).hash,
+                "seed": 0,
+            },
+            "adapter": {"kind": "lora"},
+            "stage": [
+                {"name": "pretraining", **stage},
+                {"name": "alignment", **stage, "lambda_align": 0.1, "lambda_drift": 0.1},
+            ],
+            "privacy": {
+                "mechanism": "patient_dp",
+                "target_epsilon": target_epsilon,
+                "delta": min(1e-3, 10.0 ** math.floor(math.log10(1 / (10 * max(patients))))),
+                "max_grad_norm": 1.0,
+                "sample_rate": float(f"{rate:.2g}"),
+                "tiles_per_patient": 8,
+                "draws_per_tile": 2,
+            },
+            "aggregation": {
+                "rule": "alignment_regularized",
+                "min_sites": max(1, (len(patients) + 1) // 2),
+            },
+        }
+    )
+
+
+def told(plan: Plan, patients: Sequence[int]) -> list[str]:
+    """What follows from a plan for sites of these sizes.
+
+    Raises:
+        CalibrationError: no noise keeps its epsilon.
+    """
+    privacy, noise = plan.privacy, plan_noise_multiplier(plan)
+    smallest = min(patients)
+    drawn = privacy.sample_rate * smallest
+    return [
+        f"Study {plan.study.name}: {plan.total_steps} private steps a site in {plan.num_rounds} "
+        f"rounds, epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta or 0)}.",
+        f"Sized for {len(patients)} sites of {smallest} to {max(patients)} patients.",
+        f"Noise by calibration: {noise:.3g} times max_grad_norm in each sum of a step; at the "
+        f"smallest site, with {drawn:.3g} patients drawn, {noise / drawn:.2g} times it in a mean.",
+    ]

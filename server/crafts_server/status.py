@@ -1,0 +1,161 @@
+"""What the operator of a coordinator looks at: who may come, who came, what runs, what waits.
+
+Reads only; the registry, the queue and the audit log say everything that is told here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import func, select
+
+from crafts_core.durable import exclusive_lock
+from crafts_privacy.signing import fingerprint
+from crafts_server import pki
+from crafts_server.audit_log import AuditLog, Event
+from crafts_server.enrolments import Enrolments
+from crafts_server.errors import HomeError
+from crafts_server.home import CoordinatorHome
+from crafts_server.plan_queue import queued_plans
+from crafts_server.registry import Registry, RunSummary
+from crafts_server.registry_rows import WitnessRow
+
+_RECENT_LINES = 1000
+_ENDS = {Event.SHORT, Event.FAILED, Event.STOPPED}
+_PROGRESS = {Event.QUEUED, Event.FINISHED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteStatus:
+    """One hospital."""
+
+    name: str
+    state: str
+    """``enrolled``, ``revoked`` or ``invited``."""
+    patients: int | None
+    last_contact: datetime | None
+    """When its ledger was witnessed last, which is before each round that it answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """All of it."""
+
+    authority: str
+    """Fingerprint of the certificate authority: a hospital compares it by telephone."""
+    signer: str
+    """Fingerprint of the key that signs plans: this too."""
+    signer_key: str
+    is_serving: bool
+    sites: tuple[SiteStatus, ...]
+    runs: tuple[RunSummary, ...]
+    queued: tuple[str, ...]
+    why: Mapping[str, str]
+    """Why the plan of this hash waits or has stopped."""
+
+    def as_json(self) -> dict[str, object]:
+        """For machines."""
+        return asdict(self)
+
+
+def status_of(home: CoordinatorHome) -> Status:
+    """What there is to say now.
+
+    Raises:
+        RegistryError: the database cannot be read.
+        AuditLogError: the log was altered.
+    """
+    registry = home.registry()
+    try:
+        sites, runs = tuple(_sites(registry)), tuple(registry.runs())
+    finally:
+        registry.close()
+    return Status(
+        authority=pki.fingerprint(home.pki.ca),
+        signer=fingerprint(home.public_key),
+        signer_key=home.public_key,
+        is_serving=_is_serving(home),
+        sites=sites,
+        runs=runs,
+        queued=tuple(path.name for path in queued_plans(home)),
+        why=reasons(home.audit_log),
+    )
+
+
+def reasons(log: AuditLog) -> dict[str, str]:
+    """Why each plan of the newest lines waits or has stopped; none where it goes on since."""
+    why: dict[str, str] = {}
+    for entry in log.recent(_RECENT_LINES):
+        plan = str(entry.facts.get("plan", ""))
+        if entry.event in _ENDS:
+            why[plan] = str(entry.facts.get("why") or "the operator stopped it")
+        elif entry.event in _PROGRESS:
+            why.pop(plan, None)
+    return why
+
+
+def sentences(status: Status) -> Iterator[str]:
+    """For people, with the next step last."""
+    yield f"authority  {status.authority}"
+    yield f"signer     {status.signer}"
+    yield f"           (key {status.signer_key})"
+    yield "hospitals compare both by telephone when they enrol"
+    yield f"serving    {'yes' if status.is_serving else 'no; start crafts-server serve'}"
+    for site in status.sites:
+        seen = (
+            f"last contact {site.last_contact:%Y-%m-%d %H:%M}" if site.last_contact else "not seen"
+        )
+        yield f"site       {site.name}  {site.state}  {site.patients or 'no'} patients  {seen}"
+    for run in status.runs:
+        why = status.why.get(run.plan_hash)
+        yield (
+            f"run        {run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  "
+            f"{run.rounds} rounds" + (f"  ({why})" if why else "")
+        )
+    started = {run.plan_hash for run in status.runs}
+    for plan in (plan for plan in status.queued if plan not in started):
+        yield f"waiting    plan {plan[:16]}  ({status.why.get(plan) or _waits_for(status)})"
+    yield from _next_step(status)
+
+
+def _waits_for(status: Status) -> str:
+    return "another plan is trained first" if status.is_serving else "nobody serves this home"
+
+
+def _next_step(status: Status) -> Iterator[str]:
+    enrolled = [site for site in status.sites if site.state == "enrolled"]
+    if not status.is_serving:
+        yield "next: crafts-server serve"
+    elif not status.sites:
+        yield "next: crafts-server sites invite NAME --patients N"
+    elif enrolled and not status.runs and not status.queued:
+        yield "next: crafts-server plan new plan.toml, plan check, and train"
+
+
+def _sites(registry: Registry) -> Iterator[SiteStatus]:
+    enrolments = Enrolments(registry)
+    seen = _last_contacts(registry)
+    for site in enrolments.sites():
+        yield SiteStatus(
+            name=site.name,
+            state="revoked" if site.revoked_at else "enrolled",
+            patients=site.declared_patients,
+            last_contact=seen.get(site.name, site.enrolled_at),
+        )
+    for name in enrolments.waiting():
+        yield SiteStatus(name=name, state="invited", patients=None, last_contact=None)
+
+
+def _last_contacts(registry: Registry) -> dict[str, datetime]:
+    query = select(WitnessRow.site, func.max(WitnessRow.seen_at)).group_by(WitnessRow.site)
+    with registry.session() as session:
+        return {site: at.replace(tzinfo=UTC) for site, at in session.execute(query)}
+
+
+def _is_serving(home: CoordinatorHome) -> bool:
+    held = HomeError("served")
+    try:
+        with exclusive_lock(home.path / "serve.lock", held=held):
+            return False
+    except HomeError:
+        return True

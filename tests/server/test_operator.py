@@ -1,0 +1,171 @@
+"""What an operator sees and is asked: status, reasons, plans that are checked before signing."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crafts_core.foundation_manifest import read_manifest
+from crafts_core.plan import Plan, PlanError
+from crafts_core.plan_keys import SECTIONS, commented_toml, explained, keys_table
+from crafts_privacy.plan_check import plan_problems
+from crafts_privacy.signing import fingerprint
+from crafts_server import pki
+from crafts_server.audit_log import Event
+from crafts_server.cli import app
+from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.plan_queue import queue_plan, queued_plans
+from crafts_server.registry import RunStatus
+from support.sites import plan_values
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation) -> CoordinatorHome:
+    config = HomeConfig(foundation=str(foundation.path))
+    return CoordinatorHome.create(tmp_path / "coordinator", config)
+
+
+@pytest.fixture
+def plan(foundation) -> Plan:
+    return Plan.parse(plan_values(foundation.manifest.hash))
+
+
+def run(home: CoordinatorHome, *arguments: object, code: int = 0, answer: str | None = None):
+    words = [*map(str, arguments), "--home", str(home.path)]
+    done = CliRunner().invoke(app, words, input=answer)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_status_shows_what_a_hospital_compares_by_telephone(home) -> None:
+    shown = run(home, "status").stdout
+    assert f"authority  {pki.fingerprint(home.pki.ca)}\n" in shown
+    assert f"signer     {fingerprint(home.public_key)}\n" in shown
+    assert shown.splitlines()[-1] == "next: crafts-server serve"
+    told = json.loads(run(home, "status", "--json").stdout)
+    assert (told["is_serving"], told["sites"], told["runs"]) == (False, [], [])
+
+
+def test_why_a_plan_waits_or_has_stopped_is_told_until_it_goes_on(home, plan) -> None:
+    queue_plan(home, plan)
+    assert "nobody serves this home" in run(home, "status").stdout
+    registry = home.registry()
+    registry.start_run("run-1", plan.hash)
+    registry.set_status("run-1", RunStatus.STOPPED)
+    registry.close()
+    home.audit_log.write(Event.SHORT, plan=plan.hash, why="1 of 2 sites answered")
+    for command in (["runs", "list"], ["status"]):
+        shown = run(home, *command).stdout
+        assert "(1 of 2 sites answered)" in shown
+        assert plan.hash[:16] in shown
+    (told,) = json.loads(run(home, "runs", "list", "--json").stdout)
+    assert (told["why"], told["plan_hash"]) == ("1 of 2 sites answered", plan.hash)
+    queue_plan(home, plan)
+    assert "1 of 2" not in run(home, "runs", "list").stdout
+
+
+def test_an_invitation_says_that_it_voids_an_older_one(home) -> None:
+    first = run(home, "sites", "invite", "north", "--patients", 7).stdout
+    again = run(home, "sites", "invite", "north", "--patients", 7).stdout
+    assert "an older token of this site counts no more" not in first
+    assert again.splitlines()[0] == "an older token of this site counts no more"
+
+
+def test_stop_and_revoke_ask_first(home, plan) -> None:
+    queue_plan(home, plan)
+    run(home, "stop", plan.hash[:16], code=1, answer="n\n")
+    assert len(queued_plans(home)) == 1
+    run(home, "stop", plan.hash[:16], "--yes")
+    assert queued_plans(home) == []
+    run(home, "sites", "invite", "north", "--patients", 7)
+    run(home, "sites", "revoke", "north", code=1, answer="n\n")
+    assert "north  invited" in run(home, "sites", "list").stdout
+    run(home, "sites", "revoke", "north", answer="y\n")
+    assert "north  invited" not in run(home, "sites", "list").stdout
+
+
+def written(path: Path, plan: Plan, **changes: object) -> Path:
+    path.write_text(commented_toml(plan.model_copy(update=changes)))
+    return path
+
+
+def test_a_plan_that_no_site_could_train_is_not_signed(home, plan, tmp_path: Path) -> None:
+    """It was signed and offered, and failed in every site's log."""
+    adapter = plan.adapter.model_copy(update={"targets": ("to_q", "nowhere"), "rank": 200})
+    path = written(tmp_path / "plan.toml", plan, adapter=adapter)
+    told = run(home, "plan", "check", path, code=1).stderr
+    assert "adapter.targets: 'nowhere' matches no Linear or Conv2d" in told
+    assert "adapter.rank: 200 is more than" in told
+    for command in (["plan", "sign"], ["train"]):
+        refused = run(home, *command, path, code=1).stderr
+        assert refused.count("\n") == 1
+        assert "not signed: " in refused
+    assert home.registry().plans() == []
+
+
+def test_check_names_all_that_is_wrong_at_once(home, plan, tmp_path: Path) -> None:
+    text = commented_toml(plan).replace("rank = 2", "rank = 0").replace("seed = 3", "seed = -1")
+    path = tmp_path / "plan.toml"
+    path.write_text(text + "surprise = 1\n")
+    told = run(home, "plan", "check", path, code=1).stderr
+    for key in ("study.seed", "adapter.rank", "transport.surprise: unknown key"):
+        assert key in told
+    problems = json.loads(run(home, "plan", "check", path, "--json", code=1).stdout)["problems"]
+    assert len(problems) == 3
+
+
+def test_a_noise_that_nobody_can_compute_is_a_sentence(home, plan, foundation) -> None:
+    rare = plan.privacy.model_copy(update={"sample_rate": 1e-9})
+    problems = list(plan_problems(plan.model_copy(update={"privacy": rare}), foundation.path))
+    assert all("privacy: " in problem for problem in problems)
+    impossible = plan.privacy.model_copy(update={"target_epsilon": 1e-9, "delta": 1e-12})
+    (problem,) = plan_problems(plan.model_copy(update={"privacy": impossible}), foundation.path)
+    assert problem.startswith("privacy: ")
+
+
+def test_a_plan_for_another_foundation_is_named(home, plan, foundation) -> None:
+    other = plan.study.model_copy(update={"foundation": "0" * 64})
+    (problem,) = plan_problems(plan.model_copy(update={"study": other}), foundation.path)
+    assert problem.startswith("study.foundation: 0000000000000000 is not the foundation here")
+
+
+def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    words = ["plan", "new", path, "--name", "lung", "--epsilon", 8, "--rounds", 2]
+    assert "no site has enrolled yet" in run(home, *words, code=1).stderr
+    shown = run(home, *words, "--patients", 400, "--patients", 60).stdout
+    assert "Noise by calibration: " in shown
+    text = path.read_text()
+    plan = Plan.parse(tomllib.loads(text))
+    assert plan.study.foundation == read_manifest(home.foundation_path).hash
+    assert (plan.privacy.delta, plan.aggregation.min_sites) == (1e-4, 1)
+    assert plan.privacy.sample_rate == pytest.approx(16 / 60, rel=0.05)
+    for section in SECTIONS:
+        for key, _, meaning in explained(section):
+            assert f"\n{key} = " not in text or f"# {meaning[:40]}" in text
+    run(home, "plan", "check", path)
+    assert "is there already" in run(home, *words, "--patients", 60, code=1).stderr
+
+
+def test_every_key_is_explained_and_the_docs_are_the_schema() -> None:
+    assert [
+        f"{section}.{key}"
+        for section in SECTIONS
+        for key, _, told in explained(section)
+        if not told
+    ] == []
+    assert (DOCS / "plan-keys.md").read_text().endswith(keys_table())
+
+
+def test_a_commented_plan_is_the_same_plan(plan) -> None:
+    assert Plan.parse(tomllib.loads(commented_toml(plan))) == plan
+
+
+def test_a_plan_error_holds_every_problem(foundation) -> None:
+    with pytest.raises(PlanError) as refused:
+        Plan.parse(plan_values(foundation.manifest.hash) | {"a": 1, "b": 2})
+    assert refused.value.problems == ("a: unknown key; remove it", "b: unknown key; remove it")
