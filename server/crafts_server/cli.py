@@ -318,7 +318,7 @@ def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         from crafts_server.status import reasons
 
         summaries = registry.runs()
-        why = reasons(CoordinatorHome.open(home).audit_log)
+        why = reasons(CoordinatorHome.open(home).audit_log, summaries)
     lines = [
         f"{run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  {run.rounds} rounds  "
         f"{run.started_at:%Y-%m-%d %H:%M}"

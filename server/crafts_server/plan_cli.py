@@ -97,6 +97,7 @@ def plan_check(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = Fals
                 problems = list(plan_problems(loaded, CoordinatorHome.open(home).foundation_path))
             else:
                 problems = list(noise_problems(loaded))
+                say(f"no coordinator's home at {home}: its targets were not compared", err=True)
         except PlanError as error:
             problems = list(error.problems)
     if as_json:

@@ -43,14 +43,15 @@ def new_plan(
     local_steps: int,
     patients: Sequence[int],
 ) -> Plan:
-    """Pretraining, then alignment, on the home's foundation.
+    """Pretraining, then alignment, on the home's foundation; constants of the shipped study.
 
     Delta is a tenth of one in the patients of the largest site, so that it suits them all.
 
     Raises:
         PlanError: a value is impossible.
     """
-    stage = {"rounds": rounds, "local_steps": local_steps, "learning_rate": 0.5, "momentum": 0.9}
+    stage = {"rounds": rounds, "local_steps": local_steps}
+    alignment = {"learning_rate": 0.05, "lambda_align": 0.05, "lambda_drift": 1.0}
     rate = min(_MOST_RATE, max(_LEAST_RATE, _STEP_PATIENTS / min(patients)))
     return Plan.parse(
         {
@@ -61,20 +62,21 @@ def new_plan(
             },
             "adapter": {"kind": "lora"},
             "stage": [
-                {"name": "pretraining", **stage},
-                {"name": "alignment", **stage, "lambda_align": 0.1, "lambda_drift": 0.1},
+                {"name": "pretraining", **stage, "learning_rate": 0.15},
+                {"name": "alignment", **stage, **alignment},
             ],
             "privacy": {
                 "mechanism": "patient_dp",
                 "target_epsilon": target_epsilon,
                 "delta": min(1e-3, 10.0 ** math.floor(math.log10(1 / (10 * max(patients))))),
-                "max_grad_norm": 1.0,
+                "max_grad_norm": 0.3,
                 "sample_rate": float(f"{rate:.2g}"),
-                "tiles_per_patient": 8,
+                "tiles_per_patient": 4,
                 "draws_per_tile": 2,
             },
             "aggregation": {
                 "rule": "alignment_regularized",
+                "server_momentum": 0.7,
                 "min_sites": max(1, (len(patients) + 1) // 2),
             },
         }

@@ -3,7 +3,7 @@
 Reads only; the registry, the queue and the audit log say everything that is told here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -22,7 +22,7 @@ from crafts_server.registry_rows import WitnessRow
 
 _RECENT_LINES = 1000
 _ENDS = {Event.SHORT, Event.FAILED, Event.STOPPED}
-_PROGRESS = {Event.QUEUED, Event.FINISHED}
+_PROGRESS = {Event.QUEUED, Event.COMMITTED, Event.FINISHED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +78,16 @@ def status_of(home: CoordinatorHome) -> Status:
         sites=sites,
         runs=runs,
         queued=tuple(path.name for path in queued_plans(home)),
-        why=reasons(home.audit_log),
+        why=reasons(home.audit_log, runs),
     )
 
 
-def reasons(log: AuditLog) -> dict[str, str]:
+def reasons(log: AuditLog, runs: Sequence[RunSummary]) -> dict[str, str]:
     """Why each plan of the newest lines waits or has stopped; none where it goes on since."""
     why: dict[str, str] = {}
+    plans = {run.run_id: run.plan_hash for run in runs}
     for entry in log.recent(_RECENT_LINES):
-        plan = str(entry.facts.get("plan", ""))
+        plan = str(entry.facts.get("plan") or plans.get(str(entry.facts.get("run"))))
         if entry.event in _ENDS:
             why[plan] = str(entry.facts.get("why") or "the operator stopped it")
         elif entry.event in _PROGRESS:

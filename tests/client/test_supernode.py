@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from crafts_client import supernode
 from crafts_client.coordinator_record import CoordinatorRecord
-from crafts_client.errors import EnrolmentError, HomeError
+from crafts_client.errors import EnrolmentError, HomeError, RevokedError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.supernode import BUNDLE_REFUSED, Executor, is_running
 from crafts_core import bundle
@@ -306,3 +306,20 @@ def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatc
         node.supervise()
     node.stop()
     listener.close()
+
+
+def test_a_site_that_is_revoked_while_it_takes_part_ends(home, monkeypatch) -> None:
+    """Its SuperNode ends, as a revoked one does; whether it was for that, the registrar says."""
+    (home.path / "keys").mkdir()
+    monkeypatch.setattr(supernode.SuperNode, "_command", lambda _: ["false"])
+    monkeypatch.setattr(supernode, "_BACK_OFF_S", 0.0)
+    asked: list[int] = []
+
+    def revoked_at_the_second_time() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise RevokedError("this certificate is revoked")
+
+    with pytest.raises(RevokedError):
+        supernode.join(home, RECORD, ClientApp(), threading.Event(), revoked_at_the_second_time)
+    assert not is_running(home)

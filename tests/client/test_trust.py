@@ -24,6 +24,19 @@ def key(tmp_path: Path) -> str:
     return signing.create_signing_key(tmp_path / "coordinator.pem")
 
 
+@pytest.fixture
+def enrols(key, monkeypatch) -> None:
+    """A coordinator with that signer says yes."""
+    record = CoordinatorRecord(
+        site="north",
+        signer=key,
+        registrar_address="localhost:1",
+        fleet_address="localhost:1",
+        ca_fingerprint="c" * 64,
+    )
+    monkeypatch.setattr(enrolment, "enrol", lambda *_: record)
+
+
 def run(home: SiteHome, *words: object, answer: str | None = None):
     return CliRunner().invoke(app, [*map(str, words), "--home", str(home.path)], input=answer)
 
@@ -74,16 +87,8 @@ def test_a_list_over_several_lines_is_left_to_its_owner(home, key) -> None:
 
 
 @pytest.mark.parametrize(("options", "trusted"), [(["--yes"], True), ([], False)])
-def test_enroll_trusts_nobody_without_a_word(home, key, monkeypatch, options, trusted) -> None:
+def test_enroll_trusts_nobody_without_a_word(home, key, enrols, options, trusted) -> None:
     """Where nobody can answer it says how to do it later; both fingerprints are shown."""
-    record = CoordinatorRecord(
-        site="north",
-        signer=key,
-        registrar_address="localhost:1",
-        fleet_address="localhost:1",
-        ca_fingerprint="c" * 64,
-    )
-    monkeypatch.setattr(enrolment, "enrol", lambda *_: record)
     done = run(home, "enroll", "localhost", "--token", "t", *options)
     assert done.exit_code == 0, done.output
     assert (key in signers(home)) == trusted
@@ -93,16 +98,8 @@ def test_enroll_trusts_nobody_without_a_word(home, key, monkeypatch, options, tr
 
 @pytest.mark.parametrize(("answer", "trusted"), [("y\n", True), ("n\n", False)])
 def test_enroll_offers_to_trust_once_both_were_compared(
-    home, key, monkeypatch, answer: str, trusted: bool
+    home, key, enrols, monkeypatch, answer: str, trusted: bool
 ) -> None:
-    record = CoordinatorRecord(
-        site="north",
-        signer=key,
-        registrar_address="localhost:1",
-        fleet_address="localhost:1",
-        ca_fingerprint="c" * 64,
-    )
-    monkeypatch.setattr(enrolment, "enrol", lambda *_: record)
     monkeypatch.setattr("crafts_client.network_cli.agrees", lambda _: answer == "y\n")
     assert run(home, "enroll", "localhost", "--token", "t").exit_code == 0
     assert (key in signers(home)) == trusted

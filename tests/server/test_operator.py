@@ -64,8 +64,12 @@ def test_why_a_plan_waits_or_has_stopped_is_told_until_it_goes_on(home, plan) ->
         assert plan.hash[:16] in shown
     (told,) = json.loads(run(home, "runs", "list", "--json").stdout)
     assert (told["why"], told["plan_hash"]) == ("1 of 2 sites answered", plan.hash)
-    queue_plan(home, plan)
+    home.audit_log.write(Event.COMMITTED, run="run-1", round=1)
     assert "1 of 2" not in run(home, "runs", "list").stdout
+    home.audit_log.write(Event.FAILED, plan=plan.hash, why="it diverged")
+    assert "(it diverged)" in run(home, "status").stdout
+    queue_plan(home, plan)
+    assert "diverged" not in run(home, "status").stdout
 
 
 def test_an_invitation_says_that_it_voids_an_older_one(home) -> None:

@@ -212,11 +212,9 @@ def test_an_absurd_offset_is_the_askers_error(coordinator, site, caplog) -> None
     assert not any(record.exc_info for record in caplog.records)
 
 
-def test_who_is_refused_is_logged_with_an_address_and_counted(
-    tmp_path, coordinator, site, caplog
-) -> None:
-    refused: list[str] = []
-    service = EnrolmentService(
+def enrolling(coordinator: Coordinator) -> EnrolmentService:
+    """Another one of the same coordinator."""
+    return EnrolmentService(
         coordinator.enrolments,
         coordinator.pki,
         signer=coordinator.home.public_key,
@@ -224,6 +222,13 @@ def test_who_is_refused_is_logged_with_an_address_and_counted(
         fleet_address="localhost:1",
         on_enrolled=lambda *_: None,
     )
+
+
+def test_who_is_refused_is_logged_with_an_address_and_counted(
+    tmp_path, coordinator, site, caplog
+) -> None:
+    refused: list[str] = []
+    service = enrolling(coordinator)
     server, port = enrolment_server(
         service, coordinator.pki, "127.0.0.1:0", on_refused=refused.append
     )
@@ -240,14 +245,7 @@ def test_connections_that_ask_nothing_end(coordinator, monkeypatch) -> None:
     """Before and after the handshake; any number of them could be held open before."""
     monkeypatch.setattr(registrar_module, "HANDSHAKE_MS", 200)
     monkeypatch.setattr(registrar_module, "IDLE_MS", 200)
-    service = EnrolmentService(
-        coordinator.enrolments,
-        coordinator.pki,
-        signer=coordinator.home.public_key,
-        registrar_address="localhost:1",
-        fleet_address="localhost:1",
-        on_enrolled=lambda *_: None,
-    )
+    service = enrolling(coordinator)
     server, port = enrolment_server(service, coordinator.pki, "127.0.0.1:0")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
