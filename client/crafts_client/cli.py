@@ -222,6 +222,8 @@ def ingest(
             say(f"cut caption of line {note.line}: the text tower does not read: {note.unread}")
         if len(report.cut_captions) > _TOLD_CAPTIONS:
             say(f"... and {len(report.cut_captions) - _TOLD_CAPTIONS} more, on the page")
+        if not site.coordinator_path.exists():
+            say("next: crafts-client enroll HOST --token TOKEN")
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
