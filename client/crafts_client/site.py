@@ -67,7 +67,7 @@ from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import signing
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import LedgerEntry, Reservation
-from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.mechanism import Mechanism
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from crafts_privacy.audit_statistics import FALSE_ALARM, Vector, p_fresh, p_scal
 from crafts_privacy.clipping import grid_step
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import Reservation
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import NoiseSource
-from crafts_privacy.patient_sgd import Mechanism
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import Group, MaskKey, add_masks_
 from crafts_privacy.secure_aggregation.members import MembersError, announce, verify_members

@@ -31,7 +31,7 @@ from crafts_core.roster import Roster
 from crafts_privacy import signing
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import AloneLimit, Reservation, Share
-from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.secure_aggregation.masking import MaskKey
 from crafts_privacy.secure_aggregation.members import (
     Members,

@@ -41,9 +41,10 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients
 from crafts_privacy.held_sum import HeldStep, HeldSum
 from crafts_privacy.isolation import is_isolated
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import ExactNoise, GridNoise, NoiseSource
 from crafts_privacy.optimizers import optimizer_of
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD, PatientSum
+from crafts_privacy.patient_sgd import PatientSGD, PatientSum
 from crafts_privacy.ranks import Alone, Ranks
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from crafts_privacy.accounting import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import NoiseSource
-from crafts_privacy.patient_sgd import Mechanism, PatientSum
+from crafts_privacy.patient_sgd import PatientSum
 from crafts_privacy.ranks import Ranks
 from crafts_privacy.sampling import PatientSampler
 from crafts_privacy.secure_aggregation.fixed_point import to_group

@@ -10,9 +10,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from crafts_core.adapters import State, factor_names
 from crafts_core.exchange import RoundRequest, state_hash
 from crafts_core.plan import RoundOfPlan
+from crafts_core.state import State, factor_names
 from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Collection, Phase, Replies, SiteDirectory

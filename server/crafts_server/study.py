@@ -9,9 +9,9 @@ from crafts_core.roster import Roster
 from crafts_server.aggregation import AggregationRule
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.collection import Members, Patience
-from crafts_server.messages import SignedPlan
 from crafts_server.probe import ProbeOfRound
 from crafts_server.registry import Registry
+from crafts_server.signed_plan import SignedPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_core.state import State
 from crafts_privacy.clipping import grid_step
 from crafts_privacy.optimizers import optimizer_of
 from crafts_privacy.secure_aggregation.fixed_point import most_patients

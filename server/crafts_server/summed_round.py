@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.plan import PrivacyConfig
+from crafts_core.state import State
 from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
 from crafts_server.collection import Replies
 from crafts_server.open_round import OpenRound, Outcome

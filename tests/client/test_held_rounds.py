@@ -12,10 +12,10 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
-from crafts_core.adapters import factor_names
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Factor, Plan, StageConfig
 from crafts_core.starting_point import initial_state
+from crafts_core.state import factor_names
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import add_masks_

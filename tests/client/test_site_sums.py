@@ -16,9 +16,9 @@ from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness, Trainer, entropy_generator
-from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED, unpacked_vector
 from crafts_core.exchange import MaskedReply, ReadyReply
+from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_privacy.errors import AloneBudgetExceededError
 from crafts_privacy.ledger import Ledger, Share

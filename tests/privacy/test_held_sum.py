@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from crafts_privacy.clipping import grid_step
 from crafts_privacy.held_sum import HeldStep, HeldSum
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import AdamBC, Momentum, Optimizer
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import PatientSGD
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import Group, add_masks_, add_up_
 from crafts_privacy.secure_aggregation.shares import own_noise_multiplier, total_noise_multiplier

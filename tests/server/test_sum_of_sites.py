@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crafts_core.adapters import State, add_delta
 from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_core.state import State, add_delta
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import optimizer_of
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import PatientSGD
 from crafts_server.sum_of_sites import (
     OpenedSum,
     added,

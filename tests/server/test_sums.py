@@ -10,8 +10,8 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, RecordDict
 
 from crafts_core import durable
-from crafts_core.adapters import State
 from crafts_core.exchange import Announcement, RoundRequest
+from crafts_core.state import State
 from crafts_privacy.secure_aggregation.masking import Group
 from crafts_server.attempts import Attempts
 from crafts_server.checkpoints import Checkpoint

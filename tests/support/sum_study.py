@@ -9,12 +9,12 @@ from crafts_client.messages import AnnouncementMessage, RoundMessage, read_annou
 from crafts_client.outbox import Release
 from crafts_client.site import Site
 from crafts_client.site_key import site_key
-from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, ReadyReply, RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
+from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import add_masks_, add_up_

@@ -10,11 +10,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from torch import Tensor
 
-from crafts_core.adapters import State
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply, RoundRequest, schema_hash
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
+from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import to_group
