@@ -57,6 +57,7 @@ bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/network_round.py
 	$(BIN)/python benchmarks/coordinator_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/secure_sum.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ingest_speed.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_reads.py
 
