@@ -354,6 +354,8 @@ def runs_show(
         )
         lines.extend(f"  refused {each.site}: {each.reason}" for each in receipt.refused)
         lines.extend(f"  missing {name}" for name in receipt.missing)
+        lines.extend(f"  sum of {each.in_words}" for each in receipt.sums)
+        lines.extend(f"  left out {name}" for name in receipt.left_out)
         lines.extend(
             f"  weight rose {each.site}: {each.before:.2f} -> {each.now:.2f} of its share"
             for each in receipt.rises

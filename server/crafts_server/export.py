@@ -107,11 +107,17 @@ def privacy_statement(plan: Plan, *, num_sites: int) -> str:
     """
     privacy = plan.privacy
     sites = "1 site" if num_sites == 1 else f"{num_sites} sites"
+    by_whom = "noise added at the site, against everybody who sees the rounds or this generator"
+    if privacy.trust == "distributed":
+        by_whom = (
+            "noise that the sites added in shares to sums over all of them, against the "
+            "coordinator, everybody who sees the rounds or this generator, and up to "
+            f"{privacy.colluding_sites} of the sites together"
+        )
     if privacy.target_epsilon is None or privacy.delta is None:
         return f"{sites}; trained without differential privacy: for public or synthetic data only"
     return (
         f"{sites}; each promises every patient differential privacy with epsilon at most "
         f"{privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} (add or remove one "
-        "patient with all tiles), by noise added at the site, against everybody who sees the "
-        "rounds or this generator"
+        f"patient with all tiles), by {by_whom}"
     )

@@ -84,6 +84,15 @@ class SumReceipt(_Record):
             return None
         return self.lowest <= self.norm <= self.highest
 
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        text = f"{len(self.members)} members, attempt {self.attempt}: "
+        if self.is_plausible is None:
+            return f"{text}not read, as {', '.join(self.missing)} did not deliver"
+        verdict = "within" if self.is_plausible else "refused, beyond"
+        return f"{text}norm {self.norm:.4g}, {verdict} {self.lowest:.4g} to {self.highest:.4g}"
+
 
 class RoundReceipt(_Record):
     """One committed round."""

@@ -33,6 +33,7 @@ from crafts_server.server_app import app as installed_app
 from crafts_server.server_app import make_server_app
 from support.fake_grid import FakeGrid, SiteFunction
 from support.studies import received, reply_with
+from support.summing_sites import summed_plan
 
 NOW = Patience(poll_s=0.001, join_wait_s=0.0)
 SMALL = ProbeSize(margin_tiles=4, margin_draws=1, step_tiles=2, step_draws=1)
@@ -226,6 +227,15 @@ def test_the_privacy_statement_says_what_the_plan_promised(foundation: Foundatio
     statement = privacy_statement(plan.model_copy(update={"privacy": private}), num_sites=3)
     assert statement.startswith("3 sites; each promises every patient")
     assert "epsilon at most 8 at delta 0.0001" in statement
+    assert "by noise added at the site" in statement
+
+
+def test_the_privacy_statement_says_who_may_not_collude() -> None:
+    """Noise in shares protects less than noise at the site, and the card says so."""
+    statement = privacy_statement(summed_plan(colluding_sites=2, min_sites=5), num_sites=5)
+    assert "added at the site" not in statement
+    assert "up to 2 of the sites together" in statement
+    assert "against the coordinator" in statement
 
 
 def test_init_prints_the_key_that_sites_must_trust(tmp_path: Path) -> None:

@@ -133,6 +133,9 @@ def test_a_void_attempt_is_repeated_with_fresh_words(tmp_path: Path) -> None:
     _, receipts = run(tmp_path / "home", sites)
     void, good = receipts[0].sums
     assert (void.attempt, void.missing, void.norm) == (1, ("bern",), None)
+    assert void.in_words == "4 members, attempt 1: not read, as bern did not deliver"
+    assert good.in_words.startswith("4 members, attempt 2: norm ")
+    assert ", within 0 to " in good.in_words
     assert (good.attempt, good.missing, good.is_plausible) == (2, (), True)
     assert receipts[0].missing == ("bern",)
     assert [(told[0], told[1]) for told in sites[10].sent] == [
@@ -198,6 +201,7 @@ def test_a_sum_that_cannot_come_from_the_mechanism_moves_nothing(tmp_path: Path)
     for receipt in receipts:
         assert (receipt.step_scale, receipt.accepted) == (0.0, False)
         assert receipt.sums[0].is_plausible is False
+        assert ", refused, beyond 0 to " in receipt.sums[0].in_words
         assert [site.site for site in receipt.sites] == ["aachen", "bern", "coimbra"]
 
 
