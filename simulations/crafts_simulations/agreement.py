@@ -4,16 +4,40 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from crafts_client.home import SiteHome
+from crafts_client.site_key import site_key
+from crafts_client.site_ledger import existing_ledger
+from crafts_core.plan import Plan
+from crafts_privacy.signing import public_key_of
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.home import CoordinatorHome
+from crafts_server.rosters import Rosters
 
 
 def agree_on_patients(coordinator: CoordinatorHome, sites: Iterable[Path]) -> None:
-    """Every site counts as many patients as its own ``site.toml`` declares now. Again is fine."""
+    """Every site counts as many patients as its own ``site.toml`` declares now. Again is fine.
+
+    Each says, too, which key signs for it in sums.
+    """
     registry = coordinator.registry()
     try:
         for path in sites:
-            config = SiteHome.open(path).config
-            CohortSizes(registry).agree(config.name, config.declared_patients)
+            home = SiteHome.open(path)
+            name = home.config.name
+            CohortSizes(registry).agree(name, home.config.declared_patients)
+            key = site_key(home, existing_ledger(home))
+            Rosters(registry).publish(name, public_key_of(key))
     finally:
         registry.close()
+
+
+def approve_roster(coordinator: CoordinatorHome, plan: Plan, sites: Iterable[Path]) -> None:
+    """At every site somebody approves who the hospitals of the plan's sums are. Again is fine."""
+    if not plan.aggregation.secure_aggregation:
+        return
+    registry = coordinator.registry()
+    try:
+        roster = Rosters(registry).fixed(plan)
+    finally:
+        registry.close()
+    for path in sites:
+        SiteHome.open(path).roster_approvals.approve(roster)

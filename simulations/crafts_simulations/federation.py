@@ -18,7 +18,7 @@ from crafts_server.export import export_generator
 from crafts_server.home import CoordinatorHome
 from crafts_server.receipts import RoundReceipt
 from crafts_server.server_app import make_server_app
-from crafts_simulations.agreement import agree_on_patients
+from crafts_simulations.agreement import agree_on_patients, approve_roster
 from crafts_simulations.errors import ProcessError
 from crafts_simulations.local_grid import LocalGrid, LocalNode
 from crafts_simulations.processes import Programs
@@ -52,6 +52,7 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
         patience=Patience(poll_s=0.0, join_wait_s=0.0),
         on_round=on_round,
     )
+    approve_roster(home, plan, sites)
     done[0] = max(len(coordinator.chain()) - 1, 0)
     progress("training", done[0], plan.num_rounds)
     grid = LocalGrid(_nodes(study), on_turn=on_turn)
@@ -74,6 +75,9 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
         programs.start_coordinator()
         for name in names:
             programs.enrol(name)
+        home.sign_plan(plan)
+        approve_roster(home, plan, sites.values())
+        for name in names:
             programs.start_site(name)
         progress("starting the coordinator", 1, 1)
         programs.train(plan)

@@ -104,12 +104,18 @@ class SyntheticSite(_Section):
             raise ScenarioError(f"site {self.name}: {error}") from error
 
 
+PatientCount = Annotated[int, Field(ge=2, le=100_000)]
+
+
 class TilesSplit(_Section):
     """How a folder of real tiles is dealt to hospitals, patient by patient."""
 
     num_sites: Annotated[int, Field(ge=1, le=100)]
     alpha: Annotated[float, Field(gt=0)]
     """Dirichlet concentration of each class over sites: small is unequal, large is even."""
+    patients: tuple[PatientCount, PatientCount] | None = None
+    """Of the smallest site and of the largest; the others lie between, each by the same factor
+    above the one before. Unnamed, all patients are dealt, and sizes follow from ``alpha``."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Part of each class's patients that no site gets: the test set."""
     source_mpp: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -118,6 +124,12 @@ class TilesSplit(_Section):
     Unknown, each file is resampled whole.
     """
     seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _sizes_are_in_order(self) -> Self:
+        if self.patients is not None and self.patients[0] > self.patients[1]:
+            raise ValueError("patients: name the smallest site first, then the largest")
+        return self
 
 
 class ScenarioStudy(_Section):
@@ -194,6 +206,7 @@ class Scenario(_Section):
         values = self.model_dump(mode="json")
         if not private:
             values["privacy"] |= {"mechanism": "none", "target_epsilon": None, "delta": None}
+            _without_sums(values)
         elif epsilon is not None:
             if self.privacy.mechanism == "none":
                 raise ScenarioError("this scenario trains without privacy; epsilon has no meaning")
@@ -211,6 +224,16 @@ class Scenario(_Section):
             values["site"] = values["site"][:num_sites]
         min_sites = min(self.aggregation.min_sites, num_sites)
         values["aggregation"]["min_sites"] = min_sites
+
+
+def _without_sums(values: dict[str, Any]) -> None:
+    """Sums hide shares of noise; without noise each site answers for itself."""
+    for key in ("colluding_sites", "sum_grid_bits", "spare_steps"):
+        values["privacy"].pop(key, None)
+    values["privacy"]["trust"] = "site"
+    for key in ("masked_deadline_s", "max_attempts", "diagnose_after"):
+        values["aggregation"].pop(key, None)
+    values["aggregation"]["secure_aggregation"] = False
 
 
 def parse_scenario(values: Mapping[str, Any], source: str) -> Scenario:

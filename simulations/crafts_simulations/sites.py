@@ -144,6 +144,9 @@ def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
         "require_secure_aggregation": False,
         "require_approval": False,
     }
+    if privacy.trust == "distributed":
+        # Nobody's patients: how little a site's own noise protects them is for real policies.
+        values |= {"allowed_trust": ("distributed",), "max_epsilon_alone": 1e6}
     try:
         return Policy.model_validate(values | changes)
     except ValidationError as error:

@@ -44,7 +44,8 @@ def deal(rows: Sequence[TableRow], names: Sequence[str], split: TilesSplit) -> D
         num_heldout = round(split.heldout_fraction * len(shuffled))
         heldout.update(shuffled[:num_heldout])
         rest[label] = shuffled[num_heldout:]
-    site_of = _deal_patients(rest, names, split)
+    sized = split.patients is not None
+    site_of = _deal_by_size(rest, names, split) if sized else _deal_patients(rest, names, split)
     if len(heldout) < 2 or len(site_of) < 2 * len(names):
         raise ScenarioError(
             f"{sum(map(len, classes.values()))} patients are too few for {len(names)} sites and a "
@@ -56,6 +57,11 @@ def deal(rows: Sequence[TableRow], names: Sequence[str], split: TilesSplit) -> D
         },
         heldout=tuple(row for row in rows if row.patient in heldout),
     )
+
+
+def sizes_of(num_sites: int, smallest: int, largest: int) -> list[int]:
+    """Numbers of patients from smallest to largest, by one factor from site to site."""
+    return [round(size) for size in np.geomspace(smallest, largest, num_sites)]
 
 
 def round_size(num_patients: int) -> int:
@@ -97,3 +103,28 @@ def _deal_patients(
         f"alpha {split.alpha:g} is so unequal that {len(names)} sites cannot all get patients; "
         "raise tiles.alpha or lower tiles.num_sites"
     )
+
+
+def _deal_by_size(
+    classes: Mapping[str, Sequence[str]], names: Sequence[str], split: TilesSplit
+) -> dict[str, str]:
+    """Patient to site: each site takes its number from its own mix of classes, while they last."""
+    assert split.patients is not None
+    sizes = sizes_of(len(names), *split.patients)
+    left = {label: list(patients) for label, patients in classes.items()}
+    if sum(sizes) > sum(map(len, left.values())):
+        raise ScenarioError(
+            f"{len(names)} sites of {sizes[0]} to {sizes[-1]} patients need {sum(sizes)}, there "
+            f"are {sum(map(len, left.values()))} beside the test set; lower tiles.patients"
+        )
+    rng = np.random.default_rng([split.seed, 2])
+    site_of: dict[str, str] = {}
+    # The largest chooses last: whatever is left over decides least of its mix.
+    for name, size in zip(names, sizes, strict=True):
+        mix = dict(zip(left, rng.dirichlet([split.alpha] * len(left)), strict=True))
+        for _ in range(size):
+            there = [label for label, patients in left.items() if patients]
+            weights = np.array([mix[label] + 1e-9 for label in there])
+            label = there[rng.choice(len(there), p=weights / weights.sum())]
+            site_of[left[label].pop()] = name
+    return site_of

@@ -28,7 +28,7 @@ from crafts_simulations.scenario import parse_scenario
 from crafts_simulations.sites import TileSource, heldout_store
 from crafts_simulations.workspace import Workspace
 from support.foundations import tiny_foundation
-from support.scenarios import tiny_scenario, tiny_scenario_values
+from support.scenarios import tiny_scenario, tiny_scenario_values, tiny_site
 
 pytestmark = pytest.mark.slow
 run_scenario = partial(simulation.run_scenario, num_workers=0)
@@ -456,3 +456,23 @@ def test_the_same_scenario_with_the_real_programs(values: dict, source, tmp_path
     assert report.rounds[0].weights.keys() == {"site-1", "site-2", "site-3"}
     assert "site enrolled" in (out / "coordinator" / "audit.jsonl").read_text()
     assert "answered round=1" in (out / "logs" / "site-1.log").read_text()
+
+
+def test_a_study_of_sums_runs_like_any_other(tmp_path: Path, foundation: Foundation) -> None:
+    """Homes, rosters, rounds, report: three hospitals whose noise is shared."""
+    values = tiny_scenario_values(foundation.path)
+    values["site"].append(tiny_site("west", "BRCA", 3))
+    for stage in values["stage"]:
+        stage["local_steps"] = 1
+    shared = {"trust": "distributed", "colluding_sites": 1, "sum_grid_bits": 20}
+    values["privacy"] |= shared
+    values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}
+    out = tmp_path / "out"
+    report = run_scenario(parse_scenario(values, "of sums"), out)
+    assert [len(each.weights) for each in report.rounds] == [3, 3, 3, 3]
+    for site in report.sites:
+        assert site.epsilon is not None
+        assert 0 < site.epsilon <= 8.0
+    for name in ("north", "south", "west"):
+        entries = Ledger(SiteHome.open(Workspace(out).site(name)).ledger_path).entries()
+        assert sum(entry.kind is EntryKind.COMMITTED for entry in entries) == 4

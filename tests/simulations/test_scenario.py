@@ -2,8 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_privacy.secure_aggregation.fixed_point import sum_fits
+from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import load_scenario, parse_scenario, shipped_scenarios
+from crafts_simulations.tile_split import sizes_of
 from support.scenarios import tiny_scenario, tiny_scenario_values
 
 HASH = "ab" * 32
@@ -110,3 +114,24 @@ class TestOverrides:
     def test_nothing_changed_is_the_same_scenario(self) -> None:
         assert self.scenario.changed() == self.scenario
         assert self.scenario.changed(epsilon=1.0).hash != self.scenario.hash
+
+
+def test_ten_small_hospitals_take_one_step_together() -> None:
+    scenario = load_scenario("many-small")
+    plan = scenario.plan(HASH)
+    assert (plan.privacy.trust, len(scenario.participants)) == ("distributed", 10)
+    assert scenario.tiles is not None
+    assert scenario.tiles.patients is not None
+    sizes = sizes_of(10, *scenario.tiles.patients)
+    assert (sizes[0], sizes[-1]) == (20, 100)
+    share = own_noise_multiplier(plan_noise_multiplier(plan), num_members=8, colluding_sites=2)
+    assert sum_fits(
+        plan.privacy.sum_grid_bits or 0,
+        expected_patients=plan.privacy.sample_rate * sum(sizes),
+        total_noise_multiplier=share * 8**0.5,
+    )
+
+
+def test_without_privacy_there_are_no_sums_either() -> None:
+    plan = load_scenario("many-small").changed(private=False).plan(HASH)
+    assert (plan.privacy.trust, plan.aggregation.secure_aggregation) == ("site", False)

@@ -97,3 +97,29 @@ def test_too_few_patients_are_refused() -> None:
 )
 def test_a_size_is_told_to_two_digits(exact: int, told: int) -> None:
     assert round_size(exact) == told
+
+
+def test_sites_are_as_large_as_the_scenario_says_and_differ_in_their_mix() -> None:
+    sized = split(num_sites=5, patients=(8, 40), alpha=0.5)
+    sites = deal(table(60), names(5), sized).sites
+
+    assert [len(patients(site)) for site in sites.values()] == [8, 12, 18, 27, 40]
+    shares = [sum(row.label == LABELS[0] for row in site) / len(site) for site in sites.values()]
+    assert max(shares) - min(shares) > 0.2
+
+
+def test_no_patient_is_at_two_sites_of_named_sizes() -> None:
+    dealt = deal(table(60), names(5), split(num_sites=5, patients=(8, 40)))
+    parts = [patients(dealt.heldout), *(patients(site) for site in dealt.sites.values())]
+
+    assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_sites_of_more_patients_than_there_are_are_refused() -> None:
+    with pytest.raises(ScenarioError, match="need 105, there are 96 beside the test set"):
+        deal(table(40), names(5), split(num_sites=5, patients=(8, 40)))
+
+
+def test_sizes_are_named_from_small_to_large() -> None:
+    with pytest.raises(ValueError, match="smallest site first"):
+        split(patients=(40, 8))

@@ -132,7 +132,8 @@ def sealed_file_altered(programs: Programs, study: SmallStudy) -> str:
     """The coordinator dies before it uses the round; meanwhile one byte of the sealed answer."""
     programs.kill(COORDINATOR)
     pause = plants.pause(
-        *(_beside(study, "pause"), "crafts_server", "crafts_server.rounds:aggregate"), before=True
+        *(_beside(study, "pause"), "crafts_server", "crafts_server.plain_round:aggregate"),
+        before=True,
     )
     programs.start_coordinator(first_import_from=pause.first_import_from)
     stands_at(programs, pause)
@@ -231,7 +232,9 @@ CASES: tuple[Case, ...] = (
         group="kill -9",
         fault="coordinator and SuperLink, aggregating; restarted",
         must_hold=COMPLETES,
-        experiment=federation(coordinator_killed_at("crafts_server.rounds:aggregate", before=True)),
+        experiment=federation(
+            coordinator_killed_at("crafts_server.plain_round:aggregate", before=True)
+        ),
     ),
     Case(
         group="kill -9",
