@@ -29,13 +29,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from crafts_core.adapters import State, factor_names
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
 from crafts_core.foundation import embedded_path, load
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, factor_names
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import to_group

@@ -16,16 +16,17 @@ from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness, Speed, Trainer, TrainingTask
-from crafts_core.adapters import State
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.stages.batch import TileBatch
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Optimizer, optimizer_of
-from crafts_privacy.patient_sgd import Mechanism, PatientSGD
+from crafts_privacy.patient_sgd import PatientSGD
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.ranks import Ranks
 from crafts_privacy.sampling import PatientSampler
