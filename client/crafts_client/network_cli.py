@@ -377,8 +377,8 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """What this site is part of, whether it is running, and the rounds that it has answered."""
     from crafts_client import unusable
     from crafts_client.enrolment import coordinator_record
+    from crafts_client.running import is_running
     from crafts_client.site_ledger import existing_ledger
-    from crafts_client.supernode import is_running
     from crafts_privacy.ledger import EntryKind
 
     with one_line_errors("crafts-client"):

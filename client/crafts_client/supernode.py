@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
@@ -42,11 +41,10 @@ from flwr.supernode.runtime.run_clientapp import (
 
 from crafts_client.client_app import HOME_KEY
 from crafts_client.coordinator_record import CoordinatorRecord
-from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.proxies import environment_with, proxy_for
+from crafts_client.running import the_only_one
 from crafts_core import bundle
-from crafts_core.durable import exclusive_lock
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +311,7 @@ def join(
         end_if_revoked: Asked whenever a SuperNode ended, which is how a revoked one fares; it
             raises what ends this call.
     """
-    with _the_only_one(home):
+    with the_only_one(home):
         node = SuperNode(home, record)
         executor = Executor(node.port, node.secret, app)
         # In a thread, because a task may take hours and the connection must last that long. The
@@ -342,20 +340,6 @@ def _keep(node: SuperNode, over: threading.Event) -> None:
             over.wait(_POLL_S)
     finally:
         node.stop()
-
-
-def is_running(home: SiteHome) -> bool:
-    """Whether a process is taking part with this home now."""
-    try:
-        with _the_only_one(home):
-            return False
-    except HomeError:
-        return True
-
-
-def _the_only_one(home: SiteHome) -> AbstractContextManager[None]:
-    held = HomeError(f"another crafts-client join is running in {home.path}")
-    return exclusive_lock(home.path / "join.lock", held=held)
 
 
 def _free_port() -> int:

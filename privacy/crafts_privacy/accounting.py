@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import dp_accounting
 import numpy as np
-from dp_accounting.pld import privacy_loss_distribution as pld
 
 from crafts_privacy.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 FINE = 1e-4
 """Discretization of the privacy loss that is reported and enforced."""
@@ -339,8 +340,10 @@ def _composed(
     merged: Sequence[PrivacyEvent],
     discretization: float,
     neighboring_relation: NeighboringRelation,
-) -> pld.PrivacyLossDistribution:
+) -> "PrivacyLossDistribution":
     """What dp-accounting's ``PLDAccountant`` composes, to the last bit."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     composed = pld.identity(value_discretization_interval=discretization)
     for event in merged:
         noise_multiplier, sample_rate = event.noise_multiplier, event.sample_rate
@@ -357,8 +360,11 @@ def _one_step(
     sample_rate: float,
     discretization: float,
     neighboring_relation: NeighboringRelation,
-) -> pld.PrivacyLossDistribution:
+) -> "PrivacyLossDistribution":
     """Nearly all the work, and the same in every round of a study."""
+    import dp_accounting  # takes a second: to read a ledger needs none of it
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     return pld.from_gaussian_mechanism(
         standard_deviation=noise_multiplier,
         value_discretization_interval=discretization,

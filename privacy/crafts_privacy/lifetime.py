@@ -42,9 +42,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-import dp_accounting
-from dp_accounting.rdp import RdpAccountant
-
 from crafts_core.delta_text import delta_text
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
@@ -254,6 +251,9 @@ def with_charge(
 
 def renyi_epsilon(events: Iterable[PrivacyEvent], delta: float, *, order: int) -> float:
     """Epsilon by Rényi divergence at one order; valid also for events chosen along the way."""
+    import dp_accounting  # takes a second: to read a ledger needs none of it
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant([order])
     for event in accounting.merge(events):
         step = dp_accounting.PoissonSampledDpEvent(

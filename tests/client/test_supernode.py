@@ -30,7 +30,8 @@ from crafts_client import supernode
 from crafts_client.coordinator_record import CoordinatorRecord
 from crafts_client.errors import EnrolmentError, HomeError, RevokedError
 from crafts_client.home import SiteConfig, SiteHome
-from crafts_client.supernode import BUNDLE_REFUSED, Executor, is_running
+from crafts_client.running import is_running
+from crafts_client.supernode import BUNDLE_REFUSED, Executor
 from crafts_core import bundle
 from crafts_server import superlink
 from crafts_server.pki import Pki
