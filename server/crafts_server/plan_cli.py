@@ -103,7 +103,7 @@ def plan_check(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = Fals
     if as_json:
         say(json.dumps({"problems": problems} | ({} if loaded is None else _facts(loaded))))
     elif problems:
-        say(*(f"{plan}: {each}" for each in problems), err=True)
+        say(*(f"crafts-server: {each}" for each in problems), err=True)
     elif loaded is not None:
         say(*_sentences(loaded))
     if problems:
