@@ -387,6 +387,9 @@ def test_a_run_is_listed_shown_and_exported_for_stock_diffusers(
     card = (out / "generator" / "README.md").read_text()
     assert "| sites | bern |" in card
     assert "2 sites; trained without differential privacy" in card
+    record = json.loads((out / "generator" / "generator.json").read_text())
+    assert (record["study"], record["rounds"]) == ("tiny", 2)
+    assert record["privacy"].startswith("2 sites; trained without differential privacy")
 
 
 def test_importing_the_command_line_loads_neither_torch_nor_flower() -> None:
