@@ -278,4 +278,6 @@ _POLICY_HEADER = """\
 # lifetime_filters: how max_epsilon and max_delta count over all plans together. "sums" adds up what
 # plans declare; "renyi:ORDER" adds up what they run. Choose before the first round: the ledger
 # holds the cohort to it (docs/privacy.md, "The limit for life").
+# allowed_trust: with "distributed" only a share of the noise is added here; it needs
+# max_epsilon_alone (docs/privacy.md, "One step over several hospitals").
 """

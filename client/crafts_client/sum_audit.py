@@ -268,6 +268,8 @@ def _lies_are_refused(study: _Study) -> SumCheck:
             study.sites[words[0].site].add(request, told, study)
         except MembersError:
             refused += 1
+        except NotReadyError:  # a lie before this one was believed, and has the sum
+            break
     return SumCheck(
         name="announcements",
         question="is every false announcement refused?",

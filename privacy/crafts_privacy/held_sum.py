@@ -5,6 +5,7 @@ this site's share of the noise and a mask for every other member of the sum it b
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -83,6 +84,10 @@ class HeldSum:
         self._sum_D: Tensor | None = sum_D
         self._noise = noise
         self._sensitivity = sensitivity
+
+    def __reduce__(self) -> NoReturn:
+        """It goes to no file and to no other process."""
+        raise TypeError("a held sum is in memory only")
 
     def release(self, own_noise_multiplier: float, pairs: Sequence[tuple[bytes, bool]]) -> Group:
         """The sum with this site's share of the noise and all its masks. After it the sum is gone.

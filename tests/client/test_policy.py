@@ -302,11 +302,19 @@ def test_an_order_that_leaves_no_room_is_refused_with_one_that_does(tmp_path) ->
 
 
 def test_a_policy_has_no_default_for_any_limit(tmp_path) -> None:
+    """But those on sums, which a policy from before them does not allow."""
     lines = to_toml(policy_of("key")).splitlines(keepends=True)
-    for index in range(len(lines)):
+    of_sums = ("allowed_trust", "min_colluding_sites", "min_members", "min_own_noise_multiplier")
+    for index, line in enumerate(lines):
+        if line.startswith(of_sums):
+            continue
         (tmp_path / "policy.toml").write_text("".join(lines[:index] + lines[index + 1 :]))
         with pytest.raises(HomeError, match="required"):
             Policy.load(tmp_path / "policy.toml")
+    before = "".join(line for line in lines if not line.startswith(of_sums))
+    (tmp_path / "policy.toml").write_text(before)
+    assert Policy.load(tmp_path / "policy.toml") == policy_of("key")
+    assert Policy.load(tmp_path / "policy.toml").allowed_trust == ("site",)
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,6 @@ class StudyOfSums(Study):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         values = distributed_values(self.foundation.manifest.hash, rounds=2000)
-        smallest = study_plan(self.foundation).model_dump(mode="json")
-        values["adapter"] = smallest["adapter"]
-        values["privacy"] |= {"tiles_per_patient": 1, "draws_per_tile": 1}  # type: ignore[operator]
         self.plan = Plan.parse(values)
 
     def make_home(self) -> None:

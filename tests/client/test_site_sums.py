@@ -26,21 +26,14 @@ from crafts_privacy.noise import GridNoise
 from crafts_privacy.sampling import PoissonSampler
 from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
 from support.noise import FixedSampler, RecordedSums
-from support.sites import Coordinator, flower_message, make_site_home
-from support.sum_study import SumStudy
+from support.sites import Coordinator, flower_message
+from support.sum_study import SumStudy, summing_home
 from support.sums import SumSite
 
 
 @pytest.fixture
 def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
-    return make_site_home(
-        tmp_path / "site",
-        foundation,
-        coordinator.public_key,
-        allowed_trust=("site", "distributed"),
-        max_epsilon_alone=60.0,
-        max_delta=5e-3,
-    )
+    return summing_home(tmp_path / "site", foundation, coordinator)
 
 
 @pytest.fixture
@@ -296,7 +289,7 @@ def test_a_policy_that_is_tightened_holds_for_a_sum_that_is_held(home, site, stu
 
 
 def test_the_limit_alone_refuses_before_anything_is_drawn(home, site, study, monkeypatch) -> None:
-    set_policy(home, max_epsilon_alone=0.5)
+    set_policy(home, max_epsilon_alone=0.05)
     monkeypatch.setattr(PatientTiles, "batch", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(AloneBudgetExceededError):
         study.ready(site)
@@ -396,7 +389,7 @@ def test_refusals_of_sums_have_codes_and_say_nothing_else(home, foundation, site
     told = study.told(request, announce([ready, study.peers(request.hash)["east"].ready]))
     for content, code in (
         (told, 145),
-        (study.told(study.request(2), study.announcement(study.request(2), ready)), 119),
+        (study.told(study.request(2), study.announcement(request, ready)), 119),
     ):
         error = asked(home, site, content, "train.masked")
         assert isinstance(error, Error)

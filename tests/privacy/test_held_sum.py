@@ -233,7 +233,7 @@ def test_what_left_holds_no_sum_any_more() -> None:
 def test_a_held_sum_says_nothing_of_itself() -> None:
     held = HeldSum(torch.full((3,), 12345.0, dtype=torch.float64), NoNoise(), sensitivity=1.0)
     assert "12345" not in f"{held!r} {held}"
-    with pytest.raises((TypeError, pickle.PicklingError)):
+    with pytest.raises(TypeError, match="in memory only"):
         pickle.dumps(held)
 
 

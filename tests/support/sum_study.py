@@ -1,5 +1,7 @@
 """A study of sums with one real site, peers that hold nothing but keys, and any coordinator."""
 
+from pathlib import Path
+
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
@@ -19,13 +21,14 @@ from crafts_privacy import signing
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import add_masks_, add_up_
 from crafts_privacy.secure_aggregation.members import announce, verify_members
-from support.sites import Coordinator, flower_message, plan_values
+from support.sites import Coordinator, flower_message, make_site_home, plan_values
 from support.sums import SumSite
 
 
 def distributed_values(foundation_hash: str, **stage: object) -> dict[str, object]:
-    """The tiny plan as steps over all sites' patients."""
+    """As little training as there can be, as steps over all sites' patients."""
     values = plan_values(foundation_hash)
+    values["adapter"] |= {"targets": ["to_q"]}  # type: ignore[operator]
     first = {"name": "pretraining", "rounds": 4, "local_steps": 1, "learning_rate": 0.05}
     values["stage"] = [first | stage]
     values["privacy"] |= {  # type: ignore[operator]
@@ -33,9 +36,24 @@ def distributed_values(foundation_hash: str, **stage: object) -> dict[str, objec
         "colluding_sites": 1,
         "sum_grid_bits": 18,
         "spare_steps": 4,
+        "target_epsilon": 1.0,
+        "tiles_per_patient": 1,
+        "draws_per_tile": 1,
     }
     values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}  # type: ignore[operator]
     return values
+
+
+def summing_home(
+    path: Path, foundation: Foundation, coordinator: Coordinator, **policy: object
+) -> SiteHome:
+    """A home whose policy allows sums; its budget has room for a plain study beside one."""
+    generous = {
+        "allowed_trust": ("site", "distributed"),
+        "max_epsilon_alone": 60.0,
+        "max_delta": 5e-3,
+    }
+    return make_site_home(path, foundation, coordinator.public_key, **(generous | policy))
 
 
 class SumStudy:
