@@ -24,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 from crafts_client.ingest import TableColumns
+from crafts_core.evaluation.encoder import require_one_encoder
 from crafts_simulations.report import Report
 from crafts_simulations.run import run_scenario
 from crafts_simulations.scenario import Scenario, load_scenario, parse_scenario
@@ -157,6 +158,7 @@ def main() -> None:
             )
         rows.append(row(arm, reports))
         evaluations += [report.evaluation for report in reports]
+        require_one_encoder(evaluations)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     foundation = {
         "distance": mean(e.distance_foundation for e in evaluations),

@@ -23,6 +23,9 @@ FoundationDir = Annotated[
 ]
 NumImages = Annotated[int, typer.Option(min=16, help="Images drawn from each generator.")]
 MaxTiles = Annotated[int, typer.Option(min=16, help="Real tiles used, a random choice.")]
+EncoderSpec = Annotated[
+    str, typer.Option("--encoder", help="What sees tiles: a name, or a local path.")
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,6 +55,7 @@ def evaluate(
     generator_dir: GeneratorDir,
     tiles: Tiles,
     foundation: FoundationDir = None,
+    encoder: EncoderSpec = "embedded",
     num: NumImages = 192,
     max_tiles: MaxTiles = 2000,
     seed: Seed = 0,
@@ -61,7 +65,9 @@ def evaluate(
     with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.generator import Generator
 
-        evaluator, loaded = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
+        evaluator, loaded = _evaluator(
+            foundation, tiles, encoder, num=num, max_tiles=max_tiles, seed=seed
+        )
         generator = Generator.from_directory(generator_dir)
         result = evaluator.compare(loaded.generator, generator, progress)
     if as_json:
@@ -83,6 +89,7 @@ def compare(
     ],
     tiles: Tiles,
     foundation: FoundationDir = None,
+    encoder: EncoderSpec = "embedded",
     num: NumImages = 192,
     max_tiles: MaxTiles = 2000,
     seed: Seed = 0,
@@ -92,7 +99,9 @@ def compare(
     with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.generator import Generator
 
-        evaluator, _ = _evaluator(foundation, tiles, num=num, max_tiles=max_tiles, seed=seed)
+        evaluator, _ = _evaluator(
+            foundation, tiles, encoder, num=num, max_tiles=max_tiles, seed=seed
+        )
         measured = {
             str(path): evaluator.fidelity(Generator.from_directory(path), progress)
             for path in generator_dirs
@@ -102,15 +111,22 @@ def compare(
         say(json.dumps(values))
         return
     for path, fidelity in sorted(measured.items(), key=lambda item: item[1].mmd2):
-        say(f"{fidelity.mmd2:.4f}  {path}")
+        say(f"{fidelity.mmd2:.4f}  {path}  ({fidelity.encoder})")
 
 
 def _evaluator(
-    foundation_dir: Path | None, tiles: Path, *, num: int, max_tiles: int, seed: int
+    foundation_dir: Path | None,
+    tiles: Path,
+    encoder: str,
+    *,
+    num: int,
+    max_tiles: int,
+    seed: int,
 ) -> "tuple[Evaluator, Foundation]":
     """The held-out tiles of a store, at most ``max_tiles`` of them, as an evaluator."""
     import numpy as np
 
+    from crafts_core.evaluation.encoder import load_encoder
     from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
     from crafts_core.foundation import embedded_path, load
     from crafts_core.tiles import TileStore
@@ -125,7 +141,8 @@ def _evaluator(
         return Evaluator(
             foundation,
             RealTiles.read(store, rows),
-            EvaluationConfig(num_images=num, seed=seed),
+            EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
+            load_encoder(encoder),
         ), foundation
     except ValueError as error:
         raise CraftsError(f"{tiles}: {error}") from error

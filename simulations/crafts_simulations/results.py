@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from crafts_client.home import SiteHome
 from crafts_core import __version__
 from crafts_core.durable import write_file
-from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.encoder import Images, load_encoder
 from crafts_core.evaluation.evaluate import Evaluation, Evaluator, RealTiles
 from crafts_core.evaluation.leakage import (
     FEWEST_PATIENTS,
@@ -53,9 +53,10 @@ def evaluate(study: LocalStudy) -> Evaluation:
     workspace = study.workspace
     if workspace.evaluation.exists():
         return Evaluation.model_validate_json(workspace.evaluation.read_bytes())
+    config = study.scenario.evaluation
     held_out = _all_tiles(heldout_store(workspace))
     try:
-        evaluator = Evaluator(study.foundation, held_out, study.scenario.evaluation)
+        evaluator = Evaluator(study.foundation, held_out, config, load_encoder(config.encoder))
     except ValueError as error:
         raise ScenarioError(f"the test set cannot be measured: {error}") from error
     shared = Generator.from_directory(workspace.generator, device=study.foundation.device)

@@ -9,6 +9,7 @@ import torch
 
 from crafts_core.evaluation.alignment import prompt_agreement, type_ranks
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
+from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.sampling import sample_images
 from crafts_core.vocabulary import Prompt
 from support.foundations import tiny_foundation
@@ -52,7 +53,7 @@ def test_a_generator_compared_with_itself_has_moved_nowhere(tmp_path: Path) -> N
         patients=np.repeat([f"p{i}" for i in range(5)], 4),
         captions=[foundation.prompt_bank[row % 30].text for row in range(20)],
     )
-    evaluator = Evaluator(foundation, held_out, SMALL)
+    evaluator = Evaluator(foundation, held_out, SMALL, OrthogonalEncoder())
     result = evaluator.compare(foundation.generator, replace(foundation.generator))
     assert result.distance_generator == result.distance_foundation
     assert result.drift_generator == result.drift_foundation

@@ -1,16 +1,13 @@
-"""The embedded encoder: fixed random orthogonal convolutions as image features.
+"""What sees tiles for us: an encoder turns images into features that distances are measured in.
 
-Trained encoders for pathology are gated or downloaded; this one is arithmetic on a published seed,
-so every party computes the same numbers offline. It sees colour and local texture, ranks
-histology sensibly, and is weak on large structure: distances compare only within one encoder,
-hence its name and hash go into every result.
+Numbers compare within one encoder only, so its name and the hash of its weights go into every
+result, and results of different encoders are not put side by side.
 
-Shape letters: N images, C H W channels and pixels, D features, O outputs.
+Shape letters: N images, C H W channels and pixels, D features.
 """
 
-import hashlib
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,70 +15,113 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from crafts_core.errors import CraftsError
+
 Images = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float64]
 
-SIDE_PX = 64
-CHANNELS = (32, 40, 53)
-_SEED = 20131104
-_BATCH = 128
+SMALLEST_PX = 32
 
 
-@dataclass(frozen=True)
-class EmbeddedEncoder:
-    """256 features of an image: mean and spread of its colours and of three texture stages."""
+class EncoderError(CraftsError):
+    """An encoder cannot be loaded, or results of two encoders were to be compared."""
 
-    name: str = "embedded-orthogonal-256"
 
-    @cached_property
-    def weights(self) -> tuple[Tensor, ...]:
-        """Kernels (O, C, 3, 3) with orthonormal rows or columns, from a seeded Philox generator."""
-        rng = np.random.Generator(np.random.Philox(_SEED))
-        kernels, channels = [], 3
-        for outputs in CHANNELS:
-            gaussian = rng.standard_normal((max(outputs, channels * 9), min(outputs, channels * 9)))
-            basis = np.linalg.qr(gaussian)[0]
-            matrix = basis if outputs >= channels * 9 else basis.T
-            kernels.append(torch.from_numpy(matrix.reshape(outputs, channels, 3, 3)).float())
-            channels = outputs
-        return tuple(kernels)
+class Encoder(Protocol):
+    """Images to features, frozen."""
+
+    @property
+    def name(self) -> str:
+        """For people; two encoders may share it."""
+        ...
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the kernels, rounded so that a machine's last bit does not matter."""
-        digest = hashlib.sha256(self.name.encode())
-        for kernel in self.weights:
-            digest.update((kernel * 2**16).round().to(torch.int32).numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of what decides the features; the identity."""
+        ...
 
-    @torch.no_grad()
-    def __call__(self, images_NHWC: Images) -> Features:
-        """Features (N, 256) of uint8 RGB images of any size; larger ones are reduced to 64 px.
+    @property
+    def input_px(self) -> int:
+        """Side of the images that it was made for."""
+        ...
+
+    @property
+    def mpp(self) -> float | None:
+        """Microns per pixel that it was made for; None where an image is taken at any scale."""
+        ...
+
+    def embed(self, images_NHWC: Images, *, mpp: float) -> Features:
+        """Features (N, D), float64, of uint8 RGB images that have ``mpp`` microns per pixel.
 
         Raises:
             ValueError: not uint8 RGB images, or smaller than 32 pixels.
         """
-        if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3:
-            raise ValueError(f"expected uint8 images (N, H, W, 3), got {images_NHWC.shape}")
-        if min(images_NHWC.shape[1:3]) < 32:
-            raise ValueError(f"expected images of at least 32 px, got {images_NHWC.shape[1:3]}")
-        chunks = torch.from_numpy(np.ascontiguousarray(images_NHWC)).split(_BATCH)
-        return np.concatenate([self._features(chunk) for chunk in chunks])
-
-    def _features(self, images_NHWC: Tensor) -> Features:
-        maps_NCHW = images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        if maps_NCHW.shape[-2:] != (SIDE_PX, SIDE_PX):
-            maps_NCHW = functional.interpolate(
-                maps_NCHW, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True, align_corners=False
-            )
-        parts = [_mean_and_spread(maps_NCHW)]
-        for kernel in self.weights:
-            maps_NCHW = functional.relu(functional.conv2d(maps_NCHW, kernel, padding=1))
-            parts.append(_mean_and_spread(maps_NCHW))
-            maps_NCHW = functional.avg_pool2d(maps_NCHW, 2) * 2.0
-        features: Features = torch.cat(parts, dim=1).double().numpy()
-        return features
+        ...
 
 
-def _mean_and_spread(maps_NCHW: Tensor) -> Tensor:
-    return torch.cat([maps_NCHW.mean((2, 3)), maps_NCHW.std((2, 3))], dim=1)
+class Measured(Protocol):
+    """Any result that says by which encoder it was measured."""
+
+    @property
+    def encoder(self) -> str: ...
+
+    @property
+    def encoder_hash(self) -> str: ...
+
+
+def load_encoder(spec: str) -> Encoder:
+    """The encoder that ``spec`` names.
+
+    Args:
+        spec: ``embedded``, or ``orthogonal``: random convolutions from a published seed.
+
+    Raises:
+        EncoderError: there is none of that name.
+    """
+    # It needs this module's protocol.
+    from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
+
+    if spec in ("embedded", "orthogonal"):
+        return OrthogonalEncoder()
+    raise EncoderError(f"no encoder {spec!r}; expected embedded or orthogonal")
+
+
+def require_one_encoder(results: Iterable[Measured]) -> None:
+    """Refuse to set numbers of different encoders side by side.
+
+    Raises:
+        EncoderError: names two that differ.
+    """
+    seen: dict[str, str] = {}
+    for result in results:
+        seen.setdefault(result.encoder_hash, result.encoder)
+    if len(seen) > 1:
+        (hash_, name), (other_hash, other_name) = list(seen.items())[:2]
+        raise EncoderError(
+            f"results of two encoders do not compare: {name} ({hash_[:12]}) and {other_name} "
+            f"({other_hash[:12]}); measure all with one (--encoder)"
+        )
+
+
+def to_tensor(images_NHWC: Images) -> Tensor:
+    """Checked images as uint8 (N, C, H, W).
+
+    Raises:
+        ValueError: not uint8 RGB images, or smaller than 32 pixels.
+    """
+    if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3:
+        raise ValueError(f"expected uint8 images (N, H, W, 3), got {images_NHWC.shape}")
+    if min(images_NHWC.shape[1:3]) < SMALLEST_PX:
+        raise ValueError(
+            f"expected images of at least {SMALLEST_PX} px, got {images_NHWC.shape[1:3]}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)
+
+
+def resized(images_NCHW: Tensor, height_px: int, width_px: int) -> Tensor:
+    """Float images of another size, without aliasing."""
+    if images_NCHW.shape[-2:] == (height_px, width_px):
+        return images_NCHW
+    return functional.interpolate(
+        images_NCHW, (height_px, width_px), mode="bilinear", antialias=True, align_corners=False
+    )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.evaluation.alignment import PromptAgreement, prompt_agreement
-from crafts_core.evaluation.encoder import EmbeddedEncoder, Features, Images
+from crafts_core.evaluation.encoder import Encoder, Features, Images
 from crafts_core.evaluation.fidelity import (
     Interval,
     Reference,
@@ -26,9 +26,12 @@ Progress = Callable[[str, int, int], None]
 
 
 class EvaluationConfig(BaseModel):
-    """How many images are drawn, and how."""
+    """How many images are drawn, and how, and what looks at them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    encoder: str = Field(default="embedded", min_length=1)
+    """A name or a local path, as ``load_encoder`` takes it."""
 
     num_images: int = Field(default=192, ge=16, le=100_000)
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
@@ -70,6 +73,8 @@ class Fidelity(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    encoder: str
+    encoder_hash: str
     mmd2: float
     mmd2_interval: Interval
     frechet: float
@@ -108,7 +113,11 @@ class Evaluator:
     """Held-out tiles, prompts and features, computed once for any number of generators."""
 
     def __init__(
-        self, foundation: Foundation, held_out: RealTiles, config: EvaluationConfig
+        self,
+        foundation: Foundation,
+        held_out: RealTiles,
+        config: EvaluationConfig,
+        encoder: Encoder,
     ) -> None:
         """Fix the reference and the prompts.
 
@@ -117,16 +126,20 @@ class Evaluator:
         """
         self.config = config
         self._foundation = foundation
-        self._encoder = EmbeddedEncoder()
-        self.reference = Reference.fit(self._encoder(held_out.images_NHWC), held_out.patients)
+        self._encoder = encoder
+        self.reference = Reference.fit(self.embed(held_out.images_NHWC), held_out.patients)
         rng = np.random.default_rng(config.seed)
         rows = rng.choice(len(held_out.captions), config.num_images)
         self.prompts = [held_out.captions[row] for row in rows]
         """Captions of random held-out tiles, so that the mix of tissues is the held-out one."""
 
+    def embed(self, images_NHWC: Images) -> Features:
+        """Features of images at the foundation's scale."""
+        return self._encoder.embed(images_NHWC, mpp=self._foundation.manifest.mpp)
+
     def fidelity(self, generator: Generator, progress: Progress | None = None) -> Fidelity:
         """Distance of one generator."""
-        features = self._encoder(self._sample(generator, self.prompts, "fidelity", progress))
+        features = self.embed(self._sample(generator, self.prompts, "fidelity", progress))
         return self.fidelity_of(features)
 
     def fidelity_of(self, features_ND: Features) -> Fidelity:
@@ -138,6 +151,8 @@ class Evaluator:
             seed=self.config.seed,
         )
         return Fidelity(
+            encoder=self._encoder.name,
+            encoder_hash=self._encoder.hash,
             mmd2=mmd2,
             mmd2_interval=interval,
             frechet=frechet_distance(self.reference.scale(features_ND), self.reference.features_MD),

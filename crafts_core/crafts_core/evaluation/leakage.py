@@ -31,9 +31,9 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from crafts_core.evaluation.encoder import EmbeddedEncoder
 from crafts_core.evaluation.evaluate import Progress, RealTiles
 from crafts_core.evaluation.fidelity import Interval, Reference
+from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 from crafts_core.stages.schedule import NoiseSchedule
@@ -282,8 +282,11 @@ def _memorisation(
     config: LeakageConfig,
     progress: Progress | None,
 ) -> Memorisation:
-    """Prompts come from both sides in equal parts, so that neither's tissue is asked for more."""
-    rng, encoder = np.random.default_rng(config.seed), EmbeddedEncoder()
+    """Prompts come from both sides in equal parts, so that neither's tissue is asked for more.
+
+    A copy has the stain and grain of its original, which is what the orthogonal encoder sees.
+    """
+    rng, encoder = np.random.default_rng(config.seed), OrthogonalEncoder()
     half = config.num_images // 2
     prompts = [str(c) for side in (members, others) for c in rng.choice(list(side.captions), half)]
     images = sample_images(
@@ -295,11 +298,11 @@ def _memorisation(
         batch_size=config.batch_size,
         progress=None if progress is None else lambda done, all_: progress("copies", done, all_),
     )
-    features = [encoder(side.images_NHWC) for side in (members, others)]
+    features = [encoder.embed(side.images_NHWC) for side in (members, others)]
     patients = np.concatenate([members.patients, others.patients])
     scale = Reference.fit(np.concatenate(features), patients).scale
     share, interval, p_value = nearer_members(
-        scale(encoder(images)),
+        scale(encoder.embed(images)),
         [
             [scale(own[side.patients == name]) for name in np.unique(side.patients)]
             for own, side in zip(features, (members, others), strict=True)
