@@ -6,14 +6,16 @@ the same seed draws another picture each time. Here a part loads as it was saved
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from crafts_core.foundation_manifest import PICKLE_SUFFIXES, FoundationError
 from crafts_core.quiet import quiet_transformers
@@ -25,7 +27,9 @@ _WEIGHTS = re.compile(
 _LFS = b"version https://git-lfs"
 
 
-def read_part(model_class: Any, directory: Path, *, dtype: torch.dtype | str) -> Any:
+def read_part(
+    model_class: Any, directory: Path, *, dtype: torch.dtype | str, **options: Any
+) -> Any:
     """Load a part with its stock class.
 
     Weights in files of a variant (``model.fp16.safetensors``) are taken where there are no others.
@@ -34,6 +38,7 @@ def read_part(model_class: Any, directory: Path, *, dtype: torch.dtype | str) ->
         model_class: Of diffusers or transformers.
         directory: ``config.json`` and safetensors.
         dtype: What the weights are widened to; ``auto`` leaves them as they are.
+        options: What else the class takes.
 
     Raises:
         FoundationError: a weight is missing, of another shape, not finite, or a file cannot be
@@ -50,11 +55,46 @@ def read_part(model_class: Any, directory: Path, *, dtype: torch.dtype | str) ->
             output_loading_info=True,
             variant=variant,
             **{named: dtype},
+            **options,
         )
     for name in sorted(map(_name_of, (*found["missing_keys"], *found["mismatched_keys"]))):
         raise FoundationError(f"{directory}: weight {name} is missing or has another shape")
     _check_finite(model, directory)
     return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of one file: safetensors, or a pickle of nothing but tensors.
+
+    Raises:
+        FoundationError: it cannot be read, or holds something else.
+    """
+    _refuse_lfs_pointer(path)
+    with readable(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise FoundationError(
+                f"{path} holds more than weights, which could run code; save it as safetensors"
+            ) from error
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise FoundationError(f"{path}: expected tensors by name (a state dict)")
+    return found
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Give a model its weights, every one of them; others in the file are left out.
+
+    Raises:
+        FoundationError: one is missing, of another shape, or not finite.
+    """
+    for name, own in model.state_dict().items():
+        if name not in weights or weights[name].shape != own.shape:
+            raise FoundationError(f"{path}: weight {name} is missing or has another shape")
+    model.load_state_dict(weights, strict=False)
+    _check_finite(model, path)
 
 
 @contextmanager
@@ -117,11 +157,7 @@ def _variant_of(directory: Path) -> str | None:
         raise FoundationError(f"{directory} is missing; expected a diffusers or CLIP directory")
     files = sorted(directory.glob("*.safetensors"))
     for path in files:
-        with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise FoundationError(
-                    f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
-                )
+        _refuse_lfs_pointer(path)
     found = [match for path in files if (match := _WEIGHTS.fullmatch(path.name))]
     variants = {match["variant"] or match["late_variant"] for match in found}
     if not variants:
@@ -134,6 +170,14 @@ def _variant_of(directory: Path) -> str | None:
             "none without; keep one"
         )
     return variants.pop()
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise FoundationError(
+                f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull"
+            )
 
 
 def _no_weights(directory: Path, files: list[Path]) -> str:

@@ -7,6 +7,7 @@ Shape letters: N images, C H W channels and pixels, D features.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -73,17 +74,29 @@ def load_encoder(spec: str) -> Encoder:
     """The encoder that ``spec`` names.
 
     Args:
-        spec: ``embedded``, or ``orthogonal``: random convolutions from a published seed.
+        spec: ``embedded``; ``orthogonal``, random convolutions from a published seed; ``imagenet``,
+            from an optional package; or a local path (``local_encoder`` says which layouts).
 
     Raises:
-        EncoderError: there is none of that name.
+        EncoderError: there is none of that name or at that path, or a package is not installed.
+        FoundationError: its files are damaged, or hold more than weights.
     """
-    # It needs this module's protocol.
-    from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
-
+    # Each kind has libraries of its own, which only its users should wait for.
     if spec in ("embedded", "orthogonal"):
+        from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
+
         return OrthogonalEncoder()
-    raise EncoderError(f"no encoder {spec!r}; expected embedded or orthogonal")
+    if spec == "imagenet":
+        from crafts_core.evaluation.imagenet_encoder import load_imagenet
+
+        return load_imagenet()
+    if Path(spec).exists():
+        from crafts_core.evaluation.local_encoder import load_local
+
+        return load_local(Path(spec))
+    raise EncoderError(
+        f"no encoder {spec!r}; expected embedded, orthogonal, imagenet, or a path that exists"
+    )
 
 
 def require_one_encoder(results: Iterable[Measured]) -> None:
