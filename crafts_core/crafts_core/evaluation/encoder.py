@@ -74,15 +74,20 @@ def load_encoder(spec: str) -> Encoder:
     """The encoder that ``spec`` names.
 
     Args:
-        spec: ``embedded``; ``orthogonal``, random convolutions from a published seed; ``imagenet``,
-            from an optional package; or a local path (``local_encoder`` says which layouts).
+        spec: ``embedded``, trained on open tissue; ``orthogonal``, random convolutions from a
+            published seed; ``imagenet``, from an optional package; or a local path
+            (``local_encoder`` says which layouts).
 
     Raises:
         EncoderError: there is none of that name or at that path, or a package is not installed.
         FoundationError: its files are damaged, or hold more than weights.
     """
     # Each kind has libraries of its own, which only its users should wait for.
-    if spec in ("embedded", "orthogonal"):
+    if spec == "embedded":
+        from crafts_core.evaluation.tissue_encoder import TissueEncoder
+
+        return TissueEncoder.embedded()
+    if spec == "orthogonal":
         from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 
         return OrthogonalEncoder()
