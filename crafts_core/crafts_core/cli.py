@@ -52,16 +52,36 @@ for _command in (
 
 @app.command()
 def evaluate(
-    generator_dir: GeneratorDir,
     tiles: Tiles,
+    generator_dir: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True, file_okay=False, help="Exported generator; not with --validate."
+        ),
+    ] = None,
     foundation: FoundationDir = None,
     encoder: EncoderSpec = "embedded",
     num: NumImages = 192,
     max_tiles: MaxTiles = 2000,
     seed: Seed = 0,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Judge the encoder itself, on --tiles.")
+    ] = False,
+    mpp: Annotated[
+        float | None, typer.Option(min=0.05, help="With --validate: scale of tiles without one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a generator and its foundation against real tiles that no site trained on."""
+    """Measure a generator and its foundation against real tiles that no site trained on.
+
+    With --validate: how far the encoder puts real tiles that are recoloured, blurred, shuffled;
+    --tiles may then be a folder with a table (docs/encoders.md), and no generator is needed.
+    """
+    if validate:
+        _validate(tiles, encoder, foundation, mpp=mpp, seed=seed, as_json=as_json)
+        return
+    if generator_dir is None:
+        raise typer.BadParameter("expected a generator, or --validate", param_hint="GENERATOR_DIR")
     with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.generator import Generator
 
@@ -79,6 +99,30 @@ def evaluate(
         f"real against real {result.floor:.4f}",
         f"drift: foundation {result.drift_foundation:.3f}, generator {result.drift_generator:.3f}",
     )
+
+
+def _validate(
+    tiles: Path,
+    encoder: str,
+    foundation: Path | None,
+    *,
+    mpp: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    with one_line_errors("crafts"), progress_bars() as progress:
+        from crafts_core.evaluation.validation import ValidationConfig
+        from crafts_core.evaluation.validation_command import table, validate_on
+
+        found = validate_on(
+            tiles,
+            encoder,
+            foundation=foundation,
+            mpp=mpp,
+            config=ValidationConfig(seed=seed),
+            progress=progress,
+        )
+    typer.echo(found.model_dump_json() if as_json else table(found))
 
 
 @app.command()
@@ -128,9 +172,13 @@ def _evaluator(
 
     from crafts_core.evaluation.encoder import load_encoder
     from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
+    from crafts_core.evaluation.validation import warning_of
     from crafts_core.foundation import embedded_path, load
     from crafts_core.tiles import TileStore
 
+    seen_by = load_encoder(encoder)
+    if warning := warning_of(seen_by):
+        typer.echo(f"crafts: {warning}", err=True)
     foundation, store = load(foundation_dir or embedded_path()), TileStore.open(tiles)
     if store.tile_px != foundation.manifest.tile_px:
         expected = foundation.manifest.tile_px
@@ -142,7 +190,7 @@ def _evaluator(
             foundation,
             RealTiles.read(store, rows),
             EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
-            load_encoder(encoder),
+            seen_by,
         ), foundation
     except ValueError as error:
         raise CraftsError(f"{tiles}: {error}") from error

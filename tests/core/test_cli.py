@@ -235,6 +235,22 @@ def test_evaluate_command_measures_foundation_and_generator(
     assert values["heldout_patients"] == 6
 
 
+def test_evaluate_command_judges_no_encoder_on_tiles_too_small(
+    foundation: Foundation, held_out: Path
+) -> None:
+    arguments = ["evaluate", "--validate", "--tiles", str(held_out), "--encoder", "orthogonal"]
+    result = CliRunner().invoke(app, [*arguments, "--foundation", str(foundation.path)])
+    assert result.exit_code == 1
+    assert "at least two patches of 32 px, got 32 px" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_evaluate_command_wants_a_generator_or_an_encoder_to_judge(held_out: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", "--tiles", str(held_out)])
+    assert result.exit_code == 2
+    assert "--validate" in result.stderr
+
+
 @pytest.mark.slow
 def test_compare_command_measures_every_generator(
     foundation: Foundation, held_out: Path, tmp_path: Path
@@ -242,10 +258,13 @@ def test_compare_command_measures_every_generator(
     first = str(foundation.path)
     second = str(write_tiny_pipeline(tmp_path / "other", seed=9))
     arguments = ["compare", first, second, "--tiles", str(held_out), "--foundation", first]
+    arguments += ["--encoder", "orthogonal"]
     result = CliRunner().invoke(app, [*arguments, "--num", "16", "--json"])
     assert result.exit_code == 0, result.output
+    assert "should not give the main figure" in result.stderr
     values = json.loads(result.stdout)
     assert values.keys() == {first, second}
+    assert values[first]["encoder"] == "embedded-orthogonal-256"
     assert values[first]["mmd2"] != values[second]["mmd2"]
 
 
