@@ -72,7 +72,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     _refuse_lfs_pointer(path)
     with readable(path):
         if path.suffix == ".safetensors":
-            return load_file(path)
+            weights: dict[str, Tensor] = load_file(path)
+            return weights
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
