@@ -99,3 +99,16 @@ def test_one_exploding_feature_does_not_decide() -> None:
 def test_too_few_patients_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4"):
         Reference.fit(np.zeros((6, 3)), np.array(["a", "a", "b", "b", "c", "c"]))
+
+
+def test_images_that_belong_together_are_resampled_together() -> None:
+    """Five copies of each image are no more evidence; taken one by one they would seem to be."""
+    reference = _reference(patients=20)
+    x = np.repeat(np.random.default_rng(4).standard_normal((12, 6)) + 1, 5, axis=0)
+    names = np.repeat([f"q{row}" for row in range(12)], 5)
+
+    def width(groups: np.ndarray | None) -> float:
+        _, (low, high) = mmd_to_reference(x, reference, num_bootstrap=200, seed=0, groups=groups)
+        return high - low
+
+    assert width(names) > 1.5 * width(None)

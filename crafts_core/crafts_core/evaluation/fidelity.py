@@ -128,11 +128,17 @@ def _shrunk_covariance(x_ND: Features) -> Features:
 
 
 def mmd_to_reference(
-    features_ND: Features, reference: Reference, *, num_bootstrap: int, seed: int
+    features_ND: Features,
+    reference: Reference,
+    *,
+    num_bootstrap: int,
+    seed: int,
+    groups: npt.NDArray[np.str_] | None = None,
 ) -> tuple[float, Interval]:
-    """Squared MMD of generated images to the held-out tiles, and its bootstrap interval.
+    """Squared MMD of images to the held-out tiles, and its bootstrap interval.
 
-    Generated images are resampled one by one, real tiles by patient.
+    Real tiles are resampled by patient, images one by one, or by ``groups`` where they belong to
+    patients, too.
     """
     x_ND = reference.scale(features_ND)
     k_NN, k_MM = (
@@ -141,10 +147,13 @@ def mmd_to_reference(
     )
     k_NM = reference.kernel(x_ND, reference.features_MD)
     rng = np.random.default_rng(seed)
+    group_N = np.arange(len(x_ND))
+    if groups is not None:
+        group_N = np.unique(groups, return_inverse=True)[1]
 
     def resampled() -> float:
-        weight_N = _repeats(rng, len(x_ND))
-        weight_M = _repeats(rng, reference.num_patients)[reference.patient_M]
+        weight_N = repeats(rng, int(group_N.max()) + 1)[group_N]
+        weight_M = repeats(rng, reference.num_patients)[reference.patient_M]
         return mmd_squared(k_NN, k_MM, k_NM, weight_N, weight_M)
 
     return mmd_squared(k_NN, k_MM, k_NM), _interval(resampled, num_bootstrap)
@@ -166,10 +175,10 @@ def real_floor(reference: Reference, *, num_splits: int, seed: int) -> tuple[flo
         )
 
     values = [split() for _ in range(num_splits)]
-    return float(np.mean(values)), _interval_of(values)
+    return float(np.mean(values)), interval_of(values)
 
 
-def _repeats(rng: np.random.Generator, count: int) -> Vector:
+def repeats(rng: np.random.Generator, count: int) -> Vector:
     """How often each of ``count`` units (at least two) is drawn in one bootstrap sample.
 
     A sample of one unit only has no pair to measure and is drawn again; with four patients that is
@@ -182,9 +191,10 @@ def _repeats(rng: np.random.Generator, count: int) -> Vector:
 
 
 def _interval(draw: Callable[[], float], count: int) -> Interval:
-    return _interval_of([draw() for _ in range(count)])
+    return interval_of([draw() for _ in range(count)])
 
 
-def _interval_of(values: list[float]) -> Interval:
+def interval_of(values: list[float]) -> Interval:
+    """Where the middle 90 % of resampled values lie."""
     low, high = np.quantile(values, [0.05, 0.95])
     return Interval(float(low), float(high))

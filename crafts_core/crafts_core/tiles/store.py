@@ -7,6 +7,7 @@ process or thread.
 Shape letters: N tiles, H and W pixels, C channels.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -170,6 +171,14 @@ class TileStore:
         for place, jpeg in self._members(rows, self._offset_N, self._length_N):
             image_NHWC[place] = decode_tile(jpeg, self.tile_px)
         return image_NHWC
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of every row's stored pixels: the same at every site that holds the tile."""
+        digests = [b""] * self.num_tiles
+        rows = np.arange(self.num_tiles)
+        for place, jpeg in self._members(rows, self._offset_N, self._length_N):
+            digests[place] = hashlib.sha256(jpeg).digest()
+        return digests
 
     def has_condition(self, rows: Rows, modality: Modality) -> npt.NDArray[np.bool_]:
         """For each row whether something of this kind lies over its tile."""

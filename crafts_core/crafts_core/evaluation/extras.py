@@ -1,0 +1,34 @@
+"""Figures that need more than this package always has, and how to say so in one line."""
+
+import importlib
+from types import ModuleType
+
+from crafts_core.errors import CraftsError
+
+
+class NotMeasurableError(CraftsError):
+    """A figure cannot be measured here; the message says which, why, and what would help."""
+
+
+def optional(name: str, figure: str) -> ModuleType:
+    """A module of the optional extra ``evaluation``.
+
+    Raises:
+        NotMeasurableError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise NotMeasurableError(f"{figure}: pip install 'crafts-federated[evaluation]'") from error
+
+
+def scikit_learn(figure: str) -> ModuleType:
+    """scikit-learn with the parts that are used here.
+
+    Raises:
+        NotMeasurableError: it is not installed.
+    """
+    module = optional("sklearn", figure)
+    for part in ("linear_model", "pipeline", "preprocessing", "feature_extraction.text"):
+        optional(f"sklearn.{part}", figure)
+    return module

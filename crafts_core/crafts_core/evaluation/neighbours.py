@@ -1,0 +1,69 @@
+"""Do images cover what is real, and are they nearer to what was trained on?
+
+Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) come from
+the library ``prdc``; they ask whether images lie among the real tiles, and whether every kind of
+real tile has an image near it. They depend on the numbers of images and tiles.
+
+Letters: N generated images, M real tiles, T training tiles, D features.
+"""
+
+import contextlib
+import io
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy.spatial.distance import cdist
+
+from crafts_core.evaluation.encoder import Features
+from crafts_core.evaluation.extras import NotMeasurableError, optional
+
+NEAREST = 5
+"""Which neighbour decides how far a tile's surroundings reach."""
+
+
+class Coverage(BaseModel):
+    """How images and real tiles lie among each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    precision: float
+    """Share of images that lie in the surroundings of a real tile."""
+    recall: float
+    """Share of real tiles that lie in the surroundings of an image."""
+    density: float
+    """In how many surroundings of real tiles an image lies, over ``NEAREST``; about 1 for real."""
+    coverage: float
+    """Share of real tiles with an image in their surroundings."""
+
+
+def measure_coverage(real_MD: Features, images_ND: Features) -> Coverage:
+    """The four numbers.
+
+    Raises:
+        NotMeasurableError: ``prdc`` is not installed, or there are too few images or tiles.
+    """
+    library = optional("prdc", "precision, recall, density, coverage")
+    if min(len(real_MD), len(images_ND)) < NEAREST + 2:
+        raise NotMeasurableError(
+            f"precision, recall, density, coverage: need {NEAREST + 2} images and tiles"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the two counts
+        found = library.compute_prdc(real_MD, images_ND, nearest_k=NEAREST)
+    return Coverage.model_validate({name: float(value) for name, value in found.items()})
+
+
+def neighbour_ratio(
+    images_ND: Features, training_TD: Features, heldout_MD: Features, *, seed: int
+) -> float:
+    """Mean distance to the nearest training tile over that to the nearest held-out tile.
+
+    Of as many tiles on each side, so that neither has more chances. Near 1 where training left no
+    copies; far below where images repeat what was trained on.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(len(training_TD), len(heldout_MD))
+    nearest = [
+        cdist(images_ND, side[np.sort(rng.choice(len(side), count, replace=False))]).min(axis=1)
+        for side in (training_TD, heldout_MD)
+    ]
+    return float(nearest[0].mean() / max(float(nearest[1].mean()), 1e-12))

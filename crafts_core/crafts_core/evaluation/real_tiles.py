@@ -1,0 +1,100 @@
+"""Real tiles to measure with: pixels, patients, captions and labels, in an order of their own.
+
+A store's rows follow pseudonyms, which follow the site's secret salt. A figure must not: whatever
+draws tiles or patients at random takes them ``in_order_of_content`` first.
+
+Letters: N tiles.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from crafts_core.evaluation.encoder import Images
+from crafts_core.tiles.store import Rows, TileStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealTiles:
+    """Real tiles with their patients and captions. Rows belong together."""
+
+    images_NHWC: Images
+    patients: npt.NDArray[np.str_]
+    captions: Sequence[str]
+    labels: Sequence[str] = ()
+    """What each tile shows, in a word, where the site's table had one; else empty, or ``""``."""
+
+    @classmethod
+    def read(cls, store: TileStore, rows: Rows) -> Self:
+        """Those rows of a store."""
+        return cls(
+            images_NHWC=store.read_images(rows),
+            patients=np.asarray(store.patients)[store.patient_indices(rows)],
+            captions=[store.captions[place] for place in store.caption_ids(rows)],
+            labels=[str(label) for label in store.labels[np.asarray(rows, dtype=np.int64)]],
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """All tiles in order."""
+        return cls(
+            images_NHWC=np.concatenate([part.images_NHWC for part in parts]),
+            patients=np.concatenate([part.patients for part in parts]),
+            captions=[caption for part in parts for caption in part.captions],
+            labels=[label for part in parts for label in part.labels],
+        )
+
+    def __len__(self) -> int:
+        return len(self.images_NHWC)
+
+    @property
+    def classes(self) -> list[str]:
+        """The class of each tile: its label, or its caption where it has none."""
+        labels = self.labels or [""] * len(self.captions)
+        return [label or caption for label, caption in zip(labels, self.captions, strict=True)]
+
+    def take(self, rows_N: npt.NDArray[np.int64]) -> Self:
+        """Some tiles, in that order."""
+        return replace(
+            self,
+            images_NHWC=self.images_NHWC[rows_N],
+            patients=self.patients[rows_N],
+            captions=[self.captions[row] for row in rows_N],
+            labels=[self.labels[row] for row in rows_N] if self.labels else (),
+        )
+
+    def in_order_of_content(self) -> Self:
+        """The same tiles in an order that pixels and captions decide, patients numbered by it.
+
+        Two sites with the same tiles and other salts get the same. Where two patients have the
+        same tiles, either may come first.
+        """
+        keys = [_digest(*tile) for tile in zip(self.images_NHWC, self.captions, strict=True)]
+        tiles_of = defaultdict(list)
+        for patient, key in zip(self.patients.tolist(), keys, strict=True):
+            tiles_of[patient].append(key)
+        rank = {patient: sorted(tiles) for patient, tiles in tiles_of.items()}
+        order = sorted(range(len(keys)), key=lambda row: (keys[row], rank[str(self.patients[row])]))
+        ordered = self.take(np.asarray(order, dtype=np.int64))
+        numbers = {name: place for place, name in enumerate(dict.fromkeys(ordered.patients))}
+        names = np.asarray([f"{numbers[name]:08d}" for name in ordered.patients])
+        return replace(ordered, patients=names)
+
+
+def _digest(image_HWC: Images, caption: str) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(image_HWC).tobytes() + caption.encode()).digest()
+
+
+def rows_by_content(store: TileStore, count: int, *, seed: int) -> npt.NDArray[np.int64]:
+    """``count`` rows of a store, or all, a choice that seed and pixels decide and no pseudonym."""
+    if count >= store.num_tiles:
+        return np.arange(store.num_tiles)
+    drawn = [
+        hashlib.sha256(seed.to_bytes(8, "big") + digest).digest() for digest in store.digests()
+    ]
+    return np.sort(np.asarray(sorted(range(len(drawn)), key=drawn.__getitem__)[:count]))

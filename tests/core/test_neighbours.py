@@ -1,0 +1,59 @@
+"""Precision, recall, density and coverage against the obvious loops; the ratio of nearest tiles."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from crafts_core.evaluation.extras import NotMeasurableError
+from crafts_core.evaluation.neighbours import NEAREST, measure_coverage, neighbour_ratio
+
+
+def cloud(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 3)) + shift
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.sqrt(((first - second) ** 2).sum()))
+
+
+def radius(points: np.ndarray, place: int) -> float:
+    """How far the fifth of a point's neighbours is."""
+    far = sorted(distance(points[place], other) for i, other in enumerate(points) if i != place)
+    return far[NEAREST - 1]
+
+
+def test_coverage_is_what_loops_over_all_pairs_say(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("prdc", reason="pip install 'crafts-federated[evaluation]'")
+    real, fake = cloud(1, 12), cloud(2, 9, shift=0.7)
+    found = measure_coverage(real, fake)
+    around_real = [[distance(r, f) < radius(real, i) for f in fake] for i, r in enumerate(real)]
+    around_fake = [[distance(r, f) < radius(fake, j) for j, f in enumerate(fake)] for r in real]
+    assert found.precision == pytest.approx(np.mean(np.any(around_real, axis=0)))
+    assert found.recall == pytest.approx(np.mean(np.any(around_fake, axis=1)))
+    assert found.density == pytest.approx(np.sum(around_real) / (NEAREST * len(fake)))
+    covered = [min(distance(r, f) for f in fake) < radius(real, i) for i, r in enumerate(real)]
+    assert found.coverage == pytest.approx(np.mean(covered))
+    assert 0 < found.precision < 1
+    assert capsys.readouterr().out == ""
+
+
+def test_too_few_images_have_no_coverage() -> None:
+    pytest.importorskip("prdc", reason="pip install 'crafts-federated[evaluation]'")
+    with pytest.raises(NotMeasurableError, match="need 7 images"):
+        measure_coverage(cloud(1, 20), cloud(2, 6))
+
+
+def test_without_the_extra_the_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prdc", None)
+    with pytest.raises(NotMeasurableError, match=r"pip install 'crafts-federated\[evaluation\]'"):
+        measure_coverage(cloud(1, 20), cloud(2, 20))
+
+
+def test_copies_of_training_tiles_lie_nearer_to_them() -> None:
+    training, heldout = cloud(1, 300), cloud(2, 100)
+    fresh = neighbour_ratio(cloud(3, 200), training, heldout, seed=0)
+    assert fresh == pytest.approx(1.0, abs=0.15)
+    copies = neighbour_ratio(training[:200] + 0.01, training, heldout, seed=0)
+    assert copies < 0.8
+    assert neighbour_ratio(heldout, training, heldout, seed=0) > 100
