@@ -33,6 +33,7 @@ from crafts_core.durable import write_file
 from crafts_core.pages import page_environment
 from crafts_privacy.accounting import SecondOpinion
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
+from crafts_privacy.noise import ExactNoise, GridNoise
 
 _LIBRARIES = (*LIBRARIES, "flwr")
 
@@ -159,6 +160,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
             *doubts_about_sums(site, sums, all_entries),
             *_weak_delta(delta, site.config.declared_patients),
             *_unrecorded(transmissions),
+            *_repeatable(transmissions),
             *_uncommitted(all_entries, records),
             *_telling_times(site.config),
             *_misplaced(ledger),
@@ -313,6 +315,13 @@ def _unrecorded(transmissions: Sequence[Transmission]) -> Iterator[str]:
     unknown = sum(1 for sent in transmissions if sent.num_bytes is None)
     if unknown:
         yield f"transmissions: the outbox has no record of {unknown} committed updates"
+
+
+def _repeatable(transmissions: Sequence[Transmission]) -> Iterator[str]:
+    """Noise that is not drawn from entropy can be drawn again, and taken off."""
+    for name in sorted({sent.noise for sent in transmissions if sent.num_bytes is not None}):
+        if name not in (GridNoise.__name__, ExactNoise.__name__):
+            yield f"noise: NOT PRIVATE, updates left with {name}, which is not drawn from entropy"
 
 
 def _weak_audit(audit: dict[str, Any] | None, site: SiteHome, code: str) -> Iterator[str]:

@@ -67,7 +67,10 @@ def entropy_generator(step: int = 0, patient: str = "") -> torch.Generator:  # n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Randomness:
-    """Where a site's private randomness comes from. Anything but the default is for tests."""
+    """Where a site's private randomness comes from.
+
+    Anything but the default is for tests and simulations: a release tells which noise it was.
+    """
 
     noise: NoiseSource
     sampler: PatientSampler

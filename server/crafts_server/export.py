@@ -27,6 +27,7 @@ def export_generator(
     lora: Path | None,
     num_sites: int,
     named_sites: Sequence[str] = (),
+    not_private: str | None = None,
 ) -> None:
     """Write the generator that the rounds so far give: their moving average (`averaged`).
 
@@ -38,6 +39,7 @@ def export_generator(
         lora: Stock LoRA file; None where the plan trains full weights or nobody wants it.
         num_sites: Sites that took part.
         named_sites: Those that agreed to be named.
+        not_private: Why the plan's promise does not hold, for the card; None where it does.
 
     Raises:
         AdapterError: the adapter does not fit the foundation, or ``lora`` was asked of full
@@ -51,7 +53,7 @@ def export_generator(
         rounds=chain[-1].round,
         foundation=foundation.manifest.name,
         foundation_hash=foundation.manifest.hash,
-        privacy=privacy_statement(plan, num_sites=num_sites),
+        privacy=not_private or privacy_statement(plan, num_sites=num_sites),
     )
     card = model_card(
         study=record.study,

@@ -54,6 +54,10 @@ def run(
         bool, typer.Option("--no-privacy", help="Train without noise, as a baseline.")
     ] = False,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of hospitals.")] = None,
+    repeatable: Annotated[
+        bool,
+        typer.Option("--repeatable", help="Same seed, same bytes, noise included: NOT PRIVATE."),
+    ] = False,
     device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that draw and read slides; 0 is this one alone.")
@@ -85,7 +89,7 @@ def run(
         from crafts_simulations.sites import TileSource
 
         wanted = load_scenario(scenario).changed(
-            epsilon=epsilon, private=not no_privacy, num_sites=sites
+            epsilon=epsilon, private=not no_privacy, num_sites=sites, repeatable=repeatable
         )
         given = {
             "file": file_column,

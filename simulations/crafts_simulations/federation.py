@@ -5,6 +5,7 @@ them is a local grid, or the real programs with TLS on loopback.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
@@ -22,6 +23,7 @@ from crafts_simulations.agreement import agree_on_patients, approve_roster
 from crafts_simulations.errors import ProcessError
 from crafts_simulations.local_grid import LocalGrid, LocalNode
 from crafts_simulations.processes import Programs
+from crafts_simulations.repeatable import NOT_PRIVATE, RepeatableSite
 from crafts_simulations.study import LocalStudy
 
 _LONGEST_S = 7 * 24 * 3600.0
@@ -95,7 +97,15 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
 
 def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
     """One app for all sites, as the sites of a real study run the same installed one."""
-    app = make_client_app(lambda path: Site(SiteHome.open(path), study.foundation))
+    seed = study.repeatable_seed
+
+    def open_site(path: Path) -> Site:
+        home = SiteHome.open(path)
+        if seed is None:
+            return Site(home, study.foundation)
+        return RepeatableSite(home, study.foundation, seed)
+
+    app = make_client_app(open_site)
     return {
         name: LocalNode(app=app, node_config={HOME_KEY: str(study.workspace.site(name))})
         for name in study.scenario.participants
@@ -116,5 +126,6 @@ def export(study: LocalStudy, chain: Sequence[Checkpoint]) -> None:
         lora=workspace.adapter if is_lora else None,
         num_sites=len(study.scenario.participants),
         named_sites=study.scenario.participants,
+        not_private=None if study.repeatable_seed is None else NOT_PRIVATE,
     )
     study.progress("writing the generator", 1, 1)

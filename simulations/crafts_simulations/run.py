@@ -47,6 +47,11 @@ def run_scenario(
         OSError: the disk refuses; what was finished stays.
     """
     _check_source(scenario, source)
+    if scenario.scenario.repeatable and real_processes:
+        raise ScenarioError(
+            "the real programs take their noise from entropy, and no seed repeats them; leave out "
+            "--processes or repeatable"
+        )
     started = time.monotonic()
     workspace = Workspace.claim(out, _request(scenario, source))
     earlier = workspace.seconds()

@@ -47,6 +47,8 @@ class ScenarioInfo(_Section):
     participants: Annotated[tuple[SiteName, ...], Field(min_length=1)] | None = None
     """The sites that train; all of them if absent. The others only exist."""
     max_tiles_per_slide: Annotated[int, Field(ge=1)] | None = None
+    repeatable: bool = False
+    """Whether the seed repeats everything, noise included. Such a run is NOT PRIVATE."""
     holdings: Holdings = "slides"
     """What synthetic hospitals have: slides, or ready tiles with numbered nuclei."""
 
@@ -196,7 +198,12 @@ class Scenario(_Section):
         return Plan.parse(values | {"study": study})
 
     def changed(
-        self, *, epsilon: float | None = None, private: bool = True, num_sites: int | None = None
+        self,
+        *,
+        epsilon: float | None = None,
+        private: bool = True,
+        num_sites: int | None = None,
+        repeatable: bool = False,
     ) -> "Scenario":
         """The same scenario with what the command line overrides.
 
@@ -213,6 +220,8 @@ class Scenario(_Section):
             values["privacy"]["target_epsilon"] = epsilon
         if num_sites is not None:
             self._change_sites(values, num_sites)
+        if repeatable:
+            values["scenario"]["repeatable"] = True
         return parse_scenario(values, "after the command line's changes")
 
     def _change_sites(self, values: dict[str, Any], num_sites: int) -> None:

@@ -31,6 +31,7 @@ from crafts_core.tiles import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import make_hospital
+from crafts_simulations.repeatable import write_salt
 from crafts_simulations.study import LocalStudy, StepProgress
 from crafts_simulations.tile_split import deal, round_size
 from crafts_simulations.workspace import Workspace
@@ -95,7 +96,7 @@ def _make_synthetic(study: LocalStudy) -> None:
             progress=partial(study.progress, f"{name}: drawing held-out slides"),
         )
         heldout_rows += read_table(test_table)
-    store, salt = _heldout_paths(study.workspace)
+    store, salt = _new_heldout_paths(study)
     _ingest(study, heldout_rows, store, salt, "held-out")
 
 
@@ -108,13 +109,13 @@ def _make_from_tiles(study: LocalStudy, source: TileSource) -> None:
         home = _home(study, name, round_size(num_patients), {})
         _ingest_tiles(study, rows, home.tile_store_path, home.salt_path, name)
         fill_cache(home, study.foundation, _named(study.progress, name))
-    store, salt = _heldout_paths(study.workspace)
+    store, salt = _new_heldout_paths(study)
     _ingest_tiles(study, dealt.heldout, store, salt, "held-out")
 
 
 def heldout_store(workspace: Workspace) -> TileStore:
     """The test set."""
-    return TileStore.open(_heldout_paths(workspace)[0])
+    return TileStore.open(_heldout_path(workspace))
 
 
 def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
@@ -173,7 +174,9 @@ def _home(
         answer_every_s="auto" if study.real_processes else 0,
     )
     policy = site_policy(study.plan, study.signer, {**study.scenario.policy, **policy_changes})
-    home = SiteHome.create(path, config, policy)
+    if study.repeatable_seed is not None:
+        write_salt(path / "salt", seed=study.repeatable_seed, name=name)
+    home = SiteHome.create(path, config, policy)  # a salt that is there stays
     home.foundation_approvals.approve(study.foundation.manifest)  # the scenario's author did
     return home
 
@@ -232,14 +235,21 @@ def _keep(report: IngestReport, store: Path) -> None:
     report.write(store.with_name("ingest.json"))
 
 
-def _heldout_paths(workspace: Workspace) -> tuple[Path, Path]:
+def _new_heldout_paths(study: LocalStudy) -> tuple[Path, Path]:
     """Store and salt of the test set; the salt is made on first use."""
-    folder = workspace.heldout
-    folder.mkdir(exist_ok=True)
-    salt = folder / "salt"
+    store = _heldout_path(study.workspace)
+    store.parent.mkdir(exist_ok=True)
+    salt = store.with_name("salt")
     if not salt.exists():
-        Salt.create(salt)
-    return folder / "tiles", salt
+        if study.repeatable_seed is None:
+            Salt.create(salt)
+        else:
+            write_salt(salt, seed=study.repeatable_seed, name="held-out")
+    return store, salt
+
+
+def _heldout_path(workspace: Workspace) -> Path:
+    return workspace.heldout / "tiles"
 
 
 def _named(progress: StepProgress, who: str) -> StepProgress:

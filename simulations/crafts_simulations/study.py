@@ -27,3 +27,8 @@ class LocalStudy:
     real_processes: bool
     """Whether the sites are programs of their own, and hold answers back like a hospital's."""
     progress: StepProgress
+
+    @property
+    def repeatable_seed(self) -> int | None:
+        """The seed of everything, or None where noise is drawn from entropy."""
+        return self.plan.study.seed if self.scenario.scenario.repeatable else None
