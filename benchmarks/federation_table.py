@@ -24,7 +24,10 @@ from statistics import mean
 from typing import Any
 
 from crafts_client.ingest import TableColumns
+from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.encoder import require_one_encoder
+from crafts_core.evaluation.figures import Arm, Evaluation
+from crafts_core.evaluation.table import COLUMNS, LABELS, remarks
 from crafts_simulations.report import Report
 from crafts_simulations.run import run_scenario
 from crafts_simulations.scenario import Scenario, load_scenario, parse_scenario
@@ -85,43 +88,75 @@ def changed(scenario: Scenario, changes: Changes, seed: int) -> Scenario:
 
 
 def row(arm: str, reports: list[Report]) -> dict[str, Any]:
-    """One line of the table: means over seeds, and every seed's distance."""
-    evaluations = [report.evaluation for report in reports]
+    """One line of the table: means over seeds, and every seed's structure distance."""
+    shared = [_arm(report.evaluation, "generator") for report in reports]
+    foundation = [_arm(report.evaluation, "foundation") for report in reports]
     spent = [
         site.epsilon for report in reports for site in report.sites if site.epsilon is not None
     ]
     return {
         "arm": arm,
-        "distance": mean(e.distance_generator for e in evaluations),
-        "distances": [round(e.distance_generator, 4) for e in evaluations],
-        "intervals": [[round(v, 4) for v in e.distance_generator_interval] for e in evaluations],
-        "ratio": mean(e.distance_generator / e.distance_foundation for e in evaluations),
-        "frechet": mean(e.frechet_generator for e in evaluations),
-        "drift": mean(e.drift_generator for e in evaluations),
+        "structures": [round(each.structure, 4) for each in shared],
+        "intervals": [[round(v, 4) for v in each.structure_interval] for each in shared],
+        "ratio": mean(
+            after.structure / before.structure
+            for after, before in zip(shared, foundation, strict=True)
+        ),
+        **means(shared),
         "epsilon": max(spent) if spent else None,
     }
 
 
-def table(rows: list[dict[str, Any]], foundation: dict[str, float]) -> str:
+FIGURES = (
+    "colour", "structure", "mmd2", "shape_agreement", "colour_agreement", "drift", "recall",
+    "coverage", "neighbour_ratio",
+)  # fmt: skip
+"""Columns of the table, as fields of ``figures.Arm``."""
+
+
+def means(arms: list[Arm]) -> dict[str, float | None]:
+    """Mean of each figure over seeds, as far as all of them have it."""
+    return {
+        field: None if None in values else mean(values)
+        for field in FIGURES
+        for values in [[getattr(arm, field) for arm in arms]]
+    }
+
+
+def baseline(evaluations: list[Evaluation], name: ArmName) -> dict[str, Any]:
+    """A row that is the same for every arm: nothing was trained for it."""
+    measured = [arm for arm in (each.arm(name) for each in evaluations) if arm is not None]
+    return {"arm": LABELS[name], **means(measured)} if measured else {}
+
+
+def _arm(evaluation: Evaluation, name: ArmName) -> Arm:
+    arm = evaluation.arm(name)
+    assert arm is not None
+    return arm
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| arm | distance | of the foundation's | per seed | Fréchet | drift D | epsilon |",
-        "|---|---|---|---|---|---|---|",
-        f"| public foundation | {foundation['distance']:.4f} | 1.00 | | "
-        f"{foundation['frechet']:.2f} | {foundation['drift']:.3f} | 0 |",
-    ]
+    heads = {field: heading for heading, field in COLUMNS}
+    names = ["arm", *(heads[field] for field in FIGURES), "structure per seed", "epsilon"]
+    lines = [_line(names), "|---" * len(names) + "|"]
     for line in rows:
-        epsilon = "none" if line["epsilon"] is None else f"{line['epsilon']:.2f}"
+        figures = ["" if line[field] is None else f"{line[field]:.4f}" for field in FIGURES]
         seeds = ", ".join(
-            f"{d} [{low}, {high}]"
-            for d, (low, high) in zip(line["distances"], line["intervals"], strict=True)
+            f"{value} [{low}, {high}]"
+            for value, (low, high) in zip(
+                line.get("structures", []), line.get("intervals", []), strict=True
+            )
         )
+        epsilon = line.get("epsilon")
         lines.append(
-            f"| {line['arm']} | {line['distance']:.4f} | {line['ratio']:.2f} | {seeds} | "
-            f"{line['frechet']:.2f} | {line['drift']:.3f} | {epsilon} |"
+            _line([line["arm"], *figures, seeds, "none" if epsilon is None else f"{epsilon:.2f}"])
         )
-    lines.append(f"| real tiles of other patients | {foundation['floor']:.4f} | | | | | |")
     return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def commit() -> str:
@@ -160,18 +195,16 @@ def main() -> None:
         evaluations += [report.evaluation for report in reports]
         require_one_encoder(evaluations)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    foundation = {
-        "distance": mean(e.distance_foundation for e in evaluations),
-        "frechet": mean(e.frechet_foundation for e in evaluations),
-        "drift": mean(e.drift_foundation for e in evaluations),
-        "floor": mean(e.floor for e in evaluations),
-    }
+    beside: tuple[ArmName, ...] = ("real", "reconstruction", "foundation", "recoloured")
+    baselines = [baseline(evaluations, name) for name in beside]
     first = evaluations[0]
     print(f"Measured {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, seeds {arguments.seeds},")
     print(f"{platform.machine()}, Python {platform.python_version()}, {arguments.device}; metric")
     print(f"{first.metric} in {first.encoder}, n {first.n}, {first.heldout_patients} held-out")
-    print("patients, 90 % intervals over images and patients.\n")
-    print(table(rows, foundation))
+    print("patients, 90 % intervals over images and patients; what each column is: ")
+    print("docs/evaluation.md. Baselines are means over all runs.\n")
+    print(table([line for line in baselines if line] + rows))
+    print("\n" + "\n".join(f"- {remark}" for remark in remarks(first)))
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def identity(home: Home = Path("site"), as_json: AsJson = False) -> None:
 
     with one_line_errors("crafts-client"):
         fingerprint = publish_identity(SiteHome.open(home))
-    typer.echo(json.dumps({"fingerprint": fingerprint}) if as_json else fingerprint)
+    say(json.dumps({"fingerprint": fingerprint}) if as_json else fingerprint)
 
 
 @plan_app.command("list")

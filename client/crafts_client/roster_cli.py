@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home, PlanHash
-from crafts_core.command_line import one_line_errors
+from crafts_core.command_line import one_line_errors, say
 
 if TYPE_CHECKING:
     from crafts_client.rosters import ShownRoster
@@ -26,7 +26,7 @@ def roster_show(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson 
         shown = _shown(SiteHome.open(home), plan_hash)
     if as_json:
         values = asdict(shown) | {"roster": shown.roster.model_dump(mode="json")}
-        typer.echo(json.dumps(values | {"phrase": shown.roster.phrase}))
+        say(json.dumps(values | {"phrase": shown.roster.phrase}))
         return
     _print(shown)
 
@@ -53,7 +53,7 @@ def roster_approve(
         if take_back:
             plan, _ = offered_plan(site, plan_hash)
             site.roster_approvals.take_back(plan.hash)
-            typer.echo("the roster is not approved any more")
+            say("the roster is not approved any more")
             return
         shown = _shown(site, plan_hash)
     _print(shown)
@@ -63,7 +63,7 @@ def roster_approve(
         )
     with one_line_errors("crafts-client"):
         site.roster_approvals.approve(shown.roster)
-    typer.echo("the roster is approved")
+    say("the roster is approved")
 
 
 def _shown(site: SiteHome, plan_hash: str) -> "ShownRoster":
@@ -77,10 +77,10 @@ def _shown(site: SiteHome, plan_hash: str) -> "ShownRoster":
 def _print(shown: "ShownRoster") -> None:
     for line in shown.lines:
         known = f"  {line.known}" if line.known else ""
-        typer.echo(f"{line.site:24} {line.declared_patients:8} patients  {line.fingerprint}{known}")
-    typer.echo(f"phrase  {shown.roster.phrase}")
-    typer.echo(
+        say(f"{line.site:24} {line.declared_patients:8} patients  {line.fingerprint}{known}")
+    say(f"phrase  {shown.roster.phrase}")
+    say(
         f"if all others worked together against this hospital: epsilon {shown.epsilon_alone:.2f} "
         "for the whole plan"
     )
-    typer.echo("approved here" if shown.is_approved else "not approved here yet")
+    say("approved here" if shown.is_approved else "not approved here yet")

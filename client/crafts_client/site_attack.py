@@ -12,8 +12,8 @@ from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.update_attack import attack_updates
 from crafts_core.errors import CraftsError
-from crafts_core.evaluation.evaluate import RealTiles
 from crafts_core.evaluation.leakage import Leakage, LeakageConfig, measure_leakage
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation, load
 from crafts_core.generator import Generator
 from crafts_core.tiles import TileStore, TileStoreError

@@ -9,7 +9,7 @@ import typer
 from crafts_core import dataset_cli, sample_cli
 from crafts_core.command_line import Version, one_line_errors, progress_bars, say
 from crafts_core.errors import CraftsError
-from crafts_core.sample_cli import AsJson, GeneratorDir, Seed
+from crafts_core.sample_cli import AsJson, Seed
 
 if TYPE_CHECKING:
     from crafts_core.evaluation.evaluate import Evaluator
@@ -59,6 +59,14 @@ def evaluate(
             exists=True, file_okay=False, help="Exported generator; not with --validate."
         ),
     ] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Tile store of patients that were trained on: teaches judges and colour map.",
+        ),
+    ] = None,
     foundation: FoundationDir = None,
     encoder: EncoderSpec = "embedded",
     num: NumImages = 192,
@@ -83,22 +91,24 @@ def evaluate(
     if generator_dir is None:
         raise typer.BadParameter("expected a generator, or --validate", param_hint="GENERATOR_DIR")
     with one_line_errors("crafts"), progress_bars() as progress:
+        from crafts_core.evaluation.table import markdown, remarks
         from crafts_core.generator import Generator
 
         evaluator, loaded = _evaluator(
-            foundation, tiles, encoder, num=num, max_tiles=max_tiles, seed=seed
+            foundation,
+            tiles,
+            encoder,
+            num=num,
+            max_tiles=max_tiles,
+            seed=seed,
+            training=training,
         )
         generator = Generator.from_directory(generator_dir)
         result = evaluator.compare(loaded.generator, generator, progress)
     if as_json:
         say(result.model_dump_json())
         return
-    say(
-        f"distance to held-out tiles ({result.metric}, {result.encoder}): "
-        f"foundation {result.distance_foundation:.4f}, generator {result.distance_generator:.4f}, "
-        f"real against real {result.floor:.4f}",
-        f"drift: foundation {result.drift_foundation:.3f}, generator {result.drift_generator:.3f}",
-    )
+    say(*markdown(result).splitlines(), *remarks(result))
 
 
 def _validate(
@@ -122,7 +132,7 @@ def _validate(
             config=ValidationConfig(seed=seed),
             progress=progress,
         )
-    typer.echo(found.model_dump_json() if as_json else table(found))
+    say(*([found.model_dump_json()] if as_json else table(found).splitlines()))
 
 
 @app.command()
@@ -166,31 +176,36 @@ def _evaluator(
     num: int,
     max_tiles: int,
     seed: int,
+    training: Path | None = None,
 ) -> "tuple[Evaluator, Foundation]":
     """The held-out tiles of a store, at most ``max_tiles`` of them, as an evaluator."""
-    import numpy as np
-
     from crafts_core.evaluation.encoder import load_encoder
-    from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
+    from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
+    from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
     from crafts_core.evaluation.validation import warning_of
     from crafts_core.foundation import embedded_path, load
     from crafts_core.tiles import TileStore
 
     seen_by = load_encoder(encoder)
     if warning := warning_of(seen_by):
-        typer.echo(f"crafts: {warning}", err=True)
-    foundation, store = load(foundation_dir or embedded_path()), TileStore.open(tiles)
-    if store.tile_px != foundation.manifest.tile_px:
-        expected = foundation.manifest.tile_px
-        raise CraftsError(f"{tiles}: expected tiles of {expected} px, got {store.tile_px}")
-    count = min(max_tiles, store.num_tiles)
-    rows = np.sort(np.random.default_rng(seed).choice(store.num_tiles, count, replace=False))
+        say(f"crafts: {warning}", err=True)
+    foundation = load(foundation_dir or embedded_path())
+
+    def read(path: Path, count: int) -> RealTiles:
+        store = TileStore.open(path)
+        if store.tile_px != foundation.manifest.tile_px:
+            expected = foundation.manifest.tile_px
+            raise CraftsError(f"{path}: expected tiles of {expected} px, got {store.tile_px}")
+        return RealTiles.read(store, rows_by_content(store, count, seed=seed))
+
+    config = EvaluationConfig(encoder=encoder, num_images=num, seed=seed)
     try:
         return Evaluator(
             foundation,
-            RealTiles.read(store, rows),
-            EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
+            read(tiles, max_tiles),
+            config,
             seen_by,
+            training=None if training is None else read(training, config.num_training_tiles),
         ), foundation
     except ValueError as error:
         raise CraftsError(f"{tiles}: {error}") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import one_line_errors, progress_bars, say
 from crafts_core.dataset_plan import PACKED
 from crafts_core.image_requests import MAX_IMAGES, checked_number
 from crafts_core.sample_cli import (
@@ -103,10 +103,10 @@ def dataset(
             masks=steered_by,
             batch_size=batch_size,
             progress=partial(progress, "images"),
-            warn=lambda line: typer.echo(f"crafts: {line}", err=True),
+            warn=lambda line: say(f"crafts: {line}", err=True),
         )
     if as_json:
-        typer.echo(json.dumps({"path": str(out), "num_images": made.manifest.num_images}))
+        say(json.dumps({"path": str(out), "num_images": made.manifest.num_images}))
     else:
         shares = ", ".join(f"{split} {count}" for split, count in made.manifest.num_images.items())
-        typer.echo(f"{len(made)} images ({shares}) in {out}; {out}/README.md describes them")
+        say(f"{len(made)} images ({shares}) in {out}; {out}/README.md describes them")

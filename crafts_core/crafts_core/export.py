@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from crafts_core.adapters import merged_control_net, merged_unet
-from crafts_core.durable import share_as_umask_says
+from crafts_core.durable import share_as_umask_says, write_file
 from crafts_core.foundation import Foundation
 from crafts_core.generator_record import (
     PROMPT_BANK_NAME,
@@ -28,6 +28,8 @@ from crafts_core.quiet import quiet_transformers
 from crafts_core.state import lora_tensors, modalities_in
 
 CONTROLS = "controlnet"
+CARD = "README.md"
+_MEASURED = "\n## Measured\n"
 _OF_VERSION_4 = "text_model."
 _HUB_LICENCES = frozenset(
     {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "openrail++"}
@@ -84,12 +86,12 @@ def save_pipeline(
     for modality in modalities_in(state):
         network = merged_control_net(foundation, adapter, state, modality)
         network.save_pretrained(staging / CONTROLS / modality, safe_serialization=True)
-    (staging / "README.md").write_text(card, encoding="utf-8")
+    (staging / CARD).write_text(card, encoding="utf-8")
     bank = prompt_bank_text(foundation.prompt_bank)
     (staging / PROMPT_BANK_NAME).write_text(bank, encoding="utf-8")
     if record is not None:
         (staging / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
-    share_as_umask_says(staging, like=staging / "README.md")
+    share_as_umask_says(staging, like=staging / CARD)
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
 
@@ -111,6 +113,14 @@ def _also_for_transformers_4(directory: Path) -> None:
             for name, tensor in load_file(path).items()
         }
         save_file(renamed, path, metadata={"format": "pt"})
+
+
+def add_measurement(directory: Path, section: str) -> None:
+    """Put what was measured of an exported generator onto its card; once is enough."""
+    path = directory / CARD
+    card = path.read_text(encoding="utf-8")
+    if _MEASURED not in card:
+        write_file(path, f"{card}{_MEASURED}{section}")
 
 
 def save_lora(path: Path, state: Mapping[str, Tensor]) -> None:

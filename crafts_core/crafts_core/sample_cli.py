@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import one_line_errors, progress_bars, say
 from crafts_core.image_requests import (
     MAX_IMAGES,
     MAX_SEED,
@@ -124,9 +124,9 @@ def sample(
             studio, requests, config, out=out, seed=seed, batch_size=batch_size, columns=num
         )
     if as_json:
-        typer.echo(json.dumps({"files": [str(path) for path in files]}))
+        say(json.dumps({"files": [str(path) for path in files]}))
     else:
-        typer.echo(f"{num_images(requests)} images and a contact sheet in {out}")
+        say(f"{num_images(requests)} images and a contact sheet in {out}")
 
 
 def checked_config(scheduler: SchedulerName, steps: int, guidance: float) -> SamplerConfig:
@@ -148,11 +148,11 @@ def open_studio(
 def tell(studio: "Studio", requests: list[ImageRequest], config: SamplerConfig) -> None:
     """Say on stderr what will not be drawn as asked."""
     if config.guidance_scale == 1 and any(each.negative_prompt for each in requests):
-        typer.echo("crafts: negative prompts have no effect at guidance 1", err=True)
+        say("crafts: negative prompts have no effect at guidance 1", err=True)
     prompts = [text for each in requests for text in (each.prompt, each.negative_prompt)]
     masks = [each.mask for each in requests if each.mask is not None]
     for line in studio.warnings(prompts, masks):
-        typer.echo(f"crafts: {line}", err=True)
+        say(f"crafts: {line}", err=True)
 
 
 def _checked_control(control: str | None, mask: Path | None) -> Modality | None:
@@ -213,17 +213,17 @@ def prompts(
     normal = [f"normal {organ}" for organ in NORMAL_ORGANS]
     if as_json:
         told = {"types": types, "normal": normal, "attributes": attributes}
-        typer.echo(json.dumps({**told, "captions": [each.text for each in bank]}))
+        say(json.dumps({**told, "captions": [each.text for each in bank]}))
         return
-    typer.echo("types:")
+    say("types:")
     for code, name in types.items():
-        typer.echo(f"  {code:6}{name}")
-    typer.echo("normal tissue:\n  " + "\n  ".join(normal))
+        say(f"  {code:6}{name}")
+    say("normal tissue:", *(f"  {name}" for name in normal))
     for name, words in attributes.items():
-        typer.echo(f"{name}:\n  {', '.join(words)}")
-    typer.echo("captions:")
+        say(f"{name}:", f"  {', '.join(words)}")
+    say("captions:")
     for each in bank:
-        typer.echo(f"  {each.text}")
+        say(f"  {each.text}")
 
 
 def provenance(
@@ -238,12 +238,12 @@ def provenance(
     with one_line_errors("crafts"):
         found = {str(path): read_provenance(path) for path in files}
     if as_json:
-        typer.echo(json.dumps({name: said.model_dump() for name, said in found.items()}))
+        say(json.dumps({name: said.model_dump() for name, said in found.items()}))
         return
     for name, said in found.items():
-        typer.echo(f"{name}: synthetic")
+        say(f"{name}: synthetic")
         values = said.model_dump(exclude={"synthetic", "origin", "prompts"})
         shown = {**said.origin.model_dump(), "prompt": "; ".join(said.prompts), **values}
         for key, value in shown.items():
             if value not in ("", None):
-                typer.echo(f"  {key.replace('_', ' ')}: {value}")
+                say(f"  {key.replace('_', ' ')}: {value}")

@@ -128,6 +128,8 @@ def epsilon_at_two_hospitals(
     Returns:
         Infinity when anything ran without noise.
     """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     _check_delta(delta)
     alone, summed = merge(apart), merge(in_one_sum)
     if any(event.noise_multiplier == 0 for event in (*alone, *summed)):

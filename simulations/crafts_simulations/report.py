@@ -17,14 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
+from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.encoder import Images
-from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import Leakage
 from crafts_core.evaluation.steering import Steering
+from crafts_core.evaluation.table import LABELS, cell, remarks, shown_columns
 from crafts_core.pages import page_environment
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations import charts
+
+_BARS: tuple[ArmName, ...] = ("foundation", "recoloured", "generator", "reconstruction", "real")
+"""From top to bottom: what is hoped to be nearer comes lower."""
 
 
 class _Record(BaseModel):
@@ -39,6 +44,8 @@ class StudyReport(_Record):
     plan_hash: str
     foundation_hash: str
     mechanism: Literal["patient_dp", "none"]
+    repeatable: bool
+    """Whether a seed repeats the noise: then nothing here was private, whatever epsilon says."""
     target_epsilon: float | None
     delta: float | None
     max_grad_norm: float
@@ -86,7 +93,7 @@ class SiteReport(_Record):
 class Report(_Record):
     """``report.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created: datetime
     seconds: float
     versions: dict[str, str]
@@ -99,14 +106,17 @@ class Report(_Record):
     """How far the generator follows each condition that a control stage trained."""
 
 
-def study_report(title: str, plan: Plan, adapter_parameters: int) -> StudyReport:
-    """The public facts of a plan."""
+def study_report(
+    title: str, plan: Plan, adapter_parameters: int, *, repeatable: bool = False
+) -> StudyReport:
+    """The public facts of a plan, and whether its noise was seeded."""
     return StudyReport(
         name=plan.study.name,
         title=title,
         plan_hash=plan.hash,
         foundation_hash=plan.study.foundation,
         mechanism=plan.privacy.mechanism,
+        repeatable=repeatable,
         target_epsilon=plan.privacy.target_epsilon,
         delta=plan.privacy.delta,
         max_grad_norm=plan.privacy.max_grad_norm,
@@ -163,6 +173,10 @@ def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         evaluation=report.evaluation,
+        columns=shown_columns(report.evaluation),
+        cell=cell,
+        labels=LABELS,
+        remarks=remarks(report.evaluation),
         headline=headline(report.evaluation),
         charts=charts_of(report),
         samples=[
@@ -178,40 +192,40 @@ def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
 
 
 def headline(evaluation: Evaluation) -> str:
-    """The result in one sentence, better or worse."""
-    before, after = evaluation.distance_foundation, evaluation.distance_generator
-    if after >= before:
-        return (
-            f"The shared generator is no closer to held-out tissue than the public foundation: "
-            f"distance {after:.3f} against {before:.3f}."
-        )
+    """The result in one sentence: colour and structure apart, better or worse."""
+    before, after = (evaluation.arm(name) for name in ("foundation", "generator"))
+    assert before is not None
+    assert after is not None
     return (
-        f"The shared generator is {before / max(after, 1e-9):.1f} times closer to held-out tissue "
-        f"than the public foundation: distance {after:.3f} instead of {before:.3f}."
+        f"Against held-out tissue the shared generator's colours are "
+        f"{_compared(before.colour, after.colour)}, its structure is "
+        f"{_compared(before.structure, after.structure)}."
     )
+
+
+def _compared(before: float, after: float) -> str:
+    """One distance beside the foundation's. Unbiased distances may be 0 or below."""
+    numbers = f"distance {after:.3f}, foundation {before:.3f}"
+    if after >= before:
+        return f"no closer than the public foundation's ({numbers})"
+    if after < before / 10:
+        return f"over ten times closer than the public foundation's ({numbers})"
+    return f"{before / after:.1f} times closer than the public foundation's ({numbers})"
 
 
 def charts_of(report: Report) -> Mapping[str, str]:
     """The page's pictures as SVG."""
-    evaluation = report.evaluation
+    arms = sorted(report.evaluation.arms, key=lambda arm: _BARS.index(arm.name))
     names = [site.name for site in report.sites]
     spent = [(site.name, site.epsilon) for site in report.sites if site.epsilon is not None]
     return {
-        "distance": charts.bars(
-            [
-                (
-                    "public foundation",
-                    evaluation.distance_foundation,
-                    evaluation.distance_foundation_interval,
-                ),
-                (
-                    "shared generator",
-                    evaluation.distance_generator,
-                    evaluation.distance_generator_interval,
-                ),
-                ("real tiles of other patients", evaluation.floor, evaluation.floor_interval),
-            ],
-            unit="squared MMD to held-out tiles (smaller is closer)",
+        "colour": charts.bars(
+            [(LABELS[arm.name], arm.colour, arm.colour_interval) for arm in arms],
+            unit="colour: squared MMD to held-out tiles (smaller is closer)",
+        ),
+        "structure": charts.bars(
+            [(LABELS[arm.name], arm.structure, arm.structure_interval) for arm in arms],
+            unit="structure: squared MMD after matching colours (smaller is closer)",
         ),
         "margin": charts.line(
             [(report.rounds[0].round - 1, report.rounds[0].margin_before)]

@@ -14,15 +14,18 @@ from crafts_client.home import SiteHome
 from crafts_core import __version__
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images, load_encoder
-from crafts_core.evaluation.evaluate import Evaluation, Evaluator, RealTiles
+from crafts_core.evaluation.evaluate import Evaluator
+from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import (
     FEWEST_PATIENTS,
     Leakage,
     LeakageConfig,
     measure_leakage,
 )
+from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
 from crafts_core.evaluation.steering import Steering, measure_steering
-from crafts_core.export import CONTROLS
+from crafts_core.evaluation.table import markdown, remarks
+from crafts_core.export import CONTROLS, add_measurement
 from crafts_core.generator import Generator
 from crafts_core.pretrained import read_part
 from crafts_core.provenance import Origin, Provenance, encode_png, save_png
@@ -56,15 +59,28 @@ def evaluate(study: LocalStudy) -> Evaluation:
     config = study.scenario.evaluation
     held_out = _all_tiles(heldout_store(workspace))
     try:
-        evaluator = Evaluator(study.foundation, held_out, config, load_encoder(config.encoder))
+        evaluator = Evaluator(
+            study.foundation,
+            held_out,
+            config,
+            load_encoder(config.encoder),
+            training=_training_tiles(_training_stores(study), config.num_training_tiles),
+        )
     except ValueError as error:
         raise ScenarioError(f"the test set cannot be measured: {error}") from error
     shared = Generator.from_directory(workspace.generator, device=study.foundation.device)
     evaluation = evaluator.compare(
         study.foundation.generator, shared, partial(_measuring, study.progress)
     )
+    add_measurement(workspace.generator, _card_section(evaluation))
     write_file(workspace.evaluation, evaluation.model_dump_json(indent=2) + "\n")
     return evaluation
+
+
+def _card_section(evaluation: Evaluation) -> str:
+    told = "\n".join(f"- {remark}" for remark in remarks(evaluation))
+    start = "In a simulation, on tiles of patients that no site has."
+    return f"{start}\n\n{markdown(evaluation)}\n\n{told}\n"
 
 
 def attack(study: LocalStudy) -> Leakage | None:
@@ -72,9 +88,7 @@ def attack(study: LocalStudy) -> Leakage | None:
     workspace = study.workspace
     if workspace.leakage.exists():
         return Leakage.model_validate_json(workspace.leakage.read_bytes())
-    homes = [SiteHome.open(workspace.site(name)) for name in study.scenario.participants]
-    stores = [TileStore.open(home.tile_store_path) for home in homes]
-    test = heldout_store(workspace)
+    stores, test = _training_stores(study), heldout_store(workspace)
     if min(test.num_patients, sum(store.num_patients for store in stores)) < FEWEST_PATIENTS:
         return None
     shared = Generator.from_directory(workspace.generator, device=study.foundation.device)
@@ -114,6 +128,24 @@ def _all_tiles(store: TileStore) -> RealTiles:
     return RealTiles.read(store, np.arange(store.num_tiles))
 
 
+def _training_stores(study: LocalStudy) -> list[TileStore]:
+    homes = [SiteHome.open(study.workspace.site(name)) for name in study.scenario.participants]
+    return [TileStore.open(home.tile_store_path) for home in homes]
+
+
+def _training_tiles(stores: Sequence[TileStore], count: int) -> RealTiles:
+    """Tiles of all sites, of each about its share; only a simulation may pool them."""
+    total = sum(store.num_tiles for store in stores)
+    return RealTiles.cat(
+        [
+            RealTiles.read(
+                store, rows_by_content(store, -(-count * store.num_tiles // total), seed=0)
+            )
+            for store in stores
+        ]
+    )
+
+
 def report(
     study: LocalStudy,
     receipts: Sequence[RoundReceipt],
@@ -129,7 +161,12 @@ def report(
         created=datetime.now(UTC),
         seconds=seconds,
         versions=_versions(),
-        study=study_report(study.scenario.scenario.title, study.plan, num_parameters),
+        study=study_report(
+            study.scenario.scenario.title,
+            study.plan,
+            num_parameters,
+            repeatable=study.repeatable_seed is not None,
+        ),
         rounds=tuple(round_report(receipt) for receipt in receipts),
         sites=tuple(site_report(study, name) for name in study.scenario.participants),
         evaluation=evaluation,
@@ -178,12 +215,13 @@ def _samples(study: LocalStudy) -> list[SamplePair]:
 
 
 def _caption_of_label(store: TileStore) -> dict[str, str]:
-    """Each label with the first of its captions; the first labels by name."""
+    """Each label with the first of its captions by name; the first labels by name."""
     captions: dict[str, str] = {}
     ids = store.caption_ids(np.arange(store.num_tiles))
     for label, caption_id in zip(store.labels, ids, strict=True):
         caption = store.captions[caption_id]
-        captions.setdefault(str(label) or caption, caption)
+        name = str(label) or caption
+        captions[name] = min(captions.get(name, caption), caption)
     return {label: captions[label] for label in sorted(captions)[:MAX_SAMPLE_LABELS]}
 
 

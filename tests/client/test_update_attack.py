@@ -17,8 +17,8 @@ from crafts_client.site import Site
 from crafts_client.trainer import Randomness
 from crafts_client.update_attack import attack_updates
 from crafts_core.adapters import merged_unet
-from crafts_core.evaluation.evaluate import RealTiles
 from crafts_core.evaluation.leakage import Attack, LeakageConfig, measure_leakage
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.state import State, add_delta

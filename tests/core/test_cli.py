@@ -227,12 +227,20 @@ def test_evaluate_command_measures_foundation_and_generator(
 ) -> None:
     directory = str(foundation.path)
     arguments = ["evaluate", directory, "--tiles", str(held_out), "--foundation", directory]
-    result = CliRunner().invoke(app, [*arguments, "--num", "16", "--json"])
+    arguments += ["--num", "16"]
+    result = CliRunner().invoke(app, [*arguments, "--training", str(held_out), "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["distance_generator"] == values["distance_foundation"]
     assert values["n"] == 16
     assert values["heldout_patients"] == 6
+    assert [arm["name"] for arm in values["arms"]].count("recoloured") == 1
+    assert values["training_tiles"] == 24
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    assert "| shared generator |" in told.stdout
+    assert "foundation, recoloured" not in told.stdout
+    assert "(crafts evaluate --training)" in told.stdout
 
 
 def test_evaluate_command_judges_no_encoder_on_tiles_too_small(

@@ -1,64 +1,165 @@
-"""Agreement with prompts, and one whole evaluation on a tiny foundation."""
+"""One whole evaluation on a tiny foundation, beside its baselines, whatever the salt."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from crafts_core.evaluation.alignment import prompt_agreement, type_ranks
-from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator, RealTiles
+from crafts_core.evaluation.baselines import recolour, reconstruct
+from crafts_core.evaluation.colour import ColourMoments
+from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
+from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
-from crafts_core.sampling import sample_images
-from crafts_core.vocabulary import Prompt
+from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.table import markdown, remarks
+from crafts_core.foundation import Foundation
 from support.foundations import tiny_foundation
 
 SMALL = EvaluationConfig(num_images=16, num_inference_steps=2, num_bootstrap=20, batch_size=16)
+CAPTIONS = ("lung tissue with glands", "colon tissue with sheets")
 
 
-def _prompt(code: str) -> Prompt:
-    return Prompt(text=f"H&E, {code}", cancer_code=code)
+@pytest.fixture(scope="module")
+def foundation(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
+    return tiny_foundation(tmp_path_factory.mktemp("foundation") / "f", seed=1)
 
 
-def test_rank_counts_the_types_that_score_at_least_as_well() -> None:
-    scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.2, 0.1], [0.1, 0.3, 0.2]])
-    prompts = [_prompt("A"), _prompt("B"), _prompt("C")]
-    assert type_ranks(scores, ["A", "B", "C"], prompts).tolist() == [1, 2, 2]
-
-
-def test_drift_is_one_minus_the_mean_correlation(tmp_path: Path) -> None:
-    foundation = tiny_foundation(tmp_path / "f")
-    bank = foundation.prompt_bank
-    images = sample_images(foundation.generator, [p.text for p in bank], num_inference_steps=1)
-    found = prompt_agreement(foundation, images, bank)
-    slow = []
-    for image, prompt in zip(images, bank, strict=True):
-        tile = torch.from_numpy(image).permute(2, 0, 1)[None]
-        u = (foundation.aligner.embed_images(tile) @ foundation.anchors_KD.T)[0].numpy()
-        w = (foundation.aligner.embed_captions([prompt.text]) @ foundation.anchors_KD.T)[0].numpy()
-        slow.append(np.corrcoef(u, w)[0, 1])
-    assert found.drift == pytest.approx(1 - np.mean(slow), abs=1e-4)
-    assert 1 <= found.mean_rank <= 30
-    with pytest.raises(ValueError, match="images"):
-        prompt_agreement(foundation, images[:-1], bank)
-
-
-def test_a_generator_compared_with_itself_has_moved_nowhere(tmp_path: Path) -> None:
-    foundation = tiny_foundation(tmp_path / "f", seed=1)
-    rng = np.random.default_rng(0)
-    side = foundation.generator.tile_px
-    held_out = RealTiles(
-        images_NHWC=rng.integers(256, size=(20, side, side, 3), dtype=np.uint8),
-        patients=np.repeat([f"p{i}" for i in range(5)], 4),
-        captions=[foundation.prompt_bank[row % 30].text for row in range(20)],
+def tissue(seed: int, *, patients: int = 10, prefix: str = "p", side: int = 32) -> RealTiles:
+    """Two tiles of each patient; the two captions differ in colour and in grain."""
+    rng = np.random.default_rng(seed)
+    count = 2 * patients
+    kind = np.arange(count) % 2
+    grain = rng.normal(0, 25, (count, side, side, 1))
+    smooth = grain.reshape(count, side // 4, 4, side // 4, 4, 1).mean((2, 4)) * 4
+    smooth = smooth.repeat(4, axis=1).repeat(4, axis=2)
+    base = np.array([[200, 120, 170], [140, 110, 190]])[kind][:, None, None]
+    images = base + np.where(kind[:, None, None, None] == 0, grain, smooth)
+    return RealTiles(
+        images_NHWC=images.clip(0, 255).astype(np.uint8),
+        patients=np.repeat([f"{prefix}{place:02}" for place in range(patients)], 2),
+        captions=[CAPTIONS[each] for each in kind],
     )
-    evaluator = Evaluator(foundation, held_out, SMALL, OrthogonalEncoder())
-    result = evaluator.compare(foundation.generator, replace(foundation.generator))
-    assert result.distance_generator == result.distance_foundation
-    assert result.drift_generator == result.drift_foundation
-    assert result.n == 16
-    assert result.heldout_patients == 5
-    assert result.distance_foundation > result.floor
-    low, high = result.distance_foundation_interval
-    assert low <= high
+
+
+def measured(foundation: Foundation, held_out: RealTiles, training: RealTiles | None) -> Evaluation:
+    evaluator = Evaluator(foundation, held_out, SMALL, OrthogonalEncoder(), training=training)
+    return evaluator.compare(foundation.generator, replace(foundation.generator))
+
+
+@pytest.fixture(scope="module")
+def evaluation(foundation: Foundation) -> Evaluation:
+    return measured(foundation, tissue(0), tissue(1, prefix="t"))
+
+
+def test_a_generator_compared_with_itself_has_moved_nowhere(evaluation: Evaluation) -> None:
+    before, after = evaluation.arm("foundation"), evaluation.arm("generator")
+    assert before is not None
+    assert after is not None
+    assert before.model_copy(update={"name": "generator"}) == after
+    assert evaluation.distance_generator == evaluation.distance_foundation == after.mmd2
+    assert evaluation.n == after.n == 16
+    assert evaluation.heldout_patients == 10
+    assert evaluation.distance_foundation > evaluation.floor
+    for name in ("mmd2", "colour", "structure"):
+        low, high = getattr(after, f"{name}_interval")
+        assert low <= high
+
+
+def test_every_baseline_stands_beside_the_generator(evaluation: Evaluation) -> None:
+    assert [arm.name for arm in evaluation.arms] == [
+        "real", "reconstruction", "foundation", "recoloured", "generator",
+    ]  # fmt: skip
+    real, mapped, plain = (evaluation.arm(name) for name in ("real", "recoloured", "foundation"))
+    assert real is not None
+    assert mapped is not None
+    assert plain is not None
+    assert (real.mmd2, real.frechet) == (evaluation.floor, None)
+    assert mapped.colour < plain.colour / 2
+    assert mapped.structure == pytest.approx(plain.structure, rel=0.3)
+
+
+def test_judges_and_examiner_say_what_real_tiles_score(evaluation: Evaluation) -> None:
+    pytest.importorskip("sklearn", reason="pip install 'crafts-federated[evaluation]'")
+    real, generated = evaluation.arm("real"), evaluation.arm("generator")
+    assert real is not None
+    assert generated is not None
+    assert evaluation.judged_classes == tuple(sorted(CAPTIONS))
+    assert real.shape_agreement == real.colour_agreement == 1.0
+    assert generated.shape_agreement is not None
+    assert generated.shape_agreement <= 0.75
+    assert evaluation.gate is not None
+    assert evaluation.gate.is_passed
+    assert real.drift == pytest.approx(0.0, abs=1e-9)
+    assert evaluation.drift_generator is not None
+    # Random weights draw the same whatever is asked: of two captions, one in two is right.
+    assert evaluation.drift_generator == pytest.approx(0.5, abs=0.2)
+
+
+def test_without_training_tiles_one_line_says_what_is_missing(foundation: Foundation) -> None:
+    found = measured(foundation, tissue(0), None)
+    assert found.arm("recoloured") is None
+    assert found.arm("generator").neighbour_ratio is None
+    assert found.training_tiles is None
+    (line,) = (line for line in found.not_measured if "training patients" in line)
+    assert f"not measured: {line}" in remarks(found)
+
+
+def test_where_the_gate_fails_no_drift_is_given(foundation: Foundation) -> None:
+    """The captions are dealt at random: nobody could tell which is right."""
+    held_out = tissue(0, patients=12)
+    captions = [CAPTIONS[each] for each in np.random.default_rng(1).integers(2, size=24)]
+    found = measured(foundation, replace(held_out, captions=captions), None)
+    assert found.gate is not None
+    assert not found.gate.is_passed
+    assert found.drift_foundation is None
+    assert found.drift_generator is None
+    assert any("drift: not measurable here" in line for line in found.not_measured)
+    assert "drift D" not in markdown(found)
+
+
+def test_the_figures_are_the_same_whatever_the_sites_salt(
+    foundation: Foundation, evaluation: Evaluation
+) -> None:
+    """Another salt: other pseudonyms, hence another order of patients and rows."""
+    again = measured(foundation, resalted(tissue(0), 5), resalted(tissue(1, prefix="t"), 6))
+    assert again == evaluation
+
+
+def resalted(tiles: RealTiles, seed: int) -> RealTiles:
+    names = np.unique(tiles.patients)
+    pseudonyms = dict(zip(names, np.random.default_rng(seed).permutation(len(names)), strict=True))
+    renamed = np.array([f"{pseudonyms[name]:04x}" for name in tiles.patients])
+    return replace(tiles, patients=renamed).take(np.argsort(renamed, kind="stable"))
+
+
+def test_the_colour_map_is_fitted_to_training_tiles_and_moves_colour_alone() -> None:
+    images, training = tissue(2).images_NHWC, tissue(3)
+    pale = (images // 2 + 127).astype(np.uint8)
+    target = ColourMoments.of(training.images_NHWC)
+    assert ColourMoments.of(recolour(pale, training)).mean_C == pytest.approx(
+        target.mean_C, abs=0.05
+    )
+
+
+def test_a_reconstruction_is_what_encoder_and_decoder_make_of_a_tile(
+    foundation: Foundation,
+) -> None:
+    images = tissue(4, patients=20).images_NHWC
+    found = reconstruct(foundation.generator, images)
+    tile = torch.from_numpy(images[35:36]).permute(0, 3, 1, 2) / 127.5 - 1
+    slow = foundation.generator.decode_latents(foundation.generator.encode_images(tile))
+    pixels = ((slow[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+    assert np.abs(found[35].astype(float) - pixels).max() <= 1
+    assert found.shape == images.shape
+
+
+def test_the_table_has_a_row_for_each_arm_and_no_empty_column(evaluation: Evaluation) -> None:
+    lines = markdown(evaluation).splitlines()
+    assert len(lines) == 2 + len(evaluation.arms)
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "shared generator" in lines[-1]
+    bare = evaluation.model_copy(
+        update={"arms": tuple(arm.model_copy(update={"recall": None}) for arm in evaluation.arms)}
+    )
+    assert "recall" not in markdown(bare)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from crafts_core.evaluation.evaluate import RealTiles
 from crafts_core.evaluation.leakage import (
     LeakageConfig,
     area_under_curve,
@@ -19,6 +18,7 @@ from crafts_core.evaluation.leakage import (
     proximal_error,
     true_positive_rate,
 )
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.stages.schedule import NoiseSchedule

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.evaluation.baselines import ArmName
+from crafts_core.evaluation.examiner import Gate
 from crafts_core.evaluation.fidelity import Interval
+from crafts_core.evaluation.figures import Arm, Evaluation
 from crafts_core.evaluation.leakage import Attack, Leakage, Memorisation
+from crafts_core.evaluation.table import cell, shown_columns
 from crafts_simulations.report import (
     Report,
     RoundReport,
@@ -25,7 +28,21 @@ from crafts_simulations.report import (
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 
 
-def _evaluation(**changes: float) -> Evaluation:
+def _arm(name: ArmName, **changes: object) -> Arm:
+    """Of each figure another value, so that none can stand for another."""
+    place = ("real", "generator", "recoloured", "reconstruction", "foundation").index(name) + 1
+    values: dict[str, object] = {"name": name, "n": 192, "frechet": 10.0 * place}
+    for step, field in enumerate(("mmd2", "colour", "structure"), start=1):
+        value = place * 0.1 + step * 0.001
+        values |= {field: value, f"{field}_interval": Interval(value - 0.01, value + 0.01)}
+    for step, field in enumerate(("shape_agreement", "colour_agreement", "drift"), start=4):
+        value = place * 0.1 + step * 0.001
+        values |= {field: value, f"{field}_interval": Interval(value - 0.01, value + 0.01)}
+    values |= {"coverage": place * 0.1 + 0.007}
+    return Arm.model_validate(values | changes)
+
+
+def _evaluation(**changes: object) -> Evaluation:
     values: dict[str, object] = {
         "encoder": "embedded-orthogonal-256",
         "encoder_hash": "0" * 64,
@@ -43,10 +60,13 @@ def _evaluation(**changes: float) -> Evaluation:
         "frechet_generator": 40.0,
         "drift_foundation": 0.6,
         "drift_generator": 0.5,
-        "rank_foundation": 6.0,
-        "rank_generator": 5.0,
-        "top5_foundation": 0.5,
-        "top5_generator": 0.6,
+        "arms": tuple(
+            map(_arm, ("real", "reconstruction", "foundation", "recoloured", "generator"))
+        ),
+        "judged_classes": ("colon", "lung"),
+        "training_tiles": 900,
+        "gate": Gate(own=0.7, wrong=-0.2, difference_interval=Interval(0.8, 1.0), patients=10),
+        "not_measured": ("precision: <none>",),
     }
     return Evaluation.model_validate(values | changes)
 
@@ -118,6 +138,7 @@ def _report(**changes: object) -> Report:
         max_grad_norm=0.1,
         sample_rate=0.2,
         aggregation="alignment_regularized",
+        repeatable=False,
         adapter_parameters=4000,
     )
     values: dict[str, object] = {
@@ -152,7 +173,7 @@ def test_the_json_has_the_fields_that_others_rely_on(tmp_path: Path) -> None:
     assert {"epsilon", "delta", "events"} <= values["sites"][0].keys()
     needed = (
         "encoder metric n floor floor_interval distance_foundation distance_foundation_interval "
-        "distance_generator distance_generator_interval drift_foundation drift_generator"
+        "distance_generator distance_generator_interval drift_foundation drift_generator arms"
     )
     assert set(needed.split()) <= values["evaluation"].keys()
 
@@ -165,7 +186,18 @@ def test_an_unknown_field_is_no_report() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [Report, StudyReport, RoundReport, SiteReport, Evaluation, Leakage, Attack, Memorisation],
+    [
+        Report,
+        StudyReport,
+        RoundReport,
+        SiteReport,
+        Evaluation,
+        Arm,
+        Gate,
+        Leakage,
+        Attack,
+        Memorisation,
+    ],
 )
 def test_every_field_is_documented(model: type) -> None:
     documented = set(re.findall(r"`(\w+)`", DOCS.read_text()))
@@ -189,9 +221,37 @@ def test_names_cannot_inject_markup(tmp_path: Path) -> None:
     assert "<east>" not in page
 
 
-def test_the_headline_says_so_when_nothing_was_gained() -> None:
-    assert "4.0 times closer" in headline(_evaluation())
-    assert "no closer" in headline(_evaluation(distance_generator=0.5))
+def test_the_headline_tells_colour_and_structure_apart() -> None:
+    def said(**after: float) -> str:
+        before = _arm("foundation", colour=0.4, structure=0.4)
+        return headline(_evaluation(arms=(before, _arm("generator", **after))))
+
+    assert "colours are 4.0 times closer" in said(colour=0.1, structure=0.2)
+    assert "structure is 2.0 times closer" in said(colour=0.1, structure=0.2)
+    assert "structure is no closer" in said(colour=0.1, structure=0.4)
+    assert "colours are over ten times closer" in said(colour=-0.001, structure=0.2)
+
+
+def test_the_page_shows_every_figure_of_every_arm_beside_its_remarks(tmp_path: Path) -> None:
+    write_report(_report(), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for arm in _evaluation().arms:
+        for _, field in shown_columns(_evaluation()):
+            assert f'<td class="n">{cell(arm, field)}</td>' in page
+    assert "0.204 (0.194 to 0.214)" in page  # the generator's shape
+    assert "chance is 0.50" in page
+    assert "not measured: precision: &lt;none&gt;" in page
+    assert "foundation, recoloured" in page
+
+
+def test_a_repeatable_run_says_in_capitals_that_it_is_not_private(tmp_path: Path) -> None:
+    report = _report()
+    study = report.study.model_copy(update={"repeatable": True})
+    write_report(_report(study=study), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<strong>NOT PRIVATE</strong>" in page
+    assert "within the promise" not in page
+    assert "can tell only within" not in page
 
 
 def test_a_run_without_privacy_says_so_and_draws_no_epsilon(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from crafts_client.home import SiteHome
-from crafts_client.ingest import TableColumns
 from crafts_core.errors import CraftsError
-from crafts_core.evaluation.evaluate import Evaluation
+from crafts_core.evaluation.baselines import ArmName
+from crafts_core.evaluation.figures import Arm, Evaluation
 from crafts_core.foundation import Foundation
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_server.errors import AggregationError
@@ -28,7 +28,13 @@ from crafts_simulations.scenario import parse_scenario
 from crafts_simulations.sites import TileSource, heldout_store
 from crafts_simulations.workspace import Workspace
 from support.foundations import tiny_foundation
-from support.scenarios import tiny_scenario, tiny_scenario_values, tiny_site
+from support.scenarios import (
+    tile_source,
+    tiles_scenario_values,
+    tiny_scenario,
+    tiny_scenario_values,
+    tiny_site,
+)
 
 pytestmark = pytest.mark.slow
 run_scenario = partial(simulation.run_scenario, num_workers=0)
@@ -54,31 +60,12 @@ def report(finished: Path) -> Report:
 
 @pytest.fixture
 def source(tmp_path: Path) -> TileSource:
-    """Forty-eight tiles of twenty-four patients, with columns of their own names."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "tiles"
-    folder.mkdir()
-    lines = ["picture\twho\tkind"]
-    for patient in range(24):
-        kind = ("lung_aca", "lung_n")[patient % 2]
-        for tile in range(2):
-            name = f"{patient}-{tile}.png"
-            pixels = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name)
-            lines.append(f"{name}\t{patient}\t{kind}")
-    (tmp_path / "labels.tsv").write_text("\n".join(lines) + "\n")
-    columns = TableColumns(file=("picture",), patient=("who",), label=("kind",))
-    return TileSource(folder=folder, labels=tmp_path / "labels.tsv", columns=columns)
+    return tile_source(tmp_path)
 
 
 @pytest.fixture
 def values(foundation: Foundation) -> dict:
-    """Three sites out of one folder of tiles, one round: the quickest whole study."""
-    values = tiny_scenario_values(foundation.path)
-    del values["site"]
-    values["tiles"] = {"num_sites": 3, "alpha": 2.0, "heldout_fraction": 0.25, "seed": 1}
-    values["stage"] = [values["stage"][0] | {"rounds": 1}]
-    return values
+    return tiles_scenario_values(foundation.path)
 
 
 def ledger_of(out: Path, name: str) -> Ledger:
@@ -405,6 +392,11 @@ def _sources(site: Path) -> list[dict]:
 
 def _no_evaluation(_study: object) -> Evaluation:
     """The measurement is another test's subject."""
+
+    def nowhere(name: ArmName) -> Arm:
+        at = {"mmd2": 1.0, "colour": 1.0, "structure": 1.0, "frechet": 1.0}
+        return Arm(name=name, n=1, **at, **{f"{key}_interval": (1.0, 1.0) for key in list(at)[:3]})
+
     return Evaluation(
         encoder="none",
         encoder_hash="",
@@ -420,12 +412,13 @@ def _no_evaluation(_study: object) -> Evaluation:
         distance_generator_interval=(1.0, 1.0),
         frechet_foundation=1.0,
         frechet_generator=1.0,
-        drift_foundation=1.0,
-        drift_generator=1.0,
-        rank_foundation=1.0,
-        rank_generator=1.0,
-        top5_foundation=1.0,
-        top5_generator=1.0,
+        drift_foundation=None,
+        drift_generator=None,
+        arms=(nowhere("foundation"), nowhere("generator")),
+        judged_classes=(),
+        training_tiles=None,
+        gate=None,
+        not_measured=(),
     )
 
 

@@ -4,7 +4,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from crafts_client.ingest import TableColumns
 from crafts_simulations.scenario import Scenario, parse_scenario
+from crafts_simulations.sites import TileSource
 
 
 def tiny_site(name: str, code: str, seed: int) -> dict[str, Any]:
@@ -50,6 +55,33 @@ def tiny_scenario_values(foundation: Path) -> dict[str, Any]:
         "aggregation": {"rule": "alignment_regularized", "min_sites": 2},
     }
     return copy.deepcopy(values)
+
+
+def tiles_scenario_values(foundation: Path) -> dict[str, Any]:
+    """Three sites out of one folder of tiles, one round: the quickest whole study."""
+    values = tiny_scenario_values(foundation)
+    del values["site"]
+    values["tiles"] = {"num_sites": 3, "alpha": 2.0, "heldout_fraction": 0.25, "seed": 1}
+    values["stage"] = [values["stage"][0] | {"rounds": 1}]
+    return values
+
+
+def tile_source(directory: Path) -> TileSource:
+    """Forty-eight tiles of twenty-four patients, with columns of their own names."""
+    rng = np.random.default_rng(0)
+    folder = directory / "tiles"
+    folder.mkdir()
+    lines = ["picture\twho\tkind"]
+    for patient in range(24):
+        kind = ("lung_aca", "lung_n")[patient % 2]
+        for tile in range(2):
+            name = f"{patient}-{tile}.png"
+            pixels = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+            lines.append(f"{name}\t{patient}\t{kind}")
+    (directory / "labels.tsv").write_text("\n".join(lines) + "\n")
+    columns = TableColumns(file=("picture",), patient=("who",), label=("kind",))
+    return TileSource(folder=folder, labels=directory / "labels.tsv", columns=columns)
 
 
 def tiny_scenario(foundation: Path) -> Scenario:

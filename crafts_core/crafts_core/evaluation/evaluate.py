@@ -1,14 +1,19 @@
-"""One evaluation: the foundation and the shared generator against held-out real tiles."""
+"""One evaluation: a generator, and what it has to be compared with, against held-out real tiles.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+Distance is told in two: *colour* (squared MMD between statistics of optical density) and
+*structure* (squared MMD in the encoder's features after every set has been mapped, as one, onto the
+held-out colours). The plain distance mixes both. What else is measured is in ``panel``, and beside
+what in ``baselines``.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from crafts_core.evaluation.alignment import PromptAgreement, prompt_agreement
+from crafts_core.evaluation.baselines import ArmImages, comparison
+from crafts_core.evaluation.colour import ColourMoments, colour_statistics, in_colours_of
 from crafts_core.evaluation.encoder import Encoder, Features, Images
 from crafts_core.evaluation.fidelity import (
     Interval,
@@ -17,10 +22,12 @@ from crafts_core.evaluation.fidelity import (
     mmd_to_reference,
     real_floor,
 )
+from crafts_core.evaluation.figures import Arm, Distances, Evaluation, Fidelity
+from crafts_core.evaluation.panel import Panel
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
-from crafts_core.tiles.store import Rows, TileStore
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,76 +44,10 @@ class EvaluationConfig(BaseModel):
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=1.5, ge=1, le=20)
     num_bootstrap: int = Field(default=200, ge=20, le=100_000)
+    num_training_tiles: int = Field(default=1500, ge=16, le=100_000)
+    """At most so many real tiles of training patients teach judges and colour map."""
     batch_size: int = Field(default=64, ge=1, le=4096)
     seed: int = Field(default=0, ge=0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RealTiles:
-    """Real tiles with their patients and captions. Rows belong together."""
-
-    images_NHWC: Images
-    patients: npt.NDArray[np.str_]
-    captions: Sequence[str]
-
-    @classmethod
-    def read(cls, store: TileStore, rows: Rows) -> Self:
-        """Those rows of a store."""
-        return cls(
-            images_NHWC=store.read_images(rows),
-            patients=np.asarray(store.patients)[store.patient_indices(rows)],
-            captions=[store.captions[place] for place in store.caption_ids(rows)],
-        )
-
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """All tiles in order."""
-        return cls(
-            images_NHWC=np.concatenate([part.images_NHWC for part in parts]),
-            patients=np.concatenate([part.patients for part in parts]),
-            captions=[caption for part in parts for caption in part.captions],
-        )
-
-
-class Fidelity(BaseModel):
-    """Distances of one generator's images to the held-out tiles."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    encoder: str
-    encoder_hash: str
-    mmd2: float
-    mmd2_interval: Interval
-    frechet: float
-
-
-class Evaluation(BaseModel):
-    """The result. ``metric`` is squared MMD in the features of ``encoder``; smaller is closer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    encoder: str
-    encoder_hash: str
-    metric: str
-    n: int
-    """Images drawn from each generator."""
-    n_heldout: int
-    heldout_patients: int
-    floor: float
-    """Real against real: other patients of the same hospitals."""
-    floor_interval: Interval
-    distance_foundation: float
-    distance_foundation_interval: Interval
-    distance_generator: float
-    distance_generator_interval: Interval
-    frechet_foundation: float
-    frechet_generator: float
-    drift_foundation: float
-    drift_generator: float
-    rank_foundation: float
-    rank_generator: float
-    top5_foundation: float
-    top5_generator: float
 
 
 class Evaluator:
@@ -118,8 +59,17 @@ class Evaluator:
         held_out: RealTiles,
         config: EvaluationConfig,
         encoder: Encoder,
+        *,
+        training: RealTiles | None = None,
     ) -> None:
         """Fix the reference and the prompts.
+
+        Args:
+            foundation: Where training started.
+            held_out: Real tiles of patients that nobody trained on.
+            config: How much is measured.
+            encoder: What looks at tiles.
+            training: Real tiles of patients that were trained on, for judges and colour map.
 
         Raises:
             ValueError: too few held-out patients.
@@ -127,10 +77,16 @@ class Evaluator:
         self.config = config
         self._foundation = foundation
         self._encoder = encoder
-        self.reference = Reference.fit(self.embed(held_out.images_NHWC), held_out.patients)
+        self._held_out = held_out.in_order_of_content()
+        self._training = None if training is None else self._some_of(training)
+        tiles, patients = self._held_out.images_NHWC, self._held_out.patients
+        self.reference = Reference.fit(self.embed(tiles), patients)
+        self._colour_reference = Reference.fit(colour_statistics(tiles), patients)
+        self._colours = ColourMoments.of(tiles)
         rng = np.random.default_rng(config.seed)
-        rows = rng.choice(len(held_out.captions), config.num_images)
-        self.prompts = [held_out.captions[row] for row in rows]
+        self._prompt_rows = rng.choice(len(self._held_out), config.num_images)
+        self._prompts = self._held_out.take(self._prompt_rows)
+        self.prompts = list(self._prompts.captions)
         """Captions of random held-out tiles, so that the mix of tissues is the held-out one."""
 
     def embed(self, images_NHWC: Images) -> Features:
@@ -138,73 +94,150 @@ class Evaluator:
         return self._encoder.embed(images_NHWC, mpp=self._foundation.manifest.mpp)
 
     def fidelity(self, generator: Generator, progress: Progress | None = None) -> Fidelity:
-        """Distance of one generator."""
-        features = self.embed(self._sample(generator, self.prompts, "fidelity", progress))
-        return self.fidelity_of(features)
-
-    def fidelity_of(self, features_ND: Features) -> Fidelity:
-        """Distance of images whose features are known already."""
-        mmd2, interval = mmd_to_reference(
-            features_ND,
-            self.reference,
-            num_bootstrap=self.config.num_bootstrap,
-            seed=self.config.seed,
-        )
+        """Distances of one generator."""
+        images = self._sample(generator, "fidelity", progress)
+        distances = self.distances(images, self.embed(images))
         return Fidelity(
-            encoder=self._encoder.name,
-            encoder_hash=self._encoder.hash,
+            encoder=self._encoder.name, encoder_hash=self._encoder.hash, **dict(distances)
+        )
+
+    def distances(
+        self,
+        images_NHWC: Images,
+        features_ND: Features,
+        groups: npt.NDArray[np.str_] | None = None,
+    ) -> Distances:
+        """Distances of images whose features are known already.
+
+        Args:
+            images_NHWC: One set.
+            features_ND: Its features.
+            groups: What is resampled together; every image alone if absent.
+        """
+
+        def mmd(of_ND: Features, reference: Reference) -> tuple[float, Interval]:
+            return mmd_to_reference(
+                of_ND,
+                reference,
+                num_bootstrap=self.config.num_bootstrap,
+                seed=self.config.seed,
+                groups=groups,
+            )
+
+        mmd2, mmd2_interval = mmd(features_ND, self.reference)
+        colour, colour_interval = mmd(colour_statistics(images_NHWC), self._colour_reference)
+        matched_ND = self.embed(in_colours_of(images_NHWC, self._colours))
+        structure, structure_interval = mmd(matched_ND, self.reference)
+        return Distances(
             mmd2=mmd2,
-            mmd2_interval=interval,
+            mmd2_interval=mmd2_interval,
+            colour=colour,
+            colour_interval=colour_interval,
+            structure=structure,
+            structure_interval=structure_interval,
             frechet=frechet_distance(self.reference.scale(features_ND), self.reference.features_MD),
         )
-
-    def agreement(self, generator: Generator, progress: Progress | None = None) -> PromptAgreement:
-        """Drift and ranks of one generator on the prompt bank."""
-        bank = self._foundation.prompt_bank
-        images = self._sample(generator, [prompt.text for prompt in bank], "drift", progress)
-        return prompt_agreement(self._foundation, images, bank)
 
     def compare(
         self, before: Generator, after: Generator, progress: Progress | None = None
     ) -> Evaluation:
-        """The whole evaluation of a study: its foundation and its generator."""
-        first, second = self.fidelity(before, progress), self.fidelity(after, progress)
-        told_first, told_second = (
-            self.agreement(before, progress),
-            self.agreement(after, progress),
+        """The whole evaluation of a study: its foundation, its generator, and their baselines."""
+        panel = Panel(
+            self._held_out,
+            self._training,
+            self.reference,
+            self.embed,
+            num_bootstrap=self.config.num_bootstrap,
+            seed=self.config.seed,
         )
-        floor, floor_interval = real_floor(
-            self.reference, num_splits=self.config.num_bootstrap, seed=self.config.seed
+        rows = comparison(
+            foundation=before,
+            generator=after,
+            draw=lambda generator, what: self._sample(generator, what, progress),
+            prompts=self._prompts,
+            held_out=self._held_out,
+            mirrored=self._held_out.take(np.unique(self._prompt_rows)),
+            training=self._training,
         )
+        arms: list[Arm] = []
+        for row in rows:
+            if progress is not None:
+                progress("images", len(arms), len(rows))
+            arms.append(self._arm(row, panel))
+        return self._evaluation(tuple(arms), panel)
+
+    def _arm(self, row: ArmImages, panel: Panel) -> Arm:
+        features_ND = self.embed(row.images_NHWC)
+        if row.name == "real":
+            distances = self._floors()
+        else:
+            distances = self.distances(row.images_NHWC, features_ND, row.groups)
+        said = panel.figures(row, features_ND)
+        return Arm(name=row.name, n=len(row.images_NHWC), **dict(distances), **said)
+
+    def _floors(self) -> Distances:
+        """What real tiles of other patients score, whose colours are the held-out ones."""
+
+        def floor(reference: Reference) -> tuple[float, Interval]:
+            return real_floor(
+                reference, num_splits=self.config.num_bootstrap, seed=self.config.seed
+            )
+
+        (mmd2, mmd2_interval), (colour, colour_interval) = (
+            floor(self.reference),
+            floor(self._colour_reference),
+        )
+        return Distances(
+            mmd2=mmd2,
+            mmd2_interval=mmd2_interval,
+            colour=colour,
+            colour_interval=colour_interval,
+            structure=mmd2,
+            structure_interval=mmd2_interval,
+            frechet=None,
+        )
+
+    def _evaluation(self, arms: tuple[Arm, ...], panel: Panel) -> Evaluation:
+        real, foundation, generator = (
+            next(arm for arm in arms if arm.name == name)
+            for name in ("real", "foundation", "generator")
+        )
+        assert foundation.frechet is not None
+        assert generator.frechet is not None
         return Evaluation(
             encoder=self._encoder.name,
             encoder_hash=self._encoder.hash,
             metric="mmd2",
             n=self.config.num_images,
-            n_heldout=len(self.reference.features_MD),
+            n_heldout=len(self._held_out),
             heldout_patients=self.reference.num_patients,
-            floor=floor,
-            floor_interval=floor_interval,
-            distance_foundation=first.mmd2,
-            distance_foundation_interval=first.mmd2_interval,
-            distance_generator=second.mmd2,
-            distance_generator_interval=second.mmd2_interval,
-            frechet_foundation=first.frechet,
-            frechet_generator=second.frechet,
-            drift_foundation=told_first.drift,
-            drift_generator=told_second.drift,
-            rank_foundation=told_first.mean_rank,
-            rank_generator=told_second.mean_rank,
-            top5_foundation=told_first.top5,
-            top5_generator=told_second.top5,
+            floor=real.mmd2,
+            floor_interval=real.mmd2_interval,
+            distance_foundation=foundation.mmd2,
+            distance_foundation_interval=foundation.mmd2_interval,
+            distance_generator=generator.mmd2,
+            distance_generator_interval=generator.mmd2_interval,
+            frechet_foundation=foundation.frechet,
+            frechet_generator=generator.frechet,
+            drift_foundation=foundation.drift,
+            drift_generator=generator.drift,
+            arms=arms,
+            judged_classes=panel.classes,
+            training_tiles=None if self._training is None else len(self._training),
+            gate=panel.gate,
+            not_measured=panel.reasons,
         )
 
-    def _sample(
-        self, generator: Generator, prompts: Sequence[str], what: str, progress: Progress | None
-    ) -> Images:
+    def _some_of(self, training: RealTiles) -> RealTiles:
+        ordered = training.in_order_of_content()
+        count = min(self.config.num_training_tiles, len(ordered))
+        rng = np.random.default_rng(self.config.seed)
+        return ordered.take(np.sort(rng.choice(len(ordered), count, replace=False)))
+
+    def _sample(self, generator: Generator, what: str, progress: Progress | None) -> Images:
         return sample_images(
             generator,
-            prompts,
+            self.prompts,
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
             seed=self.config.seed,

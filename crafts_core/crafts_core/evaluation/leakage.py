@@ -31,9 +31,10 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from crafts_core.evaluation.evaluate import Progress, RealTiles
+from crafts_core.evaluation.evaluate import Progress
 from crafts_core.evaluation.fidelity import Interval, Reference
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 from crafts_core.stages.schedule import NoiseSchedule
@@ -129,6 +130,7 @@ def measure_leakage(
     Raises:
         ValueError: fewer than 8 patients on a side.
     """
+    members, others = members.in_order_of_content(), others.in_order_of_content()
     count = min(config.patients, *(len(np.unique(side.patients)) for side in (members, others)))
     if count < FEWEST_PATIENTS:
         raise ValueError(f"expected at least {FEWEST_PATIENTS} patients on each side, got {count}")
@@ -154,11 +156,7 @@ def _choice(tiles: RealTiles, count: int, each: int, rng: np.random.Generator) -
     rows = np.concatenate(
         [rng.permutation(np.flatnonzero(tiles.patients == name))[:each] for name in names]
     )
-    return RealTiles(
-        images_NHWC=tiles.images_NHWC[rows],
-        patients=tiles.patients[rows],
-        captions=[tiles.captions[row] for row in rows],
-    )
+    return tiles.take(rows)
 
 
 @torch.no_grad()
