@@ -18,6 +18,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("colour distance", "colour"),
     ("structure distance", "structure"),
     ("distance", "mmd2"),
+    ("Fréchet distance", "frechet"),
     ("shape judge", "shape_agreement"),
     ("colour judge", "colour_agreement"),
     ("drift D", "drift"),
