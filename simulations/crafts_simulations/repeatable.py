@@ -22,6 +22,7 @@ from crafts_client.outbox import Release
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness
 from crafts_core.durable import create_secret
+from crafts_core.exchange import ReadyReply
 from crafts_core.foundation import Foundation
 from crafts_privacy.keystream import CpuStream
 from crafts_privacy.noise import add_gaussian_integers_
@@ -100,7 +101,7 @@ class RepeatableSite(Site):
         self._draws = Draws(seed, home.config.name)
         super().__init__(home, foundation, randomness=seeded_randomness(self._draws))
 
-    def answer(self, message: RoundMessage) -> Release:
+    def answer(self, message: RoundMessage) -> Release | ReadyReply:
         """See ``Site.answer``."""
         self._draws.begin(message.request.round)
         return super().answer(message)
