@@ -34,6 +34,7 @@ def approve_roster(coordinator: CoordinatorHome, plan: Plan, sites: Iterable[Pat
     """At every site somebody approves who the hospitals of the plan's sums are. Again is fine."""
     if not plan.aggregation.secure_aggregation:
         return
+    coordinator.sign_plan(plan)
     registry = coordinator.registry()
     try:
         roster = Rosters(registry).fixed(plan)

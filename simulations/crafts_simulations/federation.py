@@ -77,7 +77,6 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
         programs.start_coordinator()
         for name in names:
             programs.enrol(name)
-        home.sign_plan(plan)
         approve_roster(home, plan, sites.values())
         for name in names:
             programs.start_site(name)

@@ -43,8 +43,8 @@ from crafts_client.home import SITE_NAME, SiteHome
 from crafts_client.ledger_witness import witness_at_start, witness_ledger
 from crafts_client.peer_heads import PeerHeads
 from crafts_client.refusals import refusal_of
-from crafts_client.site_key import signed_head
-from crafts_client.site_ledger import take_place
+from crafts_client.site_key import signed_head, site_key
+from crafts_client.site_ledger import existing_ledger, take_place
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import verify
 from crafts_core.plan import Plan
@@ -53,6 +53,7 @@ from crafts_core.roster import Roster, RosterError
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger, Lifetime, PlanLimit
+from crafts_privacy.signing import public_key_of
 from crafts_server import pki
 from crafts_server import registrar as registrar_module
 from crafts_server.audit_log import Event
@@ -364,19 +365,21 @@ def test_a_plan_of_sums_has_a_roster_of_keys_that_stays(coordinator, site) -> No
     plan = summed_plan()
     enrol(site, coordinator.host, coordinator.invite("north"))
     keys = {name: b64encode(bytes([place]) * 32).decode() for place, name in enumerate("nsw")}
+    own = public_key_of(site_key(site, existing_ledger(site)))
     for name, key in (("south", keys["s"]), ("west", keys["w"])):
         coordinator.enrolments.sizes.agree(name, 28)
         coordinator.enrolments.rosters.publish(name, key)
+    coordinator.home.sign_plan(plan)
     with Registrar(site) as registrar:
-        registrar.call("PublishIdentity", identity_public_key=keys["n"])
-        coordinator.home.sign_plan(plan)
         with pytest.raises(EnrolmentError, match="another site's"):
             registrar.call("PublishIdentity", identity_public_key=keys["s"])
-        registrar.call("PublishIdentity", identity_public_key=b64encode(bytes([9]) * 32).decode())
+        registrar.call("PublishIdentity", identity_public_key=keys["n"])
         reply = registrar.call("GetRoster", plan_hash=plan.hash)
     roster = Roster.parse(reply.json)
-    assert roster.identities == {"north": keys["n"], "south": keys["s"], "west": keys["w"]}
+    assert roster.identities == {"north": own, "south": keys["s"], "west": keys["w"]}
     assert reply.signature == coordinator.home.sign_roster(roster)
+    renewed = coordinator.enrolments.rosters.renew(plan)
+    assert renewed.identities["north"] == keys["n"]
 
 
 def test_a_plan_of_sums_is_not_signed_before_every_site_has_said_its_key(coordinator) -> None:

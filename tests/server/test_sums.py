@@ -259,6 +259,7 @@ def _edited(**changes: object) -> type[SummingSite]:
         (_edited(own_noise_multiplier=1e6), "at most 4 times the plan's"),
         (_edited(own_noise_multiplier=float("nan")), "own_noise_multiplier"),
     ],
+    ids=["twice", "stranger", "members", "request", "schema", "round", "less", "more", "nan"],
 )
 def test_a_vector_that_says_something_wrong_voids_the_sum_and_is_named(
     tmp_path: Path, kind: type[SummingSite], reason: str
