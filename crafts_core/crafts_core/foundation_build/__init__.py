@@ -5,7 +5,7 @@ state of the unfinished one, is kept in a work directory, so an interrupted buil
 
 1. open tiles by a table, measured; drawings of the types that it does not show (``public_tiles``),
 2. tokenizer and image-text aligner, contrastively (``aligner_training``),
-3. a network that knows tissue by structure (``tissue_net``), and the VAE that must keep what it
+3. a network that knows tissue by structure (``structure_net``), and the VAE that must keep what it
    sees; then the text-conditioned UNet on the VAE's latents (``diffusion_training``),
 4. latent aligner on the UNet's own denoised latents,
 5. prompt bank, probe, the gate's correlation range and the card (``assembly``, ``card``).

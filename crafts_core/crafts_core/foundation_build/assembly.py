@@ -38,8 +38,8 @@ from crafts_core.foundation_build.public_tiles import (
     probe_of,
     public_tiles,
 )
+from crafts_core.foundation_build.structure_net import StructureNet, train_structure_net
 from crafts_core.foundation_build.tiles_table import TableRow
-from crafts_core.foundation_build.tissue_net import TissueNet, train_tissue_net
 from crafts_core.foundation_build.training import Progress, Recipe
 from crafts_core.foundation_manifest import FoundationManifest, write_manifest
 from crafts_core.probe import Probe, correlation_range, save_probe
@@ -207,20 +207,22 @@ class _Workshop:
         return CLIPModel.from_pretrained(path).eval()
 
     @cached_property
-    def tissue_net(self) -> TissueNet:
+    def structure_net(self) -> StructureNet:
         """Tells open cases and what they show apart; drawings only where there is no table."""
-        path, config = self._work / "tissue_net.safetensors", self._config
+        path, config = self._work / "structure_net.safetensors", self._config
         is_drawn_N = np.char.startswith(self.tiles.kind_N, DRAWN)
         use_N = is_drawn_N if is_drawn_N.all() else ~is_drawn_N
         kinds, class_N = np.unique(self.tiles.kind_N[use_N], return_inverse=True)
         if not path.exists():
             recipe = self._recipe(
-                "tissue net", seed=config.tissue_seed, steps=config.tissue_steps,
-                batch=config.tissue_batch, learning_rate=2e-3,
+                "structure net", seed=config.structure_seed, steps=config.structure_steps,
+                batch=config.structure_batch, learning_rate=2e-3,
             )  # fmt: skip
-            net = train_tissue_net(self.tiles.image_NHWC[use_N], class_N.astype(np.int64), recipe)
+            net = train_structure_net(
+                self.tiles.image_NHWC[use_N], class_N.astype(np.int64), recipe
+            )
             save_file(net.cpu().state_dict(), path)
-        net = TissueNet(len(kinds))
+        net = StructureNet(len(kinds))
         net.load_state_dict(load_file(path))
         return net.eval().requires_grad_(False)
 
@@ -232,7 +234,7 @@ class _Workshop:
                 "VAE", seed=config.seed + 1, steps=config.vae_steps, batch=config.vae_batch,
                 learning_rate=2e-3, ema_decay=0.995,
             )  # fmt: skip
-            _finish(path, train_vae(self.tiles, self.tissue_net, config, recipe))
+            _finish(path, train_vae(self.tiles, self.structure_net, config, recipe))
         return AutoencoderKL.from_pretrained(path).to(self._device).eval()
 
     @cached_property

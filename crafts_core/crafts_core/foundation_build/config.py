@@ -23,9 +23,9 @@ class BuildConfig(BaseModel):
     captions_per_tile: Count = 6
     num_probe: Count = 60
 
-    tissue_seed: Count = 1
-    tissue_batch: Count = 64
-    tissue_steps: Count = 1000
+    structure_seed: Count = 1
+    structure_batch: Count = 64
+    structure_steps: Count = 1000
 
     max_tokens: Count = 40
     vocab_size: Count = 1600

@@ -18,7 +18,7 @@ from torch.nn import functional
 from crafts_core.aligner import LatentAligner
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
-from crafts_core.foundation_build.tissue_net import TissueNet, perceptual_loss
+from crafts_core.foundation_build.structure_net import StructureNet, perceptual_loss
 from crafts_core.foundation_build.training import Recipe, Rows, train
 from crafts_core.foundation_build.views import cropped, other_stains, to_pixels, turned
 
@@ -49,7 +49,7 @@ def new_vae(config: BuildConfig) -> AutoencoderKL:
 
 
 def train_vae(
-    tiles: PublicTiles, net: TissueNet, config: BuildConfig, recipe: Recipe
+    tiles: PublicTiles, net: StructureNet, config: BuildConfig, recipe: Recipe
 ) -> AutoencoderKL:
     """L1 on pixels, on their fine detail and on their colour; what ``net`` sees; a very small KL.
 

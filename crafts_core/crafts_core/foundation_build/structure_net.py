@@ -22,7 +22,7 @@ from crafts_core.foundation_build.views import other_stains, to_pixels, turned
 WIDTHS = (24, 48, 96, 160)
 
 
-class TissueNet(nn.Module):
+class StructureNet(nn.Module):
     """Four stages, each of half the resolution; a linear classifier on the mean of the last."""
 
     def __init__(self, num_classes: int) -> None:
@@ -58,12 +58,12 @@ def _stage(before: int, after: int) -> nn.Sequential:
     )
 
 
-def train_tissue_net(
+def train_structure_net(
     image_NHWC: npt.NDArray[np.uint8], class_N: npt.NDArray[np.int64], recipe: Recipe
-) -> TissueNet:
+) -> StructureNet:
     """Classification of ``class_N`` under random stains, flips and turns."""
     torch.manual_seed(recipe.seed)
-    net = TissueNet(int(class_N.max()) + 1).to(recipe.device)
+    net = StructureNet(int(class_N.max()) + 1).to(recipe.device)
 
     def loss_of(rows: npt.NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         pixels_BCHW = turned(to_pixels(image_NHWC[rows]), rng)
@@ -77,7 +77,7 @@ def train_tissue_net(
     return net.eval().requires_grad_(False)
 
 
-def perceptual_loss(net: TissueNet) -> Callable[[Tensor, Tensor], Tensor]:
+def perceptual_loss(net: StructureNet) -> Callable[[Tensor, Tensor], Tensor]:
     """Mean squared distance of unit feature vectors at three scales (LPIPS without weights)."""
 
     def loss(drawn_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
