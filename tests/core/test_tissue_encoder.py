@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from crafts_core.evaluation import changes
+from crafts_core.evaluation import changes, tissue_training
 from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.tissue_encoder import TissueEncoder
 from crafts_core.evaluation.tissue_network import TissueNetwork, standard_density
@@ -133,6 +134,29 @@ class TestTraining:
         images = torch.from_numpy(tiles).permute(0, 3, 1, 2)
         expected = network(images).double().numpy()
         np.testing.assert_allclose(encoder.embed(tiles, mpp=1.0), expected, rtol=0.02, atol=0.02)
+
+    def test_the_command_trains_on_build_cases_alone(
+        self, tiles: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines = ["file,case,organ,type,caption,mpp,licence,split"]
+        for row, tile in enumerate(tiles[np.arange(44) % 8]):
+            Image.fromarray(tile).resize((128, 128)).save(tmp_path / f"{row}.png")
+            case = "other" if row >= 40 else ("one", "two")[row % 2]
+            split = "held-out" if row >= 40 else "build"
+            lines.append(f"{row}.png,{case},{case},,{case},1.0,CC0,{split}")
+        (tmp_path / "tiles.csv").write_text("\n".join(lines))
+        seen: list[set[str]] = []
+
+        def spied(images: np.ndarray, groups: np.ndarray, *rest: object) -> TissueNetwork:
+            seen.append(set(groups))
+            return train(images, groups, *rest)
+
+        monkeypatch.setattr(tissue_training, "train", spied)
+        arguments = ["--tiles", str(tmp_path / "tiles.csv"), "--out", str(tmp_path), "--steps", "1"]
+        monkeypatch.setattr("sys.argv", ["tissue_training", *arguments])
+        tissue_training.main()
+        assert seen == [{"one", "two"}]
+        assert TissueEncoder(path=tmp_path / "tissue.safetensors").hash
 
     def test_questions_without_classes_are_refused(self, tiles: np.ndarray) -> None:
         """Nineteen tiles of each are too few."""

@@ -1,6 +1,6 @@
 """Training of the embedded tissue encoder on open real tiles.
 
-    python -m crafts_core.evaluation.tissue_training --tiles TILES.npz --out DIR
+    python -m crafts_core.evaluation.tissue_training --tiles TABLE --out DIR
 
 A network learns to name organ, diagnosis and slide of tiles whose colours are mixed at random each
 time, so that only structure helps. Slides are cut in many tiles; naming the slide teaches what
@@ -26,8 +26,9 @@ from torch.nn import functional
 
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
-from crafts_core.evaluation.tissue_encoder import WEIGHTS
+from crafts_core.evaluation.tissue_encoder import WEIGHTS, TissueEncoder
 from crafts_core.evaluation.tissue_network import CHANNELS, TissueNetwork
+from crafts_core.foundation_build.tiles_table import read_open_tiles, read_table
 
 Labels = npt.NDArray[np.str_]
 FEWEST_TILES = 20
@@ -185,19 +186,19 @@ def _shares(groups: Labels) -> npt.NDArray[np.float64]:
 
 
 def main() -> None:
-    """Train on the ``build`` tiles of a table's arrays and write the weights."""
+    """Train on the ``build`` tiles of a table (docs/foundation.md) and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiles", type=Path, required=True, help="NPZ, as docs/encoders.md says")
+    parser.add_argument("--tiles", type=Path, required=True, help="table of open tiles")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--steps", type=int, default=TissueTrainingConfig().steps)
     arguments = parser.parse_args()
-    with np.load(arguments.tiles) as tiles:
-        is_build = tiles["split"] == "build"
-        cases, questions = (
-            tiles["case"][is_build],
-            [tiles[name][is_build] for name in ("organ", "caption", "case")],
-        )
-        images = tiles["images"][is_build]
+    rows = [row for row in read_table(arguments.tiles) if row.split == "build"]
+    tiles = read_open_tiles(rows, tile_px=TissueEncoder.input_px, mpp=1.0)
+    questions = [
+        np.asarray([getattr(row, name) for row in rows])[tiles.row_N]
+        for name in ("organ", "caption", "case")
+    ]
+    images, cases = tiles.image_NHWC, tiles.cases()
     network = train(
         images, cases, questions, TissueTrainingConfig(steps=arguments.steps), _print_progress
     )
