@@ -316,3 +316,20 @@ def test_delta_of_another_shape_is_refused(foundation: Foundation) -> None:
     name = next(iter(state))
     with pytest.raises(AdapterError, match="does not fit the state"):
         add_delta(state, {name: torch.ones(1)})
+
+
+def test_a_delta_in_float64_is_added_exactly() -> None:
+    """So a step that was taken elsewhere arrives to the bit, which in float32 it may not."""
+    generator = torch.Generator().manual_seed(1)
+    start, end = (torch.randn(1000, generator=generator) for _ in range(2))
+    exact = add_delta({"w": start}, {"w": end.double() - start.double()})["w"]
+    assert torch.equal(exact, end)
+    assert not torch.equal(add_delta({"w": start}, {"w": end - start})["w"], end)
+
+
+def test_a_delta_in_float32_is_scaled_and_added_in_float32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    start, delta = (torch.randn(1000, generator=generator) for _ in range(2))
+    for scale in (1.0, 0.5, 0.3):
+        moved = add_delta({"w": start}, {"w": delta}, scale)["w"]
+        assert torch.equal(moved, start + scale * delta)

@@ -1,6 +1,7 @@
 """The round loop on a grid of honest, silent and hostile sites, and under crashes anywhere."""
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -73,6 +74,27 @@ def test_a_study_runs_to_its_end_and_says_what_happened(tmp_path: Path) -> None:
         assert sum(site.weight for site in receipt.sites) == pytest.approx(1.0)
         assert receipt.refused == () and receipt.missing == ()  # noqa: PT018
     assert small_study(tmp_path / "home").registry.run(RUN_ID).status is RunStatus.FINISHED
+
+
+def test_a_round_without_sums_has_the_words_and_files_that_it_always_had(tmp_path: Path) -> None:
+    """Sites and auditors of earlier versions read them, and refuse what they do not know."""
+    grid = FakeGrid(three_sites())
+    last, _ = run(small_study(tmp_path / "home"), grid)
+    _, asked = grid.requests[0]
+    assert set(asked) == {"request", "plan", "adapter"}
+    assert set(asked["request"]) == {
+        *("run_id", "plan_hash", "round", "stage_index", "factor"),
+        *("checkpoint_hash", "stage_start_hash"),
+    }
+    assert {path.name for path in last.path.iterdir()} == {
+        *("adapter.safetensors", "momentum.safetensors", "receipt.json"),
+        *("manifest.json", "manifest.sig"),
+    }
+    assert list(json.loads((last.path / "receipt.json").read_text())) == [
+        *("run_id", "round", "stage", "stage_index", "factor", "sites", "refused", "missing"),
+        *("rises", "margin_before", "margin_after", "step_norm", "trust_norm", "step_scale"),
+        *("bytes_down", "bytes_up", "seconds", "finished_at", "sent_hash", "state_hash"),
+    ]
 
 
 def test_margins_connect_from_round_to_round(tmp_path: Path) -> None:
