@@ -60,6 +60,7 @@ bench: $(STAMP)  ## Benchmarks that print ratios
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/secure_sum.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ingest_speed.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_reads.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling_speed.py
 
 proto: $(STAMP)  ## Regenerate the registrar's messages from its contract
 	$(BIN)/python -m pip install --quiet --target .proto-tools "grpcio-tools==1.76.0"
