@@ -70,7 +70,7 @@ class RoundRequest(_Record):
         """Rounds without sums have the bytes and hash that they always had."""
         values: dict[str, Any] = dump(self)
         if self.attempt == 1:
-            del values["attempt"]
+            values.pop("attempt", None)
         return values
 
     @property

@@ -191,11 +191,9 @@ class PrivacyConfig(_Section):
     def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A plan that names none of these keys has the bytes and hash that it always had."""
         values: dict[str, Any] = dump(self)
-        if self.trust == "site":
-            del values["colluding_sites"], values["sum_grid_bits"]
-        if not self.spare_steps:
-            del values["spare_steps"]
-        return values
+        unused = {"colluding_sites", "sum_grid_bits"} if self.trust == "site" else set()
+        unused |= set() if self.spare_steps else {"spare_steps"}
+        return {key: value for key, value in values.items() if key not in unused}
 
 
 _OF_SUMS = frozenset({"masked_deadline_s", "max_attempts", "diagnose_after"})
@@ -256,10 +254,8 @@ class AggregationConfig(_Section):
     def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A plan without secure aggregation has the bytes and hash that it always had."""
         values: dict[str, Any] = dump(self)
-        if not self.secure_aggregation:
-            for key in _OF_SUMS:
-                del values[key]
-        return values
+        unused = frozenset() if self.secure_aggregation else _OF_SUMS
+        return {key: value for key, value in values.items() if key not in unused}
 
 
 class TransportConfig(_Section):

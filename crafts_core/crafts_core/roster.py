@@ -52,7 +52,7 @@ class RosterSite(_Record):
         """A roster without identities has the bytes and hash that it always had."""
         values: dict[str, Any] = dump(self)
         if self.identity is None:
-            del values["identity"]
+            values.pop("identity", None)
         return values
 
 

@@ -123,6 +123,7 @@ def test_a_first_attempt_has_the_bytes_and_hash_that_rounds_always_had() -> None
     }
     first, second = RoundRequest.from_scalars(values), RoundRequest(**values, attempt=2)
     assert first.to_scalars() == values
+    assert first.model_dump(include={"round"}) == {"round": 2}
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     assert first.hash == hashlib.sha256(canonical.encode()).hexdigest()
     assert RoundRequest.from_scalars(second.to_scalars()) == second
