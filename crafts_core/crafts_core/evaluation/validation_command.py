@@ -3,17 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from crafts_core.errors import CraftsError
-from crafts_core.evaluation.encoder import Images, load_encoder
+from crafts_core.evaluation.baselines import reconstruct
+from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.validation import Validation, ValidationConfig, validate
 from crafts_core.evaluation.validation_tiles import read_tiles
 from crafts_core.foundation import embedded_path, load
-from crafts_core.generator import Generator
-
-_BATCH = 32
 
 
 def validate_on(
@@ -38,22 +33,11 @@ def validate_on(
             load_encoder(encoder),
             real,
             config,
-            reconstruct=lambda images: reconstructed(public.generator, images),
+            reconstruct=lambda images: reconstruct(public.generator, images),
             progress=progress,
         )
     except ValueError as error:
         raise CraftsError(f"{tiles}: {error}") from error
-
-
-def reconstructed(generator: Generator, images_NHWC: Images) -> Images:
-    """Images through the VAE and back."""
-    found = []
-    for start in range(0, len(images_NHWC), _BATCH):
-        part = torch.from_numpy(images_NHWC[start : start + _BATCH]).permute(0, 3, 1, 2)
-        latents_BCHW = generator.encode_images(part / 127.5 - 1.0)
-        decoded_BCHW = (generator.decode_latents(latents_BCHW) + 1.0) * 127.5
-        found.append(decoded_BCHW.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(found)
 
 
 def table(found: Validation) -> str:
