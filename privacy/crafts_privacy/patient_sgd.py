@@ -191,8 +191,11 @@ class PatientSGD(PatientSum):
         # where small updates would otherwise round away.
         self._masters = [parameter.detach().float() for parameter in self._parameters]
 
-    @torch.no_grad()
     def _use_sum(self) -> None:
+        self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
         """One step down the noisy mean, in float32."""
         self._sum_D *= self._step / self._mechanism.expected_patients
         direction_D = self._optimizer.direction(self._sum_D, self._mechanism.noise_std)
