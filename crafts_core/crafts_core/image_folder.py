@@ -6,6 +6,7 @@ nobody's to remove. Files appear whole, by renaming.
 """
 
 import bisect
+import io
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,6 @@ from crafts_core.studio import Studio
 from crafts_core.tiles.conditions import encode_condition
 
 SHEET = "sheet.png"
-_CONDITIONS = "condition*.png"
 WRITING = ".writing"
 _MAX_ON_SHEET, _MAX_SHEET_PX = 100, 4096
 
@@ -184,7 +184,11 @@ def write_conditions(folder: Path, plan: ImagePlan, studio: Studio) -> list[Path
     files = []
     for number, (control, mask) in enumerate(dict.fromkeys(steered), start=1):
         path = folder / ("condition.png" if number == 1 else f"condition-{number}.png")
-        write_whole(path, encode_condition(studio.condition(control, mask), control))
+        with Image.open(
+            io.BytesIO(encode_condition(studio.condition(control, mask), control))
+        ) as seen:
+            said = plan.common.model_copy(update={"kind": "condition", "control": control})
+            write_whole(path, encode_png(seen, said))
         files.append(path)
     return files
 
@@ -215,8 +219,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def _missing(folder: Path, plan: ImagePlan) -> list[int]:
     """Places of the plan without a file; files of other runs are removed first."""
     kept: set[int] = set()
-    strangers = [*folder.glob(_CONDITIONS)]
-    for path in sorted({*folder.glob(plan.pattern)} - {*strangers}):
+    strangers: list[Path] = []
+    for path in sorted(folder.glob(plan.pattern)):
         place = plan.place_of_name.get(path.relative_to(folder).as_posix())
         try:
             said = read_provenance(path)
@@ -228,6 +232,9 @@ def _missing(folder: Path, plan: ImagePlan) -> list[int]:
             kept.add(place)
         else:
             strangers.append(path)
+    masks = {request.mask.resolve() for request in plan.requests if request.mask is not None}
+    if not masks.isdisjoint(path.resolve() for path in strangers):
+        raise ImageFolderError(f"a mask is in {folder}, which is written anew; move it out")
     strangers += folder.glob(f"{plan.pattern}{WRITING}")
     for path in strangers:
         path.unlink()

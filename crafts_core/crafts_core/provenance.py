@@ -52,7 +52,7 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     synthetic: Literal[True] = True
-    kind: Literal["image", "contact sheet"] = "image"
+    kind: Literal["image", "contact sheet", "condition"] = "image"
     origin: Origin
     prompts: tuple[str, ...] = ()
     """One; of a contact sheet, each once."""

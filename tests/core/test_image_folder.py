@@ -98,14 +98,23 @@ def test_another_run_leaves_nothing_of_the_first(
     assert found == bytes_in(clean)
 
 
+@pytest.mark.parametrize("name", ["tile-0000.png", "condition.png", "mine.png"])
 def test_pictures_that_no_generator_drew_are_nobodys_to_remove(
-    studio: Studio, tmp_path: Path
+    studio: Studio, tmp_path: Path, name: str
 ) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "tile-0000.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
     with pytest.raises(ImageFolderError, match="holds other images; name another folder"):
         draw_into(tmp_path, plan(studio, ImageRequest(prompt="lung")), studio, CONFIG)
-    with Image.open(tmp_path / "tile-0000.png") as image:
+    with Image.open(tmp_path / name) as image:
         assert image.size == (4, 4)
+
+
+def test_a_mask_is_not_removed_with_an_earlier_runs_images(studio: Studio, tmp_path: Path) -> None:
+    (mask,) = draw_into(tmp_path, plan(studio, ImageRequest(prompt="lung")), studio, CONFIG)
+    steered = ImageRequest(prompt="colon", control="fluorescence", mask=mask)
+    with pytest.raises(ImageFolderError, match="move it out"):
+        draw_into(tmp_path, plan(studio, steered), studio, CONFIG)
+    assert mask.exists()
 
 
 def test_runs_in_folders_below_are_left_alone(studio: Studio, tmp_path: Path) -> None:
