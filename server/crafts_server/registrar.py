@@ -94,14 +94,14 @@ class EnrolmentService:
             site = self._enrolments.invited_site(request.token)
             check_node_key(request.node_public_key)
             certificate = self._pki.sign_site(request.signing_request_pem, site)
+            if request.identity_public_key:  # before the token is used up: it may be refused
+                self._enrolments.rosters.publish(site, request.identity_public_key)
             self._enrolments.enrol(
                 request.token,
                 fingerprint=fingerprint(certificate),
                 node_public_key=request.node_public_key,
                 declared_patients=request.declared_patients,
             )
-            if request.identity_public_key:
-                self._enrolments.rosters.publish(site, request.identity_public_key)
         except (EnrolmentError, PkiError) as error:
             raise RefusedError(grpc.StatusCode.PERMISSION_DENIED, str(error)) from error
         self._on_enrolled(site, request.node_public_key)

@@ -390,6 +390,18 @@ def test_a_plan_of_sums_has_a_roster_of_keys_that_stays(coordinator, site) -> No
     assert renewed.identities["north"] == keys["n"]
 
 
+def test_a_site_with_another_sites_key_is_not_let_in(coordinator, site) -> None:
+    """A home that was copied; its token still counts for a home of its own."""
+    own = public_key_of(site_key(site, existing_ledger(site)))
+    coordinator.enrolments.rosters.publish("south", own)
+    token = coordinator.invite("north")
+    with pytest.raises(EnrolmentError, match="another site's; make a new home"):
+        enrol(site, coordinator.host, token)
+    assert coordinator.joined == []
+    coordinator.enrolments.rosters.publish("south", b64encode(bytes([3]) * 32).decode())
+    enrol(SiteHome.open(site.path), coordinator.host, token)
+
+
 def test_a_plan_of_sums_is_not_signed_before_every_site_has_said_its_key(coordinator) -> None:
     for name in ("north", "south", "west"):
         coordinator.enrolments.sizes.agree(name, 28)
