@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home, PlanHash
-from crafts_core.command_line import one_line_errors, say
+from crafts_core.command_line import confirm, one_line_errors, say
 
 if TYPE_CHECKING:
     from crafts_client.rosters import ShownRoster
@@ -57,10 +57,8 @@ def roster_approve(
             return
         shown = _shown(site, plan_hash)
     _print(shown)
-    if shown.unpinned and not yes:
-        typer.confirm(
-            "Have all these hospitals, each known to you by voice, read this phrase?", abort=True
-        )
+    if shown.unpinned:
+        confirm("Have all these hospitals, each known to you by voice, read this phrase?", yes=yes)
     with one_line_errors("crafts-client"):
         site.roster_approvals.approve(shown.roster)
     say("the roster is approved")

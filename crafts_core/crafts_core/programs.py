@@ -4,6 +4,8 @@ import importlib
 import sys
 from typing import NamedTuple, NoReturn
 
+from crafts_core.command_line import say
+
 _OURS = "crafts"
 
 
@@ -33,9 +35,10 @@ def run(program: Program) -> None:
 
 def _tell_what_to_install(program: Program, error: ModuleNotFoundError) -> NoReturn:
     distribution = f"crafts-federated[{program.extra}]" if program.extra else "crafts-federated"
-    sys.stderr.write(
+    say(
         f"{program.name}: {error.name} is not installed; run: pip install '{distribution}' (or the "
-        "wheel that your coordinator gave you, with the same extra)\n"
+        "wheel that your coordinator gave you, with the same extra)",
+        err=True,
     )
     sys.exit(1)
 

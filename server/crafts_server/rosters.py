@@ -11,9 +11,6 @@ from sqlalchemy import select
 
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
-from crafts_privacy.plan_noise import plan_noise_multiplier
-from crafts_privacy.secure_aggregation.fixed_point import largest_grid_bits
-from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.errors import EnrolmentError, HomeError
 from crafts_server.registry import Registry
@@ -93,6 +90,11 @@ class Rosters:
 
 def _check_fits(plan: Plan, roster: Roster) -> None:
     """Refuse a plan whose sums could wrap: they would spoil steps."""
+    # To read rosters needs no accountant and no torch.
+    from crafts_privacy.plan_noise import plan_noise_multiplier
+    from crafts_privacy.secure_aggregation.fixed_point import largest_grid_bits
+    from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
+
     privacy, min_sites = plan.privacy, plan.aggregation.min_sites
     if len(roster.sites) < min_sites:
         raise HomeError(f"the plan needs {min_sites} sites, {len(roster.sites)} are enrolled")

@@ -12,7 +12,6 @@ Shape letters: N tiles, C H W channels and pixels, D features, K classes.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crafts_core.command_line import say
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.tissue_encoder import WEIGHTS, TissueEncoder
@@ -215,7 +215,7 @@ def write_weights(network: TissueNetwork, directory: Path) -> Path:
 
 def _print_progress(step: int, loss: float) -> None:
     if step % 50 == 0:
-        sys.stderr.write(f"step {step}, loss {loss:.3f}\n")
+        say(f"step {step}, loss {loss:.3f}", err=True)
 
 
 if __name__ == "__main__":
