@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -130,12 +130,12 @@ def one_line_errors(program: str, *, advice: str = "") -> Iterator[None]:
     try:
         yield
     except CraftsError as error:
-        _fail(program, str(error), error)
+        _fail(program, error.lines(), error)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _fail(program, f"{error.strerror or error}{where}{advice}", error)
+        _fail(program, [f"{error.strerror or error}{where}{advice}"], error)
     except KeyboardInterrupt as error:
-        _fail(program, f"interrupted{advice}", error)
+        _fail(program, [f"interrupted{advice}"], error)
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -148,6 +148,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         say(f"{key.replace('_', ' ')}: {shown}")
 
 
-def _fail(program: str, sentence: str, cause: BaseException) -> None:
-    say(f"{program}: {harmless(sentence, most=MOST_OF_A_SENTENCE)}", err=True)
+def _fail(program: str, sentences: Sequence[str], cause: BaseException) -> None:
+    first, *others = (harmless(sentence, most=MOST_OF_A_SENTENCE) for sentence in sentences)
+    say(f"{program}: {first}", *others, err=True)
     raise typer.Exit(1) from cause

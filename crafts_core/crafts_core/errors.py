@@ -13,3 +13,7 @@ command line prints it and exits with 1.
 
 class CraftsError(Exception):
     """A failure that a person can act on."""
+
+    def lines(self) -> list[str]:
+        """What a program prints: one line, or one for each thing to mend."""
+        return [str(self)]

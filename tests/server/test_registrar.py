@@ -180,7 +180,7 @@ def test_what_a_hostile_coordinator_answers_is_harmless_and_not_kept(
     assert (answered.exit_code, "signer: " in answered.stderr) == (1, True)
     assert answered.stderr.removesuffix("\n").isprintable()
     assert not site.coordinator_path.exists()
-    assert list((site.path / "keys").glob("*")) == []
+    assert list((site.path / "keys").glob("*")) == [site.site_key_path], "its own, made before"
 
 
 def test_a_revoked_sites_join_says_so_and_ends(coordinator, site, monkeypatch) -> None:
@@ -711,7 +711,7 @@ def test_a_site_that_leaves_is_revoked_and_keeps_what_it_owns(coordinator, site)
     assert left.exit_code == 0, left.output
     assert [each.revoked_at is None for each in coordinator.enrolments.sites()] == [False]
     assert not site.coordinator_path.exists()
-    assert not list((site.path / "keys").iterdir())
+    assert list((site.path / "keys").iterdir()) == [site.site_key_path]
     assert site.tile_store_path.exists()
     again = CliRunner().invoke(client_app, ["leave", "--yes", "--home", str(site.path)])
     assert again.exit_code == 1

@@ -65,7 +65,7 @@ def test_the_coordinator_reads_the_release_of_a_site() -> None:
         update_norm=global_norm(delta),
     )
     release = Release(
-        payment=Payment(1, HASH), reply=reply, delta=delta, hash=HASH, noise="GridNoise"
+        payment=Payment(1, HASH), reply=reply, delta=delta, hash=HASH, noise="GridNoise", share=None
     )
     answer = Message(write_reply(release), reply_to=message())
     got, values, _ = read_reply(answer, {"layer.second": torch.zeros(4, 1)})

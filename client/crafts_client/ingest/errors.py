@@ -24,10 +24,14 @@ class IngestError(CraftsError):
         super().__init__(*problems)
 
     def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """One for each problem, up to ``MAX_LINES``."""
         lines = [" ".join(problem.split()) for problem in self.problems[:MAX_LINES]]
         if len(self.problems) > MAX_LINES:
             lines.append(f"... and {len(self.problems) - MAX_LINES} more{self._all_in}")
-        return "\n".join(lines)
+        return lines
 
     def point_to(self, page: Path) -> None:
         """Say where all problems can be read."""
