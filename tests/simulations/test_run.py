@@ -219,7 +219,7 @@ def test_interrupted_anywhere_the_same_command_goes_on(
     """Ctrl-C while reading tiles, in the third site's second round, in the measurement."""
     values["stage"][0]["rounds"] = 2
     scenario, out = parse_scenario(values, "test"), tmp_path / "out"
-    for stop_at in ("site-2: reading tiles", "training, round 2 at site-3", "measuring fidelity"):
+    for stop_at in ("site-2: reading tiles", "training, round 2 at site-3", "measuring images"):
         with pytest.raises(KeyboardInterrupt):
             run_scenario(scenario, out, source=source, progress=_stop_at(stop_at))
 
