@@ -384,12 +384,15 @@ def check_request(plan: Plan, request: "RoundRequest", *, foundation_hash: str) 
     """The request asks for exactly one round of exactly this plan, on the installed foundation.
 
     Raises:
-        PolicyError: it names another plan, a round beyond it, or another stage or factor.
+        PolicyError: it names another plan, a round beyond it, or another stage or factor; or it is
+            another attempt at a round of which there is one.
     """
     if request.plan_hash != plan.hash:
         raise PolicyError(Rule.PLAN_HASH, "the request names another plan than the signed one")
     if plan.study.foundation != foundation_hash:
         raise PolicyError(Rule.FOUNDATION, "the plan starts from a foundation this site lacks")
+    if request.attempt != 1 and plan.privacy.trust != "distributed":
+        raise PolicyError(Rule.REPLAY, "only sums over sites are attempted again")
     if request.round > plan.num_rounds:
         raise PolicyError(
             Rule.ROUND, f"round {request.round} is beyond the plan's {plan.num_rounds}"

@@ -172,8 +172,8 @@ def check_answers(sealed: Release, announcement: Announcement) -> None:
     Raises:
         PolicyError: rule ``replay``: this is another.
     """
-    assert isinstance(sealed.reply, MaskedReply)
-    if sealed.reply.members_hash != members_hash(announcement):
+    asked_for = members_hash(announcement)
+    if not isinstance(sealed.reply, MaskedReply) or sealed.reply.members_hash != asked_for:
         raise PolicyError(Rule.REPLAY, "this attempt was answered for another announcement")
 
 

@@ -113,7 +113,7 @@ class SumCollection:
         parts = parts_of(
             phase.ready,
             self._search.suspects,
-            smallest=max(_FEWEST_MEMBERS, colluding + 2),
+            smallest=max(_FEWEST_MEMBERS, colluding + 2, self._config.min_sites),
         )
         return [announce([phase.ready[site] for site in members]) for members in parts]
 

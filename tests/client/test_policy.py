@@ -108,6 +108,15 @@ def test_a_later_attempt_at_the_last_round_is_no_replay() -> None:
             check_not_replayed(asked.model_copy(update={"attempt": again}), last, attempt)
 
 
+def test_only_sums_are_attempted_again() -> None:
+    """Else a coordinator could have one round of a plain study released again and again."""
+    plain, summed = plan(), Plan.parse(distributed_values(HASH))
+    with pytest.raises(PolicyError) as refused:
+        check_request(plain, request(plain, attempt=2), foundation_hash=HASH)
+    assert refused.value.rule == Rule.REPLAY
+    check_request(summed, request(summed, attempt=2), foundation_hash=HASH)
+
+
 def test_a_limit_is_inclusive() -> None:
     policy = policy_of("key", max_epsilon=8.0, max_delta=1e-3, max_rounds=4, max_local_steps=2)
 

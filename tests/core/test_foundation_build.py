@@ -11,6 +11,7 @@ from PIL import Image
 from crafts_core.foundation import embedded_path, load, verify
 from crafts_core.foundation_build import BuildConfig, build, read_table
 from crafts_core.foundation_build.aligner_training import train_tokenizer
+from crafts_core.foundation_build.assembly import _claim
 from crafts_core.foundation_build.measured import measure
 from crafts_core.foundation_build.public_tiles import compose, drawn_types, public_tiles
 from crafts_core.foundation_build.tiles_table import TableRow, read_open_tiles
@@ -110,7 +111,7 @@ def test_what_is_built_verifies_loads_and_draws(built: Path) -> None:
 @pytest.mark.slow
 def test_the_card_credits_every_source_and_says_what_each_type_was_built_from(built: Path) -> None:
     card = (built / "README.md").read_text()
-    assert "| An atlas | CC BY 4.0 | 3 |" in card
+    assert "| An atlas | CC BY 4.0 | 5 |" in card, "the probe shows held-out cases, too"
     assert "| COAD colon adenocarcinoma | 2 open cases |" in card
     assert "| UVM uveal melanoma | drawings |" in card
     assert "2 cases were held out" in card
@@ -163,7 +164,7 @@ def run_line(folder: Path, progress: Callable[[str, int, int], None]) -> torch.T
         device=torch.device("cpu"), progress=progress, ema_decay=0.9, save_every_s=0.0,
     )  # fmt: skip
     train(model, loss_of, 10, recipe)
-    assert not (folder / "line.state").exists()
+    assert (folder / "line.state").exists(), "kept until the model is stored"
     return torch.cat([value.detach().flatten() for value in model.parameters()])
 
 
@@ -183,6 +184,8 @@ def test_a_training_that_was_killed_goes_on_and_gives_the_same_bits(tmp_path: Pa
     with pytest.raises(KilledError):
         run_line(tmp_path, kill)
     assert torch.equal(run_line(tmp_path, tell), whole)
+    assert told == [7, 8, 9, 10, 11, 12]
+    assert torch.equal(run_line(tmp_path, tell), whole), "killed before the model was stored"
     assert told == [7, 8, 9, 10, 11, 12]
 
 
@@ -228,6 +231,40 @@ def test_the_first_caption_says_all_and_others_less() -> None:
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     with pytest.raises(FoundationError, match=says):
         read_table(write_table(tmp_path, line))
+
+
+@pytest.mark.parametrize(
+    ("organ", "code", "caption", "says"),
+    [
+        ("colon", "COAD", "", "H&E, colon adenocarcinoma, colon"),
+        ("liver", "SARC", "metastatic sarcoma", "H&E, sarcoma, liver"),
+        ("", "SARC", "", "H&E, sarcoma, soft tissue"),
+        ("pancreas", "normal", "intrapancreatic spleen", "H&E, intrapancreatic spleen, pancreas"),
+        ("colon", "normal", "", "H&E, normal colon, colon"),
+        ("colon", "", "melanosis coli", "H&E, melanosis coli, colon"),
+    ],
+)
+def test_a_description_says_what_the_source_says(
+    organ: str, code: str, caption: str, says: str
+) -> None:
+    row = TableRow(
+        file=Path("a.png"), case="c", organ=organ, type=code, caption=caption, mpp=1, licence="CC0"
+    )
+    assert row.description == says
+
+
+def test_a_tile_without_nuclei_has_no_size_of_them() -> None:
+    pale = np.full((128, 128, 3), (235, 190, 215), dtype=np.uint8)
+    assert measure(pale, mpp=1.0).phrases() == ("few nuclei",)
+
+
+def test_an_image_that_changed_is_not_mixed_with_parts_of_the_old_one(tmp_path: Path) -> None:
+    write_tile(tmp_path / "a.png", seed=1)
+    rows = read_table(write_table(tmp_path, "a.png,c,colon,COAD,,1.0,CC0,,build"))
+    _claim(tmp_path / "work", rows, SMALL)
+    write_tile(tmp_path / "a.png", seed=2)
+    with pytest.raises(FileExistsError, match="other tiles"):
+        _claim(tmp_path / "work", rows, SMALL)
 
 
 def test_a_case_on_both_sides_of_the_split_is_refused(tmp_path: Path) -> None:

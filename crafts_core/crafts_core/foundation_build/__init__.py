@@ -10,7 +10,7 @@ state of the unfinished one, is kept in a work directory, so an interrupted buil
 4. latent aligner on the UNet's own denoised latents,
 5. prompt bank, probe, the gate's correlation range and the card (``assembly``, ``card``).
 
-One seed decides everything: on the same machine and thread count it gives the same bytes.
+One seed decides every training: with the same tokenizer, CPU and thread count the same bytes.
 """
 
 from crafts_core.foundation_build.assembly import build

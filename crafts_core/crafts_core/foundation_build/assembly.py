@@ -45,7 +45,7 @@ from crafts_core.foundation_manifest import FoundationManifest, write_manifest
 from crafts_core.probe import Probe, correlation_range, save_probe
 from crafts_core.vocabulary import corpus, prompt_bank
 
-_RENDERERS = ("procedural.py", "vocabulary.py")
+_RENDERERS = ("procedural.py", "vocabulary.py", "otsu.py", "aligner.py", "probe.py")
 
 
 def _silent(_text: str, _done: int, _total: int) -> None:
@@ -125,7 +125,11 @@ def _claim(work: Path, rows: Sequence[TableRow], config: BuildConfig) -> None:
     sources = [*sorted(package.glob("*.py")), *map(package.parent.joinpath, _RENDERERS)]
     recipe = {
         "code": _sha256(source.read_bytes() for source in sources),
-        "tiles": _sha256(row.model_dump_json(exclude={"file"}).encode() for row in rows),
+        "tiles": _sha256(
+            part
+            for row in rows
+            for part in (row.model_dump_json(exclude={"file"}).encode(), row.file.read_bytes())
+        ),
         "config": config.model_dump(mode="json"),
     }
     text = json.dumps(recipe, indent=1) + "\n"
@@ -192,7 +196,14 @@ class _Workshop:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        return train_tokenizer(sorted({*corpus(), *self.tiles.captions}), self._config)
+        """Kept like a trained part: the library breaks ties between merges as it pleases."""
+        path = self._work / "tokenizer"
+        if not path.exists():
+            unfinished = path.with_name("tokenizer.writing")
+            sentences = sorted({*corpus(), *self.tiles.captions})
+            train_tokenizer(sentences, self._config).save_pretrained(unfinished)
+            unfinished.rename(path)
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
 
     @cached_property
     def aligner(self) -> CLIPModel:
@@ -203,7 +214,7 @@ class _Workshop:
                 learning_rate=1.5e-3, weight_decay=0.05,
             )  # fmt: skip
             model = train_aligner(self.tiles, self.tokenizer, config, recipe)
-            _finish(path, model.cpu())
+            _finish(path, model.cpu(), recipe)
         return CLIPModel.from_pretrained(path).eval()
 
     @cached_property
@@ -221,7 +232,7 @@ class _Workshop:
             net = train_structure_net(
                 self.tiles.image_NHWC[use_N], class_N.astype(np.int64), recipe
             )
-            save_file(net.cpu().state_dict(), path)
+            _store(path, net.cpu().state_dict(), recipe)
         net = StructureNet(len(kinds))
         net.load_state_dict(load_file(path))
         return net.eval().requires_grad_(False)
@@ -234,7 +245,7 @@ class _Workshop:
                 "VAE", seed=config.seed + 1, steps=config.vae_steps, batch=config.vae_batch,
                 learning_rate=2e-3, ema_decay=0.995,
             )  # fmt: skip
-            _finish(path, train_vae(self.tiles, self.structure_net, config, recipe))
+            _finish(path, train_vae(self.tiles, self.structure_net, config, recipe), recipe)
         return AutoencoderKL.from_pretrained(path).to(self._device).eval()
 
     @cached_property
@@ -246,7 +257,7 @@ class _Workshop:
                 "latents", seed=self._config.seed + 6, steps=0, batch=64, learning_rate=0.0
             )
             views = encode_views(self.vae, self.tiles.image_NHWC, self._config.unet_views, recipe)
-            save_file({"latents": views}, path)
+            _store(path, {"latents": views}, recipe)
         latents_VNCHW: Tensor = load_file(path)["latents"]
         return latents_VNCHW
 
@@ -271,7 +282,7 @@ class _Workshop:
             unet = train_unet(
                 self.latents, self.tiles.caption_NV, text_ULD, null_LD, config, recipe
             )
-            _finish(path, unet)
+            _finish(path, unet, recipe)
         return UNet2DConditionModel.from_pretrained(path).to(self._device).eval()
 
     @cached_property
@@ -292,12 +303,23 @@ class _Workshop:
         )  # fmt: skip
 
 
-def _finish(path: Path, model: CLIPModel | AutoencoderKL | UNet2DConditionModel) -> None:
-    """Written beside and renamed: a part that is there is whole."""
+def _finish(
+    path: Path, model: CLIPModel | AutoencoderKL | UNet2DConditionModel, recipe: Recipe
+) -> None:
+    """Written beside and renamed: a part that is there is whole. Then its state can go."""
     unfinished = path.with_name(path.name + ".writing")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     unfinished.rename(path)
+    recipe.state.unlink(missing_ok=True)
+
+
+def _store(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> None:
+    """As ``_finish``, for plain tensors."""
+    unfinished = path.with_suffix(".writing")
+    save_file(tensors, unfinished)
+    unfinished.replace(path)
+    recipe.state.unlink(missing_ok=True)
 
 
 def _save_pipeline(

@@ -21,7 +21,7 @@ def write_card(path: Path, rows: Sequence[TableRow], config: BuildConfig, *, nam
         f"{len({row.case for row in built})} open cases ({len(built)} images) and drawn tissue; "
         f"{len(held_out)} cases were held out. No patient of any study is in it.",
         "",
-        *_sources(built),
+        *_sources(rows),
         "## Cancer types",
         "",
         "| type | built from |",

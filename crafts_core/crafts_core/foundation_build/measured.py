@@ -43,7 +43,7 @@ class Measured:
             found.append("few nuclei")
         elif self.nuclear_share > MANY:
             found.append("crowded nuclei")
-        if self.nuclear_area_um2 < SMALL_UM2:
+        if 0 < self.nuclear_area_um2 < SMALL_UM2:
             found.append("small nuclei")
         elif self.nuclear_area_um2 > LARGE_UM2:
             found.append("large nuclei")
@@ -57,7 +57,7 @@ def measure(tile_HWC: npt.NDArray[np.uint8], *, mpp: float) -> Measured:
     density_HWC = -np.log((tile_HWC.astype(np.float32) + 1.0) / 256.0)
     is_open = density_HWC.mean(axis=2) < 0.12
     nuclei = _nuclei(density_HWC[..., 0], is_open)
-    areas_um2 = _areas(nuclei) * mpp**2
+    areas_um2 = _areas_um2(nuclei, mpp)
     tissue = max(1, int((~is_open).sum()))
     return Measured(
         nuclear_share=float(nuclei.sum() / tissue),
@@ -74,10 +74,10 @@ def _nuclei(red_HW: npt.NDArray[np.float32], is_open: Mask) -> Mask:
     return np.asarray((smooth_HW > max(_otsu(inside), 0.25)) & ~is_open)
 
 
-def _areas(mask: Mask) -> npt.NDArray[np.float64]:
-    labels, count = ndimage.label(mask)
-    areas = np.bincount(labels.ravel())[1:] if count else np.zeros(0)
-    return areas[areas >= _SMALLEST_UM2].astype(np.float64)
+def _areas_um2(mask: Mask, mpp: float) -> npt.NDArray[np.float64]:
+    labels, _ = ndimage.label(mask)
+    areas_um2 = np.bincount(labels.ravel())[1:].astype(np.float64) * mpp**2
+    return np.asarray(areas_um2[areas_um2 >= _SMALLEST_UM2])
 
 
 def _otsu(values: npt.NDArray[np.float32]) -> float:

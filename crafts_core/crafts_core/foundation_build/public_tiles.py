@@ -83,14 +83,18 @@ def public_tiles(
         if build_rows:
             part = _open_part(build_rows, config, progress)
             images, kinds, statements = [part[0]], part[1], part[2]
-        drawn = _drawn_part(build_rows, config, progress)
-        images.append(drawn[0])
+        if drawn_types(rows):
+            drawn = _drawn_part(rows, config, progress)
+            images, kinds = [*images, drawn[0]], kinds + drawn[1]
+            statements = statements + drawn[2]
+        unfinished = path.with_suffix(".writing.npz")
         np.savez(
-            path,
+            unfinished,
             images=np.concatenate(images),
-            kinds=np.asarray(kinds + drawn[1]),
-            statements=np.asarray(["\n".join(each) for each in statements + drawn[2]]),
+            kinds=np.asarray(kinds),
+            statements=np.asarray(["\n".join(each) for each in statements]),
         )
+        unfinished.replace(path)
     with np.load(path) as stored:
         found = tuple(tuple(each.split("\n")) for each in stored["statements"].tolist())
         caption_NV, captions = compose(found, config)
@@ -136,10 +140,9 @@ def _drawn_part(rows: Sequence[TableRow], config: BuildConfig, progress: Progres
 
 
 def drawn_types(rows: Sequence[TableRow]) -> tuple[CancerType, ...]:
-    """The cancer types that no ``build`` row shows; all of them if every one is shown."""
+    """The cancer types that no ``build`` row shows."""
     shown = {row.type for row in rows if row.split == "build"}
-    missing = tuple(cancer for cancer in CANCER_TYPES if cancer.code not in shown)
-    return missing or CANCER_TYPES
+    return tuple(cancer for cancer in CANCER_TYPES if cancer.code not in shown)
 
 
 def _draw(config: BuildConfig, index: int, cancer: CancerType) -> tuple[Pixels, str]:
@@ -189,7 +192,7 @@ def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
     At most two in three are of real tissue, so that types without open cases are asked for too.
     """
     held_out = [row for row in rows if row.split == "held-out"]
-    first_rows = list({row.case: row for row in held_out}.values())
+    first_rows = list({row.case: row for row in reversed(held_out)}.values())[::-1]
     images, captions = [], []
     for row in _spread(first_rows, 2 * config.num_probe // 3):
         try:
@@ -201,7 +204,8 @@ def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
         images.append(image)
         captions.append(", ".join([STAIN, *said, *measure(image, mpp=config.mpp).phrases()]))
     types = drawn_types(rows)
-    for index in range(config.num_regions, config.num_regions + config.num_probe - len(images)):
+    num_drawn = config.num_probe - len(images) if types else 0
+    for index in range(config.num_regions, config.num_regions + num_drawn):
         tiles_THWC, caption = _draw(config, index, types[index % len(types)])
         images.append(tiles_THWC[0])
         captions.append(caption)

@@ -4,7 +4,7 @@ One line an image, tab or comma separated, with a header. ``file`` is relative t
 
 ======== ==========================================================================================
 file     an H&E image, any size; it is brought to the foundation's scale and cut
-case     patient, block or slide: tiles of a case are never on both sides of a split
+case     the patient, or what is known that comes nearest: never on both sides of a split
 organ    plain words; may be empty
 type     TCGA code of one of the 30 types, ``normal``, or empty
 caption  what the source says it shows
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.plan import describe_first_error
-from crafts_core.vocabulary import CANCER_TYPES, cancer_type, compose_caption
+from crafts_core.vocabulary import CANCER_TYPES, cancer_type
 
 Pixels = npt.NDArray[np.uint8]
 Words = Annotated[str, Field(max_length=300)]
@@ -72,11 +72,17 @@ class TableRow(BaseModel):
 
     @property
     def description(self) -> str:
-        """The caption in the system's grammar: what it is and where, as hospitals write it."""
+        """The caption in the system's grammar: what it is and where, as hospitals write it.
+
+        Where it is, the table knows better than the type: a sarcoma may lie in the liver.
+        """
+        what, where = self.caption, self.organ
         if self.type in _CODES:
-            return compose_caption(cancer_type(self.type), None)
-        what = f"normal {self.organ}" if self.type == "normal" else self.caption
-        return ", ".join(dict.fromkeys(part for part in ("H&E", what, self.organ) if part))
+            cancer = cancer_type(self.type)
+            what, where = cancer.name, self.organ or cancer.organ
+        elif self.type == "normal" and what in ("", "normal", self.organ):
+            what = f"normal {self.organ}"
+        return ", ".join(dict.fromkeys(part for part in ("H&E", what, where) if part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ def train(
         model: Trained in place; holds the moving average afterwards where the recipe has one.
         loss_of: The loss of some rows; draws from the generator it is given and from torch's.
         num_rows: Rows to choose from, without replacement within a batch.
-        recipe: Lengths and rates.
+        recipe: Lengths and rates. Its state stays: whoever has stored the model removes it.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -73,12 +73,11 @@ def train(
         if average is not None:
             average.step(model.parameters())
         recipe.progress(f"{recipe.name}, loss {loss.item():.4f}", step + 1, recipe.steps)
-        if time.monotonic() - saved > recipe.save_every_s:
+        if time.monotonic() - saved > recipe.save_every_s or step + 1 == recipe.steps:
             _save(recipe, parts, rng, step + 1)
             saved = time.monotonic()
     if average is not None:
         average.copy_to(model.parameters())
-    recipe.state.unlink(missing_ok=True)
 
 
 def _average(model: nn.Module, recipe: Recipe) -> EMAModel | None:
