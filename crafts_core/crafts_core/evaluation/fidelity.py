@@ -162,7 +162,8 @@ def mmd_to_reference(
 def real_floor(reference: Reference, *, num_splits: int, seed: int) -> tuple[float, Interval]:
     """What real tiles of other patients score: squared MMD between halves of the patients.
 
-    Mean over random splits, and where 90 % of the splits lie. No generator can be expected below.
+    Mean over random splits, and where 90 % of the splits lie. Halves know fewer patients than the
+    whole: where patients are few and their tiles many, a good generator may lie below.
     """
     kernel = reference.kernel(reference.features_MD, reference.features_MD)
     rng = np.random.default_rng(seed)
