@@ -9,6 +9,7 @@ accountant needs. Everything after the noise (divisor, momentum, update) is post
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -38,7 +39,7 @@ place that nobody was left for: public rows fill it, and what they give is throw
 """
 
 
-class PatientSum:
+class PatientSum(ABC):
     """Steps on patients up to the sum of their clipped gradients; what becomes of it, a class says.
 
     It owns everything between the loss and the sum; the caller only says what a patient's loss is.
@@ -141,9 +142,9 @@ class PatientSum:
         ranks.sum_(self._sum_D, failed=False)
         self._use_sum()
 
+    @abstractmethod
     def _use_sum(self) -> None:
         """What becomes of ``_sum_D``: whole grid steps, over all ranks."""
-        raise NotImplementedError
 
     def _add_patient(self, grad_D: Tensor) -> None:
         self._num_usable += clip_(
