@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from crafts_client import doctor, enrolment
+from crafts_client import agreed_patients, doctor, enrolment, foundation_fetch
 from crafts_client.approvals import Approval
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
@@ -52,8 +52,9 @@ def replies(monkeypatch) -> dict[str, Callable[..., object]]:
         def call(self, name: str, **fields: object) -> object:
             return answers[name](**fields)
 
-    for module in ("enrolment", "agreed_patients", "foundation_fetch", "doctor"):
-        monkeypatch.setattr(f"crafts_client.{module}.Registrar", Registrar)
+    # All are imported before the first is changed: one imported after it would keep the made-up one.
+    for module in (enrolment, agreed_patients, foundation_fetch, doctor):
+        monkeypatch.setattr(module, "Registrar", Registrar)
     monkeypatch.setattr(Registrar.record, "signer", "")
     return answers
 
