@@ -52,7 +52,7 @@ def replies(monkeypatch) -> dict[str, Callable[..., object]]:
         def call(self, name: str, **fields: object) -> object:
             return answers[name](**fields)
 
-    # All are imported before the first is changed: one imported after it would keep the made-up one.
+    # Imported before the first is changed: one imported after it would keep the made-up one.
     for module in (enrolment, agreed_patients, foundation_fetch, doctor):
         monkeypatch.setattr(module, "Registrar", Registrar)
     monkeypatch.setattr(Registrar.record, "signer", "")

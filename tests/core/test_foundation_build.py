@@ -12,11 +12,11 @@ from crafts_core.foundation import embedded_path, load, verify
 from crafts_core.foundation_build import BuildConfig, build, read_table
 from crafts_core.foundation_build.aligner_training import train_tokenizer
 from crafts_core.foundation_build.assembly import _claim
-from crafts_core.foundation_build.measured import measure
+from crafts_core.foundation_build.measured import measure, steady_phrases
 from crafts_core.foundation_build.public_tiles import compose, drawn_types, public_tiles
 from crafts_core.foundation_build.tiles_table import TableRow, read_open_tiles
 from crafts_core.foundation_build.training import Recipe, train
-from crafts_core.foundation_build.views import other_stains
+from crafts_core.foundation_build.views import other_stains, to_pixels, to_uint8
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.sampling import sample_images
@@ -322,6 +322,33 @@ def test_measured_words_follow_what_is_there() -> None:
     hollow = with_nuclei(3, 20)
     hollow[:, :64] = 245
     assert "open spaces" in measure(hollow, mpp=1.0).phrases()
+
+
+def test_words_of_a_tile_do_not_tell_its_stain() -> None:
+    """Of words that are said, how many are gone when the tile is stained otherwise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:128, :128]
+    tiles = []
+    for pitch in range(8, 16):
+        for radius in (2.3, 2.6, 2.9, 3.2):
+            near = ((y % pitch - pitch // 2) ** 2 + (x % pitch - pitch // 2) ** 2) ** 0.5
+            dark_HW1 = np.exp(-((near / radius) ** 2))[..., None]
+            eosin_HW1 = rng.uniform(0, 1, (16, 16)).repeat(8, 0).repeat(8, 1)[..., None]
+            colour_HWC = np.array([235, 190, 215]) - eosin_HW1 * (60, 110, 70)
+            tiles.append(colour_HWC * (1 - dark_HW1) + dark_HW1 * (90, 60, 140))
+    tiles_NHWC = np.stack(tiles).astype(np.uint8)
+    torch.manual_seed(1)
+    others_NHWC = to_uint8(other_stains(to_pixels(tiles_NHWC)))
+
+    def lost(said: list[tuple[str, ...]]) -> float:
+        true = [set(measure(tile, mpp=1.0).phrases()) for tile in others_NHWC]
+        kept = [word in now for words, now in zip(said, true, strict=True) for word in words]
+        return 1 - float(np.mean(kept))
+
+    steady = steady_phrases(tiles_NHWC, mpp=1.0, seed=0)
+    assert steady == steady_phrases(tiles_NHWC, mpp=1.0, seed=0)
+    plain = [measure(tile, mpp=1.0).phrases() for tile in tiles_NHWC]
+    assert 2 * lost(steady) < lost(plain)
 
 
 def test_corpus_words_are_single_tokens_and_any_text_is_accepted() -> None:

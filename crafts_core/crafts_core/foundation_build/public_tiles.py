@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from crafts_core.foundation_build.config import BuildConfig
-from crafts_core.foundation_build.measured import measure
+from crafts_core.foundation_build.measured import steady_phrases
 from crafts_core.foundation_build.tiles_table import (
     NoTissueError,
     TableRow,
@@ -111,12 +111,13 @@ Part = tuple[Pixels, list[str], list[Statements]]
 
 
 def _open_part(rows: Sequence[TableRow], config: BuildConfig, progress: Progress) -> Part:
+    progress("open tiles", 0, len(rows))
     tiles = read_open_tiles(rows, tile_px=config.tile_px, mpp=config.mpp)
-    statements = []
-    for done, (image, place) in enumerate(zip(tiles.image_NHWC, tiles.row_N, strict=True), 1):
-        said = tuple(_said(rows[place].description))
-        statements.append(said + measure(image, mpp=config.mpp).phrases())
-        progress("open tiles", done, len(tiles.row_N))
+    seen = steady_phrases(tiles.image_NHWC, mpp=config.mpp, seed=config.seed + 5)
+    statements = [
+        (*_said(rows[place].description), *phrases)
+        for place, phrases in zip(tiles.row_N, seen, strict=True)
+    ]
     kinds = [f"{rows[place].label}|{rows[place].case}" for place in tiles.row_N]
     return tiles.image_NHWC, kinds, statements
 
@@ -202,7 +203,8 @@ def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
         image = tiles.image_NHWC[len(tiles.image_NHWC) // 2]
         said = _said(row.description)
         images.append(image)
-        captions.append(", ".join([STAIN, *said, *measure(image, mpp=config.mpp).phrases()]))
+        (seen,) = steady_phrases(image[None], mpp=config.mpp, seed=config.seed + 5)
+        captions.append(", ".join([STAIN, *said, *seen]))
     types = drawn_types(rows)
     num_drawn = config.num_probe - len(images) if types else 0
     for index in range(config.num_regions, config.num_regions + num_drawn):
