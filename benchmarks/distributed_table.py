@@ -1,7 +1,8 @@
 """What one private step over many small hospitals is worth, on a folder of real tiles.
 
     OMP_NUM_THREADS=1 python benchmarks/distributed_table.py --tiles DIR --labels FILE --out DIR
-        [--seeds 5 6 7] [--epsilons 1 3] [--sizes 20 100] [--rates 1 0.4] [--images]
+        [--seeds 5 6 7] [--epsilons 1 3] [--num-sites 10] [--sizes 20 100] [--rates 0.5 2]
+        [--images]
 
 Each round every site takes one step of SGD without momentum from the same adapter. The mean of
 their steps, weighted by patients, then *is* the step over everybody's patients together, so arms
@@ -20,17 +21,19 @@ That a distributed study is pooled training with that noise, to the bit, is a te
 diffusion draws and directions of noise are the same in all arms of a seed. Measured is the
 denoising loss on patients of no site with fixed draws, over all of them and as the smallest third
 of the hospitals would meet it (each class as often as among a hospital's own patients), and with
-``--images`` the evaluator's distance. Every arm trains at every rate and is shown at its best: a
-choice that is made on the test set, for all arms alike. ``--program`` measures the generator of a
-``crafts-sim run many-small`` by the same ruler, to compare with the arm. Interrupted, the same
-command goes on.
+``--images`` the evaluator's distances of colour and of structure. Every arm trains at every rate
+and is shown at its best: a choice that is made on the test set, for all arms alike. ``--program``
+measures the generator of a ``crafts-sim run many-small`` by the same ruler, to compare with the
+arm. Interrupted, the same command goes on.
 
 Precision against patients, the default rule's question: ``--arms "site trust, by patients" "site
-trust, by precision" --sizes 20 300 --epsilons 8 --seeds 5 6 7 8 9``.
+trust, by precision" --num-sites 5 --sizes 20 300 --epsilons 8 --seeds 5 6 7 8 9``.
 """
 
 import argparse
+import copy
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -38,6 +41,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -46,21 +50,24 @@ import numpy as np
 import torch
 from federation_table import commit
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crafts_client.ingest import TableColumns
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
-from crafts_core.adapters import Adapter, State, merged_unet
+from crafts_core.adapters import Adapter, merged_unet
 from crafts_core.durable import append_line
+from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.evaluate import Evaluator, RealTiles
 from crafts_core.exchange import RoundReply, global_norm, schema_hash
 from crafts_core.foundation import Foundation, embedded_path, load
-from crafts_core.plan import Plan
+from crafts_core.plan import AggregationConfig, Plan
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State, add_delta
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.patient_sgd import Mechanism
@@ -69,10 +76,13 @@ from crafts_privacy.ranks import Ranks
 from crafts_server.aggregation import (
     AlignmentRegularized,
     ByPatients,
+    PublicProbe,
     RoundState,
+    ServerStep,
     SiteEvidence,
     SiteUpdate,
     aggregate,
+    with_momentum,
 )
 from crafts_server.declared_noise import noise_variance
 from crafts_server.export import averaged
@@ -85,7 +95,7 @@ from crafts_simulations.study import LocalStudy
 from crafts_simulations.tile_split import round_size
 from crafts_simulations.workspace import Workspace
 
-ROWS = "rows.jsonl"
+IMAGES = ("colour", "structure")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +121,32 @@ ARMS = {
 NOT_PRIVATE = "pooled, not private"
 
 
-class PatientsCount(AlignmentRegularized):
-    """The default rule's step, with every patient counting the same."""
+class WholeSteps(AlignmentRegularized):
+    """The default rule without what public pairs decide: no gate, every step is taken whole.
+
+    What public pairs allow turns on thresholds, and two arms must not differ by which of them
+    happened to pass one.
+    """
 
     needs_gain = False
 
+    def __init__(self, config: AggregationConfig, *, by_precision: bool) -> None:
+        super().__init__(config)
+        self._momentum, self._by_precision = config.server_momentum, by_precision
+
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
-        return ByPatients().weights(evidence)
+        return super().weights(evidence) if self._by_precision else ByPatients().weights(evidence)
+
+    def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:  # noqa: ARG002
+        velocity = with_momentum(start.server_state, delta, self._momentum)
+        return ServerStep(
+            state=add_delta(start.state, velocity),
+            server_state={**start.server_state, **velocity},
+            margin_after=start.margin,
+            step_norm=global_norm(velocity),
+            trust_norm=0.0,
+            step_scale=1.0,
+        )
 
 
 class Turn(PatientTiles):
@@ -220,7 +249,7 @@ class Bench:
         sigma = 0.0 if arm.noise == "none" else plan_noise_multiplier(plan)
         own = arm.noise_multiplier(sigma, len(self.sites), plan.privacy.colluding_sites or 0)
         config = plan.aggregation
-        rule = AlignmentRegularized(config) if arm.by_precision else PatientsCount(config)
+        rule = WholeSteps(config, by_precision=arm.by_precision)
         probes = FoundationProbe(
             *(self.foundation, plan.adapter),
             seed=plan.study.seed,
@@ -253,9 +282,7 @@ class Bench:
                 )
                 reply = _reply(plan, planned.round, name, delta, mechanism, self.declared[name])
                 updates.append(SiteUpdate.of(reply, noise_variance(reply, planned.stage), delta))
-            start = RoundState(
-                state=state, server_state=kept, factor=planned.factor, margin=probe.margin(state)
-            )
+            start = RoundState(state=state, server_state=kept, factor=planned.factor, margin=0.0)
             step = aggregate(
                 *(rule, start, updates, probe), max_weight_per_share=config.max_weight_per_share
             ).step
@@ -267,11 +294,9 @@ class Bench:
     @torch.no_grad()
     def losses(self, state: State, *, most_patients: int) -> dict[str, float]:
         """Mean held-out denoising loss of each class and of all, over fixed draws."""
-        adapter = Adapter.attach(
-            merged_unet(self.foundation.generator.unet, self.plan.adapter, state),
-            self.plan.adapter,
-            self.plan.parts,
-        )
+        unet = copy.deepcopy(self.foundation.generator.unet)
+        adapter = Adapter.attach(unet, self.plan.adapter, self.plan.parts)
+        adapter.load_state(state)  # what was attached is random
         objective = Objective(self.foundation, adapter, self.plan.stage[0])
         of_class: dict[str, list[float]] = {}
         classes = list(_classes(self.heldout_store))
@@ -296,22 +321,22 @@ class Bench:
             for name in small
         )
 
-    def measure(self, state: State, most_patients: int, *, images: bool) -> dict[str, Any]:
+    def measure(self, state: State, most_patients: int) -> dict[str, float]:
         """The numbers of a row."""
         losses = self.losses(state, most_patients=most_patients)
-        return {
-            "loss": losses[""],
-            "smallest_third": self.smallest_third(losses),
-            "distance": self.distance(state) if images else None,
-        }
+        return {"loss": losses[""], "smallest_third": self.smallest_third(losses)}
 
-    def distance(self, state: State) -> float:
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        tiles = RealTiles.read(self.heldout_store, np.arange(self.heldout_store.num_tiles))
+        config = self.scenario.evaluation
+        return Evaluator(self.foundation, tiles, config, load_encoder(config.encoder))
+
+    def distances(self, state: State) -> dict[str, float]:
         """The evaluator's, of generated images to the held-out tiles."""
-        store = self.heldout_store
-        tiles = RealTiles.read(store, np.arange(store.num_tiles))
-        evaluator = Evaluator(self.foundation, tiles, self.scenario.evaluation)
         unet = merged_unet(self.foundation.generator.unet, self.plan.adapter, state)
-        return evaluator.fidelity(replace(self.foundation.generator, unet=unet)).mmd2
+        found = self.evaluator.fidelity(replace(self.foundation.generator, unet=unet))
+        return {"colour": found.colour, "structure": found.structure}
 
 
 def exported(run: Path, decay: float) -> State:
@@ -378,22 +403,27 @@ def _at_rate(scenario: Scenario, epsilon: float, rate: float) -> Scenario:
     return parse_scenario(values, "of the benchmark")
 
 
-def _of_seed(scenario: Scenario, seed: int, sizes: Sequence[int], factor: int) -> Scenario:
+def _of_seed(scenario: Scenario, seed: int, wanted: argparse.Namespace) -> Scenario:
     values = scenario.model_dump(mode="json")
-    values["tiles"] |= {"seed": seed, "patients": list(sizes)}
+    values["tiles"] |= {
+        "seed": seed,
+        "patients": list(wanted.sizes),
+        "num_sites": wanted.num_sites,
+    }
+    values["aggregation"]["min_sites"] = min(wanted.num_sites, scenario.aggregation.min_sites)
     for section in ("study", "evaluation"):
         values[section]["seed"] = seed
     for stage in values["stage"]:
-        stage["rounds"] = max(1, stage["rounds"] // factor)
+        stage["rounds"] = max(1, stage["rounds"] // wanted.fewer_rounds)
     return parse_scenario(values, "of the benchmark")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: every arm at its best rate, and what distributed gains over each, paired."""
     lines = [
-        "| epsilon | arm | rate | held-out loss, per seed | mean | smallest third | distance | "
-        "distributed minus this, per seed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| epsilon | arm | rate | held-out loss, per seed | mean | smallest third | colour | "
+        "structure | distributed minus this, per seed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for epsilon in sorted({row["epsilon"] for row in rows}):
         mine = {
@@ -404,7 +434,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for arm, best in mine.items():
             lines.append(_line(epsilon, arm, best, mine.get("distributed", {})))
     starts = {row["seed"]: row["start"] for row in rows}
-    lines.append(f"| | public foundation | | {_numbers(starts.values())} | | | | |")
+    lines.append(f"| | public foundation | | {_numbers(starts.values())} | | | | | |")
     return "\n".join(lines)
 
 
@@ -429,16 +459,76 @@ def _line(
     rows = [best[seed] for seed in seeds]
     gains = [ours[seed]["loss"] - best[seed]["loss"] for seed in seeds if seed in ours]
     spread = f" ({mean(gains):+.5f} +- {stdev(gains) / len(gains) ** 0.5:.5f})" if gains[1:] else ""
-    distances = [row["distance"] for row in rows if row["distance"] is not None]
+    images = [_numbers(row[what] for row in rows if what in row) for what in IMAGES]
     return (
         f"| {epsilon:g} | {arm} | {rows[0]['rate']:g} | {_numbers(r['loss'] for r in rows)} | "
         f"{mean(r['loss'] for r in rows):.5f} | {mean(r['smallest_third'] for r in rows):.5f} | "
-        f"{_numbers(distances)} | {_numbers(gains, '+')}{spread} |"
+        f"{' | '.join(images)} | {_numbers(gains, '+')}{spread} |"
     )
 
 
 def _numbers(values: Any, sign: str = "") -> str:
     return ", ".join(f"{value:{sign}.5f}" for value in values)
+
+
+class Rows:
+    """What was measured, a line each, and the states that it was measured on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._states = folder / "rows.jsonl", folder / "states"
+        self._states.mkdir(exist_ok=True)
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        of_key = {_key(row): row for row in map(json.loads, lines)}  # a later line is fuller
+        self.found: list[dict[str, Any]] = list(of_key.values())
+
+    def add(self, row: dict[str, Any], state: State | None = None) -> None:
+        """Keep it; it takes the place of a row of the same run."""
+        if state is not None:
+            save_file(state, self._path_of(row))
+        append_line(self._path, json.dumps(row))
+        self.found = [*(r for r in self.found if _key(r) != _key(row)), row]
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    def state(self, row: Mapping[str, Any]) -> State:
+        """What the run of this row ended with."""
+        return load_file(self._path_of(row))
+
+    def _path_of(self, row: Mapping[str, Any]) -> Path:
+        name = " ".join(map(str, _key(row)))
+        return self._states / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _key(row: Mapping[str, Any]) -> tuple[int, str, float, float]:
+    return row["seed"], row["arm"], row["epsilon"], row["rate"]
+
+
+def train_missing(wanted: argparse.Namespace, benches: Mapping[int, Bench], rows: Rows) -> None:
+    """Every arm of every seed, at every epsilon and rate."""
+    starts: dict[int, float] = {}
+    runs = itertools.product(wanted.epsilons, wanted.seeds, wanted.arms, wanted.rates)
+    for epsilon, seed, arm, rate in runs:
+        which = {"seed": seed, "arm": arm, "epsilon": epsilon, "rate": rate}
+        if any(_key(row) == _key(which) for row in rows.found):
+            continue
+        bench = benches[seed]
+        if seed not in starts:
+            start = initial_state(bench.foundation, bench.plan.adapter, seed, bench.plan.parts)
+            starts[seed] = bench.losses(start, most_patients=wanted.heldout)[""]
+        same = [r for r in rows.found if (r["seed"], r["arm"], r["rate"]) == (seed, arm, rate)]
+        if arm == NOT_PRIVATE and same:  # it knows no epsilon
+            rows.add({**same[0], "epsilon": epsilon}, rows.state(same[0]))
+            continue
+        state = bench.train(ARMS[arm], epsilon, rate)
+        rows.add(which | {"start": starts[seed]} | bench.measure(state, wanted.heldout), state)
+
+
+def draw_best(epsilons: Sequence[float], benches: Mapping[int, Bench], rows: Rows) -> None:
+    """Distances of images, for every arm at its best rate."""
+    for epsilon, arm in itertools.product(epsilons, ARMS):
+        of_arm = [r for r in rows.found if (r["arm"], r["epsilon"]) == (arm, epsilon)]
+        for seed, row in _best(of_arm).items():
+            if not set(IMAGES) <= row.keys():
+                rows.add({**row, **benches[seed].distances(rows.state(row))})
 
 
 def main() -> None:
@@ -451,7 +541,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1.0, 3.0])
     parser.add_argument("--sizes", type=int, nargs=2, default=[20, 100], help="patients of sites")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.4], help="factors")
+    parser.add_argument("--num-sites", type=int, default=10, help="hospitals")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 2.0], help="factors")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--heldout", type=int, default=120, help="patients that are measured")
     parser.add_argument("--fewer-rounds", type=int, default=1, help="divide each stage's rounds")
@@ -465,39 +556,24 @@ def main() -> None:
     source = TileSource(folder=wanted.tiles, labels=wanted.labels, columns=TableColumns())
     foundation = load(embedded_path())
     wanted.out.mkdir(parents=True, exist_ok=True)
-    kept = wanted.out / ROWS
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(row["seed"], row["arm"], row["epsilon"], row["rate"]) for row in rows}
+    benches = {}
     for seed in wanted.seeds:
-        scenario = _of_seed(load_scenario(wanted.scenario), seed, wanted.sizes, wanted.fewer_rounds)
-        bench = Bench(scenario, source, wanted.out / f"seed-{seed}", foundation)
-        start = initial_state(foundation, bench.plan.adapter, seed, bench.plan.parts)
-        at_start = bench.losses(start, most_patients=wanted.heldout)[""]
-        if wanted.program is not None and seed == wanted.seeds[0]:
-            state = exported(wanted.program, bench.plan.aggregation.ema_decay)
-            told = bench.measure(state, wanted.heldout, images=wanted.images)
-            print(json.dumps({"program": str(wanted.program), **told}), file=sys.stderr, flush=True)
-        for epsilon in wanted.epsilons:
-            for arm in wanted.arms:
-                for rate in wanted.rates:
-                    if (seed, arm, epsilon, rate) in done:
-                        continue
-                    same = [
-                        r for r in rows if (r["seed"], r["arm"], r["rate"]) == (seed, arm, rate)
-                    ]
-                    if arm == NOT_PRIVATE and same:  # it knows no epsilon
-                        row = {**same[0], "epsilon": epsilon}
-                    else:
-                        state = bench.train(ARMS[arm], epsilon, rate)
-                        told = bench.measure(state, wanted.heldout, images=wanted.images)
-                        which = {"seed": seed, "arm": arm, "epsilon": epsilon, "rate": rate}
-                        row = {**which, "start": at_start, **told}
-                    append_line(kept, json.dumps(row))
-                    rows.append(row)
-                    print(json.dumps(row), file=sys.stderr, flush=True)
+        scenario = _of_seed(load_scenario(wanted.scenario), seed, wanted)
+        benches[seed] = Bench(scenario, source, wanted.out / f"seed-{seed}", foundation)
+    if wanted.program is not None:
+        bench = benches[wanted.seeds[0]]
+        state = exported(wanted.program, bench.plan.aggregation.ema_decay)
+        told = bench.measure(state, wanted.heldout)
+        images = bench.distances(state) if wanted.images else {}
+        print(json.dumps({"program": str(wanted.program), **told, **images}), file=sys.stderr)
+    rows = Rows(wanted.out)
+    train_missing(wanted, benches, rows)
+    if wanted.images:
+        draw_best(wanted.epsilons, benches, rows)
     print(f"Measured {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, seeds {wanted.seeds},")
-    print(f"{len(bench.sites)} hospitals of {wanted.sizes[0]} to {wanted.sizes[1]} patients.\n")
-    print(table(rows))
+    num_sites, (fewest, most) = len(benches[wanted.seeds[0]].sites), wanted.sizes
+    print(f"{num_sites} hospitals of {fewest} to {most} patients.\n")
+    print(table(rows.found))
 
 
 if __name__ == "__main__":
