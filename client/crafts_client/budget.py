@@ -14,13 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.site_ledger import existing_ledger
-from crafts_client.sum_report import summed_entries
 from crafts_core.delta_text import delta_times_patients
 from crafts_core.plan import Plan
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.charges import charged_to
-from crafts_privacy.ledger import FiltersChangedError, Ledger, LedgerEntry, LedgerError
+from crafts_privacy.charges import SumCharge, charged_to, charges_of_sums
+from crafts_privacy.ledger import FiltersChangedError, Ledger, LedgerError
 from crafts_privacy.ledger_export import LedgerExport
 from crafts_privacy.lifetime import FilterState, Lifetime, PlanCharges
 
@@ -138,7 +137,7 @@ def epsilon_at_all_sites(
 ) -> float:
     """Of a patient of this cohort who is at other sites as well: the steps of all of them.
 
-    Steps that this site and another took in one sum share its noise, and count as such.
+    Steps that two of the sites took in one sum share its noise, and count as such.
 
     Raises:
         LedgerError: a patient would be at three members of one sum, which nothing here counts.
@@ -146,25 +145,40 @@ def epsilon_at_all_sites(
     entries = () if ledger is None else ledger.entries()
     ours = charged_to(entries, site.config.cohort)
     apart = Counter(entry.event for entry in ours)
-    in_one_sum: Counter[PrivacyEvent] = Counter()
-    own_sums = Counter(_sum_of(entry) for entry in summed_entries(ours))
     for export in exports:
-        shared = own_sums & Counter(_sum_of(entry) for entry in export.of_sums)
-        if shared and in_one_sum:
+        apart += Counter(export.charged)
+    in_one_sum: list[PrivacyEvent] = []
+    members = [charges_of_sums(entries, ours), *(export.of_sums for export in exports)]
+    for here, there in _shared(members):
+        apart -= Counter((here, there))
+        # Each calibrated for itself: the weaker noise is what the sum has for certain.
+        in_one_sum.append(min(here, there, key=_noise_of))
+    return accounting.epsilon_at_two_hospitals(apart.elements(), in_one_sum, site.policy.max_delta)
+
+
+def _shared(
+    members: Sequence[Sequence[SumCharge]],
+) -> Iterator[tuple[PrivacyEvent, PrivacyEvent]]:
+    """Charges of two ledgers for one sum, whichever two of them."""
+    charges: dict[str, list[list[PrivacyEvent]]] = {}
+    for number, ledger in enumerate(members):
+        for charge in ledger:
+            of_sum = charges.setdefault(charge.request_hash, [[] for _ in members])
+            of_sum[number].append(charge.event)
+    for of_sum in charges.values():
+        held = [events for events in of_sum if events]
+        if len(held) > 2:
             raise LedgerError(
-                "two of these ledgers hold sums that this site was a member of too; a patient at "
-                "three members of one sum is not counted, so ask with one of them at a time"
+                "three of these ledgers hold charges for one sum; a patient at three members of "
+                "one sum is not counted, so ask with fewer of them at a time"
             )
-        events = Counter(event for *_, event in shared.elements())
-        in_one_sum += events
-        apart = apart - events + (Counter(export.charged) - events)
-    return accounting.epsilon_at_two_hospitals(
-        apart.elements(), in_one_sum.elements(), site.policy.max_delta
-    )
+        if len(held) == 2:
+            # Of what a site was charged twice for, one vector left: say the weaker one.
+            yield from zip(*(sorted(events, key=_noise_of) for events in held), strict=False)
 
 
-def _sum_of(entry: LedgerEntry) -> tuple[str, str, int, PrivacyEvent]:
-    return (entry.plan_hash, entry.run_id, entry.round, entry.event)
+def _noise_of(event: PrivacyEvent) -> float:
+    return event.noise_multiplier
 
 
 def charged_plans(site: SiteHome, ledger: Ledger | None) -> tuple[PlanCharges, ...]:

@@ -32,6 +32,7 @@ from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.pages import page_environment
 from crafts_privacy.accounting import SecondOpinion
+from crafts_privacy.charges import last_holders
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
 from crafts_privacy.noise import ExactNoise, GridNoise
 
@@ -195,6 +196,7 @@ def _or_infinity(value: float | None) -> float:
 def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ...]:
     """What each run was charged."""
     charged: dict[tuple[str, str], list[LedgerEntry]] = {}
+    holders = last_holders(entries)
     for entry in entries:
         if entry.kind is EntryKind.RESERVED:
             charged.setdefault((entry.run_id, entry.plan_hash), []).append(entry)
@@ -203,7 +205,7 @@ def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ..
             run_id=run_id,
             plan_hash=plan_hash,
             stages=tuple(dict.fromkeys(entry.stage for entry in group)),
-            rounds=len({entry.round for entry in group}),
+            rounds=len({holders[entry.sequence].round for entry in group}),
             spent=spending_of(
                 [entry.event for entry in group],
                 delta,

@@ -108,6 +108,51 @@ def is_of_sum(entry: LedgerEntry) -> bool:
     return terms is not None and terms.own_noise_multiplier is not None
 
 
+def last_holders(entries: Sequence[LedgerEntry]) -> dict[int, LedgerEntry]:
+    """Who holds each charge now, by the number of the entry that reserved it.
+
+    Args:
+        entries: Of one ledger, or those of some cohorts, oldest first.
+    """
+    carried = {
+        entry.reservation: entry
+        for entry in entries
+        if entry.kind is EntryKind.CARRIED and entry.reservation < entry.sequence
+    }  # forwards only: what another hospital exported may be anything
+    holders = {}
+    for entry in entries:
+        if entry.kind is EntryKind.RESERVED:
+            holder = entry
+            while holder.sequence in carried:
+                holder = carried[holder.sequence]
+            holders[entry.sequence] = holder
+    return holders
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumCharge:
+    """What a site was charged for one sum over sites."""
+
+    request_hash: str
+    """SHA-256 of what was asked for last, where it was carried: no other sum can this charge have
+    paid for, and the members of one sum were all asked for the same."""
+    event: PrivacyEvent
+
+
+def charges_of_sums(
+    entries: Sequence[LedgerEntry], charged: Sequence[LedgerEntry]
+) -> list[SumCharge]:
+    """Those of the reserving entries ``charged``, of the ledger ``entries``, that are of sums."""
+    holders = last_holders(entries)
+    return [
+        SumCharge(
+            request_hash=Reservation.of(holders[each.sequence]).request_hash, event=each.event
+        )
+        for each in charged
+        if is_of_sum(each)
+    ]
+
+
 def attempt_of(entry: LedgerEntry) -> int:
     """At a round's sum, of an entry that holds a charge; 1 where there is no sum."""
     terms = terms_of(entry)

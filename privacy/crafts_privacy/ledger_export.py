@@ -16,7 +16,7 @@ from pathlib import Path
 
 from crafts_core.durable import write_file
 from crafts_privacy.accounting import PrivacyEvent
-from crafts_privacy.charges import is_of_sum
+from crafts_privacy.charges import SumCharge, charges_of_sums
 from crafts_privacy.errors import LedgerError, LedgerTamperedError
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry, check_chain, genesis_hash
 from crafts_privacy.signed_head import SignedHead
@@ -33,7 +33,7 @@ class LedgerExport:
     head: SignedHead
     charged: tuple[PrivacyEvent, ...]
     """What was reserved, in all cohorts."""
-    of_sums: tuple[LedgerEntry, ...]
+    of_sums: tuple[SumCharge, ...]
     """The charges among these for steps over several sites."""
 
 
@@ -74,7 +74,7 @@ def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> Ledg
         head = SignedHead.model_validate_json(first.removeprefix(_HEAD))
         entries = tuple(_entry(row) for row in csv.DictReader(io.StringIO(table)))
         reserved = tuple(entry for entry in entries if entry.kind is EntryKind.RESERVED)
-        of_sums = tuple(entry for entry in reserved if is_of_sum(entry))
+        of_sums = tuple(charges_of_sums(entries, reserved))
         fingerprint = head.fingerprint
     except (ValueError, KeyError, TypeError, csv.Error, SignatureError, LedgerError) as error:
         raise LedgerError(

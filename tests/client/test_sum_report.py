@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from crafts_client.site import Site
 from crafts_client.site_key import signed_head
 from crafts_client.sum_report import doubts_about_sums, sum_report
 from crafts_privacy import accounting
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.charges import SumCharge
 from crafts_privacy.ledger import Ledger, LedgerError
 from crafts_privacy.ledger_export import LedgerExport, read_export, write_export
+from support.clocks import ManualClock
 from support.sites import Coordinator, make_site_home
 from support.sum_study import SumStudy, summing_home
 
@@ -145,3 +149,55 @@ def test_another_hospitals_ledger_of_the_same_sums_counts_as_one_sum(
     )
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["epsilon_of_a_patient_at_all_sites"] == pytest.approx(found)
+
+
+def export_of(home: SiteHome, *charges: SumCharge, others: int = 0) -> LedgerExport:
+    """Another hospital's, with so many charges besides that are of no sum."""
+    head = signed_head(home, Ledger(home.ledger_path))
+    plain = PrivacyEvent(noise_multiplier=9.0, sample_rate=0.1, steps=2)
+    events = (*(charge.event for charge in charges), *[plain] * others)
+    return LedgerExport(head=head, charged=events, of_sums=charges)
+
+
+def test_a_charge_that_was_carried_counts_for_the_sum_that_it_paid_for(
+    tmp_path: Path, foundation, coordinator
+) -> None:
+    """Here charged for round 1 and carried to round 2; there for round 2 alone: one sum."""
+    home = summing_home(
+        tmp_path / "site", foundation, coordinator, max_delta=1e-3, answer_every_s=60.0
+    )
+    study = SumStudy(coordinator, foundation, home)
+    site = Site(home, foundation, clock=ManualClock().clock)
+    study.ready(site, 1)
+    study.add(site, 2)
+    ledger = Ledger(home.ledger_path)
+    (event,) = ledger.events("main")
+    theirs = SumCharge(request_hash=study.request(2).hash, event=event)
+    found = epsilon_at_all_sites(home, ledger, [export_of(home, theirs)])
+    assert found == accounting.epsilon_at_two_hospitals([], [event], 1e-3)
+    assert found > 1.05 * accounting.epsilon([event, event], 1e-3)
+    left_out = SumCharge(request_hash=study.request(1).hash, event=event)
+    assert epsilon_at_all_sites(
+        home, ledger, [export_of(home, left_out)]
+    ) == accounting.epsilon_at_two_hospitals([event, event], [], 1e-3)
+    exported_here = exported(home, tmp_path / "ours.csv")
+    assert exported_here.of_sums == (theirs,), "and the other hospital is told so too"
+
+
+def test_members_that_calibrated_apart_share_the_weaker_noise(home, study) -> None:
+    ledger = Ledger(home.ledger_path)
+    event, *_ = ledger.events("main")
+    weaker = replace(event, noise_multiplier=0.99 * event.noise_multiplier)
+    theirs = SumCharge(request_hash=study.request(1).hash, event=weaker)
+    found = epsilon_at_all_sites(home, ledger, [export_of(home, theirs, others=1)])
+    *apart, plain = [*ledger.events("main")[1:], export_of(home, others=1).charged[0]]
+    assert found == accounting.epsilon_at_two_hospitals([*apart, plain], [weaker], 1e-3)
+
+
+def test_a_sum_of_two_other_hospitals_counts_as_one_too(home, study) -> None:
+    """This site was no member of it: both of their charges are under one noise all the same."""
+    ledger = Ledger(home.ledger_path)
+    ours = ledger.events("main")
+    charge = SumCharge(request_hash="7" * 64, event=ours[0])
+    found = epsilon_at_all_sites(home, ledger, [export_of(home, charge), export_of(home, charge)])
+    assert found == accounting.epsilon_at_two_hospitals(ours, [ours[0]], 1e-3)
