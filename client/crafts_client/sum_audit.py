@@ -42,6 +42,8 @@ from crafts_privacy.secure_aggregation.members import MembersError, announce, ve
 _NAMES = ("aarau", "berlin", "coburg", "dresden", "erfurt")
 _COLLUDING, _ATTEMPTS, _NUM_VALUES = 2, 4, 4096
 _NOISE, _BOUND, _BITS = 3.0, 0.7, 18
+_LEAST = 0.01
+"""Share that a sum was charged with: so small that it mends none of what is looked for."""
 _PLAN = {
     "study": {"name": "audit", "foundation": "0" * 64, "seed": 0},
     "adapter": {"kind": "lora"},
@@ -94,6 +96,7 @@ class _VirtualSite:
             stage="pretraining",
             event=PrivacyEvent(noise_multiplier=_NOISE, sample_rate=0.5, steps=1),
             request_hash=request.hash,
+            own_noise_multiplier=_LEAST,
         )
         return self._sums.hold(
             request,

@@ -135,7 +135,10 @@ class SiteSums:
         )
         pairs = held.key.pair_keys(held.ready.site, members)
         self._held = None
-        own = share_of(plan, policy, held.mechanism, num_members=len(members))
+        least = held.reservation.own_noise_multiplier
+        assert least is not None  # what is held was charged as a sum's
+        # A larger roster that was approved since, or a lower floor, takes nothing from it.
+        own = max(share_of(plan, policy, held.mechanism, num_members=len(members)), least)
         vector_D = held.sum.release(own, pairs)
         release = self._outbox.seal(
             request,

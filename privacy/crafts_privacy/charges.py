@@ -17,7 +17,7 @@ from crafts_privacy.errors import (
     LedgerError,
     LedgerTamperedError,
 )
-from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry
+from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry, Share
 from crafts_privacy.lifetime import AloneLimit, Lifetime, PlanCharges, Terms, with_charge
 
 HOLDS_A_CHARGE = frozenset({EntryKind.RESERVED, EntryKind.CARRIED})
@@ -38,6 +38,8 @@ class Reservation:
     event: PrivacyEvent
     request_hash: str
     """SHA-256 of what exactly was asked for, the adapter among it."""
+    own_noise_multiplier: float | None = None
+    """Of a sum: the smallest share of noise that may leave for it; None where all is added here."""
 
     def __post_init__(self) -> None:
         if not (self.cohort and self.run_id and self.stage and self.round >= 1):
@@ -52,6 +54,7 @@ class Reservation:
 
     @classmethod
     def of(cls, entry: LedgerEntry) -> "Reservation":
+        terms = terms_of(entry)
         return cls(
             sequence=entry.sequence,
             entry_hash=entry.hash,
@@ -61,7 +64,8 @@ class Reservation:
             round=entry.round,
             stage=entry.stage,
             event=entry.event,
-            request_hash=terms.request_hash if (terms := terms_of(entry)) else "",
+            request_hash="" if terms is None else terms.request_hash,
+            own_noise_multiplier=None if terms is None else terms.own_noise_multiplier,
         )
 
 
@@ -210,44 +214,80 @@ def check_unused(entries: Sequence[LedgerEntry], unused: Reservation, wanted: Re
             )
 
 
-def events_alone(entries: Sequence[LedgerEntry], cohort: str) -> tuple[PrivacyEvent, ...]:
-    """Each event with no noise but what the site added itself."""
+def events_alone(
+    entries: Sequence[LedgerEntry], cohort: str, *, without: Reservation | None = None
+) -> tuple[PrivacyEvent, ...]:
+    """Each event with no noise but what the site added itself.
+
+    Args:
+        entries: The whole ledger.
+        cohort: Whose.
+        without: The holder of a charge that is left out.
+    """
+    holders = last_holders(entries)
+    shares = {each.reservation: each.share for each in entries if each.share is not None}
     events = []
     for entry in charged_to(entries, cohort):
-        holder, last = entry, what_followed(entries, entry.sequence)
-        while last is not None and last.kind is EntryKind.CARRIED:
-            holder, last = last, what_followed(entries, last.sequence)
-        share = None if last is None else last.share
-        terms = terms_of(holder)
-        own = None if terms is None else terms.own_noise_multiplier
-        if share is not None:
-            own = share.own_noise_multiplier
+        holder = holders[entry.sequence]
+        if without is not None and holder.sequence == without.sequence:
+            continue
+        share = shares.get(holder.sequence)
+        own = (
+            Reservation.of(holder).own_noise_multiplier
+            if share is None
+            else share.own_noise_multiplier
+        )
         events.append(entry.event if own is None else replace(entry.event, noise_multiplier=own))
     return tuple(events)
 
 
 def check_alone(
     entries: Sequence[LedgerEntry],
-    cohort: str,
-    new: Sequence[PrivacyEvent],
+    wanted: Reservation,
     lifetime: Lifetime,
     alone: AloneLimit,
+    *,
+    held: Reservation | None,
 ) -> None:
     """Apply the limit on what only the site's own noise protects.
 
+    Args:
+        entries: The whole ledger.
+        wanted: What is asked for.
+        lifetime: For its delta.
+        alone: The limit, and the share that may now be added.
+        held: The open charge that pays for it: it counts with that share and no longer with its
+            own.
+
     Raises:
-        AloneBudgetExceededError: with ``new`` it would be passed.
+        AloneBudgetExceededError: with ``wanted`` it would be passed.
     """
-    own = [replace(event, noise_multiplier=alone.own_noise_multiplier) for event in new]
-    epsilon = accounting.epsilon([*events_alone(entries, cohort), *own], lifetime.delta)
+    own = replace(wanted.event, noise_multiplier=alone.own_noise_multiplier)
+    before = events_alone(entries, wanted.cohort, without=held)
+    epsilon = accounting.epsilon([*before, own], lifetime.delta)
     if not epsilon <= alone.max_epsilon:  # NaN must refuse too
         raise AloneBudgetExceededError(
-            cohort=cohort, epsilon=epsilon, max_epsilon=alone.max_epsilon
+            cohort=wanted.cohort, epsilon=epsilon, max_epsilon=alone.max_epsilon
+        )
+
+
+def check_share(reservation: Reservation, share: Share) -> None:
+    """What left has at least the noise that its charge was admitted with.
+
+    Raises:
+        LedgerError: it has less, or all the noise was to be added here.
+    """
+    least = reservation.own_noise_multiplier
+    if least is None or not share.own_noise_multiplier >= least:  # NaN must refuse too
+        wanted = "all of the noise" if least is None else f"a share of {least:g} or more"
+        raise LedgerError(
+            f"reservation {reservation.sequence} was charged for {wanted}, and a vector with "
+            f"{share.own_noise_multiplier:g} must not leave; reserve again"
         )
 
 
 def held_for(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
-    """The open reservation of exactly the same request and mechanism, if there is one."""
+    """The open reservation of exactly the same request, mechanism and share, if there is one."""
     for entry in open_charges(entries):
         held = Reservation.of(entry)
         if held == replace(wanted, sequence=held.sequence, entry_hash=held.entry_hash):

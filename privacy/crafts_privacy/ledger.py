@@ -29,6 +29,7 @@ from crafts_privacy.charges import (
     charged_to,
     check_alone,
     check_filters,
+    check_share,
     check_unused,
     entry_about,
     events_alone,
@@ -136,7 +137,7 @@ class Ledger:
             PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
                 this, passes the plan's limit; nothing is recorded.
             AloneBudgetExceededError: the same with the shares of noise that the site itself added,
-                this smallest one among them; nothing is recorded.
+                this smallest one among them, also where it costs nothing more; nothing is recorded.
             FiltersChangedError: the cohort began under other filters; nothing is recorded.
             LedgerPlaceError: this is a copy of the ledger.
         """
@@ -150,6 +151,7 @@ class Ledger:
             stage=stage,
             event=event,
             request_hash=request_hash,
+            own_noise_multiplier=None if alone is None else alone.own_noise_multiplier,
         )
         if not SHA256.fullmatch(request_hash):
             raise ValueError("expected request_hash as 64 hexadecimal digits")
@@ -171,14 +173,14 @@ class Ledger:
                     plan_hash=plan_hash, epsilon=epsilon, max_epsilon=plan_limit.max_epsilon
                 )
             if alone is not None:
-                check_alone(transaction.entries, cohort, new, lifetime, alone)
+                check_alone(transaction.entries, reservation, lifetime, alone, held=held or carried)
             if held:
                 return held
             terms = Terms(
                 limit=plan_limit,
                 filters=lifetime.filters,
                 request_hash=request_hash,
-                own_noise_multiplier=None if alone is None else alone.own_noise_multiplier,
+                own_noise_multiplier=reservation.own_noise_multiplier,
                 attempt=attempt,
             )
             kind, number = EntryKind.RESERVED, len(transaction.entries) + 1
@@ -196,7 +198,8 @@ class Ledger:
         ``share`` is of a masked vector: what this site added of the sum's noise.
 
         Raises:
-            LedgerError: the reservation is unknown or released something else, or this is a copy.
+            LedgerError: the reservation is unknown or released something else, the share is smaller
+                than what was charged for, or this is a copy.
         """
         if not SHA256.fullmatch(release_hash):
             raise ValueError("expected release_hash as 64 hexadecimal digits")
@@ -206,6 +209,8 @@ class Ledger:
             known = [Reservation.of(each) for each in at if each.kind in HOLDS_A_CHARGE]
             if known != [reservation]:
                 raise LedgerError(f"reservation {reservation.sequence} is not in this ledger")
+            if share is not None:
+                check_share(reservation, share)
             detail = released_text(release_hash, share)
             last = what_followed(entries, reservation.sequence)
             if last is None:

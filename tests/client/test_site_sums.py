@@ -280,6 +280,36 @@ def test_a_site_adds_its_floor_of_noise(home, site, study) -> None:
     assert alone.noise_multiplier == 9.5
 
 
+def test_a_share_is_no_smaller_than_what_the_limit_alone_was_asked_for(
+    home, site, study, monkeypatch
+) -> None:
+    """Between *ready* and *masked* a larger roster is approved, and a floor is lowered."""
+    set_policy(home, min_own_noise_multiplier=9.5)
+    request, ready = study.request(), study.ready(site)
+    set_policy(home, min_own_noise_multiplier=0.0)
+    floor = site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert isinstance(floor.reply, MaskedReply)
+    assert floor.reply.own_noise_multiplier == 9.5
+
+    request, ready = study.request(2), study.ready(site, 2)
+    peers = dict(zip(("east", "south", "west"), (2, 3, 4), strict=True))
+    sites = {
+        name: SumSite(name, number, declared_patients=30 + number, request=request.hash)
+        for name, number in peers.items()
+    }
+    monkeypatch.setattr(study, "peers", lambda _: sites)
+    home.roster_approvals.approve(study.roster())
+    grown = site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert isinstance(grown.reply, MaskedReply)
+    assert grown.share is not None
+    assert grown.share.members == 4
+    (_, event) = Ledger(home.ledger_path).events("main")
+    assert grown.reply.own_noise_multiplier == event.noise_multiplier / 2**0.5
+    assert study.ready(site, 3)  # from here on, by the roster of now
+    held = Ledger(home.ledger_path).open_reservations()[-1]
+    assert held.own_noise_multiplier == event.noise_multiplier / 3**0.5
+
+
 def test_a_policy_that_is_tightened_holds_for_a_sum_that_is_held(home, site, study) -> None:
     request, ready = study.request(), study.ready(site)
     set_policy(home, min_members=4)

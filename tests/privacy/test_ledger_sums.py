@@ -172,6 +172,48 @@ def test_the_limit_alone_is_kept_and_nothing_is_recorded(ledger: Ledger) -> None
     assert kinds(ledger) == ["reserved", "reserved", "carried"]
 
 
+def test_a_charge_that_is_carried_counts_with_the_share_that_it_may_now_pay_for(
+    ledger: Ledger,
+) -> None:
+    """A larger roster, or a lower floor: a smaller share than the one that was admitted."""
+    most = accounting.epsilon([replace(EVENT, noise_multiplier=OWN)], 1e-3)
+    held = reserve(ledger, alone=AloneLimit(own_noise_multiplier=OWN, max_epsilon=most))
+    smaller = AloneLimit(own_noise_multiplier=0.9 * OWN, max_epsilon=most)
+    with pytest.raises(AloneBudgetExceededError):
+        reserve(ledger, 2, alone=smaller, unused=held)
+    with pytest.raises(AloneBudgetExceededError):
+        reserve(ledger, alone=smaller)
+    assert kinds(ledger) == ["reserved"]
+    larger = AloneLimit(own_noise_multiplier=1.1 * OWN, max_epsilon=most)
+    reserve(ledger, 2, alone=larger, unused=held)
+    assert [event.noise_multiplier for event in ledger.events_alone("main")] == [1.1 * OWN]
+
+
+def test_a_limit_alone_that_was_lowered_holds_for_a_charge_that_is_open(ledger: Ledger) -> None:
+    held = reserve(ledger)
+    with pytest.raises(AloneBudgetExceededError):
+        reserve(ledger, alone=AloneLimit(own_noise_multiplier=OWN, max_epsilon=0.01))
+    assert reserve(ledger) == held
+
+
+def test_a_charge_is_for_a_share_too(ledger: Ledger) -> None:
+    """After a crash the same request with another share is another charge."""
+    reserve(ledger)
+    reserve(ledger, alone=AloneLimit(own_noise_multiplier=0.9 * OWN, max_epsilon=20.0))
+    assert kinds(ledger) == ["reserved", "reserved"]
+
+
+def test_a_share_smaller_than_what_was_charged_for_is_not_committed(ledger: Ledger) -> None:
+    held = reserve(ledger)
+    with pytest.raises(LedgerError, match="must not leave"):
+        ledger.commit(held, RELEASE, replace(SHARE, own_noise_multiplier=0.999 * OWN))
+    plain = reserve(ledger, 2, alone=None)
+    with pytest.raises(LedgerError, match="all of the noise"):
+        ledger.commit(plain, RELEASE, SHARE)
+    ledger.commit(held, RELEASE, replace(SHARE, own_noise_multiplier=OWN))
+    assert kinds(ledger) == ["reserved", "reserved", "committed"]
+
+
 def test_a_share_is_read_as_it_was_written(ledger: Ledger) -> None:
     held = reserve(ledger)
     ledger.commit(held, RELEASE, SHARE)
