@@ -164,13 +164,16 @@ class Departure:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._began_s = self._every_s = 0.0
+        self.was_in_time = False
+        """Whether the last block's answer left when it was fixed to, so that its time told nothing;
+        not if nothing was held back."""
 
     def begin(self, every_s: float) -> None:
         """Start counting now, just before the first draw; 0 holds nothing back."""
         self._began_s, self._every_s = self._clock.now(), every_s
 
     def __enter__(self) -> Self:
-        self._every_s = 0.0
+        self._every_s, self.was_in_time = 0.0, False
         return self
 
     def __exit__(
@@ -185,7 +188,8 @@ class Departure:
     def _wait(self) -> None:
         taken_s = self._clock.now() - self._began_s
         times = max(1, math.ceil(taken_s / self._every_s))
-        if times > 1:
+        self.was_in_time = times == 1
+        if not self.was_in_time:
             log.warning(
                 "a round took longer than the %.0f s that its answer waits for, so that its time "
                 "tells roughly how many patients were drawn; set answer_every_s in site.toml to a "

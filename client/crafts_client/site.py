@@ -190,7 +190,10 @@ class Site:
         runs = {entry.run_id for entry in self._entries_of(plan.hash)}
         check_run(request, runs, self._home.approvals.runs_of(plan.hash))
         check_not_replayed(request, *self._ledger.last_released(plan.hash, request.run_id))
-        return self._train(plan, planned.stage, message)
+        answer = self._train(plan, planned.stage, message)
+        if isinstance(answer, ReadyReply) and self._departure.was_in_time:
+            self._sums.left_in_time(request)
+        return answer
 
     def _masked(self, message: AnnouncementMessage) -> Release:
         """Seal the vector and commit it, or find the one that was sealed."""
@@ -356,6 +359,7 @@ class Site:
         alone = unused = None
         if task.sum_grid_bits is not None:
             alone = alone_limit(plan, self._home.policy, task.mechanism, self._roster(plan))
+            # First: from here on no announcement finds the sum whose charge is carried.
             unused = self._sums.give_up(request)
         return self._ledger.reserve(
             cohort=self._home.config.cohort,

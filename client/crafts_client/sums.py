@@ -63,6 +63,8 @@ class SiteSums:
         self._outbox = outbox
         self._noise = noise
         self._held: _Held | None = None
+        self._unused: Reservation | None = None
+        """What may be carried: the held sum's, once its word has left at its time."""
 
     def hold(
         self,
@@ -85,6 +87,7 @@ class SiteSums:
             declared_patients=declared_patients,
             key=key.public_key,
         )
+        self._unused = None
         self._held = _Held(
             request=request,
             mechanism=mechanism,
@@ -100,17 +103,23 @@ class SiteSums:
         """What the site said to exactly this request, while it holds the sum of it."""
         return self._held.ready if self._held and self._held.request == request else None
 
+    def left_in_time(self, request: RoundRequest) -> None:
+        """The word for ``request`` left at a time that no patient decided."""
+        if self._held is not None and self._held.request == request:
+            self._unused = self._held.reservation
+
     def give_up(self, request: RoundRequest) -> Reservation | None:
         """Forget the sum, as ``request`` asks for another; what was reserved for it in that run.
 
-        Nothing of it left or can leave, so the charge may pay for ``request``. Only a sum that was
-        whole and whose word left at its time is here: of a round that failed, or of a process that
-        died in one, nobody knows what its end has told, and its charge is not carried over.
+        Nothing of it left or can leave, so the charge may pay for ``request``. Only of a sum that
+        was whole and whose word left at its time: how late a word was tells how many patients were
+        drawn, and of a round that failed, or of a process that died in one, nobody knows what its
+        end has told. Those charges are not carried over.
         """
-        held, self._held = self._held, None
-        if held is None or held.request.plan_hash != request.plan_hash:
+        unused, self._held, self._unused = self._unused, None, None
+        if unused is None or unused.plan_hash != request.plan_hash:
             return None
-        return held.reservation if held.request.run_id == request.run_id else None
+        return unused if unused.run_id == request.run_id else None
 
     def release(
         self,
@@ -134,7 +143,7 @@ class SiteSums:
             announcement, roster, held.ready, min_members=fewest_members(plan, policy)
         )
         pairs = held.key.pair_keys(held.ready.site, members)
-        self._held = None
+        self._held = self._unused = None
         least = held.reservation.own_noise_multiplier
         assert least is not None  # what is held was charged as a sum's
         # A larger roster that was approved since, or a lower floor, takes nothing from it.

@@ -20,6 +20,9 @@ from crafts_privacy.errors import (
 from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry, Share
 from crafts_privacy.lifetime import AloneLimit, Lifetime, PlanCharges, Terms, with_charge
 
+MAX_CARRIED = 1000
+"""How often one charge is carried over. Each is a training of which nothing should be told: that a
+word leaves late all the same has a chance (``answer_times.OVERRUN``), which must not add up."""
 HOLDS_A_CHARGE = frozenset({EntryKind.RESERVED, EntryKind.CARRIED})
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -212,6 +215,14 @@ def check_unused(entries: Sequence[LedgerEntry], unused: Reservation, wanted: Re
             raise LedgerError(
                 f"the charge of reservation {unused.sequence} was made for another {name}"
             )
+
+
+def times_carried(entries: Sequence[LedgerEntry], holder: Reservation) -> int:
+    """How often the charge that an entry of the ledger ``entries`` holds was carried over."""
+    times, entry = 0, entries[holder.sequence - 1]
+    while entry.kind is EntryKind.CARRIED:
+        times, entry = times + 1, entries[entry.reservation - 1]
+    return times
 
 
 def events_alone(

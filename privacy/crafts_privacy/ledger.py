@@ -23,6 +23,7 @@ from crafts_privacy import accounting
 from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
 from crafts_privacy.charges import (
     HOLDS_A_CHARGE,
+    MAX_CARRIED,
     SHA256,
     Reservation,
     attempt_of,
@@ -36,6 +37,7 @@ from crafts_privacy.charges import (
     held_for,
     open_charges,
     plans_of,
+    times_carried,
     what_followed,
 )
 from crafts_privacy.errors import (
@@ -126,7 +128,8 @@ class Ledger:
 
         ``unused`` is the exception: an open reservation of the same run for the same event, of
         which the caller knows that nothing left and nothing will (a sum that this site was not
-        made a member of). Its charge is carried over to what is asked for now.
+        made a member of). Its charge is carried over to what is asked for now, ``MAX_CARRIED``
+        times; then it is charged anew.
 
         A calibrated plan fits its own limit exactly, because ``accounting.merge`` gives the same
         composition that the calibration verified; no slack is needed and none is given.
@@ -162,6 +165,8 @@ class Ledger:
             carried = None if held else unused
             if carried is not None:
                 check_unused(transaction.entries, carried, reservation)
+                if times_carried(transaction.entries, carried) >= MAX_CARRIED:
+                    carried = None
             new = [] if held or carried else [event]
             after = with_charge(plans_of(charged), plan_hash, plan_limit, *new)
             state = lifetime.state(after)

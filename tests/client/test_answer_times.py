@@ -36,6 +36,7 @@ from crafts_client.site import Site
 from crafts_client.trainer import Randomness, entropy_generator
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import Objective
+from crafts_privacy.charges import MAX_CARRIED
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.sampling import PoissonSampler
@@ -296,6 +297,7 @@ class TestDeparture:
             departure.begin(10.0)
             clock.work(23.0)
         assert clock.now_s == 30.0
+        assert not departure.was_in_time
         assert "set answer_every_s" in caplog.text
         assert "23" not in caplog.text
 
@@ -305,6 +307,10 @@ class TestDeparture:
             departure.begin(10.0)
             clock.work(10.0)
         assert (clock.now_s, caplog.text) == (10.0, "")
+        assert departure.was_in_time
+        with departure:  # the next one holds nothing back
+            departure.begin(0.0)
+        assert not departure.was_in_time
 
     def test_a_stop_waits_for_nothing(self) -> None:
         clock = ManualClock()
@@ -322,6 +328,11 @@ class TestDeparture:
         with departure:
             clock.work(3.0)
         assert clock.now_s == 13.0
+
+
+def test_words_under_one_charge_are_late_as_rarely_as_answers_of_a_study() -> None:
+    """A charge that is carried pays for so many; see this module's bound for a thousand rounds."""
+    assert MAX_CARRIED * OVERRUN <= 1e-12
 
 
 def config(**changes: object) -> SiteConfig:

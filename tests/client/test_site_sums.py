@@ -21,10 +21,12 @@ from crafts_core.exchange import MaskedReply, ReadyReply
 from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_privacy.errors import AloneBudgetExceededError
+from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import Ledger, Share
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.sampling import PoissonSampler
 from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
+from support.clocks import ManualClock
 from support.noise import FixedSampler, RecordedSums
 from support.sites import Coordinator, flower_message
 from support.sum_study import SumStudy, summing_home
@@ -184,13 +186,73 @@ def test_a_model_for_one_site_alone_has_no_members(site, study) -> None:
         site.add_to_sum(study.tell(request, announcement))
 
 
-def test_a_site_that_was_left_out_pays_once(home, site, study) -> None:
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def patient(tmp_path: Path, foundation, coordinator: Coordinator, clock: ManualClock):
+    """A study, its home, and a site whose words wait until a time that no patient decides."""
+    home = summing_home(tmp_path / "patient", foundation, coordinator, answer_every_s=60.0)
+    study = SumStudy(coordinator, foundation, home)
+    return home, Site(home, foundation, clock=clock.clock), study
+
+
+def test_a_site_that_was_left_out_pays_once(patient) -> None:
     """Ready, and not taken: three attempts and two rounds, then a vector leaves."""
+    home, site, study = patient
     for number, attempt in ((1, 1), (1, 2), (1, 3), (2, 1)):
         study.ready(site, number, attempt)
     study.add(site, 3)
     assert len(Ledger(home.ledger_path).events("main")) == 1
     assert kinds(home) == ["reserved", *["carried"] * 4, "committed"]
+
+
+def test_a_word_that_was_late_is_paid_for(patient, clock, monkeypatch) -> None:
+    """By whole multiples of its time, which tells how many were drawn; then all is well again."""
+    home, site, study = patient
+    whole = Trainer.hold
+
+    def slow(*arguments: object) -> HeldSum:
+        held = whole(*arguments)  # type: ignore[arg-type]
+        clock.work(61.0)
+        return held
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "hold", slow)
+        study.ready(site, 1)
+    assert clock.now_s == 120.0
+    study.ready(site, 2)
+    study.ready(site, 3)
+    assert kinds(home) == ["reserved", "reserved", "carried"]
+
+
+def test_a_word_that_is_not_held_back_is_paid_for(home, site, study) -> None:
+    """It tells by its time how many were drawn, each time that it is asked for."""
+    study.ready(site, 1)
+    study.ready(site, 2)
+    assert kinds(home) == ["reserved", "reserved"]
+
+
+def test_a_sum_is_gone_before_its_charge_is_carried(patient, monkeypatch) -> None:
+    """Killed in between, or asked meanwhile: the charge never pays for two."""
+    home, site, study = patient
+    request, ready = study.request(), study.ready(site)
+    whole = Ledger.reserve
+
+    def cut_off(*arguments: object, **options: object) -> None:
+        whole(*arguments, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "reserve", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            study.ready(site, 2)
+    assert kinds(home) == ["reserved", "carried"]
+    with pytest.raises(NotReadyError):
+        site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert not list(home.outbox_path.glob("*.safetensors"))
 
 
 def test_an_answer_that_was_hidden_is_charged_and_the_next_attempt_again(home, site, study) -> None:

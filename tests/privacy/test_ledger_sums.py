@@ -117,6 +117,18 @@ def test_a_charge_is_carried_only_to_the_same_event_of_the_same_run(
     assert kinds(ledger) == ["reserved"]
 
 
+def test_a_charge_is_carried_so_often_and_no_more(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crafts_privacy.ledger.MAX_CARRIED", 3)
+    held = reserve(ledger)
+    for round in range(2, 6):
+        held = reserve(ledger, round, unused=held)
+    assert kinds(ledger) == ["reserved", *["carried"] * 3, "reserved"]
+    reserve(ledger, 6, unused=held)
+    assert kinds(ledger)[-1] == "carried", "of the new charge"
+
+
 def test_the_same_request_again_needs_no_carrying(ledger: Ledger) -> None:
     held = reserve(ledger)
     assert reserve(ledger, unused=held) == held
