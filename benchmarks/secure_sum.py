@@ -63,7 +63,7 @@ class Signer:
         self.identity = Ed25519PrivateKey.generate()
         self.keys: dict[str, tuple[MaskKey, ReadyReply]] = {}
 
-    def ready(self, request_hash: str) -> ReadyReply:
+    def ready(self, request_hash: str, noise_multiplier: float) -> ReadyReply:
         """A word with a fresh key."""
         key = MaskKey()
         word = sign_ready(
@@ -71,6 +71,7 @@ class Signer:
             site=self.name,
             request_hash=request_hash,
             declared_patients=PATIENTS,
+            noise_multiplier=noise_multiplier,
             key=key.public_key,
         )
         self.keys[request_hash] = key, word
@@ -109,7 +110,7 @@ def masking(num_sites: int, num_values: int, repeats: int) -> dict[str, Any]:
     roster = roster_of(sites, "a" * 64)
     site_s, add_s = [], []
     for repeat in range(repeats):
-        announcement = announce([site.ready(f"{repeat:064x}") for site in sites.values()])
+        announcement = announce([site.ready(f"{repeat:064x}", 1.0) for site in sites.values()])
         total_D = np.zeros(num_values, dtype=np.uint32)
         for site in sites.values():
             started = time.process_time()
@@ -169,7 +170,7 @@ def app_of(site: Signer, roster: Roster, plan: Plan, like: State) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:  # noqa: ARG001
         request = RoundRequest.from_scalars(dict(message.content.config_records["request"]))
-        word = site.ready(request.hash)
+        word = site.ready(request.hash, sigma)
         content = RecordDict({"ready": ConfigRecord(dict(word.to_scalars()))})
         return Message(content, reply_to=message)
 

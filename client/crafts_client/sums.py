@@ -85,6 +85,7 @@ class SiteSums:
             site=site,
             request_hash=request.hash,
             declared_patients=declared_patients,
+            noise_multiplier=mechanism.noise_multiplier,
             key=key.public_key,
         )
         self._unused = None
@@ -147,7 +148,8 @@ class SiteSums:
         least = held.reservation.own_noise_multiplier
         assert least is not None  # what is held was charged as a sum's
         # A larger roster that was approved since, or a lower floor, takes nothing from it.
-        own = max(share_of(plan, policy, held.mechanism, num_members=len(members)), least)
+        share = share_of(plan, policy, members.noise_multiplier, num_members=len(members))
+        own = max(share, least)
         vector_D = held.sum.release(own, pairs)
         release = self._outbox.seal(
             request,
@@ -194,10 +196,10 @@ def fewest_members(plan: Plan, policy: Policy) -> int:
     return max(policy.min_members, 2 + (plan.privacy.colluding_sites or 0))
 
 
-def share_of(plan: Plan, policy: Policy, mechanism: Mechanism, *, num_members: int) -> float:
+def share_of(plan: Plan, policy: Policy, noise_multiplier: float, *, num_members: int) -> float:
     """The noise that this site adds to a sum of so many members, over max_grad_norm."""
     return own_noise_multiplier(
-        mechanism.noise_multiplier,
+        noise_multiplier,
         num_members=num_members,
         colluding_sites=plan.privacy.colluding_sites or 0,
         floor=policy.min_own_noise_multiplier,
@@ -208,7 +210,9 @@ def alone_limit(plan: Plan, policy: Policy, mechanism: Mechanism, roster: Roster
     """What a step may cost if all others work together: with all of the roster as members."""
     assert policy.max_epsilon_alone is not None  # allowed_trust needs it
     return AloneLimit(
-        own_noise_multiplier=share_of(plan, policy, mechanism, num_members=len(roster.sites)),
+        own_noise_multiplier=share_of(
+            plan, policy, mechanism.noise_multiplier, num_members=len(roster.sites)
+        ),
         max_epsilon=policy.max_epsilon_alone,
     )
 

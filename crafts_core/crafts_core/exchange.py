@@ -111,6 +111,9 @@ class ReadyReply(_Record):
     request_hash: Sha256
     declared_patients: Annotated[int, Field(ge=1, le=2**31 - 1)]
     """The site's public, rounded size: what it adds to the sum's divisor."""
+    noise_multiplier: Annotated[float, Field(gt=0)]
+    """Standard deviation of the whole sum's noise, over max_grad_norm, as the site calibrated it
+    from the plan."""
     key: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
     """X25519, base64, fresh for this request and good for one announcement."""
     signature: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]

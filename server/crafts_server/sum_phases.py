@@ -16,12 +16,17 @@ from crafts_core.roster import Roster
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import Group, add_up_
 from crafts_privacy.secure_aggregation.members import MembersError, members_hash, verify_ready
-from crafts_privacy.secure_aggregation.shares import own_noise_multiplier, total_noise_multiplier
+from crafts_privacy.secure_aggregation.shares import (
+    MOST_OWN_NOISE,
+    NOISE_TOLERANCE,
+    own_noise_multiplier,
+    total_noise_multiplier,
+)
 from crafts_server.errors import UpdateRefusedError
 from crafts_server.messages import announcement_message, read_masked, read_ready
 from crafts_server.open_round import OpenRound
 from crafts_server.sum_of_sites import OpenedSum
-from crafts_server.verification import LEAST_NOISE, MOST_NOISE
+from crafts_server.verification import LEAST_NOISE
 
 
 class ReadyPhase:
@@ -43,7 +48,13 @@ class ReadyPhase:
         if ready.request_hash != self._request.hash:
             raise UpdateRefusedError("request_hash: the site is ready for another request")
         try:
-            verify_ready(ready, self._roster)
+            # Half as far from here, so that no two of the members are too far from each other.
+            verify_ready(
+                ready,
+                self._roster,
+                noise_multiplier=self._opened.study.noise_multiplier,
+                tolerance=NOISE_TOLERANCE / 2,
+            )
         except MembersError as error:
             raise UpdateRefusedError(str(error)) from error
         keys = {other.key for site, other in self.ready.items() if site != ready.site}
@@ -171,9 +182,9 @@ class MaskedPhase:
                 f"own_noise_multiplier: expected at least this member's share of {share:g}, got "
                 f"{reply.own_noise_multiplier:g}"
             )
-        if reply.own_noise_multiplier > study.noise_multiplier * MOST_NOISE:
+        if reply.own_noise_multiplier > study.noise_multiplier * MOST_OWN_NOISE:
             raise UpdateRefusedError(
-                f"own_noise_multiplier: expected at most {MOST_NOISE:g} times the plan's "
+                f"own_noise_multiplier: expected at most {MOST_OWN_NOISE:g} times the plan's "
                 f"{study.noise_multiplier:g}, got {reply.own_noise_multiplier:g}"
             )
 

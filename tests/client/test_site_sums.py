@@ -24,6 +24,7 @@ from crafts_privacy.errors import AloneBudgetExceededError
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import Ledger, Share
 from crafts_privacy.noise import GridNoise
+from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.sampling import PoissonSampler
 from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
 from support.clocks import ManualClock
@@ -140,7 +141,8 @@ def test_the_same_announcement_gets_the_same_bytes_and_another_one_nothing(
     release = site.add_to_sum(study.tell(request, announcement))
     again = site.add_to_sum(study.tell(request, announcement))
     assert (again.hash, words(again).tolist()) == (release.hash, words(release).tolist())
-    fresh = SumSite("south", 77, declared_patients=33, request=request.hash)
+    fresh = study.peer("south", 77, request.hash)
+    fresh.declared_patients = 33
     fresh.identity = study.peers(request.hash)["south"].identity
     south = fresh.word(request.hash)
     other = announce([ready, study.peers(request.hash)["east"].ready, south])
@@ -333,6 +335,20 @@ def test_another_study_between_ready_and_masked_takes_nothing_away(
     assert kinds(home).count("reserved") == 2
 
 
+def test_a_share_is_sized_by_the_member_that_calibrated_most(home, site, study) -> None:
+    """Two versions of an accountant: the sum has the noise that each of the two was charged for."""
+    request, ready = study.request(), study.ready(site)
+    (event,) = Ledger(home.ledger_path).events("main")
+    assert ready.noise_multiplier == event.noise_multiplier
+    peers = study.peers(request.hash)
+    peers["east"].noise_multiplier *= 1.004
+    words = [ready, peers["east"].word(request.hash), peers["south"].ready]
+    release = site.add_to_sum(study.tell(request, announce(words)))
+    assert release.share is not None
+    own = 1.004 * event.noise_multiplier / 2**0.5
+    assert release.share.own_noise_multiplier == pytest.approx(own, rel=1e-12)
+
+
 def test_a_site_adds_its_floor_of_noise(home, site, study) -> None:
     set_policy(home, min_own_noise_multiplier=9.5)
     release = study.add(site)
@@ -355,10 +371,7 @@ def test_a_share_is_no_smaller_than_what_the_limit_alone_was_asked_for(
 
     request, ready = study.request(2), study.ready(site, 2)
     peers = dict(zip(("east", "south", "west"), (2, 3, 4), strict=True))
-    sites = {
-        name: SumSite(name, number, declared_patients=30 + number, request=request.hash)
-        for name, number in peers.items()
-    }
+    sites = {name: study.peer(name, number, request.hash) for name, number in peers.items()}
     monkeypatch.setattr(study, "peers", lambda _: sites)
     home.roster_approvals.approve(study.roster())
     grown = site.add_to_sum(study.tell(request, study.announcement(request, ready)))
@@ -511,6 +524,7 @@ def test_the_word_that_a_site_is_ready_tells_nothing_of_its_patients(
     site = Site(home, foundation)
     ready = study.ready(site)
     assert set(ready.to_scalars()) == {
-        "site", "request_hash", "declared_patients", "key", "signature"
+        "site", "request_hash", "declared_patients", "noise_multiplier", "key", "signature"
     }  # fmt: skip
     assert ready.declared_patients == home.config.declared_patients
+    assert ready.noise_multiplier == plan_noise_multiplier(study.plan)

@@ -97,6 +97,7 @@ def believed(patch: pytest.MonkeyPatch) -> None:
             hash=sums.members_hash(told),
             keys={word.site: word.key for word in told.members},
             declared_patients=1,
+            noise_multiplier=own.noise_multiplier,
         ),
     )
 

@@ -1,5 +1,7 @@
 """An announcement is believed only as a whole: whatever is changed in it is refused."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,8 @@ from crafts_privacy.secure_aggregation.members import (
     members_hash,
     verify_members,
 )
-from support.sums import SumSite, announcement_of, flipped, roster_of, sum_sites
+from crafts_privacy.secure_aggregation.shares import NOISE_TOLERANCE, is_same_noise
+from support.sums import NOISE, SumSite, announcement_of, flipped, roster_of, sum_sites
 
 SITES = sum_sites(5)
 NAMES = sorted(SITES)
@@ -58,7 +61,13 @@ def test_every_flipped_bit_is_found(place: int, field: str, byte: int) -> None:
 
 @pytest.mark.parametrize("place", range(5))
 @pytest.mark.parametrize(
-    "changes", [{"declared_patients": 7}, {"request_hash": "2" * 64}, {"site": "stranger"}]
+    "changes",
+    [
+        {"declared_patients": 7},
+        {"noise_multiplier": 1.001 * NOISE},
+        {"request_hash": "2" * 64},
+        {"site": "stranger"},
+    ],
 )
 def test_every_altered_word_is_found(place: int, changes: dict[str, object]) -> None:
     with pytest.raises(MembersError):
@@ -128,6 +137,37 @@ def test_a_key_that_makes_no_mask_is_refused_before_any_is_made() -> None:
         verify(announcement_of(sites, NAMES))
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.994, 1.006, 2.0])
+def test_a_member_that_calibrated_another_noise_is_refused(factor: float) -> None:
+    """One with less would make everybody's promise weaker without a word."""
+    sites = sum_sites(5)
+    sites[NAMES[3]].noise_multiplier = factor * OWN.noise_multiplier
+    sites[NAMES[3]].ready = sites[NAMES[3]].word()
+    with pytest.raises(MembersError, match="calibrated the plan's noise"):
+        verify(announcement_of(sites, NAMES))
+
+
+@pytest.mark.parametrize("factor", [0.996, 1.0, 1.004])
+def test_what_another_version_calibrates_is_close_and_the_largest_counts(factor: float) -> None:
+    """So the tolerance takes nothing from whoever calibrated more."""
+    sites = sum_sites(5)
+    sites[NAMES[3]].noise_multiplier = factor * OWN.noise_multiplier
+    sites[NAMES[3]].ready = sites[NAMES[3]].word()
+    members = verify(announcement_of(sites, NAMES))
+    assert members.noise_multiplier == max(factor, 1.0) * OWN.noise_multiplier
+
+
+def test_no_two_whom_a_third_finds_close_are_too_far_from_each_other() -> None:
+    """A coordinator that takes half the tolerance announces nobody whom a member refuses."""
+    half = NOISE_TOLERANCE / 2
+    low, high = math.exp(-0.999 * half), math.exp(0.999 * half)
+    assert is_same_noise(low, 1.0, half)
+    assert is_same_noise(high, 1.0, half)
+    assert is_same_noise(low, high, NOISE_TOLERANCE)
+    assert not is_same_noise(low, high, half)
+    assert not is_same_noise(0.0, 0.0, half)
+
+
 def test_too_few_members_are_refused() -> None:
     announcement = announcement_of(SITES, NAMES[:3])
     assert len(verify(announcement, least=3)) == 3
@@ -144,13 +184,14 @@ def test_everything_of_the_announcement_is_in_the_hash() -> None:
     good = announcement_of(SITES, NAMES)
     changed = [
         with_member(0, declared_patients=7),
+        with_member(0, noise_multiplier=1.001 * NOISE),
         with_member(0, key=SITES[NAMES[1]].mask_key.public_key),
         with_member(0, signature=flipped(good.members[0].signature, 0)),
         with_member(0, site="other"),
         good.model_copy(update={"request_hash": "3" * 64}),
         good.model_copy(update={"members": good.members[:-1]}),
     ]
-    assert len({members_hash(each) for each in (good, *changed)}) == 7
+    assert len({members_hash(each) for each in (good, *changed)}) == 8
 
 
 def test_an_announcement_travels_as_text() -> None:

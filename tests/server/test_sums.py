@@ -339,6 +339,14 @@ def test_a_site_that_is_not_in_the_roster_is_no_member(tmp_path: Path) -> None:
     assert "dresden is not in the approved roster" in receipts[0].refused[0].reason
 
 
+def test_a_site_with_another_noise_is_named_and_costs_nobody_an_attempt(tmp_path: Path) -> None:
+    sites = summing_sites(summed_plan(rounds=1), 4)
+    sites[13].noise_multiplier *= 0.997
+    _, receipts = run(tmp_path / "home", sites)
+    assert receipts[0].sums[0].members == ("aachen", "bern", "coimbra")
+    assert "dresden calibrated the plan's noise to" in receipts[0].refused[0].reason
+
+
 # --- crashes
 
 

@@ -18,6 +18,7 @@ from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_core.state import State
 from crafts_privacy import signing
+from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import add_masks_, add_up_
 from crafts_privacy.secure_aggregation.members import announce, verify_members
@@ -87,9 +88,18 @@ class SumStudy:
 
     def peers(self, request_hash: str) -> dict[str, SumSite]:
         return {
-            name: SumSite(name, number, declared_patients=30 + number, request=request_hash)
+            name: self.peer(name, number, request_hash)
             for number, name in enumerate(("east", "south"), start=2)
         }
+
+    def peer(self, name: str, number: int, request_hash: str) -> SumSite:
+        return SumSite(
+            name,
+            number,
+            declared_patients=30 + number,
+            request=request_hash,
+            noise_multiplier=plan_noise_multiplier(self.plan),
+        )
 
     def request(
         self, number: int = 1, attempt: int = 1, state: State | None = None

@@ -78,6 +78,7 @@ class SummingSite:
             site=self.name,
             request_hash=request.hash,
             declared_patients=self.patients,
+            noise_multiplier=self.noise_multiplier,
             key=key.public_key,
         )
         self.held[request.hash] = (key, self.sum_of(flat_D))
@@ -108,7 +109,7 @@ class SummingSite:
         except MembersError:
             return Error(141, "the announced members are not what this site approved")
         own = own_noise_multiplier(
-            self.noise_multiplier,
+            members.noise_multiplier,
             num_members=len(members),
             colluding_sites=self.plan.privacy.colluding_sites or 0,
         )

@@ -12,17 +12,24 @@ from crafts_privacy import signing
 from crafts_privacy.secure_aggregation.masking import MaskKey
 from crafts_privacy.secure_aggregation.members import Members, announce, sign_ready, verify_members
 
-PLAN, REQUEST = "a" * 64, "1" * 64
+PLAN, REQUEST, NOISE = "a" * 64, "1" * 64, 3.25
 
 
 class SumSite:
     """One site's keys and its word."""
 
     def __init__(
-        self, name: str, number: int, *, declared_patients: int = 50, request: str = REQUEST
+        self,
+        name: str,
+        number: int,
+        *,
+        declared_patients: int = 50,
+        request: str = REQUEST,
+        noise_multiplier: float = NOISE,
     ) -> None:
         """Keys are fixed by ``number``."""
         self.name, self.declared_patients = name, declared_patients
+        self.noise_multiplier = noise_multiplier
         self.identity = Ed25519PrivateKey.from_private_bytes(bytes([0x40 + number]) * 32)
         self.mask_key = MaskKey(X25519PrivateKey.from_private_bytes(bytes([number]) * 32))
         self.ready = self.word(request)
@@ -34,6 +41,7 @@ class SumSite:
             site=self.name,
             request_hash=request,
             declared_patients=self.declared_patients,
+            noise_multiplier=self.noise_multiplier,
             key=key or self.mask_key.public_key,
         )
 

@@ -20,8 +20,9 @@ from crafts_core.exchange import Announcement, ReadyReply, canonical_json
 from crafts_core.roster import Roster
 from crafts_privacy import signing
 from crafts_privacy.errors import PrivacyError
+from crafts_privacy.secure_aggregation.shares import NOISE_TOLERANCE, is_same_noise
 
-_READY, _MEMBERS = b"crafts-ready-v1", b"crafts-members-v1"
+_READY, _MEMBERS = b"crafts-ready-v2", b"crafts-members-v2"
 
 
 class MembersError(PrivacyError):
@@ -38,19 +39,28 @@ class Members:
     """Site to the X25519 key that it made for this request, by name."""
     declared_patients: int
     """Of all of them together: times the sample rate it is the sum's divisor."""
+    noise_multiplier: float
+    """Of the whole sum: the largest that a member calibrated, so that it is enough for each."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 def sign_ready(
-    identity: Ed25519PrivateKey, *, site: str, request_hash: str, declared_patients: int, key: str
+    identity: Ed25519PrivateKey,
+    *,
+    site: str,
+    request_hash: str,
+    declared_patients: int,
+    noise_multiplier: float,
+    key: str,
 ) -> ReadyReply:
     """A site's word that it holds a sum for exactly this request."""
     unsigned = ReadyReply(
         site=site,
         request_hash=request_hash,
         declared_patients=declared_patients,
+        noise_multiplier=noise_multiplier,
         key=key,
         signature=f"{'A' * 86}==",
     )
@@ -58,12 +68,24 @@ def sign_ready(
     return unsigned.model_copy(update={"signature": signature})
 
 
-def verify_ready(ready: ReadyReply, roster: Roster) -> None:
-    """Accept only the word of a site of the roster, with the number that was agreed.
+def verify_ready(
+    ready: ReadyReply,
+    roster: Roster,
+    *,
+    noise_multiplier: float,
+    tolerance: float = NOISE_TOLERANCE,
+) -> None:
+    """Accept only the word of a site of the roster, with the numbers that were agreed.
+
+    Args:
+        ready: The word.
+        roster: Of the plan.
+        noise_multiplier: As whoever asks has calibrated it.
+        tolerance: How far the site's own may be from that.
 
     Raises:
-        MembersError: it is no site's of the roster, another key signed it, or no mask can be made
-            with its key.
+        MembersError: it is no site's of the roster, another key signed it, it would add another
+            plan's noise, or no mask can be made with its key.
     """
     identity = roster.identities.get(ready.site)
     if identity is None:
@@ -77,6 +99,11 @@ def verify_ready(ready: ReadyReply, roster: Roster) -> None:
         signing.verify(identity, _payload(ready), ready.signature)
     except signing.SignatureError as error:
         raise MembersError(f"{ready.site} did not sign what stands for it: {error}") from error
+    if not is_same_noise(ready.noise_multiplier, noise_multiplier, tolerance):
+        raise MembersError(
+            f"{ready.site} calibrated the plan's noise to {ready.noise_multiplier:g}, here it is "
+            f"{noise_multiplier:g}; compare the versions of the software"
+        )
     try:
         X25519PrivateKey.generate().exchange(
             X25519PublicKey.from_public_bytes(base64.b64decode(ready.key, validate=True))
@@ -130,7 +157,7 @@ def verify_members(
     for ready in announcement.members:
         if ready.request_hash != announcement.request_hash:
             raise MembersError(f"{ready.site} is ready for another request")
-        verify_ready(ready, roster)
+        verify_ready(ready, roster, noise_multiplier=own.noise_multiplier)
     keys = {ready.site: ready.key for ready in announcement.members}
     if len(set(keys.values())) != len(keys):
         raise MembersError("two members have one key")
@@ -138,6 +165,7 @@ def verify_members(
         hash=members_hash(announcement),
         keys=keys,
         declared_patients=sum(ready.declared_patients for ready in announcement.members),
+        noise_multiplier=max(ready.noise_multiplier for ready in announcement.members),
     )
 
 

@@ -9,6 +9,15 @@ ready costs nothing, and a sum that lacks a member cannot be read.
 import math
 from collections.abc import Iterable
 
+NOISE_TOLERANCE = 0.005
+"""How far two members' calibrations of one plan may be apart. Each searches the smallest noise to
+0.05 % and writes four digits, so two versions of an accountant that are both right differ by less
+than that; more is another plan, or an accountant that is wrong. The tolerance costs no privacy, as
+every share is sized by the largest of them."""
+MOST_OWN_NOISE = 4.0
+"""Times the plan's noise that one member may add: for a floor of its own. More would only be leave
+for a longer vector, and its bits are not counted on (``fixed_point``)."""
+
 
 def num_honest(num_members: int, colluding_sites: int) -> int:
     """h: members who must add their share.
@@ -39,6 +48,11 @@ def own_noise_multiplier(
     """
     share = noise_multiplier / math.sqrt(num_honest(num_members, colluding_sites))
     return max(share, floor)
+
+
+def is_same_noise(one: float, other: float, tolerance: float) -> bool:
+    """Whether two calibrations may be of one plan; tolerances add up over a third one."""
+    return min(one, other) > 0 and abs(math.log(one / other)) <= tolerance
 
 
 def total_noise_multiplier(own_noise_multipliers: Iterable[float]) -> float:
