@@ -348,7 +348,7 @@ def policy_check(
         refused = list(site.policy.violations(wanted, declared_patients=size))
         mechanism = mechanism_of(wanted, declared_patients=size)
         try:
-            site.policy.check_noise(mechanism)
+            site.policy.check_noise(wanted, mechanism)
         except PolicyError as error:
             refused.append(error)
     result = {

@@ -121,7 +121,7 @@ def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:
     ledger = existing_ledger(site)
     try:
         mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
-        policy.check_noise(mechanism)
+        policy.check_noise(plan, mechanism)
         if ledger is not None:
             ledger.check_filters(cohort, policy.lifetime_filters)
     except (PolicyError, CalibrationError, FiltersChangedError) as error:

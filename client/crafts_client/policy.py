@@ -18,6 +18,7 @@ from crafts_core.delta_text import delta_text
 from crafts_core.errors import CraftsError
 from crafts_core.plan import Plan, RoundOfPlan, StageName, describe_first_error
 from crafts_privacy.filters import FILTER_PATTERN, check_filters
+from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE, NOISE_TOLERANCE
 
 if (
     TYPE_CHECKING
@@ -189,8 +190,11 @@ class Policy(BaseModel):
                 f"nobody here approved the plan; run crafts-client plan approve {plan.hash[:16]}",
             )
 
-    def check_noise(self, mechanism: "Mechanism") -> None:
-        """The calibrated noise must not be weaker than the site's floor.
+    def check_noise(self, plan: Plan, mechanism: "Mechanism") -> None:
+        """The calibrated noise must not be weaker than the site's floor, nor a share too strong.
+
+        A coordinator voids a sum with a larger share than it sized the sum for, and a void sum is
+        charged to every member.
 
         Raises:
             PolicyError: rule ``noise``.
@@ -200,6 +204,14 @@ class Policy(BaseModel):
                 Rule.NOISE,
                 f"the plan leads to noise_multiplier {mechanism.noise_multiplier:g}, "
                 f"the site's floor is {self.min_noise_multiplier:g}",
+            )
+        most = MOST_OWN_NOISE * (1 - NOISE_TOLERANCE) * mechanism.noise_multiplier
+        if plan.privacy.trust == "distributed" and self.min_own_noise_multiplier > most:
+            raise PolicyError(
+                Rule.NOISE,
+                f"the plan's sums take a share of at most {most:.4g}, the site's floor "
+                f"min_own_noise_multiplier is {self.min_own_noise_multiplier:g}; lower it, or take "
+                "part in plans of smaller epsilon",
             )
 
     def check_update_norm(self, update_norm: float) -> None:

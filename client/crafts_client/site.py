@@ -228,7 +228,7 @@ class Site:
         """Reserve, train, check, seal, commit: the order that the module's docstring explains."""
         config, policy, request = self._home.config, self._home.policy, message.request
         mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
-        policy.check_noise(mechanism)
+        policy.check_noise(plan, mechanism)
         trainer = self._trainer_for(plan)
         state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash, policy)
         task = TrainingTask(

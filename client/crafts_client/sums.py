@@ -136,10 +136,12 @@ class SiteSums:
         Raises:
             NotReadyError: the sum of this request is not here.
             MembersError: the announcement is not one that this site adds to.
+            PolicyError: rule ``noise``: a floor was raised since.
         """
         held = self._held
         if held is None or held.request != request:
             raise NotReadyError("this site holds no sum for what is announced")
+        policy.check_noise(plan, held.mechanism)
         members = verify_members(
             announcement, roster, held.ready, min_members=fewest_members(plan, policy)
         )

@@ -89,25 +89,20 @@ class Rosters:
 
 
 def _check_fits(plan: Plan, roster: Roster) -> None:
-    """Refuse a plan whose sums could wrap: they would spoil steps."""
+    """Refuse a plan whose sums could wrap, whatever floors sites add: they would spoil steps."""
     # To read rosters needs no accountant and no torch.
     from crafts_privacy.plan_noise import plan_noise_multiplier
     from crafts_privacy.secure_aggregation.fixed_point import largest_grid_bits
-    from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
+    from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE
 
     privacy, min_sites = plan.privacy, plan.aggregation.min_sites
     if len(roster.sites) < min_sites:
         raise HomeError(f"the plan needs {min_sites} sites, {len(roster.sites)} are enrolled")
-    assert privacy.colluding_sites is not None
     assert privacy.sum_grid_bits is not None
-    share = own_noise_multiplier(
-        plan_noise_multiplier(plan),
-        num_members=min_sites,
-        colluding_sites=privacy.colluding_sites,
-    )
+    most = MOST_OWN_NOISE * plan_noise_multiplier(plan)
     largest = largest_grid_bits(
         expected_patients=privacy.sample_rate * sum(roster.patients.values()),
-        total_noise_multiplier=share * min_sites**0.5,
+        total_noise_multiplier=most * len(roster.sites) ** 0.5,
     )
     if privacy.sum_grid_bits > largest:
         raise HomeError(

@@ -141,7 +141,18 @@ def test_noise_below_the_floor_is_refused() -> None:
     weak = Mechanism(noise_multiplier=0.49, max_grad_norm=1, sample_rate=0.5, expected_patients=5)
 
     with pytest.raises(PolicyError, match="floor") as caught:
-        policy.check_noise(weak)
+        policy.check_noise(plan(), weak)
+    assert caught.value.rule is Rule.NOISE
+
+
+def test_a_floor_for_shares_is_of_sums_alone() -> None:
+    policy = policy_of("key", min_own_noise_multiplier=2.0)
+    mechanism = Mechanism(
+        noise_multiplier=0.5, max_grad_norm=1, sample_rate=0.5, expected_patients=5
+    )
+    policy.check_noise(plan(), mechanism)
+    with pytest.raises(PolicyError, match=r"at most 1\.99, .* is 2;") as caught:
+        policy.check_noise(Plan.parse(distributed_values(HASH)), mechanism)
     assert caught.value.rule is Rule.NOISE
 
 
