@@ -192,7 +192,7 @@ class Site:
         check_not_replayed(request, *self._ledger.last_released(plan.hash, request.run_id))
         answer = self._train(plan, planned.stage, message)
         if isinstance(answer, ReadyReply) and self._departure.was_in_time:
-            self._sums.left_in_time(request)
+            self._sums.left_in_time()
         return answer
 
     def _masked(self, message: AnnouncementMessage) -> Release:
@@ -247,7 +247,7 @@ class Site:
             with self._departure:
                 trained = self._train_everywhere(trainer, plan, task)
                 if isinstance(trained, HeldSum):
-                    return self._hold(request, trained, reservation, task)
+                    return self._hold(request, trained, reservation, task, plan)
                 delta = _as_wire(trained, plan)
                 update_norm = global_norm(delta)
                 policy.check_update_norm(update_norm)
@@ -272,7 +272,12 @@ class Site:
         return release
 
     def _hold(
-        self, request: RoundRequest, held_sum: HeldSum, reservation: Reservation, task: TrainingTask
+        self,
+        request: RoundRequest,
+        held_sum: HeldSum,
+        reservation: Reservation,
+        task: TrainingTask,
+        plan: Plan,
     ) -> ReadyReply:
         """Keep the sum; nothing of it is on disk, and what was reserved stays open."""
         names = factor_names(task.state, task.factor)
@@ -285,6 +290,7 @@ class Site:
             identity=site_key(self._home, self._ledger),
             site=self._home.config.name,
             declared_patients=self._home.config.declared_patients,
+            keep_s=plan.aggregation.deadline_s + plan.aggregation.masked_deadline_s,
         )
 
     def _close_round(self, reservation: Reservation) -> None:
@@ -359,8 +365,11 @@ class Site:
         alone = unused = None
         if task.sum_grid_bits is not None:
             alone = alone_limit(plan, self._home.policy, task.mechanism, self._roster(plan))
-            # First: from here on no announcement finds the sum whose charge is carried.
-            unused = self._sums.give_up(request)
+            # First: from here on no announcement finds the sum whose charge is carried or closed.
+            given_up = self._sums.give_up(request)
+            if given_up.told is not None:
+                self._close_round(given_up.told)
+            unused = given_up.unused
         return self._ledger.reserve(
             cohort=self._home.config.cohort,
             plan_hash=request.plan_hash,

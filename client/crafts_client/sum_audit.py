@@ -107,6 +107,7 @@ class _VirtualSite:
             identity=self.identity,
             site=self.name,
             declared_patients=30,
+            keep_s=3600.0,
         )
 
     def add(self, request: RoundRequest, announcement: Announcement, study: "_Study") -> Release:

@@ -13,6 +13,7 @@ For each attempt at most one vector is ever sealed, for one announcement; asked 
 bytes are sent again.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ from crafts_privacy.secure_aggregation.members import (
 )
 from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
 
+MAX_HELD_S = 7 * 24 * 3600.0
+"""A sum without noise is in memory no longer, however long a plan lets a coordinator wait."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
@@ -55,6 +59,17 @@ class _Held:
     sum: HeldSum
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUp:
+    """What was reserved for a sum of which nothing left and nothing can."""
+
+    unused: Reservation | None = None
+    """Nothing was told of it at all: it may pay for what is asked for now."""
+    told: Reservation | None = None
+    """Its word was late, or not held back, which told roughly how many patients were drawn. It must
+    be closed, or the same request would be trained again, and tell again, under one charge."""
+
+
 class SiteSums:
     """The sum that a site holds, if it holds one."""
 
@@ -62,9 +77,13 @@ class SiteSums:
         """``noise`` is the name of the source that shares are drawn from."""
         self._outbox = outbox
         self._noise = noise
+        self._lock = threading.Lock()
+        """Sums grow old in a thread of their own."""
         self._held: _Held | None = None
-        self._unused: Reservation | None = None
-        """What may be carried: the held sum's, once its word has left at its time."""
+        self._open: Reservation | None = None
+        """Of the last word, while no vector was made for it; also once the sum has grown old."""
+        self._is_in_time = False
+        """Whether that word left at its time."""
 
     def hold(
         self,
@@ -77,8 +96,12 @@ class SiteSums:
         identity: Ed25519PrivateKey,
         site: str,
         declared_patients: int,
+        keep_s: float,
     ) -> ReadyReply:
-        """Keep a sum, with a fresh key for its masks; the site's word that it is ready."""
+        """Keep a sum, with a fresh key for its masks; the site's word that it is ready.
+
+        After ``keep_s`` seconds, or ``MAX_HELD_S``, it is overwritten.
+        """
         key = MaskKey()
         ready = sign_ready(
             identity,
@@ -88,8 +111,7 @@ class SiteSums:
             noise_multiplier=mechanism.noise_multiplier,
             key=key.public_key,
         )
-        self._unused = None
-        self._held = _Held(
+        held = _Held(
             request=request,
             mechanism=mechanism,
             schema_hash=schema_hash(trained),
@@ -98,29 +120,52 @@ class SiteSums:
             key=key,
             sum=held_sum,
         )
+        self._open, self._is_in_time = reservation, False
+        with self._lock:
+            self._held = held
+        timer = threading.Timer(min(keep_s, MAX_HELD_S), self._grow_old, [ready])
+        timer.daemon = True
+        timer.start()
         return ready
+
+    def _take(self, ready: ReadyReply | None = None) -> _Held | None:
+        """What is held, or only what ``ready`` was said of; from here on it is not."""
+        with self._lock:
+            held = self._held
+            if held is None or (ready is not None and held.ready != ready):
+                return None
+            self._held = None
+            return held
+
+    def _grow_old(self, ready: ReadyReply) -> None:
+        """Overwrite the sum. Nothing of it left, so its charge may still be carried."""
+        if (held := self._take(ready)) is not None:
+            held.sum.forget()
 
     def word_for(self, request: RoundRequest) -> ReadyReply | None:
         """What the site said to exactly this request, while it holds the sum of it."""
-        return self._held.ready if self._held and self._held.request == request else None
+        held = self._held
+        return held.ready if held is not None and held.request == request else None
 
-    def left_in_time(self, request: RoundRequest) -> None:
-        """The word for ``request`` left at a time that no patient decided."""
-        if self._held is not None and self._held.request == request:
-            self._unused = self._held.reservation
+    def left_in_time(self) -> None:
+        """The last word left at a time that no patient decided."""
+        self._is_in_time = True
 
-    def give_up(self, request: RoundRequest) -> Reservation | None:
-        """Forget the sum, as ``request`` asks for another; what was reserved for it in that run.
+    def give_up(self, request: RoundRequest) -> GivenUp:
+        """Forget the sum, as ``request`` asks for another; what becomes of its charge.
 
-        Nothing of it left or can leave, so the charge may pay for ``request``. Only of a sum that
-        was whole and whose word left at its time: how late a word was tells how many patients were
-        drawn, and of a round that failed, or of a process that died in one, nobody knows what its
-        end has told. Those charges are not carried over.
+        Only of a sum that was whole is anything known here: of a round that failed, or of a process
+        that died in one, nobody knows what its end has told, and its charge stays where it is.
         """
-        unused, self._held, self._unused = self._unused, None, None
-        if unused is None or unused.plan_hash != request.plan_hash:
-            return None
-        return unused if unused.run_id == request.run_id else None
+        charge, self._open = self._open, None
+        if (held := self._take()) is not None:
+            held.sum.forget()
+        if charge is None:
+            return GivenUp()
+        if not self._is_in_time:
+            return GivenUp(told=charge)
+        is_same_run = (charge.plan_hash, charge.run_id) == (request.plan_hash, request.run_id)
+        return GivenUp(unused=charge if is_same_run else None)
 
     def release(
         self,
@@ -146,7 +191,9 @@ class SiteSums:
             announcement, roster, held.ready, min_members=fewest_members(plan, policy)
         )
         pairs = held.key.pair_keys(held.ready.site, members)
-        self._held = self._unused = None
+        if self._take(held.ready) is None:
+            raise NotReadyError("the sum for what is announced has just grown too old")
+        self._open = None
         least = held.reservation.own_noise_multiplier
         assert least is not None  # what is held was charged as a sum's
         # A larger roster that was approved since, or a lower floor, takes nothing from it.

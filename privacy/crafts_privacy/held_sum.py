@@ -109,6 +109,12 @@ class HeldSum:
         add_masks_(vector_D, pairs)
         return vector_D
 
+    def forget(self) -> None:
+        """Overwrite the sum; nothing can leave any more."""
+        sum_D, self._sum_D = self._sum_D, None
+        if sum_D is not None:
+            sum_D.zero_()
+
 
 class _Later:
     """Where the noise of a step would come from; a held sum gets its share as it leaves."""

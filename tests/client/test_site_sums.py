@@ -1,6 +1,7 @@
 """A site's part in a sum: one vector an attempt, for exactly the members that it agreed to."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,14 +228,54 @@ def test_a_word_that_was_late_is_paid_for(patient, clock, monkeypatch) -> None:
     assert clock.now_s == 120.0
     study.ready(site, 2)
     study.ready(site, 3)
-    assert kinds(home) == ["reserved", "reserved", "carried"]
+    assert kinds(home) == ["reserved", "committed", "reserved", "carried"]
 
 
 def test_a_word_that_is_not_held_back_is_paid_for(home, site, study) -> None:
     """It tells by its time how many were drawn, each time that it is asked for."""
     study.ready(site, 1)
     study.ready(site, 2)
-    assert kinds(home) == ["reserved", "reserved"]
+    assert kinds(home) == ["reserved", "committed", "reserved"]
+
+
+def test_words_that_told_are_not_asked_for_again_by_turns(home, site, study) -> None:
+    """Two open requests would else be trained in turns, each time under the same two charges."""
+    study.ready(site, 1)
+    study.ready(site, 2)
+    with pytest.raises(PolicyError, match="replay"):
+        study.ready(site, 1)
+    study.ready(site, 2)  # the word that was said
+    assert len(Ledger(home.ledger_path).events("main")) == 2
+
+
+def test_a_sum_that_grew_old_is_gone_and_its_charge_is_not(patient, monkeypatch) -> None:
+    """Overwritten once no announcement can come any more; what it cost may still be carried."""
+    home, site, study = patient
+    timers: list[tuple[float, Callable[..., None], list[object]]] = []
+
+    class Kept(threading.Timer):
+        def start(self) -> None:
+            timers.append((self.interval, self.function, list(self.args)))
+
+    sums: list[HeldSum] = []
+    whole = Trainer.hold
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Timer", Kept)
+        patch.setattr(Trainer, "hold", lambda *a: sums.append(whole(*a)) or sums[-1])
+        request, ready = study.request(), study.ready(site)
+        ((interval, grow_old, arguments),) = timers
+        aggregation = study.plan.aggregation
+        assert interval == aggregation.deadline_s + aggregation.masked_deadline_s
+        held_D = sums[0]._sum_D
+        grow_old(*arguments)
+        assert held_D is not None
+        assert not held_D.any()
+        with pytest.raises(NotReadyError):
+            site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+        study.ready(site, 2)
+        grow_old(*arguments)  # late: what is held now is another
+        study.add(site, 2)
+    assert kinds(home) == ["reserved", "carried", "committed"]
 
 
 def test_a_sum_is_gone_before_its_charge_is_carried(patient, monkeypatch) -> None:
