@@ -367,8 +367,8 @@ class Site:
             alone = alone_limit(plan, self._home.policy, task.mechanism, self._roster(plan))
             # First: from here on no announcement finds the sum whose charge is carried or closed.
             given_up = self._sums.give_up(request)
-            if given_up.told is not None:
-                self._close_round(given_up.told)
+            if given_up.spent is not None:
+                self._close_round(given_up.spent)
             unused = given_up.unused
         return self._ledger.reserve(
             cohort=self._home.config.cohort,

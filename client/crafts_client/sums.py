@@ -65,9 +65,10 @@ class GivenUp:
 
     unused: Reservation | None = None
     """Nothing was told of it at all: it may pay for what is asked for now."""
-    told: Reservation | None = None
-    """Its word was late, or not held back, which told roughly how many patients were drawn. It must
-    be closed, or the same request would be trained again, and tell again, under one charge."""
+    spent: Reservation | None = None
+    """To be closed, or the same request would be trained again under it: its word was late, or not
+    held back, which told roughly how many patients were drawn; or the same is asked for again, once
+    the sum has grown old."""
 
 
 class SiteSums:
@@ -162,8 +163,8 @@ class SiteSums:
             held.sum.forget()
         if charge is None:
             return GivenUp()
-        if not self._is_in_time:
-            return GivenUp(told=charge)
+        if not self._is_in_time or charge.request_hash == request.hash:
+            return GivenUp(spent=charge)
         is_same_run = (charge.plan_hash, charge.run_id) == (request.plan_hash, request.run_id)
         return GivenUp(unused=charge if is_same_run else None)
 

@@ -111,9 +111,9 @@ class HeldSum:
 
     def forget(self) -> None:
         """Overwrite the sum; nothing can leave any more."""
-        sum_D, self._sum_D = self._sum_D, None
-        if sum_D is not None:
-            sum_D.zero_()
+        if self._sum_D is not None:
+            self._sum_D.zero_()
+        self._sum_D = None
 
 
 class _Later:

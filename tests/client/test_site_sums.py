@@ -275,7 +275,11 @@ def test_a_sum_that_grew_old_is_gone_and_its_charge_is_not(patient, monkeypatch)
         study.ready(site, 2)
         grow_old(*arguments)  # late: what is held now is another
         study.add(site, 2)
-    assert kinds(home) == ["reserved", "carried", "committed"]
+        assert kinds(home) == ["reserved", "carried", "committed"]
+        study.ready(site, 3)
+        grow_old(*timers[-1][2])
+        study.ready(site, 3)  # the same again is no attempt that was left out
+    assert kinds(home)[3:] == ["reserved", "committed", "reserved"]
 
 
 def test_a_sum_is_gone_before_its_charge_is_carried(patient, monkeypatch) -> None:
