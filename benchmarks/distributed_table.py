@@ -70,6 +70,7 @@ from crafts_core.starting_point import initial_state
 from crafts_core.state import State, add_delta
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_privacy.declared_noise import noise_variance
 from crafts_privacy.patient_sgd import Mechanism
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.ranks import Ranks
@@ -84,7 +85,6 @@ from crafts_server.aggregation import (
     aggregate,
     with_momentum,
 )
-from crafts_server.declared_noise import noise_variance
 from crafts_server.export import averaged
 from crafts_server.home import CoordinatorHome
 from crafts_server.probe import FoundationProbe, ProbeSize

@@ -18,9 +18,17 @@ from torch import Tensor
 from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.plan import MODALITIES, AggregationConfig, Factor
 from crafts_core.state import State, add_delta
+from crafts_core.weighting import (
+    capped,
+    equal_weights,
+    log_gate,
+    log_precision,
+    normalised,
+    share_caps,
+    weights_by_patients,
+)
 from crafts_server.errors import AggregationError
 from crafts_server.trust_region import accept_or_halve, alignment_steps
-from crafts_server.weighting import capped, log_gate, log_precision, normalised, share_caps
 
 
 class PublicProbe(Protocol):
@@ -273,7 +281,7 @@ class Uniform:
     max_weight = 1.0
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
-        return [1.0 / len(evidence)] * len(evidence)
+        return equal_weights(len(evidence))
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         return _plain_step(start, delta, probe)
@@ -289,8 +297,7 @@ class ByPatients:
     max_weight = 1.0
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
-        total = sum(site.declared_patients for site in evidence)
-        return [site.declared_patients / total for site in evidence]
+        return weights_by_patients([site.declared_patients for site in evidence])
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         return _plain_step(start, delta, probe)

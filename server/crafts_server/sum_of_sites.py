@@ -14,9 +14,9 @@ from torch import Tensor
 from crafts_core.plan import PrivacyConfig, StageConfig
 from crafts_core.state import State
 from crafts_privacy.clipping import grid_step
+from crafts_privacy.declared_noise import TAIL_Z, NormBounds
 from crafts_privacy.optimizers import optimizer_of
 from crafts_privacy.secure_aggregation.fixed_point import most_patients
-from crafts_server.declared_noise import TAIL_Z, NormBounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from crafts_core.exchange import (
     schema_hash,
 )
 from crafts_core.plan import PrivacyConfig, StageConfig
-from crafts_server.declared_noise import ROUNDING, noise_variance, norm_bounds
+from crafts_privacy.declared_noise import ROUNDING, noise_variance, norm_bounds
 from crafts_server.errors import UpdateRefusedError
 
 LEAST_NOISE = 0.995

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.plan import AggregationConfig
 from crafts_core.state import State, add_delta
+from crafts_core.weighting import agreed_weights
 from crafts_server import aggregation
 from crafts_server.aggregation import (
     Aggregate,
@@ -104,6 +106,21 @@ def test_no_site_passes_the_cap() -> None:
     result = run(config(max_weight=0.4))
     assert max(result.weights.values()) == pytest.approx(0.4)
     assert math.fsum(result.weights.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rule", ["alignment_regularized", "uniform", "by_patients"])
+@pytest.mark.parametrize("max_weight", [0.4, 1.0])
+def test_without_a_gain_sites_can_compute_the_weights_themselves(
+    rule: str, max_weight: float
+) -> None:
+    """To the last bit what a round weighs by in which nothing is measured, as in stage control."""
+    settings = config(rule, max_weight=max_weight)
+    begin = replace(start(), factor="nuclei")
+    updates = [update(index, delta) for index, delta in enumerate(deltas())]
+    result = aggregate(rule_of(settings), begin, updates, QuadraticProbe())
+    agreed = agreed_weights(settings, PATIENTS, VARIANCES)
+    assert agreed.weights == [result.weights[name] for name in NAMES]
+    assert agreed.caps == [result.caps[name] for name in NAMES]
 
 
 class Partial:

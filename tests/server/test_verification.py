@@ -9,7 +9,7 @@ import torch
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
 from crafts_core.plan import PrivacyConfig, StageConfig
 from crafts_core.state import State
-from crafts_server.declared_noise import noise_variance
+from crafts_privacy.declared_noise import noise_variance
 from crafts_server.errors import UpdateRefusedError
 from crafts_server.verification import Expectation, verify_update
 

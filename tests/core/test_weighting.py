@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crafts_server.weighting import capped, log_gate, log_precision, normalised, share_caps
+from crafts_core.weighting import capped, log_gate, log_precision, normalised, share_caps
 
 SITES = st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 500)), min_size=1, max_size=9)
 """Score and agreed patients of each."""

@@ -1,6 +1,7 @@
 """The variance formula against the optimizer that makes the noise, and the bounds around it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,16 @@ from torch import nn
 
 from crafts_core.exchange import RoundReply
 from crafts_core.plan import StageConfig
+from crafts_privacy.declared_noise import (
+    declared_delta,
+    momentum_sums,
+    noise_variance,
+    norm_bounds,
+    weighted_sum_of,
+)
 from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import AdamBC, Momentum
 from crafts_privacy.patient_sgd import PatientSGD
-from crafts_server.declared_noise import momentum_sums, noise_variance, norm_bounds
 from support.noise import FixedSampler, SeededNoise
 
 NUM_COORDINATES = 20_000
@@ -92,6 +99,32 @@ def test_an_honest_noisy_update_is_within_the_bounds(steps: int, momentum: float
     norm = float(noise_only_delta(steps, momentum).norm())
     bounds = norm_bounds(reply(steps), stage(steps, momentum), NUM_COORDINATES)
     assert bounds.lowest <= norm <= bounds.highest
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_weighted_sum_of_updates_is_within_its_bounds_on_both_sides(momentum: float) -> None:
+    """Three sites with noise of their own; of noise alone half as much and twice are outside."""
+    weights, plan = [0.2, 0.3, 0.5], stage(7, momentum)
+    deltas = [noise_only_delta(7, momentum, seed=seed) for seed in (1, 2, 3)]
+    total = torch.stack([w * delta for w, delta in zip(weights, deltas, strict=True)]).sum(dim=0)
+    declared = weighted_sum_of([(weight, declared_delta(reply(7), plan)) for weight in weights])
+    assert float(total.std()) == pytest.approx(declared.noise_std, rel=0.03)
+    bounds = declared.bounds(NUM_COORDINATES)
+    assert bounds.lowest <= float(total.norm()) <= bounds.highest
+    of_noise = replace(declared, longest_signal=0.0).bounds(NUM_COORDINATES)
+    assert float(total.norm()) / 2 < of_noise.lowest
+    assert float(total.norm()) * 2 > of_noise.highest
+
+
+def test_what_adams_updates_add_up_to_is_bounded_without_independence() -> None:
+    weights, plan = [0.25, 0.75], stage(7, 0.9, "adam")
+    deltas = [noise_only_delta(7, 0.9, adam=True, patients=30) for _ in weights]  # one seed
+    total = torch.stack([w * delta for w, delta in zip(weights, deltas, strict=True)]).sum(dim=0)
+    declared = weighted_sum_of([(weight, declared_delta(reply(7), plan)) for weight in weights])
+    bounds = declared.bounds(NUM_COORDINATES)
+    assert bounds.lowest == 0.0
+    assert float(total.norm()) <= bounds.highest
+    assert declared.noise_std == pytest.approx(declared_delta(reply(7), plan).noise_std)
 
 
 def test_noise_that_is_declared_but_not_added_is_below_the_bounds() -> None:

@@ -7,10 +7,64 @@ agreed patients, where
     a_k = sigmoid(gain_k / temperature)  soft gate on the gain in alignment margin
 
 Products are formed as logarithms, so that no combination of noise and gain gives 0/0.
+
+Where only a sum over sites is opened there is no gain, and what is left is public before any site
+answers: then sites and coordinator compute the same weights (``agreed_weights``).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from crafts_core.plan import AggregationConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AgreedWeights:
+    """How much each of some sites counts, in their order."""
+
+    weights: list[float]
+    """Summing to one."""
+    caps: list[float]
+    """The most that each could have counted."""
+
+
+def agreed_weights(
+    config: AggregationConfig, patients: Sequence[int], noise_variances: Sequence[float]
+) -> AgreedWeights:
+    """Weights from the plan and public numbers alone: the gate of each site is neutral.
+
+    Args:
+        config: Of the plan.
+        patients: What sites and coordinator agreed on.
+        noise_variances: v_k of each site.
+    """
+    max_weight = 1.0
+    match config.rule:
+        case "alignment_regularized":
+            max_weight = config.max_weight
+            weights = normalised(
+                [log_precision(v, config.precision_floor) for v in noise_variances]
+            )
+        case "uniform":
+            weights = equal_weights(len(patients))
+        case "by_patients":
+            weights = weights_by_patients(patients)
+    caps = share_caps(
+        patients, max_weight=max_weight, max_weight_per_share=config.max_weight_per_share
+    )
+    return AgreedWeights(weights=capped(weights, caps), caps=caps)
+
+
+def equal_weights(num_sites: int) -> list[float]:
+    """Plain averaging."""
+    return [1.0 / num_sites] * num_sites
+
+
+def weights_by_patients(patients: Sequence[int]) -> list[float]:
+    """Federated averaging."""
+    total = sum(patients)
+    return [n / total for n in patients]
 
 
 def log_precision(noise_variance: float, precision_floor: float) -> float:
