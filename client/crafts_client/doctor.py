@@ -392,8 +392,6 @@ def witnesses(home: SiteHome) -> Iterator[Finding]:
 
 def sums(home: SiteHome) -> Iterator[Finding]:
     """Of the plans that are approved: are the other hospitals, too?"""
-    if "distributed" not in home.policy.allowed_trust:
-        return
     for plan_hash, approval in home.roster_approvals.all().items():
         roster = approval.roster
         check_roster(
@@ -404,6 +402,8 @@ def sums(home: SiteHome) -> Iterator[Finding]:
             identity=signing.public_key_of(signing.load_signing_key(home.site_key_path)),
         )
         yield _ok("sums", f"plan {plan_hash[:16]}: {len(roster.sites)} hospitals are approved")
+    if "distributed" not in home.policy.allowed_trust:
+        return
     kept, most = existing_ledger(home), home.policy.max_epsilon_alone
     events = () if kept is None else kept.events_alone(home.config.cohort)
     alone = accounting.epsilon(events, home.policy.max_delta)

@@ -403,7 +403,7 @@ def check_request(plan: Plan, request: "RoundRequest", *, foundation_hash: str) 
         raise PolicyError(Rule.PLAN_HASH, "the request names another plan than the signed one")
     if plan.study.foundation != foundation_hash:
         raise PolicyError(Rule.FOUNDATION, "the plan starts from a foundation this site lacks")
-    if request.attempt != 1 and plan.privacy.trust != "distributed":
+    if request.attempt != 1 and not plan.aggregation.secure_aggregation:
         raise PolicyError(Rule.REPLAY, "only sums over sites are attempted again")
     if request.round > plan.num_rounds:
         raise PolicyError(

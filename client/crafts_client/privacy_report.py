@@ -26,7 +26,13 @@ from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
 from crafts_client.site_audit import LIBRARIES, read_record, weakness
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending import Spending, lifetime_spending, spending_of
-from crafts_client.sum_report import SumReport, doubts_about_sums, sum_report, summed_entries
+from crafts_client.sum_report import (
+    SumReport,
+    doubts_about_sums,
+    num_summed_updates,
+    sum_report,
+    summed_entries,
+)
 from crafts_core import __version__
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
@@ -90,6 +96,9 @@ class PrivacyReport(_Record):
     runs: tuple[RunSpending, ...]
     sums: SumReport | None
     """Steps in which this hospital added a share of the noise; None where there were none."""
+    summed_updates: int
+    """Of what left, in sums of which the coordinator opened no part, with all the noise of the
+    promise: what the sum hides is not counted."""
     transmissions: tuple[Transmission, ...]
     charged_and_not_sent: int
     """Rounds that count as spent though nothing left: crashes, refusals, work in progress."""
@@ -146,6 +155,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
         lifetime=lifetime,
         runs=_runs(entries, delta),
         sums=sums,
+        summed_updates=num_summed_updates(entries, records),
         transmissions=transmissions,
         charged_and_not_sent=len(events) - len(transmissions),
         ledger_entries=len(all_entries),

@@ -77,8 +77,11 @@ def _print(shown: "ShownRoster") -> None:
         known = f"  {line.known}" if line.known else ""
         say(f"{line.site:24} {line.declared_patients:8} patients  {line.fingerprint}{known}")
     say(f"phrase  {shown.roster.phrase}")
-    say(
-        f"if all others worked together against this hospital: epsilon {shown.epsilon_alone:.2f} "
-        "for the whole plan"
-    )
+    if shown.epsilon_alone is None:
+        say("this hospital adds all the noise of its promise: nothing of that rests on the others")
+    else:
+        say(
+            "if all others worked together against this hospital: epsilon "
+            f"{shown.epsilon_alone:.2f} for the whole plan"
+        )
     say("approved here" if shown.is_approved else "not approved here yet")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from crafts_client.agreed_patients import fetch_roster
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
-from crafts_client.policy import PolicyError, Rule
+from crafts_client.policy import Asked, PolicyError, Rule, trust_is_allowed
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.sums import alone_limit, check_roster, unpinned
@@ -40,8 +40,9 @@ class ShownRoster:
     unpinned: tuple[str, ...]
     """Hospitals that nobody here has vouched for yet."""
     is_approved: bool
-    epsilon_alone: float
-    """Of all the plan's steps, if everybody else works together against this hospital."""
+    epsilon_alone: float | None
+    """Of all the plan's steps, if everybody else works together against this hospital; None where
+    nothing rests on others, as this hospital adds all the noise."""
 
 
 def shown_roster(home: SiteHome, plan: Plan) -> ShownRoster:
@@ -53,10 +54,9 @@ def shown_roster(home: SiteHome, plan: Plan) -> ShownRoster:
         RosterError: it cannot be read.
         SignatureError: it was not signed by the key that signs plans.
     """
-    if plan.privacy.trust != "distributed" or home.policy.max_epsilon_alone is None:
-        raise PolicyError(
-            Rule.TRUST, "the plan adds all noise at each site, or policy.toml allows no other trust"
-        )
+    if not plan.aggregation.secure_aggregation:
+        raise PolicyError(Rule.SECURE_AGGREGATION, "the plan has no sums, so it needs no roster")
+    trust_is_allowed(home.policy, Asked(plan, home.config.declared_patients))
     roster, config = fetch_roster(home, plan.hash), home.config
     own = signing.public_key_of(site_key(home, existing_ledger(home)))
     check_roster(
@@ -66,21 +66,26 @@ def shown_roster(home: SiteHome, plan: Plan) -> ShownRoster:
         declared_patients=config.declared_patients,
         identity=own,
     )
-    mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
-    limit = alone_limit(plan, home.policy, mechanism, roster)
-    alone = accounting.PrivacyEvent(
-        noise_multiplier=limit.own_noise_multiplier,
-        sample_rate=mechanism.sample_rate,
-        steps=plan.charged_steps,
-    )
     approved = home.roster_approvals.all().get(plan.hash)
     return ShownRoster(
         roster=roster,
         lines=tuple(_lines(home, roster)),
         unpinned=tuple(unpinned(roster, home.policy, config.name)),
         is_approved=approved is not None and approved.roster == roster,
-        epsilon_alone=accounting.epsilon([alone], home.policy.max_delta),
+        epsilon_alone=_epsilon_alone(home, plan, roster),
     )
+
+
+def _epsilon_alone(home: SiteHome, plan: Plan, roster: Roster) -> float | None:
+    if plan.privacy.trust != "distributed":
+        return None
+    mechanism = mechanism_of(plan, declared_patients=home.config.declared_patients)
+    alone = accounting.PrivacyEvent(
+        noise_multiplier=alone_limit(plan, home.policy, mechanism, roster).own_noise_multiplier,
+        sample_rate=mechanism.sample_rate,
+        steps=plan.charged_steps,
+    )
+    return accounting.epsilon([alone], home.policy.max_delta)
 
 
 def _lines(home: SiteHome, roster: Roster) -> Iterator[RosterLine]:

@@ -12,7 +12,7 @@ The order, and what a crash leaves behind::
     witness  the folders elsewhere have the ledger's head (and were asked before anything)
     send     the message leaves
 
-Of a sum over sites, training ends with a sum that is held in memory; what is sealed is one masked
+Of a sum over sites, what training ends with is held in memory; what is sealed is one masked
 vector, once the members are announced (``sums``).
 
 So nothing leaves that was not charged, and nothing is charged twice for being asked twice. A
@@ -68,6 +68,7 @@ from crafts_privacy import signing
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import LedgerEntry, Reservation
 from crafts_privacy.mechanism import Mechanism
+from crafts_privacy.secure_aggregation.updates import HeldUpdate
 
 log = logging.getLogger(__name__)
 
@@ -178,14 +179,13 @@ class Site:
     def _answer(self, message: RoundMessage) -> Release | ReadyReply:
         request = message.request
         plan, planned = self._allowed(message.plan, request)
-        is_sum = plan.privacy.trust == "distributed"
         ready = self._sums.word_for(request)
         if ready is not None:
             return ready
         sealed = self._outbox.find(request)
         if sealed is not None:
             self._commit_sealed(sealed)
-            if not is_sum:
+            if not plan.aggregation.secure_aggregation:
                 return sealed
         runs = {entry.run_id for entry in self._entries_of(plan.hash)}
         check_run(request, runs, self._home.approvals.runs_of(plan.hash))
@@ -248,6 +248,9 @@ class Site:
                 trained = self._train_everywhere(trainer, plan, task)
                 if isinstance(trained, HeldSum):
                     return self._hold(request, trained, reservation, task, plan)
+                if plan.aggregation.secure_aggregation:
+                    policy.check_update_norm(global_norm(trained))
+                    return self._hold(request, HeldUpdate(trained), reservation, task, plan)
                 delta = _as_wire(trained, plan)
                 update_norm = global_norm(delta)
                 policy.check_update_norm(update_norm)
@@ -274,16 +277,16 @@ class Site:
     def _hold(
         self,
         request: RoundRequest,
-        held_sum: HeldSum,
+        held: HeldSum | HeldUpdate,
         reservation: Reservation,
         task: TrainingTask,
         plan: Plan,
     ) -> ReadyReply:
-        """Keep the sum; nothing of it is on disk, and what was reserved stays open."""
+        """Keep what was computed; nothing of it is on disk, and what was reserved stays open."""
         names = factor_names(task.state, task.factor)
         return self._sums.hold(
             request,
-            held_sum,
+            held,
             reservation,
             mechanism=task.mechanism,
             trained={name: task.state[name] for name in names},
@@ -363,8 +366,10 @@ class Site:
         if limit.max_epsilon == math.inf:  # without noise; the policy has allowed it by name
             lifetime = replace(lifetime, max_epsilon=math.inf)
         alone = unused = None
-        if task.sum_grid_bits is not None:
-            alone = alone_limit(plan, self._home.policy, task.mechanism, self._roster(plan))
+        if plan.aggregation.secure_aggregation:
+            roster = self._roster(plan)
+            if plan.privacy.trust == "distributed":
+                alone = alone_limit(plan, self._home.policy, task.mechanism, roster)
             # First: from here on no announcement finds the sum whose charge is carried or closed.
             given_up = self._sums.give_up(request)
             if given_up.spent is not None:

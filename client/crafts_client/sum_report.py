@@ -1,12 +1,14 @@
 """What the privacy report says of sums over sites: two guarantees, and who must keep which."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
 
 from crafts_client.home import SiteHome
+from crafts_client.outbox import ReleaseRecord
+from crafts_core.array_bytes import PACKED
 from crafts_privacy import accounting
 from crafts_privacy.charges import charged_to, events_alone, is_of_sum
 from crafts_privacy.ledger import EntryKind, LedgerEntry
@@ -81,6 +83,14 @@ def sum_report(site: SiteHome, entries: Sequence[LedgerEntry]) -> SumReport | No
             for plan in plans
             if plan in approvals
         ),
+    )
+
+
+def num_summed_updates(entries: Sequence[LedgerEntry], records: Mapping[str, ReleaseRecord]) -> int:
+    """Vectors of sums that left with all of this hospital's noise, so that no share is counted."""
+    sent = [records.get(e.release_hash) for e in entries if e.kind is EntryKind.COMMITTED]
+    return sum(
+        1 for record in sent if record and record.share is None and record.tensors == (PACKED,)
     )
 
 

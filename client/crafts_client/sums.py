@@ -1,13 +1,17 @@
 """A site's part in one sum over sites: its word that it is ready, then one masked vector.
 
-The clipped sum of a round and the key of its masks are in memory only, for one request, and go
-when they are used or something else is asked for. So a process that dies has nothing left that
-could leave, and one put back from a backup has no key to use again.
+What a round came to and the key of its masks are in memory only, for one request, and go when they
+are used or something else is asked for. So a process that dies has nothing left that could leave,
+and one put back from a backup has no key to use again.
 
 ::
 
-    ready    reserve, train, hold the sum, sign a fresh key      nothing of a patient has left
+    ready    reserve, train, hold the result, sign a fresh key      nothing of a patient has left
     masked   verify the members, add noise for exactly them, mask, seal, commit     one vector
+
+Of distributed trust the result is a clipped sum, and its share of the noise is added for the
+members. Of site trust it is an update with all the noise that the site's promise needs, which the
+masks hide from the coordinator; to it and the ledger it is the update of a plain round.
 
 For each attempt at most one vector is ever sealed, for one announcement; asked again, the same
 bytes are sent again.
@@ -41,6 +45,7 @@ from crafts_privacy.secure_aggregation.members import (
     verify_members,
 )
 from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
+from crafts_privacy.secure_aggregation.updates import HeldUpdate, UpdateGrid
 
 MAX_HELD_S = 7 * 24 * 3600.0
 """A sum without noise is in memory no longer, however long a plan lets a coordinator wait."""
@@ -56,7 +61,7 @@ class _Held:
     reservation: Reservation
     ready: ReadyReply
     key: MaskKey
-    sum: HeldSum
+    result: HeldSum | HeldUpdate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +77,7 @@ class GivenUp:
 
 
 class SiteSums:
-    """The sum that a site holds, if it holds one."""
+    """What a site holds for a sum, if it holds anything."""
 
     def __init__(self, outbox: Outbox, noise: str) -> None:
         """``noise`` is the name of the source that shares are drawn from."""
@@ -89,7 +94,7 @@ class SiteSums:
     def hold(
         self,
         request: RoundRequest,
-        held_sum: HeldSum,
+        result: HeldSum | HeldUpdate,
         reservation: Reservation,
         *,
         mechanism: Mechanism,
@@ -99,7 +104,7 @@ class SiteSums:
         declared_patients: int,
         keep_s: float,
     ) -> ReadyReply:
-        """Keep a sum, with a fresh key for its masks; the site's word that it is ready.
+        """Keep a result, with a fresh key for its masks; the site's word that it is ready.
 
         After ``keep_s`` seconds, or ``MAX_HELD_S``, it is overwritten.
         """
@@ -119,7 +124,7 @@ class SiteSums:
             reservation=reservation,
             ready=ready,
             key=key,
-            sum=held_sum,
+            result=result,
         )
         self._open, self._is_in_time = reservation, False
         with self._lock:
@@ -141,7 +146,7 @@ class SiteSums:
     def _grow_old(self, ready: ReadyReply) -> None:
         """Overwrite the sum. Nothing of it left, so its charge may still be carried."""
         if (held := self._take(ready)) is not None:
-            held.sum.forget()
+            held.result.forget()
 
     def word_for(self, request: RoundRequest) -> ReadyReply | None:
         """What the site said to exactly this request, while it holds the sum of it."""
@@ -160,7 +165,7 @@ class SiteSums:
         """
         charge, self._open = self._open, None
         if (held := self._take()) is not None:
-            held.sum.forget()
+            held.result.forget()
         if charge is None:
             return GivenUp()
         if not self._is_in_time or charge.request_hash == request.hash:
@@ -195,23 +200,25 @@ class SiteSums:
         if self._take(held.ready) is None:
             raise NotReadyError("the sum for what is announced has just grown too old")
         self._open = None
-        least = held.reservation.own_noise_multiplier
-        assert least is not None  # what is held was charged as a sum's
-        # A larger roster that was approved since, or a lower floor, takes nothing from it.
-        share = share_of(plan, policy, members.noise_multiplier, num_members=len(members))
-        own = max(share, least)
-        vector_D = held.sum.release(own, pairs)
+        own, share = held.mechanism.noise_multiplier, None
+        if isinstance(held.result, HeldSum):
+            own = _own_noise(held, members, plan, policy)
+            share = Share(
+                own_noise_multiplier=own,
+                members=len(members),
+                colluding_sites=plan.privacy.colluding_sites or 0,
+            )
+            vector_D = held.result.release(own, pairs)
+        else:
+            grid = _grid_of(plan, request, announcement, members)
+            vector_D = held.result.release(grid, held.ready.site, pairs)
         release = self._outbox.seal(
             request,
             _reply(held, members, own),
             {PACKED: torch.from_numpy(vector_D.view(np.int32))},
             held.reservation,
             noise=self._noise,
-            share=Share(
-                own_noise_multiplier=own,
-                members=len(members),
-                colluding_sites=plan.privacy.colluding_sites or 0,
-            ),
+            share=share,
         )
         return release, held.reservation
 
@@ -227,6 +234,27 @@ def _reply(held: _Held, members: Members, own: float) -> MaskedReply:
         members_hash=members.hash,
         schema_hash=held.schema_hash,
         own_noise_multiplier=own,
+    )
+
+
+def _own_noise(held: _Held, members: Members, plan: Plan, policy: Policy) -> float:
+    """This site's share, and no less than its charge was admitted with."""
+    least = held.reservation.own_noise_multiplier
+    assert least is not None  # what is held was charged as a sum's
+    # A larger roster that was approved since, or a lower floor, takes nothing from it.
+    share = share_of(plan, policy, members.noise_multiplier, num_members=len(members))
+    return max(share, least)
+
+
+def _grid_of(
+    plan: Plan, request: RoundRequest, announcement: Announcement, members: Members
+) -> UpdateGrid:
+    """How much each member's own update counts, from verified words and the plan alone."""
+    return UpdateGrid.of(
+        plan,
+        plan.stage[request.stage_index],
+        {ready.site: ready.declared_patients for ready in announcement.members},
+        noise_multiplier=members.noise_multiplier,
     )
 
 

@@ -306,21 +306,36 @@ class Plan(_Section):
 
     @model_validator(mode="after")
     def _distributed_noise_is_hidden_in_sums(self) -> Self:
-        is_distributed = self.privacy.trust == "distributed"
-        if is_distributed != self.aggregation.secure_aggregation:
-            raise ValueError(
-                "trust = 'distributed' and secure_aggregation = true come together: a share of the "
-                "noise protects nobody but in a sum"
-            )
-        if not is_distributed:
+        if self.privacy.trust != "distributed":
             return self
+        if not self.aggregation.secure_aggregation:
+            raise ValueError(
+                "trust = 'distributed' needs secure_aggregation = true: a share of the noise "
+                "protects nobody but in a sum"
+            )
         if any(stage.local_steps != 1 for stage in self.stage):
             raise ValueError("trust = 'distributed' needs local_steps = 1 in every stage")
         min_sites, colluding = self.aggregation.min_sites, self.privacy.colluding_sites or 0
-        if min_sites < 3 or min_sites - colluding < 2:
+        if min_sites - colluding < 2:
             raise ValueError(
-                "trust = 'distributed' needs min_sites of 3 or more, and at least 2 above "
-                f"colluding_sites, got {min_sites} and {colluding}"
+                "trust = 'distributed' needs min_sites of at least 2 above colluding_sites, got "
+                f"{min_sites} and {colluding}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_hide_single_sites(self) -> Self:
+        if not self.aggregation.secure_aggregation:
+            return self
+        if self.privacy.mechanism != "patient_dp":
+            raise ValueError(
+                "secure_aggregation = true needs mechanism patient_dp: how much a site counts in a "
+                "sum, and how fine its numbers are, follow from the noise"
+            )
+        if self.aggregation.min_sites < 3:
+            raise ValueError(
+                "secure_aggregation = true needs min_sites of 3 or more: of two sites each can "
+                f"take its own part off, got {self.aggregation.min_sites}"
             )
         return self
 

@@ -72,7 +72,7 @@ class SumReceipt(_Record):
     noise_multiplier: float | None
     """Of the whole sum, from the shares that its members declare."""
     norm: float | None
-    """Of the sum, in units of max_grad_norm."""
+    """Of the sum: of distributed trust in units of max_grad_norm, of site trust as the step is."""
     lowest: float | None
     highest: float | None
     """Which norms agree with the declared noise and clipping; a step beyond them is refused."""

@@ -196,7 +196,9 @@ class MaskedPhase:
 
 
 def share_of(privacy: PrivacyConfig, noise_multiplier: float, num_members: int) -> float:
-    """The noise that the plan asks of each of so many members."""
+    """The noise that the plan asks of each of so many members: of site trust all of it."""
+    if privacy.trust == "site":
+        return noise_multiplier
     assert privacy.colluding_sites is not None
     return own_noise_multiplier(
         noise_multiplier, num_members=num_members, colluding_sites=privacy.colluding_sites

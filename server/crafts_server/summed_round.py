@@ -4,28 +4,27 @@ What a plain round checks of each update is checked of the sum: that its length 
 declared clipping and noise. A sum that fails is not used; where none is left the round is committed
 without a step, and its receipt names the members.
 
-The step is the one that a single site with everybody's patients would have taken, and the plan's
-rule goes on from there with momentum, public alignment and acceptance. Weights and gate need single
-updates and have no part here: every patient counts the same.
+What a sum means depends on the plan's trust (``sum_readings``); the plan's rule goes on from there
+with momentum, public alignment and acceptance.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
-from crafts_core.plan import PrivacyConfig
-from crafts_core.state import State
-from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
+from crafts_privacy.secure_aggregation.shares import total_noise_multiplier
+from crafts_server.aggregation import RoundState, ServerStep
 from crafts_server.collection import Replies
 from crafts_server.open_round import OpenRound, Outcome
 from crafts_server.receipts import SiteReceipt, SumReceipt
-from crafts_server.sum_of_sites import added, bounds_of, descend, norm_of
 from crafts_server.sum_phases import SumOfPart
+from crafts_server.sum_readings import (
+    SumReading,
+    joined,
+    optimizer_state,
+    patients_of,
+    reading_of,
+    rule_state,
+)
 from crafts_server.sums import Collected, SumCollection
-
-_OPTIMIZER = "optimizer."
-"""Begins the names of the server state that are the optimizer's; the others are the rule's."""
 
 
 def summed_round(opened: OpenRound) -> Outcome:
@@ -36,45 +35,27 @@ def summed_round(opened: OpenRound) -> Outcome:
         VoidSumsError: every attempt was void.
     """
     collected = SumCollection(opened).run()
-    privacy = opened.study.plan.privacy
-    sums = [_sum_receipt(part, privacy) for part in collected.parts]
+    reading = reading_of(opened)
+    sums = [_sum_receipt(part, reading) for part in collected.parts]
     complete = [part for part in collected.parts if not part.missing]
     good = [part for part, told in zip(collected.parts, sums, strict=True) if told.is_plausible]
     probe = opened.study.probe_of_round(opened.planned.round)
-    start = opened.begin(probe, _rule_state(opened))
-    step = _step(opened, good, start, probe) if good else _no_step(opened, start)
+    start = opened.begin(probe, rule_state(opened))
+    step = reading.step(good, start, probe) if good else _no_step(opened, start)
     return Outcome(
         step=step,
         margin_before=start.margin,
-        sites=tuple(_site_receipts(opened, good or complete)),
+        sites=tuple(_site_receipts(opened, reading, good or complete)),
         replies=_replies(collected, complete),
         sums=tuple(sums),
         left_out=tuple(sorted(collected.left_out)),
     )
 
 
-def _step(
-    opened: OpenRound, good: Sequence[SumOfPart], start: RoundState, probe: PublicProbe
-) -> ServerStep:
-    """Down the members' mean, as the plan's rule takes a step."""
-    factor = opened.planned.factor
-    kept = _optimizer_state(opened)
-    descent = descend(
-        opened.schema,
-        added([part.opened() for part in good]),
-        opened.study.plan.privacy,
-        opened.planned.stage,
-        {name.split(".", 1)[1]: kept[name] for name in kept if name.startswith(f"{factor}.")},
-    )
-    step = opened.study.rule.move(start, descent.delta, probe)
-    moved = {f"{factor}.{name}": tensor for name, tensor in descent.optimizer_state.items()}
-    return replace(step, server_state=_joined(step.server_state, kept | moved))
-
-
 def _no_step(opened: OpenRound, start: RoundState) -> ServerStep:
     return ServerStep(
         state=start.state,
-        server_state=_joined(start.server_state, _optimizer_state(opened)),
+        server_state=joined(start.server_state, optimizer_state(opened)),
         margin_after=start.margin,
         step_norm=0.0,
         trust_norm=0.0,
@@ -82,37 +63,12 @@ def _no_step(opened: OpenRound, start: RoundState) -> ServerStep:
     )
 
 
-def _rule_state(opened: OpenRound) -> State:
-    kept = opened.parent.server_state()
-    return opened.rule_state(
-        {name: tensor for name, tensor in kept.items() if not name.startswith(_OPTIMIZER)}
-    )
-
-
-def _optimizer_state(opened: OpenRound) -> State:
-    """Per factor, as each has steps of its own; every stage begins afresh."""
-    if opened.planned.starts_stage:
-        return {}
-    kept = opened.parent.server_state()
-    return {
-        name.removeprefix(_OPTIMIZER): tensor
-        for name, tensor in kept.items()
-        if name.startswith(_OPTIMIZER)
-    }
-
-
-def _joined(rule_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> State:
-    mine = {_OPTIMIZER + name: tensor for name, tensor in optimizer_state.items()}
-    return {**rule_state, **mine}
-
-
-def _sum_receipt(part: SumOfPart, privacy: PrivacyConfig) -> SumReceipt:
+def _sum_receipt(part: SumOfPart, reading: SumReading) -> SumReceipt:
     noise = norm = lowest = highest = None
     if not part.missing:
-        opened = part.opened()
-        bounds = bounds_of(opened, privacy)
-        noise, norm = opened.noise_multiplier, norm_of(opened, privacy)
-        lowest, highest = bounds.lowest, bounds.highest
+        bounds = reading.bounds(part)
+        noise = total_noise_multiplier(part.noise_multipliers.values())
+        norm, lowest, highest = reading.norm(part), bounds.lowest, bounds.highest
     return SumReceipt(
         attempt=part.attempt,
         members=tuple(sorted(part.members)),
@@ -124,29 +80,26 @@ def _sum_receipt(part: SumOfPart, privacy: PrivacyConfig) -> SumReceipt:
     )
 
 
-def _site_receipts(opened: OpenRound, parts: Sequence[SumOfPart]) -> Iterator[SiteReceipt]:
-    """Each member by name; it counts as its patients say."""
+def _site_receipts(
+    opened: OpenRound, reading: SumReading, parts: Sequence[SumOfPart]
+) -> Iterator[SiteReceipt]:
+    """Each member by name."""
     privacy, stage = opened.study.plan.privacy, opened.planned.stage
-    patients = {
-        site: ready.declared_patients for part in parts for site, ready in part.members.items()
-    }
     noise = {site: own for part in parts for site, own in part.noise_multipliers.items()}
-    total = sum(patients.values())
-    for site in sorted(patients):
-        share = patients[site] / total
-        deviation = noise[site] * privacy.max_grad_norm / (privacy.sample_rate * total)
+    counted = reading.counted(parts)
+    for site, patients in patients_of(parts).items():
         yield SiteReceipt(
             site=site,
-            weight=share,
-            max_weight=share,
+            weight=counted[site].weight,
+            max_weight=counted[site].max_weight,
             gain=None,
             update_norm=None,
             noise_multiplier=noise[site],
             max_grad_norm=privacy.max_grad_norm,
             sample_rate=privacy.sample_rate,
-            steps=1,
-            declared_patients=patients[site],
-            declared_noise_variance=(stage.learning_rate * deviation) ** 2,
+            steps=stage.local_steps,
+            declared_patients=patients,
+            declared_noise_variance=counted[site].noise_variance,
         )
 
 

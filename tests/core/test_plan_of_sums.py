@@ -71,7 +71,14 @@ def test_a_plan_of_sums_keeps_its_keys_on_the_way() -> None:
     [
         ({"privacy": {"trust": "distributed"}}, "colluding_sites"),
         ({"privacy": {"colluding_sites": 1}}, "no other trust"),
-        ({"aggregation": {"secure_aggregation": True}}, "come together"),
+        ({"aggregation": {"secure_aggregation": True, "min_sites": 2}}, "min_sites of 3"),
+        (
+            {
+                "privacy": {"mechanism": "none", "target_epsilon": None, "delta": None},
+                "aggregation": {"secure_aggregation": True},
+            },
+            "secure_aggregation = true needs mechanism patient_dp",
+        ),
         ({"aggregation": {"max_attempts": 2}}, "belongs to secure_aggregation"),
         (
             {
@@ -99,7 +106,7 @@ def test_keys_of_sums_come_whole_or_not_at_all(
         ({"stage": {"local_steps": 2}}, "local_steps = 1"),
         ({"aggregation": {"min_sites": 2}}, "min_sites"),
         ({"aggregation": {"min_sites": 4}, "privacy": {"colluding_sites": 3}}, "min_sites"),
-        ({"aggregation": {"secure_aggregation": False}}, "come together"),
+        ({"aggregation": {"secure_aggregation": False}}, "needs secure_aggregation = true"),
         ({"privacy": {"sum_grid_bits": 23}}, "sum_grid_bits"),
         ({"privacy": {"colluding_sites": 0}}, "colluding_sites"),
     ],
@@ -109,6 +116,16 @@ def test_a_plan_of_sums_that_protects_nobody_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=said):
         distributed(**sections)
+
+
+def test_updates_with_all_their_noise_go_into_sums_by_one_key() -> None:
+    """Any number of local steps; nothing that belongs to shares of noise."""
+    plan = plan_of(
+        stage={"local_steps": 12}, aggregation={"secure_aggregation": True, "max_attempts": 2}
+    )
+    assert Plan.parse(json.loads(plan.to_json())) == plan
+    assert plan.hash != plan_of(stage={"local_steps": 12}).hash
+    assert (plan.privacy.trust, plan.privacy.colluding_sites) == ("site", None)
 
 
 def test_a_first_attempt_has_the_bytes_and_hash_that_rounds_always_had() -> None:

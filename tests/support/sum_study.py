@@ -45,6 +45,17 @@ def distributed_values(foundation_hash: str, **stage: object) -> dict[str, objec
     return values
 
 
+def values_of_updates(foundation_hash: str, **stage: object) -> dict[str, object]:
+    """The same with all noise at each site, and two steps in a round."""
+    values = distributed_values(foundation_hash, **({"local_steps": 2} | stage))
+    privacy = dict(values["privacy"])  # type: ignore[call-overload]
+    for key in ("colluding_sites", "sum_grid_bits"):
+        del privacy[key]
+    values["privacy"] = privacy | {"trust": "site", "spare_steps": 8}
+    values["aggregation"] |= {"rule": "by_patients"}  # type: ignore[operator]
+    return values
+
+
 def summing_home(
     path: Path, foundation: Foundation, coordinator: Coordinator, **policy: object
 ) -> SiteHome:

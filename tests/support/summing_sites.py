@@ -19,8 +19,14 @@ from crafts_privacy import signing
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import to_group
 from crafts_privacy.secure_aggregation.masking import Group, MaskKey, add_masks_
-from crafts_privacy.secure_aggregation.members import MembersError, sign_ready, verify_members
+from crafts_privacy.secure_aggregation.members import (
+    Members,
+    MembersError,
+    sign_ready,
+    verify_members,
+)
 from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
+from crafts_privacy.secure_aggregation.updates import UpdateGrid
 from crafts_server.sum_of_sites import step_of
 from support.studies import received, small_plan, small_state
 
@@ -46,6 +52,18 @@ def summed_plan(*, rounds: int = 2, colluding_sites: int = 1, **aggregation: obj
         "secure_aggregation": True,
         **aggregation,
     }
+    return Plan.parse(values)
+
+
+def plan_of_updates(
+    *, rounds: int = 2, stage: Mapping[str, object] | None = None, **aggregation: object
+) -> Plan:
+    """``summed_plan`` with all noise at each site, and the local steps of ``small_plan``."""
+    values = summed_plan(rounds=rounds, **aggregation).model_dump(mode="json")
+    values["stage"] = [each | {"local_steps": 3} | dict(stage or {}) for each in values["stage"]]
+    for key in ("colluding_sites", "sum_grid_bits"):
+        del values["privacy"][key]
+    values["privacy"]["trust"] = "site"
     return Plan.parse(values)
 
 
@@ -108,16 +126,26 @@ class SummingSite:
             members = verify_members(announcement, self.roster, self.word, min_members=3)
         except MembersError:
             return Error(141, "the announced members are not what this site approved")
+        own, vector_D = self.vector(request, members, announcement, sum_D)
+        add_masks_(vector_D, key.pair_keys(self.name, members))
+        self.sealed[request.hash] = self.reply(request, members.hash, vector_D, own)
+        self.sent.append((request.round, request.attempt, members.hash))
+        return self.sealed[request.hash]
+
+    def vector(
+        self,
+        _request: RoundRequest,
+        members: Members,
+        _announcement: Announcement,
+        sum_D: Tensor,
+    ) -> tuple[float, Group]:
+        """The noise that was added, and the vector before masks."""
         own = own_noise_multiplier(
             members.noise_multiplier,
             num_members=len(members),
             colluding_sites=self.plan.privacy.colluding_sites or 0,
         )
-        vector_D = to_group(sum_D + self.noise(own, len(sum_D)))
-        add_masks_(vector_D, key.pair_keys(self.name, members))
-        self.sealed[request.hash] = self.reply(request, members.hash, vector_D, own)
-        self.sent.append((request.round, request.attempt, members.hash))
-        return self.sealed[request.hash]
+        return own, to_group(sum_D + self.noise(own, len(sum_D)))
 
     def reply(
         self,
@@ -147,6 +175,32 @@ class SummingSite:
 
     roster: Roster
     """Set once all sites are there."""
+
+
+class UpdatingSite(SummingSite):
+    """Of site trust: goes a part of the way to its goal, with the noise of its own promise."""
+
+    def sum_of(self, flat_D: Tensor) -> Tensor:
+        """The update, before its noise."""
+        return (self.goal - flat_D.double()) / 1000.0
+
+    def noise(self, own: float, num_values: int) -> Tensor:
+        """Of one step without momentum, so a little less than what is declared for three."""
+        privacy, (stage, *_) = self.plan.privacy, self.plan.stage
+        deviation = own * privacy.max_grad_norm / (privacy.sample_rate * self.patients)
+        return torch.randn(num_values, dtype=torch.float64) * deviation * stage.learning_rate
+
+    def vector(
+        self, request: RoundRequest, members: Members, announcement: Announcement, sum_D: Tensor
+    ) -> tuple[float, Group]:
+        grid = UpdateGrid.of(
+            self.plan,
+            self.plan.stage[request.stage_index],
+            {ready.site: ready.declared_patients for ready in announcement.members},
+            noise_multiplier=members.noise_multiplier,
+        )
+        update_D = sum_D + self.noise(self.noise_multiplier, len(sum_D))
+        return self.noise_multiplier, grid.part_of(self.name, update_D)
 
 
 def summing_sites(

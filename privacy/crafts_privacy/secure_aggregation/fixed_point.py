@@ -17,7 +17,7 @@ from crafts_privacy.clipping import chunks_of
 from crafts_privacy.secure_aggregation.masking import Group
 
 MIN_GRID_BITS, MAX_GRID_BITS = 12, 22
-_TAIL_Z = 9.0
+TAIL_Z = 9.0
 """Standard deviations that noise never passes in any coordinate."""
 
 
@@ -48,7 +48,7 @@ def most_patients(expected_patients: float) -> float:
 
 def sum_fits(grid_bits: int, *, expected_patients: float, total_noise_multiplier: float) -> bool:
     """Whether a sum of clipped gradients and noise stays within the group's signed numbers."""
-    longest = most_patients(expected_patients) + _TAIL_Z * total_noise_multiplier
+    longest = most_patients(expected_patients) + TAIL_Z * total_noise_multiplier
     return longest * 2.0 ** (grid_bits + 1) < 2.0**31
 
 

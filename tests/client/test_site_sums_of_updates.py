@@ -1,0 +1,209 @@
+"""A site's own private update in a sum: its own guarantee, charged once, and one vector a word."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crafts_client.home import POLICY_NAME, SiteHome, to_toml
+from crafts_client.mechanism import mechanism_of
+from crafts_client.outbox import Outbox, Release
+from crafts_client.policy import PolicyError, Rule
+from crafts_client.privacy_report import privacy_report, write_privacy_report
+from crafts_client.site import Site
+from crafts_client.sums import grid_of
+from crafts_client.trainer import Randomness, Trainer, entropy_generator
+from crafts_core.array_bytes import PACKED
+from crafts_core.exchange import Announcement, MaskedReply, RoundRequest
+from crafts_core.plan import Plan
+from crafts_core.state import State
+from crafts_privacy.ledger import Ledger
+from crafts_privacy.noise import GridNoise
+from crafts_privacy.secure_aggregation.members import announce
+from support.noise import FixedSampler, SeededNoise
+from support.sites import Coordinator
+from support.sum_study import SumStudy, summing_home, values_of_updates
+from support.sums import SumSite
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
+    """Of a hospital that relies on nobody's noise."""
+    return summing_home(
+        tmp_path / "site",
+        foundation,
+        coordinator,
+        allowed_trust=("site",),
+        max_epsilon_alone=None,
+        require_secure_aggregation=True,
+    )
+
+
+@pytest.fixture
+def study(coordinator: Coordinator, foundation, home: SiteHome) -> SumStudy:
+    plan = Plan.parse(values_of_updates(foundation.manifest.hash))
+    return SumStudy(coordinator, foundation, home, plan)
+
+
+@pytest.fixture
+def site(home: SiteHome, foundation, study: SumStudy) -> Site:
+    return Site(home, foundation)
+
+
+def kinds(home: SiteHome) -> list[str]:
+    return [str(e.kind) for e in Ledger(home.ledger_path).entries() if e.kind != "placed"]
+
+
+def set_policy(home: SiteHome, **changes: object) -> None:
+    policy = home.policy.model_copy(update=changes)
+    (home.path / POLICY_NAME).write_text(to_toml(policy))
+
+
+def site_that_draws(home: SiteHome, foundation, noise, sampler) -> Site:
+    return Site(
+        home,
+        foundation,
+        randomness=Randomness(noise=noise, sampler=sampler, generator=entropy_generator),
+    )
+
+
+def test_a_vector_opens_to_the_weighted_update_on_the_grid(
+    home, foundation, study, monkeypatch
+) -> None:
+    """What the trainer gave, noise and all, for the site's part of all members' patients."""
+    trained: list[State] = []
+    train = Trainer.train
+
+    def noted(*args: object, **options: object) -> State:
+        trained.append(train(*args, **options))  # type: ignore[arg-type]
+        return trained[-1]
+
+    monkeypatch.setattr(Trainer, "train", noted)
+    site = site_that_draws(home, foundation, SeededNoise(1), FixedSampler())
+    request, ready = study.request(), study.ready(site)
+    announcement = study.announcement(request, ready)
+    release = site.add_to_sum(study.tell(request, announcement))
+    (update,) = trained
+    flat_D = torch.cat([update[name].reshape(-1) for name in sorted(update)]).double()
+    patients = {each.site: each.declared_patients for each in announcement.members}
+    weight = ready.declared_patients / sum(patients.values())
+    step = step_of(study, request, announcement)
+    assert torch.equal(study.opened(release, announcement), (flat_D * weight / step).round())
+    assert flat_D.any()
+
+
+def step_of(study: SumStudy, request: RoundRequest, announcement: Announcement) -> float:
+    mechanism = mechanism_of(study.plan, declared_patients=1)
+    return grid_of(study.plan, request, announcement, mechanism).step
+
+
+def test_it_is_charged_and_recorded_as_the_update_of_a_plain_round(home, site, study) -> None:
+    """One guarantee: whole noise, every local step, no share that others' noise must fill up."""
+    release = study.add(site)
+    assert isinstance(release.reply, MaskedReply)
+    ledger = Ledger(home.ledger_path)
+    (event,) = ledger.events("main")
+    assert (event.steps, kinds(home)) == (2, ["reserved", "committed"])
+    assert release.reply.own_noise_multiplier == event.noise_multiplier
+    assert ledger.events_alone("main") == (event,)
+    assert release.share is None
+    report = privacy_report(home)
+    assert (report.sums, report.summed_updates, report.charged_and_not_sent) == (None, 1, 0)
+    page, _ = write_privacy_report(report, home.path / "report")
+    text = page.read_text()
+    assert "1 updates with all the noise of this promise left in sums" in text
+    assert "All noise is added here" in text
+
+
+def test_the_vector_of_a_site_that_holds_nobody_has_the_whole_noise(
+    home, foundation, study, monkeypatch
+) -> None:
+    """Two-sided, through everything that a site does; a share for two would be half as much."""
+    monkeypatch.setattr(FixedSampler, "sample", lambda *_: np.arange(0))
+    site = site_that_draws(home, foundation, GridNoise(), FixedSampler())
+    privacy, stage = study.plan.privacy, study.plan.stage[0]
+    drawn: list[float] = []
+    for attempt in range(1, 4):
+        request = study.request(attempt=attempt)
+        ready = study.ready(site, attempt=attempt)
+        announcement = study.announcement(request, ready)
+        release = site.add_to_sum(study.tell(request, announcement))
+        assert isinstance(release.reply, MaskedReply)
+        own, patients = release.reply.own_noise_multiplier, ready.declared_patients
+        in_step = own * privacy.max_grad_norm / (privacy.sample_rate * patients)
+        total = sum(each.declared_patients for each in announcement.members)
+        std = stage.learning_rate * in_step * stage.local_steps**0.5 * patients / total
+        step = step_of(study, request, announcement)
+        drawn += (study.opened(release, announcement) * step / std).tolist()
+    spread = float(np.mean(np.square(drawn)))
+    assert spread == pytest.approx(1.0, abs=5 * (2 / len(drawn)) ** 0.5)
+
+
+def test_until_the_members_are_known_nothing_is_on_disk(home, site, study) -> None:
+    first = study.ready(site)
+    assert study.ready(site) == first
+    assert not list(home.outbox_path.glob("*.safetensors"))
+    assert kinds(home) == ["reserved"]
+
+
+def test_an_update_leaves_in_one_sum_only(home, site, study) -> None:
+    """Two sums of it over other members could be subtracted. Again the same bytes, or nothing."""
+    request, ready = study.request(), study.ready(site)
+    announcement = study.announcement(request, ready)
+    release = site.add_to_sum(study.tell(request, announcement))
+    again = site.add_to_sum(study.tell(request, announcement))
+    assert (again.hash, words(again)) == (release.hash, words(release))
+    more = SumSite("south", 77, declared_patients=33, request=request.hash)
+    more.identity = study.peers(request.hash)["south"].identity
+    other = announce([ready, study.peers(request.hash)["east"].ready, more.word(request.hash)])
+    with pytest.raises(PolicyError, match="another announcement"):
+        site.add_to_sum(study.tell(request, other))
+    next_attempt = study.add(site, attempt=2)
+    assert np.mean(np.array(words(next_attempt)) == np.array(words(release))) < 0.01
+    assert len(Ledger(home.ledger_path).events("main")) == 2, "drawn, noised and charged anew"
+    assert len(Outbox(home.outbox_path).records()) == 2
+
+
+def words(release: Release) -> list[int]:
+    found: list[int] = release.delta[PACKED].tolist()
+    return found
+
+
+def test_a_site_that_was_left_out_pays_once(home, site, study) -> None:
+    for number, attempt in ((1, 1), (1, 2), (2, 1)):
+        study.ready(site, number, attempt)
+    study.add(site, 3)
+    assert len(Ledger(home.ledger_path).events("main")) == 1
+    assert kinds(home) == ["reserved", *["carried"] * 3, "committed"]
+
+
+def test_the_roster_is_asked_before_anything_is_charged(home, site, study) -> None:
+    home.roster_approvals.take_back(study.plan.hash)
+    with pytest.raises(PolicyError) as refused:
+        study.ready(site)
+    assert (refused.value.rule, kinds(home)) == (Rule.ROSTER, [])
+
+
+def test_an_update_that_is_too_long_is_charged_and_closed(home, site, study) -> None:
+    """As in a plain round: neither a word nor a vector."""
+    set_policy(home, max_update_norm=1e-9)
+    with pytest.raises(PolicyError) as refused:
+        study.ready(site)
+    assert refused.value.rule is Rule.UPDATE_NORM
+    assert kinds(home) == ["reserved", "committed"]
+    assert Outbox(home.outbox_path).records() == {}
+
+
+def test_what_a_crash_left_sealed_is_committed(home, foundation, site, study, monkeypatch) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            study.add(site)
+    again = Site(home, foundation)
+    assert kinds(home) == ["reserved", "committed"]
+    with pytest.raises(PolicyError, match="replay"):
+        again.answer(study.ask(study.request()))
