@@ -203,7 +203,9 @@ class Terms:
             "request": self.request_hash,
         }
         if self.own_noise_multiplier is not None:
-            values |= {"own_noise_multiplier": self.own_noise_multiplier, "attempt": self.attempt}
+            values["own_noise_multiplier"] = self.own_noise_multiplier
+        if self.own_noise_multiplier is not None or self.attempt > 1:
+            values["attempt"] = self.attempt
         return json.dumps(values, sort_keys=True)
 
     @classmethod

@@ -165,6 +165,16 @@ def test_an_update_leaves_in_one_sum_only(home, site, study) -> None:
     assert len(Outbox(home.outbox_path).records()) == 2
 
 
+def test_an_attempt_is_answered_once_whatever_adapter_is_asked_for(home, site, study) -> None:
+    """A later attempt too: which one was charged is in the ledger, and outlives the process."""
+    study.add(site, attempt=2)
+    other: State = {name: value + 0.01 for name, value in study.state.items()}
+    for attempt in (1, 2):
+        with pytest.raises(PolicyError, match="replay"):
+            site.answer(study.ask(study.request(attempt=attempt, state=other), other))
+    assert kinds(home) == ["reserved", "committed"]
+
+
 def words(release: Release) -> list[int]:
     found: list[int] = release.delta[PACKED].tolist()
     return found

@@ -5,17 +5,14 @@ single site that holds everybody's patients and is given the noise that the site
 """
 
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.patients import PatientTiles
-from crafts_client.site import Site
-from crafts_client.trainer import Randomness, Speed, Trainer, TrainingTask
+from crafts_client.trainer import Speed, Trainer, TrainingTask
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.stages.batch import TileBatch
@@ -24,36 +21,15 @@ from crafts_core.state import State
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.mechanism import Mechanism
-from crafts_privacy.noise import NoiseSource
 from crafts_privacy.optimizers import Optimizer, optimizer_of
 from crafts_privacy.patient_sgd import PatientSGD
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.ranks import Ranks
 from crafts_privacy.sampling import PatientSampler
 from crafts_privacy.secure_aggregation.shares import own_noise_multiplier, total_noise_multiplier
-from crafts_server.collection import Patience
-from crafts_server.coordinator import Coordinator
-from crafts_server.home import CoordinatorHome, HomeConfig
-from crafts_simulations.agreement import agree_on_patients, approve_roster
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from support.federations import Federation, Noted, randomness
 from support.foundations import tiny_foundation
-from support.noise import FixedSampler, draws_of
-from support.sites import make_site_home, plan_values
-
-SEED = 40
-
-
-class Noted:
-    """Rounded Gaussian noise of its own seed, kept round by round."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self.drawn: list[Tensor] = []
-
-    def add_(self, grid_sum_D: Tensor, std: float) -> None:
-        noise_D = torch.randn(grid_sum_D.shape, dtype=torch.float64, generator=self._generator)
-        self.drawn.append((noise_D * std).round())
-        grid_sum_D += self.drawn[-1]
+from support.sites import plan_values
 
 
 class Given:
@@ -141,43 +117,17 @@ def stage_of(name: str, optimizer: str, **more: object) -> dict[str, object]:
     }
 
 
-def randomness(noise: NoiseSource) -> Randomness:
-    return Randomness(noise=noise, sampler=FixedSampler(), generator=partial(draws_of, SEED))
-
-
 def check(tmp_path: Path, num_sites: int, stages: list[dict[str, object]], **home: int) -> None:
     foundation = tiny_foundation(tmp_path / "foundation")
     plan = plan_of(foundation, num_sites, stages)
-    coordinator = CoordinatorHome.create(
-        tmp_path / "coordinator", HomeConfig(foundation=str(foundation.path))
+    federation = Federation(
+        *(tmp_path, foundation, num_sites),
+        allowed_trust=("distributed",),
+        max_epsilon_alone=1e6,
+        **home,
     )
-    homes = [
-        make_site_home(
-            *(tmp_path / f"site-{number:02d}", foundation, coordinator.public_key),
-            name=f"site-{number:02d}",
-            num_patients=2 + number % 3,
-            declared_patients=5 + number % 4,
-            seed=number,
-            allowed_stages=("pretraining", "alignment", "control"),
-            allowed_trust=("distributed",),
-            max_epsilon_alone=1e6,
-            **home,
-        )
-        for number in range(1, num_sites + 1)
-    ]
-    paths = [each.path for each in homes]
-    agree_on_patients(coordinator, paths)
-    noise = {each.config.name: Noted(place) for place, each in enumerate(homes)}
-    sites = {
-        each.config.name: Site(each, foundation, randomness=randomness(noise[each.config.name]))
-        for each in homes
-    }
-    app = make_client_app(lambda path: sites[path.name])
-    nodes = {path.name: LocalNode(app=app, node_config={HOME_KEY: str(path)}) for path in paths}
-    now = Patience(poll_s=0.0, join_wait_s=0.0)
-    ours = Coordinator(coordinator, plan, foundation, patience=now)
-    approve_roster(coordinator, plan, paths)
-    federated = ours.run(LocalGrid(nodes)).state()
+    homes, noise = federation.homes, federation.noise
+    federated = federation.run(plan)[-1].state()
 
     patients = [
         PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
