@@ -7,37 +7,38 @@ import pytest
 import torch
 
 from crafts_client.home import POLICY_NAME, SiteHome, to_toml
-from crafts_client.mechanism import mechanism_of
 from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.privacy_report import privacy_report, write_privacy_report
 from crafts_client.site import Site
-from crafts_client.sums import grid_of
 from crafts_client.trainer import Randomness, Trainer, entropy_generator
 from crafts_core.array_bytes import PACKED
-from crafts_core.exchange import Announcement, MaskedReply, RoundRequest
+from crafts_core.exchange import Announcement, MaskedReply
 from crafts_core.plan import Plan
 from crafts_core.state import State
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.secure_aggregation.members import announce
+from crafts_privacy.secure_aggregation.updates import UpdateGrid
+from support.clocks import ManualClock
 from support.noise import FixedSampler, SeededNoise
 from support.sites import Coordinator
 from support.sum_study import SumStudy, summing_home, values_of_updates
-from support.sums import SumSite
+
+
+def updating_home(path: Path, foundation, coordinator: Coordinator, **changes: object) -> SiteHome:
+    """Of a hospital that relies on nobody's noise."""
+    policy = {
+        "allowed_trust": ("site",),
+        "max_epsilon_alone": None,
+        "require_secure_aggregation": True,
+    }
+    return summing_home(path, foundation, coordinator, **(policy | changes))
 
 
 @pytest.fixture
 def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
-    """Of a hospital that relies on nobody's noise."""
-    return summing_home(
-        tmp_path / "site",
-        foundation,
-        coordinator,
-        allowed_trust=("site",),
-        max_epsilon_alone=None,
-        require_secure_aggregation=True,
-    )
+    return updating_home(tmp_path / "site", foundation, coordinator)
 
 
 @pytest.fixture
@@ -88,14 +89,15 @@ def test_a_vector_opens_to_the_weighted_update_on_the_grid(
     flat_D = torch.cat([update[name].reshape(-1) for name in sorted(update)]).double()
     patients = {each.site: each.declared_patients for each in announcement.members}
     weight = ready.declared_patients / sum(patients.values())
-    step = step_of(study, request, announcement)
+    step = step_of(study, announcement)
     assert torch.equal(study.opened(release, announcement), (flat_D * weight / step).round())
     assert flat_D.any()
 
 
-def step_of(study: SumStudy, request: RoundRequest, announcement: Announcement) -> float:
-    mechanism = mechanism_of(study.plan, declared_patients=1)
-    return grid_of(study.plan, request, announcement, mechanism).step
+def step_of(study: SumStudy, announcement: Announcement) -> float:
+    patients = {ready.site: ready.declared_patients for ready in announcement.members}
+    noise = max(ready.noise_multiplier for ready in announcement.members)
+    return UpdateGrid.of(study.plan, study.plan.stage[0], patients, noise_multiplier=noise).step
 
 
 def test_it_is_charged_and_recorded_as_the_update_of_a_plain_round(home, site, study) -> None:
@@ -134,7 +136,7 @@ def test_the_vector_of_a_site_that_holds_nobody_has_the_whole_noise(
         in_step = own * privacy.max_grad_norm / (privacy.sample_rate * patients)
         total = sum(each.declared_patients for each in announcement.members)
         std = stage.learning_rate * in_step * stage.local_steps**0.5 * patients / total
-        step = step_of(study, request, announcement)
+        step = step_of(study, announcement)
         drawn += (study.opened(release, announcement) * step / std).tolist()
     spread = float(np.mean(np.square(drawn)))
     assert spread == pytest.approx(1.0, abs=5 * (2 / len(drawn)) ** 0.5)
@@ -154,7 +156,8 @@ def test_an_update_leaves_in_one_sum_only(home, site, study) -> None:
     release = site.add_to_sum(study.tell(request, announcement))
     again = site.add_to_sum(study.tell(request, announcement))
     assert (again.hash, words(again)) == (release.hash, words(release))
-    more = SumSite("south", 77, declared_patients=33, request=request.hash)
+    more = study.peer("south", 77, request.hash)
+    more.declared_patients = 33
     more.identity = study.peers(request.hash)["south"].identity
     other = announce([ready, study.peers(request.hash)["east"].ready, more.word(request.hash)])
     with pytest.raises(PolicyError, match="another announcement"):
@@ -180,7 +183,14 @@ def words(release: Release) -> list[int]:
     return found
 
 
-def test_a_site_that_was_left_out_pays_once(home, site, study) -> None:
+def test_a_site_that_was_left_out_pays_once(
+    tmp_path: Path, foundation, coordinator: Coordinator
+) -> None:
+    """Ready, in time, and not taken; then a vector leaves."""
+    home = updating_home(tmp_path / "patient", foundation, coordinator, answer_every_s=60.0)
+    plan = Plan.parse(values_of_updates(foundation.manifest.hash))
+    study = SumStudy(coordinator, foundation, home, plan)
+    site = Site(home, foundation, clock=ManualClock().clock)
     for number, attempt in ((1, 1), (1, 2), (2, 1)):
         study.ready(site, number, attempt)
     study.add(site, 3)

@@ -71,7 +71,7 @@ class UpdateGrid:
             plan: The study's.
             stage: The round's.
             patients: What each member declares, by site.
-            noise_multiplier: The whole noise that every member adds.
+            noise_multiplier: Of every member's update, as they announced it.
         """
         privacy, sites = plan.privacy, sorted(patients)
         members = [
