@@ -132,6 +132,10 @@ def test_a_held_update_leaves_once_with_masks_and_to_no_file() -> None:
         held.release(grid, "a", [(bytes(32), True)])
     vector = HeldUpdate(update).release(grid, "a", [(bytes(32), True)])
     assert len(vector) == 10
+    forgotten = HeldUpdate(update)
+    forgotten.forget()
+    with pytest.raises(ValueError, match="once"):
+        forgotten.release(grid, "a", [(bytes(32), True)])
     with pytest.raises(KeyError):
         HeldUpdate(update).release(grid, "stranger", [(bytes(32), True)])
 

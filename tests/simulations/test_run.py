@@ -451,14 +451,19 @@ def test_the_same_scenario_with_the_real_programs(values: dict, source, tmp_path
     assert "answered round=1" in (out / "logs" / "site-1.log").read_text()
 
 
-def test_a_study_of_sums_runs_like_any_other(tmp_path: Path, foundation: Foundation) -> None:
-    """Homes, rosters, rounds, report: three hospitals whose noise is shared."""
+@pytest.mark.parametrize(
+    "trust", ["distributed", pytest.param("site", marks=pytest.mark.exhaustive)]
+)
+def test_a_study_of_sums_runs_like_any_other(
+    tmp_path: Path, foundation: Foundation, trust: str
+) -> None:
+    """Homes, rosters, rounds, report: three hospitals whose noise is shared, or each its own."""
     values = tiny_scenario_values(foundation.path)
     values["site"].append(tiny_site("west", "BRCA", 3))
-    for stage in values["stage"]:
-        stage["local_steps"] = 1
-    shared = {"trust": "distributed", "colluding_sites": 1, "sum_grid_bits": 20}
-    values["privacy"] |= shared
+    if trust == "distributed":
+        for stage in values["stage"]:
+            stage["local_steps"] = 1
+        values["privacy"] |= {"trust": trust, "colluding_sites": 1, "sum_grid_bits": 20}
     values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}
     out = tmp_path / "out"
     report = run_scenario(parse_scenario(values, "of sums"), out)

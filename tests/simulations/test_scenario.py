@@ -8,7 +8,7 @@ from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import load_scenario, parse_scenario, shipped_scenarios
 from crafts_simulations.tile_split import sizes_of
-from support.scenarios import tiny_scenario, tiny_scenario_values
+from support.scenarios import tiny_scenario, tiny_scenario_values, tiny_site
 
 HASH = "ab" * 32
 
@@ -129,6 +129,17 @@ def test_ten_small_hospitals_take_one_step_together() -> None:
         expected_patients=plan.privacy.sample_rate * sum(sizes),
         total_noise_multiplier=MOST_OWN_NOISE * plan_noise_multiplier(plan) * 10**0.5,
     )
+
+
+def test_one_key_puts_the_updates_of_a_scenario_into_sums(tmp_path: Path) -> None:
+    """With all the noise at each hospital, and as many local steps as before."""
+    values = tiny_scenario_values(tmp_path)
+    values["site"].append(tiny_site("west", "BRCA", 3))
+    values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}
+    scenario = parse_scenario(values, "of updates in sums")
+    plan = scenario.plan(HASH)
+    assert (plan.privacy.trust, plan.stage[0].local_steps) == ("site", 2)
+    assert not scenario.changed(private=False).plan(HASH).aggregation.secure_aggregation
 
 
 def test_without_privacy_there_are_no_sums_either() -> None:
