@@ -39,14 +39,21 @@ class Again:
         grid_sum_D += next(self._drawn)
 
 
-def plans_of(foundation_hash: str, num_sites: int, *, rule: str, rounds: int) -> tuple[Plan, Plan]:
+def plans_of(
+    foundation_hash: str, num_sites: int, *, rule: str, num_stages: int
+) -> tuple[Plan, Plan]:
     """With sums and without them; alike in all that a site computes."""
     values = plan_values(foundation_hash)
-    stage = {"rounds": rounds, "local_steps": STEPS, "learning_rate": 0.05, "momentum": 0.6}
+    stage = {
+        "rounds": 2 if num_stages > 1 else 1,
+        "local_steps": STEPS,
+        "learning_rate": 0.05,
+        "momentum": 0.6,
+    }
     values["stage"] = [
         {"name": "pretraining", **stage},
         {"name": "alignment", **stage, "lambda_align": 0.1, "lambda_drift": 0.1},
-    ]
+    ][:num_stages]
     values["privacy"] |= {"tiles_per_patient": 2, "draws_per_tile": 1}  # type: ignore[operator]
     aggregation = {"rule": rule, "min_sites": num_sites}
     plain = Plan.parse(values | {"aggregation": aggregation})
@@ -61,10 +68,10 @@ def weights_of(rule: str, patients: Sequence[int]) -> list[float]:
 
 
 def check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_sites: int, *, rule: str, rounds: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_sites: int, *, rule: str, num_stages: int
 ) -> None:
     foundation = tiny_foundation(tmp_path / "foundation")
-    summed, plain = plans_of(foundation.manifest.hash, num_sites, rule=rule, rounds=rounds)
+    summed, plain = plans_of(foundation.manifest.hash, num_sites, rule=rule, num_stages=num_stages)
     asking = Coordinator(tmp_path, foundation)
     federation = Federation(
         *(tmp_path, foundation, num_sites), also_signs=asking.public_key, max_delta=5e-3
@@ -137,10 +144,10 @@ def opened(vectors: Sequence[Group]) -> Tensor:
 
 @pytest.mark.slow
 def test_three_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(tmp_path, monkeypatch, 3, rule="by_patients", rounds=1)
+    check(tmp_path, monkeypatch, 3, rule="by_patients", num_stages=1)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("rule", ["by_patients", "alignment_regularized"])
 def test_ten_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
-    check(tmp_path, monkeypatch, 10, rule=rule, rounds=2)
+    check(tmp_path, monkeypatch, 10, rule=rule, num_stages=2)
