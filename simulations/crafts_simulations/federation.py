@@ -77,7 +77,7 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
         programs.start_coordinator()
         for name in names:
             programs.enrol(name)
-        approve_roster(home, plan, sites.values())
+        programs.approve_roster(plan)
         for name in names:
             programs.start_site(name)
         progress("starting the coordinator", 1, 1)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from crafts_client.enrolment import enrol
 from crafts_client.home import SiteHome
+from crafts_client.offered_plans import offered_plan
+from crafts_client.rosters import shown_roster
 from crafts_core.plan import Plan
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.enrolments import Enrolments
@@ -27,7 +29,7 @@ from crafts_simulations.errors import ProcessError
 
 LOOPBACK = "127.0.0.1"
 COORDINATOR = "coordinator"
-_STARTS_WITHIN_S = 120.0
+_STARTS_WITHIN_S = 300.0
 _ENDS_WITHIN_S = 30.0
 _POLL_S = 0.5
 _START = "import sys; from {module}.cli import app; app(sys.argv[1:])"
@@ -106,6 +108,16 @@ class Programs:
             registry.close()
         token += f".{self.home.pki.enrolment_fingerprint}"
         enrol(site, f"localhost:{self.home.config.enrolment_port}", token)
+
+    def approve_roster(self, plan: Plan) -> None:
+        """At every site, who the hospitals of the plan's sums are; enrolled, they ask by TLS."""
+        if not plan.aggregation.secure_aggregation:
+            return
+        self.home.sign_plan(plan)
+        for path in self.sites.values():
+            site = SiteHome.open(path)
+            offered, _ = offered_plan(site, plan.hash)
+            site.roster_approvals.approve(shown_roster(site, offered).roster)
 
     def start_site(self, name: str, *, first_import_from: str = "") -> None:
         """``crafts-client join``; ``first_import_from`` is a folder before all others."""

@@ -451,6 +451,28 @@ def test_the_same_scenario_with_the_real_programs(values: dict, source, tmp_path
     assert "answered round=1" in (out / "logs" / "site-1.log").read_text()
 
 
+SHARED_NOISE = {"trust": "distributed", "colluding_sites": 1, "sum_grid_bits": 20}
+
+
+@pytest.mark.network
+@pytest.mark.exhaustive
+def test_a_study_of_sums_with_the_real_programs(values: dict, source, tmp_path: Path) -> None:
+    """Keys, roster, words and masked vectors by TLS between processes; report as ever."""
+    values["stage"] = [values["stage"][0] | {"rounds": 2, "local_steps": 1}]
+    values["privacy"] |= SHARED_NOISE
+    values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}
+    out = tmp_path / "out"
+    scenario = parse_scenario(values, "of sums")
+    report = run_scenario(scenario, out, source=source, real_processes=True)
+    everybody = {"site-1", "site-2", "site-3"}
+    assert [receipt.weights.keys() for receipt in report.rounds] == [everybody] * 2
+    for name in everybody:
+        entries = ledger_of(out, name).entries()
+        shares = [entry.share for entry in entries if entry.kind is EntryKind.COMMITTED]
+        assert [share.members for share in shares if share is not None] == [3, 3]
+    assert all(site.epsilon is not None and 0 < site.epsilon <= 8.0 for site in report.sites)
+
+
 @pytest.mark.parametrize(
     "trust", ["distributed", pytest.param("site", marks=pytest.mark.exhaustive)]
 )
@@ -463,7 +485,7 @@ def test_a_study_of_sums_runs_like_any_other(
     if trust == "distributed":
         for stage in values["stage"]:
             stage["local_steps"] = 1
-        values["privacy"] |= {"trust": trust, "colluding_sites": 1, "sum_grid_bits": 20}
+        values["privacy"] |= SHARED_NOISE
     values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}
     out = tmp_path / "out"
     report = run_scenario(parse_scenario(values, "of sums"), out)
