@@ -47,16 +47,18 @@ def make_small_study(
     rank: int = 2,
     learning_rate: float = 0.01,
     aggregation: Mapping[str, object] | None = None,
+    privacy: Mapping[str, object] | None = None,
 ) -> SmallStudy:
     """Everything that a study needs, in an empty folder.
 
-    ``aggregation`` changes the plan's plain averaging.
+    ``aggregation`` changes the plan's plain averaging, ``privacy`` its patient-level privacy.
     """
     coordinator = CoordinatorHome.create(folder / "coordinator", loopback_config(foundation.path))
     averaging = {"rule": "uniform", "min_sites": min_sites, "deadline_s": deadline_s}
     plan = _plan(
         *(foundation.manifest.hash, rounds, rank, learning_rate),
         averaging | dict(aggregation or {}),
+        privacy or {},
     )
     sites = {}
     for number in range(1, num_sites + 1):
@@ -127,13 +129,27 @@ def write_random_store(
 
 
 def _plan(
-    foundation: str, rounds: int, rank: int, learning_rate: float, aggregation: dict[str, object]
+    foundation: str,
+    rounds: int,
+    rank: int,
+    learning_rate: float,
+    aggregation: dict[str, object],
+    privacy: Mapping[str, object],
 ) -> Plan:
     stage = {
         "name": "pretraining",
         "rounds": rounds,
         "local_steps": 1,
         "learning_rate": learning_rate,
+    }
+    protection: dict[str, object] = {
+        "mechanism": "patient_dp",
+        "target_epsilon": 8.0,
+        "delta": 1e-3,
+        "max_grad_norm": 1.0,
+        "sample_rate": 0.5,
+        "tiles_per_patient": 1,
+        "draws_per_tile": 1,
     }
     return Plan.parse(
         {
@@ -145,21 +161,14 @@ def _plan(
                 "schedule": "second_only",
             },
             "stage": [stage],
-            "privacy": {
-                "mechanism": "patient_dp",
-                "target_epsilon": 8.0,
-                "delta": 1e-3,
-                "max_grad_norm": 1.0,
-                "sample_rate": 0.5,
-                "tiles_per_patient": 1,
-                "draws_per_tile": 1,
-            },
+            "privacy": protection | dict(privacy),
             "aggregation": aggregation,
         }
     )
 
 
 def _policy(plan: Plan, signer: str) -> Policy:
+    shares_noise = plan.privacy.trust == "distributed"
     return Policy(
         allowed_signers=(signer,),
         allowed_stages=("pretraining", "alignment"),
@@ -178,4 +187,6 @@ def _policy(plan: Plan, signer: str) -> Policy:
         allow_non_private=False,
         require_secure_aggregation=False,
         require_approval=False,
+        allowed_trust=("site", "distributed") if shares_noise else ("site",),
+        max_epsilon_alone=1e6 if shares_noise else None,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from crafts_core.durable import append_line
 from crafts_core.foundation import embedded_path, load
 from crafts_simulations.errors import WorkspaceError
-from crafts_simulations.faults import claims, messages, points, programs
+from crafts_simulations.faults import claims, messages, points, programs, sums
 from crafts_simulations.faults.case import Case, Outcome, Verdict
 
 _OUTCOMES = "outcomes.jsonl"
@@ -20,6 +20,7 @@ CASES: tuple[Case, ...] = (
     *programs.CASES,
     *points.CASES,
     *claims.CASES,
+    *sums.CASES,
 )
 
 

@@ -44,7 +44,7 @@ def hostile_site(spoil: Spoil) -> Experiment:
 
     def experiment(folder: Path, foundation: Foundation) -> str:
         study = make_small_study(folder, foundation, num_sites=3)
-        chain = _federate(study, foundation, spoil)
+        chain = federate(study, foundation, spoil)
         first, second = (checkpoint.receipt() for checkpoint in chain[1:])
         expect(len(first.sites) == 3, "the first, honest round did not use all three")
         used = {site.site for site in second.sites}
@@ -130,12 +130,13 @@ def _with_reply(good: RecordDict, **changes: str | int | float) -> RecordDict:
     return good
 
 
-def _federate(
+def federate(
     study: SmallStudy,
     foundation: Foundation,
     spoil: Spoil | None = None,
     on_round: Callable[[RoundReceipt], None] = lambda _: None,
 ) -> list[Checkpoint]:
+    """All of a study's rounds in this process; ``spoil`` is what the hostile site does."""
     honest = make_client_app(lambda path: Site(SiteHome.open(path), foundation))
     apps = dict.fromkeys(study.sites, honest)
     if spoil is not None:
@@ -179,20 +180,20 @@ def checkpoint_changed(change: Callable[[Path, Path], None]) -> Experiment:
     def experiment(folder: Path, foundation: Foundation) -> str:
         study = make_small_study(folder, foundation, rounds=3)
         with suppress(_Interrupted):
-            _federate(study, foundation, on_round=_stop_after(2))
+            federate(study, foundation, on_round=_stop_after(2))
         (checkpoints,) = (study.coordinator.path / "checkpoints").iterdir()
         copied = folder / "copy"
         shutil.copytree(checkpoints, copied)
         change(checkpoints, copied)
         try:
-            _federate(study, foundation)
+            federate(study, foundation)
         except CheckpointError as error:
             refused = str(error).replace(f"{folder}/", "")
         else:
             expect(False, "it went on with changed checkpoints")
         shutil.rmtree(checkpoints)
         shutil.copytree(copied, checkpoints)
-        chain = _federate(study, foundation)
+        chain = federate(study, foundation)
         expect(len(chain) == 4, "it did not go on once they were put back")
         check_ledgers(chain, study.sites)
         return f"refused: {refused}; went on with the copy"
@@ -252,7 +253,7 @@ def ledger_locked(folder: Path, foundation: Foundation) -> str:
 
     holder = threading.Thread(target=hold)
     holder.start()
-    chain = _federate(study, foundation)
+    chain = federate(study, foundation)
     holder.join()
     check_ledgers(chain, study.sites)
     refused = {each.reason for c in chain[1:] for each in c.receipt().refused}

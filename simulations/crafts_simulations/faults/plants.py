@@ -15,9 +15,14 @@ if any("{program}.cli" in word for word in sys.orig_argv):
     for each in owners:
         owner = getattr(owner, each)
     real = getattr(owner, name)
+    reached, stopped = pathlib.Path({reached!r}), []
     def stop():
-        pathlib.Path({reached!r}).touch()
-        time.sleep(3600)
+        if stopped:
+            return
+        stopped.append(True)
+        reached.touch()
+        while reached.exists():
+            time.sleep(0.1)
     def paused(*args, **kwargs):
         counts = {when}
         if counts and {before}:
@@ -67,6 +72,27 @@ _MULTIPLY = """values = good.array_records["delta"][PACKED].numpy() * 1000
         good["delta"] = ArrayRecord({PACKED: Array.from_numpy_ndarray(values)})"""
 _DECLARE = """from flwr.app import ConfigRecord
         good["reply"] = ConfigRecord({**good.config_records["reply"], **CHANGES})"""
+_MAKE_UP = """if "sum" in good:
+            import numpy
+            old = good.array_records["sum"][PACKED].numpy()
+            words = numpy.random.default_rng().integers(0, 2**32, len(old), dtype=numpy.uint32)
+            good["sum"] = ArrayRecord({PACKED: Array.from_numpy_ndarray(words)})"""
+_GHOST = """
+import sys
+if any("crafts_server.cli" in word for word in sys.orig_argv):
+    import pathlib
+    import crafts_server.sums as module
+    from crafts_privacy.secure_aggregation.masking import MaskKey
+    from crafts_privacy.secure_aggregation.members import sign_ready
+    from crafts_privacy.signing import load_signing_key
+    real, identity = module.announce, load_signing_key(pathlib.Path({key!r}))
+    def announce(members):
+        values = {{**members[0].to_scalars(), "site": {name!r}, "declared_patients": {patients!r}}}
+        del values["signature"]
+        word = sign_ready(identity, **values | {{"key": MaskKey().public_key}})
+        return real([*members, word])
+    module.announce = announce
+"""
 _REPLAY = """earlier.append(real(release))
         good = earlier[0]"""
 
@@ -77,7 +103,7 @@ class Pause:
 
     first_import_from: str
     reached: Path
-    """Exists once it stands there."""
+    """Exists once it stands there; removed, the program goes on and does not stop again."""
 
 
 def pause(
@@ -114,6 +140,23 @@ def clock(folder: Path, seconds: float, *, dates_only: bool = False) -> str:
 def multiplied(folder: Path) -> str:
     """A site that sends a thousand times what it declares."""
     return _planted(folder, _REPLIES.replace("{cheat}", _MULTIPLY))
+
+
+def garbage(folder: Path) -> str:
+    """A site whose masked vectors are made up."""
+    return _planted(folder, _REPLIES.replace("{cheat}", _MAKE_UP))
+
+
+def announcing(folder: Path, *, ghost: str, key: Path, patients: int) -> str:
+    """A coordinator that announces a site of its own making among the members of each sum.
+
+    Args:
+        folder: To make.
+        ghost: Its name.
+        key: Its identity, an Ed25519 key on disk.
+        patients: What it declares.
+    """
+    return _planted(folder, _GHOST.format(name=ghost, key=str(key), patients=patients))
 
 
 def replayed(folder: Path) -> str:

@@ -22,6 +22,7 @@ from crafts_simulations.faults.programs import (
     COMPLETES,
     FIRST,
     OTHERS,
+    ROUND_WITHIN_S,
     SECOND,
     Act,
     federation,
@@ -33,14 +34,13 @@ from crafts_simulations.faults.programs import (
 from crafts_simulations.processes import COORDINATOR, Programs
 from crafts_simulations.small_study import COHORT, SmallStudy, make_small_study
 
-_POINT_WITHIN_S = 180.0
 _HOUR_S = 3600.0
 _A_ROUND = "kwargs.get('receipt') is not None"
 
 
 def stands_at(programs: Programs, pause: Pause) -> None:
     """Until a program has reached its point."""
-    programs.wait(pause.reached.exists, "the point was not reached", within_s=_POINT_WITHIN_S)
+    programs.wait(pause.reached.exists, "the point was not reached", within_s=ROUND_WITHIN_S)
 
 
 def _beside(study: SmallStudy, name: str) -> Path:
