@@ -109,7 +109,7 @@ def row(arm: str, reports: list[Report]) -> dict[str, Any]:
 
 FIGURES = (
     "colour", "structure", "mmd2", "shape_agreement", "colour_agreement", "drift", "recall",
-    "coverage", "neighbour_ratio",
+    "coverage",
 )  # fmt: skip
 """Columns of the table, as fields of ``figures.Arm``."""
 
@@ -195,13 +195,15 @@ def main() -> None:
         evaluations += [report.evaluation for report in reports]
         require_one_encoder(evaluations)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    beside: tuple[ArmName, ...] = ("real", "reconstruction", "foundation", "recoloured")
+    beside: tuple[ArmName, ...] = (
+        "real", "reconstruction", "foundation", "recoloured", "recoloured_by_caption",
+    )  # fmt: skip
     baselines = [baseline(evaluations, name) for name in beside]
     first = evaluations[0]
     print(f"Measured {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, seeds {arguments.seeds},")
     print(f"{platform.machine()}, Python {platform.python_version()}, {arguments.device}; metric")
     print(f"{first.metric} in {first.encoder}, n {first.n}, {first.heldout_patients} held-out")
-    print("patients, 90 % intervals over images and patients; what each column is: ")
+    print("patients, 90 % intervals over patients; what each column is: ")
     print("docs/evaluation.md. Baselines are means over all runs.\n")
     print(table([line for line in baselines if line] + rows))
     print("\n" + "\n".join(f"- {remark}" for remark in remarks(first)))

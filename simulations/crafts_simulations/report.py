@@ -28,7 +28,9 @@ from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations import charts
 
-_BARS: tuple[ArmName, ...] = ("foundation", "recoloured", "generator", "reconstruction", "real")
+_BARS: tuple[ArmName, ...] = (
+    "foundation", "recoloured", "recoloured_by_caption", "generator", "reconstruction", "real",
+)  # fmt: skip
 """From top to bottom: what is hoped to be nearer comes lower."""
 
 

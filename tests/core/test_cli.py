@@ -244,9 +244,11 @@ def test_evaluate_command_measures_foundation_and_generator(
 
 
 def test_evaluate_command_judges_no_encoder_on_tiles_too_small(
-    foundation: Foundation, held_out: Path
+    foundation: Foundation, tmp_path: Path
 ) -> None:
-    arguments = ["evaluate", "--validate", "--tiles", str(held_out), "--encoder", "orthogonal"]
+    small = tmp_path / "small"
+    write_store(small, num_tiles=40, tiles_per_patient=2)
+    arguments = ["evaluate", "--validate", "--tiles", str(small), "--encoder", "orthogonal"]
     result = CliRunner().invoke(app, [*arguments, "--foundation", str(foundation.path)])
     assert result.exit_code == 1
     assert "at least two patches of 32 px, got 32 px" in result.stderr

@@ -95,7 +95,8 @@ def test_same_tissue_is_nearer_than_other_tissue_than_another_stain_than_noise()
     reference = Reference.fit(encoder.embed(real), patients)
 
     def distance(images: np.ndarray) -> float:
-        return mmd_to_reference(encoder.embed(images), reference, num_bootstrap=20, seed=0)[0]
+        features = encoder.embed(images)
+        return mmd_to_reference(features, patients, reference, num_bootstrap=20, seed=0)[0]
 
     same = distance(_tiles("COAD", 48, seed=1))
     other = distance(_tiles("LGG", 48, seed=2))

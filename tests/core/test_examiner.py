@@ -48,24 +48,45 @@ def test_the_tiles_that_were_asked_about_have_no_drift(
     features, captions, patients = held_out
     rows = np.flatnonzero(np.isin(patients, list(examiner.asked_patients)))
     assert 0 < len(rows) < len(patients)
-    found, interval = examiner.drift(features[rows], [captions[row] for row in rows])
+    found, interval = examiner.drift(features, captions, patients)
     assert found == pytest.approx(0.0, abs=1e-9)
-    assert interval.low < 0 < interval.high
+    assert interval == pytest.approx((0.0, 0.0), abs=1e-9)
 
 
 def test_wrong_captions_drift_by_one(examiner: Examiner) -> None:
-    features, captions, _ = tissue(2, 200, signal=1.0)
-    right = examiner.drift(features, captions)[0]
-    wrong = [examiner.drift(features, each)[0] for each in others(captions)]
+    features, captions, patients = tissue(2, 60, signal=1.0)
+    right = examiner.drift(features, captions, patients)[0]
+    wrong = [examiner.drift(features, each, patients)[0] for each in others(captions)]
     assert right == pytest.approx(0.0, abs=0.1)
     assert np.mean(wrong) == pytest.approx(1.0, abs=0.15)
 
 
 def test_images_that_show_nothing_asked_for_lie_at_one(examiner: Examiner) -> None:
-    features, captions, _ = tissue(4, 200, signal=1.0)
+    features, captions, patients = tissue(4, 60, signal=1.0)
     shuffled = [captions[row] for row in np.random.default_rng(0).permutation(len(captions))]
-    assert 0.4 < examiner.drift(features, shuffled)[0] < 1.0
-    assert examiner.drift(-10 * features, captions)[0] > 1.0
+    assert 0.4 < examiner.drift(features, shuffled, patients)[0] < 1.0
+    assert examiner.drift(-10 * features, captions, patients)[0] > 1.0
+
+
+def test_only_patients_that_are_asked_about_count(examiner: Examiner) -> None:
+    """What images of the others show and were drawn from changes nothing."""
+    features, captions, patients = tissue(4, 60, signal=1.0)
+    is_asked = np.isin(patients, examiner.asked_patients)
+    found = examiner.drift(features, captions, patients)
+    features[~is_asked] = 100.0
+    changed = [
+        caption if asked else CAPTIONS[0] for caption, asked in zip(captions, is_asked, strict=True)
+    ]
+    assert examiner.drift(features, changed, patients) == found
+    with pytest.raises(NotMeasurableError, match="no image of a patient"):
+        examiner.drift(features[~is_asked], changed[: (~is_asked).sum()], patients[~is_asked])
+
+
+def test_five_images_of_one_patient_are_no_more_evidence(examiner: Examiner) -> None:
+    features, captions, patients = tissue(4, 60, signal=1.0)
+    once = examiner.drift(features, captions, patients)[1]
+    often = examiner.drift(np.tile(features, (5, 1)), captions * 5, np.tile(patients, 5))[1]
+    assert often == pytest.approx(once)
 
 
 def test_the_gate_holds_where_right_and_wrong_are_told_apart(examiner: Examiner) -> None:
@@ -81,7 +102,7 @@ def test_there_is_no_drift_where_features_say_nothing() -> None:
     examiner = Examiner.teach(*tissue(5, 60, signal=0.0), **SETTINGS)
     assert not examiner.gate.is_passed
     with pytest.raises(NotMeasurableError, match="not measurable here: real tiles score"):
-        examiner.drift(*tissue(6, 4, signal=1.0)[:2])
+        examiner.drift(*tissue(6, 4, signal=1.0))
 
 
 def test_neither_few_patients_nor_one_caption_can_be_examined() -> None:

@@ -55,7 +55,7 @@ def test_agreement_is_the_mean_of_the_classes_shares() -> None:
     labels = ["a", "a", "a", "a", "b", "stranger"]
     names = np.array([f"p{row}" for row in range(6)])
     found, interval = agreement(
-        is_right, labels, classes=("a", "b"), groups=names, num_bootstrap=50, seed=0
+        is_right, labels, classes=("a", "b"), patients=names, num_bootstrap=50, seed=0
     )
     assert found == pytest.approx((3 / 4 + 0 / 1) / 2)
     assert 0 <= interval.low <= found <= interval.high <= 1
@@ -67,14 +67,14 @@ def test_tiles_of_one_patient_are_resampled_together() -> None:
     right = rng.random(12) < 0.6
     labels, names = ["a", "b"] * 6, np.array([f"p{row}" for row in range(12)])
     settings = {"classes": ("a", "b"), "num_bootstrap": 400, "seed": 0}
-    alone = agreement(right, labels, groups=names, **settings)[1]
+    alone = agreement(right, labels, patients=names, **settings)[1]
     copied = agreement(
-        np.repeat(right, 10), np.repeat(labels, 10).tolist(), groups=np.repeat(names, 10),
+        np.repeat(right, 10), np.repeat(labels, 10).tolist(), patients=np.repeat(names, 10),
         **settings,
     )[1]  # fmt: skip
     apart = agreement(
         np.repeat(right, 10), np.repeat(labels, 10).tolist(),
-        groups=np.array([str(row) for row in range(120)]), **settings,
+        patients=np.array([str(row) for row in range(120)]), **settings,
     )[1]  # fmt: skip
     assert copied == pytest.approx(alone)
     assert apart.high - apart.low < 0.6 * (alone.high - alone.low)

@@ -1,5 +1,6 @@
 """A ruler is judged by what it says of real tiles that were spoilt on purpose."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from crafts_core.cli import app
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation import changes
 from crafts_core.evaluation.encoder import Features, Images, load_encoder
+from crafts_core.evaluation.fidelity import Reference
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.evaluation.validation import (
-    LabelledTiles,
+    LEAST_SHARE,
     Validation,
     ValidationConfig,
     faults,
@@ -20,8 +23,9 @@ from crafts_core.evaluation.validation import (
     warning_of,
 )
 from crafts_core.evaluation.validation_tiles import ValidationTilesError, read_tiles
+from support.salts import resalted
 
-CONFIG = ValidationConfig(num_splits=10, seed=3)
+CONFIG = ValidationConfig(num_bootstrap=50, seed=3)
 
 
 class Ruler:
@@ -43,7 +47,7 @@ class Ruler:
         return np.stack([step.mean(1), step[:, 31]], axis=1)
 
 
-def _tiles(patients: int = 24, each: int = 4) -> LabelledTiles:
+def _tiles(patients: int = 24, each: int = 4) -> RealTiles:
     """Smooth fields with grain; patients differ in stain and a little in grain, classes more."""
     rng = np.random.default_rng(0)
     images, names, classes = [], [], []
@@ -57,24 +61,26 @@ def _tiles(patients: int = 24, each: int = 4) -> LabelledTiles:
             images.append(np.rint(256 * np.exp(-density) - 1).astype(np.uint8))
             names.append(f"p{patient}")
             classes.append("fine" if patient % 2 else "coarse")
-    return LabelledTiles(np.stack(images), np.array(names), np.array(classes), 0.9)
+    return RealTiles(images_NHWC=np.stack(images), patients=np.array(names), captions=classes)
 
 
 @pytest.fixture(scope="module")
 def by_structure() -> Validation:
-    return validate(Ruler(sees="structure"), _tiles(), CONFIG, reconstruct=lambda images: images)
+    return validate(
+        Ruler(sees="structure"), _tiles(), CONFIG, mpp=0.9, reconstruct=lambda images: images
+    )
 
 
 @pytest.fixture(scope="module")
 def by_colour() -> Validation:
-    return validate(Ruler(sees="colour"), _tiles(), CONFIG)
+    return validate(Ruler(sees="colour"), _tiles(), CONFIG, mpp=0.9)
 
 
 def test_a_ruler_of_structure_passes(by_structure: Validation) -> None:
     assert by_structure.faults == ()
-    assert by_structure.floors("patches of 32 px shuffled") > 3
-    assert by_structure.floors("recoloured") < by_structure.floors("blurred")
-    assert by_structure.floors("wrong class") > 3
+    assert by_structure.share("patches of 32 px shuffled") > 2 * LEAST_SHARE
+    assert by_structure.share("recoloured") < by_structure.share("blurred")
+    assert by_structure.share("wrong class") > 0.2
 
 
 def test_a_ruler_of_colour_is_found_out(by_colour: Validation) -> None:
@@ -83,44 +89,111 @@ def test_a_ruler_of_colour_is_found_out(by_colour: Validation) -> None:
     assert "goes by the stain" in stain
 
 
-def test_distances_are_told_in_units_of_real_against_real(by_structure: Validation) -> None:
-    assert by_structure.floors("real") == pytest.approx(1)
-    for answer in by_structure.answers:
-        assert answer.floors == pytest.approx(answer.distance / by_structure.floor)
-    assert by_structure.floors("through the VAE") == pytest.approx(1)
+def test_what_is_not_changed_is_at_no_distance(by_structure: Validation) -> None:
+    (same,) = (each for each in by_structure.answers if each.change == "through the VAE")
+    assert same.distance == pytest.approx(0.0, abs=1e-9)
+    assert same.matched_share == pytest.approx(0.0, abs=0.01)
     assert (by_structure.tiles, by_structure.patients, by_structure.classes) == (96, 24, 2)
 
 
+def test_distances_are_told_in_that_between_two_patients(by_structure: Validation) -> None:
+    """Of tiles of one patient as images and of another's as real ones, over all pairs."""
+    tiles = _tiles()
+    features = Ruler(sees="structure").embed(tiles.images_NHWC, mpp=0.9)
+    reference = Reference.fit(features, tiles.patients)
+    rows = [np.flatnonzero(reference.patient_M == patient) for patient in range(24)]
+    kernel = reference.kernel(reference.features_MD, reference.features_MD)
+
+    def within(own: np.ndarray) -> float:
+        return float(np.mean([kernel[a, b] for a, b in itertools.permutations(own, 2)]))
+
+    slow = [
+        within(a) + within(b) - 2 * float(np.mean([kernel[i, j] for i in a for j in b]))
+        for a, b in itertools.combinations(rows, 2)
+    ]
+    assert by_structure.two_patients == pytest.approx(np.mean(slow))
+    for answer in by_structure.answers:
+        assert answer.share == pytest.approx(answer.distance / by_structure.two_patients)
+
+
+def test_colours_are_matched_beforehand_in_a_column_of_their_own(by_colour: Validation) -> None:
+    """A ruler of colour then sees neither a stain nor a class that is one."""
+    for answer in by_colour.answers:
+        if answer.change in ("recoloured", "restained"):
+            assert answer.matched_share is not None
+            assert answer.matched_share < answer.share / 10
+    assert [each.change for each in by_colour.answers if each.matched_share is None] == [
+        "duplicates"
+    ]
+
+
+def test_the_answer_does_not_depend_on_how_many_patients_there_are(
+    by_structure: Validation,
+) -> None:
+    """Told in what halves of the patients differ by, four times the patients made it fourfold."""
+    config = ValidationConfig(num_bootstrap=20, max_tiles=1000)
+    many = validate(Ruler(sees="structure"), _tiles(96, each=2), config, mpp=0.9)
+    assert (many.patients, by_structure.patients) == (96, 24)
+    for change in ("patches of 32 px shuffled", "blurred", "wrong class"):
+        assert by_structure.share(change) == pytest.approx(many.share(change), rel=0.2)
+
+
+def test_too_few_patients_get_no_verdict() -> None:
+    """Nor do many patients with one tile each: how far two lie apart is unknown."""
+    with pytest.raises(ValueError, match=r"too few patients: expected 20 .* got 19"):
+        validate(Ruler(sees="colour"), _tiles(patients=19), CONFIG, mpp=0.9)
+    with pytest.raises(ValueError, match=r"too few patients: expected 20 .* got 0"):
+        validate(Ruler(sees="colour"), _tiles(patients=60, each=1), CONFIG, mpp=0.9)
+
+
+def test_a_verdict_does_not_depend_on_the_sites_salt() -> None:
+    """Another salt: other pseudonyms, hence another order of patients and rows."""
+    tiles = _tiles(patients=30, each=3)
+    config = ValidationConfig(num_bootstrap=20, max_tiles=72)
+    found = [
+        validate(Ruler(sees="structure"), each, config, mpp=0.9)
+        for each in (tiles, resalted(tiles, 7))
+    ]
+    assert found[0].tiles == 72
+    assert found[0] == found[1]
+
+
 def test_copies_of_few_tiles_are_further_than_all_of_them(by_structure: Validation) -> None:
-    assert by_structure.floors("duplicates") > 1.5
+    assert by_structure.share("duplicates") > 0.02
 
 
 @pytest.mark.parametrize(
-    "floors, words",
+    "shares, words",
     [
         ({}, []),
-        ({"patches of 32 px shuffled": 2.9}, ["structure"]),
-        ({"recoloured": 6.1}, ["stain"]),
-        ({"restained": 6.1, "patches of 32 px shuffled": 0.2}, ["structure", "stain"]),
+        ({"patches of 32 px shuffled": 0.019}, ["structure"]),
+        ({"recoloured": 0.061}, ["stain"]),
+        ({"restained": 0.061, "patches of 32 px shuffled": 0.002}, ["structure", "stain"]),
     ],
 )
-def test_the_gate(floors: dict[str, float], words: list[str]) -> None:
-    answers = {"patches of 32 px shuffled": 3.1, "recoloured": 5, "restained": 5, "blurred": 6}
-    found = faults(answers | floors)
+def test_the_gate(shares: dict[str, float], words: list[str]) -> None:
+    answers = {
+        "patches of 32 px shuffled": 0.021, "recoloured": 0.05, "restained": 0.05, "blurred": 0.06,
+    }  # fmt: skip
+    found = faults(answers | shares)
     assert len(found) == len(words)
     assert all(word in fault for word, fault in zip(words, found, strict=True))
 
 
 def test_patients_that_do_not_differ_are_no_measure() -> None:
-    tiles = _tiles(patients=8)
-    same = tiles._replace(patients=np.array([f"p{row % 8}" for row in range(32)]))
+    """Each has the same four tiles, mirrored or not."""
+    tiles = _tiles(patients=1)
+    four = tiles.images_NHWC
+    images = np.concatenate([four[:, ::-1], four] * 12)
+    names = np.repeat([f"p{place}" for place in range(24)], 4)
+    same = RealTiles(images_NHWC=images, patients=names, captions=["fine"] * 96)
     with pytest.raises(ValueError, match="patients do not differ"):
-        validate(Ruler(sees="colour"), same, CONFIG)
+        validate(Ruler(sees="colour"), same, CONFIG, mpp=0.9)
 
 
 def test_a_patient_gives_at_most_so_many_tiles() -> None:
-    few = ValidationConfig(num_splits=2, tiles_per_patient=2)
-    assert validate(Ruler(sees="colour"), _tiles(), few).tiles == 48
+    few = ValidationConfig(num_bootstrap=20, tiles_per_patient=2)
+    assert validate(Ruler(sees="colour"), _tiles(), few, mpp=0.9).tiles == 48
 
 
 class TestChanges:
@@ -178,11 +251,11 @@ class TestTiles:
 
     def test_a_folder_comes_at_one_scale_without_what_encoders_saw(self, folder: Path) -> None:
         """160 px at 0.5 are 80 at 1.0, of which 64 are whole patches."""
-        tiles = read_tiles(folder, mpp=1.0, at_mpp=1.0, largest_px=128)
+        tiles, scale = read_tiles(folder, mpp=1.0, at_mpp=1.0, largest_px=128)
         assert tiles.images_NHWC.shape == (2, 64, 64, 3)
         assert tiles.patients.tolist() == ["one", "two"]
-        assert tiles.classes.tolist() == ["lung", "colon"]
-        assert tiles.mpp == 1.0
+        assert tiles.classes == ["lung", "colon"]
+        assert scale == 1.0
 
     def test_what_is_missing_is_said(self, folder: Path) -> None:
         with pytest.raises(ValidationTilesError, match="give --mpp"):
@@ -198,17 +271,18 @@ class TestTiles:
 
 
 def test_the_command_tells_the_table(tmp_path: Path) -> None:
-    tiles = _tiles(patients=8)
+    tiles = _tiles(patients=20, each=2)
     rows = ["file\tpatient\tclass"]
     for place, image in enumerate(tiles.images_NHWC):
         Image.fromarray(image).save(tmp_path / f"{place}.png")
-        rows.append(f"{place}.png\t{tiles.patients[place]}\t{tiles.classes[place]}")
+        rows.append(f"{place}.png\t{tiles.patients[place]}\t{tiles.captions[place]}")
     (tmp_path / "tiles.tsv").write_text("\n".join(rows))
     arguments = ["evaluate", "--validate", "--tiles", str(tmp_path), "--mpp", "1.0"]
     told = CliRunner().invoke(app, [*arguments, "--encoder", "orthogonal"])
     assert told.exit_code == 0, told.output
-    assert "32 tiles of 8 patients in 2 classes, 64 px" in told.stdout
+    assert "40 tiles of 20 patients in 2 classes, 64 px" in told.stdout
     assert "through the VAE" in told.stdout
+    assert "colours matched" in told.stdout
     assert "not to be used as the main figure" in told.stdout
     as_json = CliRunner().invoke(app, [*arguments, "--encoder", "orthogonal", "--json"])
     assert Validation.model_validate_json(as_json.stdout).faults

@@ -7,6 +7,8 @@ foundation    the public starting point
 recoloured    its images under the best affine colour map: 12 numbers fitted on
               training tiles, and no training. What beats only the foundation may
               have learnt to stain
+recoloured_by_caption  the same with a map for each caption: what has also learnt
+              which tissue takes which stain must beat this
 generator     what was trained
 ============  ====================================================================
 
@@ -15,18 +17,20 @@ Letters: N images, H W pixels, C colours.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from crafts_core.evaluation.colour import ColourMap, ColourMoments
+from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.generator import Generator
 
-ArmName = Literal["real", "reconstruction", "foundation", "recoloured", "generator"]
+ArmName = Literal[
+    "real", "reconstruction", "foundation", "recoloured", "recoloured_by_caption", "generator"
+]
 _BATCH = 32
 
 
@@ -38,30 +42,19 @@ class ArmImages:
     images_NHWC: Images
     captions: Sequence[str]
     classes: Sequence[str]
-    groups: npt.NDArray[np.str_]
-    """What is resampled together: a real tile's patient, a generated image alone."""
+    patients: npt.NDArray[np.str_]
+    """Whose tile each is, or whose caption it was drawn from."""
 
-
-def of_real(name: ArmName, tiles: RealTiles, images_NHWC: Images) -> ArmImages:
-    """Real tiles, or what was made of each of them."""
-    return ArmImages(
-        name=name,
-        images_NHWC=images_NHWC,
-        captions=tiles.captions,
-        classes=tiles.classes,
-        groups=tiles.patients,
-    )
-
-
-def of_prompts(name: ArmName, prompts: RealTiles, images_NHWC: Images) -> ArmImages:
-    """Images that were drawn from the captions of ``prompts``, one each."""
-    return ArmImages(
-        name=name,
-        images_NHWC=images_NHWC,
-        captions=prompts.captions,
-        classes=prompts.classes,
-        groups=np.asarray([f"image-{place:08d}" for place in range(len(images_NHWC))]),
-    )
+    @classmethod
+    def of(cls, name: ArmName, tiles: RealTiles, images_NHWC: Images) -> Self:
+        """Real tiles, or one image for each: made of it, or drawn from its caption."""
+        return cls(
+            name=name,
+            images_NHWC=images_NHWC,
+            captions=tiles.captions,
+            classes=tiles.classes,
+            patients=tiles.patients,
+        )
 
 
 def comparison(
@@ -87,20 +80,38 @@ def comparison(
     """
     before_NHWC = draw(foundation, "foundation")
     arms = [
-        of_real("real", held_out, held_out.images_NHWC),
-        of_real("reconstruction", mirrored, reconstruct(foundation, mirrored.images_NHWC)),
-        of_prompts("foundation", prompts, before_NHWC),
+        ArmImages.of("real", held_out, held_out.images_NHWC),
+        ArmImages.of("reconstruction", mirrored, reconstruct(foundation, mirrored.images_NHWC)),
+        ArmImages.of("foundation", prompts, before_NHWC),
     ]
     if training is not None:
-        recoloured_NHWC = recolour(before_NHWC, training)
-        arms.append(of_prompts("recoloured", prompts, recoloured_NHWC))
-    return [*arms, of_prompts("generator", prompts, draw(generator, "generator"))]
+        by_caption_NHWC = recolour_by_caption(before_NHWC, prompts.captions, training)
+        arms += [
+            ArmImages.of("recoloured", prompts, recolour(before_NHWC, training)),
+            ArmImages.of("recoloured_by_caption", prompts, by_caption_NHWC),
+        ]
+    return [*arms, ArmImages.of("generator", prompts, draw(generator, "generator"))]
 
 
 def recolour(images_NHWC: Images, training: RealTiles) -> Images:
     """Images under the affine map that carries their colours onto those of training tiles."""
-    target = ColourMoments.of(training.images_NHWC)
-    return ColourMap.between(ColourMoments.of(images_NHWC), target)(images_NHWC)
+    return in_colours_of(images_NHWC, ColourMoments.of(training.images_NHWC))
+
+
+def recolour_by_caption(
+    images_NHWC: Images, captions: Sequence[str], training: RealTiles
+) -> Images:
+    """The same with a map for each caption, fitted to its images and its training tiles.
+
+    Images of a caption that no training tile has are mapped as the whole set is.
+    """
+    found_NHWC = recolour(images_NHWC, training)
+    caption_N, caption_T = np.asarray(captions), np.asarray(training.captions)
+    for caption in set(captions) & set(training.captions):
+        rows = np.flatnonzero(caption_N == caption)
+        target = ColourMoments.of(training.images_NHWC[caption_T == caption])
+        found_NHWC[rows] = in_colours_of(images_NHWC[rows], target)
+    return found_NHWC
 
 
 def reconstruct(generator: Generator, images_NHWC: Images) -> Images:

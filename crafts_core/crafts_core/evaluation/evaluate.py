@@ -18,7 +18,9 @@ from crafts_core.evaluation.encoder import Encoder, Features, Images
 from crafts_core.evaluation.fidelity import (
     Interval,
     Reference,
+    Rows,
     frechet_distance,
+    matched_floor,
     mmd_to_reference,
     real_floor,
 )
@@ -30,6 +32,8 @@ from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 
 Progress = Callable[[str, int, int], None]
+_MATCHED_SPLITS = 20
+"""Of the structure floor: each embeds half of the tiles anew."""
 
 
 class EvaluationConfig(BaseModel):
@@ -86,6 +90,8 @@ class Evaluator:
         rng = np.random.default_rng(config.seed)
         self._prompt_rows = rng.choice(len(self._held_out), config.num_images)
         self._prompts = self._held_out.take(self._prompt_rows)
+        if len(np.unique(self._prompts.patients)) < 2:
+            raise ValueError("nearly all held-out tiles are of one patient")
         self.prompts = list(self._prompts.captions)
         """Captions of random held-out tiles, so that the mix of tissues is the held-out one."""
 
@@ -96,7 +102,7 @@ class Evaluator:
     def fidelity(self, generator: Generator, progress: Progress | None = None) -> Fidelity:
         """Distances of one generator."""
         images = self._sample(generator, "fidelity", progress)
-        distances = self.distances(images, self.embed(images))
+        distances = self.distances(images, self.embed(images), self._prompts.patients)
         return Fidelity(
             encoder=self._encoder.name, encoder_hash=self._encoder.hash, **dict(distances)
         )
@@ -105,23 +111,23 @@ class Evaluator:
         self,
         images_NHWC: Images,
         features_ND: Features,
-        groups: npt.NDArray[np.str_] | None = None,
+        patients: npt.NDArray[np.str_],
     ) -> Distances:
         """Distances of images whose features are known already.
 
         Args:
             images_NHWC: One set.
             features_ND: Its features.
-            groups: What is resampled together; every image alone if absent.
+            patients: Whose tile each is, or whose caption it was drawn from.
         """
 
         def mmd(of_ND: Features, reference: Reference) -> tuple[float, Interval]:
             return mmd_to_reference(
                 of_ND,
+                patients,
                 reference,
                 num_bootstrap=self.config.num_bootstrap,
                 seed=self.config.seed,
-                groups=groups,
             )
 
         mmd2, mmd2_interval = mmd(features_ND, self.reference)
@@ -171,29 +177,34 @@ class Evaluator:
         if row.name == "real":
             distances = self._floors()
         else:
-            distances = self.distances(row.images_NHWC, features_ND, row.groups)
+            distances = self.distances(row.images_NHWC, features_ND, row.patients)
         said = panel.figures(row, features_ND)
         return Arm(name=row.name, n=len(row.images_NHWC), **dict(distances), **said)
 
     def _floors(self) -> Distances:
-        """What real tiles of other patients score, whose colours are the held-out ones."""
+        """What real tiles of other patients score, in each way that images are measured."""
 
         def floor(reference: Reference) -> tuple[float, Interval]:
             return real_floor(
                 reference, num_splits=self.config.num_bootstrap, seed=self.config.seed
             )
 
-        (mmd2, mmd2_interval), (colour, colour_interval) = (
-            floor(self.reference),
-            floor(self._colour_reference),
+        def matched(first: Rows, second: Rows) -> Features:
+            tiles = self._held_out.images_NHWC
+            return self.embed(in_colours_of(tiles[first], ColourMoments.of(tiles[second])))
+
+        mmd2, mmd2_interval = floor(self.reference)
+        colour, colour_interval = floor(self._colour_reference)
+        structure, structure_interval = matched_floor(
+            self.reference, matched, num_splits=_MATCHED_SPLITS, seed=self.config.seed
         )
         return Distances(
             mmd2=mmd2,
             mmd2_interval=mmd2_interval,
             colour=colour,
             colour_interval=colour_interval,
-            structure=mmd2,
-            structure_interval=mmd2_interval,
+            structure=structure,
+            structure_interval=structure_interval,
             frechet=None,
         )
 

@@ -97,8 +97,8 @@ class Examiner:
     """One that has been taught, with what it says of the real tiles that it was not taught."""
 
     reader: _Reader
-    asked_patients: frozenset[str]
-    """Whose real tiles it was asked about, and not taught with."""
+    asked_patients: tuple[str, ...]
+    """Whose real tiles it was asked about, and not taught with; ``patient_N`` points here."""
     patient_N: npt.NDArray[np.int64]
     own_N: Vector
     wrong_N: Vector
@@ -152,7 +152,7 @@ class Examiner:
         gate = _gate(own_N, wrong_N, asked_patient_N, max(num_bootstrap, 200), rng)
         return cls(
             reader=reader,
-            asked_patients=frozenset(names[is_asked_P].tolist()),
+            asked_patients=tuple(names[is_asked_P].tolist()),
             patient_N=asked_patient_N,
             own_N=own_N,
             wrong_N=wrong_N,
@@ -161,31 +161,46 @@ class Examiner:
             seed=seed,
         )
 
-    def drift(self, features_ND: Features, prompts: Sequence[str]) -> tuple[float, Interval]:
-        """D of images that were drawn from ``prompts``, one each, and its interval.
+    def drift(
+        self, features_ND: Features, prompts: Sequence[str], patients: npt.NDArray[np.str_]
+    ) -> tuple[float, Interval]:
+        """D of images that were drawn from ``prompts``, one each, and its interval over patients.
 
-        Images are resampled one by one, real tiles by patient.
+        Only images of the patients that it was asked about count: of the others it knows the
+        captions by heart.
+
+        Args:
+            features_ND: Of the images, or of real tiles.
+            prompts: What each was drawn from, or its caption.
+            patients: Whose tile each is, or whose caption it was drawn from.
 
         Raises:
-            NotMeasurableError: the examiner does not tell right from wrong.
+            NotMeasurableError: the examiner does not tell right from wrong, or no image counts.
         """
         if not self.gate.is_passed:
             raise NotMeasurableError(
                 f"drift: not measurable here: real tiles score {self.gate.own:.3f} under their own "
                 f"captions and {self.gate.wrong:.3f} under others'"
             )
-        marks_N = _own_marks(self.reader, features_ND, prompts)
-        rng = np.random.default_rng(self.seed)
-        ones_N, ones_M = np.ones(len(marks_N)), np.ones(len(self.own_N))
-        resampled = []
-        for _ in range(self.num_bootstrap):
-            weight_P = repeats(rng, int(self.patient_N.max()) + 1)
-            resampled.append(
-                self._relative(marks_N, repeats(rng, len(marks_N)), weight_P[self.patient_N])
+        rows = np.flatnonzero(np.isin(patients, self.asked_patients))
+        if len(rows) == 0:
+            raise NotMeasurableError(
+                "drift: no image of a patient that the examiner is asked about"
             )
-        return self._relative(marks_N, ones_N, ones_M), interval_of(resampled)
+        marks_N = _own_marks(self.reader, features_ND[rows], [prompts[row] for row in rows])
+        place_N = np.searchsorted(self.asked_patients, patients[rows])
+        rng = np.random.default_rng(self.seed)
+        count = len(self.asked_patients)
+        resampled: list[float] = []
+        while len(resampled) < self.num_bootstrap:
+            weight_P = repeats(rng, count)
+            if weight_P[place_N].any():
+                resampled.append(self._relative(marks_N, weight_P[place_N], weight_P))
+        ones_P = np.ones(count)
+        return self._relative(marks_N, ones_P[place_N], ones_P), interval_of(resampled)
 
-    def _relative(self, marks_N: Vector, weight_N: Vector, weight_M: Vector) -> float:
+    def _relative(self, marks_N: Vector, weight_N: Vector, weight_P: Vector) -> float:
+        weight_M = weight_P[self.patient_N]
         own, wrong = (np.average(part, weights=weight_M) for part in (self.own_N, self.wrong_N))
         # A resample in which right and wrong meet says "no drift can be told", not infinity.
         scale = max(own - wrong, 1e-3)

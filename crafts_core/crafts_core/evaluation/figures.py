@@ -48,8 +48,6 @@ class Arm(Distances):
     recall: float | None = None
     density: float | None = None
     coverage: float | None = None
-    neighbour_ratio: float | None = None
-    """Distance to the nearest training tile over that to the nearest held-out tile."""
     shape_agreement: float | None = None
     """Share of images in which a judge that sees no colour finds their class; mean of classes."""
     shape_agreement_interval: Interval | None = None

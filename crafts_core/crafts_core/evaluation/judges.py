@@ -6,7 +6,7 @@ generated images. One judges *shape*: it sees tiles in grey, so no stain can ple
 judges *colour*: it sees statistics of a tile's colours and no arrangement at all. A generator that
 wins only the second has learnt to stain.
 
-Letters: N images, D features, G groups.
+Letters: N images, D features, K classes.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ def agreement(
     labels: Sequence[str],
     *,
     classes: Sequence[str],
-    groups: npt.NDArray[np.str_],
+    patients: npt.NDArray[np.str_],
     num_bootstrap: int,
     seed: int,
 ) -> tuple[float, Interval]:
@@ -101,7 +101,7 @@ def agreement(
         is_right_N: The verdicts.
         labels: What each image should show.
         classes: Those that the judge knows; other images do not count.
-        groups: What is resampled together: a real tile's patient, a generated image alone.
+        patients: Whose tile each is, or whose caption it was drawn from.
         num_bootstrap: Resamples.
         seed: Of them.
 
@@ -113,9 +113,9 @@ def agreement(
     if not known.any():
         raise NotMeasurableError("class agreement: no image shows a class that the judge knows")
     class_N = np.asarray([place_of[label] for label in np.asarray(labels)[known]])
-    group_N = np.unique(groups[known], return_inverse=True)[1]
+    patient_N = np.unique(patients[known], return_inverse=True)[1]
     right_N = is_right_N[known].astype(np.float64)
-    num_groups = int(group_N.max()) + 1
+    num_patients = int(patient_N.max()) + 1
 
     def balanced(weight_N: npt.NDArray[np.float64]) -> float:
         all_K = np.bincount(class_N, weights=weight_N, minlength=len(classes))
@@ -124,7 +124,9 @@ def agreement(
 
     rng = np.random.default_rng(seed)
     resampled = [
-        balanced(repeats(rng, num_groups)[group_N] if num_groups > 1 else np.ones(len(group_N)))
+        balanced(
+            repeats(rng, num_patients)[patient_N] if num_patients > 1 else np.ones(len(patient_N))
+        )
         for _ in range(num_bootstrap)
     ]
-    return balanced(np.ones(len(group_N))), interval_of(resampled)
+    return balanced(np.ones(len(patient_N))), interval_of(resampled)

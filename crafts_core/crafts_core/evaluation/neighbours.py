@@ -1,18 +1,16 @@
-"""Do images cover what is real, and are they nearer to what was trained on?
+"""Do images cover what is real?
 
 Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) come from
 the library ``prdc``; they ask whether images lie among the real tiles, and whether every kind of
 real tile has an image near it. They depend on the numbers of images and tiles.
 
-Letters: N generated images, M real tiles, T training tiles, D features.
+Letters: N generated images, M real tiles, D features.
 """
 
 import contextlib
 import io
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
-from scipy.spatial.distance import cdist
 
 from crafts_core.evaluation.encoder import Features
 from crafts_core.evaluation.extras import NotMeasurableError, optional
@@ -50,20 +48,3 @@ def measure_coverage(real_MD: Features, images_ND: Features) -> Coverage:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the two counts
         found = library.compute_prdc(real_MD, images_ND, nearest_k=NEAREST)
     return Coverage.model_validate({name: float(value) for name, value in found.items()})
-
-
-def neighbour_ratio(
-    images_ND: Features, training_TD: Features, heldout_MD: Features, *, seed: int
-) -> float:
-    """Mean distance to the nearest training tile over that to the nearest held-out tile.
-
-    Of as many tiles on each side, so that neither has more chances. Near 1 where training left no
-    copies; far below where images repeat what was trained on.
-    """
-    rng = np.random.default_rng(seed)
-    count = min(len(training_TD), len(heldout_MD))
-    nearest = [
-        cdist(images_ND, side[np.sort(rng.choice(len(side), count, replace=False))]).min(axis=1)
-        for side in (training_TD, heldout_MD)
-    ]
-    return float(nearest[0].mean() / max(float(nearest[1].mean()), 1e-12))

@@ -1,4 +1,4 @@
-"""Judges, examiner and neighbours of one comparison, taught once and asked about every row.
+"""Judges, examiner and coverage of one comparison, taught once and asked about every row.
 
 Letters: N images, M held-out tiles, T training tiles, D features.
 """
@@ -14,15 +14,15 @@ from crafts_core.evaluation.colour import colour_features, grey_levels, grey_str
 from crafts_core.evaluation.encoder import Features, Images
 from crafts_core.evaluation.examiner import Examiner, Gate
 from crafts_core.evaluation.extras import NotMeasurableError
-from crafts_core.evaluation.fidelity import Reference
+from crafts_core.evaluation.fidelity import Reference, halves
 from crafts_core.evaluation.judges import Judge, Sight, agreement, judged_classes
-from crafts_core.evaluation.neighbours import measure_coverage, neighbour_ratio
+from crafts_core.evaluation.neighbours import measure_coverage
 from crafts_core.evaluation.real_tiles import RealTiles
 
 _SIGHTS: tuple[Sight, ...] = ("shape", "colour")
 T = TypeVar("T")
 _NO_TRAINING = (
-    "colour map, class agreement, neighbour ratio: need real tiles of training patients "
+    "colour maps, class agreement: need real tiles of training patients "
     "(crafts evaluate --training)"
 )
 
@@ -55,13 +55,11 @@ class Panel:
         self._num_bootstrap, self._seed = num_bootstrap, seed
         self._reasons: dict[str, None] = {}
         self._judges: dict[Sight, Judge | None] = {}
-        self._training_TD: Features | None = None
         self.classes: tuple[str, ...] = ()
         if training is None:
             self._reasons[_NO_TRAINING] = None
         else:
             classes = judged_classes(training, held_out)
-            self._training_TD = reference.scale(embed(training.images_NHWC))
             for sight in _SIGHTS:
                 self._judges[sight] = self._tried(partial(self._taught, sight, training, classes))
             if any(self._judges.values()):
@@ -93,17 +91,7 @@ class Panel:
             if judge is not None:
                 found |= self._agreement(sight, judge, arm, seen_ND[sight])
         found |= self._drift(arm, seen_ND["shape"])
-        if arm.name == "real":
-            return found
-        scaled_ND = self._reference.scale(features_ND)
-        coverage = self._tried(lambda: measure_coverage(self._reference.features_MD, scaled_ND))
-        if coverage is not None:
-            found |= coverage.model_dump()
-        if self._training_TD is not None:
-            found["neighbour_ratio"] = neighbour_ratio(
-                scaled_ND, self._training_TD, self._reference.features_MD, seed=self._seed
-            )
-        return found
+        return found | self._coverage(arm, features_ND)
 
     def _taught(self, sight: Sight, training: RealTiles, classes: tuple[str, ...]) -> Judge:
         """Shape is learnt from mirrored tiles, too; colour is the same in a mirror."""
@@ -127,7 +115,7 @@ class Panel:
                 judge.verdicts(seen_ND, arm.classes),
                 arm.classes,
                 classes=self.classes,
-                groups=arm.groups,
+                patients=arm.patients,
                 num_bootstrap=self._num_bootstrap,
                 seed=self._seed,
             )
@@ -136,19 +124,20 @@ class Panel:
             return {}
         return {f"{sight}_agreement": told[0], f"{sight}_agreement_interval": told[1]}
 
+    def _coverage(self, arm: ArmImages, features_ND: Features) -> dict[str, Any]:
+        """Images of one half of the patients among real tiles of the other half, in every row."""
+        reference = self._reference
+        first, second = halves(reference.patient_M, np.random.default_rng(self._seed))
+        is_first_N = np.isin(reference.places_of(arm.patients), reference.patient_M[first])
+        images_ND = reference.scale(features_ND[is_first_N])
+        told = self._tried(lambda: measure_coverage(reference.features_MD[second], images_ND))
+        return {} if told is None else told.model_dump()
+
     def _drift(self, arm: ArmImages, seen_ND: Features) -> dict[str, Any]:
-        """Of real tiles and what was made of them, those that taught the examiner do not count."""
         examiner = self._examiner
         if examiner is None:
             return {}
-        rows = np.arange(len(seen_ND))
-        if arm.name in ("real", "reconstruction"):
-            rows = np.flatnonzero(np.isin(arm.groups, list(examiner.asked_patients)))
-            if len(rows) == 0:
-                return {}
-        told = self._tried(
-            lambda: examiner.drift(seen_ND[rows], [arm.captions[row] for row in rows.tolist()])
-        )
+        told = self._tried(lambda: examiner.drift(seen_ND, arm.captions, arm.patients))
         return {} if told is None else {"drift": told[0], "drift_interval": told[1]}
 
     def _tried(self, measure: Callable[[], T]) -> T | None:

@@ -12,6 +12,7 @@ LABELS: dict[ArmName, str] = {
     "reconstruction": "real tiles through the VAE",
     "foundation": "public foundation",
     "recoloured": "foundation, recoloured",
+    "recoloured_by_caption": "foundation, recoloured by caption",
     "generator": "shared generator",
 }
 COLUMNS: tuple[tuple[str, str], ...] = (
@@ -26,7 +27,6 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("recall", "recall"),
     ("density", "density"),
     ("coverage", "coverage"),
-    ("nearest training / held-out", "neighbour_ratio"),
 )
 """Heading and field of ``Arm``."""
 

@@ -1,28 +1,39 @@
 """Is an encoder a ruler for tissue? How it answers to real tiles that were spoilt on purpose.
 
-Patients are split in halves at random, many times. One half is the reference; the other half is
-measured against it as it is (the floor: real against real), and changed. A ruler of tissue must
-see shuffled patches and blur, and mind the stain less than either, since figures by a ruler that
-does not see structure praise a colour map.
+Real tiles that something was done to are measured against the real tiles of other patients. A ruler
+of tissue must see shuffled patches and blur, and mind the stain less than either, since figures by
+a ruler that does not see structure praise a colour map.
 
-Shape letters: N tiles, D features.
+Distances are told as shares of the distance between two patients: how far one patient's tiles lie
+from another's. Neither grows with the number of patients, so the verdict does not.
+
+Shape letters: N tiles, D features, P patients.
 """
 
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.evaluation.changes import PATCHES_PX, blurred, recoloured, restained, shuffled
+from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.encoder import Encoder, Features, Images
-from crafts_core.evaluation.fidelity import Interval, Reference, mmd_squared
+from crafts_core.evaluation.fidelity import (
+    Discrepancy,
+    Interval,
+    Patients,
+    Reference,
+    Rows,
+    between_patients,
+    halves,
+)
+from crafts_core.evaluation.real_tiles import RealTiles
 
-Rows = npt.NDArray[np.int64]
-Changes = dict[str, Images]
-LEAST_FLOORS = 3.0
-"""Shuffled patches of 32 px must stand this far above real against real."""
+LEAST_SHARE = 0.02
+"""Shuffled patches of 32 px must stand so far from real tiles, in distances of two patients."""
+FEWEST_PATIENTS = 20
+"""With several tiles each. Of fewer, neither the distance between two nor a change is known."""
 COPIES = 8
 KNOWN_FAULTS = {
     "ce82283e9ec619aa": "it hardly sees shuffled patches and goes by the stain (docs/encoders.md)",
@@ -30,6 +41,8 @@ KNOWN_FAULTS = {
 }
 """Of encoders that come with this package, by the start of their hash."""
 _FEWEST_OF_A_CLASS = 4
+_SPLITS = 20
+_CLASSES_MATCHED = "each class in the colours of all"
 
 
 class ValidationConfig(BaseModel):
@@ -40,25 +53,8 @@ class ValidationConfig(BaseModel):
     max_tiles: int = Field(default=400, ge=32, le=100_000)
     tiles_per_patient: int = Field(default=8, ge=1, le=1000)
     """At most, so that no slide decides alone."""
-    num_splits: int = Field(default=20, ge=2, le=10_000)
+    num_bootstrap: int = Field(default=200, ge=20, le=100_000)
     seed: int = Field(default=0, ge=0)
-
-
-class LabelledTiles(NamedTuple):
-    """Real tiles of several patients and classes. Rows belong together."""
-
-    images_NHWC: Images
-    patients: npt.NDArray[np.str_]
-    classes: npt.NDArray[np.str_]
-    mpp: float
-
-    def take(self, rows: Rows) -> "LabelledTiles":
-        """Some tiles, in that order."""
-        return self._replace(
-            images_NHWC=self.images_NHWC[rows],
-            patients=self.patients[rows],
-            classes=self.classes[rows],
-        )
 
 
 class Answer(BaseModel):
@@ -68,11 +64,13 @@ class Answer(BaseModel):
 
     change: str
     distance: float
-    """Mean over the splits."""
-    interval: Interval
-    """Where 90 % of the splits lie."""
-    floors: float
-    """The distance in units of real against real."""
+    """Squared MMD to the real tiles of other patients."""
+    share: float
+    """The distance over that between two patients."""
+    share_interval: Interval | None
+    """90 %, over patients; None where tiles were chosen and not changed."""
+    matched_share: float | None
+    """``share`` once colours were matched beforehand; None where that would change nothing."""
 
 
 class Validation(BaseModel):
@@ -88,21 +86,23 @@ class Validation(BaseModel):
     classes: int
     tile_px: int
     mpp: float
-    floor: float
+    two_patients: float
+    """Squared MMD of one patient's tiles from another's, on average."""
     answers: tuple[Answer, ...]
     faults: tuple[str, ...]
     """Why it should not be the main figure; empty where it may."""
 
-    def floors(self, change: str) -> float:
-        """A change's distance, in floors."""
-        return next(answer.floors for answer in self.answers if answer.change == change)
+    def share(self, change: str) -> float:
+        """A change's distance, in distances of two patients."""
+        return next(answer.share for answer in self.answers if answer.change == change)
 
 
 def validate(
     encoder: Encoder,
-    tiles: LabelledTiles,
+    tiles: RealTiles,
     config: ValidationConfig,
     *,
+    mpp: float,
     reconstruct: Callable[[Images], Images] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Validation:
@@ -110,8 +110,9 @@ def validate(
 
     Args:
         encoder: What is judged.
-        tiles: Real tiles; patients are what is split.
+        tiles: Real tiles of several patients and classes.
         config: How much is looked at.
+        mpp: Scale of the tiles.
         reconstruct: A VAE there and back, whose row is then added.
         progress: Called with what, done and all.
 
@@ -120,30 +121,26 @@ def validate(
             do not differ between patients.
     """
     rng = np.random.default_rng(config.seed)
-    tiles = tiles.take(_chosen(tiles.patients, config, rng))
-    changed = _changes(tiles, rng, reconstruct)
-    features = {}
-    for done, (name, images) in enumerate(changed.items()):
-        features[name] = encoder.embed(images, mpp=tiles.mpp)
-        if progress is not None:
-            progress("changes embedded", done + 1, len(changed))
-    distances = _distances(features, tiles, config, rng)
-    floor = float(np.mean(distances["real"]))
-    if floor <= 0:
-        raise ValueError("patients do not differ: expected several tiles of each of many patients")
-    answers = tuple(_answer(name, values, floor) for name, values in distances.items())
+    tiles = _chosen(tiles.in_order_of_content(), config, rng)
+    changed = _changes(tiles, rng, reconstruct, mpp)
+    plain, matched = _embedded(encoder, tiles, changed, mpp, progress)
+    ruler = _Ruler(plain.pop("real"), tiles)
+    answers = [
+        *(ruler.of_changed(name, plain[name], matched[name], config) for name in plain),
+        *ruler.of_chosen(matched[_CLASSES_MATCHED], rng),
+    ]
     return Validation(
         encoder=encoder.name,
         encoder_hash=encoder.hash,
         metric="mmd2",
-        tiles=len(tiles.patients),
-        patients=len(np.unique(tiles.patients)),
-        classes=len(np.unique(tiles.classes)),
+        tiles=len(tiles),
+        patients=ruler.reference.num_patients,
+        classes=len(set(tiles.classes)),
         tile_px=tiles.images_NHWC.shape[1],
-        mpp=tiles.mpp,
-        floor=floor,
-        answers=answers,
-        faults=faults({answer.change: answer.floors for answer in answers}),
+        mpp=mpp,
+        two_patients=ruler.unit,
+        answers=tuple(answers),
+        faults=faults({answer.change: answer.share for answer in answers}),
     )
 
 
@@ -153,49 +150,54 @@ def warning_of(encoder: Encoder) -> str | None:
     return f"{encoder.name} should not give the main figure: {fault}" if fault else None
 
 
-def faults(floors: dict[str, float]) -> tuple[str, ...]:
-    """What speaks against a ruler whose answers, in floors, are these."""
+def faults(shares: dict[str, float]) -> tuple[str, ...]:
+    """What speaks against a ruler whose answers, in distances of two patients, are these."""
     largest = f"patches of {PATCHES_PX[-1]} px shuffled"
     found = []
-    if floors[largest] < LEAST_FLOORS:
+    if shares[largest] < LEAST_SHARE:
         found.append(
-            f"{largest} lie at {floors[largest]:.1f} floors, below {LEAST_FLOORS:.0f}: "
-            "structure hardly stands out from real against real"
+            f"{largest} lie at {shares[largest]:.1%} of the distance between two patients, below "
+            f"{LEAST_SHARE:.1%}: structure hardly stands out"
         )
     for change in ("recoloured", "restained"):
-        if floors[change] > floors["blurred"]:
+        if shares[change] > shares["blurred"]:
             found.append(
-                f"{change} tiles lie at {floors[change]:.1f} floors, above blur at "
-                f"{floors['blurred']:.1f}: it goes by the stain"
+                f"{change} tiles lie at {shares[change]:.1%} of the distance between two patients, "
+                f"above blur at {shares['blurred']:.1%}: it goes by the stain"
             )
     return tuple(found)
 
 
-def _chosen(
-    patients: npt.NDArray[np.str_], config: ValidationConfig, rng: np.random.Generator
-) -> Rows:
+def _chosen(tiles: RealTiles, config: ValidationConfig, rng: np.random.Generator) -> RealTiles:
     """Tiles of random patients, at most so many of each, until there are enough.
 
-    Whole patients, because a floor between patients of one tile each would be nothing.
+    Whole patients, because of those with one tile each no distance between two is known.
     """
     rows = [
-        rng.permutation(np.flatnonzero(patients == name))[: config.tiles_per_patient]
-        for name in rng.permutation(np.unique(patients))
+        rng.permutation(np.flatnonzero(tiles.patients == name))[: config.tiles_per_patient]
+        for name in rng.permutation(np.unique(tiles.patients))
     ]
-    return np.sort(np.concatenate(rows)[: config.max_tiles])
+    chosen = tiles.take(np.sort(np.concatenate(rows)[: config.max_tiles]))
+    several = np.count_nonzero(np.unique(chosen.patients, return_counts=True)[1] > 1)
+    if several < FEWEST_PATIENTS:
+        raise ValueError(
+            f"too few patients: expected {FEWEST_PATIENTS} with several tiles each, got {several}"
+        )
+    return chosen
 
 
 def _changes(
-    tiles: LabelledTiles,
+    tiles: RealTiles,
     rng: np.random.Generator,
     reconstruct: Callable[[Images], Images] | None,
-) -> Changes:
+    mpp: float,
+) -> dict[str, Images]:
     real = tiles.images_NHWC
     found = {
         "real": real,
         "recoloured": recoloured(real),
         "restained": restained(real),
-        "blurred": blurred(real, mpp=tiles.mpp),
+        "blurred": blurred(real, mpp=mpp),
     }
     for patch_px in PATCHES_PX:
         found[f"patches of {patch_px} px shuffled"] = shuffled(real, patch_px, rng)
@@ -204,66 +206,117 @@ def _changes(
     return found
 
 
-def _distances(
-    features: dict[str, Features],
-    tiles: LabelledTiles,
-    config: ValidationConfig,
-    rng: np.random.Generator,
-) -> dict[str, list[float]]:
-    """Of each change in each split; what is made by choosing tiles comes last."""
-    reference = Reference.fit(features["real"], tiles.patients)
-    scaled = {name: reference.scale(values) for name, values in features.items()}
-    real = scaled["real"]
-    kernel = reference.kernel(real, real)
-    within = {name: reference.kernel(values, values) for name, values in scaled.items()}
-    across = {name: reference.kernel(values, real) for name, values in scaled.items()}
-    chosen: dict[str, list[float]] = {"wrong class": [], "one class only": [], "duplicates": []}
-    changed: dict[str, list[float]] = {name: [] for name in scaled}
-    for _ in range(config.num_splits):
-        first, second = _halves(reference, rng)
+def _embedded(
+    encoder: Encoder,
+    tiles: RealTiles,
+    changed: dict[str, Images],
+    mpp: float,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """Features of each change as it is, and with its colours brought to the real ones."""
+    target = ColourMoments.of(tiles.images_NHWC)
+    plain: dict[str, Features] = {}
+    matched: dict[str, Features] = {}
+    for done, (name, images_NHWC) in enumerate(changed.items()):
+        plain[name] = encoder.embed(images_NHWC, mpp=mpp)
+        if name != "real":
+            matched[name] = encoder.embed(in_colours_of(images_NHWC, target), mpp=mpp)
+        if progress is not None:
+            progress("changes embedded", done + 1, len(changed))
+    of_class_NHWC, class_N = tiles.images_NHWC.copy(), np.asarray(tiles.classes)
+    for name in set(tiles.classes):
+        of_class_NHWC[class_N == name] = in_colours_of(of_class_NHWC[class_N == name], target)
+    matched[_CLASSES_MATCHED] = encoder.embed(of_class_NHWC, mpp=mpp)
+    return plain, matched
 
-        def distance(left: Rows, right: Rows, name: str = "real") -> float:
-            return mmd_squared(
-                within[name][np.ix_(left, left)],
-                kernel[np.ix_(right, right)],
-                across[name][np.ix_(left, right)],
+
+class _Ruler:
+    """Real tiles, and how far others lie from them, in distances of two patients."""
+
+    def __init__(self, features_ND: Features, tiles: RealTiles) -> None:
+        self.features_ND = features_ND
+        self.reference = Reference.fit(features_ND, tiles.patients)
+        self.unit = between_patients(self.reference)
+        if self.unit <= 0:
+            raise ValueError("patients do not differ: expected tiles that say whose they are")
+        self._class_N = np.asarray(tiles.classes)
+
+    def of_changed(
+        self, name: str, features_ND: Features, matched_ND: Features, config: ValidationConfig
+    ) -> Answer:
+        """All tiles after something was done to them, and after their colours were matched, too."""
+        found, matched = self._changed(features_ND), self._changed(matched_ND)
+        low, high = found.interval(config.num_bootstrap, config.seed)
+        return Answer(
+            change=name,
+            distance=found.squared(),
+            share=found.squared() / self.unit,
+            share_interval=Interval(low / self.unit, high / self.unit),
+            matched_share=matched.squared() / self.unit,
+        )
+
+    def of_chosen(self, matched_ND: Features, rng: np.random.Generator) -> list[Answer]:
+        """Some of the tiles; ``matched_ND`` is each class in the colours of all."""
+        distances = self.classes(self.features_ND) | {"duplicates": self.duplicates(rng)}
+        matched = self.classes(matched_ND)
+        return [
+            Answer(
+                change=name,
+                distance=distance,
+                share=distance / self.unit,
+                share_interval=None,
+                matched_share=matched[name] / self.unit if name in matched else None,
             )
+            for name, distance in distances.items()
+        ]
 
-        for name, values in changed.items():
-            values.append(distance(second, first, name))
-        own, other = (_by_class(tiles.classes, half) for half in (first, second))
-        wrong = [distance(other[b], own[a]) for a in own for b in other if a != b]
-        alone = [distance(rows, first) for rows in other.values()]
-        few = rng.choice(second, max(2, len(second) // COPIES), replace=False)
-        for name, found in (
-            ("wrong class", wrong),
-            ("one class only", alone),
-            ("duplicates", [distance(np.repeat(few, COPIES), first)]),
-        ):
-            if found:
-                chosen[name].append(float(np.mean(found)))
-    return changed | {name: values for name, values in chosen.items() if values}
+    def _changed(self, features_ND: Features) -> Discrepancy:
+        reference = self.reference
+        x_ND = reference.scale(features_ND)
+        return self._between(x_ND, reference.patient_M, reference.features_MD, reference.patient_M)
 
+    def classes(self, features_ND: Features) -> dict[str, float]:
+        """How far a class lies from another, and from all tiles; means over the classes."""
+        x_ND, patient_N = self.reference.scale(features_ND), self.reference.patient_M
+        members = [
+            rows
+            for name in np.unique(self._class_N)
+            if self._is_known(rows := np.flatnonzero(self._class_N == name))
+        ]
+        if len(members) < 2:
+            return {}
+        wrong = [
+            self._between(x_ND[a], patient_N[a], x_ND[b], patient_N[b]).squared()
+            for a, b in itertools.combinations(members, 2)
+        ]
+        alone = [
+            self._between(
+                x_ND[rows], patient_N[rows], self.reference.features_MD, patient_N
+            ).squared()
+            for rows in members
+        ]
+        return {"wrong class": float(np.mean(wrong)), "one class only": float(np.mean(alone))}
 
-def _halves(reference: Reference, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """Tiles of one half of the patients, and of the other."""
-    chosen = rng.permutation(reference.num_patients)[: reference.num_patients // 2]
-    is_first = np.isin(reference.patient_M, chosen)
-    return np.flatnonzero(is_first), np.flatnonzero(~is_first)
+    def duplicates(self, rng: np.random.Generator) -> float:
+        """Of copies of few tiles of one half of the patients, as images for the other half."""
+        reference, found = self.reference, []
+        for _ in range(_SPLITS):
+            first, second = halves(reference.patient_M, rng)
+            few = rng.choice(second, max(2, len(second) // COPIES), replace=False)
+            x_ND = np.repeat(reference.features_MD[few], COPIES, axis=0)
+            asked_N = rng.choice(reference.patient_M[first], len(x_ND))
+            real_ND, patient_N = reference.features_MD[first], reference.patient_M[first]
+            found.append(self._between(x_ND, asked_N, real_ND, patient_N).squared())
+        return float(np.mean(found))
 
+    def _is_known(self, rows: Rows) -> bool:
+        enough = len(rows) >= _FEWEST_OF_A_CLASS
+        return enough and len(np.unique(self.reference.patient_M[rows])) > 1
 
-def _by_class(classes: npt.NDArray[np.str_], rows: Rows) -> dict[str, Rows]:
-    """Rows of each class that has enough of them."""
-    members = {str(name): rows[classes[rows] == name] for name in np.unique(classes[rows])}
-    return {name: own for name, own in members.items() if len(own) >= _FEWEST_OF_A_CLASS}
-
-
-def _answer(change: str, values: list[float], floor: float) -> Answer:
-    low, high = np.quantile(values, [0.05, 0.95])
-    distance = float(np.mean(values))
-    return Answer(
-        change=change,
-        distance=distance,
-        interval=Interval(float(low), float(high)),
-        floors=distance / floor,
-    )
+    def _between(
+        self, x_ND: Features, patient_N: Patients, y_MD: Features, patient_M: Patients
+    ) -> Discrepancy:
+        kernel = self.reference.kernel
+        return Discrepancy.of(
+            kernel(x_ND, x_ND), kernel(y_MD, y_MD), kernel(x_ND, y_MD), patient_N, patient_M
+        )

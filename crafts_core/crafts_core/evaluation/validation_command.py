@@ -6,7 +6,7 @@ from pathlib import Path
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.baselines import reconstruct
 from crafts_core.evaluation.encoder import load_encoder
-from crafts_core.evaluation.validation import Validation, ValidationConfig, validate
+from crafts_core.evaluation.validation import Answer, Validation, ValidationConfig, validate
 from crafts_core.evaluation.validation_tiles import read_tiles
 from crafts_core.foundation import embedded_path, load
 
@@ -27,12 +27,13 @@ def validate_on(
     """
     public = load(foundation or embedded_path())
     manifest = public.manifest
-    real = read_tiles(tiles, mpp=mpp, at_mpp=manifest.mpp, largest_px=manifest.tile_px)
+    real, scale = read_tiles(tiles, mpp=mpp, at_mpp=manifest.mpp, largest_px=manifest.tile_px)
     try:
         return validate(
             load_encoder(encoder),
             real,
             config,
+            mpp=scale,
             reconstruct=lambda images: reconstruct(public.generator, images),
             progress=progress,
         )
@@ -46,11 +47,19 @@ def table(found: Validation) -> str:
         f"{found.encoder} ({found.encoder_hash[:12]}), {found.metric}, {found.tiles} tiles of "
         f"{found.patients} patients in {found.classes} classes, {found.tile_px} px at "
         f"{found.mpp:g} microns per pixel",
-        f"{'change':<28}{'distance':>10}{'floors':>10}",
+        f"in parts of the distance between two patients, {found.two_patients:.3f}; in brackets "
+        "90 % intervals over patients",
+        f"{'change':<28}{'distance':>10}{'share':>9}{'':<20}{'colours matched':>16}",
     ]
-    lines += [
-        f"{answer.change:<28}{answer.distance:>10.4f}{answer.floors:>10.1f}"
-        for answer in found.answers
-    ]
+    lines += [_line(answer) for answer in found.answers]
     lines += [f"not to be used as the main figure: {fault}" for fault in found.faults]
     return "\n".join(lines)
+
+
+def _line(answer: Answer) -> str:
+    interval, matched = answer.share_interval, answer.matched_share
+    within = "" if interval is None else f" ({interval.low:.1%} to {interval.high:.1%})"
+    return (
+        f"{answer.change:<28}{answer.distance:>10.4f}{answer.share:>9.1%}{within:<20}"
+        f"{'' if matched is None else f'{matched:.1%}':>16}"
+    ).rstrip()

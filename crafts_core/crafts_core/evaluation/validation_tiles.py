@@ -15,7 +15,7 @@ from PIL import Image
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.changes import PATCHES_PX
 from crafts_core.evaluation.encoder import Images
-from crafts_core.evaluation.validation import LabelledTiles
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 
@@ -28,8 +28,10 @@ class ValidationTilesError(CraftsError):
     """A folder has no tiles that an encoder could be validated on."""
 
 
-def read_tiles(path: Path, *, mpp: float | None, at_mpp: float, largest_px: int) -> LabelledTiles:
-    """Tiles of a store as they are, or of a folder at one scale and size.
+def read_tiles(
+    path: Path, *, mpp: float | None, at_mpp: float, largest_px: int
+) -> tuple[RealTiles, float]:
+    """Tiles of a store as they are, or of a folder at one scale and size; and their scale.
 
     Args:
         path: A store, or a folder with a table.
@@ -56,27 +58,19 @@ def read_tiles(path: Path, *, mpp: float | None, at_mpp: float, largest_px: int)
             f"{table}: expected tiles of at least {2 * unit} px at {at_mpp} microns per pixel, got "
             f"one of {smallest}"
         )
-    return LabelledTiles(
+    tiles = RealTiles(
         images_NHWC=np.stack([_middle(image, side_px) for image in scaled]),
         patients=np.array([_first(row, _PATIENT, table) for row in rows]),
-        classes=np.array([_first(row, _CLASS, table) for row in rows]),
-        mpp=at_mpp,
+        captions=[_first(row, _CLASS, table) for row in rows],
     )
+    return tiles, at_mpp
 
 
-def _of_store(store: TileStore, mpp: float | None) -> LabelledTiles:
+def _of_store(store: TileStore, mpp: float | None) -> tuple[RealTiles, float]:
     scale = store.mpp or mpp
     if scale is None:
         raise ValidationTilesError(f"{store.path} does not say its scale; give --mpp")
-    rows = np.arange(store.num_tiles)
-    captions = np.asarray(store.captions)[store.caption_ids(rows)]
-    labels = store.labels.astype(str)
-    return LabelledTiles(
-        images_NHWC=store.read_images(rows),
-        patients=np.asarray(store.patients)[store.patient_indices(rows)],
-        classes=np.where(labels == "", captions, labels),
-        mpp=scale,
-    )
+    return RealTiles.read(store, np.arange(store.num_tiles)), scale
 
 
 def _table(path: Path) -> Path:
