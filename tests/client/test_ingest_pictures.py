@@ -14,7 +14,7 @@ from crafts_client.ingest.pictures import (
     write_pictures,
 )
 from crafts_client.ingest.tissue import TissueMask, find_tissue
-from crafts_core.tiles.augment import STAIN_SC
+from crafts_core.stains import STAIN_SC
 from support.slides import tissue_image
 
 FRAMES = np.array([[200, 200, 100, 100], [300, 200, 100, 100], [0, 0, 100, 100]], dtype=float)

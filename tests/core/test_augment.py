@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from crafts_core.tiles.augment import STAIN_SC, stained_otherwise, turned_as_view, view_of
+from crafts_core.stains import STAIN_SC, stained_otherwise
+from crafts_core.tiles.augment import turned_as_view, view_of
 
 TILE = np.random.default_rng(0).integers(60, 250, (32, 32, 3), dtype=np.uint8)
 

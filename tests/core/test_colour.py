@@ -9,13 +9,12 @@ from crafts_core.evaluation.colour import (
     ColourMoments,
     colour_features,
     colour_statistics,
-    from_density,
     grey_levels,
     grey_structure,
     in_colours_of,
-    optical_density,
 )
 from crafts_core.evaluation.encoder import Images
+from crafts_core.stains import from_density, optical_density
 
 MATRIX_CC = np.array([[0.8, 0.1, 0.05], [0.1, 0.9, -0.1], [0.05, -0.1, 1.1]])
 SHIFT_C = np.array([0.1, 0.05, 0.12])
@@ -31,17 +30,17 @@ def tissue(seed: int, count: int = 6, side: int = 24) -> Images:
 
 
 def restained(images_NHWC: Images) -> Images:
-    density_NHWC = optical_density(images_NHWC) @ MATRIX_CC.astype(np.float32)
+    density_NHWC = optical_density(images_NHWC, np.float32) @ MATRIX_CC.astype(np.float32)
     return from_density(density_NHWC + SHIFT_C.astype(np.float32))
 
 
 def pixels(images_NHWC: Images) -> npt.NDArray[np.float64]:
-    return optical_density(images_NHWC).reshape(-1, 3).astype(np.float64)
+    return optical_density(images_NHWC, np.float32).reshape(-1, 3).astype(np.float64)
 
 
 def test_pixels_survive_the_way_to_density_and_back() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    assert np.array_equal(from_density(optical_density(levels)), levels)
+    assert np.array_equal(from_density(optical_density(levels, np.float32)), levels)
 
 
 def test_the_colour_map_is_that_of_least_squares_over_pairs_of_pixels() -> None:

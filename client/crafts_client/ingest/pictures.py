@@ -14,7 +14,7 @@ from scipy import ndimage
 from crafts_client.ingest.report import MAX_DENSITY, Stain
 from crafts_client.ingest.tissue import Mask, Pixels, TissueMask
 from crafts_core.durable import write_file
-from crafts_core.tiles.augment import STAIN_SC
+from crafts_core.stains import stain_amounts
 
 MAX_PX = 1024
 OVERLAY_COLOURS = {
@@ -66,9 +66,7 @@ def stain_densities(thumbnail: Pixels, is_tissue_HW: Mask) -> Stain | None:
     tissue_N3 = thumbnail[::2, ::2][is_tissue_HW[::2, ::2]].astype(np.float32)
     if not len(tissue_N3):
         return None
-    density_N3 = -np.log10(np.maximum(tissue_N3, 1) / 255)
-    directions = STAIN_SC / np.linalg.norm(STAIN_SC, axis=1, keepdims=True)
-    hematoxylin_N, eosin_N, _ = np.maximum(density_N3 @ np.linalg.inv(directions), 0).T
+    hematoxylin_N, eosin_N, _ = np.maximum(stain_amounts(tissue_N3), 0).T
     return Stain(
         hematoxylin=round(float(hematoxylin_N.mean()), 4),
         eosin=round(float(eosin_N.mean()), 4),

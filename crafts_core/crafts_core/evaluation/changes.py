@@ -6,14 +6,11 @@ mean optical density of a colour has a standard deviation of 0.2 to 0.3.
 Shape letters: N images, H W pixels, C colours, S stains, P patches.
 """
 
-from collections.abc import Callable
-
 import numpy as np
-import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
 from crafts_core.evaluation.encoder import Images
-from crafts_core.tiles.augment import STAIN_SC
+from crafts_core.stains import from_density, optical_density, stained_otherwise
 
 _MIXING_CC = np.array([[1.15, 0.10, -0.05], [-0.05, 0.80, 0.10], [0.05, -0.10, 1.25]])
 _SHIFT_C = np.array([0.06, 0.00, 0.10])
@@ -22,19 +19,16 @@ BLUR_UM = 0.7
 """Standard deviation of the blur."""
 PATCHES_PX = (8, 16, 32)
 
-Density = npt.NDArray[np.float64]
-
 
 def recoloured(images_NHWC: Images) -> Images:
     """One affine change of optical density for all: colours mixed, paler green, denser blue."""
-    return _by_density(images_NHWC, lambda density: density @ _MIXING_CC.T + _SHIFT_C)
+    density_NHWC = optical_density(images_NHWC, np.float64)
+    return from_density(density_NHWC @ _MIXING_CC.T + _SHIFT_C)
 
 
 def restained(images_NHWC: Images) -> Images:
-    """Less hematoxylin and more eosin, each along its own colour (Ruifrok and Johnston 2001)."""
-    stain_SC = STAIN_SC / np.linalg.norm(STAIN_SC, axis=1, keepdims=True)
-    change_CC = np.linalg.inv(stain_SC) @ np.diag(_STAIN_SCALE_S) @ stain_SC
-    return _by_density(images_NHWC, lambda density: density @ change_CC)
+    """Less hematoxylin and more eosin, each along its own colour."""
+    return stained_otherwise(images_NHWC, scale_S=_STAIN_SCALE_S, shift_S=np.zeros(3))
 
 
 def blurred(images_NHWC: Images, *, mpp: float) -> Images:
@@ -62,9 +56,3 @@ def shuffled(images_NHWC: Images, patch_px: int, rng: np.random.Generator) -> Im
     order_NP = rng.permuted(np.tile(np.arange(rows * columns), (num, 1)), axis=1)
     mixed = np.take_along_axis(patches_NPHWC, order_NP[:, :, None, None, None], axis=1)
     return mixed.reshape(grid.shape).swapaxes(2, 3).reshape(cut.shape)
-
-
-def _by_density(images_NHWC: Images, change: Callable[[Density], Density]) -> Images:
-    density = -np.log((images_NHWC.astype(np.float64) + 1) / 256)
-    found: Images = np.clip(np.rint(256 * np.exp(-change(density)) - 1), 0, 255).astype(np.uint8)
-    return found

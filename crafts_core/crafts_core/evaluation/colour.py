@@ -16,8 +16,8 @@ import numpy.typing as npt
 from scipy import linalg
 
 from crafts_core.evaluation.encoder import Features, Images
+from crafts_core.stains import from_density, optical_density
 
-Densities = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 
@@ -31,18 +31,6 @@ _GREY_MEAN, _GREY_STD = 0.6, 0.25
 _BATCH = 256
 
 
-def optical_density(images: Images) -> Densities:
-    """Density of each colour of uint8 pixels, of the same shape; white is nearly 0."""
-    densities: Densities = -np.log((images.astype(np.float32) + 1) / 256)
-    return densities
-
-
-def from_density(density: Densities) -> Images:
-    """The uint8 pixels of these densities, clipped to what a pixel can be."""
-    images: Images = np.clip(np.rint(256 * np.exp(-density) - 1), 0, 255).astype(np.uint8)
-    return images
-
-
 def colour_statistics(images_NHWC: Images) -> Features:
     """Mean and log standard deviation of each colour's density, (N, 6): what a stain is."""
     return _by_batch(images_NHWC, _mean_and_spread)
@@ -52,7 +40,9 @@ def colour_features(images_NHWC: Images) -> Features:
     """``colour_statistics`` with covariances and quantiles, (N, 21): all that colour can tell."""
 
     def features(images: Images) -> Features:
-        density_NPC = optical_density(images).reshape(len(images), -1, 3).astype(np.float64)
+        density_NPC = (
+            optical_density(images, np.float32).reshape(len(images), -1, 3).astype(np.float64)
+        )
         centred_NPC = density_NPC - density_NPC.mean(axis=1, keepdims=True)
         covariance_NCC = centred_NPC.transpose(0, 2, 1) @ centred_NPC / density_NPC.shape[1]
         upper = np.triu_indices(3)
@@ -70,7 +60,9 @@ def colour_features(images_NHWC: Images) -> Features:
 
 
 def _mean_and_spread(images_NHWC: Images) -> Features:
-    density_NPC = optical_density(images_NHWC).reshape(len(images_NHWC), -1, 3).astype(np.float64)
+    density_NPC = (
+        optical_density(images_NHWC, np.float32).reshape(len(images_NHWC), -1, 3).astype(np.float64)
+    )
     spread_NC = np.maximum(density_NPC.std(axis=1), _LEAST_STD)
     return np.concatenate([density_NPC.mean(axis=1), np.log(spread_NC)], axis=1)
 
@@ -97,7 +89,7 @@ def grey_levels(grey_NHWC: Images) -> Features:
 
 
 def _grey(image_HWC: Images) -> Images:
-    density_PC = optical_density(image_HWC).reshape(-1, 3).astype(np.float64)
+    density_PC = optical_density(image_HWC, np.float32).reshape(-1, 3).astype(np.float64)
     centred_PC = density_PC - density_PC.mean(axis=0)
     axis_C = np.linalg.eigh(centred_PC.T @ centred_PC)[1][:, -1]
     amount_P = centred_PC @ (axis_C * np.sign(axis_C.sum() or 1.0))
@@ -125,7 +117,7 @@ class ColourMoments:
         total_C, squares_CC, count = np.zeros(3), np.zeros((3, 3)), 0
         for start in range(0, len(images_NHWC), _BATCH):
             batch_NHWC = images_NHWC[start : start + _BATCH]
-            density_PC = optical_density(batch_NHWC).reshape(-1, 3).astype(np.float64)
+            density_PC = optical_density(batch_NHWC, np.float32).reshape(-1, 3).astype(np.float64)
             total_C += density_PC.sum(axis=0)
             squares_CC += density_PC.T @ density_PC
             count += len(density_PC)
@@ -159,7 +151,9 @@ class ColourMap:
         images: Images = np.empty_like(images_NHWC)
         for start in range(0, len(images_NHWC), _BATCH):
             part = slice(start, start + _BATCH)
-            images[part] = from_density(optical_density(images_NHWC[part]) @ matrix_CC + shift_C)
+            images[part] = from_density(
+                optical_density(images_NHWC[part], np.float32) @ matrix_CC + shift_C
+            )
         return images
 
 

@@ -25,7 +25,7 @@ from crafts_core.sampling import Control, sample_images
 from crafts_core.stages.batch import TileBatch, draw
 from crafts_core.stages.pretraining import pretraining_loss
 from crafts_core.stages.schedule import NoiseSchedule
-from crafts_core.tiles.augment import STAIN_SC
+from crafts_core.stains import stain_amounts
 from crafts_core.tiles.conditions import to_floats
 from crafts_core.tiles.store import TileStore
 
@@ -173,9 +173,8 @@ def _drawn(
 
 def _mean_r(images_NHWC: Images, foreground_NHW: npt.NDArray[np.float32]) -> float:
     """Over the images whose mask has both nuclei and something else."""
-    density = -np.log10(np.maximum(images_NHWC.astype(np.float64), 1) / 255)
-    directions_SC = STAIN_SC / np.linalg.norm(STAIN_SC, axis=1, keepdims=True)
-    hematoxylin_NP = (density @ np.linalg.inv(directions_SC))[..., 0].reshape(len(images_NHWC), -1)
+    stain_NHWS = stain_amounts(images_NHWC.astype(np.float64))
+    hematoxylin_NP = stain_NHWS[..., 0].reshape(len(images_NHWC), -1)
     inside_NP = foreground_NHW.reshape(len(foreground_NHW), -1)
     r = [
         np.corrcoef(stain_P, inside_P)[0, 1]

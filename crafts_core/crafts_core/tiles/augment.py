@@ -14,10 +14,10 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from crafts_core.stains import stained_otherwise
+
 Pixels = npt.NDArray[np.uint8]
 
-STAIN_SC = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-"""Colour of hematoxylin, eosin and the rest (DAB) in optical density, as published."""
 SCALE, SHIFT = 0.05, 0.02
 """Largest relative and absolute change of a stain's density."""
 
@@ -48,15 +48,3 @@ def _rng_of(view: int, key: bytes) -> np.random.Generator:
 def _turned(image_HWC: Pixels, rng: np.random.Generator) -> Pixels:
     turned_HWC = np.rot90(image_HWC, int(rng.integers(4)))
     return turned_HWC[:, ::-1] if rng.integers(2) else turned_HWC
-
-
-def stained_otherwise(
-    image_HWC: Pixels, *, scale_S: npt.NDArray[np.float64], shift_S: npt.NDArray[np.float64]
-) -> Pixels:
-    """Each stain's density times ``scale_S`` plus ``shift_S``."""
-    stain_SC = STAIN_SC / np.linalg.norm(STAIN_SC, axis=1, keepdims=True)
-    density_HWC = -np.log((image_HWC.astype(np.float64) + 1) / 256)
-    amount_HWS = density_HWC @ np.linalg.inv(stain_SC)
-    changed_HWC = (amount_HWS * scale_S + shift_S) @ stain_SC
-    pixels_HWC: Pixels = np.clip(np.rint(256 * np.exp(-changed_HWC) - 1), 0, 255).astype(np.uint8)
-    return pixels_HWC
