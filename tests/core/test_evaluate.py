@@ -11,6 +11,7 @@ from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
 from crafts_core.evaluation.fidelity import Discrepancy, halves
 from crafts_core.evaluation.figures import Evaluation
+from crafts_core.evaluation.neighbours import Coverage, measure_coverage
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.evaluation.table import markdown, remarks
@@ -96,6 +97,22 @@ def test_judges_and_examiner_say_what_real_tiles_score(evaluation: Evaluation) -
     assert evaluation.drift_generator is not None
     # Random weights draw the same whatever is asked: of two captions, one in two is right.
     assert evaluation.drift_generator == pytest.approx(0.5, abs=0.2)
+
+
+def test_coverage_is_of_one_half_of_the_patients_by_the_other(
+    foundation: Foundation, evaluation: Evaluation
+) -> None:
+    """A tile among its own patient's tiles, or a reconstruction beside its tile, says nothing."""
+    pytest.importorskip("prdc", reason="pip install 'crafts-federated[evaluation]'")
+    reference = Evaluator(foundation, tissue(0), SMALL, OrthogonalEncoder()).reference
+    first, second = halves(reference.patient_M, np.random.default_rng(SMALL.seed))
+    expected = measure_coverage(reference.features_MD[second], reference.features_MD[first])
+    real = evaluation.arm("real")
+    assert real is not None
+    assert real.model_dump(include=set(Coverage.model_fields)) == expected.model_dump()
+    generated = evaluation.arm("generator")
+    assert generated is not None
+    assert generated.coverage is not None
 
 
 def test_without_training_tiles_one_line_says_what_is_missing(foundation: Foundation) -> None:

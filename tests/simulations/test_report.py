@@ -253,7 +253,7 @@ def test_the_page_shows_every_figure_of_every_arm_beside_its_remarks(tmp_path: P
     assert "0.204 (0.194 to 0.214)" in page  # the generator's shape
     assert "chance is 0.50" in page
     assert "not measured: precision: &lt;none&gt;" in page
-    assert "foundation, recoloured by caption" in page
+    assert "recoloured by caption" in page
 
 
 def test_a_repeatable_run_says_in_capitals_that_it_is_not_private(tmp_path: Path) -> None:

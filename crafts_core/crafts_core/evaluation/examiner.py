@@ -187,7 +187,9 @@ class Examiner:
             raise NotMeasurableError(
                 "drift: no image of a patient that the examiner is asked about"
             )
-        marks_N = _own_marks(self.reader, features_ND[rows], [prompts[row] for row in rows])
+        marks_N = _own_marks(
+            self.reader, features_ND[rows], [prompts[row] for row in rows.tolist()]
+        )
         place_N = np.searchsorted(self.asked_patients, patients[rows])
         rng = np.random.default_rng(self.seed)
         count = len(self.asked_patients)

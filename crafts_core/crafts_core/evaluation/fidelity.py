@@ -256,8 +256,11 @@ def real_floor(reference: Reference, *, num_splits: int, seed: int) -> tuple[flo
     patient_M = reference.patient_M
     whole = Discrepancy.of(kernel, kernel, kernel, patient_M, patient_M)
     rng = np.random.default_rng(seed)
-    splits = [_half(reference.num_patients, rng) for _ in range(num_splits)]
-    values = [whole.squared(is_first_P * 1.0, ~is_first_P * 1.0) for is_first_P in splits]
+    values = []
+    for _ in range(num_splits):
+        is_first_P = _half(reference.num_patients, rng)
+        first_P, second_P = (part.astype(np.float64) for part in (is_first_P, ~is_first_P))
+        values.append(whole.squared(first_P, second_P))
     return float(np.mean(values)), interval_of(values)
 
 

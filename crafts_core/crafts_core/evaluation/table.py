@@ -12,7 +12,7 @@ LABELS: dict[ArmName, str] = {
     "reconstruction": "real tiles through the VAE",
     "foundation": "public foundation",
     "recoloured": "foundation, recoloured",
-    "recoloured_by_caption": "foundation, recoloured by caption",
+    "recoloured_by_caption": "recoloured by caption",
     "generator": "shared generator",
 }
 COLUMNS: tuple[tuple[str, str], ...] = (
