@@ -149,7 +149,7 @@ def compare(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Rank generators by their distance to the same real tiles, nearest first."""
+    """Rank generators by how far their structure is from the same real tiles, nearest first."""
     with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.generator import Generator
 
@@ -164,8 +164,9 @@ def compare(
         values = {path: fidelity.model_dump(mode="json") for path, fidelity in measured.items()}
         say(json.dumps(values))
         return
-    for path, fidelity in sorted(measured.items(), key=lambda item: item[1].mmd2):
-        say(f"{fidelity.mmd2:.4f}  {path}  ({fidelity.encoder})")
+    say("structure  colour")
+    for path, fidelity in sorted(measured.items(), key=lambda item: item[1].structure):
+        say(f"{fidelity.structure:9.4f}  {fidelity.colour:6.4f}  {path}  ({fidelity.encoder})")
 
 
 def _evaluator(
@@ -181,7 +182,7 @@ def _evaluator(
     """The held-out tiles of a store, at most ``max_tiles`` of them, as an evaluator."""
     from crafts_core.evaluation.encoder import load_encoder
     from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
-    from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
+    from crafts_core.evaluation.real_tiles import RealTiles, require_others, rows_by_content
     from crafts_core.evaluation.validation import warning_of
     from crafts_core.foundation import embedded_path, load
     from crafts_core.tiles import TileStore
@@ -198,6 +199,8 @@ def _evaluator(
             raise CraftsError(f"{path}: expected tiles of {expected} px, got {store.tile_px}")
         return RealTiles.read(store, rows_by_content(store, count, seed=seed))
 
+    if training is not None:
+        require_others(TileStore.open(training), TileStore.open(tiles))
     config = EvaluationConfig(encoder=encoder, num_images=num, seed=seed)
     try:
         return Evaluator(

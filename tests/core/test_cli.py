@@ -26,14 +26,21 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_store(path: Path, *, num_tiles: int, tiles_per_patient: int) -> None:
-    rng = np.random.default_rng(0)
+def write_store(
+    path: Path,
+    *,
+    num_tiles: int,
+    tiles_per_patient: int,
+    rng: np.random.Generator | None = None,
+    prefix: str = "p",
+) -> None:
+    rng = rng or np.random.default_rng(0)
     with TileStoreWriter(path, cohort="x", tile_px=32, mpp=1.0) as writer:
         for row in range(num_tiles):
             tile = TileRecord(
-                tile_id=f"t{row}", patient=f"p{row // tiles_per_patient}", case="c", slide="s",
-                x=row, y=0, level0_width=1, level0_height=1, mpp=1.0, caption=f"tissue {row % 2}",
-                label="", tissue_fraction=1, sharpness=1,
+                tile_id=f"t{row}", patient=f"{prefix}{row // tiles_per_patient}", case="c",
+                slide="s", x=row, y=0, level0_width=1, level0_height=1, mpp=1.0,
+                caption=f"tissue {row % 2}", label="", tissue_fraction=1, sharpness=1,
             )  # fmt: skip
             writer.add(tile, encode_tile(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
 
@@ -223,12 +230,15 @@ def test_wrong_use_exits_with_two(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluate_command_measures_foundation_and_generator(
-    foundation: Foundation, held_out: Path
+    foundation: Foundation, held_out: Path, tmp_path: Path
 ) -> None:
     directory = str(foundation.path)
     arguments = ["evaluate", directory, "--tiles", str(held_out), "--foundation", directory]
     arguments += ["--num", "16"]
-    result = CliRunner().invoke(app, [*arguments, "--training", str(held_out), "--json"])
+    rng = np.random.default_rng(1)
+    write_store(tmp_path / "training", num_tiles=24, tiles_per_patient=4, rng=rng, prefix="t")
+    training = ["--training", str(tmp_path / "training"), "--json"]
+    result = CliRunner().invoke(app, [*arguments, *training])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["distance_generator"] == values["distance_foundation"]
@@ -241,6 +251,24 @@ def test_evaluate_command_measures_foundation_and_generator(
     assert "| shared generator |" in told.stdout
     assert "foundation, recoloured" not in told.stdout
     assert "(crafts evaluate --training)" in told.stdout
+
+
+@pytest.mark.parametrize(
+    "rng, prefix, words",
+    [(0, "t", "24 tiles and 0 patients"), (1, "p", "0 tiles and 6 patients")],
+)
+def test_evaluate_command_refuses_to_measure_on_what_was_trained_on(
+    foundation: Foundation, held_out: Path, tmp_path: Path, rng: int, prefix: str, words: str
+) -> None:
+    """Known by its pixels, or by its patient, among however many others."""
+    write_store(
+        tmp_path / "training", num_tiles=40, tiles_per_patient=4,
+        rng=np.random.default_rng(rng), prefix=prefix,
+    )  # fmt: skip
+    directory = str(foundation.path)
+    arguments = ["evaluate", directory, "--tiles", str(held_out), "--foundation", directory]
+    result = CliRunner().invoke(app, [*arguments, "--training", str(tmp_path / "training")])
+    assert f"have {words} in common" in one_line(result)
 
 
 def test_evaluate_command_judges_no_encoder_on_tiles_too_small(
@@ -275,7 +303,15 @@ def test_compare_command_measures_every_generator(
     values = json.loads(result.stdout)
     assert values.keys() == {first, second}
     assert values[first]["encoder"] == "embedded-orthogonal-256"
-    assert values[first]["mmd2"] != values[second]["mmd2"]
+    told = CliRunner().invoke(app, [*arguments, "--num", "16"])
+    ranked = sorted(values, key=lambda path: values[path]["structure"])
+    head, *lines = told.stdout.splitlines()
+    assert head.split() == ["structure", "colour"]
+    for line, path in zip(lines, ranked, strict=True):
+        structure, colour, name, _ = line.split()
+        assert name == path
+        assert float(structure) == pytest.approx(values[path]["structure"], abs=1e-4)
+        assert float(colour) == pytest.approx(values[path]["colour"], abs=1e-4)
 
 
 def test_evaluate_command_refuses_tiles_of_another_size(

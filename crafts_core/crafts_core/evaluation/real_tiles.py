@@ -15,8 +15,13 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import Images
 from crafts_core.tiles.store import Rows, TileStore
+
+
+class OverlapError(CraftsError):
+    """Tiles to measure on were trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +95,31 @@ def _digest(image_HWC: Images, caption: str) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(image_HWC).tobytes() + caption.encode()).digest()
 
 
-def rows_by_content(store: TileStore, count: int, *, seed: int) -> npt.NDArray[np.int64]:
-    """``count`` rows of a store, or all, a choice that seed and pixels decide and no pseudonym."""
-    if count >= store.num_tiles:
-        return np.arange(store.num_tiles)
+def rows_in_order_of_content(store: TileStore, *, seed: int) -> npt.NDArray[np.int64]:
+    """All rows of a store in an order that seed and pixels decide and no pseudonym."""
     drawn = [
         hashlib.sha256(seed.to_bytes(8, "big") + digest).digest() for digest in store.digests()
     ]
-    return np.sort(np.asarray(sorted(range(len(drawn)), key=drawn.__getitem__)[:count]))
+    return np.asarray(sorted(range(len(drawn)), key=drawn.__getitem__), dtype=np.int64)
+
+
+def rows_by_content(store: TileStore, count: int, *, seed: int) -> npt.NDArray[np.int64]:
+    """``count`` rows of a store, or all, a choice that seed and pixels decide."""
+    if count >= store.num_tiles:
+        return np.arange(store.num_tiles)
+    return np.sort(rows_in_order_of_content(store, seed=seed)[:count])
+
+
+def require_others(training: TileStore, held_out: TileStore) -> None:
+    """Refuse to measure on what was trained on.
+
+    Raises:
+        OverlapError: the two have a tile (by its pixels) or a patient (by its pseudonym) in common.
+    """
+    tiles = len(set(training.digests()) & set(held_out.digests()))
+    patients = len(set(training.patients) & set(held_out.patients))
+    if tiles or patients:
+        raise OverlapError(
+            f"{training.path} and {held_out.path} have {tiles} tiles and {patients} patients in "
+            "common; measure on patients that nobody trained on"
+        )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crafts_core.control_net import steering
 from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.real_tiles import rows_in_order_of_content
 from crafts_core.generator import Generator
 from crafts_core.plan import Modality
 from crafts_core.sampling import Control, sample_images
@@ -76,13 +77,12 @@ def measure_steering(
         ValueError: fewer than two tiles have one.
     """
     config = config or SteeringConfig()
-    rows_N = np.flatnonzero(store.has_condition(np.arange(store.num_tiles), modality))
+    rows_N = rows_in_order_of_content(store, seed=config.seed)
+    rows_N = rows_N[store.has_condition(rows_N, modality)]
     if len(rows_N) < 2:
         raise ValueError(f"expected at least two held-out tiles with {modality}, got {len(rows_N)}")
-    chosen = np.linspace(0, len(rows_N) - 1, min(config.max_tiles, len(rows_N))).astype(np.int64)
-    rows_N = rows_N[chosen]
-    # Rows follow patients: half of the way round is another patient.
-    other_N = np.roll(np.arange(len(rows_N)), len(rows_N) // 2)
+    rows_N = rows_N[: config.max_tiles]
+    other_N = others_of(store.patient_indices(rows_N))
     own_NCHW = to_floats(store.read_conditions(rows_N, modality), modality)
     images_NHWC = store.read_images(rows_N)
     captions = [store.captions[place] for place in store.caption_ids(rows_N)]
@@ -108,6 +108,17 @@ def measure_steering(
         share_easier_with_own=_share(loss_own_N, loss_other_N),
         **drawing,
     )
+
+
+def others_of(patient_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each tile the next one in turn of another patient, or the next where there is none."""
+    num = len(patient_N)
+    following = [(np.arange(1, num) + place) % num for place in range(num)]
+    found = [
+        next((o for o in turn if patient_N[o] != patient_N[p]), turn[0])
+        for p, turn in enumerate(following)
+    ]
+    return np.asarray(found, dtype=np.int64)
 
 
 def _share(loss_own_N: Tensor, loss_other_N: Tensor) -> float:
