@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
-from crafts_core.tiles import TileStore
-from crafts_core.tiles.records import TileRecord, encode_tile
-from crafts_core.tiles.writer import TileStoreWriter
+from support.salts import SALTS, write_salted
 
 
 def tiles(patients: list[str]) -> RealTiles:
@@ -24,23 +22,6 @@ def tiles(patients: list[str]) -> RealTiles:
     )
 
 
-def write(path: Path, pseudonyms: list[str]) -> TileStore:
-    """The same tiles under other pseudonyms, whose order is the store's."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(2 * len(pseudonyms), 16, 16, 3), dtype=np.uint8)
-    with TileStoreWriter(path, cohort="x", tile_px=16, mpp=1.0) as writer:
-        for place in np.argsort(pseudonyms, kind="stable"):
-            name = pseudonyms[place]
-            for row in (2 * place, 2 * place + 1):
-                record = TileRecord(
-                    tile_id=f"{name}-{row}", patient=name, case="c", slide="s", x=0, y=0,
-                    level0_width=1, level0_height=1, mpp=1.0, caption=f"caption {row % 3}",
-                    label="", tissue_fraction=1, sharpness=1,
-                )  # fmt: skip
-                writer.add(record, encode_tile(images[row]))
-    return TileStore.open(path)
-
-
 def same(first: RealTiles, second: RealTiles) -> bool:
     return (
         np.array_equal(first.images_NHWC, second.images_NHWC)
@@ -50,10 +31,7 @@ def same(first: RealTiles, second: RealTiles) -> bool:
 
 
 def test_two_salts_give_one_order_and_one_numbering_of_patients(tmp_path: Path) -> None:
-    stores = [
-        write(tmp_path / "a", ["7f", "02", "c1", "90", "44"]),
-        write(tmp_path / "b", ["13", "e0", "25", "08", "9d"]),
-    ]
+    stores = [write_salted(tmp_path / names[0], names, tile_px=16) for names in SALTS]
     raw = [RealTiles.read(store, np.arange(10)) for store in stores]
     assert not same(*raw)
     assert same(*(each.in_order_of_content() for each in raw))
@@ -63,7 +41,7 @@ def test_two_salts_give_one_order_and_one_numbering_of_patients(tmp_path: Path) 
 
 
 def test_a_choice_of_rows_depends_on_the_seed_and_has_no_row_twice(tmp_path: Path) -> None:
-    store = write(tmp_path / "a", [f"{place:02}" for place in range(20)])
+    store = write_salted(tmp_path / "a", [f"{place:02}" for place in range(20)], tile_px=16)
     first, second = (rows_by_content(store, 20, seed=seed).tolist() for seed in (1, 2))
     assert first != second
     assert len(set(first)) == 20

@@ -9,30 +9,8 @@ import torch
 
 from crafts_core.control_net import build_control_net, num_halvings_of
 from crafts_core.evaluation.steering import SteeringConfig, measure_steering, others_of
-from crafts_core.tiles import TileStore
-from crafts_core.tiles.conditions import STORED_CHANNELS, encode_condition
-from crafts_core.tiles.records import TileRecord, encode_tile
-from crafts_core.tiles.writer import TileStoreWriter
 from support.foundations import tiny_foundation
-
-
-def write(path: Path, pseudonyms: list[str]) -> TileStore:
-    """Two tiles of each patient, all with a mask, under these pseudonyms, whose order is theirs."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(2 * len(pseudonyms), 32, 32, 3), dtype=np.uint8)
-    stored = rng.integers(2, size=(len(images), STORED_CHANNELS["nuclei"], 32, 32), dtype=np.uint8)
-    with TileStoreWriter(path, cohort="x", tile_px=32, mpp=1.0) as writer:
-        for place in np.argsort(pseudonyms, kind="stable"):
-            name = pseudonyms[place]
-            for row in (2 * place, 2 * place + 1):
-                record = TileRecord(
-                    tile_id=f"{name}-{row}", patient=name, case="c", slide="s", x=0, y=0,
-                    level0_width=1, level0_height=1, mpp=1.0, caption=f"tissue {row % 3}",
-                    label="", tissue_fraction=1, sharpness=1,
-                )  # fmt: skip
-                mask = encode_condition(stored[row], "nuclei")
-                writer.add(record, encode_tile(images[row]), {"nuclei": mask})
-    return TileStore.open(path)
+from support.salts import SALTS, write_salted
 
 
 def test_two_salts_give_the_same_figures(tmp_path: Path) -> None:
@@ -43,10 +21,7 @@ def test_two_salts_give_the_same_figures(tmp_path: Path) -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=source))
-    stores = [
-        write(tmp_path / "a", ["7f", "02", "c1", "90", "44"]),
-        write(tmp_path / "b", ["13", "e0", "25", "08", "9d"]),
-    ]
+    stores = [write_salted(tmp_path / names[0], names, tile_px=32, masks=True) for names in SALTS]
     config = SteeringConfig(max_tiles=6, draws_per_tile=1, num_inference_steps=2)
     first, second = (
         measure_steering(generator, network, store, "nuclei", config) for store in stores
