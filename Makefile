@@ -58,6 +58,7 @@ bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/network_round.py
 	$(BIN)/python benchmarks/coordinator_memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/secure_sum.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distributed_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ingest_speed.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_reads.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling_speed.py
