@@ -71,7 +71,7 @@ from crafts_core.state import State, add_delta
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.declared_noise import noise_variance
-from crafts_privacy.patient_sgd import Mechanism
+from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.ranks import Ranks
 from crafts_server.aggregation import (
@@ -119,6 +119,7 @@ ARMS = {
     "pooled, not private": Arm(noise="none"),
 }
 NOT_PRIVATE = "pooled, not private"
+START = "public foundation"
 
 
 class WholeSteps(AlignmentRegularized):
@@ -425,7 +426,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "structure | distributed minus this, per seed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for epsilon in sorted({row["epsilon"] for row in rows}):
+    starts = _best([row for row in rows if row["arm"] == START])
+    for epsilon in sorted({row["epsilon"] for row in rows if row["arm"] != START}):
         mine = {
             arm: best
             for arm in ARMS
@@ -433,8 +435,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         }
         for arm, best in mine.items():
             lines.append(_line(epsilon, arm, best, mine.get("distributed", {})))
-    starts = {row["seed"]: row["start"] for row in rows}
-    lines.append(f"| | public foundation | | {_numbers(starts.values())} | | | | | |")
+    if starts:
+        lines.append(_line(0.0, START, starts, {}))
     return "\n".join(lines)
 
 
@@ -504,27 +506,27 @@ def _key(row: Mapping[str, Any]) -> tuple[int, str, float, float]:
 
 def train_missing(wanted: argparse.Namespace, benches: Mapping[int, Bench], rows: Rows) -> None:
     """Every arm of every seed, at every epsilon and rate."""
-    starts: dict[int, float] = {}
+    for seed, bench in benches.items():
+        start = {"seed": seed, "arm": START, "epsilon": 0.0, "rate": 0.0}
+        if not any(_key(row) == _key(start) for row in rows.found):
+            state = initial_state(bench.foundation, bench.plan.adapter, seed, bench.plan.parts)
+            rows.add(start | bench.measure(state, wanted.heldout), state)
     runs = itertools.product(wanted.epsilons, wanted.seeds, wanted.arms, wanted.rates)
     for epsilon, seed, arm, rate in runs:
         which = {"seed": seed, "arm": arm, "epsilon": epsilon, "rate": rate}
         if any(_key(row) == _key(which) for row in rows.found):
             continue
-        bench = benches[seed]
-        if seed not in starts:
-            start = initial_state(bench.foundation, bench.plan.adapter, seed, bench.plan.parts)
-            starts[seed] = bench.losses(start, most_patients=wanted.heldout)[""]
         same = [r for r in rows.found if (r["seed"], r["arm"], r["rate"]) == (seed, arm, rate)]
         if arm == NOT_PRIVATE and same:  # it knows no epsilon
             rows.add({**same[0], "epsilon": epsilon}, rows.state(same[0]))
             continue
-        state = bench.train(ARMS[arm], epsilon, rate)
-        rows.add(which | {"start": starts[seed]} | bench.measure(state, wanted.heldout), state)
+        state = benches[seed].train(ARMS[arm], epsilon, rate)
+        rows.add(which | benches[seed].measure(state, wanted.heldout), state)
 
 
 def draw_best(epsilons: Sequence[float], benches: Mapping[int, Bench], rows: Rows) -> None:
-    """Distances of images, for every arm at its best rate."""
-    for epsilon, arm in itertools.product(epsilons, ARMS):
+    """Distances of images, for the foundation and for every arm at its best rate."""
+    for epsilon, arm in [(0.0, START), *itertools.product(epsilons, ARMS)]:
         of_arm = [r for r in rows.found if (r["arm"], r["epsilon"]) == (arm, epsilon)]
         for seed, row in _best(of_arm).items():
             if not set(IMAGES) <= row.keys():
