@@ -110,7 +110,8 @@ class Policy(BaseModel):
     """Smallest sum that this site adds to."""
     max_epsilon_alone: Annotated[float, Field(gt=0)] | None = None
     """Lifetime epsilon, at ``max_delta``, if every other hospital and the coordinator work together
-    against this one, so that only its own shares of noise protect it."""
+    against this one, so that only the noise that it added itself protects it: shares of sums, and
+    all of it where ``trust`` is "site"."""
     min_own_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
     """Smallest share of noise that this site adds, whatever its part would be."""
     peers: dict[

@@ -14,7 +14,7 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Asked, PolicyError, Rule, trust_is_allowed
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import existing_ledger
-from crafts_client.sums import alone_limit, check_roster, unpinned
+from crafts_client.sums import check_roster, least_share, unpinned
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy import accounting, signing
@@ -81,7 +81,7 @@ def _epsilon_alone(home: SiteHome, plan: Plan, roster: Roster) -> float | None:
         return None
     mechanism = mechanism_of(plan, declared_patients=home.config.declared_patients)
     alone = accounting.PrivacyEvent(
-        noise_multiplier=alone_limit(plan, home.policy, mechanism, roster).own_noise_multiplier,
+        noise_multiplier=least_share(plan, home.policy, mechanism, roster),
         sample_rate=mechanism.sample_rate,
         steps=plan.charged_steps,
     )

@@ -46,7 +46,7 @@ from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import open_ledger, take_place
 from crafts_client.speed import Speed
-from crafts_client.sums import SiteSums, alone_limit, check_answers, check_roster
+from crafts_client.sums import SiteSums, alone_limit, check_answers, check_roster, least_share
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_client.witness_folders import show_to_folders
 from crafts_core.exchange import (
@@ -365,11 +365,11 @@ class Site:
         limit = limit_of(plan, lifetime)
         if limit.max_epsilon == math.inf:  # without noise; the policy has allowed it by name
             lifetime = replace(lifetime, max_epsilon=math.inf)
-        alone = unused = None
+        share = unused = None
         if plan.aggregation.secure_aggregation:
             roster = self._roster(plan)
             if plan.privacy.trust == "distributed":
-                alone = alone_limit(plan, self._home.policy, task.mechanism, roster)
+                share = least_share(plan, self._home.policy, task.mechanism, roster)
             # First: from here on no announcement finds the sum whose charge is carried or closed.
             given_up = self._sums.give_up(request)
             if given_up.spent is not None:
@@ -386,7 +386,7 @@ class Site:
             lifetime=lifetime,
             plan_limit=limit,
             attempt=request.attempt,
-            alone=alone,
+            alone=alone_limit(self._home.policy, share),
             unused=unused,
         )
 

@@ -284,15 +284,21 @@ def share_of(plan: Plan, policy: Policy, noise_multiplier: float, *, num_members
     )
 
 
-def alone_limit(plan: Plan, policy: Policy, mechanism: Mechanism, roster: Roster) -> AloneLimit:
-    """What a step may cost if all others work together: with all of the roster as members."""
-    assert policy.max_epsilon_alone is not None  # allowed_trust needs it
-    return AloneLimit(
-        own_noise_multiplier=share_of(
-            plan, policy, mechanism.noise_multiplier, num_members=len(roster.sites)
-        ),
-        max_epsilon=policy.max_epsilon_alone,
-    )
+def least_share(plan: Plan, policy: Policy, mechanism: Mechanism, roster: Roster) -> float:
+    """The smallest that a sum may ask for: with all of the roster as members."""
+    return share_of(plan, policy, mechanism.noise_multiplier, num_members=len(roster.sites))
+
+
+def alone_limit(policy: Policy, share: float | None) -> AloneLimit | None:
+    """What may be spent if all others work together; None where the policy names no limit.
+
+    It counts every step, so every step is held to it, also one with all of its noise from here
+    (``share`` None).
+    """
+    if policy.max_epsilon_alone is None:
+        assert share is None  # allowed_trust needs the limit
+        return None
+    return AloneLimit(own_noise_multiplier=share, max_epsilon=policy.max_epsilon_alone)
 
 
 def check_roster(

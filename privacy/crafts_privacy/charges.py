@@ -248,8 +248,13 @@ def events_alone(
             if share is None
             else share.own_noise_multiplier
         )
-        events.append(entry.event if own is None else replace(entry.event, noise_multiplier=own))
+        events.append(_with_own_noise(entry.event, own))
     return tuple(events)
+
+
+def _with_own_noise(event: PrivacyEvent, own: float | None) -> PrivacyEvent:
+    """With a share of the noise, or as it is where there is none: all noise is added here."""
+    return event if own is None else replace(event, noise_multiplier=own)
 
 
 def check_alone(
@@ -273,7 +278,7 @@ def check_alone(
     Raises:
         AloneBudgetExceededError: with ``wanted`` it would be passed.
     """
-    own = replace(wanted.event, noise_multiplier=alone.own_noise_multiplier)
+    own = _with_own_noise(wanted.event, alone.own_noise_multiplier)
     before = events_alone(entries, wanted.cohort, without=held)
     epsilon = accounting.epsilon([*before, own], lifetime.delta)
     if not epsilon <= alone.max_epsilon:  # NaN must refuse too

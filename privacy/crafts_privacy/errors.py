@@ -50,7 +50,7 @@ class AloneBudgetExceededError(BudgetExceededError):
             self,
             f"cohort {cohort}: if everybody else worked together against this hospital, epsilon "
             f"would reach {epsilon:.3f}, above max_epsilon_alone {max_epsilon:g} of policy.toml; "
-            "raise that, or set min_own_noise_multiplier",
+            "raise that, or set min_own_noise_multiplier where noise is shared",
         )
 
 

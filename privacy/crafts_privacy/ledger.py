@@ -139,8 +139,9 @@ class Ledger:
                 cohort was charged; nothing is recorded.
             PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
                 this, passes the plan's limit; nothing is recorded.
-            AloneBudgetExceededError: the same with the shares of noise that the site itself added,
-                this smallest one among them, also where it costs nothing more; nothing is recorded.
+            AloneBudgetExceededError: the same with the noise that the site itself added, this event
+                with its smallest share or all of it among them, also where it costs nothing more;
+                nothing is recorded.
             FiltersChangedError: the cohort began under other filters; nothing is recorded.
             LedgerPlaceError: this is a copy of the ledger.
         """

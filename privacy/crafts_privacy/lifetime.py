@@ -60,8 +60,9 @@ class PlanLimit:
 class AloneLimit:
     """What a cohort may be charged if every other site and the coordinator work together."""
 
-    own_noise_multiplier: float
-    """The smallest share of noise that the site may add to the sum that it asks a charge for."""
+    own_noise_multiplier: float | None
+    """The smallest share of noise that the site may add to the sum that it asks a charge for; None
+    where it adds all of the noise itself."""
     max_epsilon: float
     """Of everything that the cohort was charged, each with the share that was added."""
 

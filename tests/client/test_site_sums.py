@@ -19,8 +19,9 @@ from crafts_client.site import Site
 from crafts_client.trainer import Randomness, Trainer, entropy_generator
 from crafts_core.array_bytes import PACKED, unpacked_vector
 from crafts_core.exchange import MaskedReply, ReadyReply
+from crafts_core.plan import Plan
 from crafts_core.state import State
-from crafts_privacy import signing
+from crafts_privacy import accounting, signing
 from crafts_privacy.errors import AloneBudgetExceededError
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import Ledger, Share
@@ -31,7 +32,7 @@ from crafts_privacy.secure_aggregation.members import MembersError, announce, me
 from support.clocks import ManualClock
 from support.noise import FixedSampler, RecordedSums
 from support.sites import Coordinator, flower_message
-from support.sum_study import SumStudy, summing_home
+from support.sum_study import SumStudy, summing_home, values_of_updates
 from support.sums import SumSite
 
 
@@ -466,6 +467,30 @@ def test_the_limit_alone_refuses_before_anything_is_drawn(home, site, study, mon
     with pytest.raises(AloneBudgetExceededError):
         study.ready(site)
     assert kinds(home) == []
+
+
+@pytest.mark.parametrize("trust", ["plain", "in sums"])
+def test_the_limit_alone_holds_for_updates_with_all_their_noise(
+    home, foundation, site, study, coordinator, monkeypatch, trust: str
+) -> None:
+    """They count in it, so a plan of them cannot take what the limit left."""
+    study.add(site)
+    ledger = Ledger(home.ledger_path)
+    spent = accounting.epsilon(ledger.events_alone("main"), home.policy.max_delta)
+    set_policy(home, max_epsilon_alone=1.0001 * spent)
+    plan = coordinator.plan()
+    if trust == "in sums":
+        plan = Plan.parse(values_of_updates(foundation.manifest.hash))
+        SumStudy(coordinator, foundation, home, plan)
+    message = coordinator.message(plan, coordinator.start(plan))
+    with monkeypatch.context() as patch:
+        patch.setattr(PatientTiles, "batch", lambda *_, **__: pytest.fail("drawn"))
+        with pytest.raises(AloneBudgetExceededError, match="max_epsilon_alone"):
+            site.answer(message)
+    assert kinds(home) == ["reserved", "committed"]
+    set_policy(home, max_epsilon_alone=60.0)
+    site.answer(message)
+    assert ledger.entries()[-1].share is None
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,21 @@ def test_a_charge_that_is_carried_counts_with_the_share_that_it_may_now_pay_for(
     assert [event.noise_multiplier for event in ledger.events_alone("main")] == [1.1 * OWN]
 
 
+def test_the_limit_alone_holds_for_steps_with_all_their_noise(ledger: Ledger) -> None:
+    """They are in what it bounds. No share is written down, so none may be committed."""
+    most = accounting.epsilon([replace(EVENT, noise_multiplier=OWN), EVENT], 1e-3)
+    reserve(ledger, 1, alone=AloneLimit(own_noise_multiplier=OWN, max_epsilon=most))
+    whole = AloneLimit(own_noise_multiplier=None, max_epsilon=most)
+    held = reserve(ledger, 2, alone=whole)
+    with pytest.raises(AloneBudgetExceededError):
+        reserve(ledger, 3, alone=whole)
+    assert reserve(ledger, 2, alone=whole) == held
+    assert held.own_noise_multiplier is None
+    with pytest.raises(LedgerError, match="all of the noise"):
+        ledger.commit(held, RELEASE, SHARE)
+    assert kinds(ledger) == ["reserved", "reserved"]
+
+
 def test_a_limit_alone_that_was_lowered_holds_for_a_charge_that_is_open(ledger: Ledger) -> None:
     held = reserve(ledger)
     with pytest.raises(AloneBudgetExceededError):
