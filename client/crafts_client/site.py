@@ -371,24 +371,30 @@ class Site:
             if plan.privacy.trust == "distributed":
                 share = least_share(plan, self._home.policy, task.mechanism, roster)
             # First: from here on no announcement finds the sum whose charge is carried or closed.
-            given_up = self._sums.give_up(request)
+            given_up = self._sums.give_up(request, task.charged)
             if given_up.spent is not None:
                 self._close_round(given_up.spent)
             unused = given_up.unused
-        return self._ledger.reserve(
-            cohort=self._home.config.cohort,
-            plan_hash=request.plan_hash,
-            run_id=request.run_id,
-            round=request.round,
-            stage=task.stage.name,
-            event=task.charged,
-            request_hash=request.hash,
-            lifetime=lifetime,
-            plan_limit=limit,
-            attempt=request.attempt,
-            alone=alone_limit(self._home.policy, share),
-            unused=unused,
-        )
+        try:
+            return self._ledger.reserve(
+                cohort=self._home.config.cohort,
+                plan_hash=request.plan_hash,
+                run_id=request.run_id,
+                round=request.round,
+                stage=task.stage.name,
+                event=task.charged,
+                request_hash=request.hash,
+                lifetime=lifetime,
+                plan_limit=limit,
+                attempt=request.attempt,
+                alone=alone_limit(self._home.policy, share),
+                unused=unused,
+            )
+        finally:
+            # Not carried: too often already, or what is asked for was refused, or is open itself.
+            # Left open, two could be asked for by turns, each time trained and not counted.
+            if unused is not None and unused in self._ledger.open_reservations():
+                self._close_round(unused)
 
     def _commit_sealed(self, sealed: Release) -> None:
         """Make sure that the ledger knows exactly this release before it is sent (again).

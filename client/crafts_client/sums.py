@@ -34,6 +34,7 @@ from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundReq
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy import signing
+from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import AloneLimit, Reservation, Share
 from crafts_privacy.mechanism import Mechanism
@@ -73,7 +74,7 @@ class GivenUp:
     spent: Reservation | None = None
     """To be closed, or the same request would be trained again under it: its word was late, or not
     held back, which told roughly how many patients were drawn; or the same is asked for again, once
-    the sum has grown old."""
+    the sum has grown old; or it was for another run, or for another number of steps."""
 
 
 class SiteSums:
@@ -157,8 +158,8 @@ class SiteSums:
         """The last word left at a time that no patient decided."""
         self._is_in_time = True
 
-    def give_up(self, request: RoundRequest) -> GivenUp:
-        """Forget the sum, as ``request`` asks for another; what becomes of its charge.
+    def give_up(self, request: RoundRequest, event: PrivacyEvent) -> GivenUp:
+        """Forget the sum, as ``request`` asks for another of ``event``; what becomes of its charge.
 
         Only of a sum that was whole is anything known here: of a round that failed, or of a process
         that died in one, nobody knows what its end has told, and its charge stays where it is.
@@ -170,8 +171,10 @@ class SiteSums:
             return GivenUp()
         if not self._is_in_time or charge.request_hash == request.hash:
             return GivenUp(spent=charge)
-        is_same_run = (charge.plan_hash, charge.run_id) == (request.plan_hash, request.run_id)
-        return GivenUp(unused=charge if is_same_run else None)
+        wanted = (request.plan_hash, request.run_id, event)
+        if (charge.plan_hash, charge.run_id, charge.event) != wanted:
+            return GivenUp(spent=charge)
+        return GivenUp(unused=charge)
 
     def release(
         self,

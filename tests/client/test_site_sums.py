@@ -249,6 +249,73 @@ def test_words_that_told_are_not_asked_for_again_by_turns(home, site, study) -> 
     assert len(Ledger(home.ledger_path).events("main")) == 2
 
 
+def test_a_late_word_after_one_in_time_is_paid_for(patient, clock, monkeypatch) -> None:
+    """What was known of the first says nothing of the second."""
+    home, site, study = patient
+    study.ready(site, 1)
+    whole = Trainer.hold
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "hold", lambda *a: (whole(*a), clock.work(61.0))[0])
+        study.ready(site, 2)
+    assert clock.now_s == 180.0
+    study.ready(site, 3)
+    assert kinds(home) == ["reserved", "carried", "committed", "reserved"]
+
+
+def is_closed(site: Site, study: SumStudy, number: int, attempt: int = 1) -> bool:
+    """Asked for again, it is not trained."""
+    try:
+        study.ready(site, number, attempt)
+    except PolicyError as error:
+        return error.rule is Rule.REPLAY
+    return False
+
+
+def test_a_charge_that_was_carried_enough_is_closed(patient, monkeypatch) -> None:
+    """Left open, it and the next could be asked for by turns, each training under its charge."""
+    home, site, study = patient
+    monkeypatch.setattr("crafts_privacy.ledger.MAX_CARRIED", 1)
+    for attempt in (1, 2, 3):
+        study.ready(site, 1, attempt)
+    assert kinds(home) == ["reserved", "carried", "reserved", "committed"]
+    assert is_closed(site, study, 1, 2)
+
+
+def test_a_charge_that_what_is_asked_for_does_not_need_is_closed(
+    patient, foundation, clock
+) -> None:
+    """A crash left one open; the other is given up for it."""
+    home, site, study = patient
+    study.ready(site, 1, 2)
+    again = Site(home, foundation, clock=clock.clock)
+    study.ready(again, 1)
+    study.ready(again, 1, 2)
+    assert kinds(home) == ["reserved", "reserved", "committed"]
+    assert is_closed(again, study, 1)
+
+
+def test_a_charge_is_closed_where_what_is_asked_for_is_refused(patient) -> None:
+    """Refused and asked again by turns, it would be trained for each time."""
+    home, site, study = patient
+    study.ready(site, 1)
+    set_policy(home, max_epsilon_alone=0.05)
+    with pytest.raises(AloneBudgetExceededError):
+        study.ready(site, 2)
+    set_policy(home, max_epsilon_alone=60.0)
+    assert is_closed(site, study, 1)
+    assert kinds(home) == ["reserved", "committed"]
+
+
+def test_a_charge_of_another_run_is_closed(patient) -> None:
+    home, site, study = patient
+    study.ready(site, 1)
+    other = study.request().model_copy(update={"run_id": "another"})
+    home.approvals.approve(study.plan, runs_so_far=1)
+    site.answer(study.ask(other))
+    assert kinds(home) == ["reserved", "committed", "reserved"]
+    assert is_closed(site, study, 1)
+
+
 def test_a_sum_that_grew_old_is_gone_and_its_charge_is_not(patient, monkeypatch) -> None:
     """Overwritten once no announcement can come any more; what it cost may still be carried."""
     home, site, study = patient

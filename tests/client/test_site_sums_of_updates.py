@@ -198,6 +198,22 @@ def test_a_site_that_was_left_out_pays_once(
     assert kinds(home) == ["reserved", *["carried"] * 3, "committed"]
 
 
+def test_a_stage_with_other_steps_is_charged_anew(
+    tmp_path: Path, foundation, coordinator: Coordinator
+) -> None:
+    """A charge is for an event: it is closed at the stage's boundary, and nobody is refused."""
+    home = updating_home(tmp_path / "patient", foundation, coordinator, answer_every_s=60.0)
+    values = values_of_updates(foundation.manifest.hash, rounds=1)
+    (first,) = values["stage"]  # type: ignore[misc]
+    values["stage"] = [first, first | {"local_steps": 1}]
+    study = SumStudy(coordinator, foundation, home, Plan.parse(values))
+    site = Site(home, foundation, clock=ManualClock().clock)
+    study.ready(site, 1)
+    study.ready(site, 2)
+    assert [event.steps for event in Ledger(home.ledger_path).events("main")] == [2, 1]
+    assert kinds(home) == ["reserved", "committed", "reserved"]
+
+
 def test_the_roster_is_asked_before_anything_is_charged(home, site, study) -> None:
     home.roster_approvals.take_back(study.plan.hash)
     with pytest.raises(PolicyError) as refused:
