@@ -63,6 +63,8 @@ class _Held:
     ready: ReadyReply
     key: MaskKey
     result: HeldSum | HeldUpdate
+    timer: threading.Timer
+    """Overwrites the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,8 @@ class SiteSums:
             noise_multiplier=mechanism.noise_multiplier,
             key=key.public_key,
         )
+        timer = threading.Timer(min(keep_s, MAX_HELD_S), self._grow_old, [ready])
+        timer.daemon = True
         held = _Held(
             request=request,
             mechanism=mechanism,
@@ -126,13 +130,12 @@ class SiteSums:
             ready=ready,
             key=key,
             result=result,
+            timer=timer,
         )
-        self._open, self._is_in_time = reservation, False
         with self._lock:
+            timer.start()  # first: where no thread can begin, nothing is held
             self._held = held
-        timer = threading.Timer(min(keep_s, MAX_HELD_S), self._grow_old, [ready])
-        timer.daemon = True
-        timer.start()
+        self._open, self._is_in_time = reservation, False
         return ready
 
     def _take(self, ready: ReadyReply | None = None) -> _Held | None:
@@ -142,6 +145,7 @@ class SiteSums:
             if held is None or (ready is not None and held.ready != ready):
                 return None
             self._held = None
+            held.timer.cancel()  # or its thread would wait for as long as the sum could have
             return held
 
     def _grow_old(self, ready: ReadyReply) -> None:

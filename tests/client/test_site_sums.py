@@ -350,6 +350,52 @@ def test_a_sum_that_grew_old_is_gone_and_its_charge_is_not(patient, monkeypatch)
     assert kinds(home)[3:] == ["reserved", "committed", "reserved"]
 
 
+def timers_of(monkeypatch) -> list[threading.Timer]:
+    """Real ones, noted as they start."""
+    started: list[threading.Timer] = []
+    start = threading.Timer.start
+    monkeypatch.setattr(threading.Timer, "start", lambda self: (started.append(self), start(self)))
+    return started
+
+
+def test_a_sum_that_left_or_was_given_up_has_no_thread_any_more(site, study, monkeypatch) -> None:
+    """A coordinator that asks and asks would fill the site with threads that sleep for days."""
+    timers = timers_of(monkeypatch)
+    study.ready(site, 1)
+    study.add(site, 2)
+    study.ready(site, 3)
+    given_up, left, waits = timers
+    for timer in (given_up, left):
+        timer.join(30.0)
+        assert not timer.is_alive()
+    assert waits.is_alive()
+    assert waits.daemon, "no process waits for it"
+
+
+def test_a_sum_that_cannot_grow_old_is_not_held(home, site, study, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Timer, "start", failing(RuntimeError("can't start new thread")))
+        with pytest.raises(TrainingError, match="charged and closed"):
+            study.ready(site)
+    with pytest.raises(PolicyError, match="replay"):
+        study.ready(site)
+    assert kinds(home) == ["reserved", "committed"]
+
+
+def test_a_sum_is_held_no_longer_than_a_week_whatever_a_plan_waits(
+    home, site, study, monkeypatch
+) -> None:
+    """A week, as short as a test can wait for."""
+    monkeypatch.setattr("crafts_client.sums.MAX_HELD_S", 0.01)
+    timers = timers_of(monkeypatch)
+    request, ready = study.request(), study.ready(site)
+    (timer,) = timers
+    timer.join(30.0)
+    assert not timer.is_alive()
+    with pytest.raises(NotReadyError):
+        site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+
+
 def test_a_sum_is_gone_before_its_charge_is_carried(patient, monkeypatch) -> None:
     """Killed in between, or asked meanwhile: the charge never pays for two."""
     home, site, study = patient
