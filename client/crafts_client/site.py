@@ -204,6 +204,8 @@ class Site:
             check_answers(sealed, announcement)
             self._commit_sealed(sealed)
             return sealed
+        if (spent := self._sums.forget_withdrawn(self._register.withdrawn)) is not None:
+            self._close_round(spent)
         roster = self._roster(plan)
         release, reservation = self._sums.release(
             request, announcement, plan=plan, policy=self._home.policy, roster=roster
@@ -293,6 +295,7 @@ class Site:
             identity=site_key(self._home, self._ledger),
             site=self._home.config.name,
             declared_patients=self._home.config.declared_patients,
+            withdrawn=task.withdrawn,
             keep_s=plan.aggregation.deadline_s + plan.aggregation.masked_deadline_s,
         )
 

@@ -15,6 +15,7 @@ from crafts_client.home import POLICY_NAME, SiteHome, to_toml
 from crafts_client.outbox import Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
+from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness, Trainer, entropy_generator
 from crafts_core.array_bytes import PACKED, unpacked_vector
@@ -29,10 +30,11 @@ from crafts_privacy.noise import GridNoise
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.sampling import PoissonSampler
 from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
+from crafts_privacy.secure_aggregation.updates import HeldUpdate
 from support.clocks import ManualClock
 from support.noise import FixedSampler, RecordedSums
 from support.sites import Coordinator, flower_message
-from support.sum_study import SumStudy, summing_home, values_of_updates
+from support.sum_study import SumStudy, distributed_values, summing_home, values_of_updates
 from support.sums import SumSite
 
 
@@ -171,6 +173,29 @@ def test_a_lying_announcement_gets_nothing_and_spoils_nothing(home, site, study,
     }
     with pytest.raises(MembersError):
         site.add_to_sum(study.tell(request, announce(lies[what])))
+    assert kinds(home) == ["reserved"]
+    site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert kinds(home) == ["reserved", "committed"]
+
+
+def test_two_honest_members_besides_the_colluding_whatever_a_policy_asks_for(
+    home, foundation, coordinator, monkeypatch
+) -> None:
+    """Against two others four are needed, where the policy asks for three."""
+    values = distributed_values(foundation.manifest.hash)
+    values["privacy"] |= {"colluding_sites": 2}  # type: ignore[operator]
+    values["aggregation"] |= {"min_sites": 4}  # type: ignore[operator]
+    study = SumStudy(coordinator, foundation, home, Plan.parse(values))
+    names = dict(zip(("east", "south", "west"), (2, 3, 4), strict=True))
+    monkeypatch.setattr(
+        study, "peers", lambda asked: {n: study.peer(n, k, asked) for n, k in names.items()}
+    )
+    home.roster_approvals.approve(study.roster())
+    site = Site(home, foundation)
+    request, ready = study.request(), study.ready(site)
+    east, south, _ = (peer.ready for peer in study.peers(request.hash).values())
+    with pytest.raises(MembersError):
+        site.add_to_sum(study.tell(request, announce([ready, east, south])))
     assert kinds(home) == ["reserved"]
     site.add_to_sum(study.tell(request, study.announcement(request, ready)))
     assert kinds(home) == ["reserved", "committed"]
@@ -580,6 +605,33 @@ def test_the_limit_alone_refuses_before_anything_is_drawn(home, site, study, mon
     with pytest.raises(AloneBudgetExceededError):
         study.ready(site)
     assert kinds(home) == []
+
+
+@pytest.mark.parametrize("trust", ["distributed", "site"])
+def test_a_sum_in_which_a_patient_is_who_withdrew_never_leaves(
+    home, foundation, site, study, coordinator, monkeypatch, trust: str
+) -> None:
+    """Between *ready* and *masked*. It is overwritten, closed, and not trained for again."""
+    if trust == "site":
+        plan = Plan.parse(values_of_updates(foundation.manifest.hash))
+        study = SumStudy(coordinator, foundation, home, plan)
+    sums: list[HeldSum | HeldUpdate] = []
+    held_by = HeldSum if trust == "distributed" else HeldUpdate
+    forget = held_by.forget
+    monkeypatch.setattr(held_by, "forget", lambda self: (sums.append(self), forget(self)))
+    request, ready = study.request(), study.ready(site)
+    announced = study.tell(request, study.announcement(request, ready))
+    register = PatientRegister(home.register_path)
+    register.withdraw(sorted(register.cohorts())[0])
+    with pytest.raises(NotReadyError):
+        site.add_to_sum(announced)
+    assert len(sums) == 1
+    assert kinds(home) == ["reserved", "committed"]
+    assert not list(home.outbox_path.glob("*.safetensors"))
+    with pytest.raises(PolicyError, match="replay"):
+        study.ready(site)
+    study.add(site, attempt=2)
+    assert kinds(home) == ["reserved", "committed"] * 2
 
 
 @pytest.mark.parametrize("trust", ["plain", "in sums"])
