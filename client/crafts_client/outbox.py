@@ -125,6 +125,18 @@ class Outbox:
         if release.hash not in self.records():
             self._remember(release)
 
+    def remember_all(self) -> None:
+        """Make sure of a record of every sealed file: a crash or a full disk may have come before.
+
+        Raises:
+            OutboxError: a sealed file is not what was sealed.
+        """
+        known = self._recorded_payments()
+        for path in self._folder.glob("*.safetensors"):
+            seal = _read_seal(path)
+            if Payment(seal.reservation, seal.entry_hash) not in known:
+                self._remember(_read_release(path, seal))
+
     def _remember(self, release: Release) -> None:
         record = ReleaseRecord(
             **release.payment._asdict(),
@@ -143,12 +155,15 @@ class Outbox:
         Raises:
             OutboxError: a sealed file is not what was sealed.
         """
-        known = {Payment(each.reservation, each.entry_hash) for each in self.records().values()}
+        known = self._recorded_payments()
         for path in self._folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):  # dropped meanwhile
                 seal = _read_seal(path)
                 known.add(Payment(seal.reservation, seal.entry_hash))
         return known
+
+    def _recorded_payments(self) -> set[Payment]:
+        return {Payment(each.reservation, each.entry_hash) for each in self.records().values()}
 
     def records(self) -> dict[str, ReleaseRecord]:
         """Everything ever sealed here, by hash; whether it left is in the ledger."""
@@ -169,28 +184,13 @@ class Outbox:
         Raises:
             OutboxError: there is a file, and it is not what was sealed for this request.
         """
-        from safetensors.torch import load
-
         path = self._path(request)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        if not path.exists():
             return None
         seal = _read_seal(path)
-        try:
-            delta = load(data)
-        except SafetensorError as error:
-            raise OutboxError(f"{path} is not a sealed release; it was altered") from error
         if seal.request != request:
             raise OutboxError(f"{path} answers another request; it was moved or altered")
-        return Release(
-            payment=Payment(seal.reservation, seal.entry_hash),
-            reply=seal.reply,
-            delta=delta,
-            hash=hashlib.sha256(data).hexdigest(),
-            noise=seal.noise,
-            share=seal.share,
-        )
+        return _read_release(path, seal)
 
     def drop_before(self, run_id: str, round: int) -> None:
         """Forget releases of earlier rounds: the coordinator has moved on."""
@@ -212,3 +212,22 @@ def _read_seal(path: Path) -> _Seal:
         return _Seal.model_validate_json(header["__metadata__"][_SEAL])
     except (ValueError, KeyError, TypeError, ValidationError, OverflowError) as error:
         raise OutboxError(f"{path} is not a sealed release; it was altered") from error
+
+
+def _read_release(path: Path, seal: _Seal) -> Release:
+    """All of a sealed file."""
+    from safetensors.torch import load
+
+    data = path.read_bytes()
+    try:
+        delta = load(data)
+    except SafetensorError as error:
+        raise OutboxError(f"{path} is not a sealed release; it was altered") from error
+    return Release(
+        payment=Payment(seal.reservation, seal.entry_hash),
+        reply=seal.reply,
+        delta=delta,
+        hash=hashlib.sha256(data).hexdigest(),
+        noise=seal.noise,
+        share=seal.share,
+    )

@@ -187,6 +187,7 @@ class Site:
             self._commit_sealed(sealed)
             if not plan.aggregation.secure_aggregation:
                 return sealed
+        self._settle()
         runs = {entry.run_id for entry in self._entries_of(plan.hash)}
         check_run(request, runs, self._home.approvals.runs_of(plan.hash))
         check_not_replayed(request, *self._ledger.last_released(plan.hash, request.run_id))
@@ -416,7 +417,12 @@ class Site:
         self._ledger.commit(reservation, sealed.hash, sealed.share)
 
     def _settle(self) -> None:
-        """Commit what a crash left sealed, so that the ledger names all that may leave."""
+        """Commit what a crash or a full disk left sealed: the ledger names all that may leave.
+
+        Also before a round is trained, or an attempt that was sealed and never committed could be
+        asked for with another adapter, and two vectors of it would leave.
+        """
+        self._outbox.remember_all()
         waiting = {held.sequence: held for held in self._ledger.open_reservations()}
         for record in reversed(self._outbox.records().values()):  # the newest of each
             reservation = waiting.pop(record.reservation, None)

@@ -508,6 +508,29 @@ def test_what_a_crash_left_sealed_is_committed_with_its_share(
     assert committed.share.members == 3
 
 
+@pytest.mark.parametrize("is_restarted", [True, False])
+def test_what_was_sealed_without_a_record_is_the_attempts_one_vector(
+    home, foundation, site, study, monkeypatch, is_restarted: bool
+) -> None:
+    """Killed, or on a full disk, between a seal and its record; then another adapter is tried."""
+    request, ready = study.request(), study.ready(site)
+    told = study.tell(request, study.announcement(request, ready))
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_remember", failing(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            site.add_to_sum(told)
+    assert kinds(home) == ["reserved"]
+    if is_restarted:
+        site = Site(home, foundation)
+        assert kinds(home) == ["reserved", "committed"]
+    other: State = {name: value + 0.01 for name, value in study.state.items()}
+    with pytest.raises(PolicyError, match="replay"):
+        site.answer(study.ask(study.request(state=other), other))
+    release = site.add_to_sum(told)
+    assert kinds(home) == ["reserved", "committed"]
+    assert list(Outbox(home.outbox_path).records()) == [release.hash]
+
+
 def test_another_study_between_ready_and_masked_takes_nothing_away(
     home, site, study, coordinator
 ) -> None:
