@@ -14,7 +14,7 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Asked, PolicyError, Rule, trust_is_allowed
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import existing_ledger
-from crafts_client.sums import check_roster, least_share, unpinned
+from crafts_client.sums import check_roster, check_weight, least_share, unpinned
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy import accounting, signing
@@ -66,6 +66,7 @@ def shown_roster(home: SiteHome, plan: Plan) -> ShownRoster:
         declared_patients=config.declared_patients,
         identity=own,
     )
+    check_weight(plan, roster, config.name)
     approved = home.roster_approvals.all().get(plan.hash)
     return ShownRoster(
         roster=roster,

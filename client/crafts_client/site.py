@@ -46,7 +46,14 @@ from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import open_ledger, take_place
 from crafts_client.speed import Speed
-from crafts_client.sums import SiteSums, alone_limit, check_answers, check_roster, least_share
+from crafts_client.sums import (
+    SiteSums,
+    alone_limit,
+    check_answers,
+    check_roster,
+    check_weight,
+    least_share,
+)
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_client.witness_folders import show_to_folders
 from crafts_core.exchange import (
@@ -372,6 +379,7 @@ class Site:
         share = unused = None
         if plan.aggregation.secure_aggregation:
             roster = self._roster(plan)
+            check_weight(plan, roster, self._home.config.name)
             if plan.privacy.trust == "distributed":
                 share = least_share(plan, self._home.policy, task.mechanism, roster)
             # First: from here on no announcement finds the sum whose charge is carried or closed.

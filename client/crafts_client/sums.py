@@ -31,13 +31,14 @@ from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import Policy, PolicyError, Rule
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
-from crafts_core.plan import Plan
+from crafts_core.plan import Plan, StageConfig
 from crafts_core.roster import Roster
 from crafts_privacy import signing
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import AloneLimit, Reservation, Share
 from crafts_privacy.mechanism import Mechanism
+from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.masking import MaskKey
 from crafts_privacy.secure_aggregation.members import (
     Members,
@@ -46,7 +47,7 @@ from crafts_privacy.secure_aggregation.members import (
     verify_members,
 )
 from crafts_privacy.secure_aggregation.shares import own_noise_multiplier
-from crafts_privacy.secure_aggregation.updates import HeldUpdate, UpdateGrid
+from crafts_privacy.secure_aggregation.updates import MOST_WEIGHT, HeldUpdate, UpdateGrid
 
 MAX_HELD_S = 7 * 24 * 3600.0
 """A sum without noise is in memory no longer, however long a plan lets a coordinator wait."""
@@ -216,6 +217,14 @@ class SiteSums:
         members = verify_members(
             announcement, roster, held.ready, min_members=fewest_members(plan, policy)
         )
+        grid = None
+        if isinstance(held.result, HeldUpdate):
+            patients = {each.site: each.declared_patients for each in announcement.members}
+            grid = grid_of(
+                *(plan, plan.stage[request.stage_index], patients),
+                site=held.ready.site,
+                noise_multiplier=members.noise_multiplier,
+            )
         pairs = held.key.pair_keys(held.ready.site, members)
         if self._take(held.ready) is None:
             raise NotReadyError("the sum for what is announced has just grown too old")
@@ -230,7 +239,7 @@ class SiteSums:
             )
             vector_D = held.result.release(own, pairs)
         else:
-            grid = _grid_of(plan, request, announcement, members)
+            assert grid is not None
             vector_D = held.result.release(grid, held.ready.site, pairs)
         release = self._outbox.seal(
             request,
@@ -266,16 +275,40 @@ def _own_noise(held: _Held, members: Members, plan: Plan, policy: Policy) -> flo
     return max(share, least)
 
 
-def _grid_of(
-    plan: Plan, request: RoundRequest, announcement: Announcement, members: Members
+def grid_of(
+    plan: Plan,
+    stage: StageConfig,
+    patients: Mapping[str, int],
+    *,
+    site: str,
+    noise_multiplier: float,
 ) -> UpdateGrid:
-    """How much each member's own update counts, from verified words and the plan alone."""
-    return UpdateGrid.of(
-        plan,
-        plan.stage[request.stage_index],
-        {ready.site: ready.declared_patients for ready in announcement.members},
-        noise_multiplier=members.noise_multiplier,
-    )
+    """How much each site's own update counts in their sum, from public numbers and the plan alone.
+
+    Raises:
+        PolicyError: rule ``members``: the sum would be little but this site's own update.
+    """
+    grid = UpdateGrid.of(plan, stage, patients, noise_multiplier=noise_multiplier)
+    if grid.heaviest == site:
+        raise PolicyError(
+            Rule.MEMBERS,
+            f"of a sum over {', '.join(sorted(patients))} this site would be "
+            f"{grid.weights[site]:.2f}, at most {MOST_WEIGHT:g} is hidden by the others; ask for a "
+            'plan with rule = "alignment_regularized" and its max_weight, or "uniform"',
+        )
+    return grid
+
+
+def check_weight(plan: Plan, roster: Roster, site: str) -> None:
+    """Among all of the roster this site is not most of a sum, whatever caps the plan has.
+
+    Raises:
+        PolicyError: rule ``members``.
+    """
+    if plan.privacy.trust == "site":
+        noise = plan_noise_multiplier(plan)
+        for stage in plan.stage:
+            grid_of(plan, stage, roster.patients, site=site, noise_multiplier=noise)
 
 
 def check_answers(sealed: Release, announcement: Announcement) -> None:

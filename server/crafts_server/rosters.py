@@ -58,7 +58,8 @@ class Rosters:
 
         Raises:
             RosterError: a site that takes part has published no key.
-            HomeError: there are too few sites, or their sums do not fit into 32 bits.
+            HomeError: there are too few sites, their sums do not fit into 32 bits, or one site
+                would be most of them.
         """
         with self._registry.session() as session:
             if session.get(RosterRow, plan.hash) is not None:
@@ -99,6 +100,7 @@ def _check_fits(plan: Plan, roster: Roster) -> None:
     if len(roster.sites) < min_sites:
         raise HomeError(f"the plan needs {min_sites} sites, {len(roster.sites)} are enrolled")
     if privacy.trust == "site":  # each sum has the grid that its members need
+        _check_weights(plan, roster)
         return
     assert privacy.sum_grid_bits is not None
     most = MOST_OWN_NOISE * plan_noise_multiplier(plan)
@@ -111,3 +113,19 @@ def _check_fits(plan: Plan, roster: Roster) -> None:
             f"sums over {len(roster.sites)} sites need sum_grid_bits of {largest} or less, the "
             f"plan has {privacy.sum_grid_bits}; set it to {largest}"
         )
+
+
+def _check_weights(plan: Plan, roster: Roster) -> None:
+    """Refuse a plan whose sums would be little but one site's update: that site refuses it."""
+    from crafts_privacy.plan_noise import plan_noise_multiplier
+    from crafts_privacy.secure_aggregation.updates import MOST_WEIGHT, UpdateGrid
+
+    noise = plan_noise_multiplier(plan)
+    for stage in plan.stage:
+        grid = UpdateGrid.of(plan, stage, roster.patients, noise_multiplier=noise)
+        if (site := grid.heaviest) is not None:
+            raise HomeError(
+                f"{site} would be {grid.weights[site]:.2f} of the plan's sums, and adds to none of "
+                f'which it is more than {MOST_WEIGHT:g}; set rule = "alignment_regularized" with '
+                'max_weight 0.6 or less, or "uniform"'
+            )

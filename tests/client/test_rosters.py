@@ -14,10 +14,11 @@ from crafts_client.home import POLICY_NAME, SiteHome, to_toml
 from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Policy, PolicyError
 from crafts_client.rosters import shown_roster
+from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy import accounting, signing
 from support.sites import Coordinator
-from support.sum_study import SumStudy, summing_home
+from support.sum_study import SumStudy, summing_home, values_of_updates
 from support.sums import SumSite
 
 
@@ -139,3 +140,17 @@ def test_the_key_that_signs_for_a_site_is_told(home, study, far_side) -> None:
 def test_a_policy_of_distributed_trust_needs_a_limit_alone(home) -> None:
     with pytest.raises(ValueError, match="max_epsilon_alone"):
         Policy.model_validate(home.policy.model_dump() | {"max_epsilon_alone": None})
+
+
+def test_a_roster_in_which_this_site_is_most_of_a_sum_is_not_shown(
+    home, study, far_side, foundation
+) -> None:
+    """One large hospital and two tiny ones, weighted by patients."""
+    study.plan = Plan.parse(values_of_updates(foundation.manifest.hash))
+    roster = study.roster()
+    far_side(roster)
+    shown_roster(home, study.plan)
+    sizes = roster.patients | {"east": 1, "south": 2}
+    far_side(Roster.of(study.plan.hash, sizes, roster.identities))
+    with pytest.raises(PolicyError, match=r"this site would be 0\.77"):
+        shown_roster(home, study.plan)

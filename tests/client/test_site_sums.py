@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Context, Error, RecordDict
 
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.errors import NotReadyError, TrainingError
+from crafts_client.errors import NotReadyError, TrainingError, WitnessError
 from crafts_client.home import POLICY_NAME, SiteHome, to_toml
 from crafts_client.outbox import Outbox, Release
 from crafts_client.patients import PatientTiles
@@ -18,6 +18,7 @@ from crafts_client.policy import PolicyError, Rule
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness, Trainer, entropy_generator
+from crafts_client.witness_folders import begin_in_folder
 from crafts_core.array_bytes import PACKED, unpacked_vector
 from crafts_core.exchange import MaskedReply, ReadyReply
 from crafts_core.plan import Plan
@@ -31,6 +32,7 @@ from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.sampling import PoissonSampler
 from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
 from crafts_privacy.secure_aggregation.updates import HeldUpdate
+from crafts_privacy.signed_head import SignedHead
 from support.clocks import ManualClock
 from support.noise import FixedSampler, RecordedSums
 from support.sites import Coordinator, flower_message
@@ -529,6 +531,58 @@ def test_what_was_sealed_without_a_record_is_the_attempts_one_vector(
     release = site.add_to_sum(told)
     assert kinds(home) == ["reserved", "committed"]
     assert list(Outbox(home.outbox_path).records()) == [release.hash]
+
+
+@pytest.fixture
+def share(tmp_path: Path, home: SiteHome, site: Site) -> Path:
+    """A folder elsewhere that witnesses the ledger."""
+    folder = tmp_path / "share"
+    folder.mkdir()
+    begin_in_folder(home, Ledger(home.ledger_path), folder)
+    file = home.path / "site.toml"
+    line = f"witness_folders = {json.dumps([str(folder)])}"
+    file.write_text(file.read_text().replace("witness_folders = []", line))
+    return folder
+
+
+def test_a_folder_elsewhere_is_asked_before_a_vector_is_made(
+    home, foundation, study, share: Path
+) -> None:
+    """Of a machine that was put back with its memory, it alone knows of the other vector."""
+    site = Site(SiteHome.open(home.path), foundation)
+    request, ready = study.request(), study.ready(site)
+    told = study.tell(request, study.announcement(request, ready))
+    unplugged = share.rename(share.with_name("unplugged"))
+    with pytest.raises(WitnessError):
+        site.add_to_sum(told)
+    assert kinds(home) == ["reserved"]
+    assert not list(home.outbox_path.glob("*.safetensors"))
+    unplugged.rename(share)
+    site.add_to_sum(told)
+
+
+def test_a_folder_elsewhere_has_the_head_before_a_vector_leaves(
+    home, foundation, study, share: Path, monkeypatch
+) -> None:
+    site = Site(SiteHome.open(home.path), foundation)
+    request, ready = study.request(), study.ready(site)
+    told = study.tell(request, study.announcement(request, ready))
+    masked, unplugged = Site._masked, share.with_name("unplugged")
+
+    def unplugs(*arguments):
+        share.rename(unplugged)
+        return masked(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "_masked", unplugs)
+        with pytest.raises(WitnessError):
+            site.add_to_sum(told)
+    unplugged.rename(share)
+    release = site.add_to_sum(told)
+    (file,) = share.glob("*.json")
+    (committed,) = [e for e in Ledger(home.ledger_path).entries() if e.kind == "committed"]
+    assert committed.release_hash == release.hash
+    assert SignedHead.model_validate_json(file.read_bytes()).head.hash == committed.hash
 
 
 def test_another_study_between_ready_and_masked_takes_nothing_away(

@@ -24,6 +24,7 @@ from support.clocks import ManualClock
 from support.noise import FixedSampler, SeededNoise
 from support.sites import Coordinator
 from support.sum_study import SumStudy, summing_home, values_of_updates
+from support.sums import SumSite
 
 
 def updating_home(path: Path, foundation, coordinator: Coordinator, **changes: object) -> SiteHome:
@@ -219,6 +220,51 @@ def test_the_roster_is_asked_before_anything_is_charged(home, site, study) -> No
     with pytest.raises(PolicyError) as refused:
         study.ready(site)
     assert (refused.value.rule, kinds(home)) == (Rule.ROSTER, [])
+
+
+def uncapped(study: SumStudy, rule: str, sizes: dict[str, int], monkeypatch) -> None:
+    """A coordinator's plan whose caps never bind, over peers of such sizes."""
+    values = values_of_updates(study.plan.study.foundation)
+    caps = {"rule": rule, "max_weight": 1.0, "max_weight_per_share": 100.0}
+    values["aggregation"] |= caps  # type: ignore[operator]
+    study.plan = Plan.parse(values)
+
+    def peers(request_hash: str) -> dict[str, SumSite]:
+        made = {}
+        for number, (name, size) in enumerate(sizes.items(), start=2):
+            made[name] = study.peer(name, number, request_hash)
+            made[name].declared_patients = size
+            made[name].ready = made[name].word(request_hash)
+        return made
+
+    monkeypatch.setattr(study, "peers", peers)
+    study.home.roster_approvals.approve(study.roster())
+
+
+@pytest.mark.parametrize("rule", ["by_patients", "alignment_regularized"])
+def test_a_site_is_not_most_of_a_sum_whatever_the_plan_says(
+    home, site, study, monkeypatch, rule: str
+) -> None:
+    """Said before anything is drawn, of one large and two tiny hospitals."""
+    uncapped(study, rule, {"east": 1, "south": 2}, monkeypatch)
+    with pytest.raises(PolicyError, match=r"at most 0\.6 is hidden") as refused:
+        study.ready(site)
+    assert (refused.value.rule, kinds(home)) == (Rule.MEMBERS, [])
+    uncapped(study, "uniform", {"east": 1, "south": 2}, monkeypatch)
+    study.add(site)
+
+
+def test_a_site_is_not_most_of_a_sum_whoever_is_announced(home, site, study, monkeypatch) -> None:
+    """A coordinator chooses, of those who are ready, whom it announces."""
+    uncapped(study, "by_patients", {"east": 1, "south": 2, "west": 40}, monkeypatch)
+    request, ready = study.request(), study.ready(site)
+    peers = study.peers(request.hash)
+    alone = announce([ready, peers["east"].ready, peers["south"].ready])
+    with pytest.raises(PolicyError, match=r"this site would be 0\.77") as refused:
+        site.add_to_sum(study.tell(request, alone))
+    assert (refused.value.rule, kinds(home)) == (Rule.MEMBERS, ["reserved"])
+    site.add_to_sum(study.tell(request, study.announcement(request, ready)))
+    assert kinds(home) == ["reserved", "committed"]
 
 
 def test_an_update_that_is_too_long_is_charged_and_closed(home, site, study) -> None:

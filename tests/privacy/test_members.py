@@ -74,6 +74,15 @@ def test_every_altered_word_is_found(place: int, changes: dict[str, object]) -> 
         verify(with_member(place, **changes))
 
 
+def test_a_member_that_signs_another_size_is_refused() -> None:
+    """Its own key vouches for its word, not for its size: with more patients others count less."""
+    sites = sum_sites(5)
+    sites[NAMES[3]].declared_patients = 20_000
+    sites[NAMES[3]].ready = sites[NAMES[3]].word()
+    with pytest.raises(MembersError, match="in the roster, not as 20000"):
+        verify(announcement_of(sites, NAMES))
+
+
 def test_members_come_in_order_and_once() -> None:
     good = announcement_of(SITES, NAMES)
     first, second, *rest = good.members

@@ -15,7 +15,7 @@ from crafts_server.errors import EnrolmentError, HomeError
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rosters import Rosters
 from support.studies import small_plan
-from support.summing_sites import summed_plan
+from support.summing_sites import plan_of_updates, summed_plan
 
 SITES = {"aachen": 40, "bern": 60, "coimbra": 80}
 PLAN = summed_plan()
@@ -100,6 +100,20 @@ def test_a_plan_whose_sums_could_wrap_is_refused_with_the_grid_that_fits(
     noise = plan_noise_multiplier(plan) * 4.0 * math.sqrt(3)  # each may have a floor of its own
     assert sum_fits(21, expected_patients=90, total_noise_multiplier=noise)
     assert not sum_fits(22, expected_patients=90, total_noise_multiplier=noise)
+
+
+def test_a_plan_of_updates_in_whose_sums_one_site_is_most_is_not_signed(
+    registry: Registry,
+) -> None:
+    """By patients 0.69 of a sum; with the caps that plans have 0.6, which every site takes."""
+    CohortSizes(registry).agree("dresden", 400)
+    Rosters(registry).publish("dresden", key_of(4))
+    heavy, capped = (plan_of_updates(rule=r) for r in ("by_patients", "alignment_regularized"))
+    for plan in (heavy, capped):
+        remember(registry, plan)
+    with pytest.raises(HomeError, match=r"dresden would be 0\.69 .* max_weight 0\.6"):
+        Rosters(registry).fix(heavy)
+    Rosters(registry).fix(capped)
 
 
 def test_too_few_sites_are_said_when_the_plan_is_signed(registry: Registry) -> None:

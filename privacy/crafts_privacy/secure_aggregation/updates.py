@@ -31,6 +31,12 @@ from crafts_privacy.secure_aggregation.masking import Group, add_masks_
 
 _SUM_BITS = 30
 """The longest sum is at most 2 to this number of grid steps: a sign and a spare bit are left."""
+_ROUNDING = 1e-9
+"""Of weights: a cap of exactly ``MOST_WEIGHT`` is kept."""
+
+MOST_WEIGHT = 0.6
+"""A site adds to no sum in which it counts more, as the sum would be little but its own update.
+Plans cap weights at this unless they say otherwise, and plans are the coordinator's to write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,12 @@ class UpdateGrid:
             declared=dict(zip(sites, declared, strict=True)),
             step=2.0 ** (math.ceil(math.log2(longest)) - _SUM_BITS),
         )
+
+    @property
+    def heaviest(self) -> str | None:
+        """The site that counts more than ``MOST_WEIGHT``, if one does."""
+        site = max(self.weights, key=self.weights.__getitem__)
+        return site if self.weights[site] > MOST_WEIGHT + _ROUNDING else None
 
     @property
     def declared_sum(self) -> DeclaredDelta:
