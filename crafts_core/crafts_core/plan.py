@@ -239,7 +239,7 @@ class AggregationConfig(_Section):
     """How long the members of a sum have to deliver their masked vectors."""
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
     """At a round's sum, before the round is given up."""
-    diagnose_after: Annotated[int, Field(ge=0, le=100)] = 0
+    diagnose_after: Annotated[int, Field(ge=0, le=100)] = 2
     """After so many refused steps in a row sums are taken over halves of the members, until the bad
     site is found; 0 is never."""
 

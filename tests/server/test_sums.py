@@ -205,8 +205,12 @@ def test_a_sum_that_cannot_come_from_the_mechanism_moves_nothing(tmp_path: Path)
         assert [site.site for site in receipt.sites] == ["aachen", "bern", "coimbra"]
 
 
-def test_a_site_that_spoils_every_sum_is_found_by_halves(tmp_path: Path) -> None:
-    plan = summed_plan(rounds=6, diagnose_after=1)
+@pytest.mark.parametrize("keys", [{"diagnose_after": 1}, {}], ids=["after one", "by default"])
+def test_a_site_that_spoils_every_sum_is_found_by_halves(
+    tmp_path: Path, keys: dict[str, int]
+) -> None:
+    """Also where a plan says nothing of it, or every step to its end would be charged and void."""
+    plan = summed_plan(rounds=7, **keys)
     sites = summing_sites(plan, 8, kinds={5: Garbage})
     _, receipts = run(tmp_path / "home", sites)
     halves = [receipt for receipt in receipts if len(receipt.sums) == 2]
