@@ -124,7 +124,7 @@ def test_a_roster_that_is_not_one_to_take_part_in_is_not_shown(home, study, far_
 
 
 def test_a_plan_without_sums_has_no_roster_to_approve(home, coordinator) -> None:
-    with pytest.raises(PolicyError, match="adds all noise at each site"):
+    with pytest.raises(PolicyError, match="needs no roster"):
         shown_roster(home, coordinator.plan())
 
 
