@@ -713,7 +713,7 @@ def test_a_sum_in_which_a_patient_is_who_withdrew_never_leaves(
 
 @pytest.mark.parametrize("trust", ["plain", "in sums"])
 def test_the_limit_alone_holds_for_updates_with_all_their_noise(
-    home, foundation, site, study, coordinator, monkeypatch, trust: str
+    home, foundation, site, study, coordinator, trust: str
 ) -> None:
     """They count in it, so a plan of them cannot take what the limit left."""
     study.add(site)
@@ -725,10 +725,8 @@ def test_the_limit_alone_holds_for_updates_with_all_their_noise(
         plan = Plan.parse(values_of_updates(foundation.manifest.hash))
         SumStudy(coordinator, foundation, home, plan)
     message = coordinator.message(plan, coordinator.start(plan))
-    with monkeypatch.context() as patch:
-        patch.setattr(PatientTiles, "batch", lambda *_, **__: pytest.fail("drawn"))
-        with pytest.raises(AloneBudgetExceededError, match="max_epsilon_alone"):
-            site.answer(message)
+    with pytest.raises(AloneBudgetExceededError, match="max_epsilon_alone"):
+        site.answer(message)
     assert kinds(home) == ["reserved", "committed"]
     set_policy(home, max_epsilon_alone=60.0)
     site.answer(message)
