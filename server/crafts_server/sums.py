@@ -6,10 +6,12 @@ with fresh samples, noise and keys. Who is late to be ready is no member, and co
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from crafts_core.exchange import Announcement, RoundRequest
 from crafts_privacy.secure_aggregation.members import announce
+from crafts_privacy.secure_aggregation.updates import MOST_WEIGHT, UpdateGrid
 from crafts_server.attempts import Attempts, unreliable
 from crafts_server.collection import Replies
 from crafts_server.diagnosis import parts_of, suspicion
@@ -109,13 +111,36 @@ class SumCollection:
                 f"{self._config.min_sites}. {self._who()}. Committed rounds are kept; run again "
                 "when the sites are back"
             )
-        colluding = self._opened.study.plan.privacy.colluding_sites or 0
-        parts = parts_of(
-            phase.ready,
-            self._search.suspects,
-            smallest=max(_FEWEST_MEMBERS, colluding + 2, self._config.min_sites),
-        )
+        parts = self._parts(set(phase.ready))
         return [announce([phase.ready[site] for site in members]) for members in parts]
+
+    def _parts(self, ready: set[str]) -> list[list[str]]:
+        """Whom to announce together; no set that a member would refuse, as a void sum is charged.
+
+        Raises:
+            AggregationError: one site would be most of the sum.
+        """
+        colluding = self._opened.study.plan.privacy.colluding_sites or 0
+        smallest = max(_FEWEST_MEMBERS, colluding + 2, self._config.min_sites)
+        parts = parts_of(ready, self._search.suspects, smallest=smallest)
+        if any(self._heaviest(members) for members in parts):
+            parts = [sorted(ready)]
+        if (site := self._heaviest(ready)) is not None:
+            raise AggregationError(
+                f"round {self._number}: of those who are ready {site} would be more than "
+                f"{MOST_WEIGHT:g} of the sum, which it refuses. {self._who()}. Committed rounds "
+                "are kept; run again when more sites are back"
+            )
+        return parts
+
+    def _heaviest(self, members: Iterable[str]) -> str | None:
+        """Of each member's own update: the one that would be most of their sum."""
+        study = self._opened.study
+        if study.plan.privacy.trust != "site":
+            return None
+        patients = {site: self._roster.patients[site] for site in members}
+        noise, stage = study.noise_multiplier, self._opened.planned.stage
+        return UpdateGrid.of(study.plan, stage, patients, noise_multiplier=noise).heaviest
 
     def _note(self, attempt: int, phase: MaskedPhase, replies: Replies) -> bool:
         """What became of an attempt; on disk, so that the next process knows who to leave out."""

@@ -5,18 +5,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Error, RecordDict
 
 from crafts_core.exchange import RoundRequest
 from crafts_core.state import State
 from crafts_privacy.secure_aggregation.masking import Group
 from crafts_server.checkpoints import Checkpoint
-from crafts_server.errors import VoidSumsError
+from crafts_server.errors import AggregationError, VoidSumsError
 from crafts_server.receipts import RoundReceipt
 from crafts_server.rounds import run_rounds
 from support.fake_grid import FakeGrid
 from support.studies import small_state, small_study
-from support.summing_sites import SummingSite, UpdatingSite, plan_of_updates, summing_sites
+from support.summing_sites import (
+    SummingSite,
+    UpdatingSite,
+    plan_of_updates,
+    roster_of,
+    summing_sites,
+)
 
 PATIENTS = [30, 40, 50]
 
@@ -159,3 +165,33 @@ def test_a_site_that_spoils_every_sum_is_found_by_halves(tmp_path: Path) -> None
         assert receipt.step_scale == 1.0, "the good half counts"
         assert sum(site.weight for site in receipt.sites) == pytest.approx(1.0)
     assert receipts[-1].left_out == ("fulda",)
+
+
+class LateInRound(UpdatingSite):
+    """Not there when round 2 asks who is ready."""
+
+    def ready(self, request: RoundRequest, state: State) -> RecordDict | Error | None:
+        return None if request.round == 2 else super().ready(request, state)
+
+
+def test_a_sum_that_is_little_but_one_update_is_announced_to_nobody(tmp_path: Path) -> None:
+    """Its site would refuse, and all pay for a void sum: of 270 patients 150, then of 230."""
+    sites = updating_sites(4, {1: LateInRound}, rule="by_patients", rounds=2, deadline_s=0.05)
+    sites[13].patients = 150
+    roster = roster_of(sites[13].plan, sites)
+    for site in sites.values():
+        site.roster = roster
+    with pytest.raises(AggregationError, match=r"round 2: .* dresden would be more than 0\.6"):
+        run(tmp_path / "home", sites)
+    assert {number for site in sites.values() for number, _, _ in site.sent} == {1}
+
+
+def test_halves_of_which_one_site_is_most_are_not_announced(tmp_path: Path) -> None:
+    """While a bad site is looked for all stay together; no half is left to itself."""
+    sites = updating_sites(8, {5: Garbage}, rule="by_patients", rounds=3, diagnose_after=1)
+    sites[17].patients = 600
+    roster = roster_of(sites[17].plan, sites)
+    for site in sites.values():
+        site.roster = roster
+    _, receipts = run(tmp_path / "home", sites)
+    assert {len(receipt.sums) for receipt in receipts} == {1}
