@@ -53,6 +53,8 @@ class StudyReport(_Record):
     max_grad_norm: float
     sample_rate: float
     aggregation: str
+    weighed_by: str
+    """What decided how much a hospital counted, in words."""
     adapter_parameters: Annotated[int, Field(ge=1)]
 
 
@@ -124,8 +126,21 @@ def study_report(
         max_grad_norm=plan.privacy.max_grad_norm,
         sample_rate=plan.privacy.sample_rate,
         aggregation=plan.aggregation.rule,
+        weighed_by=weighed_by(plan),
         adapter_parameters=adapter_parameters,
     )
+
+
+def weighed_by(plan: Plan) -> str:
+    """How the plan's sites count. Alignment is measured on single updates, which sums hide."""
+    rule = plan.aggregation.rule
+    if plan.privacy.trust == "distributed" or rule == "by_patients":
+        return "patients"
+    if rule == "uniform":
+        return "equal parts"
+    if plan.aggregation.secure_aggregation:
+        return "declared noise"
+    return "declared noise and alignment"
 
 
 def round_report(receipt: RoundReceipt) -> RoundReport:

@@ -15,6 +15,7 @@ from crafts_core.evaluation.fidelity import Interval
 from crafts_core.evaluation.figures import Arm, Evaluation
 from crafts_core.evaluation.leakage import Attack, Leakage, Memorisation
 from crafts_core.evaluation.table import cell, shown_columns
+from crafts_core.plan import Plan
 from crafts_simulations.report import (
     Report,
     RoundReport,
@@ -22,8 +23,11 @@ from crafts_simulations.report import (
     SiteReport,
     StudyReport,
     headline,
+    study_report,
     write_report,
 )
+from support.studies import small_plan
+from support.summing_sites import plan_of_updates, summed_plan
 
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 
@@ -150,6 +154,7 @@ def _report(**changes: object) -> Report:
         max_grad_norm=0.1,
         sample_rate=0.2,
         aggregation="alignment_regularized",
+        weighed_by="declared noise and alignment",
         repeatable=False,
         adapter_parameters=4000,
     )
@@ -214,6 +219,19 @@ def test_an_unknown_field_is_no_report() -> None:
 def test_every_field_is_documented(model: type) -> None:
     documented = set(re.findall(r"`(\w+)`", DOCS.read_text()))
     assert set(model.model_fields) <= documented
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (small_plan(), "declared noise and alignment"),
+        (small_plan(rule="by_patients"), "patients"),
+        (summed_plan(), "patients"),
+        (plan_of_updates(rule="alignment_regularized"), "declared noise"),
+    ],
+)
+def test_the_report_says_what_weighed_the_hospitals(plan: Plan, words: str) -> None:
+    assert study_report("title", plan, 1).weighed_by == words
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
