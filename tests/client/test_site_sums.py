@@ -11,7 +11,7 @@ from flwr.app import Context, Error, RecordDict
 
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.errors import NotReadyError, TrainingError, WitnessError
-from crafts_client.home import POLICY_NAME, SiteHome, to_toml
+from crafts_client.home import SiteHome
 from crafts_client.outbox import Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
@@ -36,7 +36,14 @@ from crafts_privacy.signed_head import SignedHead
 from support.clocks import ManualClock
 from support.noise import FixedSampler, RecordedSums
 from support.sites import Coordinator, flower_message
-from support.sum_study import SumStudy, distributed_values, summing_home, values_of_updates
+from support.sum_study import (
+    SumStudy,
+    distributed_values,
+    kinds,
+    set_policy,
+    summing_home,
+    values_of_updates,
+)
 from support.sums import SumSite
 
 
@@ -53,16 +60,6 @@ def study(coordinator: Coordinator, foundation, home: SiteHome) -> SumStudy:
 @pytest.fixture
 def site(home: SiteHome, foundation, study: SumStudy) -> Site:
     return Site(home, foundation)
-
-
-def kinds(home: SiteHome) -> list[str]:
-    """Of the ledger's entries about rounds."""
-    return [str(e.kind) for e in Ledger(home.ledger_path).entries() if e.kind != "placed"]
-
-
-def set_policy(home: SiteHome, **changes: object) -> None:
-    policy = home.policy.model_copy(update=changes)
-    (home.path / POLICY_NAME).write_text(to_toml(policy))
 
 
 def failing(error: BaseException) -> Callable[..., None]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from crafts_client.home import POLICY_NAME, SiteHome, to_toml
+from crafts_client.home import SiteHome
 from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.privacy_report import privacy_report, write_privacy_report
@@ -23,7 +23,7 @@ from crafts_privacy.secure_aggregation.updates import UpdateGrid
 from support.clocks import ManualClock
 from support.noise import FixedSampler, SeededNoise
 from support.sites import Coordinator
-from support.sum_study import SumStudy, summing_home, values_of_updates
+from support.sum_study import SumStudy, kinds, set_policy, summing_home, values_of_updates
 from support.sums import SumSite
 
 
@@ -51,15 +51,6 @@ def study(coordinator: Coordinator, foundation, home: SiteHome) -> SumStudy:
 @pytest.fixture
 def site(home: SiteHome, foundation, study: SumStudy) -> Site:
     return Site(home, foundation)
-
-
-def kinds(home: SiteHome) -> list[str]:
-    return [str(e.kind) for e in Ledger(home.ledger_path).entries() if e.kind != "placed"]
-
-
-def set_policy(home: SiteHome, **changes: object) -> None:
-    policy = home.policy.model_copy(update=changes)
-    (home.path / POLICY_NAME).write_text(to_toml(policy))
 
 
 def site_that_draws(home: SiteHome, foundation, noise, sampler) -> Site:

@@ -6,7 +6,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
-from crafts_client.home import SiteHome
+from crafts_client.home import POLICY_NAME, SiteHome, to_toml
 from crafts_client.messages import AnnouncementMessage, RoundMessage, read_announcement
 from crafts_client.outbox import Release
 from crafts_client.site import Site
@@ -18,6 +18,7 @@ from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_core.state import State
 from crafts_privacy import signing
+from crafts_privacy.ledger import Ledger
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import add_masks_, add_up_
@@ -158,3 +159,13 @@ class SumStudy:
             add_masks_(vector, peer.mask_key.pair_keys(name, members))
             add_up_(total, vector)
         return from_group(total)
+
+
+def kinds(home: SiteHome) -> list[str]:
+    """Of the ledger's entries about rounds."""
+    return [str(e.kind) for e in Ledger(home.ledger_path).entries() if e.kind != "placed"]
+
+
+def set_policy(home: SiteHome, **changes: object) -> None:
+    policy = home.policy.model_copy(update=changes)
+    (home.path / POLICY_NAME).write_text(to_toml(policy))
