@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_core import charts
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.evaluation.baselines import ArmName
@@ -26,7 +27,6 @@ from crafts_core.evaluation.table import LABELS, cell, remarks, shown_columns
 from crafts_core.pages import page_environment
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
-from crafts_simulations import charts
 
 _BARS: tuple[ArmName, ...] = (
     "foundation", "recoloured", "recoloured_by_caption", "generator", "reconstruction", "real",
