@@ -24,12 +24,12 @@ from crafts_client.seen_updates import SeenUpdate
 from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
 from crafts_core.evaluation.leakage import (
-    FEWEST_PATIENTS,
     Attack,
     LeakageConfig,
     Vector,
     membership_attack,
 )
+from crafts_core.evaluation.memorisation import FEWEST_PATIENTS
 from crafts_core.foundation import Foundation
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective

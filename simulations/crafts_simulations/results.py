@@ -17,11 +17,11 @@ from crafts_core.evaluation.encoder import Images, load_encoder
 from crafts_core.evaluation.evaluate import Evaluator
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import (
-    FEWEST_PATIENTS,
     Leakage,
     LeakageConfig,
     measure_leakage,
 )
+from crafts_core.evaluation.memorisation import FEWEST_PATIENTS
 from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
 from crafts_core.evaluation.steering import Steering, measure_steering
 from crafts_core.evaluation.table import markdown, remarks

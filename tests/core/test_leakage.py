@@ -14,10 +14,10 @@ from crafts_core.evaluation.leakage import (
     area_under_curve,
     denoising_error,
     measure_leakage,
-    nearer_members,
     proximal_error,
     true_positive_rate,
 )
+from crafts_core.evaluation.memorisation import nearer_members
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator

@@ -6,8 +6,6 @@ held-out colours). The plain distance mixes both. What else is measured is in ``
 what in ``baselines``.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,13 +23,13 @@ from crafts_core.evaluation.fidelity import (
     real_floor,
 )
 from crafts_core.evaluation.figures import Arm, Distances, Evaluation, Fidelity
+from crafts_core.evaluation.memorisation import Progress
 from crafts_core.evaluation.panel import Panel
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 
-Progress = Callable[[str, int, int], None]
 _MATCHED_SPLITS = 20
 """Of the structure floor: each embeds half of the tiles anew."""
 

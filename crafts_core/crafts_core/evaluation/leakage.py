@@ -12,13 +12,13 @@ over a patient's tiles:
 
 A site that kept its updates has a fourth: ``crafts_client.update_attack``.
 
-*Memorisation*: are generated images nearer to tiles that were trained on than to tiles of as many
-other patients? Copies would be; new images of the same tissue are not.
+*Memorisation* (``memorisation``): are generated images nearer to tiles that were trained on than to
+tiles of as many other patients?
 
 Both sides must come from the same hospitals, or an attack finds the scanner. The result is computed
 from patients without noise: it belongs to whoever holds both sides, and stays there.
 
-Letters: N tiles, G patients, T timesteps, C H W latent, M images.
+Letters: N tiles, G patients, T timesteps, C H W latent.
 """
 
 from collections.abc import Callable
@@ -28,39 +28,34 @@ import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
-from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from crafts_core.evaluation.evaluate import Progress
-from crafts_core.evaluation.fidelity import Interval, Reference
-from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
+from crafts_core.evaluation.fidelity import Interval, interval_of
+from crafts_core.evaluation.memorisation import (
+    FEWEST_PATIENTS,
+    Memorisation,
+    MemorisationConfig,
+    Progress,
+    measure_memorisation,
+    sides_of_one_size,
+)
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.generator import Generator
-from crafts_core.sampling import sample_images
 from crafts_core.stages.schedule import NoiseSchedule
 
 Vector = npt.NDArray[np.float64]
 _LOSS_TIMES = np.linspace(0.05, 0.75, 8)
 """Of the schedule: where a denoiser that saw the tile is better than one that did not."""
 _PIA_TIME = 0.2
-FEWEST_PATIENTS = 8
 
 
-class LeakageConfig(BaseModel):
+class LeakageConfig(MemorisationConfig):
     """How much is looked at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     patients: int = Field(default=64, ge=FEWEST_PATIENTS, le=100_000)
     """At most so many on each side."""
     tiles_per_patient: int = Field(default=4, ge=1, le=1000)
-    num_images: int = Field(default=128, ge=16, le=100_000)
-    num_inference_steps: int = Field(default=20, ge=1, le=1000)
-    guidance_scale: float = Field(default=1.5, ge=1, le=20)
-    num_resamples: int = Field(default=1000, ge=100, le=100_000)
     false_positive_rate: float = Field(default=0.05, gt=0, lt=1)
-    batch_size: int = Field(default=64, ge=1, le=4096)
-    seed: int = Field(default=0, ge=0)
 
 
 class _Record(BaseModel):
@@ -78,17 +73,6 @@ class Attack(_Record):
     """Of no difference, one-sided (Mann-Whitney)."""
     true_positive_rate: float
     true_positive_rate_interval: Interval
-
-
-class Memorisation(_Record):
-    """Nearest real tiles of generated images."""
-
-    share_nearer_members: float
-    """Of the images; 0.5 without memorisation."""
-    interval: Interval
-    p_value: float
-    """By exchanging the sides of random patients, one-sided."""
-    encoder: str
 
 
 class Leakage(_Record):
@@ -131,32 +115,26 @@ def measure_leakage(
         ValueError: fewer than 8 patients on a side.
     """
     members, others = members.in_order_of_content(), others.in_order_of_content()
-    count = min(config.patients, *(len(np.unique(side.patients)) for side in (members, others)))
-    if count < FEWEST_PATIENTS:
-        raise ValueError(f"expected at least {FEWEST_PATIENTS} patients on each side, got {count}")
     rng = np.random.default_rng(config.seed)
-    sides = [_choice(side, count, config.tiles_per_patient, rng) for side in (members, others)]
+    sides = sides_of_one_size(
+        members,
+        others,
+        patients=config.patients,
+        tiles_per_patient=config.tiles_per_patient,
+        rng=rng,
+    )
     scores = [_scores(generator, foundation, side, config, progress) for side in sides]
     attacks = tuple(
         membership_attack(name, scores[0][name], scores[1][name], config) for name in scores[0]
     )
     return Leakage(
-        patients=count,
+        patients=len(np.unique(sides[0].patients)),
         tiles_per_patient=config.tiles_per_patient,
         num_images=config.num_images,
         false_positive_rate=config.false_positive_rate,
         attacks=attacks,
-        memorisation=_memorisation(generator, sides[0], sides[1], config, progress),
+        memorisation=measure_memorisation(generator, *sides, config, progress),
     )
-
-
-def _choice(tiles: RealTiles, count: int, each: int, rng: np.random.Generator) -> RealTiles:
-    """Random tiles of random patients, as many of each patient as there are, at most ``each``."""
-    names = rng.permutation(np.unique(tiles.patients))[:count]
-    rows = np.concatenate(
-        [rng.permutation(np.flatnonzero(tiles.patients == name))[:each] for name in names]
-    )
-    return tiles.take(rows)
 
 
 @torch.no_grad()
@@ -238,7 +216,7 @@ def membership_attack(
     rng = np.random.default_rng(config.seed)
 
     def resampled(measure: Callable[[Vector, Vector], float]) -> Interval:
-        return _interval(
+        return interval_of(
             [
                 measure(rng.choice(members_G, len(members_G)), rng.choice(others_G, len(others_G)))
                 for _ in range(config.num_resamples)
@@ -271,91 +249,3 @@ def true_positive_rate(members_G: Vector, others_G: Vector, false_positive_rate:
     allowed = int(false_positive_rate * len(others_G))
     threshold = np.sort(others_G)[::-1][allowed]
     return float((members_G > threshold).mean())
-
-
-def _memorisation(
-    generator: Generator,
-    members: RealTiles,
-    others: RealTiles,
-    config: LeakageConfig,
-    progress: Progress | None,
-) -> Memorisation:
-    """Prompts come from both sides in equal parts, so that neither's tissue is asked for more.
-
-    A copy has the stain and grain of its original, which is what the orthogonal encoder sees.
-    """
-    rng, encoder = np.random.default_rng(config.seed), OrthogonalEncoder()
-    half = config.num_images // 2
-    prompts = [str(c) for side in (members, others) for c in rng.choice(list(side.captions), half)]
-    images = sample_images(
-        generator,
-        prompts,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        progress=None if progress is None else lambda done, all_: progress("copies", done, all_),
-    )
-    features = [encoder.embed(side.images_NHWC) for side in (members, others)]
-    patients = np.concatenate([members.patients, others.patients])
-    scale = Reference.fit(np.concatenate(features), patients).scale
-    share, interval, p_value = nearer_members(
-        scale(encoder.embed(images)),
-        [
-            [scale(own[side.patients == name]) for name in np.unique(side.patients)]
-            for own, side in zip(features, (members, others), strict=True)
-        ],
-        num_resamples=config.num_resamples,
-        rng=rng,
-    )
-    return Memorisation(
-        share_nearer_members=share, interval=interval, p_value=p_value, encoder=encoder.name
-    )
-
-
-def nearer_members(
-    images_MD: Vector,
-    sides: list[list[Vector]],
-    *,
-    num_resamples: int,
-    rng: np.random.Generator,
-) -> tuple[float, Interval, float]:
-    """How often the nearest tile is a member's.
-
-    Args:
-        images_MD: Features of generated images.
-        sides: Features of each member's tiles, then of each other patient's.
-        num_resamples: Bootstrap over patients, and random exchanges of sides.
-        rng: For both.
-
-    Returns:
-        The share, its interval, and the p-value of no difference between the sides.
-    """
-    num_members = len(sides[0])
-    # Distance (M, G) to the nearest tile of each patient.
-    near_MG = np.stack(
-        [cdist(images_MD, tiles).min(axis=1) for side in sides for tiles in side], axis=1
-    )
-    everybody = np.arange(near_MG.shape[1])
-
-    def share(members_G: npt.NDArray[np.int64], others_G: npt.NDArray[np.int64]) -> float:
-        nearest_M = near_MG[:, members_G].min(axis=1) - near_MG[:, others_G].min(axis=1)
-        return float((nearest_M < 0).mean() + (nearest_M == 0).mean() / 2)
-
-    members_G, others_G = everybody[:num_members], everybody[num_members:]
-    found = share(members_G, others_G)
-    repeats = [
-        share(rng.choice(members_G, len(members_G)), rng.choice(others_G, len(others_G)))
-        for _ in range(num_resamples)
-    ]
-    exchanged = []
-    for _ in range(num_resamples):
-        mixed_G = rng.permutation(everybody)
-        exchanged.append(share(mixed_G[:num_members], mixed_G[num_members:]))
-    as_large = 1 + sum(value >= found for value in exchanged)
-    return found, _interval(repeats), as_large / (1 + num_resamples)
-
-
-def _interval(values: list[float]) -> Interval:
-    low, high = np.quantile(values, [0.05, 0.95])
-    return Interval(float(low), float(high))
