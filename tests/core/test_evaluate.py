@@ -8,12 +8,13 @@ import torch
 
 from crafts_core.evaluation.baselines import recolour, recolour_by_caption, reconstruct
 from crafts_core.evaluation.colour import ColourMoments, in_colours_of
+from crafts_core.evaluation.discrepancy import Discrepancy
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
-from crafts_core.evaluation.fidelity import Discrepancy, halves
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.neighbours import Coverage, measure_coverage
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.resampling import halves
 from crafts_core.evaluation.table import markdown, remarks
 from crafts_core.foundation import Foundation
 from support.foundations import tiny_foundation

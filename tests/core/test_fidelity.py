@@ -5,17 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from crafts_core.evaluation.fidelity import (
-    Discrepancy,
-    Interval,
-    Reference,
-    frechet_distance,
-    halves,
-    matched_floor,
-    mmd_to_reference,
-    real_floor,
-    repeats,
-)
+from crafts_core.evaluation.discrepancy import Discrepancy
+from crafts_core.evaluation.fidelity import Reference, matched_floor, mmd_to_reference, real_floor
+from crafts_core.evaluation.known_distances import frechet_distance
+from crafts_core.evaluation.resampling import Interval, halves, mean_interval, repeats
 
 
 def _tiles(
@@ -221,3 +214,28 @@ def test_images_that_belong_together_are_resampled_together() -> None:
         np.repeat(images, 5, axis=0), np.repeat(patients, 5), reference, num_bootstrap=100, seed=0
     )
     assert np.hstack(often) == pytest.approx(np.hstack(once))
+
+
+def test_images_of_elsewhere_are_nobodys_tiles() -> None:
+    """Their pairs all count, and a patient of both sides is refused."""
+    reference = _reference(patients=5, tiles=3)
+    images = np.random.default_rng(1).standard_normal((6, 6)) + 1
+    names = np.array(["x", "x", "y", "y", "z", "z"])
+    found, _ = mmd_to_reference(images, names, reference, num_bootstrap=20, seed=0, are_others=True)
+    x = list(zip(names, reference.scale(images), strict=True))
+    y = list(zip(reference.patient_M, reference.features_MD, strict=True))
+    assert found == pytest.approx(slow_mmd(reference, x, y))
+    with pytest.raises(ValueError, match="of elsewhere"):
+        reference.places_of(np.array(["x", reference.names[0]]), are_others=True)
+
+
+def test_an_interval_of_a_mean_draws_whole_patients() -> None:
+    """With tiles of a patient alike, twenty copies of each row tell no more than one."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(30)
+    once = mean_interval(values, np.arange(30), num_bootstrap=500, seed=0)
+    often = mean_interval(values.repeat(20), np.arange(30).repeat(20), num_bootstrap=500, seed=0)
+    assert often == pytest.approx(once)
+    error = values.std() / np.sqrt(30)
+    assert once.high - once.low == pytest.approx(2 * 1.645 * error, rel=0.15)
+    assert mean_interval(values, np.zeros(30, int), num_bootstrap=20, seed=0) is None

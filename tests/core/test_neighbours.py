@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crafts_core.evaluation.extras import NotMeasurableError
-from crafts_core.evaluation.neighbours import NEAREST, measure_coverage
+from crafts_core.evaluation.neighbours import NEAREST, coverage_intervals, measure_coverage
 
 
 def cloud(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
@@ -48,3 +48,22 @@ def test_without_the_extra_the_line_says_which(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "prdc", None)
     with pytest.raises(NotMeasurableError, match=r"pip install 'crafts-federated\[evaluation\]'"):
         measure_coverage(cloud(1, 20), cloud(2, 20))
+
+
+def test_intervals_draw_the_patients_of_the_side_that_is_counted() -> None:
+    """The rows that are drawn from are those whose means the library gives."""
+    pytest.importorskip("prdc", reason="pip install 'crafts-federated[evaluation]'")
+    real, fake = cloud(1, 40), cloud(2, 30, shift=0.7)
+    found = measure_coverage(real, fake).model_dump()
+    each, whole = (
+        coverage_intervals(real, fake, of_real, of_fake, num_bootstrap=400, seed=0)
+        for of_real, of_fake in (
+            (np.arange(40), np.arange(30)),
+            (np.zeros(40, int), np.arange(30) // 15),
+        )
+    )
+    for name, (low, high) in each.items():
+        assert low < found[name] < high
+    assert whole["recall"] is whole["coverage"] is None, "one patient: nothing to draw"
+    # Two patients: the mean of both, or of one of them twice.
+    assert whole["precision"].low <= found["precision"] <= whole["precision"].high

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.examiner import Gate
-from crafts_core.evaluation.fidelity import Interval
 from crafts_core.evaluation.figures import Arm, Evaluation
 from crafts_core.evaluation.leakage import Attack, Leakage
 from crafts_core.evaluation.memorisation import Memorisation
+from crafts_core.evaluation.resampling import Interval
 from crafts_core.evaluation.table import cell, shown_columns
 from crafts_core.plan import Plan
 from crafts_simulations.report import (

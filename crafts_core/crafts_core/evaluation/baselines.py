@@ -10,6 +10,7 @@ recoloured    its images under the best affine colour map: 12 numbers fitted on
 recoloured_by_caption  the same with a map for each caption: what has also learnt
               which tissue takes which stain must beat this
 generator     what was trained
+images        a folder of anybody's images, instead of a generator and of the VAE
 ============  ====================================================================
 
 Letters: N images, H W pixels, C colours.
@@ -29,7 +30,13 @@ from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.generator import Generator
 
 ArmName = Literal[
-    "real", "reconstruction", "foundation", "recoloured", "recoloured_by_caption", "generator"
+    "real",
+    "reconstruction",
+    "foundation",
+    "recoloured",
+    "recoloured_by_caption",
+    "generator",
+    "images",
 ]
 _BATCH = 32
 
@@ -44,6 +51,8 @@ class ArmImages:
     classes: Sequence[str]
     patients: npt.NDArray[np.str_]
     """Whose tile each is, or whose caption it was drawn from."""
+    are_others: bool = False
+    """Whether these are no held-out patients: an image's own, or those of elsewhere."""
 
     @classmethod
     def of(cls, name: ArmName, tiles: RealTiles, images_NHWC: Images) -> Self:
@@ -78,19 +87,26 @@ def comparison(
         mirrored: Those of them that go through the VAE.
         training: Real tiles of patients that were trained on; without them no colours are mapped.
     """
-    before_NHWC = draw(foundation, "foundation")
-    arms = [
+    return [
         ArmImages.of("real", held_out, held_out.images_NHWC),
         ArmImages.of("reconstruction", mirrored, reconstruct(foundation, mirrored.images_NHWC)),
-        ArmImages.of("foundation", prompts, before_NHWC),
+        *foundation_arms(draw(foundation, "foundation"), prompts, training),
+        ArmImages.of("generator", prompts, draw(generator, "generator")),
     ]
+
+
+def foundation_arms(
+    drawn_NHWC: Images, prompts: RealTiles, training: RealTiles | None
+) -> list[ArmImages]:
+    """The foundation's images of ``prompts``, and under the colours of training tiles if any."""
+    arms = [ArmImages.of("foundation", prompts, drawn_NHWC)]
     if training is not None:
-        by_caption_NHWC = recolour_by_caption(before_NHWC, prompts.captions, training)
+        by_caption_NHWC = recolour_by_caption(drawn_NHWC, prompts.captions, training)
         arms += [
-            ArmImages.of("recoloured", prompts, recolour(before_NHWC, training)),
+            ArmImages.of("recoloured", prompts, recolour(drawn_NHWC, training)),
             ArmImages.of("recoloured_by_caption", prompts, by_caption_NHWC),
         ]
-    return [*arms, ArmImages.of("generator", prompts, draw(generator, "generator"))]
+    return arms
 
 
 def recolour(images_NHWC: Images, training: RealTiles) -> Images:

@@ -2,36 +2,42 @@
 
 Distance is told in two: *colour* (squared MMD between statistics of optical density) and
 *structure* (squared MMD in the encoder's features after every set has been mapped, as one, onto the
-held-out colours). The plain distance mixes both. What else is measured is in ``panel``, and beside
-what in ``baselines``.
+held-out colours). The plain distance mixes both. What else is measured is in ``yardstick`` and
+``panel``, and beside what in ``baselines``.
 """
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from crafts_core.evaluation.baselines import ArmImages, comparison
-from crafts_core.evaluation.colour import ColourMoments, colour_statistics, in_colours_of
+from crafts_core.evaluation.alignment import Matcher
+from crafts_core.evaluation.baselines import ArmImages, comparison, foundation_arms
 from crafts_core.evaluation.encoder import Encoder, Features, Images
-from crafts_core.evaluation.fidelity import (
-    Interval,
-    Reference,
-    Rows,
-    frechet_distance,
-    matched_floor,
-    mmd_to_reference,
-    real_floor,
+from crafts_core.evaluation.fidelity import Reference
+from crafts_core.evaluation.figures import Arm, Comparison, Distances, Evaluation, Fidelity
+from crafts_core.evaluation.memorisation import (
+    Memorisation,
+    MemorisationConfig,
+    Progress,
+    measure_memorisation,
+    sides_of_one_size,
 )
-from crafts_core.evaluation.figures import Arm, Distances, Evaluation, Fidelity
-from crafts_core.evaluation.memorisation import Progress
+from crafts_core.evaluation.network_encoder import is_clip
 from crafts_core.evaluation.panel import Panel
-from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.real_tiles import OverlapError, RealTiles, middle, pixel_digests
+from crafts_core.evaluation.yardstick import Yardstick
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 
-_MATCHED_SPLITS = 20
-"""Of the structure floor: each embeds half of the tiles anew."""
+FEWEST_IMAGES = 16
+_MEMORISED_PATIENTS, _MEMORISED_TILES = 64, 4
+_NO_CAPTIONS = (
+    "foundation, colour maps: need captions of the real images to draw from (a column caption)"
+)
 
 
 class EvaluationConfig(BaseModel):
@@ -81,10 +87,13 @@ class Evaluator:
         self._encoder = encoder
         self._held_out = held_out.in_order_of_content()
         self._training = None if training is None else self._some_of(training)
-        tiles, patients = self._held_out.images_NHWC, self._held_out.patients
-        self.reference = Reference.fit(self.embed(tiles), patients)
-        self._colour_reference = Reference.fit(colour_statistics(tiles), patients)
-        self._colours = ColourMoments.of(tiles)
+        self.yardstick = Yardstick.fit(
+            self._held_out,
+            self.embed,
+            is_clip=is_clip(encoder),
+            num_bootstrap=config.num_bootstrap,
+            seed=config.seed,
+        )
         rng = np.random.default_rng(config.seed)
         self._prompt_rows = rng.choice(len(self._held_out), config.num_images)
         self._prompts = self._held_out.take(self._prompt_rows)
@@ -93,67 +102,55 @@ class Evaluator:
         self.prompts = list(self._prompts.captions)
         """Captions of random held-out tiles, so that the mix of tissues is the held-out one."""
 
+    @property
+    def reference(self) -> Reference:
+        return self.yardstick.reference
+
+    @property
+    def has_training(self) -> bool:
+        return self._training is not None
+
     def embed(self, images_NHWC: Images) -> Features:
         """Features of images at the foundation's scale."""
         return self._encoder.embed(images_NHWC, mpp=self._foundation.manifest.mpp)
 
     def fidelity(self, generator: Generator, progress: Progress | None = None) -> Fidelity:
-        """Distances of one generator."""
+        """Distances of one generator.
+
+        Raises:
+            ValueError: the held-out tiles have no captions.
+        """
         images = self._sample(generator, "fidelity", progress)
-        distances = self.distances(images, self.embed(images), self._prompts.patients)
-        return Fidelity(
-            encoder=self._encoder.name, encoder_hash=self._encoder.hash, **dict(distances)
+        return self._told(self.distances(images, self.embed(images), self._prompts.patients))
+
+    def fidelity_of(self, images: RealTiles) -> Fidelity:
+        """Distances of anybody's images.
+
+        Raises:
+            ValueError: too few images or patients.
+            OverlapError: an image is a held-out tile.
+        """
+        row = self._row_of(images)
+        features_ND = self.embed(row.images_NHWC)
+        return self._told(
+            self.yardstick.distances(row.images_NHWC, features_ND, row.patients, are_others=True)
         )
 
     def distances(
-        self,
-        images_NHWC: Images,
-        features_ND: Features,
-        patients: npt.NDArray[np.str_],
+        self, images_NHWC: Images, features_ND: Features, patients: npt.NDArray[np.str_]
     ) -> Distances:
-        """Distances of images whose features are known already.
-
-        Args:
-            images_NHWC: One set.
-            features_ND: Its features.
-            patients: Whose tile each is, or whose caption it was drawn from.
-        """
-
-        def mmd(of_ND: Features, reference: Reference) -> tuple[float, Interval]:
-            return mmd_to_reference(
-                of_ND,
-                patients,
-                reference,
-                num_bootstrap=self.config.num_bootstrap,
-                seed=self.config.seed,
-            )
-
-        mmd2, mmd2_interval = mmd(features_ND, self.reference)
-        colour, colour_interval = mmd(colour_statistics(images_NHWC), self._colour_reference)
-        matched_ND = self.embed(in_colours_of(images_NHWC, self._colours))
-        structure, structure_interval = mmd(matched_ND, self.reference)
-        return Distances(
-            mmd2=mmd2,
-            mmd2_interval=mmd2_interval,
-            colour=colour,
-            colour_interval=colour_interval,
-            structure=structure,
-            structure_interval=structure_interval,
-            frechet=frechet_distance(self.reference.scale(features_ND), self.reference.features_MD),
-        )
+        """Distances of images of held-out patients, whose features are known already."""
+        return self.yardstick.distances(images_NHWC, features_ND, patients)
 
     def compare(
         self, before: Generator, after: Generator, progress: Progress | None = None
     ) -> Evaluation:
-        """The whole evaluation of a study: its foundation, its generator, and their baselines."""
-        panel = Panel(
-            self._held_out,
-            self._training,
-            self.reference,
-            self.embed,
-            num_bootstrap=self.config.num_bootstrap,
-            seed=self.config.seed,
-        )
+        """The whole evaluation of a study: its foundation, its generator, and their baselines.
+
+        Raises:
+            ValueError: the held-out tiles have no captions.
+        """
+        panel = self._panel()
         rows = comparison(
             foundation=before,
             generator=after,
@@ -163,65 +160,14 @@ class Evaluator:
             mirrored=self._held_out.take(np.unique(self._prompt_rows)),
             training=self._training,
         )
-        arms: list[Arm] = []
-        for row in rows:
-            if progress is not None:
-                progress("images", len(arms), len(rows))
-            arms.append(self._arm(row, panel))
-        return self._evaluation(tuple(arms), panel)
-
-    def _arm(self, row: ArmImages, panel: Panel) -> Arm:
-        features_ND = self.embed(row.images_NHWC)
-        if row.name == "real":
-            distances = self._floors()
-        else:
-            distances = self.distances(row.images_NHWC, features_ND, row.patients)
-        said = panel.figures(row, features_ND)
-        return Arm(name=row.name, n=len(row.images_NHWC), **dict(distances), **said)
-
-    def _floors(self) -> Distances:
-        """What real tiles of other patients score, in each way that images are measured."""
-
-        def floor(reference: Reference) -> tuple[float, Interval]:
-            return real_floor(
-                reference, num_splits=self.config.num_bootstrap, seed=self.config.seed
-            )
-
-        def matched(first: Rows, second: Rows) -> Features:
-            tiles = self._held_out.images_NHWC
-            return self.embed(in_colours_of(tiles[first], ColourMoments.of(tiles[second])))
-
-        mmd2, mmd2_interval = floor(self.reference)
-        colour, colour_interval = floor(self._colour_reference)
-        structure, structure_interval = matched_floor(
-            self.reference, matched, num_splits=_MATCHED_SPLITS, seed=self.config.seed
-        )
-        return Distances(
-            mmd2=mmd2,
-            mmd2_interval=mmd2_interval,
-            colour=colour,
-            colour_interval=colour_interval,
-            structure=structure,
-            structure_interval=structure_interval,
-            frechet=None,
-        )
-
-    def _evaluation(self, arms: tuple[Arm, ...], panel: Panel) -> Evaluation:
-        real, foundation, generator = (
-            next(arm for arm in arms if arm.name == name)
-            for name in ("real", "foundation", "generator")
+        arms = self._arms(rows, panel, progress)
+        foundation, generator = (
+            next(arm for arm in arms if arm.name == name) for name in ("foundation", "generator")
         )
         assert foundation.frechet is not None
         assert generator.frechet is not None
         return Evaluation(
-            encoder=self._encoder.name,
-            encoder_hash=self._encoder.hash,
-            metric="mmd2",
-            n=self.config.num_images,
-            n_heldout=len(self._held_out),
-            heldout_patients=self.reference.num_patients,
-            floor=real.mmd2,
-            floor_interval=real.mmd2_interval,
+            **self._common(arms, panel, n=self.config.num_images),
             distance_foundation=foundation.mmd2,
             distance_foundation_interval=foundation.mmd2_interval,
             distance_generator=generator.mmd2,
@@ -230,11 +176,130 @@ class Evaluator:
             frechet_generator=generator.frechet,
             drift_foundation=foundation.drift,
             drift_generator=generator.drift,
-            arms=arms,
-            judged_classes=panel.classes,
-            training_tiles=None if self._training is None else len(self._training),
-            gate=panel.gate,
-            not_measured=panel.reasons,
+        )
+
+    def compare_images(self, images: RealTiles, progress: Progress | None = None) -> Comparison:
+        """Anybody's images beside real tiles, and beside the foundation where there are captions.
+
+        Args:
+            images: With what each was drawn from, where that is known, and a patient of its own
+                unless somebody says which belong together.
+            progress: Called with what, done and all.
+
+        Raises:
+            ValueError: too few images or patients.
+            OverlapError: an image is a held-out tile.
+        """
+        row = self._row_of(images)
+        panel = self._panel()
+        rows = [ArmImages.of("real", self._held_out, self._held_out.images_NHWC)]
+        if self._held_out.has_captions:
+            drawn = self._sample(self._foundation.generator, "foundation", progress)
+            rows += foundation_arms(drawn, self._prompts, self._training)
+        else:
+            panel.leave_out(_NO_CAPTIONS)
+        arms = self._arms([*rows, row], panel, progress)
+        return Comparison(**self._common(arms, panel, n=len(images)))
+
+    def memorisation(self, generator: Generator, progress: Progress | None = None) -> Memorisation:
+        """Whether a generator draws what it was trained on.
+
+        Raises:
+            ValueError: there are no tiles that were trained on, or fewer than 8 patients on a side.
+        """
+        if self._training is None:
+            raise ValueError("expected tiles that were trained on")
+        members, others = sides_of_one_size(
+            self._training,
+            self._held_out,
+            patients=_MEMORISED_PATIENTS,
+            tiles_per_patient=_MEMORISED_TILES,
+            rng=np.random.default_rng(self.config.seed),
+        )
+        config = self.config.model_dump(
+            include={
+                "num_images", "num_inference_steps", "guidance_scale", "batch_size", "seed",
+            }
+        )  # fmt: skip
+        return measure_memorisation(
+            generator, members, others, MemorisationConfig.model_validate(config), progress
+        )
+
+    def _row_of(self, images: RealTiles) -> ArmImages:
+        if len(images) < FEWEST_IMAGES or len(set(images.patients.tolist())) < 2:
+            raise ValueError(
+                f"expected at least {FEWEST_IMAGES} images of at least 2 patients, got "
+                f"{len(images)} of {len(set(images.patients.tolist()))}"
+            )
+        both = pixel_digests(images.images_NHWC) & pixel_digests(self._held_out.images_NHWC)
+        if both:
+            raise OverlapError(
+                f"{len(both)} images are also among the real ones; measure against others"
+            )
+        patients = np.asarray([f"of images: {name}" for name in images.patients.tolist()])
+        return replace(
+            ArmImages.of("images", images, images.images_NHWC), patients=patients, are_others=True
+        )
+
+    def _panel(self) -> Panel:
+        return Panel(
+            self._held_out,
+            self._training,
+            self.reference,
+            self.embed,
+            Matcher.of(self._foundation),
+            num_images=self.config.num_images,
+            num_bootstrap=self.config.num_bootstrap,
+            seed=self.config.seed,
+        )
+
+    def _arms(
+        self, rows: list[ArmImages], panel: Panel, progress: Progress | None
+    ) -> tuple[Arm, ...]:
+        arms: list[Arm] = []
+        for row in rows:
+            if progress is not None:
+                progress("images", len(arms), len(rows))
+            arms.append(self._arm(row, panel))
+        return tuple(arms)
+
+    def _arm(self, row: ArmImages, panel: Panel) -> Arm:
+        features_ND = self.embed(row.images_NHWC)
+        if row.name == "real":
+            distances = self.yardstick.floors()
+        else:
+            distances = self.yardstick.distances(
+                row.images_NHWC, features_ND, row.patients, are_others=row.are_others
+            )
+        said = panel.figures(row, features_ND)
+        return Arm(name=row.name, n=len(row.images_NHWC), **dict(distances), **said)
+
+    def _common(self, arms: tuple[Arm, ...], panel: Panel, *, n: int) -> dict[str, Any]:
+        """What every comparison says, by the names of ``figures.Comparison``."""
+        real = next(arm for arm in arms if arm.name == "real")
+        return {
+            "encoder": self._encoder.name,
+            "encoder_hash": self._encoder.hash,
+            "metric": "mmd2",
+            "n": n,
+            "n_heldout": len(self._held_out),
+            "heldout_patients": self.reference.num_patients,
+            "resampled": "patient" if self._held_out.says_patients else "image",
+            "foundation_hash": self._foundation.manifest.hash,
+            "tile_px": self._held_out.side_px,
+            "mpp": self._foundation.manifest.mpp,
+            "floor": real.mmd2,
+            "floor_interval": real.mmd2_interval,
+            "arms": arms,
+            "judged_classes": panel.classes,
+            "training_tiles": None if self._training is None else len(self._training),
+            "gate": panel.gate,
+            "not_measured": panel.reasons,
+        }
+
+    def _told(self, distances: Distances) -> Fidelity:
+        return Fidelity(
+            encoder=self._encoder.name, encoder_hash=self._encoder.hash, **dict(distances)
         )
 
     def _some_of(self, training: RealTiles) -> RealTiles:
@@ -244,7 +309,12 @@ class Evaluator:
         return ordered.take(np.sort(rng.choice(len(ordered), count, replace=False)))
 
     def _sample(self, generator: Generator, what: str, progress: Progress | None) -> Images:
-        return sample_images(
+        if not self._held_out.has_captions:
+            raise ValueError(
+                "no captions to draw from; add a column caption, or draw with crafts sample and "
+                "measure that folder"
+            )
+        drawn_NHWC = sample_images(
             generator,
             self.prompts,
             num_inference_steps=self.config.num_inference_steps,
@@ -253,3 +323,4 @@ class Evaluator:
             batch_size=self.config.batch_size,
             progress=None if progress is None else lambda done, all_: progress(what, done, all_),
         )
+        return middle(drawn_NHWC, self._held_out.side_px)

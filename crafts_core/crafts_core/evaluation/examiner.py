@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from crafts_core.evaluation.encoder import Features
 from crafts_core.evaluation.extras import NotMeasurableError, scikit_learn
-from crafts_core.evaluation.fidelity import Interval, interval_of, repeats
+from crafts_core.evaluation.resampling import Interval, interval_of, repeats
 
 Vector = npt.NDArray[np.float64]
 _FEWEST_PATIENTS = 8
@@ -99,6 +99,8 @@ class Examiner:
     reader: _Reader
     asked_patients: tuple[str, ...]
     """Whose real tiles it was asked about, and not taught with; ``patient_N`` points here."""
+    asked_captions: tuple[str, ...]
+    """Theirs, each once."""
     patient_N: npt.NDArray[np.int64]
     own_N: Vector
     wrong_N: Vector
@@ -153,6 +155,7 @@ class Examiner:
         return cls(
             reader=reader,
             asked_patients=tuple(names[is_asked_P].tolist()),
+            asked_captions=tuple(sorted(set(asked_captions))),
             patient_N=asked_patient_N,
             own_N=own_N,
             wrong_N=wrong_N,
@@ -162,17 +165,23 @@ class Examiner:
         )
 
     def drift(
-        self, features_ND: Features, prompts: Sequence[str], patients: npt.NDArray[np.str_]
+        self,
+        features_ND: Features,
+        prompts: Sequence[str],
+        patients: npt.NDArray[np.str_],
+        *,
+        are_others: bool = False,
     ) -> tuple[float, Interval]:
         """D of images that were drawn from ``prompts``, one each, and its interval over patients.
 
         Only images of the patients that it was asked about count: of the others it knows the
-        captions by heart.
+        captions by heart. Of images from elsewhere those count that have a caption of theirs.
 
         Args:
             features_ND: Of the images, or of real tiles.
             prompts: What each was drawn from, or its caption.
             patients: Whose tile each is, or whose caption it was drawn from.
+            are_others: Whether these are no held-out patients.
 
         Raises:
             NotMeasurableError: the examiner does not tell right from wrong, or no image counts.
@@ -182,24 +191,31 @@ class Examiner:
                 f"drift: not measurable here: real tiles score {self.gate.own:.3f} under their own "
                 f"captions and {self.gate.wrong:.3f} under others'"
             )
-        rows = np.flatnonzero(np.isin(patients, self.asked_patients))
-        if len(rows) == 0:
+        if are_others:
+            rows = np.flatnonzero(np.isin(np.asarray(prompts), self.asked_captions))
+            names = np.unique(patients[rows])
+        else:
+            rows = np.flatnonzero(np.isin(patients, self.asked_patients))
+            names = np.asarray(self.asked_patients)
+        if len(rows) == 0 or len(names) < 2:
             raise NotMeasurableError(
-                "drift: no image of a patient that the examiner is asked about"
+                "drift: too few images whose caption is one that held-out tiles have"
+                if are_others
+                else "drift: no image of a patient that the examiner is asked about"
             )
         marks_N = _own_marks(
             self.reader, features_ND[rows], [prompts[row] for row in rows.tolist()]
         )
-        place_N = np.searchsorted(self.asked_patients, patients[rows])
+        place_N = np.searchsorted(names, patients[rows])
         rng = np.random.default_rng(self.seed)
-        count = len(self.asked_patients)
         resampled: list[float] = []
         while len(resampled) < self.num_bootstrap:
-            weight_P = repeats(rng, count)
-            if weight_P[place_N].any():
-                resampled.append(self._relative(marks_N, weight_P[place_N], weight_P))
-        ones_P = np.ones(count)
-        return self._relative(marks_N, ones_P[place_N], ones_P), interval_of(resampled)
+            weight_P = repeats(rng, len(self.asked_patients))
+            weight_N = (repeats(rng, len(names)) if are_others else weight_P)[place_N]
+            if weight_N.any():
+                resampled.append(self._relative(marks_N, weight_N, weight_P))
+        ones_P, ones_N = np.ones(len(self.asked_patients)), np.ones(len(rows))
+        return self._relative(marks_N, ones_N, ones_P), interval_of(resampled)
 
     def _relative(self, marks_N: Vector, weight_N: Vector, weight_P: Vector) -> float:
         weight_M = weight_P[self.patient_N]

@@ -1,38 +1,36 @@
 """Distances between sets of images, with intervals that respect patients.
 
-Two distances on an encoder's features: squared maximum mean discrepancy (unbiased, good for few
-images, the headline) and the Fréchet distance. Features are scaled and the kernel's widths chosen
-from the *reference* (held-out real tiles) alone and then kept, so that numbers of one evaluation
-compare. Tiles of a patient are alike, so patients are what is counted and resampled.
+The distance is the squared maximum mean discrepancy on an encoder's features: unbiased, and good
+for few images. Features are scaled and the kernel's widths chosen from the *reference* (held-out
+real tiles) alone and then kept, so that numbers of one evaluation compare. Tiles of a patient are
+alike, so patients are what is counted and resampled.
 
 Shape letters: N images, M real tiles, D features, P patients.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 from scipy.spatial.distance import cdist
 
+from crafts_core.evaluation.discrepancy import Discrepancy, Pairs
 from crafts_core.evaluation.encoder import Features
+from crafts_core.evaluation.resampling import (
+    Interval,
+    Patients,
+    Rows,
+    Vector,
+    half_of_patients,
+    halves,
+    interval_of,
+)
 
-Vector = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.int64]
-Patients = npt.NDArray[np.int64]
-"""For each row the number of its patient."""
+Kernel = Callable[[Features, Features], Features]
 _CLIP = 5.0
 _WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-_SHRINKAGE = 0.2
-
-
-class Interval(NamedTuple):
-    """A 90 % interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,133 +84,27 @@ class Reference:
     def num_patients(self) -> int:
         return len(self.names)
 
-    def places_of(self, patients: npt.NDArray[np.str_]) -> Patients:
+    def places_of(self, patients: npt.NDArray[np.str_], *, are_others: bool = False) -> Patients:
         """The number of each of these patients.
 
+        Args:
+            patients: Of the reference; or of elsewhere, whose numbers then follow on these.
+            are_others: Whether they are of elsewhere.
+
         Raises:
-            ValueError: one of them is not of the reference.
+            ValueError: one of them is not of the reference, or is although it should not.
         """
         place_of = {name: place for place, name in enumerate(self.names)}
+        if are_others:
+            others = set(patients.tolist())
+            if both := others & place_of.keys():
+                raise ValueError(f"expected patients of elsewhere, got {min(both)!r}")
+            first = len(place_of)
+            place_of = {name: first + place for place, name in enumerate(sorted(others))}
         unknown = set(patients.tolist()) - place_of.keys()
         if unknown:
             raise ValueError(f"expected patients of the reference, got {min(unknown)!r}")
         return np.asarray([place_of[name] for name in patients.tolist()], dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pairs:
-    """The kernel between two sets of tiles, summed for each two patients."""
-
-    sum_PP: Features
-    first_P: Vector
-    """Tiles of each patient in the first set."""
-    second_P: Vector
-
-    @classmethod
-    def of(cls, kernel_NM: Features, patient_N: Patients, patient_M: Patients, count: int) -> Self:
-        is_of_NP, is_of_MP = (
-            (patient[:, None] == np.arange(count)).astype(np.float64)
-            for patient in (patient_N, patient_M)
-        )
-        return cls(
-            sum_PP=is_of_NP.T @ kernel_NM @ is_of_MP,
-            first_P=is_of_NP.sum(axis=0),
-            second_P=is_of_MP.sum(axis=0),
-        )
-
-    def mean(self, weight_P: Vector, other_P: Vector) -> float:
-        """Over pairs of tiles of different patients, each as often as its weight in either set.
-
-        A patient's repeats in a bootstrap are that patient still, and never paired either.
-        """
-        own_P = weight_P * other_P
-        total = weight_P @ self.sum_PP @ other_P - own_P @ np.diag(self.sum_PP)
-        pairs = (weight_P @ self.first_P) * (other_P @ self.second_P)
-        return float(total / (pairs - own_P @ (self.first_P * self.second_P)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discrepancy:
-    """Squared MMD (Gretton et al. 2012, eq. 3) between patients, ready to be resampled by patient.
-
-    Tiles of one patient are alike, and an image is like the tile whose caption it was drawn from.
-    Pairs of one patient are therefore left out, within either set and across: what is left is an
-    unbiased estimate, 0 on average where both sets come from other patients of the same kind,
-    however many patients there are and however many tiles each has.
-    """
-
-    images: _Pairs
-    real: _Pairs
-    across: _Pairs
-
-    @classmethod
-    def of(
-        cls,
-        k_NN: Features,
-        k_MM: Features,
-        k_NM: Features,
-        patient_N: Patients,
-        patient_M: Patients,
-    ) -> Self:
-        """From kernel matrices of images and real tiles, and whose each of them is.
-
-        Raises:
-            ValueError: a set is of one patient alone.
-        """
-        if min(len(np.unique(each)) for each in (patient_N, patient_M)) < 2:
-            raise ValueError("expected images and tiles of at least two patients each")
-        count = int(max(patient_N.max(), patient_M.max())) + 1
-        return cls(
-            images=_Pairs.of(k_NN, patient_N, patient_N, count),
-            real=_Pairs.of(k_MM, patient_M, patient_M, count),
-            across=_Pairs.of(k_NM, patient_N, patient_M, count),
-        )
-
-    def squared(self, weight_P: Vector | None = None, other_P: Vector | None = None) -> float:
-        """The squared MMD of all patients, or of each as often as these weights say.
-
-        Args:
-            weight_P: For the images, and for the real tiles unless ``other_P`` is given.
-            other_P: For the real tiles.
-        """
-        weight_P = np.ones(len(self.real.first_P)) if weight_P is None else weight_P
-        other_P = weight_P if other_P is None else other_P
-        within = self.images.mean(weight_P, weight_P) + self.real.mean(other_P, other_P)
-        return within - 2.0 * self.across.mean(weight_P, other_P)
-
-    def interval(self, num_bootstrap: int, seed: int) -> Interval:
-        """90 % bootstrap interval over patients."""
-        rng = np.random.default_rng(seed)
-        return interval_of([self.squared(self._resample(rng)) for _ in range(num_bootstrap)])
-
-    def _resample(self, rng: np.random.Generator) -> Vector:
-        """Drawn again where one set is left with one patient: it has no pair to measure."""
-        while True:
-            weight_P = repeats(rng, len(self.real.first_P))
-            sides = (self.images.first_P, self.real.first_P)
-            if min(np.count_nonzero(weight_P * each) for each in sides) > 1:
-                return weight_P
-
-
-def frechet_distance(x_ND: Features, y_MD: Features) -> float:
-    """Fréchet distance of two Gaussians fitted with shrunk covariances (Heusel et al. 2017).
-
-    With fewer images than features a covariance is singular; a fifth of it is moved onto its
-    diagonal, for both sets alike.
-    """
-    mean_gap = x_ND.mean(axis=0) - y_MD.mean(axis=0)
-    first, second = _shrunk_covariance(x_ND), _shrunk_covariance(y_MD)
-    scale_D, basis_DD = linalg.eigh(first)
-    root = basis_DD * np.sqrt(np.clip(scale_D, 0.0, None)) @ basis_DD.T
-    middle = linalg.eigvalsh(root @ second @ root)
-    overlap = np.sqrt(np.clip(middle, 0.0, None)).sum()
-    return float(mean_gap @ mean_gap + np.trace(first) + np.trace(second) - 2.0 * overlap)
-
-
-def _shrunk_covariance(x_ND: Features) -> Features:
-    covariance = np.cov(x_ND, rowvar=False)
-    shrunk: Features = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * np.diag(np.diag(covariance))
-    return shrunk
 
 
 def mmd_to_reference(
@@ -222,6 +114,7 @@ def mmd_to_reference(
     *,
     num_bootstrap: int,
     seed: int,
+    are_others: bool = False,
 ) -> tuple[float, Interval]:
     """Squared MMD of images to the held-out tiles, and its bootstrap interval over patients.
 
@@ -231,17 +124,39 @@ def mmd_to_reference(
         reference: The held-out tiles.
         num_bootstrap: Resamples.
         seed: Of them.
+        are_others: Whether ``patients`` are of elsewhere instead.
 
     Raises:
         ValueError: a patient is not of the reference, or all images are of one.
     """
-    x_ND = reference.scale(features_ND)
-    found = Discrepancy.of(
-        reference.kernel(x_ND, x_ND),
-        reference.kernel(reference.features_MD, reference.features_MD),
-        reference.kernel(x_ND, reference.features_MD),
-        reference.places_of(patients),
+    return kernel_distance(
+        reference.kernel,
+        reference.scale(features_ND),
+        reference.features_MD,
+        reference.places_of(patients, are_others=are_others),
         reference.patient_M,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+    )
+
+
+def kernel_distance(
+    kernel: Kernel,
+    x_ND: Features,
+    y_MD: Features,
+    patient_N: Patients,
+    patient_M: Patients,
+    *,
+    num_bootstrap: int,
+    seed: int,
+) -> tuple[float, Interval]:
+    """Squared MMD under any kernel, and its bootstrap interval over patients.
+
+    Raises:
+        ValueError: a set is of one patient alone.
+    """
+    found = Discrepancy.of(
+        kernel(x_ND, x_ND), kernel(y_MD, y_MD), kernel(x_ND, y_MD), patient_N, patient_M
     )
     return found.squared(), found.interval(num_bootstrap, seed)
 
@@ -253,12 +168,18 @@ def real_floor(reference: Reference, *, num_splits: int, seed: int) -> tuple[flo
     90 % of the splits lie.
     """
     kernel = reference.kernel(reference.features_MD, reference.features_MD)
-    patient_M = reference.patient_M
-    whole = Discrepancy.of(kernel, kernel, kernel, patient_M, patient_M)
+    return kernel_floor(kernel, reference.patient_M, num_splits=num_splits, seed=seed)
+
+
+def kernel_floor(
+    k_MM: Features, patient_M: Patients, *, num_splits: int, seed: int
+) -> tuple[float, Interval]:
+    """``real_floor`` under any kernel."""
+    whole = Discrepancy.of(k_MM, k_MM, k_MM, patient_M, patient_M)
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(num_splits):
-        is_first_P = _half(reference.num_patients, rng)
+        is_first_P = half_of_patients(int(patient_M.max()) + 1, rng)
         first_P, second_P = (part.astype(np.float64) for part in (is_first_P, ~is_first_P))
         values.append(whole.squared(first_P, second_P))
     return float(np.mean(values)), interval_of(values)
@@ -306,7 +227,7 @@ def between_patients(reference: Reference) -> float:
         ValueError: fewer than two such patients.
     """
     kernel = reference.kernel(reference.features_MD, reference.features_MD)
-    pairs = _Pairs.of(kernel, reference.patient_M, reference.patient_M, reference.num_patients)
+    pairs = Pairs.of(kernel, reference.patient_M, reference.patient_M, reference.num_patients)
     several = np.flatnonzero(pairs.first_P > 1)
     if len(several) < 2:
         raise ValueError(f"expected two patients with several tiles, got {len(several)}")
@@ -315,34 +236,3 @@ def between_patients(reference: Reference) -> float:
     mean_PP = sum_PP / np.outer(tiles_P, tiles_P)
     across = mean_PP[~np.eye(len(several), dtype=np.bool_)].mean()
     return float(2.0 * (within_P.mean() - across))
-
-
-def halves(patient_M: Patients, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """Rows of a random half of the patients, and of the others."""
-    is_first = _half(int(patient_M.max()) + 1, rng)[patient_M]
-    return np.flatnonzero(is_first), np.flatnonzero(~is_first)
-
-
-def _half(count: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Which of so many patients are in a random half of them."""
-    is_first_P = np.zeros(count, dtype=np.bool_)
-    is_first_P[rng.permutation(count)[: count // 2]] = True
-    return is_first_P
-
-
-def repeats(rng: np.random.Generator, count: int) -> Vector:
-    """How often each of ``count`` units (at least two) is drawn in one bootstrap sample.
-
-    A sample of one unit only has no pair to measure and is drawn again; with four patients that is
-    one in 64.
-    """
-    while True:
-        repeats = np.bincount(rng.integers(count, size=count), minlength=count)
-        if np.count_nonzero(repeats) > 1:
-            return repeats.astype(np.float64)
-
-
-def interval_of(values: list[float]) -> Interval:
-    """Where the middle 90 % of resampled values lie."""
-    low, high = np.quantile(values, [0.05, 0.95])
-    return Interval(float(low), float(high))

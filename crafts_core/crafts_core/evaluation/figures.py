@@ -4,11 +4,15 @@ Every number is None where it cannot be measured; ``not_measured`` then says why
 reason. Intervals are 90 % unless they say otherwise, by patient where real tiles are resampled.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
+from crafts_core.evaluation.alignment import Alignment
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.examiner import Gate
-from crafts_core.evaluation.fidelity import Interval
+from crafts_core.evaluation.memorisation import Memorisation
+from crafts_core.evaluation.resampling import Interval
 
 
 class _Record(BaseModel):
@@ -29,6 +33,13 @@ class Distances(_Record):
     structure_interval: Interval
     frechet: float | None
     """Fréchet distance in the encoder's features; None for real tiles."""
+    frechet_interval: Interval | None = None
+    kid: float | None = None
+    """Squared MMD of the encoder's features under a cubic polynomial kernel."""
+    kid_interval: Interval | None = None
+    cmmd: float | None = None
+    """In thousandths, under a Gaussian kernel; None where the encoder is no CLIP."""
+    cmmd_interval: Interval | None = None
 
 
 class Fidelity(Distances):
@@ -45,9 +56,13 @@ class Arm(Distances):
     n: int
     """Images, or real tiles."""
     precision: float | None = None
+    precision_interval: Interval | None = None
     recall: float | None = None
+    recall_interval: Interval | None = None
     density: float | None = None
+    density_interval: Interval | None = None
     coverage: float | None = None
+    coverage_interval: Interval | None = None
     shape_agreement: float | None = None
     """Share of images in which a judge that sees no colour finds their class; mean of classes."""
     shape_agreement_interval: Interval | None = None
@@ -57,22 +72,50 @@ class Arm(Distances):
     drift: float | None = None
     """D: 0 as real tiles under their own captions, 1 as real tiles under wrong ones."""
     drift_interval: Interval | None = None
+    alignment: Alignment | None = None
+    """Of the images and their captions; None where there are no captions."""
 
 
-class Evaluation(_Record):
-    """The result. Fields that end in foundation or generator repeat rows of ``arms``."""
+class Comparison(_Record):
+    """The result: rows, real tiles first, and what they were measured with."""
 
     encoder: str
     encoder_hash: str
     metric: str
     """``mmd2``: squared maximum mean discrepancy, unbiased; smaller is closer."""
     n: int
-    """Images drawn from each generator."""
+    """Images drawn from each generator, or measured of a folder."""
     n_heldout: int
     heldout_patients: int
+    resampled: Literal["patient", "image"] = "patient"
+    """What intervals are by: each image is its own patient where nobody says whose it is."""
+    foundation_hash: str = ""
+    """Whose aligner saw images and captions, and who drew the foundation's images."""
+    tile_px: int | None = None
+    mpp: float | None = None
+    """Size and scale at which all were compared; None in results of earlier versions."""
     floor: float
     """Real against real: other patients of the same hospitals."""
     floor_interval: Interval
+    arms: tuple[Arm, ...]
+    judged_classes: tuple[str, ...]
+    """What the judges tell apart; empty where there was nothing to judge."""
+    training_tiles: int | None
+    """Real tiles of training patients that judges and colour map learnt from."""
+    gate: Gate | None
+    """Whether drift can be told here; None where nobody could be asked."""
+    memorisation: Memorisation | None = None
+    """Only where there are tiles that were trained on."""
+    not_measured: tuple[str, ...]
+
+    def arm(self, name: ArmName) -> Arm | None:
+        """That row, if it was measured."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+
+class Evaluation(Comparison):
+    """That of a generator. Fields that end in foundation or generator repeat rows of ``arms``."""
+
     distance_foundation: float
     distance_foundation_interval: Interval
     distance_generator: float
@@ -81,15 +124,3 @@ class Evaluation(_Record):
     frechet_generator: float
     drift_foundation: float | None
     drift_generator: float | None
-    arms: tuple[Arm, ...]
-    judged_classes: tuple[str, ...]
-    """What the judges tell apart; empty where there was nothing to judge."""
-    training_tiles: int | None
-    """Real tiles of training patients that judges and colour map learnt from."""
-    gate: Gate | None
-    """Whether drift can be told here; None where nobody could be asked."""
-    not_measured: tuple[str, ...]
-
-    def arm(self, name: ArmName) -> Arm | None:
-        """That row, if it was measured."""
-        return next((arm for arm in self.arms if arm.name == name), None)

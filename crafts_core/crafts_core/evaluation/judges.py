@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from crafts_core.evaluation.encoder import Features
 from crafts_core.evaluation.extras import NotMeasurableError, scikit_learn
-from crafts_core.evaluation.fidelity import Interval, interval_of, repeats
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.resampling import Interval, interval_of, repeats
 
 Sight = Literal["shape", "colour"]
 """What a judge goes by."""
@@ -34,7 +34,11 @@ def judged_classes(training: RealTiles, held_out: RealTiles) -> tuple[str, ...]:
     """Classes with at least two patients on each side: of one, a judge learns the patient."""
     shared = set.intersection(
         *(
-            {name for name in set(side.classes) if _num_patients(side, name) >= _FEWEST_PATIENTS}
+            {
+                name
+                for name in set(side.classes) - {""}
+                if _num_patients(side, name) >= _FEWEST_PATIENTS
+            }
             for side in (training, held_out)
         )
     )

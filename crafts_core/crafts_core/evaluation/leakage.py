@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 from torch import Tensor
 
-from crafts_core.evaluation.fidelity import Interval, interval_of
 from crafts_core.evaluation.memorisation import (
     FEWEST_PATIENTS,
     Memorisation,
@@ -40,6 +39,7 @@ from crafts_core.evaluation.memorisation import (
     sides_of_one_size,
 )
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
 from crafts_core.stages.schedule import NoiseSchedule
 

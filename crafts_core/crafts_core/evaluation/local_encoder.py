@@ -83,7 +83,8 @@ def _load_transformers(path: Path, model_type: str) -> NetworkEncoder:
     preparation = _preparation(
         path / _PREPARED_BY, size, told.get("image_mean"), told.get("image_std")
     )
-    return _encoder(path, sorted(path.glob("*.safetensors")), preparation, network)
+    weights = sorted(path.glob("*.safetensors"))
+    return _encoder(path, weights, preparation, network, is_clip=model_type == _CLIP)
 
 
 def _load_timm(path: Path, config: dict[str, Any]) -> NetworkEncoder:
@@ -120,7 +121,7 @@ def _load_open_clip(path: Path) -> NetworkEncoder:
     weights = _weights(path, _OPEN_CLIP_WEIGHTS)
     fill(model, read_weights(weights), weights)
     model.eval().requires_grad_(False)
-    return _encoder(path, [weights], preparation, partial(_encoded, model))
+    return _encoder(path, [weights], preparation, partial(_encoded, model), is_clip=True)
 
 
 def _load_torchscript(path: Path) -> NetworkEncoder:
@@ -137,6 +138,8 @@ def _encoder(
     weights: list[Path],
     preparation: Preparation,
     network: Callable[[Tensor], Tensor],
+    *,
+    is_clip: bool = False,
 ) -> NetworkEncoder:
     configs = [path / "config.json", path / "open_clip_config.json"] if path.is_dir() else []
     told = [config.read_text("utf-8") for config in configs if config.is_file()]
@@ -145,6 +148,7 @@ def _encoder(
         hash=identity(weights, preparation.model_dump_json(), *told),
         preparation=preparation,
         network=network,
+        is_clip=is_clip,
     )
 
 

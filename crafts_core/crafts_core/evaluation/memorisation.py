@@ -14,9 +14,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.spatial.distance import cdist
 
-from crafts_core.evaluation.fidelity import Interval, Reference, interval_of
+from crafts_core.evaluation.fidelity import Reference
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 

@@ -14,7 +14,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from crafts_core.evaluation.encoder import EncoderError, Features, Images, resized, to_tensor
+from crafts_core.evaluation.encoder import (
+    Encoder,
+    EncoderError,
+    Features,
+    Images,
+    resized,
+    to_tensor,
+)
 from crafts_core.foundation_manifest import sha256_of
 
 _BATCH = 64
@@ -41,6 +48,8 @@ class NetworkEncoder:
     network: Callable[[Tensor], Tensor]
     """Prepared images (N, C, H, W) to features (N, D)."""
     mpp: float | None = None
+    is_clip: bool = False
+    """Whether it was trained with text, as CLIP is."""
 
     @property
     def input_px(self) -> int:
@@ -79,3 +88,8 @@ def identity(weights: Iterable[Path], *prepared_by: str) -> str:
     """SHA-256 over the hashes of the weights' files, in order, and what else decides features."""
     parts = [*(sha256_of(path) for path in weights), *prepared_by]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def is_clip(encoder: Encoder) -> bool:
+    """Whether an encoder was trained with text, as CLIP is."""
+    return isinstance(encoder, NetworkEncoder) and encoder.is_clip

@@ -1,4 +1,4 @@
-"""Judges, examiner and coverage of one comparison, taught once and asked about every row.
+"""Judges, examiner, aligner and coverage of one comparison, taught once, asked about every row.
 
 Letters: N images, M held-out tiles, T training tiles, D features.
 """
@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from crafts_core.evaluation.alignment import Matcher, measure_alignment
 from crafts_core.evaluation.baselines import ArmImages
 from crafts_core.evaluation.colour import colour_features, grey_levels, grey_structure
 from crafts_core.evaluation.encoder import Features, Images
 from crafts_core.evaluation.examiner import Examiner, Gate
 from crafts_core.evaluation.extras import NotMeasurableError
-from crafts_core.evaluation.fidelity import Reference, halves
+from crafts_core.evaluation.fidelity import Reference
 from crafts_core.evaluation.judges import Judge, Sight, agreement, judged_classes
-from crafts_core.evaluation.neighbours import measure_coverage
+from crafts_core.evaluation.neighbours import coverage_intervals, measure_coverage
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.resampling import Rows, halves
 
 _SIGHTS: tuple[Sight, ...] = ("shape", "colour")
 T = TypeVar("T")
@@ -36,7 +38,9 @@ class Panel:
         training: RealTiles | None,
         reference: Reference,
         embed: Callable[[Images], Features],
+        matcher: Matcher,
         *,
+        num_images: int,
         num_bootstrap: int,
         seed: int,
     ) -> None:
@@ -47,11 +51,14 @@ class Panel:
             training: Real tiles of patients that were trained on.
             reference: The held-out tiles in the encoder's features.
             embed: The encoder, at the tiles' scale.
+            matcher: What sees images and captions.
+            num_images: At most so many of a row are matched with their captions, and half as many
+                looked for among real tiles: both depend on how many there are.
             num_bootstrap: Resamples of every interval.
             seed: Of everything random.
         """
         self._reference = reference
-        self._embed = embed
+        self._embed, self._matcher, self._num_images = embed, matcher, num_images
         self._num_bootstrap, self._seed = num_bootstrap, seed
         self._reasons: dict[str, None] = {}
         self._judges: dict[Sight, Judge | None] = {}
@@ -83,6 +90,10 @@ class Panel:
         """Why figures are missing, each reason once."""
         return tuple(self._reasons)
 
+    def leave_out(self, reason: str) -> None:
+        """Keep why others leave something out, beside the panel's own reasons."""
+        self._reasons[reason] = None
+
     def figures(self, arm: ArmImages, features_ND: Features) -> dict[str, Any]:
         """What is said of one row beside its distances, by the names of ``figures.Arm``."""
         seen_ND = {sight: self._seen(sight, arm.images_NHWC) for sight in _SIGHTS}
@@ -91,7 +102,7 @@ class Panel:
             if judge is not None:
                 found |= self._agreement(sight, judge, arm, seen_ND[sight])
         found |= self._drift(arm, seen_ND["shape"])
-        return found | self._coverage(arm, features_ND)
+        return found | self._coverage(arm, features_ND) | self._alignment(arm)
 
     def _taught(self, sight: Sight, training: RealTiles, classes: tuple[str, ...]) -> Judge:
         """Shape is learnt from mirrored tiles, too; colour is the same in a mirror."""
@@ -127,17 +138,50 @@ class Panel:
     def _coverage(self, arm: ArmImages, features_ND: Features) -> dict[str, Any]:
         """Images of one half of the patients among real tiles of the other half, in every row."""
         reference = self._reference
-        first, second = halves(reference.patient_M, np.random.default_rng(self._seed))
-        is_first_N = np.isin(reference.places_of(arm.patients), reference.patient_M[first])
-        images_ND = reference.scale(features_ND[is_first_N])
-        told = self._tried(lambda: measure_coverage(reference.features_MD[second], images_ND))
-        return {} if told is None else told.model_dump()
+        rng = np.random.default_rng(self._seed)
+        first, second = halves(reference.patient_M, rng)
+        patient_N = reference.places_of(arm.patients, are_others=arm.are_others)
+        if arm.are_others:
+            rows = _some(len(patient_N), self._num_images // 2, rng)
+        else:
+            rows = np.flatnonzero(np.isin(patient_N, reference.patient_M[first]))
+        real_MD, images_ND = reference.features_MD[second], reference.scale(features_ND[rows])
+
+        def told() -> dict[str, Any]:
+            found: dict[str, Any] = measure_coverage(real_MD, images_ND).model_dump()
+            intervals = coverage_intervals(
+                real_MD,
+                images_ND,
+                reference.patient_M[second],
+                patient_N[rows],
+                num_bootstrap=self._num_bootstrap,
+                seed=self._seed,
+            )
+            return found | {f"{name}_interval": each for name, each in intervals.items()}
+
+        return self._tried(told) or {}
+
+    def _alignment(self, arm: ArmImages) -> dict[str, Any]:
+        rows = _some(len(arm.captions), self._num_images, np.random.default_rng(self._seed))
+        told = self._tried(
+            lambda: measure_alignment(
+                self._matcher,
+                arm.images_NHWC[rows],
+                [arm.captions[row] for row in rows.tolist()],
+                np.unique(arm.patients[rows], return_inverse=True)[1],
+                num_bootstrap=self._num_bootstrap,
+                seed=self._seed,
+            )
+        )
+        return {} if told is None else {"alignment": told}
 
     def _drift(self, arm: ArmImages, seen_ND: Features) -> dict[str, Any]:
         examiner = self._examiner
         if examiner is None:
             return {}
-        told = self._tried(lambda: examiner.drift(seen_ND, arm.captions, arm.patients))
+        told = self._tried(
+            lambda: examiner.drift(seen_ND, arm.captions, arm.patients, are_others=arm.are_others)
+        )
         return {} if told is None else {"drift": told[0], "drift_interval": told[1]}
 
     def _tried(self, measure: Callable[[], T]) -> T | None:
@@ -147,3 +191,9 @@ class Panel:
         except NotMeasurableError as error:
             self._reasons[str(error)] = None
             return None
+
+
+def _some(count: int, most: int, rng: np.random.Generator) -> Rows:
+    """Rows of all, or a random choice of so many."""
+    rows: Rows = np.sort(rng.permutation(count)[:most])
+    return rows

@@ -33,6 +33,8 @@ class RealTiles:
     captions: Sequence[str]
     labels: Sequence[str] = ()
     """What each tile shows, in a word, where the site's table had one; else empty, or ``""``."""
+    says_patients: bool = True
+    """False where nobody says whose the tiles are: each is then its own patient."""
 
     @classmethod
     def read(cls, store: TileStore, rows: Rows) -> Self:
@@ -52,6 +54,7 @@ class RealTiles:
             patients=np.concatenate([part.patients for part in parts]),
             captions=[caption for part in parts for caption in part.captions],
             labels=[label for part in parts for label in part.labels],
+            says_patients=all(part.says_patients for part in parts),
         )
 
     def __len__(self) -> int:
@@ -62,6 +65,19 @@ class RealTiles:
         """The class of each tile: its label, or its caption where it has none."""
         labels = self.labels or [""] * len(self.captions)
         return [label or caption for label, caption in zip(labels, self.captions, strict=True)]
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every tile says what it shows."""
+        return all(self.captions)
+
+    @property
+    def side_px(self) -> int:
+        return int(self.images_NHWC.shape[1])
+
+    def in_the_middle(self, side_px: int) -> Self:
+        """The square of that side in the middle of each tile."""
+        return replace(self, images_NHWC=middle(self.images_NHWC, side_px))
 
     def take(self, rows_N: npt.NDArray[np.int64]) -> Self:
         """Some tiles, in that order."""
@@ -89,6 +105,17 @@ class RealTiles:
         numbers = {name: place for place, name in enumerate(dict.fromkeys(ordered.patients))}
         names = np.asarray([f"{numbers[name]:08d}" for name in ordered.patients])
         return replace(ordered, patients=names)
+
+
+def middle(images_NHWC: Images, side_px: int) -> Images:
+    """The square of that side in the middle of each image; an image that fits is not copied."""
+    top, left = ((side - side_px) // 2 for side in images_NHWC.shape[1:3])
+    return images_NHWC[:, top : top + side_px, left : left + side_px]
+
+
+def pixel_digests(images_NHWC: Images) -> set[bytes]:
+    """SHA-256 of each image's pixels."""
+    return {_digest(image, "") for image in images_NHWC}
 
 
 def _digest(image_HWC: Images, caption: str) -> bytes:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.examiner import Gate
-from crafts_core.evaluation.fidelity import Interval
 from crafts_core.evaluation.figures import Arm, Evaluation
+from crafts_core.evaluation.resampling import Interval
 
 LABELS: dict[ArmName, str] = {
     "real": "real tiles of other patients",

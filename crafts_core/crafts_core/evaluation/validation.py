@@ -18,17 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.evaluation.changes import PATCHES_PX, blurred, recoloured, restained, shuffled
 from crafts_core.evaluation.colour import ColourMoments, in_colours_of
+from crafts_core.evaluation.discrepancy import Discrepancy
 from crafts_core.evaluation.encoder import Encoder, Features, Images
-from crafts_core.evaluation.fidelity import (
-    Discrepancy,
-    Interval,
-    Patients,
-    Reference,
-    Rows,
-    between_patients,
-    halves,
-)
+from crafts_core.evaluation.fidelity import Reference, between_patients
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.resampling import Interval, Patients, Rows, halves
 
 LEAST_SHARE = 0.02
 """Shuffled patches of 32 px must stand so far from real tiles, in distances of two patients."""
