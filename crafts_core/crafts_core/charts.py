@@ -1,4 +1,4 @@
-"""Three small charts as SVG text: bars with intervals, a line, stacked columns.
+"""Small charts as SVG text: bars or dots with intervals, a line, stacked columns.
 
 Colours are CSS variables of the page, so the charts follow its light and dark theme; every mark
 carries its number as a title for reading on hover and by screen readers.
@@ -49,6 +49,61 @@ def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
         )
     parts.append(_text(left, height - 6, unit, muted=True))
     return _svg(height, unit, parts)
+
+
+def dots(
+    values: Sequence[Bar],
+    *,
+    colours: Sequence[int],
+    unit: str,
+    band: tuple[float, float] | None,
+    told: str = "",
+) -> str:
+    """A dot for each value with its interval, below 0 too.
+
+    Args:
+        values: From top to bottom.
+        colours: Number of each in the palette.
+        unit: Below the axis.
+        band: Where ``told`` lies, shaded.
+        told: What that is.
+    """
+    width, left, right, row = 480, 180, 58, 30
+    ends = [end for _, value, interval in values for end in (value, *(interval or ()))]
+    low, high = min([*ends, *(band or ())]), max([*ends, *(band or ())])
+    low, high = min(low, 0.0), max(high, low + 1e-9)
+    height = row * len(values) + 34
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * (value - low) / (high - low)
+
+    parts = []
+    if band is not None:
+        parts.append(
+            f'<rect x="{x(band[0]):.1f}" y="2" width="{max(x(band[1]) - x(band[0]), 2):.1f}" '
+            f'height="{height - 28}" rx="3" fill="var(--line)"><title>{escape(told)}: '
+            f"{band[0]:.4g} to {band[1]:.4g}</title></rect>"
+        )
+    parts.append(
+        f'<path d="M{x(0.0):.1f} 2V{height - 26}" stroke="var(--muted)" stroke-width="1"/>'
+    )
+    for index, ((label, value, interval), number) in enumerate(zip(values, colours, strict=True)):
+        middle, colour = 18 + row * index, f"var(--c{number % _PALETTE})"
+        within = "" if interval is None else f" ({interval[0]:.4g} to {interval[1]:.4g})"
+        parts.append(_text(left - 12, middle + 4, label, anchor="end"))
+        if interval is not None:
+            parts.append(
+                f'<path d="M{x(interval[0]):.1f} {middle}H{x(interval[1]):.1f}" '
+                f'stroke="{colour}" stroke-width="3" stroke-linecap="round"/>'
+            )
+        parts.append(
+            f'<circle cx="{x(value):.1f}" cy="{middle}" r="5.5" fill="{colour}" '
+            f'stroke="var(--paper)" stroke-width="1.5"><title>{escape(label)}: {value:.4g}'
+            f"{within}</title></circle>"
+        )
+        parts.append(_text(width - 4, middle + 4, f"{value:.3g}", anchor="end"))
+    parts.append(_text(width - 4, height - 6, unit, anchor="end", muted=True))
+    return _svg(height, unit, parts, width=width)
 
 
 def line(points: Sequence[tuple[int, float]], *, unit: str) -> str:
@@ -116,9 +171,9 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", muted: bool =
     )
 
 
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+def _svg(height: float, title: str, parts: Sequence[str], *, width: int = _WIDTH) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
+        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" '
         f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
         + "".join(parts)
         + "</svg>"

@@ -1,7 +1,13 @@
 """How every page is rendered: markup is escaped, and text of others is made harmless."""
 
+import base64
+import io
+
+import numpy as np
+import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from crafts_core.harmless import harmless
 
@@ -23,3 +29,10 @@ def _shown(value: object) -> object:
     if isinstance(value, Markup):
         return Markup("\n").join(Markup(harmless(line)) for line in value.split("\n"))  # noqa: S704
     return harmless(value) if isinstance(value, str) else value
+
+
+def png_uri(image_HWC: npt.NDArray[np.uint8]) -> str:
+    """An image as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,15 +4,12 @@ The JSON is the record (its schema is docs/report.md); the page is drawn from it
 sample images, and loads nothing from anywhere.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core import charts
@@ -24,7 +21,7 @@ from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import Leakage
 from crafts_core.evaluation.steering import Steering
 from crafts_core.evaluation.table import LABELS, cell, remarks, shown_columns
-from crafts_core.pages import page_environment
+from crafts_core.pages import page_environment, png_uri
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 
@@ -265,10 +262,3 @@ def charts_of(report: Report) -> Mapping[str, str]:
         if spent
         else "",
     }
-
-
-def png_uri(image_HWC: Images) -> str:
-    """An image as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -248,7 +248,8 @@ def test_evaluate_command_measures_foundation_and_generator(
     assert values["training_tiles"] == 24
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
-    assert "| shared generator |" in told.stdout
+    assert "\n  shared generator  " in told.stdout
+    assert max(map(len, told.stdout[: told.stdout.index("16 images")].splitlines())) <= 80
     assert "foundation, recoloured" not in told.stdout
     assert "(crafts evaluate --training)" in told.stdout
 
@@ -308,10 +309,15 @@ def test_compare_command_measures_every_generator(
     head, *lines = told.stdout.splitlines()
     assert head.split() == ["structure", "colour"]
     for line, path in zip(lines, ranked, strict=True):
-        structure, colour, name, _ = line.split()
-        assert name == path
-        assert float(structure) == pytest.approx(values[path]["structure"], abs=1e-4)
-        assert float(colour) == pytest.approx(values[path]["colour"], abs=1e-4)
+        told = line.split()
+        assert told[-2] == path
+        numbers = [float(word.strip("()")) for word in told[:-2] if word != "to"]
+        expected = [
+            number
+            for what in ("structure", "colour")
+            for number in (values[path][what], *values[path][f"{what}_interval"])
+        ]
+        assert numbers == pytest.approx(expected, abs=1e-4)
 
 
 def test_evaluate_command_refuses_tiles_of_another_size(

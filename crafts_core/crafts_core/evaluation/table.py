@@ -1,10 +1,12 @@
 """An evaluation as a table for people: the same rows and columns wherever it is shown."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from crafts_core.evaluation.alignment import RANKS, Recall
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.examiner import Gate
-from crafts_core.evaluation.figures import Arm, Evaluation
+from crafts_core.evaluation.figures import Arm, Comparison
 from crafts_core.evaluation.resampling import Interval
 
 LABELS: dict[ArmName, str] = {
@@ -14,12 +16,15 @@ LABELS: dict[ArmName, str] = {
     "recoloured": "foundation, recoloured",
     "recoloured_by_caption": "recoloured by caption",
     "generator": "shared generator",
+    "images": "the images",
 }
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("colour distance", "colour"),
     ("structure distance", "structure"),
     ("distance", "mmd2"),
     ("Fréchet distance", "frechet"),
+    ("KID", "kid"),
+    ("CMMD", "cmmd"),
     ("shape judge", "shape_agreement"),
     ("colour judge", "colour_agreement"),
     ("drift D", "drift"),
@@ -31,7 +36,53 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 """Heading and field of ``Arm``."""
 
 
-def shown_columns(evaluation: Evaluation) -> list[tuple[str, str]]:
+MATCHES: tuple[tuple[str, str], ...] = (
+    ("image-caption correlation", "correlation"),
+    *((f"caption of an image, R@{k}", f"image_to_text.{k}") for k in RANKS),
+    *((f"image of a caption, R@{k}", f"text_to_image.{k}") for k in RANKS),
+)
+"""Heading, and what ``match`` finds in an ``Alignment``."""
+_LABEL_WIDTH = 31
+
+
+class Match(NamedTuple):
+    """One figure of alignment."""
+
+    value: float
+    interval: Interval | None
+    chance: float
+
+
+def match(arm: Arm, field: str) -> Match | None:
+    """A figure of ``MATCHES``, if that row has it."""
+    found = arm.alignment
+    if found is None:
+        return None
+    if field == "correlation":
+        return Match(found.correlation, found.correlation_interval, found.correlation_chance)
+    side, k = field.split(".")
+    recalls: tuple[Recall, ...] = getattr(found, side)
+    return next((Match(r.share, r.interval, r.chance) for r in recalls if r.k == int(k)), None)
+
+
+def match_cell(arm: Arm, field: str) -> str:
+    """The figure with its interval, and what chance gives."""
+    found = match(arm, field)
+    if found is None:
+        return ""
+    return f"{_with_interval(found.value, found.interval)}, chance {found.chance:.3f}"
+
+
+def shown_matches(evaluation: Comparison) -> list[tuple[str, str]]:
+    """Those that at least one row has."""
+    return [
+        (heading, field)
+        for heading, field in MATCHES
+        if any(match(arm, field) is not None for arm in evaluation.arms)
+    ]
+
+
+def shown_columns(evaluation: Comparison) -> list[tuple[str, str]]:
     """Those that at least one row has."""
     return [
         (heading, field)
@@ -46,12 +97,31 @@ def cell(arm: Arm, field: str) -> str:
     if value is None:
         return ""
     interval: Interval | None = getattr(arm, f"{field}_interval", None)
+    return _with_interval(value, interval)
+
+
+def _with_interval(value: float, interval: Interval | None) -> str:
     if interval is None:
         return f"{value:.3f}"
     return f"{value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
-def markdown(evaluation: Evaluation) -> str:
+def plain_text(evaluation: Comparison) -> list[str]:
+    """The whole comparison for a terminal of 80 columns: a paragraph for each figure."""
+    figures = [(heading, field, cell) for heading, field in shown_columns(evaluation)]
+    figures += [(heading, field, match_cell) for heading, field in shown_matches(evaluation)]
+    lines = []
+    for heading, field, told in figures:
+        lines.append(heading)
+        lines += [
+            f"  {LABELS[arm.name]:<{_LABEL_WIDTH}}{told(arm, field)}"
+            for arm in evaluation.arms
+            if told(arm, field)
+        ]
+    return lines
+
+
+def markdown(evaluation: Comparison) -> str:
     """The whole comparison."""
     columns = shown_columns(evaluation)
     lines = [_line(["", *(heading for heading, _ in columns)]), "|---" * (len(columns) + 1) + "|"]
@@ -66,13 +136,23 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def remarks(evaluation: Evaluation) -> list[str]:
+def remarks(evaluation: Comparison) -> list[str]:
     """What a reader of the table has to know: how it was measured, and what is not in it."""
+    whose = (
+        f"of {evaluation.heldout_patients} held-out patients"
+        if evaluation.resampled == "patient"
+        else "of nobody knows whom"
+    )
+    each = "" if evaluation.arm("generator") is None else " each"
     told = [
-        f"{evaluation.n} images each against {evaluation.n_heldout} tiles of "
-        f"{evaluation.heldout_patients} held-out patients; encoder {evaluation.encoder} "
-        f"({evaluation.encoder_hash[:12]}); in brackets 90 % intervals"
+        f"{evaluation.n} images{each} against {evaluation.n_heldout} tiles {whose}; encoder "
+        f"{evaluation.encoder} ({evaluation.encoder_hash[:12]}); in brackets 90 % intervals"
     ]
+    if evaluation.resampled == "image":
+        told.append(
+            "nobody says whose the real images are: intervals are by image, and too narrow where "
+            "several are of one patient (a column patient mends it)"
+        )
     if evaluation.judged_classes:
         told.append(
             f"judges learnt {len(evaluation.judged_classes)} classes from "
@@ -81,6 +161,13 @@ def remarks(evaluation: Evaluation) -> list[str]:
         )
     if evaluation.gate is not None:
         told.append(gate_text(evaluation.gate))
+    if evaluation.memorisation is not None:
+        copies = evaluation.memorisation
+        share = _with_interval(copies.share_nearer_members, copies.interval)
+        told.append(
+            f"images nearer to training tiles than to held-out ones: {share}, p "
+            f"{copies.p_value:.2g}; 0.5 without copies"
+        )
     return [*told, *(f"not measured: {reason}" for reason in evaluation.not_measured)]
 
 

@@ -6,7 +6,6 @@ The table (TSV or CSV, the one of that kind in the folder) names ``file``, relat
 out: encoders were trained on such tiles.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,20 @@ from PIL import Image
 
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.changes import PATCHES_PX
-from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.image_sets import (
+    LABEL,
+    PATIENT,
+    ImageSetError,
+    Row,
+    middle_square,
+    scaled_image,
+    table_rows,
+)
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 
-_PATIENT = ("patient", "case", "source_tile_group")
-_CLASS = ("label", "cancer_type", "class", "organ", "caption")
+_CLASS = (*LABEL, "caption")
 _BUILD = "build"
 
 
@@ -46,7 +52,7 @@ def read_tiles(
     if (path / MANIFEST_NAME).is_file():
         return _of_store(TileStore.open(path), mpp)
     table = _table(path)
-    rows = [row for row in _rows(table) if row.get("split") != _BUILD]
+    rows = [row for row in table_rows(table) if row.get("split") != _BUILD]
     if not rows:
         raise ValidationTilesError(f"{table} has no rows to validate on")
     scaled = [_read(path, row, mpp, at_mpp, table) for row in rows]
@@ -59,8 +65,8 @@ def read_tiles(
             f"one of {smallest}"
         )
     tiles = RealTiles(
-        images_NHWC=np.stack([_middle(image, side_px) for image in scaled]),
-        patients=np.array([_first(row, _PATIENT, table) for row in rows]),
+        images_NHWC=np.stack([middle_square(image, side_px) for image in scaled]),
+        patients=np.array([_first(row, PATIENT, table) for row in rows]),
         captions=[_first(row, _CLASS, table) for row in rows],
     )
     return tiles, at_mpp
@@ -83,35 +89,19 @@ def _table(path: Path) -> Path:
     return found[0]
 
 
-def _rows(table: Path) -> list[dict[str, str]]:
-    delimiter = "\t" if table.suffix == ".tsv" else ","
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        return list(csv.DictReader(stream, delimiter=delimiter))
-
-
-def _first(row: dict[str, str], names: tuple[str, ...], table: Path) -> str:
+def _first(row: Row, names: tuple[str, ...], table: Path) -> str:
     for name in names:
         if row.get(name):
             return row[name]
     raise ValidationTilesError(f"{table}: a row of {row.get('file')} has no {' or '.join(names)}")
 
 
-def _read(
-    path: Path, row: dict[str, str], mpp: float | None, at_mpp: float, table: Path
-) -> Image.Image:
+def _read(path: Path, row: Row, mpp: float | None, at_mpp: float, table: Path) -> Image.Image:
     name, told = row.get("file"), row.get("mpp") or mpp
     if not name or told is None:
         what = "file" if not name else "mpp; give --mpp"
         raise ValidationTilesError(f"{table}: a row has no {what}")
     try:
-        image = Image.open(path / name).convert("RGB")
-        scale = float(told) / at_mpp
-        sides = tuple(max(1, round(side * scale)) for side in image.size)
-        return image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
-    except (OSError, ValueError) as error:
+        return scaled_image(path / name, float(told) / at_mpp)
+    except (ValueError, ImageSetError) as error:
         raise ValidationTilesError(f"{table}: {name} cannot be read ({error})") from error
-
-
-def _middle(image: Image.Image, side_px: int) -> Images:
-    left, top = ((side - side_px) // 2 for side in image.size)
-    return np.asarray(image.crop((left, top, left + side_px, top + side_px)))

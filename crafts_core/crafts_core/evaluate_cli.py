@@ -1,0 +1,244 @@
+"""``crafts evaluate`` and ``compare``: how near images are to real ones."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from crafts_core.command_line import one_line_errors, progress_bars, say
+from crafts_core.sample_cli import AsJson, Device, Seed
+
+if TYPE_CHECKING:
+    from crafts_core.evaluation.bench import Bench, BenchSettings
+
+Real = Annotated[
+    Path,
+    typer.Option(
+        "--real",
+        "--tiles",
+        exists=True,
+        file_okay=False,
+        help="Store, or folder of images, of patients that nobody trained on.",
+    ),
+]
+FoundationDir = Annotated[
+    Path | None, typer.Option(file_okay=False, help="Foundation; the embedded one if not given.")
+]
+NumImages = Annotated[int, typer.Option(min=16, help="Images drawn from each generator.")]
+MaxTiles = Annotated[int, typer.Option(min=16, help="Real images, or images of a folder, at most.")]
+EncoderSpec = Annotated[
+    str, typer.Option("--encoder", help="What sees tiles: a name, or a local path.")
+]
+Mpp = Annotated[
+    float | None, typer.Option(min=0.05, help="Microns per pixel of images that do not say it.")
+]
+Show = Literal["auto", "generated", "real", "nearest"]
+
+
+def evaluate(
+    real: Real,
+    subject: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            metavar="GENERATOR|FOLDER",
+            help="Exported generator, or folder of images; not with --validate.",
+        ),
+    ] = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Store or folder of patients that were trained on: teaches judges and colour map.",
+        ),
+    ] = None,
+    foundation: FoundationDir = None,
+    encoder: EncoderSpec = "embedded",
+    num: NumImages = 192,
+    max_tiles: MaxTiles = 2000,
+    seed: Seed = 0,
+    mpp: Mpp = None,
+    device: Device = "cpu",
+    page: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write a page with plots and pictures.")
+    ] = None,
+    show: Annotated[
+        Show,
+        typer.Option(
+            help="Pictures of the page: generated; beside real ones; each beside the nearest real "
+            "one. Real ones by themselves only if both are folders."
+        ),
+    ] = "auto",
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Judge the encoder itself, on --real.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a generator, or any folder of images, against real tiles that nobody trained on.
+
+    Real images are a site's store, or a folder: images as they lie, or with a table of file,
+    patient, caption, label, mpp. A folder needs no site. docs/evaluation.md says what is measured.
+
+    With --validate: how far the encoder puts real tiles that are recoloured, blurred, shuffled;
+    --real may then be a folder with a table (docs/encoders.md), and no generator is needed.
+    """
+    if validate:
+        _validate(real, encoder, foundation, mpp=mpp, seed=seed, as_json=as_json)
+        return
+    if subject is None:
+        raise typer.BadParameter(
+            "expected a generator or a folder of images, or --validate",
+            param_hint="GENERATOR|FOLDER",
+        )
+    if page is None and show != "auto":
+        raise typer.BadParameter("--show goes with --page")
+    with one_line_errors("crafts"), progress_bars() as progress:
+        from crafts_core.evaluation.evaluation_page import write_evaluation_page
+        from crafts_core.evaluation.pictures import default_show, pictures_of
+        from crafts_core.evaluation.table import plain_text, remarks
+
+        bench = _bench(
+            real,
+            [subject],
+            _settings(
+                encoder=encoder,
+                foundation=foundation,
+                training=training,
+                num=num,
+                max_tiles=max_tiles,
+                seed=seed,
+                mpp=mpp,
+                device=device,
+            ),
+        )
+        result = bench.measure(subject, progress)
+        if page is not None:
+            shown = default_show(bench, subject) if show == "auto" else show
+            write_evaluation_page(
+                result,
+                pictures_of(bench, subject, shown),
+                page,
+                subject=subject.resolve().name,
+                real=real.resolve().name,
+            )
+    if as_json:
+        say(result.model_dump_json())
+        return
+    say(*plain_text(result), *remarks(result))
+
+
+def compare(
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            metavar="GENERATOR|FOLDER...",
+            help="Two or more generators, or folders of images.",
+        ),
+    ],
+    real: Real,
+    foundation: FoundationDir = None,
+    encoder: EncoderSpec = "embedded",
+    num: NumImages = 192,
+    max_tiles: MaxTiles = 2000,
+    seed: Seed = 0,
+    mpp: Mpp = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Rank generators by how far their structure is from the same real tiles, nearest first.
+
+    In brackets 90 % intervals over patients.
+    """
+    with one_line_errors("crafts"), progress_bars() as progress:
+        settings = _settings(
+            encoder=encoder,
+            foundation=foundation,
+            training=None,
+            num=num,
+            max_tiles=max_tiles,
+            seed=seed,
+            mpp=mpp,
+            device=device,
+        )
+        bench = _bench(real, subjects, settings)
+        measured = {str(path): bench.fidelity(path, progress) for path in subjects}
+    if as_json:
+        values = {path: fidelity.model_dump(mode="json") for path, fidelity in measured.items()}
+        say(json.dumps(values))
+        return
+    say(f"{'structure':<28}  {'colour':<28}")
+    for path, fidelity in sorted(measured.items(), key=lambda item: item[1].structure):
+        told = [
+            f"{value:.4f} ({low:.4f} to {high:.4f})"
+            for value, (low, high) in (
+                (fidelity.structure, fidelity.structure_interval),
+                (fidelity.colour, fidelity.colour_interval),
+            )
+        ]
+        say(f"{told[0]:<28}  {told[1]:<28}  {path}  ({fidelity.encoder})")
+
+
+def _settings(
+    *,
+    encoder: str,
+    foundation: Path | None,
+    training: Path | None,
+    num: int,
+    max_tiles: int,
+    seed: int,
+    mpp: float | None,
+    device: str,
+) -> "BenchSettings":
+    """Torch and transformers take seconds to import; ``--help`` should not."""
+    from crafts_core.evaluation.bench import BenchSettings
+    from crafts_core.evaluation.evaluate import EvaluationConfig
+
+    return BenchSettings(
+        config=EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
+        foundation=foundation,
+        training=training,
+        max_tiles=max_tiles,
+        mpp=mpp,
+        device=device,
+    )
+
+
+def _bench(real: Path, subjects: Sequence[Path], settings: "BenchSettings") -> "Bench":
+    """Ready to measure; what speaks against the encoder is told on stderr."""
+    from crafts_core.evaluation.bench import Bench
+    from crafts_core.evaluation.validation import warning_of
+
+    bench = Bench.open(real, subjects, settings)
+    if warning := warning_of(bench.encoder):
+        say(f"crafts: {warning}", err=True)
+    return bench
+
+
+def _validate(
+    tiles: Path,
+    encoder: str,
+    foundation: Path | None,
+    *,
+    mpp: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    with one_line_errors("crafts"), progress_bars() as progress:
+        from crafts_core.evaluation.validation import ValidationConfig
+        from crafts_core.evaluation.validation_command import table, validate_on
+
+        found = validate_on(
+            tiles,
+            encoder,
+            foundation=foundation,
+            mpp=mpp,
+            config=ValidationConfig(seed=seed),
+            progress=progress,
+        )
+    say(*([found.model_dump_json()] if as_json else table(found).splitlines()))
