@@ -1,0 +1,87 @@
+"""README and docs name commands, options and files that exist, and their examples run."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from typer.main import get_command
+
+from crafts_client.cli import app as client
+from crafts_core.cli import app as crafts
+from crafts_server.cli import app as server
+from crafts_simulations.cli import app as simulations
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "deploy" / "README.md", *ROOT.glob("docs/**/*.md")])
+PROGRAMS = {
+    "crafts": crafts,
+    "crafts-client": client,
+    "crafts-server": server,
+    "crafts-sim": simulations,
+}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text()) if kind in languages]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command of ours that a page shows."""
+    for text in blocks(page, "sh", ""):
+        for line in text.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;", line.partition(" #")[0]):
+                words = shlex.split(part) if part.count('"') % 2 == 0 else []
+                if words and words[0] in PROGRAMS:
+                    yield words
+
+
+def problem(words: list[str]) -> str | None:
+    """Why a command would be refused before it did anything, or None."""
+    command: click.Command = get_command(PROGRAMS[words[0]])
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        names = rest[0].split("/") if rest else []
+        if not names or set(names) - command.commands.keys():
+            return f"no command {rest[:1]}"
+        command, rest = command.commands[names[0]], rest[1:]
+    options = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
+    for word in rest:
+        if word.startswith("-") and word.partition("=")[0] not in {*options, "--help"}:
+            return f"no option {word}"
+    return None
+
+
+def test_enough_commands_are_found_to_mean_anything() -> None:
+    assert sum(1 for page in PAGES for _ in commands(page)) > 80
+    assert problem(["crafts-client", "approve"]) == "no command ['approve']"
+    assert problem(["crafts-client", "plan", "list", "--all"]) == "no option --all"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
+    refused = [(" ".join(words), found) for words in commands(page) if (found := problem(words))]
+    assert not refused
+    links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_of_a_page_is_python(page: Path) -> None:
+    for text in blocks(page, "python"):
+        compile(text, str(page), "exec")
+
+
+def test_the_researchers_rule_is_a_rule() -> None:
+    page = ROOT / "docs" / "tutorials" / "researcher.md"
+    found: dict[str, Any] = {}
+    exec(blocks(page, "python")[0], found)
+    rule = found["SquaredPrecision"]()
+    sites: Any = [SimpleNamespace(noise_variance=variance) for variance in (1.0, 0.5)]
+    assert rule.weights(sites) == pytest.approx([0.2, 0.8])
