@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install quickstart test test-fast test-exhaustive mutants check format docs bench proto clean
+.PHONY: help install quickstart test test-fast test-exhaustive mutants check format docs wheel bench proto clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -55,6 +55,13 @@ format: $(STAMP)  ## Format and sort in place
 docs: $(STAMP)  ## The documentation as a site in dist/site; a dead link fails
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+wheel: $(STAMP)  ## What sites install: the wheel, its hash, and all it was tested with (CycloneDX)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group release
+	$(BIN)/python -m build --wheel --outdir dist/wheel .
+	cp constraints.txt dist/wheel/
+	$(BIN)/cyclonedx-py environment --output-reproducible --output-file dist/wheel/sbom.cdx.json $(BIN)/python
+	cd dist/wheel && sha256sum *.whl constraints.txt sbom.cdx.json > SHA256SUMS
 
 bench: $(STAMP)  ## Benchmarks that print ratios
 	$(BIN)/python benchmarks/private_step.py

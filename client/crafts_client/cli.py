@@ -25,9 +25,12 @@ from crafts_core.command_line import (
 )
 from crafts_core.durable import write_file
 
+_NUM_CORES = (
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     help=__doc__,
     # A traceback with local variables would show what must not be shown.
     pretty_exceptions_enable=False,
@@ -141,7 +144,7 @@ def ingest(
     ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that read; all cores if absent.")
-    ] = len(os.sched_getaffinity(0)),
+    ] = _NUM_CORES,
     plan_table: Annotated[
         Path | None,
         typer.Option(

@@ -7,7 +7,6 @@ from crafts_core.command_line import Version
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     help=__doc__,
     # A traceback with local variables would show what must not be shown.
     pretty_exceptions_enable=False,

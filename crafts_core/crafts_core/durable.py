@@ -1,6 +1,5 @@
 """Files and directories that are there completely or not at all, also after a power failure."""
 
-import fcntl
 import os
 import shutil
 import stat
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _POLL_S = 0.02
+_BINARY = getattr(os, "O_BINARY", 0)
+"""Windows alone has it, and without it turns line ends into its own."""
 _BLOCK_BYTES = 64 * 1024
 
 
@@ -77,6 +78,8 @@ def exclusive_lock(path: Path, *, held: Exception, timeout_s: float = 0.0) -> It
         held: Raised when another process or thread held it for the whole time.
         timeout_s: How long to wait for it.
     """
+    import fcntl  # of Unix; only coordinators and sites lock anything, and they run on Linux
+
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         deadline = time.monotonic() + timeout_s
@@ -132,6 +135,8 @@ def newest_lines(path: Path, most: int) -> tuple[list[bytes], int]:
 
 def sync(path: Path) -> None:
     """Make a file's content, or the renames and new files in a directory, outlive a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories; NTFS keeps a journal of names itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,7 +145,7 @@ def sync(path: Path) -> None:
 
 
 def _write_synced(path: Path, content: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()

@@ -1,6 +1,9 @@
 """A program without its extra says what to install, also for ``--help``."""
 
+import ast
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -55,3 +58,41 @@ def test_no_colour_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("FORCE_COLOR", "")
     assert "\x1b[" not in CliRunner().invoke(app, ["--help"]).output
+
+
+UNIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
+
+
+def test_nothing_is_imported_at_the_top_that_macos_or_windows_lack() -> None:
+    """Core imports everywhere; what only Linux has is asked for where only Linux runs."""
+    root = Path(__file__).parents[2]
+    paths = [
+        path for top in ("crafts_core", "client", "server") for path in root.glob(f"{top}/**/*.py")
+    ]
+    assert len(paths) > 100
+    for path in paths:
+        tops = [
+            node
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {
+            name
+            for node in tops
+            for name in (*(each.name for each in node.names), getattr(node, "module", ""))
+        }
+        assert not names & UNIX_ONLY, path
+
+
+def test_programs_start_where_affinity_is_unknown() -> None:
+    code = "import os; del os.sched_getaffinity; import crafts_client.cli; print('imported')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_can_complete(shell: str) -> None:
+    told = CliRunner().invoke(
+        app, [], env={"_CRAFTS_COMPLETE": f"source_{shell}"}, prog_name="crafts"
+    )
+    assert "_CRAFTS_COMPLETE=complete_" in told.output
