@@ -12,6 +12,11 @@ from crafts_core.foundation import embedded_path, load, verify
 from crafts_core.foundation_build import BuildConfig, build, read_table
 from crafts_core.foundation_build.aligner_training import train_tokenizer
 from crafts_core.foundation_build.assembly import _claim
+from crafts_core.foundation_build.diffusion_training import (
+    new_scheduler,
+    spread_timesteps,
+    timestep_shares,
+)
 from crafts_core.foundation_build.measured import measure, steady_phrases
 from crafts_core.foundation_build.public_tiles import compose, drawn_types, public_tiles
 from crafts_core.foundation_build.tiles_table import TableRow, read_open_tiles
@@ -349,6 +354,23 @@ def test_words_of_a_tile_do_not_tell_its_stain() -> None:
     assert steady == steady_phrases(tiles_NHWC, mpp=1.0, seed=0)
     plain = [measure(tile, mpp=1.0).phrases() for tile in tiles_NHWC]
     assert 2 * lost(steady) < lost(plain)
+
+
+def test_timesteps_are_drawn_as_often_as_they_weigh() -> None:
+    scheduler = new_scheduler()
+    share_T = timestep_shares(scheduler)
+    weights = []
+    for kept in scheduler.alphas_cumprod.double().tolist():
+        snr = kept / (1 - kept)
+        weights.append(max(0.1, min(snr, 5.0) / (snr + 1)))
+    np.testing.assert_allclose(share_T, np.asarray(weights) / sum(weights), rtol=1e-4)
+
+    rng = np.random.default_rng(0)
+    drawn_NB = np.stack([spread_timesteps(share_T, 32, rng) for _ in range(3000)])
+    found_T = np.bincount(drawn_NB.ravel(), minlength=1000) / drawn_NB.size
+    assert np.abs(found_T - share_T).sum() < 0.1
+    halves = [(drawn_NB < place).mean(axis=1) for place in (250, 500)]
+    assert max(half.std() for half in halves) < 0.02, "each batch covers the whole schedule"
 
 
 def test_corpus_words_are_single_tokens_and_any_text_is_accepted() -> None:

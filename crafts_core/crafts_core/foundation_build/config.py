@@ -43,12 +43,12 @@ class BuildConfig(BaseModel):
     vae_crop_px: Count = 64
     """The VAE is convolutional: many small crops teach it more than few whole tiles."""
     vae_batch: Count = 16
-    vae_steps: Count = 12000
+    vae_steps: Count = 4800
     vae_perceptual: Rate = 0.6
 
     unet_channels: tuple[int, ...] = (32, 96, 128, 192)
     unet_batch: Count = 32
-    unet_steps: Count = 3600
+    unet_steps: Count = 14000
     unet_views: Count = 4
     """Each tile's latent is computed this often, turned and stained anew."""
     latent_aligner_steps: Count = 600
