@@ -22,6 +22,16 @@ def main(_version: Version = False) -> None:
     """Simulate hospitals that train one generator together, with the real programs' code."""
 
 
+Tiles = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of real tiles.")
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="CSV or TSV: file, patient, label."),
+]
+Device = Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")]
+
+
 @app.command()
 def run(
     scenario: Annotated[
@@ -29,13 +39,8 @@ def run(
         typer.Argument(help="Shipped scenario (quickstart, real-tiles, control) or a TOML file."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for everything; a finished part is kept.")],
-    tiles: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of real tiles.")
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="CSV or TSV: file, patient, label."),
-    ] = None,
+    tiles: Tiles = None,
+    labels: Labels = None,
     file_column: Annotated[str | None, typer.Option(help="Column of the tile's file name.")] = None,
     patient_column: Annotated[
         str | None, typer.Option(help="Column that says which patient a tile is of.")
@@ -57,7 +62,7 @@ def run(
         bool,
         typer.Option("--repeatable", help="Same seed, same bytes, noise included: NOT PRIVATE."),
     ] = False,
-    device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that draw and read slides; 0 is this one alone.")
     ] = 2,
@@ -73,8 +78,7 @@ def run(
     """Run a scenario from slides to report. Interrupted, the same command goes on."""
     if epsilon is not None and no_privacy:
         raise typer.BadParameter("--epsilon and --no-privacy exclude each other")
-    if (tiles is None) != (labels is None):
-        raise typer.BadParameter("--tiles and --labels belong together")
+    _check_tiles(tiles, labels)
     if verbose:
         log_to_stderr("%(levelname)s %(name)s %(message)s")
         logging.getLogger("crafts_client").setLevel(logging.DEBUG)
@@ -117,6 +121,55 @@ def run(
     else:
         say(headline(report.evaluation))
         say(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def sweep(
+    plan: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="TOML: scenario, seeds, arms.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for all runs; a finished one is kept.")],
+    tiles: Tiles = None,
+    labels: Labels = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each.")] = 1,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Run a scenario under arms and seeds, and say what differs. The same command goes on."""
+    _check_tiles(tiles, labels)
+    advice = f"what is finished in {out} is kept: run the same command again to go on"
+    with one_line_errors("crafts-sim", advice=advice):
+        from crafts_client.ingest import TableColumns
+        from crafts_simulations.sites import TileSource
+        from crafts_simulations.sweep import load_sweep
+        from crafts_simulations.sweep_report import markdown
+        from crafts_simulations.sweep_run import run_sweep
+
+        wanted, scenarios = load_sweep(plan)
+        source = None
+        if tiles is not None and labels is not None:
+            source = TileSource(folder=tiles, labels=labels, columns=TableColumns())
+        with progress_bars() as progress:
+            report = run_sweep(
+                wanted,
+                scenarios,
+                out,
+                source=source,
+                device=device,
+                num_parallel=parallel,
+                progress=progress,
+            )
+    if as_json:
+        say(report.model_dump_json())
+        return
+    for line in [*markdown(report).splitlines(), *report.remarks]:
+        say(line)
+    say(f"Report: {out / 'sweep.html'}")
+
+
+def _check_tiles(tiles: Path | None, labels: Path | None) -> None:
+    if (tiles is None) != (labels is None):
+        raise typer.BadParameter("--tiles and --labels belong together")
 
 
 @app.command()

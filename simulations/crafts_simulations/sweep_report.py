@@ -1,0 +1,207 @@
+"""What a sweep says: every figure of every run, and each arm's difference to the baseline.
+
+Differences are paired by seed. Their intervals hold together: with 90 % confidence *all* arms'
+differences of a figure lie in theirs (Student's t, Bonferroni over the arms), because whoever looks
+at ten arms finds one that is better by chance.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+
+from crafts_core.evaluation.baselines import ArmName
+from crafts_core.evaluation.encoder import require_one_encoder
+from crafts_core.evaluation.figures import Arm, Evaluation
+from crafts_core.evaluation.table import COLUMNS, LABELS, remarks
+from crafts_simulations.report import Report
+from crafts_simulations.sweep import Sweep
+
+FIELDS: tuple[str, ...] = (
+    "structure", "colour", "mmd2", "shape_agreement", "colour_agreement", "drift", "recall",
+    "coverage",
+)  # fmt: skip
+"""Figures of ``figures.Arm`` that are compared; structure is the one to rank by."""
+HEADINGS = {field: heading for heading, field in COLUMNS}
+_BESIDE: tuple[ArmName, ...] = (
+    "real", "reconstruction", "foundation", "recoloured", "recoloured_by_caption",
+)  # fmt: skip
+_LEVEL = 0.9
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Difference(_Record):
+    """An arm minus the baseline, over seeds."""
+
+    mean: float
+    low: float | None
+    """None where one seed says nothing about chance."""
+    high: float | None
+
+    @classmethod
+    def of(cls, differences: Sequence[float], *, num_arms: int) -> Self:
+        """Mean and interval; ``num_arms`` are compared at once."""
+        values_S = np.asarray(differences, dtype=np.float64)
+        mean = float(values_S.mean())
+        if len(values_S) < 2:
+            return cls(mean=mean, low=None, high=None)
+        error = float(values_S.std(ddof=1)) / len(values_S) ** 0.5
+        reach = error * float(stats.t.ppf(1 - (1 - _LEVEL) / (2 * num_arms), len(values_S) - 1))
+        return cls(mean=mean, low=mean - reach, high=mean + reach)
+
+
+class SweepRow(_Record):
+    """One arm, or one of the rows that need no training."""
+
+    name: str
+    epsilon: float | None
+    """The largest that any site spent in any run; None where nothing was private."""
+    values: dict[str, tuple[float, ...]]
+    """A figure's value in each seed; figures that a run did not have are left out."""
+    differences: dict[str, Difference]
+
+    def mean(self, field: str) -> float | None:
+        """Over seeds; None where it was not measured."""
+        return float(np.mean(self.values[field])) if field in self.values else None
+
+
+class SweepReport(_Record):
+    """``sweep.json``."""
+
+    scenario: str
+    seeds: tuple[int, ...]
+    baseline: str
+    arms: tuple[SweepRow, ...]
+    beside: tuple[SweepRow, ...]
+    """Rows without training: floor, bound, foundation, its colour maps; of the baseline's runs."""
+    remarks: tuple[str, ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Figures that some arm has."""
+        return tuple(field for field in FIELDS if any(field in row.values for row in self.arms))
+
+
+def compare(sweep: Sweep, reports: Mapping[tuple[str, int], Report]) -> SweepReport:
+    """Set the runs of a sweep side by side.
+
+    Args:
+        sweep: Arms and seeds.
+        reports: Of every run, by the arm's name and the seed.
+
+    Raises:
+        EncoderError: they were measured with several encoders.
+    """
+    require_one_encoder([report.evaluation for report in reports.values()])
+    baseline = sweep.compared_with.name
+    evaluations = {
+        arm.name: [reports[arm.name, seed].evaluation for seed in sweep.seeds] for arm in sweep.arms
+    }
+    values = {name: _values(found, "generator") for name, found in evaluations.items()}
+    spent = {
+        arm.name: [
+            site.epsilon
+            for seed in sweep.seeds
+            for site in reports[arm.name, seed].sites
+            if site.epsilon is not None
+        ]
+        for arm in sweep.arms
+    }
+    arms = [
+        SweepRow(
+            name=name,
+            epsilon=max(spent[name], default=None),
+            values=found,
+            differences={}
+            if name == baseline
+            else _differences(found, values[baseline], num_arms=len(values) - 1),
+        )
+        for name, found in values.items()
+    ]
+    return SweepReport(
+        scenario=sweep.scenario,
+        seeds=sweep.seeds,
+        baseline=baseline,
+        arms=tuple(arms),
+        beside=tuple(_beside(evaluations[baseline])),
+        remarks=tuple(remarks(evaluations[baseline][0])),
+    )
+
+
+def _values(evaluations: Sequence[Evaluation], name: ArmName) -> dict[str, tuple[float, ...]]:
+    """Figures that this row has in every seed."""
+    rows = [row for each in evaluations if (row := each.arm(name)) is not None]
+    found = {field: tuple(_figure(row, field) for row in rows) for field in FIELDS}
+    return {
+        field: tuple(value for value in each if value is not None)
+        for field, each in found.items()
+        if each and None not in each
+    }
+
+
+def _figure(row: Arm, field: str) -> float | None:
+    value: float | None = getattr(row, field)
+    return value
+
+
+def _differences(
+    arm: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]], *, num_arms: int
+) -> dict[str, Difference]:
+    return {
+        field: Difference.of(
+            [mine - its for mine, its in zip(arm[field], baseline[field], strict=True)],
+            num_arms=num_arms,
+        )
+        for field in FIELDS
+        if field in arm and field in baseline
+    }
+
+
+def _beside(evaluations: Sequence[Evaluation]) -> list[SweepRow]:
+    rows = [(LABELS[name], _values(evaluations, name)) for name in _BESIDE]
+    return [
+        SweepRow(name=label, epsilon=None, values=values, differences={})
+        for label, values in rows
+        if values
+    ]
+
+
+def markdown(report: SweepReport) -> str:
+    """Means over seeds, then differences with their intervals."""
+    fields = report.fields
+    lines = [_line(["", *(HEADINGS[field] for field in fields), "epsilon"])]
+    lines.append("|---" * (len(fields) + 2) + "|")
+    for row in (*report.beside, *report.arms):
+        cells = [_number(row.mean(field)) for field in fields]
+        lines.append(_line([row.name, *cells, _number(row.epsilon, digits=2)]))
+    compared = [row for row in report.arms if row.differences]
+    if compared:
+        lines += ["", _line([f"minus {report.baseline}", *(HEADINGS[field] for field in fields)])]
+        lines.append("|---" * (len(fields) + 1) + "|")
+    for row in compared:
+        told = [difference_text(row.differences.get(field)) for field in fields]
+        lines.append(_line([row.name, *told]))
+    return "\n".join(lines)
+
+
+def difference_text(difference: Difference | None) -> str:
+    """A difference for people; bold where its interval leaves out 0."""
+    if difference is None:
+        return ""
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.4f}"
+    text = f"{difference.mean:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+
+
+def _number(value: float | None, *, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

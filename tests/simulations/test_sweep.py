@@ -1,0 +1,185 @@
+"""Sweeps: arms and seeds from one file, runs that are kept, differences that are paired."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from crafts_simulations import cli, sweep_run
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.scenario import Scenario, load_scenario
+from crafts_simulations.sweep import Sweep, load_sweep, scenario_of
+from crafts_simulations.sweep_report import Difference, SweepReport, difference_text
+from support.foundations import write_tiny_foundation
+from support.scenarios import tile_source, tiles_scenario_values
+
+TWO_ARMS = """
+scenario = "tiny.toml"
+seeds = [3, 4]
+baseline = "as it is"
+
+[[arm]]
+name = "as it is"
+
+[[arm]]
+name = "Small steps, by patients!"
+stage = { learning_rate = 0.001 }
+aggregation = { rule = "by_patients" }
+"""
+
+
+def parse(text: str) -> Sweep:
+    return Sweep.model_validate(tomllib.loads(text))
+
+
+def written(path: Path, values: dict[str, Any]) -> None:
+    """A TOML file of a scenario's values; JSON's inline tables are close enough to TOML's."""
+
+    def value(each: Any) -> str:
+        if isinstance(each, dict):
+            return "{" + ", ".join(f"{key} = {value(item)}" for key, item in each.items()) + "}"
+        return json.dumps(each)
+
+    lines = []
+    for section, entries in values.items():
+        for part in entries if isinstance(entries, list) else [entries]:
+            lines.append(f"[[{section}]]" if isinstance(entries, list) else f"[{section}]")
+            lines += [f"{key} = {value(item)}" for key, item in part.items()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def base() -> Scenario:
+    return load_scenario("real-tiles")
+
+
+class TestFile:
+    def test_every_combination_is_an_arm_beside_those_written_out(self) -> None:
+        sweep = parse(
+            TWO_ARMS
+            + '[vary]\n"privacy.target_epsilon" = [1.0, 8.0]\n"aggregation.rule" = ["uniform"]\n'
+        )
+        assert [arm.name for arm in sweep.arms] == [
+            "as it is",
+            "Small steps, by patients!",
+            "target epsilon 1.0, rule uniform",
+            "target epsilon 8.0, rule uniform",
+        ]
+        assert sweep.arms[1].folder == "small-steps-by-patients"
+        assert sweep.arms[2].changes == {
+            "privacy": {"target_epsilon": 1.0},
+            "aggregation": {"rule": "uniform"},
+        }
+        assert sweep.compared_with.name == "as it is"
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (('name = "as it is"', 'name = "As it is"'), "baseline: no arm has the name"),
+            (
+                ('name = "Small steps, by patients!"', 'name = "as it is"'),
+                "'as it is' is there twice",
+            ),
+            (("[3, 4]", "[3, 3]"), "seed '3' is there twice"),
+            (("[3, 4]", "[]"), "seeds"),
+            (("stage =", "stages ="), "stages"),
+        ],
+    )
+    def test_what_is_wrong_is_named(
+        self, tmp_path: Path, change: tuple[str, str], says: str
+    ) -> None:
+        path = tmp_path / "sweep.toml"
+        path.write_text(TWO_ARMS.replace(*change))
+        with pytest.raises(ScenarioError, match=says):
+            load_sweep(path)
+
+    def test_a_wrong_value_of_one_arm_is_named_before_anything_runs(self, tmp_path: Path) -> None:
+        path = tmp_path / "sweep.toml"
+        text = TWO_ARMS.replace('"tiny.toml"', '"real-tiles"').replace("0.001", "-1.0")
+        path.write_text(text)
+        with pytest.raises(ScenarioError, match=r"Small steps, by patients!.*learning_rate"):
+            load_sweep(path)
+
+    def test_an_arm_changes_all_stages_and_a_seed_all_draws(self, base: Scenario) -> None:
+        arm = parse(TWO_ARMS).arms[1]
+        found = scenario_of(base, arm, 12)
+        assert {stage.learning_rate for stage in found.stage} == {0.001}
+        assert found.aggregation.rule == "by_patients"
+        assert found.tiles is not None
+        assert {found.tiles.seed, found.study.seed, found.evaluation.seed} == {12}
+        assert found.privacy == base.privacy
+
+    def test_without_privacy_there_is_no_epsilon(self, base: Scenario) -> None:
+        arm = parse(TWO_ARMS + '[[arm]]\nname = "bare"\nprivate = false\n').arms[2]
+        assert scenario_of(base, arm, 1).privacy.mechanism == "none"
+
+    def test_a_section_that_the_scenario_lacks_is_refused(self) -> None:
+        drawn = load_scenario("quickstart")
+        arm = parse(TWO_ARMS + '[[arm]]\nname = "dealt"\ntiles = { alpha = 9.0 }\n').arms[2]
+        with pytest.raises(ScenarioError, match="no section tiles"):
+            scenario_of(drawn, arm, 1)
+
+
+class TestDifference:
+    def test_one_arm_has_the_interval_of_a_paired_t_test(self) -> None:
+        rng = np.random.default_rng(1)
+        mine, its = rng.normal(size=6), rng.normal(size=6)
+        found = Difference.of((mine - its).tolist(), num_arms=1)
+        expected = stats.ttest_rel(mine, its).confidence_interval(0.9)
+        assert found.mean == pytest.approx(float((mine - its).mean()))
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+    def test_several_arms_hold_together(self) -> None:
+        """Among ten arms without any effect all intervals hold 0 in at least 0.9 of sweeps."""
+        rng = np.random.default_rng(2)
+        held = 0
+        for _ in range(400):
+            baseline = rng.normal(size=5)
+            arms = [rng.normal(size=5) - baseline for _ in range(10)]
+            found = [Difference.of(arm.tolist(), num_arms=10) for arm in arms]
+            held += all(each.low < 0 < each.high for each in found)  # type: ignore[operator]
+        assert held / 400 > 0.88
+
+    def test_one_seed_has_no_interval(self) -> None:
+        found = Difference.of([0.25], num_arms=3)
+        assert (found.mean, found.low, found.high) == (0.25, None, None)
+        assert difference_text(found) == "+0.2500"
+
+    def test_what_leaves_out_zero_is_bold(self) -> None:
+        assert difference_text(Difference(mean=0.1, low=0.05, high=0.2)).startswith("**")
+        assert not difference_text(Difference(mean=0.1, low=-0.05, high=0.2)).startswith("**")
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_in_processes_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foundation = write_tiny_foundation(tmp_path / "foundation")
+    written(tmp_path / "tiny.toml", tiles_scenario_values(foundation))
+    (tmp_path / "sweep.toml").write_text(TWO_ARMS)
+    source = tile_source(tmp_path)
+    sweep, scenarios = load_sweep(tmp_path / "sweep.toml")
+    out = tmp_path / "out"
+    report = sweep_run.run_sweep(sweep, scenarios, out, source=source, num_parallel=2)
+    assert SweepReport.model_validate_json((out / "sweep.json").read_bytes()) == report
+    still, moved = report.arms
+    assert len(still.values["structure"]) == len(moved.values["structure"]) == 2
+    assert still.epsilon is not None
+    assert not still.differences
+    pairs = zip(moved.values["structure"], still.values["structure"], strict=True)
+    expected = np.mean([mine - its for mine, its in pairs])
+    assert moved.differences["structure"].mean == pytest.approx(float(expected))
+    assert report.beside[0].name == "real tiles of other patients"
+
+    runs = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/adapter.safetensors")}
+    assert len(runs) == 4
+    again = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "sweep.toml"), "--out", str(out)])
+    assert again.exit_code == 1, "its tiles are not named this time"
+    assert "arm 'as it is', seed 3: this scenario deals real tiles" in again.stderr
+    assert sweep_run.run_sweep(sweep, scenarios, out, source=source) == report
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs, "nothing was trained again"
