@@ -36,6 +36,7 @@ import hashlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -48,7 +49,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from federation_table import commit
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,11 +88,11 @@ from crafts_server.aggregation import (
 from crafts_server.export import averaged
 from crafts_server.home import CoordinatorHome
 from crafts_server.probe import FoundationProbe, ProbeSize
+from crafts_simulations.hospital import round_size
 from crafts_simulations.processes import loopback_config
 from crafts_simulations.scenario import Scenario, load_scenario, parse_scenario
 from crafts_simulations.sites import TileSource, heldout_store, make_sites
 from crafts_simulations.study import LocalStudy
-from crafts_simulations.tile_split import round_size
 from crafts_simulations.workspace import Workspace
 
 IMAGES = ("colour", "structure")
@@ -531,6 +531,12 @@ def draw_best(epsilons: Sequence[float], benches: Mapping[int, Bench], rows: Row
         for seed, row in _best(of_arm).items():
             if not set(IMAGES) <= row.keys():
                 rows.add({**row, **benches[seed].distances(rows.state(row))})
+
+
+def commit() -> str:
+    """The commit that was measured, marked if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:

@@ -47,6 +47,12 @@ class HospitalError(CraftsError):
     """The hospital asked for cannot be made, or another one lies where it should be."""
 
 
+def round_size(num_patients: int) -> int:
+    """What a site says about its size: two leading digits at most, never zero."""
+    step = int(10 ** max(0, len(str(num_patients)) - 2))
+    return max(1, round(num_patients / step) * step)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HospitalConfig:
     """One hospital. The stain is the laboratory's and its scanner's: common to all its slides."""

@@ -1,8 +1,8 @@
 """A scenario: which hospitals, and the plan that they train by. One TOML file.
 
 ``[scenario]`` and ``[evaluation]`` are about the simulation; ``[[site]]`` describes synthetic
-hospitals, or ``[tiles]`` how a folder of real tiles becomes hospitals; every other section is the
-plan's own, without the foundation's hash.
+hospitals, ``[hospitals]`` what many are drawn from, or ``[tiles]`` how a folder of real tiles
+becomes hospitals; every other section is the plan's own, without the foundation's hash.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from crafts_core.plan import (
 from crafts_core.procedural import random_stain
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import Holdings, HospitalConfig
+from crafts_simulations.hospitals_draw import HospitalsDraw
 
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 _HELDOUT_SEED_SHIFT = 1_000_003
@@ -157,10 +158,21 @@ class Scenario(_Section):
     aggregation: AggregationConfig
     transport: TransportConfig = TransportConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out_hospitals(cls, values: Any) -> Any:
+        """What is drawn is fixed here, so that the rest knows sites alone."""
+        if not isinstance(values, dict) or "hospitals" not in values:
+            return values
+        if "site" in values:
+            raise ValueError("expected [hospitals] or [[site]] sections, not both")
+        others = {name: value for name, value in values.items() if name != "hospitals"}
+        return others | {"site": HospitalsDraw.model_validate(values["hospitals"]).sites()}
+
     @model_validator(mode="after")
     def _sites_are_consistent(self) -> Self:
         if bool(self.site) == (self.tiles is not None):
-            raise ValueError("expected either [[site]] sections or one [tiles] section")
+            raise ValueError("expected either [[site]] sections, [hospitals] or [tiles]")
         if len(set(self.site_names)) < len(self.site_names):
             raise ValueError("two sites have the same name")
         unknown = set(self.participants) - set(self.site_names)

@@ -30,10 +30,10 @@ from crafts_core.plan import Plan, describe_first_error
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 from crafts_simulations.errors import ScenarioError
-from crafts_simulations.hospital import make_hospital
+from crafts_simulations.hospital import make_hospital, round_size
 from crafts_simulations.repeatable import write_salt
 from crafts_simulations.study import LocalStudy, StepProgress
-from crafts_simulations.tile_split import deal, round_size
+from crafts_simulations.tile_split import deal
 from crafts_simulations.workspace import Workspace
 
 COHORT = "main"

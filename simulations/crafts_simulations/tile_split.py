@@ -64,12 +64,6 @@ def sizes_of(num_sites: int, smallest: int, largest: int) -> list[int]:
     return [round(size) for size in np.geomspace(smallest, largest, num_sites)]
 
 
-def round_size(num_patients: int) -> int:
-    """What a site says about its size: two leading digits at most, never zero."""
-    step = int(10 ** max(0, len(str(num_patients)) - 2))
-    return max(1, round(num_patients / step) * step)
-
-
 def _patients_by_class(rows: Sequence[TableRow]) -> dict[str, list[str]]:
     """Patients of each label, sorted; a patient belongs to the label most of its tiles have."""
     labels: dict[str, Counter[str]] = defaultdict(Counter)

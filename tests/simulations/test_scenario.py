@@ -64,6 +64,63 @@ def test_a_wrong_value_is_named(path: str, value: object, message: str) -> None:
         parse_scenario(changed(path, value), "file")
 
 
+class TestDrawnHospitals:
+    def values(self, **changes: object) -> dict:
+        values = tiny_scenario_values(Path("foundation"))
+        del values["site"]
+        return values | {"hospitals": {"num_sites": 100, "patients": [20, 400]} | changes}
+
+    def test_three_lines_are_a_hundred_hospitals(self) -> None:
+        scenario = parse_scenario(self.values(), "file")
+        sizes = [site.num_patients for site in scenario.site]
+        assert len(sizes) == len(set(scenario.site_names)) == 100
+        assert min(sizes) >= 20
+        assert max(sizes) <= 400
+        assert 70 < sorted(sizes)[50] < 115, "as many below the middle of the logarithm as above"
+        assert {site.mpp for site in scenario.site} == {0.25, 0.5}
+        assert len({site.stain_seed for site in scenario.site}) == 100
+        assert all(abs(site.slide_px * site.mpp - 256) < 1 for site in scenario.site)
+        for site in scenario.site:
+            assert site.hospital().cancer_mix == site.heldout_hospital().cancer_mix
+            assert abs(site.declared_patients / site.num_patients - 1) < 0.05
+
+    def test_a_small_alpha_makes_specialists(self) -> None:
+        most = {
+            alpha: sum(
+                max(site.cancer_mix.values()) / sum(site.cancer_mix.values())
+                for site in parse_scenario(self.values(alpha=alpha), "file").site
+            )
+            for alpha in (0.02, 1.0)
+        }
+        assert most[0.02] > 2 * most[1.0]
+
+    def test_more_hospitals_leave_the_first_ones_as_they_were(self) -> None:
+        few, many = (parse_scenario(self.values(num_sites=count), "file").site for count in (5, 9))
+        assert few == many[:5]
+        assert parse_scenario(self.values(seed=1), "file").site[0] != few[0]
+
+    def test_it_is_written_out_for_good(self) -> None:
+        scenario = parse_scenario(self.values(num_sites=4), "file")
+        assert parse_scenario(scenario.model_dump(mode="json"), "again") == scenario
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"patients": [30, 20]}, "smallest site first"),
+            ({"num_sites": 0}, "num_sites"),
+            ({"sizes": 3}, "sizes"),
+        ],
+    )
+    def test_a_wrong_line_is_named(self, changes: dict, says: str) -> None:
+        with pytest.raises(ScenarioError, match=says):
+            parse_scenario(self.values(**changes), "file")
+
+    def test_both_ways_at_once_are_refused(self) -> None:
+        values = self.values() | {"site": [tiny_site("north", "LUAD", 1)]}
+        with pytest.raises(ScenarioError, match="not both"):
+            parse_scenario(values, "file")
+
+
 def test_an_unknown_tissue_is_named_when_the_hospital_is_made() -> None:
     scenario = parse_scenario(changed("site.0.cancer_mix", {"LUAD": 0.0}), "file")
 

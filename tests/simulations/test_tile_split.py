@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from crafts_client.ingest import TableRow
 from crafts_simulations.errors import ScenarioError
+from crafts_simulations.hospital import round_size
 from crafts_simulations.scenario import TilesSplit
-from crafts_simulations.tile_split import deal, round_size
+from crafts_simulations.tile_split import deal
 
 LABELS = ("lung_aca", "lung_n", "colon_aca")
 
