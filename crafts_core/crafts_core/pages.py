@@ -1,11 +1,14 @@
-"""How every page is rendered: markup is escaped, and text of others is made harmless."""
+"""How every page is rendered: markup is escaped, and text of others is made harmless.
+
+Pages look alike by ``core/kit.css``; one without a frame of its own extends ``core/page.html.j2``.
+"""
 
 import base64
 import io
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -13,9 +16,11 @@ from crafts_core.harmless import harmless
 
 
 def page_environment(package: str) -> Environment:
-    """The templates of a package. Only the tags of a ``Markup`` of ours act on the page."""
+    """The templates of a package, and the kit. Only the tags of a ``Markup`` of ours act."""
     return Environment(
-        loader=PackageLoader(package),
+        loader=ChoiceLoader(
+            [PackageLoader(package), PrefixLoader({"core": PackageLoader("crafts_core")})]
+        ),
         autoescape=True,
         finalize=_shown,
         undefined=StrictUndefined,

@@ -54,6 +54,21 @@ class Difference(_Record):
         reach = error * float(stats.t.ppf(1 - (1 - _LEVEL) / (2 * num_arms), len(values_S) - 1))
         return cls(mean=mean, low=mean - reach, high=mean + reach)
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def is_away_from_zero(self) -> bool:
+        """Whether its interval leaves out 0."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        within = "" if self.interval is None else " ({:+.4f} to {:+.4f})".format(*self.interval)
+        return f"{self.mean:+.4f}{within}"
+
 
 class SweepRow(_Record):
     """One arm, or one of the rows that need no training."""
@@ -184,19 +199,14 @@ def markdown(report: SweepReport) -> str:
         lines += ["", _line([f"minus {report.baseline}", *(HEADINGS[field] for field in fields)])]
         lines.append("|---" * (len(fields) + 1) + "|")
     for row in compared:
-        told = [difference_text(row.differences.get(field)) for field in fields]
-        lines.append(_line([row.name, *told]))
+        told = [row.differences.get(field) for field in fields]
+        cells = ["" if each is None else each.text for each in told]
+        bold = [each is not None and each.is_away_from_zero for each in told]
+        marked = [
+            f"**{cell}**" if is_bold else cell for cell, is_bold in zip(cells, bold, strict=True)
+        ]
+        lines.append(_line([row.name, *marked]))
     return "\n".join(lines)
-
-
-def difference_text(difference: Difference | None) -> str:
-    """A difference for people; bold where its interval leaves out 0."""
-    if difference is None:
-        return ""
-    if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.4f}"
-    text = f"{difference.mean:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
-    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
 def _number(value: float | None, *, digits: int = 4) -> str:

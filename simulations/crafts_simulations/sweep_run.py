@@ -22,6 +22,7 @@ from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource
 from crafts_simulations.study import StepProgress
 from crafts_simulations.sweep import Sweep
+from crafts_simulations.sweep_page import render
 from crafts_simulations.sweep_report import SweepReport, compare
 
 Run = tuple[str, int]
@@ -96,6 +97,11 @@ def run_sweep(
         progress("runs", len(reports), len(jobs))
     found = compare(sweep, reports)
     write_file(out / "sweep.json", found.model_dump_json(indent=1) + "\n")
+    pages = {
+        arm.name: [(seed, f"runs/{arm.folder}/{seed}/report.html") for seed in sweep.seeds]
+        for arm in sweep.arms
+    }
+    write_file(out / "sweep.html", render(found, pages))
     return found
 
 

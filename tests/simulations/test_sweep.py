@@ -14,7 +14,8 @@ from crafts_simulations import cli, sweep_run
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import Scenario, load_scenario
 from crafts_simulations.sweep import Sweep, load_sweep, scenario_of
-from crafts_simulations.sweep_report import Difference, SweepReport, difference_text
+from crafts_simulations.sweep_page import headline, render
+from crafts_simulations.sweep_report import Difference, SweepReport, SweepRow
 from support.foundations import write_tiny_foundation
 from support.scenarios import tile_source, tiles_scenario_values
 
@@ -148,11 +149,44 @@ class TestDifference:
     def test_one_seed_has_no_interval(self) -> None:
         found = Difference.of([0.25], num_arms=3)
         assert (found.mean, found.low, found.high) == (0.25, None, None)
-        assert difference_text(found) == "+0.2500"
+        assert found.text == "+0.2500"
+        assert not found.is_away_from_zero
 
-    def test_what_leaves_out_zero_is_bold(self) -> None:
-        assert difference_text(Difference(mean=0.1, low=0.05, high=0.2)).startswith("**")
-        assert not difference_text(Difference(mean=0.1, low=-0.05, high=0.2)).startswith("**")
+    def test_what_leaves_out_zero_is_away_from_it(self) -> None:
+        assert Difference(mean=0.1, low=0.05, high=0.2).is_away_from_zero
+        assert not Difference(mean=0.1, low=-0.05, high=0.2).is_away_from_zero
+
+
+class TestPage:
+    def row(self, name: str, structure: tuple[float, float, float] | None) -> SweepRow:
+        told = {}
+        if structure is not None:
+            mean, low, high = structure
+            told = {"structure": Difference(mean=mean, low=low, high=high)}
+        return SweepRow(name=name, epsilon=8.0, values={"structure": (0.1, 0.2)}, differences=told)
+
+    def report(self, *rows: SweepRow) -> SweepReport:
+        return SweepReport(
+            scenario="tiny", seeds=(1, 2), baseline="plain", arms=(self.row("plain", None), *rows),
+            beside=(), remarks=(),
+        )  # fmt: skip
+
+    def test_the_headline_names_what_differs_and_which_way(self) -> None:
+        report = self.report(
+            self.row("good", (-0.1, -0.2, -0.05)),
+            self.row("bad", (0.1, 0.05, 0.2)),
+            self.row("chance", (-0.1, -0.2, 0.1)),
+        )
+        assert headline(report) == (
+            "“good” is nearer to real structure than “plain”; “bad” is farther than “plain”."
+        )
+        assert headline(self.report(self.row("chance", (-0.1, -0.2, 0.1)))) == (
+            "No arm differs from “plain” in structure."
+        )
+
+    def test_markup_in_a_name_stays_text(self) -> None:
+        page = render(self.report(self.row("<script>alert(1)</script>", (0.1, 0.0, 0.2))), {})
+        assert "<script" not in page
 
 
 @pytest.mark.slow
@@ -167,6 +201,7 @@ def test_a_sweep_runs_in_processes_and_what_is_finished_is_kept(
     out = tmp_path / "out"
     report = sweep_run.run_sweep(sweep, scenarios, out, source=source, num_parallel=2)
     assert SweepReport.model_validate_json((out / "sweep.json").read_bytes()) == report
+    assert 'href="runs/small-steps-by-patients/4/report.html"' in (out / "sweep.html").read_text()
     still, moved = report.arms
     assert len(still.values["structure"]) == len(moved.values["structure"]) == 2
     assert still.epsilon is not None
