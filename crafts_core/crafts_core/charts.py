@@ -10,6 +10,9 @@ from html import escape
 _WIDTH = 640
 _PALETTE = 8
 """``--c0`` to ``--c7`` are defined by the page."""
+_NAMES_A_ROW = 4
+_MOST_NAMED = 24
+"""Sites in a legend; more are named on hover alone."""
 
 Bar = tuple[str, float, tuple[float, float] | None]
 
@@ -138,29 +141,39 @@ def line(points: Sequence[tuple[int, float]], *, unit: str) -> str:
 def stacked(
     columns: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], *, unit: str
 ) -> str:
-    """One column per round, cut into the sites' shares."""
-    left, bottom, height = 60, 56, 220
+    """One column per round, cut into the sites' shares; every part says whose it is on hover."""
+    left, plot, row = 60, 154, 22
+    named = list(enumerate(names)) if len(names) <= _MOST_NAMED else []
+    legend = row * -(-len(named) // _NAMES_A_ROW)
     step = (_WIDTH - left - 20) / max(len(columns), 1)
-    scale = height - bottom - 10
     parts = []
     for place, (number, shares) in enumerate(columns):
-        y = 10.0 + scale
+        y = 10.0 + plot
         for index, share in enumerate(shares):
-            y -= scale * share
+            y -= plot * share
             parts.append(
                 f'<rect x="{left + place * step:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
-                f'height="{scale * share:.1f}" fill="var(--c{index % _PALETTE})">'
+                f'height="{plot * share:.1f}" fill="{_colour(index)}">'
                 f"<title>round {number}, {escape(names[index])}: {share:.3f}</title></rect>"
             )
-    for index, name in enumerate(names):
-        x = left + index * 150
+    for index, name in named:
+        x = left + 140 * (index % _NAMES_A_ROW)
+        y = 10 + plot + 8 + row * (index // _NAMES_A_ROW)
         parts.append(
-            f'<rect x="{x}" y="{height - 38}" width="12" height="12" rx="2" '
-            f'fill="var(--c{index % _PALETTE})"/>'
+            f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{_colour(index)}"/>'
         )
-        parts.append(_text(x + 18, height - 28, name))
-    parts.append(_text(left, height - 6, unit, muted=True))
+        parts.append(_text(x + 18, y + 11, name))
+    height = 10 + plot + legend + 34
+    told = unit if named else f"{unit}; {len(names)} sites, named on hover"
+    parts.append(_text(left, height - 6, told, muted=True))
     return _svg(height, unit, parts)
+
+
+def _colour(index: int) -> str:
+    """The palette's, then hues that are far from their neighbours'."""
+    if index < _PALETTE:
+        return f"var(--c{index})"
+    return f"hsl({(index * 137.5) % 360:.0f} 45% 52%)"
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", muted: bool = False) -> str:
