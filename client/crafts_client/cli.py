@@ -22,6 +22,7 @@ from crafts_core.command_line import (
     print_result,
     progress_bars,
     say,
+    say_done,
 )
 from crafts_core.durable import write_file
 
@@ -260,6 +261,7 @@ def withdraw(
     patient: Annotated[str, typer.Argument(help="The patient's name in the table of ingest.")],
     home: Home = Path("site"),
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Leave a patient out from the next round on. What was spent stays in the ledger."""
     confirm(f"Withdraw {patient}? No command takes it back", yes=yes)
@@ -268,9 +270,13 @@ def withdraw(
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        register = PatientRegister(site.register_path)
-        register.withdraw(Salt.load(site.salt_path).patient_id(patient))
-    say("withdrawn: no tile of this patient is read from the next round on")
+        pseudonym = Salt.load(site.salt_path).patient_id(patient)
+        PatientRegister(site.register_path).withdraw(pseudonym)
+    say_done(
+        "withdrawn: no tile of this patient is read from the next round on",
+        {"withdrawn": pseudonym},
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -321,6 +327,7 @@ def policy_trust(
     key: Annotated[str, typer.Argument(help="The coordinator's, as you heard it by telephone.")],
     home: Home = Path("site"),
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let plans signed by a coordinator's key be approved here; its fingerprint is shown first."""
     from crafts_client.policy_trust import trust_signer
@@ -330,7 +337,11 @@ def policy_trust(
         site, told = SiteHome.open(home), fingerprint(key)
         confirm(f"Does the coordinator read you {told} as its signer?", yes=yes)
         trust_signer(site, key)
-    say(f"plans signed by {told[:16]} may be approved here; next: crafts-client doctor")
+    say_done(
+        f"plans signed by {told[:16]} may be approved here; next: crafts-client doctor",
+        {"trusted": told},
+        as_json=as_json,
+    )
 
 
 @policy_app.command("check")

@@ -9,7 +9,13 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home
-from crafts_core.command_line import confirm, one_line_errors, print_result, say
+from crafts_core.command_line import (
+    confirm,
+    one_line_errors,
+    print_result,
+    say,
+    say_done,
+)
 
 if TYPE_CHECKING:
     from crafts_privacy.ledger import Ledger
@@ -94,6 +100,7 @@ def ledger_witness(
         typer.Argument(exists=True, file_okay=False, help="On a disk or share of its own."),
     ],
     home: Home = Path("site"),
+    as_json: AsJson = False,
 ) -> None:
     """Begin to keep the ledger's signed head in a folder, which then must be there to train."""
     from crafts_client.site_ledger import open_ledger, take_place
@@ -104,8 +111,12 @@ def ledger_witness(
         ledger = open_ledger(site)
         take_place(site, ledger)
         path = begin_in_folder(site, ledger, folder.resolve())
-    folders = json.dumps([*site.config.witness_folders, str(folder.resolve())])
-    say(f"{path} is written; in site.toml, set: witness_folders = {folders}")
+    folders = [*site.config.witness_folders, str(folder.resolve())]
+    say_done(
+        f"{path} is written; in site.toml, set: witness_folders = {json.dumps(folders)}",
+        {"file": str(path), "witness_folders": folders},
+        as_json=as_json,
+    )
 
 
 def _ledger(site: SiteHome) -> "Ledger":

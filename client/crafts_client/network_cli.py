@@ -16,6 +16,7 @@ from crafts_core.command_line import (
     progress_bars,
     run_as_service,
     say,
+    say_done,
 )
 
 network_app = typer.Typer()
@@ -224,6 +225,7 @@ def plan_approve(
     take_back: Annotated[
         bool, typer.Option("--take-back", help="Answer no further round of it.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let this site train a plan once, exactly as `plan show` prints it.
 
@@ -241,12 +243,18 @@ def plan_approve(
             raise EnrolmentError(f"not approved: {'; '.join(offered.refused)}")
         else:
             site.approvals.approve(plan, runs_so_far=runs)
-    if take_back:
-        say(f"{plan.study.name} is not approved any more")
-        return
     again = f" for one run more, after {runs}" if runs else ""
-    say(f"{plan.study.name} is approved{again}; next: crafts-client join, if it does not run")
-    if offered.remark:
+    verdict = (
+        "is not approved any more"
+        if take_back
+        else f"is approved{again}; next: crafts-client join, if it does not run"
+    )
+    say_done(
+        f"{plan.study.name} {verdict}",
+        {"plan": plan.hash, "approved": not take_back, "remark": offered.remark},
+        as_json=as_json,
+    )
+    if offered.remark and not (as_json or take_back):
         say(offered.remark)
 
 
@@ -328,6 +336,7 @@ def foundation_approve(
     take_back: Annotated[
         bool, typer.Option("--take-back", help="Encode and train nothing with it any more.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let a foundation encode this site's tiles and train, exactly as it lies here."""
     from crafts_client.approvals import is_embedded
@@ -347,7 +356,11 @@ def foundation_approve(
         else:
             site.foundation_approvals.approve(manifest)
     verdict = "is not approved any more" if take_back else "is approved"
-    say(f"{manifest.name} ({manifest.licence}), {manifest.hash}, {verdict}")
+    say_done(
+        f"{manifest.name} ({manifest.licence}), {manifest.hash}, {verdict}",
+        {"foundation": manifest.hash, "approved": not take_back},
+        as_json=as_json,
+    )
 
 
 @network_app.command()
@@ -418,6 +431,7 @@ def leave(
         bool, typer.Option("--offline", help="The coordinator is gone; tell it nothing.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Leave the coordinator for good: it revokes us, and our keys for it are removed.
 
@@ -432,4 +446,6 @@ def leave(
             with Registrar(site) as registrar:
                 registrar.call("Leave")
         forget_coordinator(site)
-    say("left; tiles and ledger stay here")
+    say_done(
+        "left; tiles and ledger stay here", {"left": True, "told": not offline}, as_json=as_json
+    )

@@ -9,7 +9,13 @@ import typer
 
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home
-from crafts_core.command_line import confirm, one_line_errors, progress_bars, say
+from crafts_core.command_line import (
+    confirm,
+    one_line_errors,
+    progress_bars,
+    say,
+    say_done,
+)
 
 tiles_app = typer.Typer(no_args_is_help=True, help="Look at the tile store. Nothing leaves.")
 _MOST_SHOWN = 400
@@ -124,6 +130,7 @@ def tiles_drop(
     ],
     home: Home = Path("site"),
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove one slide: its tiles, latents, pictures and report lines. The patient stays.
 
@@ -138,11 +145,13 @@ def tiles_drop(
         done = drop(
             site, file, lambda: load(site.foundation_path, device=site.config.device), progress
         )
-    say(
+    say_done(
         f"{done.num_tiles} tiles removed; remove its line from your table, or the next ingest "
-        "brings it back; restart crafts-client join if it runs"
+        "brings it back; restart crafts-client join if it runs",
+        {"tiles": done.num_tiles, "to_ingest_again": len(done.others)},
+        as_json=as_json,
     )
-    if done.others:
+    if done.others and not as_json:
         say(
             f"{len(done.others)} more images of the patient lay in the same shard: the next ingest "
             "brings them back"
@@ -192,6 +201,7 @@ def tiles_forget(
     patient: Annotated[str, typer.Argument(help="The patient's name in the table of ingest.")],
     home: Home = Path("site"),
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Withdraw a patient and remove tiles, latents, pictures and report lines.
 
@@ -210,7 +220,9 @@ def tiles_forget(
             lambda: load(site.foundation_path, device=site.config.device),
             progress,
         )
-    say(
+    say_done(
         f"{num_tiles} tiles removed; remove the patient's lines from your table, and restart "
-        "crafts-client join if it runs"
+        "crafts-client join if it runs",
+        {"tiles": num_tiles},
+        as_json=as_json,
     )

@@ -148,6 +148,11 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         say(f"{key.replace('_', ' ')}: {shown}")
 
 
+def say_done(sentence: str, values: dict[str, Any], *, as_json: bool) -> None:
+    """What a command has done: a sentence for people, its values for programs."""
+    say(json.dumps(values) if as_json else sentence)
+
+
 def _fail(program: str, sentences: Sequence[str], cause: BaseException) -> None:
     first, *others = (harmless(sentence, most=MOST_OF_A_SENTENCE) for sentence in sentences)
     say(f"{program}: {first}", *others, err=True)

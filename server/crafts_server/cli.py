@@ -17,6 +17,7 @@ from crafts_core.command_line import (
     progress_bars,
     run_as_service,
     say,
+    say_done,
 )
 from crafts_server.audit_log import Event
 from crafts_server.plan_cli import (
@@ -184,12 +185,17 @@ def sites_resize(
     name: Annotated[str, typer.Argument(help="As `sites list` prints it.")],
     patients: Annotated[int, typer.Argument(min=1, help="The number that the site declares now.")],
     home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
 ) -> None:
     """Agree to another number of patients, which the site has declared before."""
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         before = enrolments.sizes.resize(name, patients)
         opened.audit_log.write(Event.RESIZED, site=name, patients=patients, before=before)
-    say(f"{name} counts as {patients} patients (before: {before or 'none'})")
+    say_done(
+        f"{name} counts as {patients} patients (before: {before or 'none'})",
+        {"site": name, "patients": patients, "before": before},
+        as_json=as_json,
+    )
 
 
 @sites_app.command("revoke")
@@ -197,13 +203,14 @@ def sites_revoke(
     name: Annotated[str, typer.Argument(help="As `sites list` prints it.")],
     home: Home = DEFAULT_HOME,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """From now on the site's certificate and node count no more."""
     confirm(f"Revoke {name}? To come back it needs a new invitation", yes=yes)
     with one_line_errors("crafts-server"), _enrolments(home) as (opened, enrolments):
         enrolments.revoke(name)
         opened.audit_log.write(Event.REVOKED, site=name)
-    say(f"{name} is revoked")
+    say_done(f"{name} is revoked", {"revoked": name}, as_json=as_json)
 
 
 @foundation_app.command("build")
@@ -413,6 +420,7 @@ def stop(
     plan: Annotated[str, typer.Argument(help="Beginning of the plan's hash.")],
     home: Home = DEFAULT_HOME,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Stop training a plan, within seconds. Committed rounds stay; `train` goes on with them."""
     confirm(f"Stop plan {plan}?", yes=yes)
@@ -421,7 +429,7 @@ def stop(
         from crafts_server.plan_queue import stop_plan
 
         stopped = stop_plan(CoordinatorHome.open(home), plan)
-    say(f"plan {stopped[:16]} is stopped")
+    say_done(f"plan {stopped[:16]} is stopped", {"stopped": stopped}, as_json=as_json)
 
 
 @app.command()

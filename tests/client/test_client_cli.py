@@ -279,8 +279,9 @@ def test_a_patient_who_withdraws_is_read_no_more(
     spent = Ledger(home.ledger_path).events("main")
 
     assert "no such patient" in run("withdraw", "9999", "--yes", "--home", home.path).stderr
-    done = run("withdraw", "0003", "--yes", "--home", home.path)
+    done = run("withdraw", "0003", "--yes", "--json", "--home", home.path)
     assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["withdrawn"] in TileStore.open(home.tile_store_path).patients
     read.clear()
     request = coordinator.request(plan, state, number=2)
     site.answer(coordinator.message(plan, state, request=request))

@@ -83,7 +83,8 @@ def test_stop_and_revoke_ask_first(home, plan) -> None:
     queue_plan(home, plan)
     run(home, "stop", plan.hash[:16], code=1, answer="n\n")
     assert len(queued_plans(home)) == 1
-    run(home, "stop", plan.hash[:16], "--yes")
+    stopped = run(home, "stop", plan.hash[:16], "--yes", "--json")
+    assert json.loads(stopped.stdout) == {"stopped": plan.hash}
     assert queued_plans(home) == []
     run(home, "sites", "invite", "north", "--patients", 7)
     run(home, "sites", "revoke", "north", code=1, answer="n\n")
