@@ -35,7 +35,7 @@ def read_types(words: Sequence[str]) -> list[str]:
         if word.lower() == ALL_TYPES:
             labels.update(dict.fromkeys(cancer.code for cancer in CANCER_TYPES))
         elif word:
-            labels[_label(word)] = None
+            labels[read_type(word)] = None
     if not labels:
         raise VocabularyError("no type is named; `crafts prompts` lists them, `all` is every one")
     return list(labels)
@@ -53,8 +53,13 @@ def caption_of_type(
     return compose_caption(cancer, attributes, organ=organ), attributes
 
 
-def _label(word: str) -> str:
-    code = label_code(word)  # raises where the word is no label
+def read_type(word: str) -> str:
+    """One type as its label.
+
+    Raises:
+        VocabularyError: the word is none.
+    """
+    code = label_code(word)
     if code is not None:
         return code
     caption = label_caption(word)
