@@ -1,8 +1,8 @@
-"""``crafts``: use a generator. Draw images and data sets, measure them, compare generators."""
+"""``crafts``: use a generator. Draw images and data sets, measure them, let readers judge."""
 
 import typer
 
-from crafts_core import dataset_cli, evaluate_cli, sample_cli
+from crafts_core import dataset_cli, evaluate_cli, sample_cli, study_cli
 from crafts_core.command_line import Version
 
 app = typer.Typer(
@@ -27,3 +27,4 @@ for _command in (
     evaluate_cli.compare,
 ):
     app.command()(_command)
+app.add_typer(study_cli.app, name="study")

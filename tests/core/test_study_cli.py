@@ -1,0 +1,159 @@
+"""``crafts study``."""
+
+import csv
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from crafts_core.cli import app
+from crafts_core.study.study_file import StudyFile
+from support.reader_studies import make_study, read_on, write_real, write_synthetic
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["study", *map(str, words)])
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[object]:
+    return [
+        "--real", write_real(tmp_path / "real", 12),
+        "--synthetic", write_synthetic(tmp_path / "synthetic", 12),
+    ]  # fmt: skip
+
+
+def test_a_study_is_made_read_exported_and_analysed(tmp_path: Path, folders: list[object]) -> None:
+    path = tmp_path / "s.db"
+    made = run("create", path, *folders, "--num", 8, "--readers", 2, "--repeats", 0.5,
+               "--calibration", 3, "--no-ratings", "--name", "Colon")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "8 real and 8 synthetic images, 3 to practise on" in made.stdout
+    study = StudyFile.open(path)
+    for reader in study.readers():
+        assert f"reader {reader.number}: code {reader.code}" in made.stdout
+        total = study.position(reader).total
+        assert total > 19
+        read_on(study, reader, [1 + place % 6 for place in range(total)])
+    study.close()
+    told = run("export", path, "--out", tmp_path / "a.csv")
+    assert told.exit_code == 0, told.output
+    with (tmp_path / "a.csv").open(newline="") as stored:
+        rows = list(csv.DictReader(stored))
+    assert len(rows) == 2 * (total - 3)
+    assert {row["is_synthetic"] for row in rows} == {"True", "False"}
+    found = run("analyse", path, "--page", tmp_path / "page.html", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["num_real"] == 8
+    assert "<h1>Colon</h1>" in (tmp_path / "page.html").read_text()
+    assert "Colon: 8 real and 8 synthetic images, 2 readers" in run("analyse", path).stdout
+
+
+def test_too_few_answers_end_with_one_line(tmp_path: Path) -> None:
+    make_study(tmp_path).close()
+    result = run("analyse", tmp_path / "study.db")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("crafts: too few answers: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_study_with_answers_is_not_written_over(tmp_path: Path, folders: list[object]) -> None:
+    (tmp_path / "s.db").write_bytes(b"answers")
+    result = run("create", tmp_path / "s.db", *folders, "--num", 5)
+    assert result.exit_code == 1
+    assert "may hold answers" in result.stderr
+    assert (tmp_path / "s.db").read_bytes() == b"answers"
+
+
+def test_what_may_unblind_is_told_on_stderr(tmp_path: Path, folders: list[object]) -> None:
+    from PIL import Image
+
+    for path in list((tmp_path / "real").rglob("*.png")):
+        with Image.open(path) as image:
+            image.convert("RGB").save(path.with_suffix(".jpg"), quality=100)
+        path.unlink()
+    result = run("create", tmp_path / "s.db", *folders, "--num", 5, "--calibration", 0)
+    assert result.exit_code == 0, result.output
+    assert "crafts: real images are JPEG, synthetic ones PNG" in result.stderr
+
+
+@pytest.mark.network
+def test_a_served_study_goes_on_after_a_kill_at_the_same_link(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    (reader,) = study.readers()
+    port = "0"
+    for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 0)):
+        words = ["-m", "crafts_core", "study", "serve", str(tmp_path / "study.db"), "--port", port]
+        environment = {"PYTHONPATH": ":".join(sys.path)}
+        with subprocess.Popen(
+            [sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True
+        ) as served:
+            try:
+                assert served.stdout is not None
+                served.stdout.readline()
+                told, link = served.stdout.readline().rsplit(" ", 1)
+                done = study.position(reader).done
+                assert told == f"reader 1 ({done} of 14 read):"
+                port = link.split("/")[2].split(":")[1]
+                with urlopen(link.strip(), timeout=30) as page:
+                    assert f"Image {done + 1} of 14" in page.read().decode()
+                read_on(study, reader, [4])
+                served.send_signal(end)
+                assert served.wait(30) == code
+            finally:
+                served.kill()
+    assert study.position(reader).done == 2
+    study.close()
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    make_study(tmp_path).close()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", tmp_path / "study.db", "--port", taken.getsockname()[1])
+    assert result.exit_code == 1
+    assert "is the study served already? Otherwise give another --port" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "module"),
+    [
+        (["serve"], "fastapi", "reading_app"),
+        (["analyse"], "statsmodels", "agreement"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], library: str, module: str
+) -> None:
+    make_study(tmp_path).close()
+    for name in [name for name in sys.modules if name.startswith(f"{library}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in (module, "serving", "analysis"):
+        monkeypatch.delitem(sys.modules, f"crafts_core.study.{name}", raising=False)
+    result = run(*words, tmp_path / "study.db")
+    assert result.exit_code == 1
+    assert f"{library} is not installed" in result.stderr or f"{library}." in result.stderr
+    assert "run: pip install 'crafts-federated[study]'" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_making_a_study_imports_nothing_heavy(tmp_path: Path, folders: list[object]) -> None:
+    words = ["study", "create", tmp_path / "s.db", *folders, "--num", "5"]
+    program = (
+        "import sys\nfrom crafts_core.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'fastapi', 'statsmodels', 'sklearn', 'pandas', 'scipy'}\n"
+        "sys.exit(sorted(heavy & sys.modules.keys()) and 'heavy' or 0)"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], env=environment)
+    assert done.returncode == 0
