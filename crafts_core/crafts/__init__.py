@@ -4,6 +4,8 @@
 >>> generator = crafts.Generator.load("runs/quickstart/generator")
 >>> image = generator.sample("H&E, lung adenocarcinoma, lung")[0]
 >>> image.save("tile.png")
+>>> found = crafts.evaluate("samples", "real-tiles", mpp=1.0, page="evaluation.html")
+>>> found.arm("images").structure
 
 These names are the public surface; everything below ``crafts_core`` may change without notice.
 """
@@ -11,10 +13,12 @@ These names are the public surface; everything below ``crafts_core`` may change 
 from crafts_core import __version__
 from crafts_core.dataset import Dataset
 from crafts_core.errors import CraftsError
-from crafts_core.library import Generator, SyntheticImage
+from crafts_core.evaluation.figures import Comparison
+from crafts_core.library import Generator, SyntheticImage, evaluate
 from crafts_core.provenance import Origin, Provenance, read_provenance
 
 __all__ = [
+    "Comparison",
     "CraftsError",
     "Dataset",
     "Generator",
@@ -22,5 +26,6 @@ __all__ = [
     "Provenance",
     "SyntheticImage",
     "__version__",
+    "evaluate",
     "read_provenance",
 ]

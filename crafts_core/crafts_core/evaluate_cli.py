@@ -3,11 +3,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crafts_core.command_line import one_line_errors, progress_bars, say
+from crafts_core.evaluation.show import Show
 from crafts_core.sample_cli import AsJson, Device, Seed
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ EncoderSpec = Annotated[
 Mpp = Annotated[
     float | None, typer.Option(min=0.05, help="Microns per pixel of images that do not say it.")
 ]
-Show = Literal["auto", "generated", "real", "nearest"]
 
 
 def evaluate(
@@ -97,8 +97,7 @@ def evaluate(
     if page is None and show != "auto":
         raise typer.BadParameter("--show goes with --page")
     with one_line_errors("crafts"), progress_bars() as progress:
-        from crafts_core.evaluation.evaluation_page import write_evaluation_page
-        from crafts_core.evaluation.pictures import default_show, pictures_of
+        from crafts_core.evaluation.evaluation_page import evaluate_on
         from crafts_core.evaluation.table import plain_text, remarks
 
         bench = _bench(
@@ -115,16 +114,7 @@ def evaluate(
                 device=device,
             ),
         )
-        result = bench.measure(subject, progress)
-        if page is not None:
-            shown = default_show(bench, subject) if show == "auto" else show
-            write_evaluation_page(
-                result,
-                pictures_of(bench, subject, shown),
-                page,
-                subject=subject.resolve().name,
-                real=real.resolve().name,
-            )
+        result = evaluate_on(bench, subject, page=page, show=show, progress=progress)
     if as_json:
         say(result.model_dump_json())
         return

@@ -1,4 +1,4 @@
-"""What ``import crafts`` offers to whoever has a generator: load, sample, make a data set."""
+"""What ``import crafts`` offers to whoever has a generator: draw, make a data set, measure."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +15,12 @@ from crafts_core.dataset_plan import (
     PackedLayout,
     list_masks,
 )
+from crafts_core.evaluation.bench import Bench, BenchSettings
+from crafts_core.evaluation.evaluate import EvaluationConfig
+from crafts_core.evaluation.evaluation_page import evaluate_on
+from crafts_core.evaluation.figures import Comparison
+from crafts_core.evaluation.show import Show
+from crafts_core.evaluation.validation import warning_of
 from crafts_core.image_folder import ImagePlan, batches, write_whole
 from crafts_core.image_requests import ImageRequest
 from crafts_core.plan import Modality
@@ -203,3 +209,58 @@ class Generator:
             for each, pixels in zip(batch, images, strict=True):
                 drawn.append(SyntheticImage(Image.fromarray(pixels), each.provenance))
         return drawn
+
+
+def evaluate(
+    subject: str | Path,
+    real: str | Path,
+    *,
+    training: str | Path | None = None,
+    foundation: str | Path | None = None,
+    encoder: str = "embedded",
+    num: int = 192,
+    max_tiles: int = 2000,
+    seed: int = 0,
+    mpp: float | None = None,
+    device: str = "cpu",
+    page: str | Path | None = None,
+    show: Show = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """How near images are to real ones, as ``crafts evaluate`` measures it.
+
+    Args:
+        subject: An exported generator, or a folder of images.
+        real: A site's store, or a folder of images, of patients that nobody trained on.
+        training: The same of patients that were trained on: teaches judges and colour map.
+        foundation: Where training started; the embedded one if None.
+        encoder: What sees tiles: a name, or a local path (docs/encoders.md).
+        num: Images drawn from each generator.
+        max_tiles: Real images, or images of a folder, at most.
+        seed: Which.
+        mpp: Microns per pixel of images that do not say theirs.
+        device: As torch names it.
+        page: Where a page with plots and pictures is written.
+        show: Its pictures; ``auto`` shows real ones only if both are folders.
+        progress: Called with what, done and all.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        CraftsError: says what cannot be measured and why.
+    """
+    settings = BenchSettings(
+        config=EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
+        foundation=_path(foundation),
+        training=_path(training),
+        max_tiles=max_tiles,
+        mpp=mpp,
+        device=device,
+    )
+    bench = Bench.open(Path(real), [Path(subject)], settings, progress)
+    if warning := warning_of(bench.encoder):
+        warnings.warn(warning, stacklevel=2)
+    return evaluate_on(bench, Path(subject), page=_path(page), show=show, progress=progress)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -231,3 +231,19 @@ def test_the_table_has_a_row_for_each_arm_and_no_empty_column(evaluation: Evalua
         update={"arms": tuple(arm.model_copy(update={"recall": None}) for arm in evaluation.arms)}
     )
     assert "recall" not in markdown(bare)
+
+
+def test_copies_are_looked_for_where_there_are_tiles_that_were_trained_on(
+    foundation: Foundation,
+) -> None:
+    """The search is that of the attacks; here only that both sides are asked, and as many."""
+    evaluator = Evaluator(
+        foundation, tissue(0), SMALL, OrthogonalEncoder(), training=tissue(1, prefix="t")
+    )
+    found = evaluator.memorisation(foundation.generator)
+    assert found.interval.low <= found.share_nearer_members <= found.interval.high
+    few = Evaluator(
+        foundation, tissue(0), SMALL, OrthogonalEncoder(), training=tissue(1, patients=7)
+    )
+    with pytest.raises(ValueError, match="at least 8 patients on each side, got 7"):
+        few.memorisation(foundation.generator)

@@ -13,7 +13,7 @@ from typing import Self
 from crafts_core.devices import open_device
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import Encoder, load_encoder
-from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
+from crafts_core.evaluation.evaluate import FEWEST_IMAGES, EvaluationConfig, Evaluator
 from crafts_core.evaluation.figures import Comparison, Fidelity
 from crafts_core.evaluation.image_sets import Scale, is_image_folder, read_images
 from crafts_core.evaluation.memorisation import Progress
@@ -46,6 +46,13 @@ class BenchSettings:
     mpp: float | None = None
     """Microns per pixel of images that do not say theirs."""
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what could not be measured."""
+        if self.max_tiles < FEWEST_IMAGES:
+            raise ValueError(f"expected max_tiles >= {FEWEST_IMAGES}, got {self.max_tiles}")
+        if self.mpp is not None and not 0.01 <= self.mpp <= 1000:
+            raise ValueError(f"expected mpp from 0.01 to 1000, got {self.mpp}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,12 @@ from markupsafe import Markup
 from crafts_core import __version__, charts
 from crafts_core.durable import write_file
 from crafts_core.evaluation.baselines import ArmName
+from crafts_core.evaluation.bench import Bench
 from crafts_core.evaluation.figures import Arm, Comparison
-from crafts_core.evaluation.pictures import Pictures
+from crafts_core.evaluation.memorisation import Progress
+from crafts_core.evaluation.pictures import Pictures, pictures_of
 from crafts_core.evaluation.resampling import Interval
+from crafts_core.evaluation.show import Show
 from crafts_core.evaluation.table import (
     LABELS,
     cell,
@@ -76,6 +79,26 @@ class Plot(NamedTuple):
 
     drawing: Markup
     caption: str
+
+
+def evaluate_on(
+    bench: Bench,
+    subject: Path,
+    *,
+    page: Path | None,
+    show: Show,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure a subject of the bench, and write the page if there should be one.
+
+    Raises:
+        CraftsError: something cannot be read, or there are too few images.
+    """
+    found = bench.measure(subject, progress)
+    if page is not None:
+        names = {"subject": subject.resolve().name, "real": bench.real.resolve().name}
+        write_evaluation_page(found, pictures_of(bench, subject, show), page, **names)
+    return found
 
 
 def write_evaluation_page(

@@ -9,7 +9,6 @@ Letters: N images shown, M real tiles.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -17,10 +16,10 @@ from scipy.spatial.distance import cdist
 from crafts_core.evaluation.bench import Bench, is_store
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import RealTiles, middle
+from crafts_core.evaluation.show import Pictured, Show
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
 
-Show = Literal["generated", "real", "nearest"]
 NUM_SHOWN = 16
 
 
@@ -32,15 +31,9 @@ class Pictures:
     captions: Sequence[str]
     real_NHWC: Images | None
     """Random real tiles, or the nearest to each image; None where none are shown."""
-    show: Show
+    show: Pictured
     nearest_among: str = ""
     """Which tiles the nearest were looked for among, in words."""
-
-
-def default_show(bench: Bench, subject: Path) -> Show:
-    """Real images are shown by themselves only where both are folders of somebody's."""
-    is_folder = subject in bench.folders and not is_store(bench.real)
-    return "real" if is_folder else "generated"
 
 
 def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
@@ -49,6 +42,9 @@ def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
     A generator draws captions of the public prompt bank: those of held-out tiles are their
     patients'.
     """
+    if show == "auto":
+        is_folder = subject in bench.folders and not is_store(bench.real)
+        show = "real" if is_folder else "generated"
     config = bench.evaluator.config
     rng = np.random.default_rng(config.seed)
     if subject in bench.folders:

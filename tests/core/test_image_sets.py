@@ -1,0 +1,132 @@
+"""Any folder of images: with a table, by class folders, or drawn by ours; and what it lacks."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from crafts_core.cli import app
+from crafts_core.evaluation.image_sets import ImageSetError, Scale, is_image_folder, read_images
+from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.foundation import Foundation
+
+SCALE = Scale(told_mpp=None, at_mpp=1.0, largest_px=48, unit_px=4, foundation_hash="f" * 64)
+TOLD = replace(SCALE, told_mpp=1.0)
+
+
+def image(path: Path, *, side: int = 40, value: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), (value, value, value)).save(path)
+
+
+def table(folder: Path, *rows: dict[str, object], name: str = "metadata.jsonl") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(folder: Path, scale: Scale = TOLD, *, most: int = 100, seed: int = 0) -> RealTiles:
+    return read_images(folder, scale, most=most, seed=seed)
+
+
+def test_a_table_says_patient_caption_label_and_scale(tmp_path: Path) -> None:
+    """80 px at 0.5 microns are 40 at 1; all get the side that the smallest fills."""
+    image(tmp_path / "a.png", side=80)
+    image(tmp_path / "b.png", side=47)
+    image(tmp_path / "not listed.png")
+    table(
+        tmp_path,
+        {"file_name": "a.png", "patient": "one", "caption": "lung", "label": "LUAD", "mpp": 0.5},
+        {"file_name": "b.png", "patient": 2, "caption": "colon"},
+    )
+    found = read(tmp_path)
+    assert found.images_NHWC.shape == (2, 40, 40, 3)
+    assert (found.patients.tolist(), found.captions) == (["one", "2"], ["lung", "colon"])
+    assert found.classes == ["LUAD", "colon"]
+    assert found.says_patients
+    assert found.has_captions
+
+
+def test_as_they_lie_a_label_is_a_folder_and_each_image_a_patient(tmp_path: Path) -> None:
+    for name in ("LUAD/a.png", "LUAD/b.jpg", "normal/a.png", ".writing/a.png"):
+        image(tmp_path / name)
+    found = read(tmp_path)
+    assert found.labels == ["LUAD", "LUAD", "normal"]
+    assert len(set(found.patients.tolist())) == 3
+    assert not found.says_patients
+    assert not found.has_captions
+
+
+def test_what_ours_drew_says_caption_and_scale(foundation: Foundation, tmp_path: Path) -> None:
+    """The contact sheet is no image of the set. Of another foundation nobody knows the scale."""
+    words = ["sample", str(foundation.path), "-p", "tissue with glands", "-p", "lung"]
+    drawn = CliRunner().invoke(app, [*words, "--num", "2", "--steps", "1", "--out", str(tmp_path)])
+    assert drawn.exit_code == 0, drawn.output
+    scale = replace(SCALE, foundation_hash=foundation.manifest.hash)
+    assert read(tmp_path, scale).captions == ["tissue with glands"] * 2 + ["lung"] * 2
+    with pytest.raises(ImageSetError, match="--mpp"):
+        read(tmp_path, SCALE)
+
+
+def test_a_data_set_of_splits_is_read_by_its_tables(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        image(tmp_path / "imagefolder" / split / "LUAD/a.png")
+        image(tmp_path / "masks" / split / "LUAD/a.png")
+        row = {"file_name": "LUAD/a.png", "label": "LUAD", "caption": "x"}
+        table(tmp_path / "imagefolder" / split, row)
+    assert len(read(tmp_path)) == 2
+
+
+def test_a_choice_follows_the_seed(tmp_path: Path) -> None:
+    for value in range(30):
+        image(tmp_path / f"{value:02}.png", value=value)
+    one, again, other = (read(tmp_path, most=10, seed=seed).images_NHWC for seed in (0, 0, 1))
+    assert len(one) == 10
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"caption": "x"}], "a row has no file or file_name"),
+        ([{"file": "a.png", "patient": "p"}, {"file": "b.png"}], "b.png has no patient"),
+        ([{"file": "a.png", "caption": "p"}, {"file": "b.png"}], "b.png has no caption"),
+        ([{"file": "none.png"}], "none.png cannot be read"),
+        ([{"file": "text.png"}], "text.png cannot be read"),
+        ([{"file": "deep.png"}], "expected 8 bits"),
+        ([{"file": "a.png", "mpp": "wide"}], "microns per pixel from"),
+        ([{"file": "a.png", "mpp": 0.5}], "at least 32 px at 1 microns per pixel, got 20"),
+        ([["a.png"]], "no UTF-8 table"),
+        ([], "holds no images"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path: Path, rows: list, told: str) -> None:
+    for name in ("a.png", "b.png"):
+        image(tmp_path / name)
+    (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "deep.png")
+    table(tmp_path, *rows)
+    with pytest.raises(ImageSetError, match=told):
+        read(tmp_path)
+
+
+def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv"):
+        table(tmp_path, {"file": "x.png"}, name=name)
+    with pytest.raises(ImageSetError, match=r"at most one table, got a\.jsonl, b\.csv"):
+        read(tmp_path)
+
+
+def test_a_folder_without_images_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("x")
+    assert not is_image_folder(tmp_path)
+    image(tmp_path / "below/a.png")
+    assert is_image_folder(tmp_path)
+    shutil.rmtree(tmp_path / "below")
+    table(tmp_path, {"file": "elsewhere.png"})
+    assert is_image_folder(tmp_path)
