@@ -72,9 +72,10 @@ def dots(
         told: What that is.
     """
     width, left, right, row = 480, 180, 58, 30
-    ends = [end for _, value, interval in values for end in (value, *(interval or ()))]
-    low, high = min([*ends, *(band or ())]), max([*ends, *(band or ())])
-    low, high = min(low, 0.0), max(high, low + 1e-9)
+    ends: list[float] = [0.0, *(band or ())]
+    ends += [end for _, value, interval in values for end in (value, *(interval or ()))]
+    low, high = min(ends), max(ends)
+    high = max(high, low + 1e-9)
     height = row * len(values) + 34
 
     def x(value: float) -> float:

@@ -1,10 +1,41 @@
-"""Charts fit any number of sites."""
+"""Charts show what they are given: dots in their places, any number of sites, text as text."""
 
 import re
 
 import pytest
 
 from crafts_core import charts
+
+
+def numbers(text: str, pattern: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def test_dots_lie_at_equal_distances_for_equal_steps() -> None:
+    values = [("a", -1.0, (-2.0, 0.0)), ("b", 0.0, None), ("c", 1.0, (0.0, 2.0))]
+    drawn = charts.dots(values, colours=[0, 1, 9], unit="u", band=(-2.0, 2.0), told="others")
+    first, second, third = numbers(drawn, r'circle cx="([\d.]+)"')
+    assert second - first == pytest.approx(third - second, abs=0.1)
+    (left, width), (zero,) = (
+        numbers(drawn, r'rect x="([\d.]+)"') + numbers(drawn, r'width="([\d.]+)" height'),
+        numbers(drawn, r'path d="M([\d.]+) 2V'),
+    )
+    assert second == pytest.approx(zero, abs=0.1)
+    assert left + width / 2 == pytest.approx(zero, abs=0.1)
+    assert "var(--c9)" not in drawn, "the palette begins anew"
+
+
+def test_one_value_that_is_nothing_has_a_place() -> None:
+    drawn = charts.dots([("a", 0.0, None)], colours=[0], unit="u", band=None)
+    assert drawn.count("<circle") == 1
+
+
+def test_labels_are_letters_only() -> None:
+    hostile = "</text><script>x</script>"
+    drawn = charts.dots(
+        [(hostile, 1.0, None)], colours=[0], unit=hostile, band=(0.0, 1.0), told=hostile
+    )
+    assert "<script" not in drawn
 
 
 def picture(num_sites: int) -> str:

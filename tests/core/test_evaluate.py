@@ -1,6 +1,9 @@
 """One whole evaluation on a tiny foundation, beside its baselines, whatever the salt."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from crafts_core.evaluation.baselines import recolour, recolour_by_caption, reconstruct
 from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.discrepancy import Discrepancy
+from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.neighbours import Coverage, measure_coverage
@@ -247,3 +251,13 @@ def test_copies_are_looked_for_where_there_are_tiles_that_were_trained_on(
     )
     with pytest.raises(ValueError, match="at least 8 patients on each side, got 7"):
         few.memorisation(foundation.generator)
+
+
+def test_cmmd_is_told_of_a_clip_alone(foundation: Foundation, tmp_path: Path) -> None:
+    clip = Path(shutil.copytree(foundation.path / "aligner", tmp_path / "clip"))
+    prepared = {"size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (clip / "preprocessor_config.json").write_text(json.dumps(prepared))
+    for encoder, is_told in ((load_encoder(str(clip)), True), (OrthogonalEncoder(), False)):
+        found = Evaluator(foundation, tissue(0), SMALL, encoder).fidelity_of(tissue(5, prefix="x"))
+        assert found.kid_interval is not None
+        assert (found.cmmd is not None) == (found.cmmd_interval is not None) == is_told

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 
 from crafts_core.evaluation.fidelity import Reference
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
-from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
 from crafts_core.sampling import sample_images
@@ -116,7 +116,7 @@ def measure_memorisation(
     patients = np.concatenate([members.patients, others.patients])
     scale = Reference.fit(np.concatenate(features), patients).scale
     share, interval, p_value = nearer_members(
-        scale(encoder.embed(images)),
+        scale(encoder.embed(middle(images, members.side_px))),
         [
             [scale(own[side.patients == name]) for name in np.unique(side.patients)]
             for own, side in zip(features, (members, others), strict=True)

@@ -105,17 +105,11 @@ class Yardstick:
                 are_others=are_others,
             )
 
-        mmd2, mmd2_interval = mmd(features_ND, self.reference)
-        colour, colour_interval = mmd(colour_statistics(images_NHWC), self.colour_reference)
         matched_ND = self.embed(in_colours_of(images_NHWC, self.colours))
-        structure, structure_interval = mmd(matched_ND, self.reference)
         return Distances(
-            mmd2=mmd2,
-            mmd2_interval=mmd2_interval,
-            colour=colour,
-            colour_interval=colour_interval,
-            structure=structure,
-            structure_interval=structure_interval,
+            **_named("mmd2", mmd(features_ND, self.reference)),
+            **_named("colour", mmd(colour_statistics(images_NHWC), self.colour_reference)),
+            **_named("structure", mmd(matched_ND, self.reference)),
             **self._known(features_ND, patients, are_others=are_others),
         )
 
@@ -132,26 +126,25 @@ class Yardstick:
             tiles = self.tiles.images_NHWC
             return self.embed(in_colours_of(tiles[first], ColourMoments.of(tiles[second])))
 
-        mmd2, mmd2_interval = floor(self.reference)
-        colour, colour_interval = floor(self.colour_reference)
-        structure, structure_interval = matched_floor(
+        structure = matched_floor(
             self.reference, matched, num_splits=_MATCHED_SPLITS, seed=self.seed
         )
         found: dict[str, Any] = {}
         for name, kernel in self._kernels():
-            found[name], found[f"{name}_interval"] = kernel_floor(
-                kernel(self.features_MD, self.features_MD),
-                self.reference.patient_M,
-                num_splits=self.num_bootstrap,
-                seed=self.seed,
+            k_MM = kernel(self.features_MD, self.features_MD)
+            found |= _named(
+                name,
+                kernel_floor(
+                    k_MM,
+                    self.reference.patient_M,
+                    num_splits=self.num_bootstrap,
+                    seed=self.seed,
+                ),
             )
         return Distances(
-            mmd2=mmd2,
-            mmd2_interval=mmd2_interval,
-            colour=colour,
-            colour_interval=colour_interval,
-            structure=structure,
-            structure_interval=structure_interval,
+            **_named("mmd2", floor(self.reference)),
+            **_named("colour", floor(self.colour_reference)),
+            **_named("structure", structure),
             frechet=None,
             **found,
         )
@@ -170,7 +163,7 @@ class Yardstick:
             ),
         }
         for name, kernel in self._kernels():
-            found[name], found[f"{name}_interval"] = kernel_distance(
+            distance = kernel_distance(
                 kernel,
                 features_ND,
                 self.features_MD,
@@ -179,9 +172,15 @@ class Yardstick:
                 num_bootstrap=self.num_bootstrap,
                 seed=self.seed,
             )
+            found |= _named(name, distance)
         return found
 
     def _kernels(self) -> Iterator[tuple[str, Kernel]]:
         yield "kid", kid_kernel
         if self.is_clip:
             yield "cmmd", cmmd_kernel
+
+
+def _named(name: str, found: tuple[float, Interval]) -> dict[str, Any]:
+    """A figure and its interval, by the names of ``Distances``."""
+    return {name: found[0], f"{name}_interval": found[1]}
