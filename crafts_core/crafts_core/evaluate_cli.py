@@ -70,7 +70,7 @@ def evaluate(
         Show,
         typer.Option(
             help="Pictures of the page: generated; beside real ones; each beside the nearest real "
-            "one. Real ones by themselves only if both are folders."
+            "one; auto shows real ones only if both are folders."
         ),
     ] = "auto",
     validate: Annotated[
