@@ -12,7 +12,7 @@ are cut to the middle square that all have, at one scale, so that one ruler sees
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,7 @@ from crafts_core.evaluation.baselines import (
 )
 from crafts_core.evaluation.encoder import Images, load_encoder
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
-from crafts_core.evaluation.figures import Arm
-from crafts_core.evaluation.panel import Panel
-from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.evaluation.table import COLUMNS, cell, gate_text
 from crafts_core.foundation import Foundation, load
 from crafts_core.foundation_build.tiles_table import TableRow, read_open_tiles, read_table
@@ -78,12 +76,12 @@ def sides_of(
         _side([row for row in rows if row.split == split], tile_px, mpp, most)
         for split in ("build", "held-out")
     )
-    cut_tiles = replace(held_out, images_NHWC=middle(held_out.images_NHWC, side_px))
+    cut_tiles = held_out.in_the_middle(side_px)
     # The evaluator orders tiles, and numbers patients, by what it sees: so do all rows.
     ordered = cut_tiles.in_order_of_content()
     place = {tile.tobytes(): row for row, tile in enumerate(cut_tiles.images_NHWC)}
     return Sides(
-        training=replace(training, images_NHWC=middle(training.images_NHWC, side_px)),
+        training=training.in_the_middle(side_px),
         held_out=ordered,
         whole_NHWC=held_out.images_NHWC[[place[tile.tobytes()] for tile in ordered.images_NHWC]],
     )
@@ -97,12 +95,6 @@ def _side(rows: Sequence[TableRow], tile_px: int, mpp: float, most: int) -> Real
     )
     chosen = np.random.default_rng(0).permutation(len(found))[:most]
     return found.take(np.sort(chosen))
-
-
-def middle(images_NHWC: Images, side_px: int) -> Images:
-    """The middle square of every image."""
-    start = (images_NHWC.shape[1] - side_px) // 2
-    return np.ascontiguousarray(images_NHWC[:, start : start + side_px, start : start + side_px])
 
 
 def arms_of(
@@ -144,24 +136,9 @@ def table_of(
 ) -> Iterator[str]:
     """Lines of the table by one encoder."""
     encoder = load_encoder(spec)
-    evaluator = Evaluator(foundation, sides.held_out, config, encoder)
-    panel = Panel(
-        sides.held_out,
-        sides.training,
-        evaluator.reference,
-        evaluator.embed,
-        num_bootstrap=config.num_bootstrap,
-        seed=config.seed,
-    )
-    found: dict[str, Arm] = {}
-    for name, arm in arms.items():
-        features_ND = evaluator.embed(arm.images_NHWC)
-        if arm.name == "real":
-            distances = evaluator.floors()
-        else:
-            distances = evaluator.distances(arm.images_NHWC, features_ND, arm.patients)
-        said = panel.figures(arm, features_ND)
-        found[name] = Arm(name=arm.name, n=len(arm.images_NHWC), **dict(distances), **said)
+    evaluator = Evaluator(foundation, sides.held_out, config, encoder, training=sides.training)
+    panel = evaluator.panel()
+    found = dict(zip(arms, evaluator.arms(list(arms.values()), panel), strict=True))
     yield f"Encoder {encoder.name} ({encoder.hash[:12]}).\n"
     yield "| | " + " | ".join(heading for heading, _ in COLUMNS) + " |"
     yield "|---" * (len(COLUMNS) + 1) + "|"

@@ -6,6 +6,7 @@ held-out colours). The plain distance mixes both. What else is measured is in ``
 ``panel``, and beside what in ``baselines``.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -150,7 +151,7 @@ class Evaluator:
         Raises:
             ValueError: the held-out tiles have no captions.
         """
-        panel = self._panel()
+        panel = self.panel()
         rows = comparison(
             foundation=before,
             generator=after,
@@ -160,7 +161,7 @@ class Evaluator:
             mirrored=self._held_out.take(np.unique(self._prompt_rows)),
             training=self._training,
         )
-        arms = self._arms(rows, panel, progress)
+        arms = self.arms(rows, panel, progress)
         foundation, generator = (
             next(arm for arm in arms if arm.name == name) for name in ("foundation", "generator")
         )
@@ -191,14 +192,14 @@ class Evaluator:
             OverlapError: an image is a held-out tile.
         """
         row = self._row_of(images)
-        panel = self._panel()
+        panel = self.panel()
         rows = [ArmImages.of("real", self._held_out, self._held_out.images_NHWC)]
         if self._held_out.has_captions:
             drawn = self._sample(self._foundation.generator, "foundation", progress)
             rows += foundation_arms(drawn, self._prompts, self._training)
         else:
             panel.leave_out(_NO_CAPTIONS)
-        arms = self._arms([*rows, row], panel, progress)
+        arms = self.arms([*rows, row], panel, progress)
         return Comparison(**self._common(arms, panel, n=len(images)))
 
     def memorisation(self, generator: Generator, progress: Progress | None = None) -> Memorisation:
@@ -241,7 +242,8 @@ class Evaluator:
             ArmImages.of("images", images, images.images_NHWC), patients=patients, are_others=True
         )
 
-    def _panel(self) -> Panel:
+    def panel(self) -> Panel:
+        """Whoever else looks at rows, taught by these tiles."""
         return Panel(
             self._held_out,
             self._training,
@@ -253,9 +255,10 @@ class Evaluator:
             seed=self.config.seed,
         )
 
-    def _arms(
-        self, rows: list[ArmImages], panel: Panel, progress: Progress | None
+    def arms(
+        self, rows: Sequence[ArmImages], panel: Panel, progress: Progress | None = None
     ) -> tuple[Arm, ...]:
+        """Every row measured: real tiles against each other, all others against them."""
         arms: list[Arm] = []
         for row in rows:
             if progress is not None:
