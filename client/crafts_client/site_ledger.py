@@ -25,19 +25,23 @@ def existing_ledger(home: SiteHome) -> Ledger | None:
     """
     known = home.ledger_path.exists() or head_path(home.ledger_path).exists()
     if known or Outbox(home.outbox_path).payments():
-        return open_ledger(home)
+        return _opened(home, may_upgrade=False)
     return None
 
 
 def open_ledger(home: SiteHome) -> Ledger:
-    """The same, or a new ledger where nothing was ever trained."""
+    """The same to train with: a new one where nothing was ever trained, and of this version."""
+    return _opened(home, may_upgrade=True)
+
+
+def _opened(home: SiteHome, *, may_upgrade: bool) -> Ledger:
     payments = Outbox(home.outbox_path).payments()  # first: what is sealed meanwhile is newer
     if payments and not home.ledger_path.exists():
         raise LedgerTamperedError(
             f"ledger {home.ledger_path} is missing, but the outbox holds what "
             f"{len(payments)} of its entries paid for; {RESTORE}"
         )
-    ledger = Ledger(home.ledger_path)
+    ledger = Ledger(home.ledger_path, may_upgrade=may_upgrade)
     entries = ledger.entries()
     for payment in sorted(payments):
         known = entries[payment.reservation - 1 : payment.reservation]

@@ -7,6 +7,7 @@ CraftsError
     │   └── AloneBudgetExceededError  the site: less in sums, or a policy that trusts others more
     ├── CalibrationError         the coordinator: a target that no noise reaches
     ├── RankError                the site: one of its devices failed or is gone
+    ├── SchemaError              the operator: a database has other tables than were ever made
     └── LedgerError              the site: the ledger cannot be used like this
         ├── FiltersChangedError  the site: its policy declares other filters than it began with
         ├── LedgerPlaceError     the site: this is a copy, until a person says that it is not
@@ -60,6 +61,10 @@ class CalibrationError(PrivacyError):
 
 class RankError(PrivacyError):
     """The devices of a site could not take a step together; nothing was released."""
+
+
+class SchemaError(PrivacyError):
+    """No revision leads from the tables of a database to those that the program works with."""
 
 
 class LedgerError(PrivacyError):

@@ -92,15 +92,23 @@ __all__ = [
 class Ledger:
     """One ledger file. Safe to use from several processes; one at a time gets in."""
 
-    def __init__(self, path: Path, *, lock_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, path: Path, *, lock_timeout_s: float = 30.0, may_upgrade: bool = False
+    ) -> None:
         """Open the ledger, or create it where there is none.
+
+        Args:
+            path: Of the database; its witness and lock lie beside it.
+            lock_timeout_s: How long to wait for another process.
+            may_upgrade: Bring tables of an older program up to date, which that one no longer
+                reads. Who only looks does not.
 
         Raises:
             LedgerTamperedError: what is there is not what was written; do not train.
             LedgerError: another process holds it, or the disk refuses.
         """
         self._path = path
-        self._store = LedgerStore(path, lock_timeout_s=lock_timeout_s)
+        self._store = LedgerStore(path, lock_timeout_s=lock_timeout_s, may_upgrade=may_upgrade)
         self.verify()
 
     def reserve(

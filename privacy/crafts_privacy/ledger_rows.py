@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 
-from sqlalchemy import DDL, MetaData, UniqueConstraint, event
+from sqlalchemy import MetaData, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
+from crafts_privacy.schema import Schema
 
 FORMAT_VERSION = 1
 RESTORE = "do not train; restore the newest intact copy of the ledger and its .head file"
@@ -204,14 +206,4 @@ class LedgerRow(Base):
             ) from error
 
 
-for _table in (LedgerInfo.__table__, LedgerRow.__table__):
-    for _verb in ("UPDATE", "DELETE"):
-        # Triggers exist only as SQL text.
-        event.listen(
-            _table,
-            "after_create",
-            DDL(  # type: ignore[no-untyped-call]  # sqlalchemy leaves its signature open
-                f"CREATE TRIGGER {_table}_refuses_{_verb.lower()} BEFORE {_verb} ON {_table} "
-                "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-            ),
-        )
+SCHEMA = Schema(metadata=Base.metadata, folder=Path(__file__).parent / "ledger_revisions")

@@ -19,17 +19,18 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
 from crafts_core.durable import exclusive_lock, sync
-from crafts_privacy.errors import LedgerError, LedgerTamperedError
+from crafts_privacy.errors import LedgerError, LedgerTamperedError, SchemaError
 from crafts_privacy.ledger_rows import (
     FORMAT_VERSION,
     RESTORE,
-    Base,
+    SCHEMA,
     LedgerEntry,
     LedgerInfo,
     LedgerRow,
     check_chain,
     genesis_hash,
 )
+from crafts_privacy.schema import VERSION_TABLE, Standing, lacking, standing, upgrade
 from crafts_privacy.witness import LedgerHead, head_path, read_head, write_head
 
 
@@ -76,8 +77,9 @@ class LedgerTransaction:
 class LedgerStore:
     """The files of one ledger: ``NAME``, ``NAME.head`` and ``NAME.lock``."""
 
-    def __init__(self, path: Path, *, lock_timeout_s: float) -> None:
+    def __init__(self, path: Path, *, lock_timeout_s: float, may_upgrade: bool) -> None:
         self._path = path
+        self._may_upgrade = may_upgrade
         self._head_path = head_path(path)
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock_timeout_s = lock_timeout_s
@@ -117,6 +119,8 @@ class LedgerStore:
         witness = read_head(self._head_path)
         if not self._tables(session):
             self._create(session, witness)
+        else:
+            self._check_tables(session)
         ledger_id = self._read_id(session)
         entries = _read_entries(session)
         check_chain(ledger_id, entries)
@@ -138,14 +142,44 @@ class LedgerStore:
                 f"{witness.sequence} entries; {RESTORE}"
             )
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
-        Base.metadata.create_all(session.connection())
+        upgrade(session.connection(), SCHEMA)
         session.add(LedgerInfo(ledger_id=uuid.uuid4().hex, format_version=FORMAT_VERSION))
         session.commit()
         sync(self._path.parent)
 
-    def _read_id(self, session: Session) -> str:
-        if self._tables(session) != set(Base.metadata.tables):
+    def _check_tables(self, session: Session) -> None:
+        """They are a ledger's, and of this version; those of an older one are brought up to it."""
+        found = standing(session.connection(), SCHEMA)
+        if found is Standing.NEWER:
+            raise LedgerError(
+                f"ledger {self._path} was written by a newer crafts-federated; update this program"
+            )
+        old = found in (Standing.UNNUMBERED, Standing.OLDER)
+        if found is Standing.UNNUMBERED:
+            self._check_names(session)  # what a ledger has lost is not made anew
+        if old and self._may_upgrade:
+            self._upgrade(session)
+        elif old and (lacks := lacking(session.connection(), SCHEMA)):
+            raise LedgerError(
+                f"ledger {self._path} is of an older crafts-federated and has no {lacks[0]}; "
+                "crafts-client join brings it up to date (stop an older one before)"
+            )
+        self._check_names(session)
+
+    def _check_names(self, session: Session) -> None:
+        if self._tables(session) - {VERSION_TABLE} != set(SCHEMA.metadata.tables):
             raise LedgerTamperedError(f"{self._path} does not hold a ledger; {RESTORE}")
+
+    def _upgrade(self, session: Session) -> None:
+        try:
+            upgrade(session.connection(), SCHEMA)
+        except SchemaError as error:
+            raise LedgerTamperedError(
+                f"ledger {self._path} has other tables than were made ({error}); {RESTORE}"
+            ) from error
+        session.commit()
+
+    def _read_id(self, session: Session) -> str:
         info = session.scalars(select(LedgerInfo)).all()
         if len(info) != 1:
             raise LedgerTamperedError(f"ledger {self._path} lost its identity; {RESTORE}")

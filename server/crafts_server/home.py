@@ -146,14 +146,15 @@ class CoordinatorHome:
         """What was done here, for auditors."""
         return AuditLog(self.path / "audit.jsonl")
 
-    def registry(self) -> Registry:
-        """Open the registry; the caller closes it."""
-        if self.config.registry == SQLITE:
+    def registry(self, *, may_upgrade: bool = False) -> Registry:
+        """Open the registry; the caller closes it. A coordinator that starts may upgrade it."""
+        url = self.config.registry
+        if url == SQLITE:
             path = self.path / "registry.db"
             if not path.exists():
                 path.touch(mode=0o600)
-            return Registry(f"sqlite:///{path}")
-        return Registry(self.config.registry)
+            url = f"sqlite:///{path}"
+        return Registry(url, may_upgrade=may_upgrade)
 
     def checkpoints(self, run_id: str) -> CheckpointStore:
         """The checkpoints of one run."""

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, event, select
+from sqlalchemy import Connection, create_engine, event, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from crafts_privacy.errors import SchemaError
+from crafts_privacy.schema import Schema, Standing, lacking, standing, upgrade
 from crafts_server.errors import RegistryError
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry_rows import (
@@ -31,6 +34,8 @@ from crafts_server.registry_rows import (
 )
 
 FORMAT_VERSION = 1
+SCHEMA = Schema(metadata=Base.metadata, folder=Path(__file__).parent / "registry_revisions")
+_UPGRADE_LOCK = 0x63726166747300  # "crafts", for PostgreSQL's advisory locks
 
 
 class RunStatus(StrEnum):
@@ -77,11 +82,17 @@ class RunSummary:
 class Registry:
     """Short transactions on the tables above. The engine is this object's; ``close`` ends it."""
 
-    def __init__(self, url: str) -> None:
-        """Open a database and create what is missing.
+    def __init__(self, url: str, *, may_upgrade: bool = False) -> None:
+        """Open a database, and make its tables where there are none.
+
+        Args:
+            url: Of SQLAlchemy.
+            may_upgrade: Bring tables of an older program up to date. Whoever else uses the same
+                database must be of this version, too: only a coordinator may that starts.
 
         Raises:
-            RegistryError: it cannot be reached, or holds another format.
+            RegistryError: it cannot be reached, was made by a newer program, or by an older one
+                whose tables this one cannot read as they are.
         """
         try:
             self._engine = create_engine(url)
@@ -91,22 +102,53 @@ class Registry:
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
         try:
-            self._make_or_check_tables()
+            self._make_or_check_tables(may_upgrade=may_upgrade)
         except RegistryError:
             self._engine.dispose()
             raise
 
-    def _make_or_check_tables(self) -> None:
+    def _make_or_check_tables(self, *, may_upgrade: bool) -> None:
         with self.session() as session:
-            Base.metadata.create_all(session.connection())
+            found = standing(session.connection(), SCHEMA)
+        if found is Standing.NEWER:
+            raise RegistryError(
+                "the registry was written by a newer crafts-federated; update this program"
+            )
+        if found is Standing.EMPTY or (may_upgrade and found is not Standing.CURRENT):
+            self._upgrade()
+        elif found is not Standing.CURRENT:
+            self._check_readable()
+        with self.session() as session:
             version = session.scalars(select(RegistryInfoRow.format_version)).one_or_none()
-            if version is None:
-                session.add(RegistryInfoRow(format_version=FORMAT_VERSION))
-            elif version != FORMAT_VERSION:
+            if version != FORMAT_VERSION:
                 raise RegistryError(
                     f"registry has format {version}, expected {FORMAT_VERSION}; "
                     "use the version of crafts-federated that wrote it"
                 )
+
+    def _check_readable(self) -> None:
+        with self.session() as session:
+            lacks = lacking(session.connection(), SCHEMA)
+        if lacks:
+            raise RegistryError(
+                f"the registry is of an older crafts-federated and has no {lacks[0]}; "
+                "`crafts-server serve` brings it up to date (stop an older one before)"
+            )
+
+    def _upgrade(self) -> None:
+        """Run missing revisions, one program at a time, in one transaction."""
+        try:
+            with self.session() as session:
+                connection = session.connection()
+                _alone(connection)
+                upgrade(connection, SCHEMA)
+                if session.scalars(select(RegistryInfoRow)).one_or_none() is None:
+                    session.add(RegistryInfoRow(format_version=FORMAT_VERSION))
+        except SchemaError as error:
+            raise RegistryError(
+                f"the tables of the registry are not what any version made ({error}); nothing was "
+                "changed; put back its newest intact copy"
+            ) from error
 
     def close(self) -> None:
         """Give up all connections."""
@@ -329,6 +371,14 @@ def _remember_sites(session: Session, names: Sequence[str]) -> None:
     for name in names:
         if session.get(SiteRow, name) is None:
             session.add(SiteRow(name=name, first_seen_at=_now()))
+
+
+def _alone(connection: Connection) -> None:
+    """Wait until no other program changes tables, and keep others waiting until the end."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver's own does not cover tables
+    elif connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

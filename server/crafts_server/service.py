@@ -53,7 +53,7 @@ class Service:
         self._home = home
         config = home.config
         home.close_to_others()
-        self._registry = home.registry()
+        self._registry = home.registry(may_upgrade=True)
         self._enrolments = Enrolments(self._registry)
         self.superlink = SuperLink(
             database=home.path / "superlink.db",

@@ -10,6 +10,7 @@ from crafts_server.home import CoordinatorHome, HomeConfig
 from support.sites import make_site_home, plan_values
 
 HEAVY = {
+    "alembic",
     "torch",
     "diffusers",
     "transformers",

@@ -1,0 +1,1 @@
+"""The ledger's tables, revision by revision (``crafts_privacy.schema`` runs them)."""
