@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from crafts_client.backup_cli import backup_app
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.ingest.choices import Artefact, TissueMethod
 from crafts_client.ledger_cli import ledger_app
@@ -41,6 +42,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(roster_app, name="roster")
 app.add_typer(network_app)
+app.add_typer(backup_app)
 app.add_typer(tiles_app, name="tiles")
 
 

@@ -47,6 +47,9 @@ def ledger_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
         if entry.kind is EntryKind.PLACED:
             say(f"{begin}  bound to place {entry.detail}")
             continue
+        if entry.kind is EntryKind.RESTORED:
+            say(f"{begin}  put back from a backup of {entry.detail}")
+            continue
         about = f"run {entry.run_id} round {entry.round} {entry.stage}"
         mechanism = f"{entry.steps} steps, noise {entry.noise_multiplier:g}, rate "
         say(f"{begin}  {entry.cohort}  {about}: {mechanism}{entry.sample_rate:g}")
@@ -80,8 +83,21 @@ def ledger_move(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Let the ledger pay here, after its home was moved, copied or put back from a backup."""
+    from crafts_client.home_backup import ask_witnesses
+
     with one_line_errors("crafts-client"):
-        ledger = _ledger(SiteHome.open(home))
+        site = SiteHome.open(home)
+        ledger = _ledger(site)
+        made_at = ledger.restored_from()
+        if made_at is not None:
+            ask_witnesses(site, ledger)
+    if made_at is not None:
+        say(
+            f"This ledger was put back from a backup of {made_at}. Nobody who could be asked saw "
+            "more of it. You vouch that no round was answered since then but those that "
+            "crafts-client ledger show lists; if one was, restore again with the newest ledger "
+            "(crafts-client restore --ledger FILE), or do not train with this cohort any more."
+        )
     say(
         "You vouch that every other copy of this home is gone or will never train again. If two "
         "copies answer, each pays with the same budget and patients are promised more than is "

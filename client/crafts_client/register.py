@@ -52,6 +52,12 @@ class PatientRegister:
         self._path = path
         self._head_path = path.with_name(path.name + ".head")
 
+    def begin(self) -> None:
+        """Say that nobody is known yet, where no register was ever begun."""
+        with self._locked():
+            if self._head() is None and not self._data():
+                self._write_head(_START)
+
     def enrol(self, patients: Iterable[str], cohort: str) -> None:
         """Note patients who are new here; those who are known must be in the same cohort.
 

@@ -1,9 +1,10 @@
 """Folders as witnesses of the ledger, on disks or shares that are not backed up with the home.
 
-Each keeps one file for a site's ledger: its newest signed head. Before a round, and again before
-its release leaves, the ledger must have had that head, and moves it on. So of two copies of a home
-that know the same folder, whatever their operators said, only the first goes on. A folder that is
-away, or that holds no head (a share that is not mounted looks empty), stops the site.
+Each keeps two files for a site's ledger: its newest signed head and, to put a lost home back, every
+entry that leads to it (``ledger_export``). Before a round, and again before its release leaves, the
+ledger must have had that head, and moves it on. So of two copies of a home that know the same
+folder, whatever their operators said, only the first goes on. A folder that is away, or that holds
+no head (a share that is not mounted looks empty), stops the site.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from crafts_client.site_key import signed_head
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
+from crafts_privacy.ledger_export import write_export
 from crafts_privacy.signed_head import SignedHead
 from crafts_privacy.signing import SignatureError
 
@@ -35,7 +37,7 @@ def show_to_folders(home: SiteHome, ledger: Ledger) -> None:
         with _held(folder, home) as path:
             kept, now = _compared(home, ledger, path)
             if now.sequence > kept.sequence:
-                write_file(path, now.model_dump_json() + "\n")
+                _keep(now, ledger, path)
 
 
 def check_folders(home: SiteHome, ledger: Ledger) -> None:
@@ -59,8 +61,14 @@ def begin_in_folder(home: SiteHome, ledger: Ledger, folder: Path) -> Path:
     with _held(folder, home) as path:
         if path.exists():
             raise WitnessError(f"{path} is there already; add {folder} to witness_folders")
-        write_file(path, signed_head(home, ledger).model_dump_json() + "\n")
+        _keep(signed_head(home, ledger), ledger, path)
     return path
+
+
+def _keep(head: SignedHead, ledger: Ledger, path: Path) -> None:
+    """The entries first: what the head says must be there."""
+    write_export(ledger.entries()[: head.sequence], head, path.with_suffix(".csv"))
+    write_file(path, head.model_dump_json() + "\n")
 
 
 @contextmanager

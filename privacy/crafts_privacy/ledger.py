@@ -10,7 +10,7 @@ verifies the whole chain against the witness before it answers. Detected: torn
 writes, edited, missing or foreign rows, an older copy put back. Not detected by this file alone:
 an administrator who rewrites both the chain and its witness, or restores both from one backup;
 ``verify()`` returns what a second party can keep to see that. A ledger that was bound to its place
-(``place.py``) charges and commits nothing in a copy.
+(``place.py``) charges and commits nothing in a copy, and none does that says it was put back.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from crafts_privacy import accounting
 from crafts_privacy.accounting import NeighboringRelation, PrivacyEvent
@@ -110,6 +111,16 @@ class Ledger:
         self._path = path
         self._store = LedgerStore(path, lock_timeout_s=lock_timeout_s, may_upgrade=may_upgrade)
         self.verify()
+
+    @classmethod
+    def begin_with(cls, path: Path, ledger_id: str, entries: Sequence[LedgerEntry]) -> Self:
+        """Write a ledger anew, with entries that it had; ``verify`` is what checks them.
+
+        Raises:
+            LedgerError: there is one already.
+        """
+        LedgerStore(path, lock_timeout_s=0.0, may_upgrade=False).begin_with(ledger_id, entries)
+        return cls(path)
 
     def reserve(
         self,
@@ -344,7 +355,27 @@ class Ledger:
         """
         with self._in_place() as transaction:
             if _bound_to(transaction.entries) is None:
-                transaction.append(_placed(self._here(transaction)))
+                here = str(self._here(transaction))
+                transaction.append(_about_all(EntryKind.PLACED, here))
+
+    def mark_restored(self, made_at: datetime) -> None:
+        """From now on it pays nowhere, this place included, until somebody moves it here.
+
+        For a ledger that was put back from a backup: what was spent since ``made_at`` is not in it.
+        """
+        with self._store.transaction() as transaction:
+            transaction.append(_about_all(EntryKind.RESTORED, made_at.isoformat()))
+
+    def restored_from(self) -> str | None:
+        """The time of the backup that it was put back from, if it was not moved here since."""
+        with self._store.transaction() as transaction:
+            return _restored_from(transaction.entries)
+
+    @contextmanager
+    def held(self) -> Iterator[tuple[Path, Path]]:
+        """Its file and its witness, verified, while nobody writes to them."""
+        with self._store.transaction():
+            yield self._store.files
 
     def move(self) -> None:
         """Bind the ledger to where it lies now: somebody vouches that no other copy is used.
@@ -354,14 +385,20 @@ class Ledger:
         """
         with self._store.transaction() as transaction:
             here, bound = self._here(transaction), _bound_to(transaction.entries)
-            if bound is not None and not bound.differences(here):
+            is_here = bound is not None and not bound.differences(here)
+            if is_here and _restored_from(transaction.entries) is None:
                 raise LedgerError("the ledger is bound to this place already; nothing to move")
-            transaction.append(_placed(here))
+            transaction.append(_about_all(EntryKind.PLACED, str(here)))
 
     @contextmanager
     def _in_place(self) -> Iterator[LedgerTransaction]:
         """A transaction of the ledger itself; a copy of it has none."""
         with self._store.transaction() as transaction:
+            if made_at := _restored_from(transaction.entries):
+                raise LedgerPlaceError(
+                    f"ledger {self._path} was put back from a backup of {made_at}, and what was "
+                    "spent since is not in it; crafts-client ledger move says what to do"
+                )
             bound = _bound_to(transaction.entries)
             differ = [] if bound is None else bound.differences(self._here(transaction))
             if differ:
@@ -376,12 +413,12 @@ class Ledger:
         return Place.of(self._path, transaction.head.ledger_id)
 
 
-def _placed(place: Place) -> LedgerEntry:
-    """An entry about the ledger's place, to be sealed by the store."""
+def _about_all(kind: EntryKind, detail: str) -> LedgerEntry:
+    """An entry about the ledger itself, to be sealed by the store."""
     return LedgerEntry(
         sequence=0,
         recorded_at=datetime.now(UTC),
-        kind=EntryKind.PLACED,
+        kind=kind,
         reservation=0,
         cohort="",
         plan_hash="",
@@ -391,9 +428,17 @@ def _placed(place: Place) -> LedgerEntry:
         noise_multiplier=0.0,
         sample_rate=0.0,
         steps=0,
-        detail=str(place),
+        detail=detail,
         previous_hash="",
     )
+
+
+def _restored_from(entries: Sequence[LedgerEntry]) -> str | None:
+    """What the newest entry about the ledger itself says, if it is that it was put back."""
+    for entry in reversed(entries):
+        if entry.kind in (EntryKind.PLACED, EntryKind.RESTORED):
+            return entry.detail if entry.kind is EntryKind.RESTORED else None
+    return None
 
 
 def _bound_to(entries: Sequence[LedgerEntry]) -> Place | None:

@@ -48,11 +48,16 @@ def read_export(path: Path, *, trusted: Collection[str]) -> LedgerExport:
     Raises:
         LedgerError: as there, or the file cannot be read.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LedgerError(f"cannot read {path}: {error.strerror}") from error
-    return parse_export(content, name=str(path), trusted=trusted)
+    return parse_export(_content(path), name=str(path), trusted=trusted)
+
+
+def read_entries(path: Path, *, trusted: Collection[str]) -> tuple[LedgerEntry, ...]:
+    """Every entry of an export, checked the same way.
+
+    Raises:
+        LedgerError: as there.
+    """
+    return _accepted(_content(path), name=str(path), trusted=trusted)[1]
 
 
 def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> LedgerExport:
@@ -67,20 +72,36 @@ def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> Ledg
         LedgerError: this is no export, or it is signed by a key that is not trusted.
         LedgerTamperedError: it is not what that site exported.
     """
+    head, entries = _accepted(content, name=name, trusted=trusted)
+    reserved = tuple(entry for entry in entries if entry.kind is EntryKind.RESERVED)
+    try:
+        of_sums = tuple(charges_of_sums(entries, reserved))
+    except (ValueError, KeyError, TypeError, LedgerError) as error:
+        raise _no_export(name) from error
+    charged = tuple(entry.event for entry in reserved)
+    return LedgerExport(head=head, charged=charged, of_sums=of_sums)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LedgerError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _accepted(
+    content: bytes, *, name: str, trusted: Collection[str]
+) -> tuple[SignedHead, tuple[LedgerEntry, ...]]:
+    """The head that a trusted key signed, and the entries that lead to it."""
     try:
         first, _, table = content.decode("utf-8").partition("\n")
         if not first.startswith(_HEAD):
             raise ValueError("no signed head")
         head = SignedHead.model_validate_json(first.removeprefix(_HEAD))
         entries = tuple(_entry(row) for row in csv.DictReader(io.StringIO(table)))
-        reserved = tuple(entry for entry in entries if entry.kind is EntryKind.RESERVED)
-        of_sums = tuple(charges_of_sums(entries, reserved))
         fingerprint = head.fingerprint
-    except (ValueError, KeyError, TypeError, csv.Error, SignatureError, LedgerError) as error:
-        raise LedgerError(
-            f"{name} is no exported ledger with a signed head; ask for one made with crafts-client "
-            "ledger export"
-        ) from error
+    except (ValueError, KeyError, TypeError, csv.Error, SignatureError) as error:
+        raise _no_export(name) from error
     if fingerprint not in trusted:
         raise LedgerError(
             f"{name} says that it is of {head.site} and is signed by key {fingerprint}; ask that "
@@ -96,8 +117,14 @@ def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> Ledg
     whole = (len(entries), end) == (head.sequence, head.hash)
     if not whole or _written(entries, head).encode() != content:
         raise _changed(name)
-    charged = tuple(entry.event for entry in reserved)
-    return LedgerExport(head=head, charged=charged, of_sums=of_sums)
+    return head, entries
+
+
+def _no_export(name: str) -> LedgerError:
+    return LedgerError(
+        f"{name} is no exported ledger with a signed head; ask for one made with crafts-client "
+        "ledger export"
+    )
 
 
 def _changed(name: str) -> LedgerTamperedError:

@@ -37,6 +37,9 @@ class EntryKind(StrEnum):
     PLACED = "placed"
     """From here on the ledger pays only where ``detail`` says. About no reservation: the fields of
     one are empty or zero."""
+    RESTORED = "restored"
+    """The ledger was put back from a backup of the time in ``detail``. What was spent since may be
+    missing before this entry, so it pays nowhere until it is placed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

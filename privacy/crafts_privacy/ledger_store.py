@@ -8,7 +8,7 @@ lost after they were acknowledged, and nothing is repaired then.
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +85,11 @@ class LedgerStore:
         self._lock_timeout_s = lock_timeout_s
         self._engine = _engine(path, lock_timeout_s)
 
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The database and its witness."""
+        return self._path, self._head_path
+
     @contextmanager
     def transaction(self) -> Iterator[LedgerTransaction]:
         """Lock, verify, yield.
@@ -134,7 +139,26 @@ class LedgerStore:
             return set()
         return set(inspect(session.connection()).get_table_names())
 
-    def _create(self, session: Session, witness: LedgerHead | None) -> None:
+    def begin_with(self, ledger_id: str, entries: Sequence[LedgerEntry]) -> None:
+        """A new file with entries that another one had; they were checked.
+
+        Raises:
+            LedgerError: there is a ledger already.
+        """
+        if self._path.exists():
+            raise LedgerError(f"{self._path} is there already")
+        with Session(self._engine) as session:
+            self._create(session, read_head(self._head_path), ledger_id)
+            session.add_all(LedgerRow.of(entry) for entry in entries)
+            session.commit()
+            write_head(
+                self._head_path,
+                LedgerTransaction(session, ledger_id, list(entries), self._head_path).head,
+            )
+
+    def _create(
+        self, session: Session, witness: LedgerHead | None, ledger_id: str | None = None
+    ) -> None:
         """Tables, triggers and identity in one transaction; the witness follows."""
         if witness is not None:
             raise LedgerTamperedError(
@@ -143,7 +167,8 @@ class LedgerStore:
             )
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
         upgrade(session.connection(), SCHEMA)
-        session.add(LedgerInfo(ledger_id=uuid.uuid4().hex, format_version=FORMAT_VERSION))
+        ledger_id = ledger_id or uuid.uuid4().hex
+        session.add(LedgerInfo(ledger_id=ledger_id, format_version=FORMAT_VERSION))
         session.commit()
         sync(self._path.parent)
 

@@ -40,6 +40,7 @@ class Event(StrEnum):
     FINISHED = "plan finished"
     FAILED = "plan failed"
     EXPORTED = "generator exported"
+    RESTORED = "home put back from a backup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

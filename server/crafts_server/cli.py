@@ -20,6 +20,7 @@ from crafts_core.command_line import (
     say_done,
 )
 from crafts_server.audit_log import Event
+from crafts_server.backup_cli import backup_app
 from crafts_server.plan_cli import (
     DEFAULT_HOME,
     AsJson,
@@ -49,6 +50,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(sites_app, name="sites")
 app.add_typer(runs_app, name="runs")
 app.add_typer(log_app, name="log")
+app.add_typer(backup_app)
 
 
 @app.callback()

@@ -40,7 +40,7 @@ from crafts_server.signed_plan import SignedPlan
 
 EMBEDDED = "embedded"
 SQLITE = "sqlite"
-_CONFIG, _KEY, _LOCK = "coordinator.toml", "signing.key", ".lock"
+CONFIG_NAME, _KEY, _LOCK = "coordinator.toml", "signing.key", ".lock"
 
 
 class HomeConfig(BaseModel):
@@ -79,10 +79,10 @@ class CoordinatorHome:
         """
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not (path / _CONFIG).exists():
+            if not (path / CONFIG_NAME).exists():
                 values = config.model_dump(mode="json")
                 lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
-                write_file(path / _CONFIG, "".join(lines), mode=0o600)
+                write_file(path / CONFIG_NAME, "".join(lines), mode=0o600)
             if not (path / _KEY).exists():
                 create_signing_key(path / _KEY)
             home = cls.open(path)
@@ -102,16 +102,16 @@ class CoordinatorHome:
             HomeError: there is none, or its configuration is wrong.
         """
         try:
-            text = (path / _CONFIG).read_text(encoding="utf-8")
+            text = (path / CONFIG_NAME).read_text(encoding="utf-8")
             return cls(path, HomeConfig.model_validate(tomllib.loads(text)))
         except FileNotFoundError as error:
             raise HomeError(
                 f"no coordinator home at {path}; make one with `crafts-server init`"
             ) from error
         except ValidationError as error:
-            raise HomeError(f"{path / _CONFIG}: {describe_first_error(error)}") from error
+            raise HomeError(f"{path / CONFIG_NAME}: {describe_first_error(error)}") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise HomeError(f"cannot read {path / _CONFIG}: {error}") from error
+            raise HomeError(f"cannot read {path / CONFIG_NAME}: {error}") from error
 
     def close_to_others(self) -> None:
         """Take back what a copy, or an older version, let others on this machine read.

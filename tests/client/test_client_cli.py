@@ -66,6 +66,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
             "ledger export",
         ),
         *("ledger move", "ledger witness"),
+        *("backup", "restore"),
         *("identity", "roster", "roster show", "roster approve"),
     }
     assert surface["init"] == {

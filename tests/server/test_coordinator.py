@@ -19,6 +19,7 @@ from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State
 from crafts_privacy.signing import create_signing_key, load_signing_key, sign, verify
+from crafts_server import home_backup
 from crafts_server.checkpoints import Checkpoint, CheckpointStore
 from crafts_server.cli import app
 from crafts_server.cohort_sizes import CohortSizes
@@ -28,6 +29,7 @@ from crafts_server.errors import CheckpointError, HomeError
 from crafts_server.export import averaged, export_generator, privacy_statement
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.probe import ProbeSize
+from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import PlanRecord
 from crafts_server.server_app import app as installed_app
 from crafts_server.server_app import make_server_app
@@ -139,6 +141,23 @@ def test_half_precision_on_the_wire_keeps_a_float32_adapter_at_the_coordinator(
     assert finished.plan.transport.wire_dtype == "float16"
     state = torch.cat([tensor.flatten() for tensor in finished.last.state().values()])
     assert not torch.equal(state, state.half().float())
+
+
+def test_a_coordinator_goes_on_from_a_backup_that_was_made_between_rounds(
+    finished: FinishedRun, tmp_path: Path, foundation: Foundation
+) -> None:
+    home, plan = make_home(tmp_path / "home", foundation), tiny_plan(foundation)
+
+    def back_up_once(receipt: RoundReceipt) -> None:
+        if receipt.round == 1:
+            home_backup.back_up(home, tmp_path / "b.tar", keys=True)
+
+    values = {"patience": NOW, "probe_size": SMALL}
+    Coordinator(home, plan, foundation, on_round=back_up_once, **values).run(grid(foundation))
+    home_backup.put_back(tmp_path / "b.tar", tmp_path / "new")
+    back = Coordinator(CoordinatorHome.open(tmp_path / "new"), plan, foundation, **values)
+    assert [checkpoint.round for checkpoint in back.chain()] == [0, 1]
+    assert back.run(grid(foundation)).manifest.state_hash == finished.last.manifest.state_hash
 
 
 def test_the_server_app_runs_the_coordinator_it_was_made_for(
@@ -414,7 +433,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface == {
         *("init", "serve", "train", "stop", "status", "export", "log show", "log verify"),
-        *("plan new", "plan keys"),
+        *("plan new", "plan keys", "backup", "restore"),
         *("sites invite", "sites list", "sites resize", "sites revoke", "plan check", "plan sign"),
         *("plan roster", "runs list", "runs show"),
         *("foundation build", "foundation import", "foundation verify"),

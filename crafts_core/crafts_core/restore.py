@@ -1,0 +1,97 @@
+"""Putting a backup back: into an empty folder, every byte compared, whole or not at all.
+
+Files are unpacked into a folder of their own inside the new home (which may be a volume that is
+mounted there) and move up once all are what the manifest says; the file that makes a folder a home
+is the last.
+"""
+
+import hashlib
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crafts_core.backup import MANIFEST, BackupError, Manifest, SavedFile, Whose
+from crafts_core.durable import sync
+
+_UNPACKED = ".restoring"
+_OF_NEW_DISKS = "lost+found"
+_BLOCK_BYTES = 1024 * 1024
+
+
+@contextmanager
+def restoring(file: Path, home: Path, *, of: Whose, last: str) -> Iterator[tuple[Path, Manifest]]:
+    """The checked files, in a folder that becomes the home when the caller is done with it.
+
+    Args:
+        file: The backup.
+        home: Missing or empty.
+        of: Whose home it must be of.
+        last: The file that makes a folder a home.
+
+    Raises:
+        BackupError: the file is not a whole backup of such a home, or the folder is not empty.
+    """
+    there = {path.name for path in home.iterdir()} if home.exists() else set()
+    if there - {_UNPACKED, _OF_NEW_DISKS}:
+        raise BackupError(f"{home} is not empty; a backup is put back into a new folder only")
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.chmod(0o700)
+    unpacked = home / _UNPACKED
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a program that was killed
+    unpacked.mkdir(mode=0o700)
+    try:
+        yield unpacked, _unpack(file, unpacked, of=of)
+        _sync_all(unpacked)
+        names = sorted((path.name for path in unpacked.iterdir()), key=lambda name: name == last)
+        for name in names:
+            (unpacked / name).rename(home / name)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    sync(home)
+
+
+def _unpack(file: Path, into: Path, *, of: Whose) -> Manifest:
+    try:
+        with tarfile.open(file, "r:") as tar:
+            *found, manifest = list(_members(tar, into))
+    except (tarfile.TarError, ValueError, FileExistsError) as error:
+        raise BackupError(f"{file} is no backup, or not whole; take another one") from error
+    if not isinstance(manifest, Manifest) or tuple(found) != manifest.files:
+        raise BackupError(f"{file} is damaged: it does not hold what its manifest says")
+    if manifest.of != of:
+        raise BackupError(f"{file} is the backup of a {manifest.of}, not of a {of}")
+    return manifest
+
+
+def _members(tar: tarfile.TarFile, into: Path) -> Iterator[SavedFile | Manifest]:
+    """Write each file and say what it was; the manifest is not written."""
+    for member in tar:
+        source = tar.extractfile(member) if member.isreg() else None
+        if source is None:
+            raise ValueError(f"{member.name} is no file")
+        if member.name.startswith(MANIFEST):
+            manifest = Manifest.model_validate_json(source.read())
+            if manifest.file_name != member.name:
+                raise ValueError("the manifest was changed")
+            yield manifest
+            continue
+        name = SavedFile(name=member.name, size_bytes=0, sha256="0" * 64).name  # stays inside
+        path, digest, size_bytes = into / name, hashlib.sha256(), 0
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as target:
+            while block := source.read(_BLOCK_BYTES):
+                target.write(block)
+                digest.update(block)
+                size_bytes += len(block)
+        os.utime(path, (member.mtime, member.mtime))  # plans wait in this order
+        yield SavedFile(name=name, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)

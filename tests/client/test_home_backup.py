@@ -1,0 +1,379 @@
+"""A home that was put back never pays for what it does not know that it spent."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crafts_client import home_backup
+from crafts_client.cli import app
+from crafts_client.errors import EnrolmentError, HomeError
+from crafts_client.home import SiteHome
+from crafts_client.home_backup import back_up, put_back
+from crafts_client.outbox import Outbox
+from crafts_client.register import PatientRegister
+from crafts_client.site import Site
+from crafts_core.backup import BackupError
+from crafts_core.errors import CraftsError
+from crafts_privacy.errors import LedgerPlaceError, LedgerTamperedError
+from crafts_privacy.ledger import EntryKind, Ledger
+from crafts_privacy.place import Place
+from support.sites import Coordinator, make_site_home
+
+
+def run(*arguments: object, text: str = ""):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+
+
+class Study:
+    """A coordinator that asks whoever it likes for a round."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator, self.plan = coordinator, coordinator.plan()
+        self.state = coordinator.start(self.plan)
+
+    def ask(self, home: Path, round: int) -> str | CraftsError:
+        """The hash of what is answered, or what is said instead."""
+        request = self.coordinator.request(self.plan, self.state, number=round)
+        message = self.coordinator.message(self.plan, self.state, request=request)
+        try:
+            return Site(SiteHome.open(home), self.coordinator.foundation).answer(message).hash
+        except CraftsError as error:
+            return error
+
+
+@pytest.fixture
+def study(coordinator) -> Study:
+    return Study(coordinator)
+
+
+@pytest.fixture
+def home(tmp_path: Path, foundation, study) -> Path:
+    """A site that has answered the first round."""
+    path = make_site_home(tmp_path / "site", foundation, study.coordinator.public_key).path
+    assert isinstance(study.ask(path, 1), str)
+    return path
+
+
+@pytest.fixture
+def share(tmp_path: Path, home: Path) -> Path:
+    """A witness folder of that site."""
+    folder = tmp_path / "share"
+    folder.mkdir()
+    done = run("ledger", "witness", folder, "--home", home)
+    file = home / "site.toml"
+    line = done.stdout.partition("set: ")[2].strip()
+    file.write_text(file.read_text().replace("witness_folders = []", line))
+    return folder
+
+
+def backup_of(home: Path, name: str = "backup.tar") -> Path:
+    out = home.with_name(name)
+    done = run("backup", out, "--tiles", "--home", home)
+    assert done.exit_code == 0, done.stderr
+    return out
+
+
+def lose(home: Path) -> None:
+    shutil.rmtree(home)
+
+
+def restore(file: Path, home: Path, *more: object) -> None:
+    done = run("restore", file, "--home", home, *more)
+    assert done.exit_code == 0, done.stderr
+
+
+def events(home: Path) -> int:
+    return len(Ledger(home / "ledger.db").events("main"))
+
+
+def test_everything_comes_back_and_is_the_owners_alone(home: Path) -> None:
+    out = backup_of(home)
+    assert out.stat().st_mode & 0o777 == 0o600
+    new = home.with_name("new")
+    restore(out, new)
+    before, after = (
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        for folder in (home, new)
+    )
+    assert {path for path in before if path.suffix != ".lock"} <= after
+    for path in before:
+        if path.suffix != ".lock" and not path.name.startswith("ledger.db"):
+            assert (new / path).read_bytes() == (home / path).read_bytes()
+            assert (new / path).stat().st_mode & 0o077 == 0
+    ours, theirs = Ledger(home / "ledger.db").entries(), Ledger(new / "ledger.db").entries()
+    assert theirs[:-1] == ours
+    assert theirs[-1].kind is EntryKind.RESTORED
+
+
+def test_a_home_that_was_put_back_pays_for_nothing_also_in_its_old_place(
+    home: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may give the old numbers to the new files: the place would be the same."""
+    out = backup_of(home)
+    lose(home)
+    restore(out, home)
+    monkeypatch.setattr(Place, "differences", lambda *_: [])
+    refused = study.ask(home, 2)
+    assert isinstance(refused, LedgerPlaceError)
+    assert "put back from a backup" in str(refused)
+    assert events(home) == 1
+    assert run("budget", "--home", home).exit_code == 0, "it may be read"
+
+
+def test_who_vouches_that_nothing_was_spent_since_goes_on(home: Path, study: Study) -> None:
+    out = backup_of(home)
+    lose(home)
+    restore(out, home)
+    asked = run("ledger", "move", "--home", home, text="n\n")
+    assert "You vouch that no round was answered since then" in asked.stdout
+    assert isinstance(study.ask(home, 2), LedgerPlaceError)
+    assert run("ledger", "move", "--home", home, text="y\n").exit_code == 0
+    assert isinstance(study.ask(home, 2), str)
+    assert events(home) == 2
+    assert "put back from a backup of" in run("ledger", "show", "--home", home).stdout
+
+
+def test_an_old_backup_needs_what_was_spent_since(home: Path, share: Path, study: Study) -> None:
+    out = backup_of(home)
+    assert isinstance(study.ask(home, 2), str)
+    spent = Ledger(home / "ledger.db").entries()
+    lose(home)
+    restore(out, home)
+    moved = run("ledger", "move", "--yes", "--home", home)
+    assert moved.exit_code == 1
+    assert "does not continue it" in moved.stderr
+    assert isinstance(study.ask(home, 3), LedgerPlaceError)
+
+    lose(home)
+    (export,) = share.glob("*.csv")
+    restore(out, home, "--ledger", export)
+    assert Ledger(home / "ledger.db").entries()[:-1] == spent
+    assert isinstance(study.ask(home, 3), LedgerPlaceError), "a person has to say so"
+    assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
+    assert isinstance(study.ask(home, 3), str)
+    assert events(home) == 3
+
+
+def test_the_coordinator_is_asked_before_a_ledger_is_moved(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = backup_of(home)
+    lose(home)
+    restore(out, home)
+    (home / "coordinator.json").write_text("{}")
+    for error in (LedgerTamperedError("it saw more"), EnrolmentError("it is away")):
+
+        def says(_home: SiteHome, error: CraftsError = error) -> None:
+            raise error
+
+        monkeypatch.setattr(home_backup, "witness_ledger", says)
+        moved = run("ledger", "move", "--yes", "--home", home)
+        assert (moved.exit_code, str(error) in moved.stderr) == (1, True)
+        assert Ledger(home / "ledger.db").restored_from() is not None
+
+
+def test_a_backup_of_a_home_that_had_no_ledger_yet_pays_for_nothing_either(
+    tmp_path: Path, foundation, study: Study
+) -> None:
+    home = make_site_home(tmp_path / "young", foundation, study.coordinator.public_key).path
+    out = backup_of(home)
+    assert isinstance(study.ask(home, 1), str)
+    lose(home)
+    restore(out, home)
+    assert isinstance(study.ask(home, 1), LedgerPlaceError)
+    assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
+    refused = study.ask(home, 1)
+    assert isinstance(refused, HomeError), "others may know a key that was made since"
+    assert "site.key is missing" in str(refused)
+
+
+@pytest.mark.parametrize("which", ["older", "another", "edited"])
+def test_only_an_export_that_goes_on_from_the_backup_is_taken(
+    home: Path, study: Study, foundation, which: str
+) -> None:
+    export = home.with_name("export.csv")
+    source = home
+    if which == "another":
+        source = make_site_home(
+            home.with_name("south"), foundation, study.coordinator.public_key, name="south"
+        ).path
+        assert isinstance(study.ask(source, 1), str)
+    assert run("ledger", "export", export, "--home", source).exit_code == 0
+    assert isinstance(study.ask(home, 2), str)
+    if which == "edited":
+        export.write_text(export.read_text().replace("committed", "reserved"))
+    out = backup_of(home)
+    done = run("restore", out, "--home", home.with_name("new"), "--ledger", export)
+    assert done.exit_code == 1
+    assert not (home.with_name("new") / "site.toml").exists()
+
+
+def test_keys_stay_out_if_asked_and_tiles_unless_asked(home: Path, study: Study) -> None:
+    out = home.with_name("bare.tar")
+    assert run("backup", out, "--without-keys", "--home", home).exit_code == 0
+    new = home.with_name("new")
+    done = run("restore", out, "--home", new)
+    assert "next: put keys/ and salt back; then crafts-client ingest TABLE" in done.stdout
+    assert not any((new / name).exists() for name in ("keys", "salt", "tiles"))
+    assert PatientRegister(new / "patients.jsonl").cohorts() == {
+        **PatientRegister(home / "patients.jsonl").cohorts()
+    }
+    assert run("ledger", "move", "--yes", "--home", new).exit_code == 0
+    shutil.copytree(home / "tiles", new / "tiles")
+    assert isinstance(study.ask(new, 2), HomeError), "its key is missed"
+
+
+def test_a_withdrawal_that_is_in_the_backup_comes_back(home: Path) -> None:
+    register = PatientRegister(home / "patients.jsonl")
+    register.withdraw(next(iter(register.cohorts())))
+    new = home.with_name("new")
+    restore(backup_of(home), new)
+    assert PatientRegister(new / "patients.jsonl").withdrawn == register.withdrawn
+
+
+def check_payments(home: Path) -> None:
+    """The ledger is in order, and knows every release of the outbox."""
+    hashes = {entry.hash for entry in Ledger(home / "ledger.db").entries()}
+    assert {paid.entry_hash for paid in Outbox(home / "outbox").payments()} <= hashes
+
+
+def test_what_left_while_a_home_was_copied_is_paid_for_in_the_copy(
+    home: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files_of = home_backup.files_of
+
+    def answers_first(path: Path, **values: object):
+        assert isinstance(study.ask(home, 2), str)
+        return files_of(path, **values)
+
+    monkeypatch.setattr(home_backup, "files_of", answers_first)
+    out, new = backup_of(home), home.with_name("new")
+    restore(out, new)
+    check_payments(new)
+    assert events(new) == 2
+
+
+def test_backups_of_a_site_at_work_are_whole(home: Path, study: Study) -> None:
+    stop = threading.Event()
+
+    def work() -> None:
+        for number in (2, 3):
+            study.ask(home, number)
+        stop.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    made = []
+    while not stop.wait(0.2) or not made:
+        out = home.with_name(f"b{len(made)}.tar")
+        back_up(SiteHome.open(home), out, keys=True, tiles=False)
+        made.append(out)
+    worker.join()
+    for out in made:
+        new = home.with_name(out.stem)
+        put_back(out, new, newest_ledger=None)
+        check_payments(new)
+    assert events(home) == 3
+
+
+def test_a_home_with_a_damaged_ledger_is_not_backed_up(home: Path) -> None:
+    (home / "ledger.db.head").unlink()
+    done = run("backup", home.with_name("b.tar"), "--home", home)
+    assert done.exit_code == 1
+    assert not home.with_name("b.tar").exists()
+
+
+KILLED = """
+import os, pathlib, signal, sys
+real, count = os.fsync, 0
+def dies(descriptor):
+    global count
+    count += 1
+    if count == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(descriptor)
+os.fsync = dies
+rename = pathlib.Path.rename
+def renames(self, target):
+    global count
+    count += 1
+    if count == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+pathlib.Path.rename = renames
+from crafts_client.cli import app
+app(sys.argv[2:])
+"""
+
+
+def killed_at(point: int, *words: object) -> bool:
+    """Whether the command came so far; it was killed there."""
+    command = [sys.executable, "-c", KILLED, str(point), *map(str, words)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
+
+
+@pytest.mark.slow
+def test_a_backup_that_was_killed_is_not_there(home: Path) -> None:
+    out = home.with_name("b.tar")
+    for point in (1, 2):
+        assert killed_at(point, "backup", out, "--home", home)
+        assert not out.exists()
+    assert run("backup", out, "--home", home).exit_code == 0
+    left = {path.name for path in home.parent.iterdir() if path.name.startswith(".b.tar")}
+    assert left == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_end", [0, 1, 3])
+def test_a_restore_that_was_killed_is_no_home(home: Path, from_end: int) -> None:
+    """At the first sync, or with some files moved: never a home that pays."""
+    out, new = home.with_name("b.tar"), home.with_name("new")
+    assert run("backup", out, "--home", home).exit_code == 0
+    last = 1
+    if from_end:
+        last = steps_of_restore(out, home.with_name("probe")) - from_end
+    assert killed_at(last, "restore", out, "--home", new)
+    with pytest.raises(HomeError, match="no site home"):
+        SiteHome.open(new)
+    again = run("restore", out, "--home", new)
+    if from_end:
+        assert "is not empty" in again.stderr
+        shutil.rmtree(new)
+        again = run("restore", out, "--home", new)
+    assert again.exit_code == 0
+    assert Ledger(new / "ledger.db").restored_from() is not None
+
+
+def steps_of_restore(out: Path, home: Path) -> int:
+    """How many renames and syncs a whole one has."""
+    words = KILLED.replace(
+        "app(sys.argv[2:])",
+        "import atexit; atexit.register(lambda: print(count)); app(sys.argv[2:])",
+    )
+    command = [sys.executable, "-c", words, "0", "restore", str(out), "--json", "--home", str(home)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    json.loads(done.stdout.splitlines()[0])
+    return int(done.stdout.splitlines()[-1])
+
+
+def test_a_backup_of_something_else_is_refused(home: Path) -> None:
+    with pytest.raises(BackupError, match="no backup"):
+        put_back(home / "site.toml", home.with_name("new"), newest_ledger=None)

@@ -1,0 +1,135 @@
+"""A backup is what its manifest says, byte for byte, or it is not put back."""
+
+import io
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from crafts_core.backup import BackupError, Manifest, files_of, write_backup
+from crafts_core.restore import restoring
+
+LAST = "home.toml"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    path = tmp_path / "home"
+    (path / "queue").mkdir(parents=True)
+    (path / "queue" / "empty").touch()
+    (path / LAST).write_text("name = 'north'\n")
+    (path / "log.jsonl").write_bytes(b"line\n" * 999)
+    (path / "some.lock").touch()
+    connection = sqlite3.connect(path / "rows.db")
+    with connection:
+        connection.execute("CREATE TABLE rows (number INTEGER)")
+        connection.execute("INSERT INTO rows VALUES (7)")
+    connection.close()
+    return path
+
+
+def save(home: Path, out: Path, without: tuple[str, ...] = ()) -> Manifest:
+    def all_files(saving) -> None:
+        for path in files_of(home, without=without):
+            saving.add(path)
+
+    return write_backup(out, home, of="site", save=all_files)
+
+
+def put_back(file: Path, home: Path, of: str = "site") -> Manifest:
+    with restoring(file, home, of=of, last=LAST) as (_, manifest):
+        return manifest
+
+
+@pytest.fixture
+def backup(home: Path, tmp_path: Path) -> Path:
+    save(home, tmp_path / "b.tar")
+    return tmp_path / "b.tar"
+
+
+def test_what_was_saved_comes_back(home: Path, backup: Path, tmp_path: Path) -> None:
+    new = tmp_path / "volume"
+    (new / "lost+found").mkdir(parents=True)
+    manifest = put_back(backup, new)
+    names = [file.name for file in manifest.files]
+    assert names == [LAST, "log.jsonl", "queue/empty", "rows.db"]
+    for name in names[:-1]:
+        assert (new / name).read_bytes() == (home / name).read_bytes()
+        assert (new / name).stat().st_mtime == pytest.approx((home / name).stat().st_mtime)
+    rows = sqlite3.connect(new / "rows.db").execute("SELECT * FROM rows").fetchall()
+    assert rows == [(7,)]
+    assert not (new / ".restoring").exists()
+
+
+def test_no_byte_of_it_can_be_changed_and_none_left_out(backup: Path, tmp_path: Path) -> None:
+    whole, new = backup.read_bytes(), tmp_path / "new"
+    with tarfile.open(backup) as tar:
+        contents = [range(member.offset_data, member.offset_data + member.size) for member in tar]
+    places = [place for each in contents for place in each[:: max(1, len(each) // 40)]]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        backup.write_bytes(changed)
+        with pytest.raises(BackupError):
+            put_back(backup, new)
+        assert list(new.iterdir()) == []
+    for length in range(0, contents[-1].stop, 512):
+        backup.write_bytes(whole[:length])
+        with pytest.raises(BackupError):
+            put_back(backup, new)
+        assert list(new.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "."])
+def test_no_file_lands_outside(tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    with pytest.raises(BackupError, match="no backup"):
+        put_back(tmp_path / "b.tar", tmp_path / "deep" / "new")
+    assert not list(tmp_path.rglob("out"))
+
+
+def test_a_link_is_no_file(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        info = tarfile.TarInfo("x")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(BackupError, match="no backup"):
+        put_back(tmp_path / "b.tar", tmp_path / "new")
+
+
+def test_nothing_is_replaced(home: Path, backup: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackupError, match="there already"):
+        save(home, backup)
+    with pytest.raises(BackupError, match="is not empty"):
+        put_back(backup, home)
+    with pytest.raises(BackupError, match="lies in the home"):
+        save(home, home / "b.tar")
+    with pytest.raises(BackupError, match="of a site, not of a coordinator"):
+        put_back(backup, tmp_path / "new", of="coordinator")
+
+
+def test_a_database_is_as_it_was_between_two_transactions(home: Path, tmp_path: Path) -> None:
+    writer = sqlite3.connect(home / "rows.db")
+    writer.execute("UPDATE rows SET number = 8")  # begun, not committed
+    save(home, tmp_path / "b.tar")
+    writer.commit()
+    writer.close()
+    put_back(tmp_path / "b.tar", tmp_path / "new")
+    rows = sqlite3.connect(tmp_path / "new" / "rows.db").execute("SELECT * FROM rows").fetchall()
+    assert rows == [(7,)]
+
+
+def test_a_database_that_is_damaged_is_one_line(home: Path, tmp_path: Path) -> None:
+    (home / "rows.db").write_bytes(b"this is no database" * 500)
+    with pytest.raises(BackupError, match=r"cannot copy the database .*rows\.db"):
+        save(home, tmp_path / "b.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_what_is_not_wanted_stays_out(home: Path, tmp_path: Path) -> None:
+    manifest = save(home, tmp_path / "b.tar", without=("queue", LAST))
+    assert [file.name for file in manifest.files] == ["log.jsonl", "rows.db"]
