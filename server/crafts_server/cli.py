@@ -399,6 +399,22 @@ def serve(home: Home = DEFAULT_HOME) -> None:
 
 
 @app.command()
+def dashboard(
+    home: Home = DEFAULT_HOME,
+    listen: Annotated[
+        str, typer.Option(help="Address; on another than loopback put a TLS proxy before it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8465,
+) -> None:
+    """Show sites, runs and rounds in a browser, until Ctrl-C. Who has the link can only look."""
+    with one_line_errors("crafts-server"):
+        from crafts_server.dashboard import serve_pages
+        from crafts_server.home import CoordinatorHome
+
+        serve_pages(CoordinatorHome.open(home), listen=listen, port=port, say=say)
+
+
+@app.command()
 def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """Sign a plan and hand it to the running coordinator (or to the next that is started)."""
     with one_line_errors("crafts-server"):

@@ -433,6 +433,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     }
     assert surface == {
         *("init", "serve", "train", "stop", "status", "export", "log show", "log verify"),
+        "dashboard",
         *("plan new", "plan keys", "backup", "restore"),
         *("sites invite", "sites list", "sites resize", "sites revoke", "plan check", "plan sign"),
         *("plan roster", "runs list", "runs show"),

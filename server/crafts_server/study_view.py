@@ -1,0 +1,118 @@
+"""What the pages of a study show, as values: sites and how they did last, runs and rounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from crafts_server.home import CoordinatorHome
+from crafts_server.receipts import RoundReceipt
+from crafts_server.registry import RunStatus, RunSummary
+from crafts_server.status import SiteStatus, Status, status_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteLine:
+    """One site."""
+
+    site: SiteStatus
+    standing: str
+    """``up``, ``late``, ``refused``, ``revoked``, ``invited`` or ``waiting``: its state, and in the
+    newest round that asked for it."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLine:
+    """One run, and how far it is."""
+
+    run: RunSummary
+    why: str
+    """It has stopped or waits; empty while it runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyView:
+    """All of a home."""
+
+    status: Status
+    at: datetime
+    sites: tuple[SiteLine, ...]
+    runs: tuple[RunLine, ...]
+    waiting: tuple[str, ...]
+    """Hashes of plans that were queued and have no run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """One run with the receipts of its rounds, newest first."""
+
+    run: RunSummary
+    at: datetime
+    receipts: tuple[RoundReceipt, ...]
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(receipt.bytes_down + receipt.bytes_up for receipt in self.receipts)
+
+
+def study_view(home: CoordinatorHome) -> StudyView:
+    """Read it all now.
+
+    Raises:
+        CraftsError: the home, its registry or a checkpoint is not in order.
+    """
+    status = status_of(home)
+    newest = _newest_receipt(home, status.runs)
+    started = {run.plan_hash for run in status.runs}
+    return StudyView(
+        status=status,
+        at=datetime.now(UTC),
+        sites=tuple(site_line(site, newest) for site in status.sites),
+        runs=tuple(RunLine(run=run, why=status.why.get(run.plan_hash, "")) for run in status.runs),
+        waiting=tuple(plan for plan in status.queued if plan not in started),
+    )
+
+
+def run_view(home: CoordinatorHome, run_id: str) -> RunView:
+    """One run.
+
+    Raises:
+        CraftsError: there is none, or its checkpoints are not what was committed.
+    """
+    registry = home.registry()
+    try:
+        run = registry.run(run_id)
+    finally:
+        registry.close()
+    receipts = tuple(each.receipt() for each in reversed(home.checkpoints(run.run_id).chain()[1:]))
+    return RunView(run=run, at=datetime.now(UTC), receipts=receipts)
+
+
+def site_line(site: SiteStatus, newest: RoundReceipt | None) -> SiteLine:
+    """How a site stands after the newest round."""
+    if site.state != "enrolled" or newest is None:
+        standing = "waiting" if site.state == "enrolled" else site.state
+        return SiteLine(site=site, standing=standing, why="")
+    where = f"round {newest.round}"
+    for used in newest.sites:
+        if used.site == site.name:
+            return SiteLine(site=site, standing="up", why=f"{where}, weight {used.weight:.2f}")
+    for refusal in newest.refused:
+        if refusal.site == site.name:
+            return SiteLine(site=site, standing="refused", why=f"{where}: {refusal.reason}")
+    if site.name in newest.missing:
+        why = f"had not answered when {where} closed"
+        return SiteLine(site=site, standing="late", why=why)
+    if site.name in newest.left_out:
+        why = f"not asked in {where}: it spoils sums or does not deliver"
+        return SiteLine(site=site, standing="late", why=why)
+    return SiteLine(site=site, standing="waiting", why=f"was not there in {where}")
+
+
+def _newest_receipt(home: CoordinatorHome, runs: Sequence[RunSummary]) -> RoundReceipt | None:
+    """Of the run that goes on, else of the one that was started last."""
+    with_rounds = [run for run in runs if run.rounds]
+    going = [run for run in with_rounds if run.status is RunStatus.RUNNING]
+    for run in (going or with_rounds)[:1]:
+        return home.checkpoints(run.run_id).chain()[-1].receipt()
+    return None
