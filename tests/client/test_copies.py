@@ -13,13 +13,13 @@ from crafts_client.home import SiteHome
 from crafts_client.refusals import refusal_of
 from crafts_client.site import Site
 from crafts_client.site_ledger import open_ledger
-from crafts_core.errors import CraftsError
 from crafts_privacy import signing
 from crafts_privacy.errors import LedgerPlaceError, LedgerTamperedError
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_privacy.place import Place
 from crafts_privacy.signed_head import SignedHead
-from support.sites import Coordinator, make_site_home
+from support.asked_sites import Study
+from support.sites import make_site_home
 
 
 def run(*arguments: object, text: str = ""):
@@ -32,23 +32,6 @@ def share(tmp_path: Path) -> Path:
     folder = tmp_path / "share"
     folder.mkdir()
     return folder
-
-
-class Study:
-    """A coordinator that asks whoever it likes for round one or two."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self.coordinator, self.plan = coordinator, coordinator.plan()
-        self.state = coordinator.start(self.plan)
-
-    def ask(self, home: Path, round: int) -> str | CraftsError:
-        """The hash of what is answered, or what is said instead."""
-        request = self.coordinator.request(self.plan, self.state, number=round)
-        message = self.coordinator.message(self.plan, self.state, request=request)
-        try:
-            return Site(SiteHome.open(home), self.coordinator.foundation).answer(message).hash
-        except CraftsError as error:
-            return error
 
 
 @pytest.fixture

@@ -19,34 +19,17 @@ from crafts_client.home import SiteHome
 from crafts_client.home_backup import back_up, put_back
 from crafts_client.outbox import Outbox
 from crafts_client.register import PatientRegister
-from crafts_client.site import Site
 from crafts_core.backup import BackupError
 from crafts_core.errors import CraftsError
 from crafts_privacy.errors import LedgerPlaceError, LedgerTamperedError
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_privacy.place import Place
-from support.sites import Coordinator, make_site_home
+from support.asked_sites import Study
+from support.sites import make_site_home
 
 
 def run(*arguments: object, text: str = ""):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
-
-
-class Study:
-    """A coordinator that asks whoever it likes for a round."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self.coordinator, self.plan = coordinator, coordinator.plan()
-        self.state = coordinator.start(self.plan)
-
-    def ask(self, home: Path, round: int) -> str | CraftsError:
-        """The hash of what is answered, or what is said instead."""
-        request = self.coordinator.request(self.plan, self.state, number=round)
-        message = self.coordinator.message(self.plan, self.state, request=request)
-        try:
-            return Site(SiteHome.open(home), self.coordinator.foundation).answer(message).hash
-        except CraftsError as error:
-            return error
 
 
 @pytest.fixture
@@ -261,6 +244,7 @@ def test_what_left_while_a_home_was_copied_is_paid_for_in_the_copy(
     assert events(new) == 2
 
 
+@pytest.mark.slow
 def test_backups_of_a_site_at_work_are_whole(home: Path, study: Study) -> None:
     stop = threading.Event()
 
