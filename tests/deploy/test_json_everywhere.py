@@ -8,7 +8,7 @@ from crafts_client.cli import app as client
 from crafts_server.cli import app as server
 
 WITHOUT = {
-    "join", "serve",  # run until they are stopped, and log
+    "join", "serve", "dashboard",  # run until they are stopped
     "ingest", "tiles show", "report",  # their result is a file
     "plan keys",  # prints a document
     "init", "roster approve", "ledger move",  # a person reads and answers
