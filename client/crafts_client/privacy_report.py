@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_client.budget import FilterCount, doubts
@@ -33,7 +34,7 @@ from crafts_client.sum_report import (
     sum_report,
     summed_entries,
 )
-from crafts_core import __version__
+from crafts_core import __version__, charts
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.pages import page_environment
@@ -194,9 +195,25 @@ def write_privacy_report(report: PrivacyReport, folder: Path) -> tuple[Path, Pat
     environment = page_environment("crafts_client")
     environment.filters["delta"] = delta_text
     template = environment.get_template("privacy_report.html.j2")
-    write_file(page, template.render(report=report, spent=report.lifetime), mode=mode)
+    shown = template.render(report=report, spent=report.lifetime, budget=_budget_bars(report))
+    write_file(page, shown, mode=mode)
     write_file(record, report.model_dump_json(indent=1) + "\n", mode=mode)
     return page, record
+
+
+def _budget_bars(report: PrivacyReport) -> Markup:
+    """What each filter that bounds something has counted, beside the limit for life."""
+    counted = [
+        (each.name, each.epsilon, None) for each in report.filters if each.epsilon is not None
+    ]
+    if not counted:
+        return Markup()
+    drawing = charts.bars(
+        counted,
+        unit=f"epsilon counted, of {report.epsilon_allowed:g} for life",
+        mark=report.epsilon_allowed,
+    )
+    return Markup(drawing)  # noqa: S704 - charts escape their labels
 
 
 def _or_infinity(value: float | None) -> float:

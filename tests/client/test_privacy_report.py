@@ -109,6 +109,9 @@ def test_the_command_writes_both_files_and_exits_zero_once_audited(
     assert record["ledger_head"] in page
     assert "is it fresh?" in page
     assert "p = 0.42" in page
+    assert "<td>privacy officer</td>" in page
+    counted = next(each for each in record["filters"] if each["epsilon"] is not None)
+    assert f"<title>{counted['name']}: {counted['epsilon']:.4g}</title>" in page
     assert "http" not in page, "the page needs nothing from elsewhere"
 
 
@@ -117,7 +120,10 @@ def test_an_engine_that_was_never_audited_is_not_claimed(trained, tmp_path) -> N
 
     assert done.exit_code == 1
     assert "NOT SUBSTANTIATED  engine: it was never audited" in done.stdout
-    assert "Do not sign" in (tmp_path / "privacy-report.html").read_text()
+    page = (tmp_path / "privacy-report.html").read_text()
+    assert "Do not sign" in page
+    assert "Not to be signed" in page
+    assert "<td>privacy officer</td>" not in page
 
 
 @pytest.mark.slow
