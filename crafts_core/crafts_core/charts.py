@@ -188,7 +188,5 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", muted: bool =
 def _svg(height: float, title: str, parts: Sequence[str], *, width: int = _WIDTH) -> str:
     return (
         f'<svg viewBox="0 0 {width} {height:.0f}" role="img" '
-        f'aria-label="{escape(title)}">'
-        + "".join(parts)
-        + "</svg>"
+        f'aria-label="{escape(title)}">' + "".join(parts) + "</svg>"
     )
