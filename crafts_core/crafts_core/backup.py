@@ -101,7 +101,10 @@ class Saving:
             self._scratch.unlink(missing_ok=True)
 
     def _add(self, path: Path, file: IO[bytes], stat: os.stat_result) -> None:
-        info = tarfile.TarInfo(path.relative_to(self._home).as_posix())
+        name = path.relative_to(self._home).as_posix()
+        if os.fsencode(name).decode(errors="ignore") != name:
+            raise BackupError(f"{name!a} in {self._home} is not named in UTF-8; rename it")
+        info = tarfile.TarInfo(name)
         info.size, info.mtime, info.mode = stat.st_size, stat.st_mtime, 0o600
         reader = _Hashed(file)
         try:

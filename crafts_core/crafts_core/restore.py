@@ -7,6 +7,7 @@ is the last.
 
 import hashlib
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from crafts_core.durable import sync
 _UNPACKED = ".restoring"
 _OF_NEW_DISKS = "lost+found"
 _BLOCK_BYTES = 1024 * 1024
+_MANIFEST_NAME = re.compile(rf"{MANIFEST}[0-9a-f]{{64}}")
+"""Not its beginning alone: a file of the home may be called like that."""
+_MOST_MANIFEST_BYTES = 256 * 1024 * 1024
 
 
 @contextmanager
@@ -47,6 +51,8 @@ def restoring(file: Path, home: Path, *, of: Whose, last: str) -> Iterator[tuple
         _sync_all(unpacked)
         names = sorted((path.name for path in unpacked.iterdir()), key=lambda name: name == last)
         for name in names:
+            if name == last:
+                sync(home)  # a power cut leaves no home that lacks its ledger
             (unpacked / name).rename(home / name)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -57,7 +63,13 @@ def _unpack(file: Path, into: Path, *, of: Whose) -> Manifest:
     try:
         with tarfile.open(file, "r:") as tar:
             *found, manifest = list(_members(tar, into))
-    except (tarfile.TarError, ValueError, FileExistsError) as error:
+    except (
+        tarfile.TarError,
+        ValueError,
+        FileExistsError,
+        OverflowError,  # these two: of a header that says an impossible number
+        MemoryError,
+    ) as error:
         raise BackupError(f"{file} is no backup, or not whole; take another one") from error
     if not isinstance(manifest, Manifest) or tuple(found) != manifest.files:
         raise BackupError(f"{file} is damaged: it does not hold what its manifest says")
@@ -69,10 +81,13 @@ def _unpack(file: Path, into: Path, *, of: Whose) -> Manifest:
 def _members(tar: tarfile.TarFile, into: Path) -> Iterator[SavedFile | Manifest]:
     """Write each file and say what it was; the manifest is not written."""
     for member in tar:
-        source = tar.extractfile(member) if member.isreg() else None
+        is_plain = member.isreg() and not member.issparse()  # holes would fill a disk from nothing
+        source = tar.extractfile(member) if is_plain else None
         if source is None:
             raise ValueError(f"{member.name} is no file")
-        if member.name.startswith(MANIFEST):
+        if _MANIFEST_NAME.fullmatch(member.name):
+            if member.size > _MOST_MANIFEST_BYTES:
+                raise ValueError("the manifest is too long")
             manifest = Manifest.model_validate_json(source.read())
             if manifest.file_name != member.name:
                 raise ValueError("the manifest was changed")

@@ -1,12 +1,14 @@
 """A backup is what its manifest says, byte for byte, or it is not put back."""
 
 import io
+import os
 import sqlite3
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from crafts_core import restore
 from crafts_core.backup import BackupError, Manifest, files_of, write_backup
 from crafts_core.restore import restoring
 
@@ -133,3 +135,76 @@ def test_a_database_that_is_damaged_is_one_line(home: Path, tmp_path: Path) -> N
 def test_what_is_not_wanted_stays_out(home: Path, tmp_path: Path) -> None:
     manifest = save(home, tmp_path / "b.tar", without=("queue", LAST))
     assert [file.name for file in manifest.files] == ["log.jsonl", "rows.db"]
+
+
+def test_a_file_called_like_a_manifest_comes_back(home: Path, tmp_path: Path) -> None:
+    (home / "MANIFEST-2024.txt").write_text("what the operator noted")
+    save(home, tmp_path / "b.tar")
+    put_back(tmp_path / "b.tar", tmp_path / "new")
+    assert (tmp_path / "new" / "MANIFEST-2024.txt").read_text() == "what the operator noted"
+
+
+@pytest.mark.parametrize("name", ["x", f"MANIFEST-{'0' * 64}"])
+def test_a_few_bytes_do_not_become_many(tmp_path: Path, name: str) -> None:
+    """A sparse member is as long as it says, and its holes take no room in the file."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"%011o\0" % 2**24
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "b.tar").write_bytes(bytes(header) + b"x" * 512 + bytes(1024))
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        assert [(member.issparse(), member.size) for member in tar] == [(True, 2**24)]
+    with pytest.raises(BackupError, match="no backup") as error:
+        put_back(tmp_path / "b.tar", tmp_path / "new")
+    assert "is no file" in str(error.value.__cause__)
+
+
+def test_a_manifest_is_not_read_without_end(
+    backup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore, "_MOST_MANIFEST_BYTES", 100)
+    with pytest.raises(BackupError, match="no backup"):
+        put_back(backup, tmp_path / "new")
+
+
+@pytest.mark.parametrize("headers", [{"mtime": "1e300"}, {"mtime": "inf"}, {"mtime": "nan"}])
+def test_impossible_headers_are_one_line(tmp_path: Path, headers: dict[str, str]) -> None:
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        info = tarfile.TarInfo("x")
+        info.pax_headers = headers
+        tar.addfile(info)
+    with pytest.raises(BackupError, match="no backup"):
+        put_back(tmp_path / "b.tar", tmp_path / "new")
+
+
+def test_a_header_longer_than_memory_is_one_line(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 2**70
+    (tmp_path / "b.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(BackupError, match="no backup"):
+        put_back(tmp_path / "b.tar", tmp_path / "new")
+
+
+def test_a_name_that_no_backup_can_have_is_one_line(home: Path, tmp_path: Path) -> None:
+    (home / os.fsdecode(b"scan-\xff.png")).touch()
+    with pytest.raises(BackupError, match="rename it"):
+        save(home, tmp_path / "b.tar")
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_everything_is_on_disk_before_a_folder_becomes_a_home(
+    backup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a home that has lost its ledger."""
+    new, seen = tmp_path / "new", []
+
+    def synced(path: Path) -> None:
+        seen.append({each.name for each in new.iterdir()})
+
+    monkeypatch.setattr(restore, "sync", synced)
+    put_back(backup, new)
+    others = {"log.jsonl", "queue", "rows.db"}
+    assert any(LAST not in names and others <= names for names in seen)
