@@ -51,7 +51,8 @@ def back_up(home: SiteHome, out: Path, *, keys: bool, tiles: bool) -> Manifest:
     ledger = existing_ledger(home)
     of_ledger = (home.ledger_path, head_path(home.ledger_path))
     register_head = head_path(home.register_path)
-    unwanted = [*_SECRETS_OF_A_PROCESS, *(() if keys else KEYS)]
+    # A witness that came back with the home would swear to whatever the backup says.
+    unwanted = [*_SECRETS_OF_A_PROCESS, *home.config.witness_folders, *(() if keys else KEYS)]
     if not tiles:
         unwanted += [*_MADE_ANEW, home.config.tile_store]
     special = [path.name for path in (*of_ledger, register_head)]
@@ -82,11 +83,13 @@ def put_back(file: Path, path: Path, *, newest_ledger: Path | None) -> Restored:
     """
     with restoring(file, path, of="site", last=SITE_NAME) as (inside, manifest):
         ledger = Ledger(inside / LEDGER_NAME)
+        is_young = not ledger.entries()
         if newest_ledger is not None:
             ledger = _continued(ledger, inside, newest_ledger)
         entries = ledger.verify().sequence
         ledger.mark_restored(manifest.made_at)
-        PatientRegister(inside / _REGISTER).begin()
+        if is_young:  # else one that is missing was lost, with who withdrew
+            PatientRegister(inside / _REGISTER).begin()
     home = SiteHome.open(path)
     return Restored(
         manifest=manifest,
@@ -117,9 +120,10 @@ def _continued(ledger: Ledger, inside: Path, export: Path) -> Ledger:
             f"the backup has no key that {export} could be compared with; put back one with keys"
         )
     own = signing.public_key_of(signing.load_signing_key(key))
-    entries = read_entries(export, trusted=[signing.fingerprint(own)])
+    head, entries = read_entries(export, trusted=[signing.fingerprint(own)])
     _check_goes_on(ledger.entries(), entries, export)
-    ledger_id = ledger.verify().ledger_id
+    # A backup from before the first entry holds no ledger, or one that nobody has heard of.
+    ledger_id = head.ledger_id
     for path in (inside / LEDGER_NAME, head_path(inside / LEDGER_NAME)):
         path.unlink()
     return Ledger.begin_with(inside / LEDGER_NAME, ledger_id, entries)

@@ -181,11 +181,13 @@ def files_of(home: Path, *, without: Collection[str]) -> Iterator[Path]:
         home: The folder.
         without: Files and folders, relative to the home, that are not wanted.
     """
-    unwanted = {home / name for name in without}
+    unwanted = {(home / name).resolve() for name in without}
 
     def below(folder: Path) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
-            if path in unwanted or path.is_symlink() or path.name.endswith(_PASSING_SUFFIXES):
+            if path.is_symlink() or path.name.endswith(_PASSING_SUFFIXES):
+                continue
+            if path.resolve() in unwanted:
                 continue
             if path.is_dir():
                 yield from below(path)

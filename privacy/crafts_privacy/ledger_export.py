@@ -51,13 +51,15 @@ def read_export(path: Path, *, trusted: Collection[str]) -> LedgerExport:
     return parse_export(_content(path), name=str(path), trusted=trusted)
 
 
-def read_entries(path: Path, *, trusted: Collection[str]) -> tuple[LedgerEntry, ...]:
-    """Every entry of an export, checked the same way.
+def read_entries(
+    path: Path, *, trusted: Collection[str]
+) -> tuple[SignedHead, tuple[LedgerEntry, ...]]:
+    """The head of an export and every entry, checked the same way.
 
     Raises:
         LedgerError: as there.
     """
-    return _accepted(_content(path), name=str(path), trusted=trusted)[1]
+    return _accepted(_content(path), name=str(path), trusted=trusted)
 
 
 def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> LedgerExport:

@@ -19,6 +19,7 @@ from crafts_client.home import SiteHome
 from crafts_client.home_backup import back_up, put_back
 from crafts_client.outbox import Outbox
 from crafts_client.register import PatientRegister
+from crafts_client.site_key import site_key
 from crafts_core.backup import BackupError
 from crafts_core.errors import CraftsError
 from crafts_privacy.errors import LedgerPlaceError, LedgerTamperedError
@@ -361,3 +362,52 @@ def steps_of_restore(out: Path, home: Path) -> int:
 def test_a_backup_of_something_else_is_refused(home: Path) -> None:
     with pytest.raises(BackupError, match="no backup"):
         put_back(home / "site.toml", home.with_name("new"), newest_ledger=None)
+
+
+def test_a_witness_folder_below_the_home_is_not_put_back_with_it(
+    home: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share that is mounted there would be away, and its old head in its place."""
+    folder = home / "share"
+    folder.mkdir()
+    assert run("ledger", "witness", folder, "--home", home).exit_code == 0
+    file = home / "site.toml"
+    text = file.read_text()
+    file.write_text(text.replace("witness_folders = []", f'witness_folders = ["{folder}"]'))
+    monkeypatch.chdir(home.parent)
+    out = backup_of(Path(home.name))
+    lose(home)
+    restore(out, home)
+    assert not folder.exists()
+    moved = run("ledger", "move", "--yes", "--home", home)
+    assert (moved.exit_code, "mount it again" in moved.stderr) == (1, True)
+
+
+def test_a_register_that_was_lost_is_missed_after_a_backup_too(home: Path, study: Study) -> None:
+    """Else nobody would know any more who withdrew."""
+    for name in ("patients.jsonl", "patients.jsonl.head"):
+        (home / name).unlink()
+    out = backup_of(home)
+    lose(home)
+    restore(out, home)
+    assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
+    refused = study.ask(home, 2)
+    assert isinstance(refused, HomeError)
+    assert "patients were trained on here" in str(refused)
+
+
+def test_a_backup_from_before_the_first_round_goes_on_by_an_export(
+    tmp_path: Path, foundation, study: Study
+) -> None:
+    home = make_site_home(tmp_path / "young", foundation, study.coordinator.public_key).path
+    site_key(SiteHome.open(home), None)  # as enrolment in a plan of sums does
+    out, export = backup_of(home), tmp_path / "newest.csv"
+    assert isinstance(study.ask(home, 1), str)
+    assert run("ledger", "export", export, "--home", home).exit_code == 0
+    spent = Ledger(home / "ledger.db").entries()
+    lose(home)
+    restore(out, home, "--ledger", export)
+    assert Ledger(home / "ledger.db").entries()[:-1] == spent
+    assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
+    assert isinstance(study.ask(home, 2), str)
+    assert events(home) == 2
