@@ -14,6 +14,7 @@ witness that nobody else stands before.
 
 import logging
 import time
+from dataclasses import replace
 
 from crafts_client.enrolment import Registrar
 from crafts_client.errors import CoordinatorBusyError, EnrolmentError
@@ -23,7 +24,7 @@ from crafts_client.site_key import signed_head
 from crafts_client.site_ledger import open_ledger
 from crafts_core.registrar import messages
 from crafts_privacy.errors import LedgerTamperedError
-from crafts_privacy.ledger import Ledger
+from crafts_privacy.ledger import EntryKind, Ledger, LedgerHead
 from crafts_privacy.signed_head import SignedHead
 from crafts_privacy.signing import SignatureError
 
@@ -82,18 +83,19 @@ def _show_to_coordinator(home: SiteHome, ledger: Ledger, registrar: Registrar) -
             f"one ({len(hashes)} entries) does not continue it; restore the newest copy of "
             f"{home.ledger_path} and of the witness beside it"
         )
-    if len(hashes) > kept.entries:
+    shown = _lasting_head(ledger)
+    if shown.sequence > kept.entries:
         registrar.call(
             "WitnessLedger",
             ledger=home.ledger_name,
-            entries=len(hashes),
-            head=hashes[-1],
+            entries=shown.sequence,
+            head=shown.hash,
             hash_at_witnessed=kept.head,
         )
 
 
 def _exchange_with_sites(home: SiteHome, ledger: Ledger, registrar: Registrar) -> None:
-    mine, peers = signed_head(home, ledger), PeerHeads(home.peer_heads_path)
+    mine, peers = signed_head(home, ledger, _lasting_head(ledger)), PeerHeads(home.peer_heads_path)
     reply = registrar.call(
         "ExchangeHeads",
         mine=messages.SignedHead(**mine.model_dump()),
@@ -106,6 +108,16 @@ def _exchange_with_sites(home: SiteHome, ledger: Ledger, registrar: Registrar) -
         raise EnrolmentError("the coordinator hands on what is no head of a ledger") from error
     check_own_heads(ledger, mine.public_key, of_me)
     peers.keep(head for head in of_others if head.site != home.config.name)
+
+
+def _lasting_head(ledger: Ledger) -> LedgerHead:
+    """The head before it was put back, until somebody vouches: it may be put back once more."""
+    head = ledger.verify()
+    for entry in reversed(ledger.entries()[: head.sequence]):
+        if entry.kind is not EntryKind.RESTORED:
+            break
+        head = replace(head, sequence=entry.sequence - 1, hash=entry.previous_hash)
+    return head
 
 
 def check_own_heads(ledger: Ledger, public_key: str, heads: list[SignedHead]) -> None:

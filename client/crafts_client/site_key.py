@@ -12,7 +12,7 @@ from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_core.durable import sync
 from crafts_privacy import signing
-from crafts_privacy.ledger import Ledger
+from crafts_privacy.ledger import Ledger, LedgerHead
 from crafts_privacy.signed_head import SignedHead
 
 
@@ -51,7 +51,7 @@ def _make(home: SiteHome) -> None:
     sync(home.path)
 
 
-def signed_head(home: SiteHome, ledger: Ledger) -> SignedHead:
-    """The ledger's head now, signed."""
-    key = site_key(home, ledger)
-    return SignedHead.sign(key, ledger.verify(), site=home.config.name, ledger=home.ledger_name)
+def signed_head(home: SiteHome, ledger: Ledger, head: LedgerHead | None = None) -> SignedHead:
+    """The ledger's head now, signed, or an earlier one."""
+    key, head = site_key(home, ledger), head or ledger.verify()
+    return SignedHead.sign(key, head, site=home.config.name, ledger=home.ledger_name)

@@ -40,6 +40,7 @@ from crafts_client.enrolment import (
 )
 from crafts_client.errors import EnrolmentError, NotAgreedError
 from crafts_client.home import SITE_NAME, SiteHome
+from crafts_client.home_backup import ask_witnesses, back_up, put_back
 from crafts_client.ledger_witness import witness_at_start, witness_ledger
 from crafts_client.peer_heads import PeerHeads
 from crafts_client.refusals import refusal_of
@@ -644,6 +645,25 @@ def test_the_other_sites_are_witnesses_where_the_coordinator_is_none(
     forget_what_was_witnessed(coordinator)
     spend(site, round=3)
     witness_ledger(site)
+
+
+def test_a_backup_that_nobody_vouched_for_can_be_put_back_again(
+    coordinator, site, south, caplog, tmp_path: Path
+) -> None:
+    """Each time the ledger says so in another entry; nobody hears of one that may not stay."""
+    take_place(site, Ledger(site.ledger_path))
+    spend(site, round=1)
+    witness_ledger(site)
+    back_up(site, tmp_path / "b.tar", keys=True, tiles=False)
+    for name in ("first", "second"):
+        put_back(tmp_path / "b.tar", tmp_path / name, newest_ledger=None)
+        home = SiteHome.open(tmp_path / name)
+        ask_witnesses(home, Ledger(home.ledger_path))
+        witness_ledger(south)
+    Ledger(home.ledger_path).move()
+    witness_ledger(home)
+    witness_ledger(south)
+    assert "alarm" not in caplog.text
 
 
 def test_a_coordinator_that_keeps_heads_back_is_not_seen_from_inside(
