@@ -57,13 +57,21 @@ def restore(
             help="Newest export of the ledger (.csv): of a witness folder, or ledger export.",
         ),
     ] = None,
+    site_key: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="The site.key that signed it, if the backup was made --without-keys.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a backup back, into an empty folder. Nothing is trained there before ledger move."""
     from crafts_client.home_backup import put_back
 
     with one_line_errors("crafts-client"):
-        restored = put_back(file, home, newest_ledger=ledger)
+        restored = put_back(file, home, newest_ledger=ledger, site_key=site_key)
     made_at = restored.manifest.made_at
     result = {
         "home": str(home),

@@ -69,13 +69,16 @@ def back_up(home: SiteHome, out: Path, *, keys: bool, tiles: bool) -> Manifest:
     return write_backup(out, home.path, of="site", save=save)
 
 
-def put_back(file: Path, path: Path, *, newest_ledger: Path | None) -> Restored:
+def put_back(
+    file: Path, path: Path, *, newest_ledger: Path | None, site_key: Path | None = None
+) -> Restored:
     """Make a home of a backup; its ledger pays for nothing until it is moved there.
 
     Args:
         file: The backup.
         path: Of the home, missing or empty.
         newest_ledger: An export of the same ledger with the entries since.
+        site_key: What signed the export, where the backup has no keys. It is not copied.
 
     Raises:
         BackupError: the file is no whole backup of a site, or the export is not of its ledger.
@@ -85,7 +88,8 @@ def put_back(file: Path, path: Path, *, newest_ledger: Path | None) -> Restored:
         ledger = Ledger(inside / LEDGER_NAME)
         is_young = not ledger.entries()
         if newest_ledger is not None:
-            ledger = _continued(ledger, inside, newest_ledger)
+            key = site_key or inside / "keys" / "site.key"
+            ledger = _continued(ledger, inside, newest_ledger, key)
         entries = ledger.verify().sequence
         ledger.mark_restored(manifest.made_at)
         if is_young:  # else one that is missing was lost, with who withdrew
@@ -99,8 +103,11 @@ def put_back(file: Path, path: Path, *, newest_ledger: Path | None) -> Restored:
     )
 
 
-def ask_witnesses(home: SiteHome, ledger: Ledger) -> None:
+def ask_witnesses(home: SiteHome, ledger: Ledger) -> list[str]:
     """Nobody who keeps heads of a ledger that was put back may have seen more of it.
+
+    Returns:
+        Who was asked.
 
     Raises:
         LedgerTamperedError: somebody did: what was spent since the backup is missing.
@@ -108,16 +115,19 @@ def ask_witnesses(home: SiteHome, ledger: Ledger) -> None:
         EnrolmentError: the coordinator of this site cannot be asked.
     """
     check_folders(home, ledger)
+    asked = [str(folder) for folder in home.witness_folders]
     if home.coordinator_path.exists():
         witness_ledger(home)
+        asked.append("the coordinator")
+    return asked
 
 
-def _continued(ledger: Ledger, inside: Path, export: Path) -> Ledger:
+def _continued(ledger: Ledger, inside: Path, export: Path, key: Path) -> Ledger:
     """The same ledger with the entries of an export that go on from its own."""
-    key = inside / "keys" / "site.key"
     if not key.exists():
         raise BackupError(
-            f"the backup has no key that {export} could be compared with; put back one with keys"
+            f"the backup has no key that {export} could be compared with; say with --site-key "
+            "where its keys/site.key is kept"
         )
     own = signing.public_key_of(signing.load_signing_key(key))
     head, entries = read_entries(export, trusted=[signing.fingerprint(own)])

@@ -90,13 +90,13 @@ def ledger_move(
         ledger = _ledger(site)
         made_at = ledger.restored_from()
         if made_at is not None:
-            ask_witnesses(site, ledger)
+            asked = ask_witnesses(site, ledger)
     if made_at is not None:
         say(
-            f"This ledger was put back from a backup of {made_at}. Nobody who could be asked saw "
-            "more of it. You vouch that no round was answered since then but those that "
-            "crafts-client ledger show lists; if one was, restore again with the newest ledger "
-            "(crafts-client restore --ledger FILE), or do not train with this cohort any more."
+            f"This ledger was put back from a backup of {made_at}. {_who_saw(asked)} You vouch "
+            "that no round was answered since then but those that crafts-client ledger show lists; "
+            "if one was, restore again with the newest ledger (crafts-client restore --ledger "
+            "FILE), or do not train with this cohort any more."
         )
     say(
         "You vouch that every other copy of this home is gone or will never train again. If two "
@@ -132,6 +132,16 @@ def ledger_witness(
         f"{path} is written; in site.toml, set: witness_folders = {json.dumps(folders)}",
         {"file": str(path), "witness_folders": folders},
         as_json=as_json,
+    )
+
+
+def _who_saw(asked: list[str]) -> str:
+    """What those say who were asked about a ledger that was put back."""
+    if asked:
+        return f"{', '.join(asked)} saw no more of it."
+    return (
+        "Nobody was asked whether more was spent: this home names no coordinator and, in "
+        "site.toml, no witness_folders; if it had some since, add them and begin again."
     )
 
 

@@ -411,3 +411,37 @@ def test_a_backup_from_before_the_first_round_goes_on_by_an_export(
     assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
     assert isinstance(study.ask(home, 2), str)
     assert events(home) == 2
+
+
+def test_who_vouches_is_told_whom_nobody_asked(home: Path, share: Path) -> None:
+    """A backup from before the folder was begun does not name it."""
+    new = home.with_name("new")
+    restore(backup_of(home), new)
+    asked = run("ledger", "move", "--home", new, text="n\n")
+    assert f"{share} saw no more of it" in asked.stdout
+    file = new / "site.toml"
+    file.write_text(file.read_text().replace(f'"{share}"', ""))
+    asked = run("ledger", "move", "--home", new, text="n\n")
+    assert "Nobody was asked" in asked.stdout
+    assert "witness_folders" in asked.stdout
+
+
+def test_a_backup_without_keys_goes_on_by_an_export_and_the_kept_key(
+    home: Path, study: Study
+) -> None:
+    out, export, kept = (home.with_name(name) for name in ("bare.tar", "newest.csv", "kept.key"))
+    assert run("backup", out, "--without-keys", "--home", home).exit_code == 0
+    shutil.copy(home / "keys" / "site.key", kept)
+    assert isinstance(study.ask(home, 2), str)
+    assert run("ledger", "export", export, "--home", home).exit_code == 0
+    new = home.with_name("new")
+    refused = run("restore", out, "--home", new, "--ledger", export)
+    assert (refused.exit_code, "--site-key" in refused.stderr) == (1, True)
+    restore(out, new, "--ledger", export, "--site-key", kept)
+    assert events(new) == 2
+    assert not (new / "keys").exists()
+    kept.write_bytes(b"no key")
+    refused = run(
+        "restore", out, "--home", home.with_name("x"), "--ledger", export, "--site-key", kept
+    )
+    assert refused.exit_code == 1
