@@ -20,7 +20,7 @@ from typing import IO, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from crafts_core import __version__
-from crafts_core.durable import sync
+from crafts_core.durable import exclusive_lock, sync
 from crafts_core.errors import CraftsError
 
 MANIFEST = "MANIFEST-"
@@ -144,12 +144,19 @@ def write_backup(out: Path, home: Path, *, of: Whose, save: Callable[[Saving], N
         save: Adds every file.
 
     Raises:
-        BackupError: ``out`` is there already or lies in the home, or as ``Saving.add``.
+        BackupError: ``out`` is there already or lies in the home, another backup is under way, or
+            as ``Saving.add``.
     """
     if out.exists():
         raise BackupError(f"{out} is there already; a backup is never replaced")
     if out.absolute().resolve().is_relative_to(home.resolve()):
         raise BackupError(f"{out} lies in the home itself; write it to another disk")
+    busy = BackupError(f"another backup of {home} is being made; try again when it is done")
+    with exclusive_lock(home / ".backup.lock", held=busy):
+        return _write(out, home, of=of, save=save)
+
+
+def _write(out: Path, home: Path, *, of: Whose, save: Callable[[Saving], None]) -> Manifest:
     made_at = datetime.now(UTC)
     temporary, scratch = (out.with_name(f".{out.name}.{what}") for what in ("writing", "database"))
     temporary.unlink(missing_ok=True)
@@ -175,20 +182,26 @@ def write_backup(out: Path, home: Path, *, of: Whose, save: Callable[[Saving], N
 
 
 def files_of(home: Path, *, without: Collection[str]) -> Iterator[Path]:
-    """Every file of a home, in order; links, and what passes, are left out.
+    """Every file of a home, in order; what passes is left out.
 
     Args:
         home: The folder.
         without: Files and folders, relative to the home, that are not wanted.
+
+    Raises:
+        BackupError: one is a link: what is behind it would be missing without a word.
     """
     unwanted = {(home / name).resolve() for name in without}
 
     def below(folder: Path) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
-            if path.is_symlink() or path.name.endswith(_PASSING_SUFFIXES):
+            if path.name.endswith(_PASSING_SUFFIXES) or path.resolve() in unwanted:
                 continue
-            if path.resolve() in unwanted:
-                continue
+            if path.is_symlink():
+                raise BackupError(
+                    f"{path} is a link, and a backup holds none; put what it points to into the "
+                    "home, and try again"
+                )
             if path.is_dir():
                 yield from below(path)
             elif path.is_file():

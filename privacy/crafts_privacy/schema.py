@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Float, MetaData, column, inspect, select, tab
 
 from crafts_privacy.errors import SchemaError
 
-VERSION_TABLE = "alembic_version"
+VERSION_TABLE = "crafts_revision"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -208,3 +208,21 @@ def test_everything_is_on_disk_before_a_folder_becomes_a_home(
     put_back(backup, new)
     others = {"log.jsonl", "queue", "rows.db"}
     assert any(LAST not in names and others <= names for names in seen)
+
+
+def test_a_link_in_a_home_is_named_and_not_left_out_in_silence(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (home / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BackupError, match="checkpoints is a link"):
+        save(home, tmp_path / "b.tar")
+    assert not (tmp_path / "b.tar").exists()
+    save(home, tmp_path / "b.tar", without=("checkpoints",))
+
+
+def test_one_backup_of_a_home_is_made_at_a_time(home: Path, tmp_path: Path) -> None:
+    def another(_saving: object) -> None:
+        with pytest.raises(BackupError, match="another backup of .* is being made"):
+            save(home, tmp_path / "second.tar")
+
+    write_backup(tmp_path / "first.tar", home, of="site", save=another)
+    assert not (tmp_path / "second.tar").exists()

@@ -67,18 +67,18 @@ def test_each_standing_leads_to_the_current_one(connection: Connection, birds: S
     assert standing(connection, birds) is Standing.CURRENT
     connection.execute(text("ALTER TABLE bird DROP COLUMN eggs"))
     connection.execute(text("INSERT INTO bird VALUES ('wren')"))
-    connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    connection.execute(text("UPDATE crafts_revision SET version_num = '0001'"))
     assert standing(connection, birds) is Standing.OLDER
     assert lacking(connection, birds) == ["bird.eggs"]
     upgrade(connection, birds)
     assert lacking(connection, birds) == []
     connection.execute(text("ALTER TABLE bird DROP COLUMN eggs"))
-    connection.execute(text("DROP TABLE alembic_version"))
+    connection.execute(text("DROP TABLE crafts_revision"))
     assert standing(connection, birds) is Standing.UNNUMBERED
     upgrade(connection, birds)
     assert standing(connection, birds) is Standing.CURRENT
     assert connection.execute(text("SELECT * FROM bird")).all() == [("wren", None)]
-    connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+    connection.execute(text("UPDATE crafts_revision SET version_num = '0003'"))
     assert standing(connection, birds) is Standing.NEWER
 
 
@@ -153,7 +153,7 @@ def test_a_new_ledger_has_the_mapped_tables_and_the_guards_of_old(
     Ledger(tmp_path / "new.db")
     assert differences(tmp_path / "new.db") == []
     assert guards(tmp_path / "new.db") == guards(old_ledger)
-    assert query(tmp_path / "new.db", "SELECT * FROM alembic_version") == [("0001",)]
+    assert query(tmp_path / "new.db", "SELECT * FROM crafts_revision") == [("0001",)]
 
 
 def test_who_only_looks_leaves_an_old_ledger_as_it_is(old_ledger: Path) -> None:
@@ -182,14 +182,14 @@ def test_what_is_no_ledger_is_not_made_one(old_ledger: Path, change: str) -> Non
     query(old_ledger, change)
     with pytest.raises(LedgerTamperedError):
         Ledger(old_ledger, may_upgrade=True)
-    names = query(old_ledger, "SELECT name FROM sqlite_master WHERE name = 'alembic_version'")
+    names = query(old_ledger, "SELECT name FROM sqlite_master WHERE name = 'crafts_revision'")
     assert names == [], "and nothing was changed"
 
 
 @pytest.mark.parametrize("may_upgrade", [False, True])
 def test_a_ledger_of_a_newer_program_is_one_line(tmp_path: Path, may_upgrade: bool) -> None:
     Ledger(tmp_path / "ledger.db")
-    query(tmp_path / "ledger.db", "UPDATE alembic_version SET version_num = '9999'")
+    query(tmp_path / "ledger.db", "UPDATE crafts_revision SET version_num = '9999'")
     with pytest.raises(LedgerError, match="update this program") as caught:
         Ledger(tmp_path / "ledger.db", may_upgrade=may_upgrade)
     assert not isinstance(caught.value, LedgerTamperedError)

@@ -215,7 +215,7 @@ def test_a_registry_from_before_sizes_were_agreed_opens_and_has_none(
     registry.close()
     with database(database_url) as connection:
         connection.execute(text("DROP TABLE cohort_size"))
-        connection.execute(text("DROP TABLE alembic_version"))
+        connection.execute(text("DROP TABLE crafts_revision"))
     reopened = Registry(database_url, may_upgrade=True)
     sizes = Enrolments(reopened).sizes
     assert sizes.agreed() == {}

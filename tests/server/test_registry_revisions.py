@@ -83,7 +83,7 @@ def test_a_coordinator_that_starts_brings_an_old_registry_up(old: str) -> None:
     registry.start_run("run-2", HASH)
     registry.close()
     assert differences(old) == []
-    assert "alembic_version" in tables(old)
+    assert "crafts_revision" in tables(old)
     again = Registry(old)
     assert again.newest_run(HASH) == "run-2"
     again.close()
@@ -101,7 +101,7 @@ def test_an_old_registry_that_lacks_a_table_waits_for_the_coordinator(old: str) 
 @pytest.mark.parametrize("may_upgrade", [False, True])
 def test_a_registry_of_a_newer_program_is_one_line(database_url: str, may_upgrade: bool) -> None:
     Registry(database_url).close()
-    execute(database_url, "UPDATE alembic_version SET version_num = '9999'")
+    execute(database_url, "UPDATE crafts_revision SET version_num = '9999'")
     with pytest.raises(RegistryError, match=r"newer crafts-federated; update this program$"):
         Registry(database_url, may_upgrade=may_upgrade)
 
@@ -110,4 +110,4 @@ def test_tables_that_no_program_made_are_left_alone(old: str) -> None:
     execute(old, "ALTER TABLE site ADD COLUMN colour TEXT", "DROP TABLE identity")
     with pytest.raises(RegistryError, match=r"remove_column site colour.*nothing was changed"):
         Registry(old, may_upgrade=True)
-    assert not {"alembic_version", "identity"} & tables(old)
+    assert not {"crafts_revision", "identity"} & tables(old)
