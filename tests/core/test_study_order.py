@@ -47,13 +47,37 @@ def test_a_repeat_comes_about_half_of_all_images_later(made) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(orders)
-def test_any_part_of_a_session_holds_its_share_of_both_kinds(made) -> None:
-    """Of a shuffle this is not true: runs of one kind would be common."""
+def test_each_half_of_a_session_holds_its_half_of_both_kinds(made) -> None:
+    """Of a shuffle this is not true."""
     kinds, _, rng = made
     order = [kinds[each.image] for each in reading_order(kinds, 0.0, rng)]
-    seen = np.cumsum(order)
-    expected = np.arange(1, len(order) + 1) * kinds.count(True) / len(kinds)
-    assert np.abs(seen - expected).max() < 2.01
+    for kind in (False, True):
+        assert abs(2 * order[: len(order) // 2].count(kind) - kinds.count(kind)) <= 2
+
+
+def test_the_images_so_far_say_little_of_the_next() -> None:
+    """Whoever knew them all and named the rarer kind would be right 3 times in 4 in pairs."""
+    kinds = [False] * 50 + [True] * 50
+    right = []
+    for seed in range(100):
+        order = [
+            kinds[each.image] for each in reading_order(kinds, 0.0, np.random.default_rng(seed))
+        ]
+        for place, kind in enumerate(order):
+            surplus = 2 * sum(order[:place]) - place
+            right.append(0.5 if surplus == 0 else float(kind == (surplus < 0)))
+    assert np.mean(right) < 0.6  # 0.58 for halves of 25 and 25 (Blackwell and Hodges 1957)
+
+
+def test_an_image_is_as_often_followed_by_its_own_kind() -> None:
+    kinds = [False] * 50 + [True] * 50
+    alike = []
+    for seed in range(100):
+        order = [
+            kinds[each.image] for each in reading_order(kinds, 0.2, np.random.default_rng(seed))
+        ]
+        alike += [one == two for one, two in zip(order[:50:2], order[1:50:2], strict=True)]
+    assert 0.45 < np.mean(alike) < 0.53
 
 
 def test_repeats_are_of_both_kinds() -> None:

@@ -16,12 +16,10 @@ class Showing(NamedTuple):
 def reading_order(
     is_synthetic: Sequence[bool], repeats_share: float, rng: np.random.Generator
 ) -> list[Showing]:
-    """A random order in which each kind is spread evenly, and repeats come half an order later.
+    """A random order; half of each kind is in each half of it, and repeats come half of it later.
 
-    An order is a line from 0 to 1. The images of a kind are shuffled and the i-th of n lies
-    somewhere in the i-th of n equal parts: whatever part of a session is tiring or was never
-    reached, it holds its share of both kinds. What is repeated is drawn, for each kind, from the
-    first half, and lies exactly half a line after its first showing.
+    So a tiring half tires for both kinds alike. Within a half chance alone decides: in finer parts
+    whoever is sure of some images could infer the next.
 
     Args:
         is_synthetic: Of each image.
@@ -29,20 +27,24 @@ def reading_order(
         rng: Draws the order.
 
     Returns:
-        Every image once, and the repeats.
+        Every image once, and the repeats: drawn, for each kind, from the first half, each half of
+        all images after its first showing.
     """
     kind_N = np.asarray(is_synthetic, dtype=bool)
-    places: list[tuple[float, Showing]] = []
+    halves: tuple[list[int], list[int]] = ([], [])
     for kind in (False, True):
-        images = rng.permutation(np.flatnonzero(kind_N == kind))
-        position = (np.arange(len(images)) + rng.random(len(images))) / max(len(images), 1)
+        images = rng.permutation(np.flatnonzero(kind_N == kind)).tolist()
+        # Of an odd number the later half of one kind has one more, the earlier of the other.
+        middle = (len(images) + kind) // 2
+        halves[0].extend(images[:middle])
+        halves[1].extend(images[middle:])
+    order = [image for half in halves for image in rng.permutation(half).tolist()]
+    places = [(float(place), Showing(image, False)) for place, image in enumerate(order)]
+    for kind in (False, True):
+        early = [place for place in range(len(halves[0])) if kind_N[order[place]] == kind]
+        count = min(round(repeats_share * int((kind_N == kind).sum())), len(early))
         places += [
-            (at, Showing(int(image), False)) for at, image in zip(position, images, strict=True)
-        ]
-        early = np.flatnonzero(position < 0.5)
-        count = min(round(repeats_share * len(images)), len(early))
-        places += [
-            (position[each] + 0.5, Showing(int(images[each]), True))
-            for each in rng.choice(early, count, replace=False)
+            (place + len(order) / 2, Showing(order[place], True))
+            for place in rng.choice(early, count, replace=False).tolist()
         ]
     return [showing for _, showing in sorted(places)]
