@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from crafts_core.command_line import one_line_errors, progress_bars, say
+from crafts_core.durable import write_file
+from crafts_core.errors import CraftsError
 from crafts_core.sample_cli import AsJson, Seed
 
 if TYPE_CHECKING:
@@ -129,12 +131,14 @@ def export(
     with one_line_errors("crafts"), opened(study) as opened_study:
         from crafts_core.study.records import Reading
 
+        _refuse_study(study, out)
+
         rows = [asdict(reading) for reading in opened_study.readings()]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, list(Reading.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(rows)
-        out.write_text(table.getvalue(), encoding="utf-8", newline="")
+        write_file(out, table.getvalue(), mode=0o600)  # the truth, as in the study
     say(f"{len(rows)} answers in {out}")
 
 
@@ -153,10 +157,18 @@ def analyse(
         from crafts_core.study.analysis_page import render_page
         from crafts_core.study.verdict import table
 
+        if page is not None:
+            _refuse_study(study, page)
         found = analysed(opened_study.info.name, opened_study.readings(), seed=seed)
         if page is not None:
-            page.write_text(render_page(found), encoding="utf-8")
+            write_file(page, render_page(found))
     say(*([found.model_dump_json()] if as_json else table(found)))
+
+
+def _refuse_study(study: Path, out: Path) -> None:
+    """Answers are nowhere else."""
+    if out.exists() and out.samefile(study):
+        raise CraftsError(f"{out} is the study itself, with all answers; name another file")
 
 
 @contextmanager
@@ -175,8 +187,6 @@ def opened(path: Path) -> "Iterator[StudyFile]":
 @contextmanager
 def extra_is_there() -> Iterator[None]:
     """A library of the extra that is missing becomes one line."""
-    from crafts_core.errors import CraftsError
-
     try:
         yield
     except ModuleNotFoundError as error:

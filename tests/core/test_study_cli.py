@@ -72,6 +72,28 @@ def test_a_study_with_answers_is_not_written_over(tmp_path: Path, folders: list[
     assert (tmp_path / "s.db").read_bytes() == b"answers"
 
 
+@pytest.mark.parametrize("words", [("export", "--out"), ("analyse", "--page")])
+def test_no_result_is_written_over_the_answers(tmp_path: Path, words: tuple[str, str]) -> None:
+    study = make_study(tmp_path)
+    (reader,) = study.readers()
+    read_on(study, reader, [1 + place % 6 for place in range(study.position(reader).total)])
+    study.close()
+    path = tmp_path / "study.db"
+    before = path.read_bytes()
+    (tmp_path / "link.db").symlink_to(path)
+    for out in (path, tmp_path / "link.db"):
+        result = run(words[0], path, words[1], out)
+        assert result.exit_code == 1
+        assert "is the study itself" in result.stderr
+    assert path.read_bytes() == before
+
+
+def test_exported_truth_is_its_owners_alone(tmp_path: Path) -> None:
+    make_study(tmp_path).close()
+    assert run("export", tmp_path / "study.db", "--out", tmp_path / "a.csv").exit_code == 0
+    assert (tmp_path / "a.csv").stat().st_mode & 0o077 == 0
+
+
 def test_what_may_unblind_is_told_on_stderr(tmp_path: Path, folders: list[object]) -> None:
     from PIL import Image
 
