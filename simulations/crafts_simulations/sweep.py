@@ -109,6 +109,13 @@ class Sweep(_Section):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"the {what} {min(twice)!r} is there twice")
+        for arm in self.arms:
+            fixed = [section for section in _SEEDED if "seed" in arm.changes.get(section, {})]
+            if fixed:
+                raise ValueError(
+                    f"arm {arm.name!r} changes {fixed[0]}.seed, which the list of seeds sets: "
+                    "its runs would be copies of one, and differences not paired"
+                )
         if self.baseline is not None and self.baseline not in {arm.name for arm in self.arms}:
             raise ValueError(f"baseline: no arm has the name {self.baseline!r}")
         return self

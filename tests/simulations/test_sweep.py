@@ -89,6 +89,8 @@ class TestFile:
             (("[3, 4]", "[3, 3]"), "seed '3' is there twice"),
             (("[3, 4]", "[]"), "seeds"),
             (("stage =", "stages ="), "stages"),
+            (("stage = { learning_rate = 0.001 }", "study = { seed = 1 }"), "study.seed"),
+            (('"by_patients" }', '"uniform" }\n[vary]\n"tiles.seed" = [1, 2]'), "tiles.seed"),
         ],
     )
     def test_what_is_wrong_is_named(
