@@ -101,6 +101,7 @@ def test_a_choice_follows_the_seed(tmp_path: Path) -> None:
         ([{"file": "deep.png"}], "expected 8 bits"),
         ([{"file": "a.png", "mpp": "wide"}], "microns per pixel from"),
         ([{"file": "a.png", "mpp": 0.5}], "at least 32 px at 1 microns per pixel, got 20"),
+        ([{"file": "a.png", "mpp": 1000}], "would become 40000 x 40000; is its scale"),
         ([["a.png"]], "no UTF-8 table"),
         ([], "holds no images"),
     ],

@@ -28,6 +28,8 @@ _FILE, _CAPTION = ("file", "file_name"), ("caption", "prompt", "text")
 _TABLES = (".jsonl", ".csv", ".tsv")
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+_MOST_PIXELS = 100_000_000
+"""Of an image that is enlarged: more is a wrong scale, and may be more than there is memory."""
 
 Row = Mapping[str, str]
 
@@ -136,6 +138,11 @@ def scaled_image(path: Path, scale: float) -> Image.Image:
                 raise ImageSetError(f"{path}: expected 8 bits a sample, got more")
             rgb = upright(image).convert("RGB")
             width, height = (max(1, round(side * scale)) for side in rgb.size)
+            if scale > 1 and width * height > _MOST_PIXELS:
+                raise ImageSetError(
+                    f"{path}: {rgb.width} x {rgb.height} px would become {width} x {height}; is "
+                    "its scale (microns per pixel) right?"
+                )
             return rgb.resize((width, height), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageSetError(f"{path} cannot be read ({error})") from error
