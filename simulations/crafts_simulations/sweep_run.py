@@ -8,8 +8,10 @@
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +120,22 @@ def _at_once(jobs: list[_Job], num_parallel: int) -> Iterator[tuple[Run, Report]
         try:
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
+        except KeyboardInterrupt:  # a run takes hours, and goes on where it was ended
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        except BrokenProcessPool as error:
+            raise ScenarioError(
+                "the process of a run was killed, perhaps for want of memory; run the same command "
+                "again with a smaller --parallel"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _one_thread() -> None:
+    """And no answer to Ctrl-C, which reaches all processes: the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(1)

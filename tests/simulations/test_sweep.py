@@ -1,7 +1,12 @@
 """Sweeps: arms and seeds from one file, runs that are kept, differences that are paired."""
 
 import json
+import os
+import signal
+import threading
+import time
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +194,29 @@ class TestPage:
     def test_markup_in_a_name_stays_text(self) -> None:
         page = render(self.report(self.row("<script>alert(1)</script>", (0.1, 0.0, 0.2))), {})
         assert "<script" not in page
+
+
+def some_job(number: int, call: partial[Any]) -> Any:
+    """Of a library, so that a process that begins anew finds it."""
+    call.run = ("arm", number)  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.mark.slow
+def test_interrupting_waits_for_no_run() -> None:
+    jobs = [some_job(number, partial(time.sleep, 90)) for number in range(4)]
+    started = time.monotonic()
+    ctrl_c = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    ctrl_c.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(sweep_run._at_once(jobs, 2))
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_one_line() -> None:
+    with pytest.raises(ScenarioError, match="perhaps for want of memory"):
+        list(sweep_run._at_once([some_job(1, partial(os._exit, 9))], 2))
 
 
 @pytest.mark.slow
