@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Float, MetaData, column, inspect, select, tab
 from crafts_privacy.errors import SchemaError
 
 VERSION_TABLE = "crafts_revision"
+"""Of our own name: a schema of PostgreSQL may be shared with another program that uses Alembic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +86,11 @@ def upgrade(connection: Connection, schema: Schema) -> None:
         return kind != "table" or name in schema.metadata.tables
 
     context = MigrationContext.configure(
-        connection, opts={"include_name": is_ours, "compare_type": _other_type}
-    )
+        connection,
+        opts={
+            "include_name": is_ours, "compare_type": _other_type, "version_table": VERSION_TABLE,
+        },
+    )  # fmt: skip
     script = ScriptDirectory(str(schema.folder), version_locations=[str(schema.folder)])
     begin = context.get_current_revision() or "base"
     # The folder is a package, not Alembic's environment: a revision gets its operations by hand.

@@ -221,7 +221,7 @@ def test_a_link_in_a_home_is_named_and_not_left_out_in_silence(home: Path, tmp_p
 
 def test_one_backup_of_a_home_is_made_at_a_time(home: Path, tmp_path: Path) -> None:
     def another(_saving: object) -> None:
-        with pytest.raises(BackupError, match="another backup of .* is being made"):
+        with pytest.raises(BackupError, match=r"another backup of .* is being made"):
             save(home, tmp_path / "second.tar")
 
     write_backup(tmp_path / "first.tar", home, of="site", save=another)

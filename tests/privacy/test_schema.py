@@ -15,7 +15,7 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import SchemaError
 from crafts_privacy.ledger import Ledger, LedgerError, LedgerTamperedError, Lifetime, PlanLimit
 from crafts_privacy.ledger_rows import SCHEMA
-from crafts_privacy.schema import Schema, Standing, lacking, standing, upgrade
+from crafts_privacy.schema import VERSION_TABLE, Schema, Standing, lacking, standing, upgrade
 
 BEFORE = Path(__file__).parents[1] / "support" / "before_revisions"
 
@@ -124,7 +124,10 @@ def query(path: Path, statement: str) -> list[tuple[object, ...]]:
 def differences(path: Path) -> list[object]:
     engine = create_engine(f"sqlite:///{path}")
     with engine.connect() as connection:
-        found = compare_metadata(MigrationContext.configure(connection), SCHEMA.metadata)
+        found = compare_metadata(
+            MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}),
+            SCHEMA.metadata,
+        )
     engine.dispose()
     return found
 

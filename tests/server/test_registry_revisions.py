@@ -8,6 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 
+from crafts_privacy.schema import VERSION_TABLE
 from crafts_server.errors import RegistryError
 from crafts_server.registry import CheckpointRecord, Registry
 from crafts_server.registry_rows import Base
@@ -35,7 +36,10 @@ def tables(url: str) -> set[str]:
 def differences(url: str) -> list[object]:
     engine = create_engine(url)
     with engine.connect() as connection:
-        found = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        found = compare_metadata(
+            MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}),
+            Base.metadata,
+        )
     engine.dispose()
     return found
 
