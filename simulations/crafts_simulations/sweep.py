@@ -24,7 +24,8 @@
 
 A seed decides how tiles are dealt, the public draws of training, and the noise that samples start
 from; with ``repeatable`` the private noise, too. All arms of a seed therefore have the same
-patients, held out and not, and differences are paired.
+patients, held out and not, and differences are paired. Hospitals that are drawn have patients of
+their own seeds, the same in every seed of a sweep: intervals then leave out that others might come.
 """
 
 import itertools
