@@ -277,7 +277,7 @@ class _Workshop:
             text_ULD, null_LD = self.text
             recipe = self._recipe(
                 "UNet", seed=config.seed + 2, steps=config.unet_steps, batch=config.unet_batch,
-                learning_rate=1e-3, ema_decay=0.999,
+                learning_rate=5e-4, ema_decay=0.999,
             )  # fmt: skip
             unet = train_unet(
                 self.latents, self.tiles.caption_NV, text_ULD, null_LD, config, recipe

@@ -48,7 +48,7 @@ class BuildConfig(BaseModel):
 
     unet_channels: tuple[int, ...] = (32, 96, 128, 192)
     unet_batch: Count = 32
-    unet_steps: Count = 14000
+    unet_steps: Count = 12000
     unet_views: Count = 4
     """Each tile's latent is computed this often, turned and stained anew."""
     latent_aligner_steps: Count = 600
