@@ -61,7 +61,7 @@ def test_keys_stay_out_if_asked(home: CoordinatorHome, tmp_path: Path) -> None:
     assert run("backup", out, "--without-keys", "--home", home.path).exit_code == 0
     assert run("restore", out, "--home", new).exit_code == 0
     assert {path.name for path in home.path.iterdir()} - {path.name for path in new.iterdir()} == {
-        *("signing.key", "pki")
+        *("signing.key", "pki", ".backup.lock")
     }
 
 
