@@ -109,5 +109,6 @@ def _request(scenario: Scenario, source: TileSource | None) -> dict[str, object]
     if source is not None:
         request["tiles"] = str(source.folder.resolve())
         request["labels"] = str(source.labels.resolve())
+        request["content"] = source.fingerprint()
         request["columns"] = {name: list(names) for name, names in asdict(source.columns).items()}
     return request

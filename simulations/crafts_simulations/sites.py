@@ -4,6 +4,7 @@ Whatever a site holds it got through the same ``crafts_client`` code as any hosp
 function leaves what is finished alone, so that an interrupted run goes on.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,19 @@ class TileSource:
             if self.labels.parent.resolve() == self.folder.resolve():
                 raise
         return read_table(self.labels, columns=self.columns)
+
+    def fingerprint(self) -> str:
+        """Changes with the table, and with the size or date of any file under the folder.
+
+        Raises:
+            OSError: the table or the folder cannot be read.
+        """
+        found = hashlib.sha256(self.labels.read_bytes())
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            entry = path.stat()
+            name = path.relative_to(self.folder).as_posix()
+            found.update(f"{name}\0{entry.st_size}\0{entry.st_mtime_ns}\0".encode())
+        return found.hexdigest()
 
 
 def make_sites(study: LocalStudy, source: TileSource | None) -> None:

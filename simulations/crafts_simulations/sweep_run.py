@@ -41,7 +41,10 @@ class _Job:
     source: TileSource | None
     device: str
 
-    def __call__(self, progress: StepProgress = lambda _what, _done, _total: None) -> Report:
+    def __call__(
+        self, progress: StepProgress = lambda _what, _done, _total: None
+    ) -> Report | ScenarioError:
+        """The report, or why there is none: other runs go on."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
             return run_scenario(
@@ -54,7 +57,7 @@ class _Job:
             )
         except CraftsError as error:
             name, seed = self.run
-            raise ScenarioError(f"arm {name!r}, seed {seed}: {error}") from error
+            return ScenarioError(f"arm {name!r}, seed {seed}: {error}")
 
 
 def run_sweep(
@@ -79,7 +82,7 @@ def run_sweep(
         progress: Called with what is being done, how much is done, and how much there is.
 
     Raises:
-        CraftsError: a run failed, with its arm and seed; what is finished stays.
+        CraftsError: runs failed, the first with its arm and seed; all others were finished first.
     """
     folder_of = {arm.name: arm.folder for arm in sweep.arms}
     jobs = [
@@ -94,9 +97,16 @@ def run_sweep(
     ]
     reports: dict[Run, Report] = {}
     done = _one_by_one(jobs, progress) if num_parallel == 1 else _at_once(jobs, num_parallel)
+    failures: list[ScenarioError] = []
     for run, report in done:
-        reports[run] = report
-        progress("runs", len(reports), len(jobs))
+        if isinstance(report, ScenarioError):
+            failures.append(report)
+        else:
+            reports[run] = report
+        progress("runs", len(reports) + len(failures), len(jobs))
+    if failures:
+        others = f" (and {len(failures) - 1} more runs failed)" if failures[1:] else ""
+        raise ScenarioError(f"{failures[0]}{others}")
     found = compare(sweep, reports)
     write_file(out / "sweep.json", found.model_dump_json(indent=1) + "\n")
     pages = {
@@ -107,12 +117,14 @@ def run_sweep(
     return found
 
 
-def _one_by_one(jobs: list[_Job], progress: StepProgress) -> Iterator[tuple[Run, Report]]:
+def _one_by_one(
+    jobs: list[_Job], progress: StepProgress
+) -> Iterator[tuple[Run, Report | ScenarioError]]:
     for job in jobs:
         yield job.run, job(progress)
 
 
-def _at_once(jobs: list[_Job], num_parallel: int) -> Iterator[tuple[Run, Report]]:
+def _at_once(jobs: list[_Job], num_parallel: int) -> Iterator[tuple[Run, Report | ScenarioError]]:
     """In processes that begin anew: torch's threads do not survive a fork."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_parallel, mp_context=context, initializer=_one_thread) as pool:

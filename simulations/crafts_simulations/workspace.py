@@ -42,8 +42,8 @@ class Workspace:
         if marker.exists():
             if marker.read_text(encoding="utf-8") != text:
                 raise WorkspaceError(
-                    f"{path} holds a run of another scenario or other options; choose another "
-                    "--out or remove it"
+                    f"{path} holds a run of another scenario, other options or other tiles; choose "
+                    "another --out or remove it"
                 )
             return cls(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

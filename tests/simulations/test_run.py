@@ -160,7 +160,7 @@ def test_run_again_nothing_is_spent_and_nothing_changes(
 def test_another_scenario_is_refused_in_the_same_folder(
     finished: Path, foundation: Foundation
 ) -> None:
-    with pytest.raises(WorkspaceError, match="another scenario"):
+    with pytest.raises(WorkspaceError, match="another scenario, other options or other tiles"):
         run_scenario(tiny_scenario(foundation.path).changed(epsilon=4.0), finished)
 
 

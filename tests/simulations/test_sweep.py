@@ -250,6 +250,12 @@ def test_a_sweep_runs_in_processes_and_what_is_finished_is_kept(
     assert len(runs) == 4
     again = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "sweep.toml"), "--out", str(out)])
     assert again.exit_code == 1, "its tiles are not named this time"
-    assert "arm 'as it is', seed 3: this scenario deals real tiles" in again.stderr
+    said = " ".join(again.stderr.split())
+    assert "arm 'as it is', seed 3: this scenario deals real tiles" in said
+    assert "(and 3 more runs failed)" in said, "the others went on"
     assert sweep_run.run_sweep(sweep, scenarios, out, source=source) == report
     assert {path: path.stat().st_mtime_ns for path in runs} == runs, "nothing was trained again"
+
+    os.utime(next(source.folder.glob("*.png")), (0, 0))
+    with pytest.raises(ScenarioError, match="other tiles"):
+        sweep_run.run_sweep(sweep, scenarios, out, source=source)
