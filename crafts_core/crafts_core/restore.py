@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crafts_core.backup import MANIFEST, BackupError, Manifest, SavedFile, Whose
-from crafts_core.durable import sync
+from crafts_core.durable import exclusive_lock, sync
 
 _UNPACKED = ".restoring"
+_LOCK = ".restoring.lock"
 _OF_NEW_DISKS = "lost+found"
 _BLOCK_BYTES = 1024 * 1024
 _MANIFEST_NAME = re.compile(rf"{MANIFEST}[0-9a-f]{{64}}")
@@ -38,11 +39,27 @@ def restoring(file: Path, home: Path, *, of: Whose, last: str) -> Iterator[tuple
     Raises:
         BackupError: the file is not a whole backup of such a home, or the folder is not empty.
     """
-    there = {path.name for path in home.iterdir()} if home.exists() else set()
-    if there - {_UNPACKED, _OF_NEW_DISKS}:
-        raise BackupError(f"{home} is not empty; a backup is put back into a new folder only")
+    _check_empty(home)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.chmod(0o700)
+    busy = BackupError(f"another restore fills {home}; wait for it, or name another folder")
+    lock = home / _LOCK
+    with exclusive_lock(lock, held=busy):
+        try:
+            _check_empty(home)  # what was restored while this waited for its turn is a home
+            yield from _filled(file, home, of=of, last=last)
+        finally:
+            lock.unlink()
+    sync(home)
+
+
+def _check_empty(home: Path) -> None:
+    there = {path.name for path in home.iterdir()} if home.exists() else set()
+    if there - {_UNPACKED, _LOCK, _OF_NEW_DISKS}:
+        raise BackupError(f"{home} is not empty; a backup is put back into a new folder only")
+
+
+def _filled(file: Path, home: Path, *, of: Whose, last: str) -> Iterator[tuple[Path, Manifest]]:
     unpacked = home / _UNPACKED
     shutil.rmtree(unpacked, ignore_errors=True)  # of a program that was killed
     unpacked.mkdir(mode=0o700)
@@ -56,7 +73,6 @@ def restoring(file: Path, home: Path, *, of: Whose, last: str) -> Iterator[tuple
             (unpacked / name).rename(home / name)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
-    sync(home)
 
 
 def _unpack(file: Path, into: Path, *, of: Whose) -> Manifest:

@@ -114,6 +114,15 @@ def test_nothing_is_replaced(home: Path, backup: Path, tmp_path: Path) -> None:
         put_back(backup, tmp_path / "new", of="coordinator")
 
 
+def test_two_restores_never_fill_one_folder(backup: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    with restoring(backup, new, of="site", last=LAST) as (inside, _):
+        with pytest.raises(BackupError, match="another restore"):
+            put_back(backup, new)
+        assert (inside / LAST).exists(), "the first goes on undisturbed"
+    assert not (new / ".restoring.lock").exists()
+
+
 def test_a_database_is_as_it_was_between_two_transactions(home: Path, tmp_path: Path) -> None:
     writer = sqlite3.connect(home / "rows.db")
     writer.execute("UPDATE rows SET number = 8")  # begun, not committed
