@@ -1,3 +1,10 @@
 """The generator: what a tile becomes. No network, no database, no Flower."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Torch's threads wait for each other awake. Where other programs are at work, as in a hospital, one
+# that waits takes the core of one that is waited for, and a training step takes fifty times as long
+# (benchmarks/contention.py). The OpenMP library reads this once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
