@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from crafts_core.foundation import embedded_path, load, verify
 from crafts_core.foundation_build import BuildConfig, build, read_table
 from crafts_core.foundation_build.aligner_training import train_tokenizer
 from crafts_core.foundation_build.assembly import _claim
+from crafts_core.foundation_build.decoder_training import CRITIC_SHARE, balance
 from crafts_core.foundation_build.diffusion_training import (
     new_scheduler,
     spread_timesteps,
@@ -48,6 +50,7 @@ SMALL = BuildConfig(
     vae_channels=(8, 16, 16),
     vae_batch=4,
     vae_steps=2,
+    decoder_steps=2,
     latent_channels=4,
     vae_crop_px=32,
     unet_channels=(32, 32, 64, 64),
@@ -120,6 +123,28 @@ def test_the_card_credits_every_source_and_says_what_each_type_was_built_from(bu
     assert "| COAD colon adenocarcinoma | 2 open cases |" in card
     assert "| UVM uveal melanoma | drawings |" in card
     assert "2 cases were held out" in card
+
+
+@pytest.mark.slow
+def test_the_decoder_is_trained_on_and_the_encoder_stays(built: Path, work: Path) -> None:
+    first, last = (
+        load_file(work / "parts" / name / "diffusion_pytorch_model.safetensors")
+        for name in ("vae", "sharp_vae")
+    )
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert changed, "the decoder"
+    assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
+    shipped = load(built).generator.vae.decoder.conv_out.weight
+    assert torch.allclose(shipped, last["decoder.conv_out.weight"], atol=1e-3)
+
+
+def test_the_critic_has_its_share_of_the_last_layers_gradient() -> None:
+    last = torch.randn(4, 3, requires_grad=True)
+    distance, doubt = (last @ torch.randn(3)).square().mean(), last.sum()
+    weight = balance(distance, doubt, last)
+    (wanted,) = torch.autograd.grad(distance, last, retain_graph=True)
+    (asked,) = torch.autograd.grad(weight * doubt, last)
+    assert float(asked.norm() / wanted.norm()) == pytest.approx(CRITIC_SHARE, rel=1e-2)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from crafts_core.foundation_build.aligner_training import (
 )
 from crafts_core.foundation_build.card import write_card
 from crafts_core.foundation_build.config import BuildConfig
+from crafts_core.foundation_build.decoder_training import train_decoder
 from crafts_core.foundation_build.diffusion_training import (
     LATENT_ALIGNER_WIDTH,
     encode_views,
@@ -87,7 +88,7 @@ def build(
     shutil.rmtree(staging, ignore_errors=True)
     head = workshop.latent_aligner
     save_aligner(workshop.aligner, workshop.tokenizer, staging / "aligner")
-    _save_pipeline(staging, workshop.vae, workshop.unet, workshop.aligner, workshop.tokenizer)
+    _save_pipeline(staging, workshop.sharp_vae, workshop.unet, workshop.aligner, workshop.tokenizer)
     _save_half(head.cpu().state_dict(), staging / "latent_aligner.safetensors")
     bank = prompt_bank()
     records = json.dumps([asdict(prompt) for prompt in bank], indent=1) + "\n"
@@ -246,6 +247,21 @@ class _Workshop:
                 learning_rate=2e-3, ema_decay=0.995,
             )  # fmt: skip
             _finish(path, train_vae(self.tiles, self.structure_net, config, recipe), recipe)
+        return AutoencoderKL.from_pretrained(path).to(self._device).eval()
+
+    @cached_property
+    def sharp_vae(self) -> AutoencoderKL:
+        """The same encoder; the decoder trained on against a critic."""
+        path, config = self._work / "sharp_vae", self._config
+        if not path.exists():
+            recipe = self._recipe(
+                "decoder", seed=config.seed + 7, steps=config.decoder_steps,
+                batch=config.vae_batch, learning_rate=3e-4, ema_decay=0.998,
+            )  # fmt: skip
+            vae = copy.deepcopy(self.vae)
+            _finish(
+                path, train_decoder(vae, self.tiles, self.structure_net, config, recipe), recipe
+            )
         return AutoencoderKL.from_pretrained(path).to(self._device).eval()
 
     @cached_property

@@ -45,6 +45,7 @@ class BuildConfig(BaseModel):
     vae_batch: Count = 16
     vae_steps: Count = 4800
     vae_perceptual: Rate = 0.6
+    decoder_steps: Count = 2000
 
     unet_channels: tuple[int, ...] = (32, 96, 128, 192)
     unet_batch: Count = 32

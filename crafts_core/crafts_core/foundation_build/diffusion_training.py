@@ -67,13 +67,9 @@ def train_vae(
             posterior = vae.encode(pixels_BCHW).latent_dist
             decoded_BCHW = vae.decode(posterior.sample()).sample
             structure = seen(decoded_BCHW, pixels_BCHW).float()
-        error_BCHW = decoded_BCHW.float() - pixels_BCHW
-        detail_BCHW = error_BCHW - functional.avg_pool2d(error_BCHW, 5, stride=1, padding=2)
-        colour_BCHW = functional.avg_pool2d(error_BCHW, 8)
         kl: Tensor = posterior.kl().float().mean()
-        loss: Tensor = error_BCHW.abs().mean() + detail_BCHW.abs().mean()
-        loss = loss + 2.0 * colour_BCHW.abs().mean() + config.vae_perceptual * structure
-        return loss + 1e-6 * kl
+        distance = pixel_distance(decoded_BCHW, pixels_BCHW) + config.vae_perceptual * structure
+        return distance + 1e-6 * kl
 
     train(vae, loss_of, len(tiles), recipe)
     vae.eval()
@@ -81,6 +77,14 @@ def train_vae(
     latents_NCHW = encode_tiles(vae, sample_NHWC, recipe.device)
     vae.register_to_config(scaling_factor=float(1.0 / latents_NCHW.std()))
     return vae
+
+
+def pixel_distance(decoded_BCHW: Tensor, pixels_BCHW: Tensor) -> Tensor:
+    """L1 of pixels, of their fine detail and of their colour."""
+    error_BCHW = decoded_BCHW.float() - pixels_BCHW
+    detail_BCHW = error_BCHW - functional.avg_pool2d(error_BCHW, 5, stride=1, padding=2)
+    colour_BCHW = functional.avg_pool2d(error_BCHW, 8)
+    return error_BCHW.abs().mean() + detail_BCHW.abs().mean() + 2.0 * colour_BCHW.abs().mean()
 
 
 @torch.no_grad()
