@@ -14,7 +14,7 @@ from crafts_core import __version__
 from crafts_core.dataset import Dataset
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.figures import Comparison
-from crafts_core.library import Generator, SyntheticImage, evaluate
+from crafts_core.library import Generator, SyntheticImage, embedded_foundation, evaluate
 from crafts_core.provenance import Origin, Provenance, read_provenance
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Provenance",
     "SyntheticImage",
     "__version__",
+    "embedded_foundation",
     "evaluate",
     "read_provenance",
 ]

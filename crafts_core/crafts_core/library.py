@@ -21,6 +21,7 @@ from crafts_core.evaluation.evaluation_page import evaluate_on
 from crafts_core.evaluation.figures import Comparison
 from crafts_core.evaluation.show import Show
 from crafts_core.evaluation.validation import warning_of
+from crafts_core.foundation_manifest import embedded_path
 from crafts_core.image_folder import ImagePlan, batches, write_whole
 from crafts_core.image_requests import ImageRequest
 from crafts_core.plan import Modality
@@ -260,6 +261,11 @@ def evaluate(
     if warning := warning_of(bench.encoder):
         warnings.warn(warning, stacklevel=2)
     return evaluate_on(bench, Path(subject), page=_path(page), show=show, progress=progress)
+
+
+def embedded_foundation() -> Path:
+    """The public foundation that comes with the package; it draws, too."""
+    return embedded_path()
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -1,9 +1,11 @@
 """Makes the site of the repository's pages as they lie: README is its front page.
 
 Pages link to files beside docs/ as readers of the repository need it. Those files come with the
-site, under their own path, and what is linked and is not there fails the build.
+site, under their own path, and what is linked and is not there fails the build. A notebook is a
+page of its cells; the file itself comes with it.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -17,6 +19,7 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _ROOT = Path(__file__).parents[2]
 _FRONT = "README.md"
 _CHANGES = "CHANGELOG.md"
+_NOTEBOOK = ".ipynb"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -31,6 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what pages link to outside docs/, and what those link to in turn."""
     files.append(_from_repository(config, _FRONT, "index.md"))
     files.append(_from_repository(config, _CHANGES, _CHANGES))
+    for notebook in [file for file in files if file.src_uri.endswith(_NOTEBOOK)]:
+        name = notebook.src_uri.removesuffix(_NOTEBOOK) + ".md"
+        files.append(File.generated(config, name, content=_cells(notebook)))
     waiting = [file for file in files if file.src_uri.endswith(".md")]
     while waiting:
         file = waiting.pop()
@@ -55,6 +61,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(moved, markdown)
 
 
+def _cells(notebook: File) -> str:
+    """The cells of a notebook as a page, and where to get it."""
+    told = {"markdown": "{}", "code": "```python\n{}\n```"}
+    cells = json.loads(notebook.content_string)["cells"]
+    first, *others = [told[cell["cell_type"]].format("".join(cell["source"])) for cell in cells]
+    file = f'<a href="../{notebook.name}{_NOTEBOOK}" download>The notebook as a file</a>.'
+    return "\n\n".join([first, file, *others])
+
+
 def _outside(file: File, markdown: str) -> list[str]:
     """Files beside docs/ that a page links to."""
     targets = (_in_site(file, match.group(1)) for match in _LINK.finditer(markdown))
@@ -69,10 +84,14 @@ def _in_site(file: File, link: str) -> str | None:
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
     if (_ROOT / target).is_dir():
         target = posixpath.join(target, "README.md")
+    if target.endswith(_NOTEBOOK):
+        target = target.removesuffix(_NOTEBOOK) + ".md"
     return "index.md" if target == _FRONT else target.removeprefix("docs/")
 
 
 def _repository_path(file: File) -> str:
+    if file.abs_src_path is None:  # made here, of a notebook beside it
+        return f"docs/{file.src_uri}"
     return str(Path(file.abs_src_path).relative_to(_ROOT)).replace("\\", "/")
 
 
