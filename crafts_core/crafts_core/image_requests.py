@@ -92,7 +92,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _text_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    for place, line in enumerate(text.splitlines(), start=1):
+    for place, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield place, {"caption": line.strip()}
 
@@ -106,7 +106,7 @@ def _table_rows(text: str, delimiter: str) -> Iterator[tuple[int, Mapping[str, s
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    for place, line in enumerate(text.splitlines(), start=1):
+    for place, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

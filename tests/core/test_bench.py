@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,23 @@ def test_plain_folders_are_measured_by_image(foundation: Foundation, at: SimpleN
     assert any("need captions of the real images" in line for line in found["not_measured"])
     told = invoke(foundation, "evaluate", other, "--real", at.plain, "--mpp", 1)
     assert "nobody says whose the real images are: intervals are by image" in told.stdout
+    assert "pixels of another" not in told.stdout
+
+
+def test_copies_of_an_image_are_no_other_patients(
+    foundation: Foundation, at: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Twice the same real images are as many patients, and intervals no narrower."""
+    twice, other = tmp_path / "twice", tmp_path / "other"
+    for side in "12":
+        shutil.copytree(at.plain, twice / side)
+    folder(other, 5, patients=8, says_patients=False, caption="")
+    shutil.copy(other / "A/000.png", other / "A/copy.png")
+    found = measured(foundation, other, "--real", twice, "--mpp", 1)
+    assert (found["n_heldout"], found["heldout_patients"], found["n"]) == (60, 30, 25)
+    assert (found["repeated_tiles"], found["repeated_images"]) == (30, 1)
+    told = invoke(foundation, "evaluate", other, "--real", twice, "--mpp", 1)
+    assert "30 real images and 1 of those measured have the pixels of another one" in told.stdout
 
 
 def test_intervals_are_by_patient_where_somebody_says_whose(
@@ -228,6 +246,10 @@ class TestPage:
             text = self.page(foundation, tmp_path / "p.html", subject, "--real", real)
             assert text.count("<img") == 16
             assert self.of_real(text, at) == 0
+            is_folder = subject == at.images  # of anybody's images, patients' perhaps
+            mode = stat.S_IMODE((tmp_path / "p.html").stat().st_mode)
+            assert bool(mode & 0o077) != is_folder
+            assert ("may show anybody" in text) == is_folder
         assert not any(kind in text for kind in KINDS)
 
     @pytest.mark.parametrize("show", ["real", "nearest"])

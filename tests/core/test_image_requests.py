@@ -51,6 +51,14 @@ def test_tabs_and_json_lines_say_the_same(tmp_path: Path) -> None:
     assert read_requests(tabs, count=1) == read_requests(table(tmp_path, lines, "a.jsonl"), count=1)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_line_ends_where_the_file_says(tmp_path: Path, name: str) -> None:
+    caption = "gl\u2028an\x85ds"
+    text = f'{{"caption": "{caption}"}}' if name == "a.jsonl" else caption
+    rows = read_requests(table(tmp_path, f"{text}\n", name), count=1)
+    assert [row.prompt for row in rows] == [caption]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -52,13 +52,53 @@ def test_a_table_says_patient_caption_label_and_scale(tmp_path: Path) -> None:
 
 
 def test_as_they_lie_a_label_is_a_folder_and_each_image_a_patient(tmp_path: Path) -> None:
-    for name in ("LUAD/a.png", "LUAD/b.jpg", "normal/a.png", ".writing/a.png"):
-        image(tmp_path / name)
+    names = ("LUAD/a.png", "LUAD/b.jpg", "normal/a.png", ".writing/a.png")
+    for value, name in enumerate(names):
+        image(tmp_path / name, value=value)
     found = read(tmp_path)
     assert found.labels == ["LUAD", "LUAD", "normal"]
     assert len(set(found.patients.tolist())) == 3
     assert not found.says_patients
     assert not found.has_captions
+
+
+@pytest.mark.parametrize("says_patients", [True, False])
+def test_same_pixels_count_as_one_where_nobody_says_whose(
+    tmp_path: Path, says_patients: bool
+) -> None:
+    """Copies of one file, or the pixels in another format, are no second patient."""
+    for name in ("a.png", "copy.png", "a.bmp"):
+        image(tmp_path / name, value=7)
+    image(tmp_path / "b.png", value=8)
+    names = ("a.png", "copy.png", "a.bmp", "b.png")
+    if says_patients:
+        table(tmp_path, *({"file": name, "patient": name} for name in names))
+    found = read(tmp_path)
+    assert len(set(found.patients.tolist())) == (4 if says_patients else 2)
+    assert found.num_repeated == (0 if says_patients else 2)
+
+
+def test_a_value_may_hold_any_line_separator(tmp_path: Path) -> None:
+    caption = "gl\u2028an\x0cds\x85"
+    image(tmp_path / "a.png")
+    row = json.dumps({"file": "a.png", "caption": caption, "mpp": 1}, ensure_ascii=False)
+    (tmp_path / "T.JSONL").write_text(row + "\n", encoding="utf-8")
+    assert read(tmp_path).captions == [caption.strip()]
+    (tmp_path / "T.JSONL").rename(tmp_path / "kept")
+    (tmp_path / "T.CSV").write_text(f'file,caption\na.png,"{caption}\nsheets"\n', encoding="utf-8")
+    assert read(tmp_path).captions == [f"{caption}\nsheets"]
+
+
+def test_a_table_names_nothing_outside_its_folder(tmp_path: Path) -> None:
+    image(tmp_path / "patient.png")
+    image(tmp_path / "set/below/a.png")
+    (tmp_path / "set/link.png").symlink_to(tmp_path / "patient.png")
+    for name in ("../patient.png", str(tmp_path / "patient.png"), "link.png", "below/../../x.png"):
+        table(tmp_path / "set", {"file": "below/a.png"}, {"file": name})
+        with pytest.raises(ImageSetError, match=r"leads outside .*; copy the image there"):
+            read(tmp_path / "set")
+    table(tmp_path / "set", {"file": "below/../below/a.png"})
+    assert len(read(tmp_path / "set")) == 1
 
 
 def test_what_ours_drew_says_caption_and_scale(foundation: Foundation, tmp_path: Path) -> None:

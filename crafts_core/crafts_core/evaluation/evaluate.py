@@ -200,7 +200,9 @@ class Evaluator:
         else:
             panel.leave_out(_NO_CAPTIONS)
         arms = self.arms([*rows, row], panel, progress)
-        return Comparison(**self._common(arms, panel, n=len(images)))
+        return Comparison(
+            **self._common(arms, panel, n=len(images)), repeated_images=images.num_repeated
+        )
 
     def memorisation(self, generator: Generator, progress: Progress | None = None) -> Memorisation:
         """Whether a generator draws what it was trained on.
@@ -288,6 +290,7 @@ class Evaluator:
             "n_heldout": len(self._held_out),
             "heldout_patients": self.reference.num_patients,
             "resampled": "patient" if self._held_out.says_patients else "image",
+            "repeated_tiles": self._held_out.num_repeated,
             "foundation_hash": self._foundation.manifest.hash,
             "tile_px": self._held_out.side_px,
             "mpp": self._foundation.manifest.mpp,

@@ -109,7 +109,7 @@ def write_evaluation_page(
     subject: str,
     real: str,
 ) -> None:
-    """Write the page. With real pictures it is readable by its owner only.
+    """Write the page. Where a picture may be a patient's, it is readable by its owner only.
 
     Args:
         evaluation: What was measured.
@@ -119,7 +119,7 @@ def write_evaluation_page(
         real: What it was measured against, in words.
     """
     page = render(evaluation, pictures, subject=subject, real=real)
-    write_file(path, page, mode=0o644 if pictures.real_NHWC is None else 0o600)
+    write_file(path, page, mode=0o600 if pictures.may_be_patients else 0o644)
 
 
 def render(evaluation: Comparison, pictures: Pictures, *, subject: str, real: str) -> str:
@@ -142,6 +142,7 @@ def render(evaluation: Comparison, pictures: Pictures, *, subject: str, real: st
             pictures=_shown(pictures),
             show=pictures.show,
             among=pictures.nearest_among,
+            may_be_patients=pictures.may_be_patients,
             created=datetime.now(UTC),
             version=__version__,
         )

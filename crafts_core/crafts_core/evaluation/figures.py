@@ -89,6 +89,10 @@ class Comparison(_Record):
     heldout_patients: int
     resampled: Literal["patient", "image"] = "patient"
     """What intervals are by: each image is its own patient where nobody says whose it is."""
+    repeated_images: int = 0
+    repeated_tiles: int = 0
+    """Of the images, and of the real ones: how many count together with another of the same pixels
+    where nobody says whose they are."""
     foundation_hash: str = ""
     """Whose aligner saw images and captions, and who drew the foundation's images."""
     tile_px: int | None = None

@@ -3,11 +3,14 @@
 A table (``.jsonl``, ``.csv`` or ``.tsv``; the one in the folder, or ``metadata.*`` anywhere below)
 names ``file`` or ``file_name``, relative to itself, and where they are known ``caption``,
 ``label``, ``patient`` and ``mpp``. Without one, every image counts: its label is its folder, and a
-PNG of ours says its caption. Where nobody says whose an image is, it is its own patient.
+PNG of ours says its caption. Where nobody says whose an image is, it is its own patient, together
+with those that have the same pixels.
 """
 
 import csv
+import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +21,15 @@ from PIL import Image
 
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import SMALLEST_PX, Images
-from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.real_tiles import RealTiles, pixel_digest
 from crafts_core.picture_facts import bits_per_sample, opened, upright
 from crafts_core.provenance import ProvenanceError, read_provenance
 
 PATIENT = ("patient", "case", "source_tile_group")
 LABEL = ("label", "cancer_type", "class", "organ")
 _FILE, _CAPTION = ("file", "file_name"), ("caption", "prompt", "text")
-_TABLES = (".jsonl", ".csv", ".tsv")
+_JSON, _TAB = ".jsonl", ".tsv"
+_TABLES = (_JSON, ".csv", _TAB)
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 _MOST_PIXELS = 100_000_000
@@ -83,7 +87,7 @@ def read_images(
             scale or is too small.
     """
     tables = _tables(folder)
-    listed = list(_listed(tables, scale) if tables else _as_they_lie(folder, scale))
+    listed = list(_listed(folder, tables, scale) if tables else _as_they_lie(folder, scale))
     if not listed:
         raise ImageSetError(f"{folder} holds no images")
     rows = np.sort(np.random.default_rng(seed).permutation(len(listed))[:most])
@@ -100,13 +104,17 @@ def read_images(
             f"{small.path}: expected at least {SMALLEST_PX} px at {scale.at_mpp:g} microns per "
             f"pixel, got {side_px}"
         )
-    says_patients = any(each.patient for each in chosen)
+    images_NHWC = np.stack([_middle(square, side_px) for square in squares])
+    patients = [
+        each.patient or pixel_digest(image).hex()
+        for each, image in zip(chosen, images_NHWC, strict=True)
+    ]
     return RealTiles(
-        images_NHWC=np.stack([_middle(square, side_px) for square in squares]),
-        patients=np.asarray([each.patient or str(each.path) for each in chosen]),
+        images_NHWC=images_NHWC,
+        patients=np.asarray(patients),
         captions=[each.caption for each in chosen],
         labels=[each.label for each in chosen],
-        says_patients=says_patients,
+        says_patients=any(each.patient for each in chosen),
     )
 
 
@@ -118,12 +126,30 @@ def table_rows(table: Path) -> list[Row]:
     """
     try:
         text = table.read_text(encoding="utf-8-sig")
-        if table.suffix == ".jsonl":
-            return [_cells(json.loads(line)) for line in text.splitlines() if line.strip()]
-        delimiter = "\t" if table.suffix == ".tsv" else ","
-        return [_cells(row) for row in csv.DictReader(text.splitlines(), delimiter=delimiter)]
+        if kind_of_table(table) == _JSON:  # values may hold what splitlines() takes for line ends
+            return [_cells(json.loads(line)) for line in text.split("\n") if line.strip()]
+        delimiter = "\t" if kind_of_table(table) == _TAB else ","
+        lines = io.StringIO(text, newline="")
+        return [_cells(row) for row in csv.DictReader(lines, delimiter=delimiter)]
     except (UnicodeDecodeError, ValueError, csv.Error) as error:
         raise ImageSetError(f"{table} is no UTF-8 table: {error}") from error
+
+
+def kind_of_table(path: Path) -> str:
+    """The suffix of a table, in small letters; empty for what is none."""
+    return suffix if (suffix := path.suffix.lower()) in _TABLES else ""
+
+
+def named_image(folder: Path, table: Path, name: str) -> Path:
+    """The file that a table names, relative to itself.
+
+    Raises:
+        ImageSetError: it is elsewhere than in the folder that is measured.
+    """
+    path = table.parent / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ImageSetError(f"{table}: {name} leads outside {folder}; copy the image there")
+    return path
 
 
 def scaled_image(path: Path, scale: float) -> Image.Image:
@@ -155,11 +181,11 @@ def middle_square(image: Image.Image, side_px: int) -> Images:
 
 
 def _tables(folder: Path) -> list[Path]:
-    here = sorted(each for each in folder.iterdir() if each.suffix in _TABLES)
+    here = sorted(each for each in folder.iterdir() if kind_of_table(each))
     if len(here) > 1:
         names = ", ".join(each.name for each in here)
         raise ImageSetError(f"{folder}: expected at most one table, got {names}")
-    return here or sorted(each for each in folder.rglob("metadata.*") if each.suffix in _TABLES)
+    return here or sorted(each for each in folder.rglob("metadata.*") if kind_of_table(each))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -169,7 +195,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _listed(tables: Sequence[Path], scale: Scale) -> Iterator[_Listed]:
+def _listed(folder: Path, tables: Sequence[Path], scale: Scale) -> Iterator[_Listed]:
     """Rows of tables; a column that some rows fill must be filled in all, but for the label."""
     rows = [(table, row) for table in tables for row in table_rows(table)]
     says_patient, says_caption = (
@@ -186,7 +212,7 @@ def _listed(tables: Sequence[Path], scale: Scale) -> Iterator[_Listed]:
         ):
             if is_asked and not said:
                 raise ImageSetError(f"{table}: {name} has no {what}, and other images have")
-        path = table.parent / name
+        path = named_image(folder, table, name)
         yield _Listed(
             path=path,
             patient=patient,

@@ -1,7 +1,7 @@
 """What a page shows of images: generated ones, and real ones only where somebody says so.
 
 Pictures of real tissue are patients'. At a site they stay there; of a folder, whoever has it
-decides.
+decides. What a folder that is measured holds is anybody's: its images may be a patient's, too.
 
 Letters: N images shown, M real tiles.
 """
@@ -34,6 +34,8 @@ class Pictures:
     show: Pictured
     nearest_among: str = ""
     """Which tiles the nearest were looked for among, in words."""
+    may_be_patients: bool
+    """Whether any may show real tissue: all but what a generator drew here from public prompts."""
 
 
 def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
@@ -75,6 +77,7 @@ def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
         real_NHWC=real_NHWC,
         show=show,
         nearest_among=among,
+        may_be_patients=real_NHWC is not None or subject in bench.folders,
     )
 
 

@@ -34,7 +34,7 @@ class RealTiles:
     labels: Sequence[str] = ()
     """What each tile shows, in a word, where the site's table had one; else empty, or ``""``."""
     says_patients: bool = True
-    """False where nobody says whose the tiles are: each is then its own patient."""
+    """False where nobody says whose tiles are: those of other pixels are then other patients'."""
 
     @classmethod
     def read(cls, store: TileStore, rows: Rows) -> Self:
@@ -70,6 +70,11 @@ class RealTiles:
     def has_captions(self) -> bool:
         """Whether every tile says what it shows."""
         return all(self.captions)
+
+    @property
+    def num_repeated(self) -> int:
+        """Tiles that count together with another of the same pixels, since nobody says whose."""
+        return 0 if self.says_patients else len(self) - len(np.unique(self.patients))
 
     @property
     def side_px(self) -> int:
@@ -115,7 +120,12 @@ def middle(images_NHWC: Images, side_px: int) -> Images:
 
 def pixel_digests(images_NHWC: Images) -> set[bytes]:
     """SHA-256 of each image's pixels."""
-    return {_digest(image, "") for image in images_NHWC}
+    return {pixel_digest(image) for image in images_NHWC}
+
+
+def pixel_digest(image_HWC: Images) -> bytes:
+    """SHA-256 of an image's pixels."""
+    return _digest(image_HWC, "")
 
 
 def _digest(image_HWC: Images, caption: str) -> bytes:

@@ -153,6 +153,11 @@ def remarks(evaluation: Comparison) -> list[str]:
             "nobody says whose the real images are: intervals are by image, and too narrow where "
             "several are of one patient (a column patient mends it)"
         )
+    if evaluation.repeated_tiles or evaluation.repeated_images:
+        told.append(
+            f"{evaluation.repeated_tiles} real images and {evaluation.repeated_images} of those "
+            "measured have the pixels of another one; those that are alike count as one"
+        )
     if evaluation.judged_classes:
         told.append(
             f"judges learnt {len(evaluation.judged_classes)} classes from "

@@ -18,7 +18,9 @@ from crafts_core.evaluation.image_sets import (
     PATIENT,
     ImageSetError,
     Row,
+    kind_of_table,
     middle_square,
+    named_image,
     scaled_image,
     table_rows,
 )
@@ -80,7 +82,7 @@ def _of_store(store: TileStore, mpp: float | None) -> tuple[RealTiles, float]:
 
 
 def _table(path: Path) -> Path:
-    found = sorted(each for each in path.iterdir() if each.suffix in (".tsv", ".csv"))
+    found = sorted(each for each in path.iterdir() if kind_of_table(each) in (".tsv", ".csv"))
     if len(found) != 1:
         names = ", ".join(each.name for each in found) or "none"
         raise ValidationTilesError(
@@ -102,6 +104,6 @@ def _read(path: Path, row: Row, mpp: float | None, at_mpp: float, table: Path) -
         what = "file" if not name else "mpp; give --mpp"
         raise ValidationTilesError(f"{table}: a row has no {what}")
     try:
-        return scaled_image(path / name, float(told) / at_mpp)
+        return scaled_image(named_image(path, table, name), float(told) / at_mpp)
     except (ValueError, ImageSetError) as error:
         raise ValidationTilesError(f"{table}: {name} cannot be read ({error})") from error
