@@ -19,6 +19,8 @@ from crafts_core.sample_cli import AsJson, Seed
 if TYPE_CHECKING:
     from crafts_core.study.study_file import StudyFile
 
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+"""What spreadsheets take for the beginning of one (CWE-1236)."""
 StudyPath = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="File that `create` made.")
 ]
@@ -133,7 +135,10 @@ def export(
 
         _refuse_study(study, out)
 
-        rows = [asdict(reading) for reading in opened_study.readings()]
+        rows = [
+            {name: _as_text(value) for name, value in asdict(reading).items()}
+            for reading in opened_study.readings()
+        ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, list(Reading.__dataclass_fields__))
         writer.writeheader()
@@ -163,6 +168,11 @@ def analyse(
         if page is not None:
             write_file(page, render_page(found))
     say(*([found.model_dump_json()] if as_json else table(found)))
+
+
+def _as_text(value: object) -> object:
+    """A name that a spreadsheet would run stays a name; numbers are numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def _refuse_study(study: Path, out: Path) -> None:

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from crafts_core.study.analysis import analyse
 from crafts_core.study.analysis_page import render_page
+from crafts_core.study.plots import roc
 from crafts_core.study.questions import StudyError
 from crafts_core.study.records import Reading
 from crafts_core.study.results import StudyAnalysis
@@ -64,6 +65,14 @@ def test_readers_who_guess_prove_nothing() -> None:
 def test_readers_who_take_one_for_the_other_see_a_difference() -> None:
     told = " ".join(verdict(found_by(lambda r, i, synthetic: 1 if synthetic else 6)))
     assert "read it the wrong way round" in told
+
+
+@pytest.mark.parametrize("name", ["d_prime", "area", "balanced_accuracy"])
+def test_readers_who_say_the_same_tell_no_more_than_one(name: str) -> None:
+    """The interval over images is the one reader's, to the digit."""
+    alike = [found_by(lambda _r, i, s: guesses(1, i, s), readers=count) for count in (1, 8)]
+    one, eight = (each.mean_reader[name].by_image for each in alike)
+    assert one == pytest.approx(eight)
 
 
 def test_one_reader_has_no_interval_over_readers_and_no_agreement() -> None:
@@ -205,6 +214,17 @@ def test_page_is_one_file_with_plots_and_says_what_guessing_is() -> None:
     for heading in ("The mean reader", "Ratings", "Tissue type", "Agreement"):
         assert f"<h2>{heading}</h2>" in text
     assert "nan" not in re.sub(r"<[^>]*>", " ", text).lower().split()
+
+
+def test_the_legend_names_every_reader_within_the_drawing() -> None:
+    drawn = roc([(f"reader {n}", [5] * 6, [5] * 6) for n in range(1, 41)], title="ROC")
+    height = float(re.findall(r'viewBox="0 0 500 (\d+)"', drawn)[0])
+    places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>reader (\d+)<', drawn)
+    assert [int(number) for *_, number in places] == list(range(1, 41))
+    assert len({(x, y) for x, y, _ in places}) == 40
+    assert all(float(x) <= 430 and float(y) < height for x, y, _ in places)
+    lines = re.findall(r'<path d="M[^"]*h18" (stroke="[^>]*?)/>', drawn)
+    assert len(set(lines[:32])) == 32
 
 
 def test_page_of_a_bare_study_leaves_out_what_was_not_asked() -> None:

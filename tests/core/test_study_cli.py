@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -92,6 +93,37 @@ def test_exported_truth_is_its_owners_alone(tmp_path: Path) -> None:
     make_study(tmp_path).close()
     assert run("export", tmp_path / "study.db", "--out", tmp_path / "a.csv").exit_code == 0
     assert (tmp_path / "a.csv").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+def test_no_exported_name_is_a_formula(tmp_path: Path, name: str) -> None:
+    """A spreadsheet would run it. Names without one, and numbers, are as they were."""
+    (tmp_path / "real").mkdir()
+    write_real(tmp_path / "real" / name, 6)
+    write_synthetic(tmp_path / "synthetic", 6)
+    study = make_study(tmp_path, per_kind=5, calibration=0)
+    read_on(study, study.readers()[0], [3] * 10)
+    study.close()
+    assert run("export", tmp_path / "study.db", "--out", tmp_path / "a.csv").exit_code == 0
+    with (tmp_path / "a.csv").open(newline="") as stored:
+        rows = list(csv.DictReader(stored))
+    told = {row["source"] for row in rows if row["is_synthetic"] == "False"}
+    assert all(source.startswith(f"'{name}/") for source in told)
+    assert all(row["source"].startswith("tile-") for row in rows if row["is_synthetic"] == "True")
+    assert {row["score"] for row in rows} == {"3"}
+
+
+def test_images_that_look_alike_are_told_at_creation(tmp_path: Path, folders: list[object]) -> None:
+    from PIL import Image
+
+    with Image.open(tmp_path / "synthetic/tile-0000.png") as image:
+        image.rotate(90).save(tmp_path / "real/COAD/doe-0.png")
+    result = run("create", tmp_path / "s.db", *folders, "--num", 12, "--calibration", 0)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if "look alike" in line]
+    assert re.search(
+        r"alike: (COAD/doe-0.png|tile-0000.png) and (COAD/doe-0|tile-0000)\.png;", line
+    )
 
 
 def test_what_may_unblind_is_told_on_stderr(tmp_path: Path, folders: list[object]) -> None:

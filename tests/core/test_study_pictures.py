@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crafts_core.study.lookalikes import lookalikes, sentence_on, thumbnail
 from crafts_core.study.pictures import blinded, choose_pictures, common_size, traces
 from crafts_core.study.questions import StudyError
 from support.reader_studies import write_real, write_synthetic
@@ -103,6 +104,39 @@ def test_traces_that_pixels_may_carry_are_told(tmp_path: Path, synthetic: Path) 
     assert "sizes differ" in told
     assert "tissue type normal lung" in told
     assert not list(traces(drawn, drawn))
+
+
+def tissue(seed: int) -> Image.Image:
+    """Smooth blobs of two colours, 64 px."""
+    rng = np.random.default_rng(seed)
+    blobs = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).resize((64, 64))
+    return Image.merge("RGB", (blobs.point(lambda v: v // 2 + 100), blobs, blobs.rotate(180)))
+
+
+def changed(image: Image.Image, how: str) -> Image.Image:
+    if how == "stored again":
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=30)
+        return Image.open(buffer)
+    if how == "recoloured":
+        return image.point([min(255, value // 2 + 60) for value in range(256)] * 3)
+    if how == "moved":
+        return image.crop((1, 0, 64, 63))
+    return image.rotate(270).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+@pytest.mark.parametrize("how", ["stored again", "recoloured", "turned and mirrored", "moved"])
+def test_one_picture_again_is_found_among_others(how: str) -> None:
+    images = [tissue(seed) for seed in range(30)]
+    images.insert(7, changed(images[20], how))
+    seen = np.stack([thumbnail(image) for image in images])
+    assert lookalikes(seen) == [(7, 21)]
+
+
+def test_flat_images_are_not_taken_for_each_other() -> None:
+    seen = np.stack([thumbnail(Image.new("RGB", (24, 24), (value,) * 3)) for value in (9, 10)])
+    assert not lookalikes(seen)
+    assert not list(sentence_on([]))
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crafts_core.study.lookalikes import lookalikes, sentence_on
 from crafts_core.study.pictures import Fit, Picture, blinded, choose_pictures, common_size, traces
 from crafts_core.study.presentation import Showing, reading_order
 from crafts_core.study.questions import Questions, StudyError
@@ -58,7 +59,7 @@ def create_study(
         real: Folder of real ones.
         config: What is wanted of them.
         progress: Called with (images done, images in all).
-        warn: Called with a sentence on what may unblind readers.
+        warn: Called with a sentence on what may unblind readers, or counts twice.
 
     Raises:
         StudyError: the folders do not hold what is wanted.
@@ -70,7 +71,7 @@ def create_study(
         [each.picture for each in chosen if each.is_synthetic is kind] for kind in (False, True)
     ]
     size = common_size([each.picture for each in chosen], config.fit)
-    for sentence in traces(*by_kind):
+    for sentence in (*traces(*by_kind), *_alike([each.picture for each in chosen])):
         if warn is not None:
             warn(sentence)
     if config.questions.types and all(each.picture.type is None for each in chosen):
@@ -98,6 +99,11 @@ def create_study(
         created_at=datetime.now(UTC).replace(tzinfo=None),
     )
     return StudyFile.create(path, info, images(), _orders(chosen, config, rng))
+
+
+def _alike(pictures: list[Picture]) -> Iterator[str]:
+    pairs = lookalikes(np.stack([each.thumbnail for each in pictures]))
+    return sentence_on([(pictures[one].source, pictures[other].source) for one, other in pairs])
 
 
 def _choose(

@@ -7,7 +7,7 @@ compressed, so that not even its length says how smooth an image is.
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from crafts_core.provenance import Provenance, ProvenanceError, read_provenance
+from crafts_core.study.lookalikes import Thumbnails, thumbnail
 from crafts_core.study.questions import StudyError
 from crafts_core.tissue_types import read_type
 from crafts_core.vocabulary import CANCER_TYPES, NORMAL_ORGANS, VocabularyError, compose_caption
@@ -40,6 +41,7 @@ class Picture:
     type: str | None
     format: str
     size: tuple[int, int]
+    thumbnail: Thumbnails = field(compare=False, repr=False)
 
 
 def choose_pictures(
@@ -80,7 +82,14 @@ def choose_pictures(
             source = path.relative_to(folder).as_posix()
             kind = _type_of(path.relative_to(folder), said)
             chosen.append(
-                Picture(path=path, source=source, type=kind, format=written, size=image.size)
+                Picture(
+                    path=path,
+                    source=source,
+                    type=kind,
+                    format=written,
+                    size=image.size,
+                    thumbnail=thumbnail(image),
+                )
             )
     if len(chosen) < count:
         raise StudyError(

@@ -12,6 +12,9 @@ from markupsafe import Markup, escape
 from crafts_core.study.results import Interval
 
 _WIDTH = 500
+_LEGEND_COLUMNS, _LEGEND_ROW = 5, 22
+_DASHES = ("none", "9 4", "2 4", "12 4 2 4")
+"""One for each round through the page's eight colours: 32 curves that differ."""
 REAL, SYNTHETIC = "var(--c2)", "var(--c1)"
 
 
@@ -57,8 +60,11 @@ def intervals(dots: Sequence[Dot], *, reference: float, limits: Interval, title:
 
 
 def roc(curves: Sequence[tuple[str, Sequence[int], Sequence[int]]], *, title: str) -> Markup:
-    """For each reader (label, scores of real images, of synthetic ones) the curve of cuts."""
-    left, side = 46, 300
+    """For each reader (label, scores of real images, of synthetic ones) the curve of cuts.
+
+    The legend stands below, in columns: however many readers there are, all of it is seen.
+    """
+    left, side = 46, 400
     base = 10 + side
     parts = [
         f'<path d="M{left} 10h{side}v{side}h-{side}z" fill="none" stroke="var(--line)"/>',
@@ -79,14 +85,17 @@ def roc(curves: Sequence[tuple[str, Sequence[int], Sequence[int]]], *, title: st
             for cut in range(len(real), -1, -1)
         ]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        colour = f"var(--c{(index + 1) % 8})"
-        parts.append(
-            f'<path d="M{path}" stroke="{colour}" stroke-width="2.5" fill="none">'
-            f"<title>{escape(label)}</title></path>"
+        line = (
+            f'stroke="var(--c{(index + 1) % 8})" stroke-width="2.5" '
+            f'stroke-dasharray="{_DASHES[index // 8 % len(_DASHES)]}"'
         )
-        parts.append(f'<rect x="368" y="{16 + 24 * index}" width="16" height="4" fill="{colour}"/>')
-        parts.append(_text(394, 23 + 24 * index, label))
-    return _svg(_WIDTH, base + 40, title, parts)
+        parts.append(f'<path d="M{path}" {line} fill="none"><title>{escape(label)}</title></path>')
+        row, column = divmod(index, _LEGEND_COLUMNS)
+        x, y = 4 + column * _WIDTH / _LEGEND_COLUMNS, base + 62 + row * _LEGEND_ROW
+        parts.append(f'<path d="M{x:.1f} {y - 5}h18" {line}/>')
+        parts.append(_text(x + 24, y, label))
+    rows = -(-len(curves) // _LEGEND_COLUMNS)
+    return _svg(_WIDTH, base + 50 + rows * _LEGEND_ROW, title, parts)
 
 
 def paired_columns(
