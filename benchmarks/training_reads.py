@@ -22,7 +22,8 @@ import torch
 
 from crafts_client.patients import PatientTiles
 from crafts_core.foundation import Foundation, embedded_path, load
-from crafts_core.tiles.latents import LatentCache, cache_folder
+from crafts_core.tiles.cache_files import cache_folder
+from crafts_core.tiles.latents import LatentCache
 from crafts_simulations.small_study import write_random_store
 
 

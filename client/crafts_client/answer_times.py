@@ -27,9 +27,6 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import torch
-from scipy.special import logsumexp
-from scipy.stats import binom
 
 from crafts_client.home import SiteConfig
 from crafts_core.plan import StageConfig
@@ -103,6 +100,8 @@ def flush_subnormals() -> None:
     adapter could make them of one patient's tiles and not of public ones: a time that tells who
     was drawn. The threads that torch starts later do as the one that starts them.
     """
+    import torch
+
     torch.set_flush_denormal(True)
 
 
@@ -114,6 +113,9 @@ def most_passes(
     Chernoff's bound on the sum over the steps, with the exact moment generating function of one
     step: how many passes the device needs that drew most.
     """
+    from scipy.special import logsumexp  # to know the slack, as doctor does, needs none of it
+    from scipy.stats import binom
+
     cohort = math.ceil(COHORT_SLACK * declared_patients)
     # Pseudonyms deal patients out: as many as no device gets, but for ``OVERRUN`` again.
     share = cohort if num_devices == 1 else int(binom.isf(OVERRUN, cohort, 1 / num_devices))

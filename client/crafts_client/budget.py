@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from crafts_client.home import SiteHome
+from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.delta_text import delta_times_patients
@@ -97,8 +97,13 @@ def budget_of(site: SiteHome) -> Budget:
     Raises:
         LedgerError: the ledger cannot say, or the policy declares other filters than it began with.
     """
-    cohort, lifetime = site.config.cohort, site.policy.lifetime
     plans = charged_plans(site, existing_ledger(site))
+    question = ("budget", site.config.cohort, site.config.declared_patients, site.policy.lifetime)
+    return site.figures.of(Budget, (*question, plans), lambda: _counted(site, plans))
+
+
+def _counted(site: SiteHome, plans: Sequence[PlanCharges]) -> Budget:
+    cohort, lifetime = site.config.cohort, site.policy.lifetime
     events = [event for plan in plans for event in plan.events]
     spent = accounting.epsilon(events, lifetime.delta)
     return Budget(
@@ -121,7 +126,16 @@ def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
     """What is left for a plan, and for further ones that declare and run as much."""
     plan, lifetime = Plan.load(path), site.policy.lifetime
     plans = charged_plans(site, existing_ledger(site))
-    mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
+    question = ("left", plan.hash, site.config.declared_patients, lifetime, plans)
+    return site.figures.of(
+        dict[str, Any], question, lambda: _left_for(plan, plans, lifetime, site.config)
+    )
+
+
+def _left_for(
+    plan: Plan, plans: Sequence[PlanCharges], lifetime: Lifetime, config: SiteConfig
+) -> dict[str, Any]:
+    mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
     limit, whole = limit_of(plan, lifetime), mechanism.event(plan.total_steps)
     wanted = PlanCharges(plan_hash=plan.hash, limit=limit, events=())
     return {

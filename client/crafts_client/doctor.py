@@ -8,7 +8,7 @@ import os
 import shutil
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,11 +17,11 @@ from enum import StrEnum
 from importlib.metadata import version
 
 import httpx
-import torch
 from cryptography import x509
 
 from crafts_client.agreed_patients import check_agreed
 from crafts_client.answer_times import COHORT_SLACK
+from crafts_client.audit_record import read_record, weakness
 from crafts_client.code_hash import code_sha256
 from crafts_client.coordinator_record import CoordinatorRecord
 from crafts_client.enrolment import Registrar, coordinator_record
@@ -29,16 +29,16 @@ from crafts_client.home import SiteHome
 from crafts_client.memory_limit import memory_limit
 from crafts_client.peer_heads import PeerHeads
 from crafts_client.proxies import Proxy, proxy_for, way
-from crafts_client.site_audit import read_record, weakness
+from crafts_client.roster_rules import check_roster
 from crafts_client.site_ledger import existing_ledger
-from crafts_client.sums import check_roster
 from crafts_client.witness_folders import check_folders
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.errors import CraftsError
-from crafts_core.foundation import verify
+from crafts_core.foundation_manifest import read_manifest, verify
 from crafts_core.tiles import TileStore
-from crafts_core.tiles.latents import LatentCache
+from crafts_core.tiles.cache_files import finished_cache
 from crafts_privacy import accounting, signing
+from crafts_privacy.lifetime import Lifetime, PlanCharges
 
 _TIMEOUT_S = 15.0
 _LEAST_DISK_BYTES = 2 << 30
@@ -276,6 +276,8 @@ def memory(home: SiteHome) -> Iterator[Finding]:
     if not device.startswith("cuda"):
         yield _ok("device", f"{device}, {os.cpu_count()} cores")
         return
+    import torch  # seconds, which only a site with a GPU needs to wait
+
     if not torch.cuda.is_available():
         yield _problem(
             "device",
@@ -311,7 +313,7 @@ def foundation(home: SiteHome) -> Iterator[Finding]:
 def data(home: SiteHome) -> Iterator[Finding]:
     """Tiles, latents, and whether the cohort is what site.toml declares."""
     store = TileStore.open(home.tile_store_path)
-    unusable = LatentCache.open(store, verify(home.foundation_path).hash).unusable
+    unusable = finished_cache(store, read_manifest(home.foundation_path).hash).unusable
     if unusable:
         are_all = len(unusable) == store.num_tiles
         yield Finding(
@@ -354,16 +356,20 @@ def ledger(home: SiteHome) -> Iterator[Finding]:
     cohort, lifetime = home.config.cohort, home.policy.lifetime
     kept.check_filters(cohort, lifetime.filters)
     plans = kept.plans(cohort)
+    yield home.figures.of(Finding, ("doctor", lifetime, plans), lambda: _counted(lifetime, plans))
+
+
+def _counted(lifetime: Lifetime, plans: Sequence[PlanCharges]) -> Finding:
+    """What the filters say to what was charged."""
     state = lifetime.state(plans)
     found = f"plans charged: {len(plans)}; {state}"
     if not state.holds:
-        yield _problem("ledger", found, "no round is answered until policy.toml allows as much")
-    elif not lifetime.is_full(plans):
-        yield _ok("ledger", found)
-    elif any(lifetime.steps_left(plans, plan, plan.events[-1]) for plan in plans):
-        yield _ok("ledger", f"{found}; these plans go on to their targets, no further one fits")
-    else:
-        yield _problem("ledger", found, "no study can use these patients any more")
+        return _problem("ledger", found, "no round is answered until policy.toml allows as much")
+    if not lifetime.is_full(plans):
+        return _ok("ledger", found)
+    if any(lifetime.steps_left(plans, plan, plan.events[-1]) for plan in plans):
+        return _ok("ledger", f"{found}; these plans go on to their targets, no further one fits")
+    return _problem("ledger", found, "no study can use these patients any more")
 
 
 def witnesses(home: SiteHome) -> Iterator[Finding]:
@@ -406,7 +412,10 @@ def sums(home: SiteHome) -> Iterator[Finding]:
         return
     kept, most = existing_ledger(home), home.policy.max_epsilon_alone
     events = () if kept is None else kept.events_alone(home.config.cohort)
-    alone = accounting.epsilon(events, home.policy.max_delta)
+    delta = home.policy.max_delta
+    alone = home.figures.of(
+        float, ("alone", events, delta), lambda: accounting.epsilon(events, delta)
+    )
     found = f"epsilon {alone:.3f} of {most:g} if all others worked together against this hospital"
     if most is not None and alone <= most:
         yield _ok("sums", found)

@@ -21,6 +21,7 @@
     ledger.db           what was spent, with its .head
     peer_heads.json     how far other sites' ledgers were when last heard of (0600)
     audit.json          the newest audit of the engine
+    figures.json        what accountants answered before, for commands that show it (0600)
     leakage.json        the newest attack on a finished generator: private, it stays here (0600)
     unusable/           how often tiles and gradients counted as zero: private, stays here (0600)
     outbox/             sealed releases
@@ -39,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from crafts_client.approvals import Approvals, FoundationApprovals, RosterApprovals
 from crafts_client.errors import HomeError
+from crafts_client.figures import Figures
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.policy import Policy
 from crafts_core.durable import write_file
@@ -238,6 +240,11 @@ class SiteHome:
     def audit_path(self) -> Path:
         """The newest audit of the engine."""
         return self.path / "audit.json"
+
+    @property
+    def figures(self) -> Figures:
+        """What accountants answered before, for whoever only looks."""
+        return Figures(self.path / "figures.json")
 
     @property
     def unusable_path(self) -> Path:

@@ -27,7 +27,8 @@ KEYS = ("keys", "salt")
 _REGISTER = "patients.jsonl"
 _MADE_ANEW = ("pictures", "ingest.html")
 """By ``ingest``, like the tiles, and as private."""
-_SECRETS_OF_A_PROCESS = ("keys/executor.secret",)
+_SECRETS_OF_A_PROCESS = ("keys/executor.secret", "dashboard.token", "figures.json")
+"""And what is computed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

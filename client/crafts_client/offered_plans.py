@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from crafts_client.budget import charged_plans
 from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of
@@ -19,7 +20,7 @@ from crafts_core.foundation_manifest import read_manifest
 from crafts_core.plan import Plan, PlanError
 from crafts_core.plan_targets import target_problems
 from crafts_privacy.errors import CalibrationError, FiltersChangedError
-from crafts_privacy.lifetime import FilterState, with_charge
+from crafts_privacy.lifetime import FilterState, PlanCharges, with_charge
 from crafts_privacy.plan_check import noise_problems
 
 _PREFIX = re.compile(r"[0-9a-f]{16,64}")
@@ -37,6 +38,18 @@ class OfferedPlan:
     None where nothing bounds it."""
     remark: str = ""
     """Where the site would take part, and not to the end."""
+    noise_multiplier: float | None = None
+    """Of every step; None where the plan is refused, or trains without noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """What the accountants say to a plan that the policy allows."""
+
+    refused: tuple[str, ...] = ()
+    epsilon_after: float | None = None
+    remark: str = ""
+    noise_multiplier: float | None = None
 
 
 def judge(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
@@ -61,8 +74,14 @@ def judge(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
         refused += target_problems(plan, site.foundation_path)
     if refused or plan.privacy.target_epsilon is None:  # calibrate only what is asked in earnest
         return OfferedPlan(plan=plan, refused=tuple(refused))
-    refused += noise_problems(plan)
-    return OfferedPlan(plan=plan, refused=tuple(refused)) if refused else _with_budget(site, plan)
+    counted = _with_budget(site, plan)
+    return OfferedPlan(
+        plan=plan,
+        refused=counted.refused,
+        epsilon_after=counted.epsilon_after,
+        remark=counted.remark,
+        noise_multiplier=counted.noise_multiplier,
+    )
 
 
 def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
@@ -115,18 +134,27 @@ def _told(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
         return OfferedPlan(plan=_readable(signed.json), refused=(why,))
 
 
-def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:
+def _with_budget(site: SiteHome, plan: Plan) -> _Counted:
     """The rules that need the calibrated noise: its floor, and what is left of the lifetime."""
-    policy, cohort = site.policy, site.config.cohort
-    ledger = existing_ledger(site)
+    try:
+        plans = charged_plans(site, existing_ledger(site))
+    except FiltersChangedError as error:
+        return _Counted(refused=(str(error),))
+    size = site.config.declared_patients
+    question = ("offered", plan.hash, size, site.policy.model_dump_json(), plans)
+    return site.figures.of(_Counted, question, lambda: _counted(site, plan, plans))
+
+
+def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...]) -> _Counted:
+    problems = tuple(noise_problems(plan))
+    if problems:
+        return _Counted(refused=problems)
+    policy = site.policy
     try:
         mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
         policy.check_noise(plan, mechanism)
-        if ledger is not None:
-            ledger.check_filters(cohort, policy.lifetime_filters)
-    except (PolicyError, CalibrationError, FiltersChangedError) as error:
-        return OfferedPlan(plan=plan, refused=(str(error),))
-    plans = () if ledger is None else ledger.plans(cohort)
+    except (PolicyError, CalibrationError) as error:
+        return _Counted(refused=(str(error),))
     done = sum(
         event.steps for known in plans if known.plan_hash == plan.hash for event in known.events
     )
@@ -145,7 +173,12 @@ def _with_budget(site: SiteHome, plan: Plan) -> OfferedPlan:
         refused = (f"lifetime budget: not one more round fits: with it {one_more}",)
     elif not all_of_it.holds:
         remark = f"the lifetime budget ends before its last round: with all of it {all_of_it}"
-    return OfferedPlan(plan=plan, refused=refused, epsilon_after=all_of_it.epsilon, remark=remark)
+    return _Counted(
+        refused=refused,
+        epsilon_after=all_of_it.epsilon,
+        remark=remark,
+        noise_multiplier=None if refused else mechanism.noise_multiplier,
+    )
 
 
 def _readable(text: str) -> Plan | None:

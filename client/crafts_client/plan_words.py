@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from crafts_client.home import SiteHome
-from crafts_client.mechanism import mechanism_of
 from crafts_client.offered_plans import OfferedPlan
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.delta_text import delta_text
@@ -48,14 +47,13 @@ def _promise(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
             f"After all of it the cohort's life stands at epsilon {offered.epsilon_after:.2f} of "
             f"{site.policy.max_epsilon:g}."
         )
-    if offered.refused:  # the noise of a plan that nobody takes may not even be computable
+    if offered.noise_multiplier is None:  # of a plan that nobody takes it may not be computable
         return
-    mechanism = mechanism_of(plan, declared_patients=declared)
     yield (
         f"How: each step draws every patient with chance {privacy.sample_rate:g} (about "
-        f"{mechanism.expected_patients:.3g} of {declared}), takes at most "
+        f"{privacy.sample_rate * declared:.3g} of {declared}), takes at most "
         f"{privacy.tiles_per_patient} tiles of each, cuts what one patient adds to length "
-        f"{privacy.max_grad_norm:g}, and adds noise of {mechanism.noise_multiplier:.3g} times that."
+        f"{privacy.max_grad_norm:g}, and adds noise of {offered.noise_multiplier:.3g} times that."
     )
 
 

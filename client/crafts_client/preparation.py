@@ -42,7 +42,8 @@ from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation import Foundation, read_manifest, verify
 from crafts_core.tiles import TileStore, TileStoreError, damaged_files
-from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
+from crafts_core.tiles.cache_files import cache_folder, check_cache
+from crafts_core.tiles.latents import LatentCache
 from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
 
 StepProgress = Callable[[str, int, int], None]

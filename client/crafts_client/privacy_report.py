@@ -19,12 +19,12 @@ from typing import Any
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_client.audit_record import LIBRARIES, read_record, weakness
 from crafts_client.budget import FilterCount, doubts
 from crafts_client.code_hash import code_sha256
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
-from crafts_client.site_audit import LIBRARIES, read_record, weakness
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending import Spending, lifetime_spending, spending_of
 from crafts_client.sum_report import (

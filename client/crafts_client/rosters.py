@@ -12,9 +12,10 @@ from crafts_client.agreed_patients import fetch_roster
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Asked, PolicyError, Rule, trust_is_allowed
+from crafts_client.roster_rules import check_roster, unpinned
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import existing_ledger
-from crafts_client.sums import check_roster, check_weight, least_share, unpinned
+from crafts_client.sums import check_weight, least_share
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy import accounting, signing

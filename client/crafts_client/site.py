@@ -41,6 +41,7 @@ from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import Policy, PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
+from crafts_client.roster_rules import check_roster
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_key import site_key
@@ -50,7 +51,6 @@ from crafts_client.sums import (
     SiteSums,
     alone_limit,
     check_answers,
-    check_roster,
     check_weight,
     least_share,
 )

@@ -33,7 +33,6 @@ from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
 from crafts_core.plan import Plan, StageConfig
 from crafts_core.roster import Roster
-from crafts_privacy import signing
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import AloneLimit, Reservation, Share
@@ -352,43 +351,3 @@ def alone_limit(policy: Policy, share: float | None) -> AloneLimit | None:
         assert share is None  # allowed_trust needs the limit
         return None
     return AloneLimit(own_noise_multiplier=share, max_epsilon=policy.max_epsilon_alone)
-
-
-def check_roster(
-    roster: Roster, policy: Policy, *, site: str, declared_patients: int, identity: str
-) -> None:
-    """The roster names this site as it knows itself, and others as the policy knows them.
-
-    Args:
-        roster: Of a plan.
-        policy: Of this site, as of now.
-        site: Its name.
-        declared_patients: Its own number.
-        identity: Its own public key.
-
-    Raises:
-        PolicyError: rule ``roster``.
-    """
-    if roster.identities.get(site) != identity:
-        raise PolicyError(
-            Rule.ROSTER,
-            f"the roster names another key for {site} than this site's; run crafts-client identity "
-            "and ask the coordinator for a new plan",
-        )
-    if roster.patients[site] != declared_patients:
-        raise PolicyError(
-            Rule.ROSTER,
-            f"the roster counts {site} as {roster.patients[site]} patients, site.toml declares "
-            f"{declared_patients}",
-        )
-    for name, key in roster.identities.items():
-        pinned = policy.peers.get(name)
-        if pinned is not None and pinned != signing.fingerprint(key):
-            raise PolicyError(
-                Rule.ROSTER, f"the roster names another key for {name} than peers of policy.toml"
-            )
-
-
-def unpinned(roster: Roster, policy: Policy, site: str) -> list[str]:
-    """Other sites of a roster whose keys the policy does not know."""
-    return [name for name in roster.identities if name != site and name not in policy.peers]

@@ -78,7 +78,7 @@ def tiles_check(
     from crafts_client.preparation import num_unusable_tiles
     from crafts_core.foundation import verify
     from crafts_core.tiles import TileStore
-    from crafts_core.tiles.latents import check_cache
+    from crafts_core.tiles.cache_files import check_cache
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)

@@ -14,6 +14,7 @@ from crafts_server.home import CONFIG_NAME, SQLITE, CoordinatorHome
 
 KEYS = ("signing.key", "pki")
 REGISTRY = "registry.db"
+TOKEN = "dashboard.token"  # noqa: S105  # its name
 
 
 def back_up(home: CoordinatorHome, out: Path, *, keys: bool) -> Manifest:
@@ -26,7 +27,7 @@ def back_up(home: CoordinatorHome, out: Path, *, keys: bool) -> Manifest:
     def save(saving: Saving) -> None:
         if home.config.registry == SQLITE and (home.path / REGISTRY).exists():
             saving.add(home.path / REGISTRY)
-        for path in files_of(home.path, without=[REGISTRY, *(() if keys else KEYS)]):
+        for path in files_of(home.path, without=[REGISTRY, TOKEN, *(() if keys else KEYS)]):
             saving.add(path)
 
     return write_backup(out, home.path, of="coordinator", save=save)

@@ -24,7 +24,7 @@ from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_simulations.small_study import write_random_store
-from support.sites import make_site_home, plan_values
+from support.sites import make_site_home, plan_values, write_plan
 
 
 def run(*arguments: object):
@@ -134,7 +134,7 @@ def test_init_takes_delta_from_the_number_of_patients(tmp_path, patients, delta)
 
 
 def test_policy_check_says_yes_to_an_allowed_plan(tmp_path, home, foundation) -> None:
-    plan = _write_plan(tmp_path, foundation)
+    plan = write_plan(tmp_path, plan_values(foundation.manifest.hash))
 
     done = run("policy", "check", plan, "--home", home.path, "--json")
 
@@ -152,7 +152,14 @@ def test_policy_check_names_every_rule_that_says_no(tmp_path, foundation, coordi
         min_noise_multiplier=50.0,
     )
 
-    done = run("policy", "check", _write_plan(tmp_path, foundation), "--home", home.path, "--json")
+    done = run(
+        "policy",
+        "check",
+        write_plan(tmp_path, plan_values(foundation.manifest.hash)),
+        "--home",
+        home.path,
+        "--json",
+    )
 
     assert done.exit_code == 1
     refused = json.loads(done.stdout)["refused"]
@@ -193,7 +200,7 @@ def test_the_budget_falls_with_a_round(home, foundation, coordinator) -> None:
 
 
 def test_the_budget_is_told_in_steps_of_a_plan(tmp_path, home, foundation) -> None:
-    plan = _write_plan(tmp_path, foundation)
+    plan = write_plan(tmp_path, plan_values(foundation.manifest.hash))
     wanted = json.loads(run("policy", "check", plan, "--home", home.path, "--json").stdout)
 
     told = json.loads(run("budget", "--home", home.path, "--plan", plan, "--json").stdout)
@@ -213,7 +220,7 @@ def test_the_budget_is_told_in_further_plans(tmp_path, foundation, coordinator) 
     home = make_site_home(
         *(tmp_path / "site", foundation, coordinator.public_key), max_epsilon=30.0, max_delta=4e-3
     )
-    file = _write_plan(tmp_path, foundation)
+    file = write_plan(tmp_path, plan_values(foundation.manifest.hash))
 
     def further() -> int:
         told = json.loads(run("budget", "--home", home.path, "--plan", file, "--json").stdout)
@@ -468,15 +475,3 @@ def test_a_bad_name_is_one_line_and_makes_nothing(tmp_path) -> None:
     assert done.exit_code == 1
     assert "name" in done.stderr
     assert not (tmp_path / "site").exists()
-
-
-def _write_plan(folder: Path, foundation) -> Path:
-    values = plan_values(foundation.manifest.hash)
-    lines = []
-    for section, content in values.items():
-        for table in content if isinstance(content, list) else [content]:
-            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
-            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    path = folder / "plan.toml"
-    path.write_text("\n".join(lines) + "\n")
-    return path

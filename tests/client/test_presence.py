@@ -34,15 +34,15 @@ from crafts_core.plan import Modality, Plan
 from crafts_core.stages.batch import TileBatch
 from crafts_core.state import State
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
-from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes
-from crafts_core.tiles.latents import (
+from crafts_core.tiles.cache_files import (
     CAPTION_EMBEDDINGS,
     LATENTS,
     TEXT,
     TILE_EMBEDDINGS,
-    LatentCache,
     cache_folder,
 )
+from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes
+from crafts_core.tiles.latents import LatentCache
 from crafts_core.tiles.records import decode_tile
 from support.noise import FixedSampler, NoNoise
 from support.sites import Coordinator, control_values, flower_message, make_site_home, plan_values

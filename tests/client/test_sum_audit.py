@@ -9,8 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from crafts_client import site_audit, sums
+from crafts_client.audit_record import audited_settings, library_versions, weakness
 from crafts_client.home import SiteHome
-from crafts_client.site_audit import weakness
 from crafts_client.sum_audit import audit_sums
 from crafts_client.sums import SiteSums
 from crafts_privacy import held_sum
@@ -176,8 +176,8 @@ def test_where_sums_are_allowed_an_audit_without_them_is_stale(
     record = {
         "passed": True,
         "code_sha256": "c",
-        "libraries": site_audit._versions(),
-        "settings": site_audit._settings(home.config),
+        "libraries": library_versions(),
+        "settings": audited_settings(home.config),
         "training": {"stages": ["pretraining", "alignment"]},
     }
     assert weakness(record, plain, "c") is None

@@ -13,7 +13,8 @@ from torch import Tensor
 from crafts_core.foundation import Foundation, FoundationError, load
 from crafts_core.tiles import TileRecord, TileStore, TileStoreError, TileStoreWriter, encode_tile
 from crafts_core.tiles import latents as latents_module
-from crafts_core.tiles.latents import LatentCache, cache_folder, check_cache
+from crafts_core.tiles.cache_files import cache_folder, check_cache
+from crafts_core.tiles.latents import LatentCache
 
 
 def make_store(path: Path, tile_px: int, *, num_tiles: int = 7, seed: int = 0) -> TileStore:

@@ -1,9 +1,11 @@
 """Site homes with a few random patients, and coordinators (honest or not) that write to them."""
 
 import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.metadata import Metadata
@@ -108,6 +110,18 @@ def plan_values(foundation_hash: str) -> dict[str, object]:
         "aggregation": {"rule": "alignment_regularized", "min_sites": 1, "deadline_s": 600.0},
         "transport": {"wire_dtype": "float32"},
     }
+
+
+def write_plan(folder: Path, values: Mapping[str, Any]) -> Path:
+    """Such values as the file that people write."""
+    lines = []
+    for section, content in values.items():
+        for table in content if isinstance(content, list) else [content]:
+            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    path = folder / "plan.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def control_values(foundation_hash: str, **stage: object) -> dict[str, object]:

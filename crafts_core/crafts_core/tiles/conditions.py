@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 from crafts_core.errors import CraftsError
 from crafts_core.picture_facts import (
@@ -82,6 +81,8 @@ def nuclei_condition(labels_HW: npt.NDArray[Any]) -> Floats:
 
 
 def _distance(labels_HW: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    from scipy import ndimage  # to open a store of tiles needs none of it
+
     distance_HW = np.zeros(labels_HW.shape)
     # Consecutive numbers: find_objects makes a list as long as the largest one.
     numbers_HW = np.unique(labels_HW, return_inverse=True)[1].reshape(labels_HW.shape)
@@ -351,6 +352,8 @@ def _channels(image: Image.Image, path: Path) -> list[npt.NDArray[np.float32]]:
 
 
 def _checked_labels(labels_HW: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
+    from scipy import ndimage
+
     if labels_HW.min() < 0:
         raise ConditionError(f"nuclei image {path.name} holds negative labels")
     names = np.unique(labels_HW[labels_HW > 0])

@@ -16,22 +16,38 @@ D features.
 
 import contextlib
 import hashlib
-import math
 import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, Self, TypeVar
+from typing import Annotated, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from crafts_core.durable import write_file
 from crafts_core.foundation import Foundation
+from crafts_core.tiles.cache_files import (
+    CAPTION_EMBEDDINGS,
+    KEYS_NAME,
+    LATENTS,
+    META_NAME,
+    NULL_TEXT,
+    TEXT,
+    TILE_EMBEDDINGS,
+    CacheMeta,
+    Shape,
+    cache_folder,
+    finished_cache,
+    first_changed,
+    is_whole,
+    num_bytes,
+    read_model,
+)
 from crafts_core.tiles.encoding import (
     check_public_rows,
     encode_captions,
@@ -44,37 +60,11 @@ from crafts_core.tiles.store import Rows, TileStore
 from crafts_core.tiles.writer import Sha256, describe_file
 
 Progress = Callable[[int, int], None]
-Shape = tuple[Annotated[int, Field(ge=0)], ...]
-Model = TypeVar("Model", bound=BaseModel)
-
-LATENTS = "latents.f16"
-TILE_EMBEDDINGS = "tile_embeddings.f16"
-TEXT = "captions.f16"
-NULL_TEXT = "null_text.f16"
-CAPTION_EMBEDDINGS = "caption_embeddings.f16"
-ARRAY_NAMES = (LATENTS, TILE_EMBEDDINGS, TEXT, NULL_TEXT, CAPTION_EMBEDDINGS)
-META_NAME = "meta.json"
 _PROGRESS_NAME = "progress.json"
-_KEYS_NAME = "keys.bin"
 _KEY_BYTES = 16
 _BATCHES_PER_COMMIT = 64
 Keys = list[bytes]
 """What each tile's rows were made from, in the order of the store's rows."""
-
-
-class CacheMeta(BaseModel):
-    """``meta.json``: what the cache was made from. Written last."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[3] = 3
-    foundation: Sha256
-    index: Sha256
-    views: Annotated[int, Field(ge=1)]
-    shapes: Mapping[str, Shape]
-    sha256: Mapping[str, Sha256]
-    unusable: tuple[int, ...] = ()
-    """Tiles, by their row in the store, of which something is NaN."""
 
 
 class BuildProgress(BaseModel):
@@ -134,9 +124,9 @@ class LatentCache:
         foundation_hash = foundation.manifest.hash
         folder = cache_folder(store, foundation_hash)
         former = folder.with_name(f"{folder.name}.former")
-        meta = _read_model(folder / META_NAME, CacheMeta)
-        is_whole = meta is not None and _is_whole(folder, meta, store, foundation_hash)
-        if meta is None or not is_whole or meta.views != views or meta.unusable:
+        meta = read_model(folder / META_NAME, CacheMeta)
+        is_usable = meta is not None and is_whole(folder, meta, store, foundation_hash)
+        if meta is None or not is_usable or meta.views != views or meta.unusable:
             check_public_rows(foundation)
             begun = _begin(folder, former, store, views)
             keys = tile_keys(store)
@@ -145,15 +135,13 @@ class LatentCache:
             made = _build_tiles(folder, store, foundation, begun, keys, old, batch_size, progress)
             shapes |= made.shapes
             is_lost_N = np.isin(store.caption_ids(range(store.num_tiles)), lost_captions)
-            write_file(folder / _KEYS_NAME, b"".join(keys))
+            write_file(folder / KEYS_NAME, b"".join(keys))
             meta = CacheMeta(
                 foundation=foundation_hash,
                 index=store.index_hash,
                 views=views,
                 shapes=shapes,
-                sha256={
-                    name: describe_file(folder / name).sha256 for name in (*shapes, _KEYS_NAME)
-                },
+                sha256={name: describe_file(folder / name).sha256 for name in (*shapes, KEYS_NAME)},
                 unusable=tuple(sorted({*made.unusable, *np.flatnonzero(is_lost_N).tolist()})),
             )
             write_file(folder / META_NAME, _json(meta))
@@ -168,7 +156,7 @@ class LatentCache:
             TileStoreError: it is missing or unfinished, was made from another store or
                 foundation, or a file has another size than it should.
         """
-        return cls(cache_folder(store, foundation_hash), _finished(store, foundation_hash))
+        return cls(cache_folder(store, foundation_hash), finished_cache(store, foundation_hash))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -220,18 +208,13 @@ class _StoredRows:
     def read(self, row_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         """Values (N, *row_shape); NaN where a row cannot be read."""
         values = np.full((len(row_N), *self.row_shape), np.nan, dtype=np.float16)
-        num_bytes = _num_bytes(self.row_shape)
+        row_bytes = num_bytes(self.row_shape)
         for place, row in enumerate(row_N.tolist()):
             with contextlib.suppress(OSError):
-                data = os.pread(self._file, num_bytes, row * num_bytes)
-                if len(data) == num_bytes:
+                data = os.pread(self._file, row_bytes, row * row_bytes)
+                if len(data) == row_bytes:
                     values[place] = np.frombuffer(data, np.float16).reshape(self.row_shape)
         return values
-
-
-def cache_folder(store: TileStore, foundation_hash: str) -> Path:
-    """Where the cache of one foundation lies."""
-    return store.path / "latents" / foundation_hash[:16]
 
 
 @torch.no_grad()
@@ -306,11 +289,11 @@ class _Former:
     @classmethod
     def open(cls, folder: Path, views: int) -> Self:
         """The former cache if it is finished, whole and of as many views; else an empty one."""
-        meta = _read_model(folder / META_NAME, CacheMeta)
+        meta = read_model(folder / META_NAME, CacheMeta)
         # Damage must not be carried on under a new hash.
-        if meta is None or meta.views != views or _first_changed(folder, meta) is not None:
+        if meta is None or meta.views != views or first_changed(folder, meta) is not None:
             return cls({}, [], views)
-        data = (folder / _KEYS_NAME).read_bytes()
+        data = (folder / KEYS_NAME).read_bytes()
         keys = [data[at : at + _KEY_BYTES] for at in range(0, len(data), _KEY_BYTES)]
         for tile in meta.unusable:  # tried again
             keys[tile] = b""
@@ -347,19 +330,6 @@ def tile_keys(store: TileStore) -> Keys:
     ]
 
 
-def check_cache(store: TileStore, foundation_hash: str) -> None:
-    """Compare every file of the cache with its hash.
-
-    Raises:
-        TileStoreError: names the first file that changed.
-    """
-    meta = _finished(store, foundation_hash)
-    folder = cache_folder(store, foundation_hash)
-    changed = _first_changed(folder, meta)
-    if changed is not None:
-        raise TileStoreError(f"{changed} was changed; remove {folder} and run ingest again")
-
-
 class _RowFiles:
     """Float16 files that grow by rows, first cut back to the rows that were committed."""
 
@@ -378,7 +348,7 @@ class _RowFiles:
         for name in self._names:
             path = self._folder / name
             path.touch()
-            os.truncate(path, _num_bytes(self._shapes.get(name, (0,))))
+            os.truncate(path, num_bytes(self._shapes.get(name, (0,))))
             self._files[name] = path.open("ab")
         return self
 
@@ -409,13 +379,9 @@ def _chunks(start: int, stop: int, size: int) -> Iterator[npt.NDArray[np.int64]]
         yield np.arange(first, min(first + size, stop), dtype=np.int64)
 
 
-def _num_bytes(shape: Sequence[int]) -> int:
-    return math.prod(shape) * np.dtype(np.float16).itemsize
-
-
 def _begin(folder: Path, former: Path, store: TileStore, views: int) -> BuildProgress:
     """Go on with an interrupted build, or start; a finished cache is kept as the former one."""
-    begun = _read_model(folder / _PROGRESS_NAME, BuildProgress)
+    begun = read_model(folder / _PROGRESS_NAME, BuildProgress)
     is_finished = (folder / META_NAME).exists()
     wanted = (store.index_hash, views)
     if begun is not None and not is_finished and (begun.index, begun.views) == wanted:
@@ -428,50 +394,6 @@ def _begin(folder: Path, former: Path, store: TileStore, views: int) -> BuildPro
     begun = BuildProgress(index=store.index_hash, views=views, shapes={})
     write_file(folder / _PROGRESS_NAME, _json(begun))
     return begun
-
-
-def _finished(store: TileStore, foundation_hash: str) -> CacheMeta:
-    folder = cache_folder(store, foundation_hash)
-    meta = _read_model(folder / META_NAME, CacheMeta)
-    if meta is None:
-        raise TileStoreError(
-            f"{store.path} has no finished latent cache for foundation {foundation_hash[:16]}; "
-            "build it first"
-        )
-    if not _is_whole(folder, meta, store, foundation_hash):
-        raise TileStoreError(
-            f"{folder} is torn, or was made from other tiles or another foundation; build it again"
-        )
-    return meta
-
-
-def _is_whole(folder: Path, meta: CacheMeta, store: TileStore, foundation_hash: str) -> bool:
-    made_from = (meta.foundation, meta.index)
-    return made_from == (foundation_hash, store.index_hash) and _has_sizes(folder, meta)
-
-
-def _first_changed(folder: Path, meta: CacheMeta) -> Path | None:
-    """A file that is not what was written, if there is one."""
-    for name in (*ARRAY_NAMES, _KEYS_NAME):
-        path = folder / name
-        if not path.is_file() or describe_file(path).sha256 != meta.sha256.get(name):
-            return path
-    return None
-
-
-def _has_sizes(folder: Path, meta: CacheMeta) -> bool:
-    return meta.shapes.keys() == set(ARRAY_NAMES) and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == _num_bytes(shape)
-        for name, shape in meta.shapes.items()
-    )
-
-
-def _read_model(path: Path, model: type[Model]) -> Model | None:
-    """The file's content, or None where it is absent or is not what we write."""
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def _json(value: BaseModel) -> str:
