@@ -17,6 +17,7 @@ from crafts_client.register import PatientRegister
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.witness_folders import check_folders
 from crafts_core.backup import BackupError, Manifest, Saving, files_of, write_backup
+from crafts_core.page_token import TOKEN_FILE
 from crafts_core.restore import restoring
 from crafts_privacy import signing
 from crafts_privacy.ledger import Ledger, LedgerEntry
@@ -27,7 +28,7 @@ KEYS = ("keys", "salt")
 _REGISTER = "patients.jsonl"
 _MADE_ANEW = ("pictures", "ingest.html")
 """By ``ingest``, like the tiles, and as private."""
-_SECRETS_OF_A_PROCESS = ("keys/executor.secret", "dashboard.token", "figures.json")
+_SECRETS_OF_A_PROCESS = ("keys/executor.secret", TOKEN_FILE, "figures.json")
 """And what is computed again."""
 
 

@@ -39,6 +39,10 @@ class RegistryError(ServerError):
     """The registry's database cannot be used, or does not know what was asked for."""
 
 
+class UnknownRunError(RegistryError):
+    """There is no run of this name."""
+
+
 class CheckpointError(ServerError):
     """A checkpoint is missing, altered, out of order, or older than what was committed."""
 

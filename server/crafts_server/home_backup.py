@@ -8,13 +8,13 @@ it is dumped by its own tools, before the home is read and put back before the h
 from pathlib import Path
 
 from crafts_core.backup import Manifest, Saving, files_of, write_backup
+from crafts_core.page_token import TOKEN_FILE
 from crafts_core.restore import restoring
 from crafts_server.audit_log import AuditLog, Event
 from crafts_server.home import CONFIG_NAME, SQLITE, CoordinatorHome
 
 KEYS = ("signing.key", "pki")
 REGISTRY = "registry.db"
-TOKEN = "dashboard.token"  # noqa: S105  # its name
 
 
 def back_up(home: CoordinatorHome, out: Path, *, keys: bool) -> Manifest:
@@ -27,7 +27,7 @@ def back_up(home: CoordinatorHome, out: Path, *, keys: bool) -> Manifest:
     def save(saving: Saving) -> None:
         if home.config.registry == SQLITE and (home.path / REGISTRY).exists():
             saving.add(home.path / REGISTRY)
-        for path in files_of(home.path, without=[REGISTRY, TOKEN, *(() if keys else KEYS)]):
+        for path in files_of(home.path, without=[REGISTRY, TOKEN_FILE, *(() if keys else KEYS)]):
             saving.add(path)
 
     return write_backup(out, home.path, of="coordinator", save=save)

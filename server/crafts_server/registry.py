@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from crafts_privacy.errors import SchemaError
 from crafts_privacy.schema import Schema, Standing, lacking, standing, upgrade
-from crafts_server.errors import RegistryError
+from crafts_server.errors import RegistryError, UnknownRunError
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry_rows import (
     Base,
@@ -269,12 +269,12 @@ class Registry:
         """One run.
 
         Raises:
-            RegistryError: there is none of this name.
+            UnknownRunError: there is none of this name.
         """
         for summary in self.runs():
             if summary.run_id == run_id:
                 return summary
-        raise RegistryError(f"no run {run_id}; see `crafts-server runs list`")
+        raise UnknownRunError(f"no run {run_id}; see `crafts-server runs list`")
 
     def sites(self) -> list[str]:
         """Names of all sites whose updates were ever used."""
@@ -312,7 +312,7 @@ def _plan_record(row: PlanRow) -> PlanRecord:
 def _run(session: Session, run_id: str) -> RunRow:
     run = session.get(RunRow, run_id)
     if run is None:
-        raise RegistryError(f"no run {run_id}; see `crafts-server runs list`")
+        raise UnknownRunError(f"no run {run_id}; see `crafts-server runs list`")
     return run
 
 

@@ -15,10 +15,10 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from crafts_core.page_token import TokenError, token_of
 from crafts_core.plan import Plan
 from crafts_server.cohort_sizes import CohortSizes
-from crafts_server.dashboard import make_app, token_of
-from crafts_server.errors import HomeError
+from crafts_server.dashboard import make_app
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.receipts import Refusal, RoundReceipt
 from crafts_server.registry import CheckpointRecord
@@ -69,7 +69,7 @@ def home(tmp_path: Path, foundation) -> CoordinatorHome:
 
 @pytest.fixture
 def token(home: CoordinatorHome) -> str:
-    return token_of(home)
+    return token_of(home.path)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_what_cannot_be_read_is_one_line(
     browser: TestClient, home: CoordinatorHome, token: str
 ) -> None:
     answer = browser.get(f"/{token}/runs/none")
-    assert (answer.status_code, "no run none" in answer.text) == (503, True)
+    assert (answer.status_code, "no run none" in answer.text) == (404, True)
     shutil.rmtree(home.path / "checkpoints" / "run" / "round-0000")
     answer = browser.get(f"/{token}/runs/run")
     assert (answer.status_code, "\n" in answer.text) == (503, False)
@@ -136,12 +136,12 @@ def test_what_cannot_be_read_is_one_line(
 def test_the_token_is_the_owners_and_stays(home: CoordinatorHome, token: str) -> None:
     file = home.path / "dashboard.token"
     assert file.stat().st_mode & 0o777 == 0o600
-    assert token_of(home) == token
+    assert token_of(home.path) == token
     file.unlink()
-    assert token_of(home) != token
+    assert token_of(home.path) != token
     file.write_text("short")
-    with pytest.raises(HomeError, match="holds no token"):
-        token_of(home)
+    with pytest.raises(TokenError, match="holds no token"):
+        token_of(home.path)
 
 
 @pytest.mark.parametrize(
