@@ -449,3 +449,21 @@ def leave(
     say_done(
         "left; tiles and ledger stay here", {"left": True, "told": not offline}, as_json=as_json
     )
+
+
+@network_app.command()
+def dashboard(
+    home: Home = Path("site"),
+    listen: Annotated[
+        str, typer.Option(help="Address; on another than loopback put a TLS proxy before it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8466,
+) -> None:
+    """Show cohort, ledger, plans and what left in a browser, until Ctrl-C. Nothing can be changed.
+
+    The link holds a token, which only the owner of the home can read: what it shows is exact.
+    """
+    with one_line_errors("crafts-client"):
+        from crafts_client.dashboard import serve_pages
+
+        serve_pages(SiteHome.open(home), listen=listen, port=port, say=say)

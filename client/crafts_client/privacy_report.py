@@ -24,9 +24,10 @@ from crafts_client.budget import FilterCount, doubts
 from crafts_client.code_hash import code_sha256
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteConfig, SiteHome
-from crafts_client.outbox import REFUSED_RELEASE, Outbox, ReleaseRecord
+from crafts_client.outbox import Outbox, ReleaseRecord
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending import Spending, lifetime_spending, spending_of
+from crafts_client.spending_curve import Curve, curves_drawn, spending_curves
 from crafts_client.sum_report import (
     SumReport,
     doubts_about_sums,
@@ -34,12 +35,13 @@ from crafts_client.sum_report import (
     sum_report,
     summed_entries,
 )
+from crafts_client.transmissions import Transmission, transmissions_of
 from crafts_core import __version__, charts
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.pages import page_environment
 from crafts_privacy.accounting import SecondOpinion
-from crafts_privacy.charges import last_holders
+from crafts_privacy.charges import charged_to, last_holders
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
 from crafts_privacy.noise import ExactNoise, GridNoise
 
@@ -60,27 +62,10 @@ class RunSpending(_Record):
     spent: Spending
 
 
-class Transmission(_Record):
-    """One update that left, and what paid for it."""
-
-    committed_at: datetime
-    run_id: str
-    round: int
-    stage: str
-    hash: str
-    num_bytes: int | None
-    num_tensors: int | None
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    noise: str
-    """The class in ``crafts_privacy.noise`` that drew it."""
-
-
 class PrivacyReport(_Record):
     """The whole report; ``privacy-report.json`` is this."""
 
-    schema_version: int = 3
+    schema_version: int = 4
     created: datetime
     site: str
     cohort: str
@@ -94,6 +79,8 @@ class PrivacyReport(_Record):
     plans: int
     """Charged to the cohort so far."""
     lifetime: Spending
+    over_time: tuple[Curve, ...]
+    """What each filter counted, and what the steps came to, after each charge."""
     runs: tuple[RunSpending, ...]
     sums: SumReport | None
     """Steps in which this hospital added a share of the noise; None where there were none."""
@@ -136,7 +123,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
     entries = [entry for entry in all_entries if entry.cohort == cohort]
     events = () if ledger is None else ledger.events(cohort)
     records = Outbox(site.outbox_path).records()
-    transmissions = _transmissions(entries, records)
+    transmissions = transmissions_of(entries, records)
     plans = () if ledger is None else ledger.plans(cohort)
     summed = [entry.event for entry in summed_entries(entries)]
     lifetime = lifetime_spending(site.policy.lifetime, plans, summed=summed)
@@ -154,6 +141,7 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
         filters=tuple(map(FilterCount.of, site.policy.lifetime.states(plans))),
         plans=len(plans),
         lifetime=lifetime,
+        over_time=spending_curves(charged_to(all_entries, cohort), site.policy.lifetime),
         runs=_runs(entries, delta),
         sums=sums,
         summed_updates=num_summed_updates(entries, records),
@@ -195,7 +183,12 @@ def write_privacy_report(report: PrivacyReport, folder: Path) -> tuple[Path, Pat
     environment = page_environment("crafts_client")
     environment.filters["delta"] = delta_text
     template = environment.get_template("privacy_report.html.j2")
-    shown = template.render(report=report, spent=report.lifetime, budget=_budget_bars(report))
+    shown = template.render(
+        report=report,
+        spent=report.lifetime,
+        budget=_budget_bars(report),
+        curve=curves_drawn(report.over_time, limit=report.epsilon_allowed, until=report.created),
+    )
     write_file(page, shown, mode=mode)
     write_file(record, report.model_dump_json(indent=1) + "\n", mode=mode)
     return page, record
@@ -241,33 +234,6 @@ def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ..
         )
         for (run_id, plan_hash), group in charged.items()
     )
-
-
-def _transmissions(
-    entries: Sequence[LedgerEntry], records: dict[str, ReleaseRecord]
-) -> tuple[Transmission, ...]:
-    """Commits of a sealed file; a refused release committed a constant and sent nothing."""
-    found = []
-    for entry in entries:
-        if entry.kind is not EntryKind.COMMITTED or entry.release_hash == REFUSED_RELEASE:
-            continue
-        record = records.get(entry.release_hash)
-        found.append(
-            Transmission(
-                committed_at=entry.recorded_at,
-                run_id=entry.run_id,
-                round=entry.round,
-                stage=entry.stage,
-                hash=entry.release_hash,
-                num_bytes=None if record is None else record.num_bytes,
-                num_tensors=None if record is None else len(record.tensors),
-                noise_multiplier=entry.noise_multiplier,
-                sample_rate=entry.sample_rate,
-                steps=entry.steps,
-                noise="not recorded" if record is None else record.noise,
-            )
-        )
-    return tuple(found)
 
 
 def _weak_delta(delta: float, declared_patients: int) -> Iterator[str]:

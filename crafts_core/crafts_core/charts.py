@@ -1,10 +1,11 @@
-"""Small charts as SVG text: bars or dots with intervals, a line, stacked columns.
+"""Small charts as SVG text: bars or dots with intervals, lines, stacked columns.
 
 Colours are CSS variables of the page, so the charts follow its light and dark theme; every mark
 carries its number as a title for reading on hover and by screen readers.
 """
 
 from collections.abc import Sequence
+from datetime import datetime
 from html import escape
 
 _WIDTH = 640
@@ -15,6 +16,7 @@ _MOST_NAMED = 24
 """Sites in a legend; more are named on hover alone."""
 
 Bar = tuple[str, float, tuple[float, float] | None]
+Moment = tuple[datetime, float]
 
 
 def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
@@ -139,6 +141,63 @@ def line(points: Sequence[tuple[int, float]], *, unit: str) -> str:
     return _svg(height, unit, parts)
 
 
+def timeline(
+    lines: Sequence[tuple[str, Sequence[Moment]]],
+    *,
+    until: datetime,
+    unit: str,
+    mark: float | None = None,
+    told: str = "",
+) -> str:
+    """Steps over time from 0: each line keeps a value until its next point, the last to ``until``.
+
+    Args:
+        lines: Name and points of each, in order of time; one point at least in all.
+        until: The right end, no earlier than any point.
+        unit: Below the axis.
+        mark: Where a dashed line is.
+        told: What that is.
+    """
+    left, top, plot, row = 60, 16, 170, 22
+    first = min(at for _, points in lines for at, _ in points)
+    long_s = max((until - first).total_seconds(), 1.0)
+    highest = max([mark or 0.0, 1e-9, *(value for _, points in lines for _, value in points)])
+
+    def x(at: datetime) -> float:
+        return left + (_WIDTH - left - 20) * (at - first).total_seconds() / long_s
+
+    def y(value: float) -> float:
+        return top + plot * (1 - value / (1.08 * highest))
+
+    parts = [f'<path d="M{left} {y(0.0):.1f}H{_WIDTH - 20}" stroke="var(--line)"/>']
+    if mark is not None:
+        parts.append(
+            f'<path d="M{left} {y(mark):.1f}H{_WIDTH - 20}" stroke="var(--ink)" '
+            f'stroke-dasharray="4 4"><title>{escape(told)} {mark:g}</title></path>'
+        )
+    for number, (name, points) in enumerate(lines):
+        steps = "".join(f"H{x(at):.1f}V{y(value):.1f}" for at, value in points)
+        parts.append(
+            f'<path d="M{x(points[0][0]):.1f} {y(0.0):.1f}{steps}H{x(until):.1f}" fill="none" '
+            f'stroke="{_colour(number)}" stroke-width="2"/>'
+        )
+        for at, value in points:
+            when = at.strftime("%Y-%m-%d %H:%M")
+            parts.append(
+                f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="3" fill="{_colour(number)}">'
+                f"<title>{escape(name)}, {when}: {value:.4g}</title></circle>"
+            )
+        parts += _legend(number, name, left, top + plot + 34 + row * number)
+    for value in {0.0, highest}:
+        parts.append(_text(left - 8, y(value) + 4, f"{value:.3g}", anchor="end"))
+    days = [(left, "start", first), (_WIDTH - 20, "end", until)]
+    for at_x, anchor, day in days:
+        parts.append(_text(at_x, y(0.0) + 18, day.strftime("%Y-%m-%d"), anchor=anchor, muted=True))
+    height = top + plot + 34 + row * len(lines) + 22
+    parts.append(_text(left, height - 6, unit, muted=True))
+    return _svg(height, unit, parts)
+
+
 def stacked(
     columns: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], *, unit: str
 ) -> str:
@@ -160,14 +219,17 @@ def stacked(
     for index, name in named:
         x = left + 140 * (index % _NAMES_A_ROW)
         y = 10 + plot + 8 + row * (index // _NAMES_A_ROW)
-        parts.append(
-            f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{_colour(index)}"/>'
-        )
-        parts.append(_text(x + 18, y + 11, name))
+        parts += _legend(index, name, x, y)
     height = 10 + plot + legend + 34
     told = unit if named else f"{unit}; {len(names)} sites, named on hover"
     parts.append(_text(left, height - 6, told, muted=True))
     return _svg(height, unit, parts)
+
+
+def _legend(index: int, name: str, x: float, y: float) -> tuple[str, str]:
+    """What a colour means."""
+    square = f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{_colour(index)}"/>'
+    return square, _text(x + 18, y + 11, name)
 
 
 def _colour(index: int) -> str:

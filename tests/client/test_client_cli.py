@@ -52,6 +52,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     assert surface.keys() == {
         *("init", "ingest", "tiles", "policy", "budget", "ledger", "audit", "report"),
         *("attack", "withdraw", "enroll", "join", "doctor", "status", "leave"),
+        "dashboard",
         *("plan", "plan list", "plan show", "plan approve", "plan roster", "declare"),
         *("foundation", "foundation fetch", "foundation list", "foundation approve"),
         *("tiles stats", "tiles check", "tiles show"),

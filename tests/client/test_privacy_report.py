@@ -112,6 +112,8 @@ def test_the_command_writes_both_files_and_exits_zero_once_audited(
     assert "<td>privacy officer</td>" in page
     counted = next(each for each in record["filters"] if each["epsilon"] is not None)
     assert f"<title>{counted['name']}: {counted['epsilon']:.4g}</title>" in page
+    for curve in record["over_time"]:
+        assert f"{curve['name']}, {curve['points'][-1][0][:10]}" in page
     assert "http" not in page, "the page needs nothing from elsewhere"
 
 

@@ -1,6 +1,7 @@
 """Charts show what they are given: dots in their places, any number of sites, text as text."""
 
 import re
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -73,3 +74,24 @@ def test_many_sites_are_named_on_hover_and_counted() -> None:
 def test_a_name_is_text() -> None:
     drawn = charts.stacked([(1, [1.0])], ["<b>&</b>"], unit="weights")
     assert "<b>" not in drawn
+
+
+def test_a_timeline_steps_where_its_points_are() -> None:
+    first = datetime(2026, 1, 1, tzinfo=UTC)
+    points = [(first, 1.0), (first + timedelta(days=5), 3.0)]
+    until = first + timedelta(days=10)
+    drawn = charts.timeline([("</text><b>", points)], until=until, unit="u", mark=6.0, told="limit")
+    one, two = numbers(drawn, r'circle cx="([\d.]+)"')
+    (end,) = numbers(drawn, r'H([\d.]+)" fill="none" stroke="var\(--c0\)"')
+    assert two - one == pytest.approx(end - two, abs=0.2), "half of the time"
+    low, high = numbers(drawn, r'cy="([\d.]+)" r="3"')
+    (limit,) = numbers(drawn, r'd="M60 ([\d.]+)H620" stroke="var\(--ink\)"')
+    assert low - high == pytest.approx(2 / 3 * (high - limit), abs=0.2), "0 is the bottom"
+    assert "<b>" not in drawn
+
+
+def test_a_timeline_of_one_moment_is_drawn() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    drawn = charts.timeline([("a", [(now, 0.0)])], until=now, unit="u")
+    assert "nan" not in drawn
+    assert "<title>a, 2026-01-01 00:00: 0</title>" in drawn

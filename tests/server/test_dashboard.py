@@ -2,16 +2,11 @@
 
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -26,6 +21,7 @@ from crafts_server.status import SiteStatus
 from crafts_server.study_view import site_line
 from support.hostile import TEXT
 from support.receipts import receipt
+from support.served import served
 from support.sites import plan_values
 
 CHROMIUM = shutil.which("chromium")
@@ -162,36 +158,21 @@ def test_a_site_stands_as_in_the_newest_round(name: str, standing: str, why: str
     assert site_line(revoked, first_round()).standing == "revoked"
 
 
-@contextmanager
-def served(home: CoordinatorHome, token: str) -> Iterator[str]:
-    config = uvicorn.Config(
-        make_app(home.path, token), port=0, log_level="warning", access_log=False, ws="none"
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}/{token}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_it(home: CoordinatorHome, token: str, tmp_path: Path) -> None:
     """Its style is let in by the policy: the bars of weights have their colour."""
-    with served(home, token) as link:
+    with served(make_app(home.path, token)) as address:
         command = [
             *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"),
             *("--disable-dev-shm-usage", "--disable-background-networking", "--hide-scrollbars"),
             *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,1400"),
-            *("--timeout=8000", f"--screenshot={tmp_path / 'page.png'}", f"{link}runs/run"),
+            *(
+                "--timeout=8000",
+                f"--screenshot={tmp_path / 'page.png'}",
+                f"{address}{token}/runs/run",
+            ),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     picture = Image.open(tmp_path / "page.png").convert("RGB")
