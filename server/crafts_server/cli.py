@@ -337,6 +337,29 @@ def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     _print(values, lines or ["no runs yet"], as_json)
 
 
+@runs_app.command("draw")
+def runs_draw(
+    run_id: Annotated[str, typer.Argument(help="As `runs list` prints it.")],
+    home: Home = DEFAULT_HOME,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Draw ten prompts with a run's newest checkpoint, for `dashboard`; once for each round."""
+    with one_line_errors("crafts-server"):
+        from crafts_core.plan import Plan
+        from crafts_server.home import CoordinatorHome
+        from crafts_server.samples import draw_samples
+
+        with _registry(home) as registry:
+            plan = Plan.parse(json.loads(registry.plan(registry.run(run_id).plan_hash).json))
+        drawn = draw_samples(CoordinatorHome.open(home), run_id, plan, device=device)
+    say_done(
+        f"round {drawn} of {run_id} is drawn; see crafts-server dashboard",
+        {"run": run_id, "round": drawn},
+        as_json=as_json,
+    )
+
+
 @runs_app.command("show")
 def runs_show(
     run_id: Annotated[str, typer.Argument(help="As `runs list` prints it.")],

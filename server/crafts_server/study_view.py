@@ -1,12 +1,16 @@
 """What the pages of a study show, as values: sites and how they did last, runs and rounds."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from crafts_core.plan import Plan
 from crafts_server.home import CoordinatorHome
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import RunStatus, RunSummary
+from crafts_server.round_costs import RoundCost, round_costs
+from crafts_server.samples import Samples, samples_of
 from crafts_server.status import SiteStatus, Status, status_of
 
 
@@ -48,7 +52,14 @@ class RunView:
 
     run: RunSummary
     at: datetime
-    receipts: tuple[RoundReceipt, ...]
+    rounds: tuple[tuple[RoundReceipt, RoundCost], ...]
+    """With what each cost, by what its sites declared."""
+    samples: Samples | None
+    """Of the newest checkpoint that was drawn."""
+
+    @property
+    def receipts(self) -> tuple[RoundReceipt, ...]:
+        return tuple(receipt for receipt, _ in self.rounds)
 
     @property
     def bytes_moved(self) -> int:
@@ -77,15 +88,24 @@ def run_view(home: CoordinatorHome, run_id: str) -> RunView:
     """One run.
 
     Raises:
-        CraftsError: there is none, or its checkpoints are not what was committed.
+        UnknownRunError: there is none.
+        CraftsError: its checkpoints are not what was committed.
     """
     registry = home.registry()
     try:
         run = registry.run(run_id)
+        plan = Plan.parse(json.loads(registry.plan(run.plan_hash).json))
     finally:
         registry.close()
-    receipts = tuple(each.receipt() for each in reversed(home.checkpoints(run.run_id).chain()[1:]))
-    return RunView(run=run, at=datetime.now(UTC), receipts=receipts)
+    chain = home.checkpoints(run.run_id).chain()
+    receipts = [each.receipt() for each in chain[1:]]
+    rounds = zip(receipts, round_costs(plan, receipts), strict=True)
+    return RunView(
+        run=run,
+        at=datetime.now(UTC),
+        rounds=tuple(reversed(list(rounds))),
+        samples=samples_of(home, plan, chain),
+    )
 
 
 def site_line(site: SiteStatus, newest: RoundReceipt | None) -> SiteLine:

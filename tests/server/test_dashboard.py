@@ -12,11 +12,17 @@ from PIL import Image
 
 from crafts_core.page_token import TokenError, token_of
 from crafts_core.plan import Plan
+from crafts_core.provenance import read_provenance
+from crafts_core.starting_point import initial_state
+from crafts_privacy import accounting
+from crafts_privacy.accounting import PrivacyEvent
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.dashboard import make_app
 from crafts_server.home import CoordinatorHome, HomeConfig
-from crafts_server.receipts import Refusal, RoundReceipt
+from crafts_server.receipts import Refusal, RoundReceipt, SumReceipt
 from crafts_server.registry import CheckpointRecord
+from crafts_server.round_costs import round_costs
+from crafts_server.samples import draw_samples, samples_of
 from crafts_server.status import SiteStatus
 from crafts_server.study_view import site_line
 from support.hostile import TEXT
@@ -25,7 +31,6 @@ from support.served import served
 from support.sites import plan_values
 
 CHROMIUM = shutil.which("chromium")
-STATE = {"a": torch.ones(2)}
 MARKUP = "<img src=x onerror=alert(1)>"
 
 
@@ -46,13 +51,15 @@ def home(tmp_path: Path, foundation) -> CoordinatorHome:
     CohortSizes(registry).agree("aachen", 120)
     registry.start_run("run", plan.hash)
     parent = None
-    for told in (None, first_round()):
+    start = initial_state(foundation, plan.adapter, plan.study.seed, plan.parts)
+    moved = {name: tensor + 0.3 for name, tensor in start.items()}
+    for told, state in ((None, start), (first_round(), moved)):
         parent = home.checkpoints("run").write(
             run_id="run",
             plan_hash=plan.hash,
             parent=parent,
-            state=STATE,
-            server_state=STATE,
+            state=state,
+            server_state={"momentum": torch.zeros(2)},
             receipt=told,
         )
         record = CheckpointRecord(
@@ -80,6 +87,70 @@ def test_who_has_the_link_sees_runs_and_rounds(browser: TestClient, token: str) 
     run = browser.get(f"/{token}/runs/run").text
     told = ["halved to 0.5", "42.0 s", "aachen", "0.60", "dresden", "essen", "adapter <code>aaaa"]
     assert [words for words in told if words not in run] == []
+
+
+def test_ten_prompts_are_drawn_once_beside_the_foundation(
+    browser: TestClient, home: CoordinatorHome, token: str, foundation
+) -> None:
+    plan = Plan.parse(plan_values(foundation.manifest.hash))
+    page = f"/{token}/runs/run"
+    assert "crafts-server runs draw run" in browser.get(page).text
+    assert draw_samples(home, "run", plan, device="cpu") == 1
+    files = sorted((home.path / "checkpoints" / "run" / "samples").rglob("*.png"))
+    written = [file.stat().st_mtime_ns for file in files]
+    assert draw_samples(home, "run", plan, device="cpu") == 1
+    assert [file.stat().st_mtime_ns for file in files] == written
+
+    drawn = samples_of(home, plan, home.checkpoints("run").chain())
+    assert drawn is not None
+    assert drawn.round == 1
+    assert len(drawn.pairs) == len({pair.prompt for pair in drawn.pairs}) == 10
+    assert all(pair.foundation != pair.checkpoint for pair in drawn.pairs)
+    assert all(read_provenance(file).synthetic for file in files)
+    assert browser.get(page).text.count('src="data:image/png;base64,') == 20
+
+
+def test_a_round_costs_what_its_sites_declared(foundation) -> None:
+    """Another noise and rate than the plan's: what was declared counts, round after round."""
+    values = plan_values(foundation.manifest.hash)
+    plan = Plan.parse(values | {"privacy": values["privacy"] | {"delta": 1e-5}})
+    loud = receipt(aachen=0.6, bern=0.4)
+    weak = loud.sites[1].model_copy(update={"noise_multiplier": 0.8})
+    later = loud.model_copy(update={"round": 2, "sites": (loud.sites[0], weak)})
+    first, second = round_costs(plan, [loud, later])
+
+    def epsilon(*noises: float) -> float:
+        events = [PrivacyEvent(noise_multiplier=n, sample_rate=0.5, steps=1) for n in noises]
+        return accounting.epsilon(events, 1e-5)
+
+    assert first.lowest == first.highest == pytest.approx(epsilon(1.0), abs=2e-3)
+    assert second.lowest == pytest.approx(epsilon(1.0, 1.0), abs=2e-3)
+    assert second.highest == pytest.approx(epsilon(1.0, 0.8), abs=2e-3)
+    assert "to" in second.in_words
+    silent = loud.sites[1].model_copy(update={"noise_multiplier": 0.0})
+    (none,) = round_costs(plan, [loud.model_copy(update={"sites": (silent,)})])
+    assert none.in_words.startswith("no epsilon")
+
+
+def test_of_distributed_trust_the_sums_noise_counts(foundation) -> None:
+    """Each site declares its share, which alone would protect less."""
+    values = plan_values(foundation.manifest.hash)
+    plan = Plan.parse(values)
+    trust = plan.model_copy(
+        update={"privacy": plan.privacy.model_copy(update={"trust": "distributed"})}
+    )
+    members = ("aachen", "bern")
+    read = SumReceipt(
+        attempt=1,
+        members=members,
+        missing=(),
+        noise_multiplier=2.0,
+        norm=1.0,
+        lowest=0.0,
+        highest=9.0,
+    )
+    shared = receipt(aachen=0.6, bern=0.4).model_copy(update={"sums": (read,)})
+    assert round_costs(trust, [shared])[0].highest < round_costs(plan, [shared])[0].lowest
 
 
 def test_who_has_not_sees_the_same_as_where_nothing_is(browser: TestClient, token: str) -> None:

@@ -1,0 +1,69 @@
+"""What rounds cost a patient, by the mechanism that sites declared with their updates.
+
+The coordinator's view: of updates that were used, at the plan's delta. A site's own ledger also has
+what was charged and never used, and is what its promise rests on.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from crafts_core.plan import Plan
+from crafts_privacy import accounting
+from crafts_privacy.accounting import PrivacyEvent
+from crafts_server.receipts import RoundReceipt, SiteReceipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundCost:
+    """Epsilon after a round, over the sites whose updates it used; infinite without noise."""
+
+    lowest: float
+    highest: float
+
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        if math.isinf(self.highest):
+            return "no epsilon bounds it: there was no noise"
+        if f"{self.lowest:.2f}" == f"{self.highest:.2f}":
+            return f"epsilon {self.highest:.2f} after it"
+        return f"epsilon {self.lowest:.2f} to {self.highest:.2f} after it, by hospital"
+
+
+def round_costs(plan: Plan, receipts: Sequence[RoundReceipt]) -> tuple[RoundCost, ...]:
+    """One for each receipt of a run, in their order from the first round on.
+
+    Sites that declared the same so far are composed once; coarsely, which never understates.
+    """
+    delta = plan.privacy.delta
+    spent: dict[str, tuple[PrivacyEvent, ...]] = {}
+    costs = []
+    for receipt in receipts:
+        for site in receipt.sites:
+            event = PrivacyEvent(
+                noise_multiplier=_noise_of(plan, receipt, site),
+                sample_rate=site.sample_rate,
+                steps=site.steps,
+            )
+            spent[site.site] = accounting.merge([*spent.get(site.site, ()), event])
+        histories = {spent[site.site] for site in receipt.sites}
+        found = [math.inf if delta is None else _epsilon(each, delta) for each in histories]
+        costs.append(RoundCost(lowest=min(found), highest=max(found)))
+    return tuple(costs)
+
+
+def _noise_of(plan: Plan, receipt: RoundReceipt, site: SiteReceipt) -> float:
+    """Of distributed trust the noise is the whole sum's, to which a site declares its share."""
+    if plan.privacy.trust == "distributed":
+        for each in receipt.sums:
+            is_read = each.norm is not None and site.site in each.members
+            if is_read and each.noise_multiplier is not None:
+                return each.noise_multiplier
+    return site.noise_multiplier
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(events: tuple[PrivacyEvent, ...], delta: float) -> float:
+    return accounting.epsilon(events, delta, discretization=accounting.COARSE)
