@@ -12,21 +12,19 @@ written stops the site. Not found from inside: both files put back from one olde
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crafts_client.errors import HomeError
 from crafts_client.home import LEDGER_NAME
-from crafts_core.durable import append_line, exclusive_lock, write_file
+from crafts_core.chained_log import START, Chain, ChainedLog
+from crafts_core.durable import exclusive_lock, write_file
 from crafts_privacy.witness import head_path, read_head
 
-_START = "0" * 64
 _RESTORE = "put back the newest copy of it and of its .head file; until then nobody is read"
 
 
@@ -50,13 +48,14 @@ class PatientRegister:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log = ChainedLog(path, _parsed)
         self._head_path = path.with_name(path.name + ".head")
 
     def begin(self) -> None:
         """Say that nobody is known yet, where no register was ever begun."""
         with self._locked():
-            if self._head() is None and not self._data():
-                self._write_head(_START)
+            if self._head() is None and not self._has_bytes():
+                self._write_head(START)
 
     def enrol(self, patients: Iterable[str], cohort: str) -> None:
         """Note patients who are new here; those who are known must be in the same cohort.
@@ -106,26 +105,24 @@ class PatientRegister:
     def _lines(self) -> list[_Line]:
         """Every line, checked from the first to the one that the head names, and those after it."""
         head = self._head()  # before the lines: a writer moves it after them
-        data = self._data()
-        lines = list(_chain(data[: data.rfind(b"\n") + 1]))
-        if len(lines) < data.count(b"\n"):
+        chain = self._chain()
+        lines = list(chain.lines)
+        if chain.broken_at is not None:
             raise HomeError(
-                f"{self._path}: line {len(lines) + 1} is not what was written; {_RESTORE}"
+                f"{self._path}: line {chain.broken_at} is not what was written; {_RESTORE}"
             )
         if head is None and not lines:
             self._refuse_to_begin_anew()
-        elif head not in (_START, *(line.hash for line in lines)):
+        elif head not in (START, *(line.hash for line in lines)):
             raise HomeError(
                 f"{self._path} and its .head file do not belong together, or lines are missing; "
                 f"{_RESTORE}"
             )
         return lines
 
-    def _data(self) -> bytes:
+    def _chain(self) -> Chain[_Line]:
         try:
-            return self._path.read_bytes()
-        except FileNotFoundError:
-            return b""
+            return self._log.read()
         except OSError as error:
             raise HomeError(f"cannot read {self._path}: {error.strerror}") from error
 
@@ -157,20 +154,16 @@ class PatientRegister:
                 cohort=cohort,
                 withdrawn=withdrawn,
                 at=now,
-                previous=added[-1].hash if added else _START,
+                previous=added[-1].hash if added else START,
             )
             added.append(line.model_copy(update={"hash": line.computed_hash()}))
         if not lines:  # from here on a register that is missing is missed
-            self._write_head(_START)
-        self._drop_torn_line()
-        text = "\n".join(line.model_dump_json() for line in added[len(lines) :])
-        append_line(self._path, text, mode=0o600)
+            self._write_head(START)
+        self._log.append([line.model_dump_json() for line in added[len(lines) :]], mode=0o600)
         self._write_head(added[-1].hash)
 
-    def _drop_torn_line(self) -> None:
-        data = self._data()
-        if data and not data.endswith(b"\n"):
-            os.truncate(self._path, data.rfind(b"\n") + 1)
+    def _has_bytes(self) -> bool:
+        return self._path.exists() and self._path.stat().st_size > 0
 
     def _write_head(self, head: str) -> None:
         write_file(self._head_path, head + "\n", mode=0o600)
@@ -195,22 +188,6 @@ def _refuse_elsewhere(known: dict[str, _Line], patients: Iterable[str], cohort: 
             f"budget they share for life; set cohort = {json.dumps(other)} in site.toml and "
             "ingest again"
         )
-
-
-@lru_cache(maxsize=2)
-def _chain(whole: bytes) -> tuple[_Line, ...]:
-    """The lines up to the first that does not follow from the one before.
-
-    Kept for the same bytes: a register of years is asked before every round, and changes seldom.
-    """
-    lines: list[_Line] = []
-    for number, text in enumerate(whole.split(b"\n")[:-1], start=1):
-        line = _parsed(text)
-        previous = lines[-1].hash if lines else _START
-        if line is None or (line.number, line.previous) != (number, previous):
-            break
-        lines.append(line)
-    return tuple(lines)
 
 
 def _parsed(text: bytes) -> _Line | None:

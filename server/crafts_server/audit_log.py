@@ -7,16 +7,14 @@ file elsewhere has the rest. Nothing private reaches the coordinator, so nothing
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from crafts_core.durable import append_line, exclusive_lock, newest_lines
+from crafts_core.chained_log import START, Chain, ChainedLog
+from crafts_core.durable import exclusive_lock
 from crafts_server.errors import AuditLogError
-
-_START = "0" * 64
 
 
 class Event(StrEnum):
@@ -60,6 +58,7 @@ class AuditLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log = ChainedLog(path, _parsed)
 
     def write(self, event: Event, **facts: object) -> None:
         """Add a line, durably.
@@ -69,16 +68,15 @@ class AuditLog:
         """
         held = AuditLogError(f"{self._path} is in use; try again")
         with exclusive_lock(self._path.with_suffix(".lock"), held=held, timeout_s=30.0):
-            self._drop_torn_line()
             newest = self._newest()
             values: dict[str, object] = {
                 "number": newest.number + 1 if newest else 1,
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "event": str(event),
                 "facts": facts,
-                "previous": newest.hash if newest else _START,
+                "previous": newest.hash if newest else START,
             }
-            append_line(self._path, json.dumps(values | {"hash": _hashed(values)}), mode=0o600)
+            self._log.append([json.dumps(values | {"hash": _hashed(values)})], mode=0o600)
 
     def recent(self, most: int) -> list[Entry]:
         """The newest entries, oldest first, each checked against the one before it.
@@ -86,17 +84,12 @@ class AuditLog:
         Raises:
             AuditLogError: one of them is not as it was written.
         """
-        entries: list[Entry] = []
-        for line in self._end(most)[0]:
-            entry = _parsed(line)
-            previous = entries[-1].hash if entries else entry and entry.previous
-            if entry is None or entry.previous != previous:
-                raise AuditLogError(
-                    f"{self._path}: one of the newest lines was altered; run crafts-server log "
-                    "verify"
-                )
-            entries.append(entry)
-        return entries
+        chain = self._end(most)
+        if chain.broken_at is not None:
+            raise AuditLogError(
+                f"{self._path}: one of the newest lines was altered; run crafts-server log verify"
+            )
+        return list(chain.lines)
 
     def verify(self) -> list[Entry]:
         """Every entry, oldest first.
@@ -104,18 +97,16 @@ class AuditLog:
         Raises:
             AuditLogError: names the first line that is not as it was written.
         """
-        entries: list[Entry] = []
-        previous = _START
-        for number, line in enumerate(self._lines(), start=1):
-            entry = _parsed(line)
-            if entry is None or (entry.number, entry.previous) != (number, previous):
-                raise AuditLogError(
-                    f"{self._path}: line {number} is not what was written there; "
-                    "compare with a copy"
-                )
-            entries.append(entry)
-            previous = entry.hash
-        return entries
+        try:
+            chain = self._log.read()
+        except OSError as error:
+            raise AuditLogError(f"cannot read {self._path}: {error}") from error
+        if chain.broken_at is not None:
+            raise AuditLogError(
+                f"{self._path}: line {chain.broken_at} is not what was written there; "
+                "compare with a copy"
+            )
+        return list(chain.lines)
 
     @property
     def num_entries(self) -> int:
@@ -123,38 +114,21 @@ class AuditLog:
         newest = self._newest()
         return newest.number if newest else 0
 
-    def _drop_torn_line(self) -> None:
-        """What a crash left of a line that nobody was told is there."""
-        if torn := self._end(1)[1]:
-            os.truncate(self._path, self._path.stat().st_size - torn)
-
     def _newest(self) -> Entry | None:
-        lines, _ = self._end(1)
-        if not lines:
-            return None
-        newest = _parsed(lines[0])
-        if newest is None:
+        chain = self._end(1)
+        if chain.broken_at is not None:
             raise AuditLogError(f"{self._path}: the last line was altered; compare with a copy")
-        return newest
+        return chain.lines[-1] if chain.lines else None
 
-    def _end(self, most: int) -> tuple[list[bytes], int]:
+    def _end(self, most: int) -> Chain[Entry]:
         """What a look and a write need: they are as quick after years as on the first day."""
         try:
-            return newest_lines(self._path, most)
+            return self._log.newest(most)
         except OSError as error:
             raise AuditLogError(f"cannot read {self._path}: {error}") from error
 
-    def _lines(self) -> list[str]:
-        """The whole lines."""
-        try:
-            return self._path.read_text(encoding="utf-8").split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-        except (OSError, UnicodeDecodeError) as error:
-            raise AuditLogError(f"cannot read {self._path}: {error}") from error
 
-
-def _parsed(line: str | bytes) -> Entry | None:
+def _parsed(line: bytes) -> Entry | None:
     """The entry, if its hash is of its content."""
     try:
         values = json.loads(line)
