@@ -128,12 +128,12 @@ def measure_alignment(
         correlation=float(own_N.mean()),
         correlation_interval=interval(own_N),
         correlation_chance=float(others_N.mean()),
-        image_to_text=_recalls(*_image_to_text(cosine_NU, place_N), len(distinct), interval),
-        text_to_image=_recalls(*_text_to_image(cosine_NU, place_N), len(image_ND), interval),
+        image_to_text=_recalls(*caption_ranks(cosine_NU, place_N), len(distinct), interval),
+        text_to_image=_recalls(*image_ranks(cosine_NU, place_N), len(image_ND), interval),
     )
 
 
-def _image_to_text(cosine_NU: Features, place_N: Patients) -> tuple[Vector, Vector]:
+def caption_ranks(cosine_NU: Features, place_N: Patients) -> tuple[Vector, Vector]:
     """Rank from 0 of each image's own caption among all; and how many captions are right."""
     rows_N = np.arange(len(place_N))
     others_NU = cosine_NU.copy()
@@ -141,7 +141,7 @@ def _image_to_text(cosine_NU: Features, place_N: Patients) -> tuple[Vector, Vect
     return _rank(others_NU, cosine_NU[rows_N, place_N]), np.ones(len(place_N))
 
 
-def _text_to_image(cosine_NU: Features, place_N: Patients) -> tuple[Vector, Vector]:
+def image_ranks(cosine_NU: Features, place_N: Patients) -> tuple[Vector, Vector]:
     """For the caption of each image, the rank of the best image that has it; and how many have."""
     is_of_UN = place_N == np.arange(cosine_NU.shape[1])[:, None]
     best_U = np.where(is_of_UN, cosine_NU.T, -np.inf).max(axis=1)
@@ -162,17 +162,21 @@ def _recalls(
     found = []
     for k in (k for k in RANKS if k < gallery):
         is_hit_Q = (rank_Q < k).astype(np.float64)
-        # Of `gallery`, `right` are right: none of k drawn at random is one of them.
-        none_Q = stats.hypergeom.pmf(0, gallery, right_Q.astype(int), k)
         found.append(
             Recall(
                 k=k,
                 share=float(is_hit_Q.mean()),
                 interval=interval(is_hit_Q),
-                chance=float(1.0 - none_Q.mean()),
+                chance=chance_of_recall(right_Q, gallery, k),
             )
         )
     return tuple(found)
+
+
+def chance_of_recall(right_Q: Vector, gallery: int, k: int) -> float:
+    """R@k of who draws k of a gallery at random, in which ``right_Q`` are right for each query."""
+    none_Q = stats.hypergeom.pmf(0, gallery, right_Q.astype(int), k)
+    return float(1.0 - none_Q.mean())
 
 
 def _numpy(tensor: torch.Tensor) -> Features:

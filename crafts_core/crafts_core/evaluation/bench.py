@@ -6,7 +6,7 @@ a site home.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -92,7 +92,7 @@ class Bench:
         foundation = load(
             settings.foundation or embedded_path(), device=open_device(settings.device)
         )
-        reader = _Reader(foundation, settings, progress)
+        reader = Reader(foundation, seed=config.seed, mpp=settings.mpp, progress=progress)
         training = settings.training
         if training is not None and is_store(training) and is_store(real):
             require_others(TileStore.open(training), TileStore.open(real))
@@ -153,21 +153,21 @@ class Bench:
 
     def _generator(self, path: Path) -> Generator:
         generator = Generator.from_directory(path, device=self.foundation.device)
-        if generator.tile_px < self.held_out.side_px:
-            raise CraftsError(
-                f"{path} draws {generator.tile_px} px, the real images have "
-                f"{self.held_out.side_px}; measure it with the --foundation it was trained from"
-            )
+        require_size(path, generator, self.held_out.side_px)
         return generator
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class Reader:
     """Reads stores and folders as images of a foundation's scale."""
 
     foundation: Foundation
-    settings: BenchSettings
-    progress: Progress | None
+    _: KW_ONLY
+    seed: int
+    """Which images, where there are more than are read."""
+    mpp: float | None = None
+    """Microns per pixel of images that do not say theirs."""
+    progress: Progress | None = None
 
     def read(self, path: Path, most: int) -> RealTiles:
         """Of a store, or of a folder."""
@@ -176,20 +176,31 @@ class _Reader:
         store, expected = TileStore.open(path), self.foundation.manifest.tile_px
         if store.tile_px != expected:
             raise CraftsError(f"{path}: expected tiles of {expected} px, got {store.tile_px}")
-        return RealTiles.read(store, rows_by_content(store, most, seed=self.settings.config.seed))
+        return RealTiles.read(store, rows_by_content(store, most, seed=self.seed))
 
     def read_folder(self, path: Path, most: int) -> RealTiles:
-        """Of a folder."""
+        """Of a folder, or of a table of images."""
         manifest = self.foundation.manifest
         scale = Scale(
-            told_mpp=self.settings.mpp,
+            told_mpp=self.mpp,
             at_mpp=manifest.mpp,
             largest_px=manifest.tile_px,
             unit_px=manifest.tile_px // manifest.latent_shape[-1],
             foundation_hash=manifest.hash,
         )
-        return read_images(
-            path, scale, most=most, seed=self.settings.config.seed, progress=self.progress
+        return read_images(path, scale, most=most, seed=self.seed, progress=self.progress)
+
+
+def require_size(path: Path, generator: Generator, side_px: int) -> None:
+    """Refuse a generator of a smaller foundation.
+
+    Raises:
+        CraftsError: it draws less than the real images show.
+    """
+    if generator.tile_px < side_px:
+        raise CraftsError(
+            f"{path} draws {generator.tile_px} px, the real images have {side_px}; measure it "
+            "with the --foundation it was trained from"
         )
 
 

@@ -80,14 +80,16 @@ def read_images(
     seed: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> RealTiles:
-    """The images of a folder, or a random choice of ``most`` of them.
+    """The images of a folder, or of a table, or a random choice of ``most`` of them.
 
     Raises:
         ImageSetError: there are none, or one is not what a table says, cannot be read, has no
             scale or is too small.
     """
-    tables = _tables(folder)
-    listed = list(_listed(folder, tables, scale) if tables else _as_they_lie(folder, scale))
+    is_table = folder.is_file()
+    tables = [folder] if is_table else _tables(folder)
+    root = folder.parent if is_table else folder
+    listed = list(_listed(root, tables, scale) if tables else _as_they_lie(folder, scale))
     if not listed:
         raise ImageSetError(f"{folder} holds no images")
     rows = np.sort(np.random.default_rng(seed).permutation(len(listed))[:most])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from crafts_core.evaluation.encoder import Features
 from crafts_core.evaluation.extras import NotMeasurableError, scikit_learn
 from crafts_core.evaluation.real_tiles import RealTiles
-from crafts_core.evaluation.resampling import Interval, interval_of, repeats
+from crafts_core.evaluation.resampling import Interval, Vector, interval_of, repeats
 
 Sight = Literal["shape", "colour"]
 """What a judge goes by."""
@@ -28,6 +28,7 @@ _FEWEST_PATIENTS = 2
 _INVERSE_PENALTY: dict[Sight, float] = {"shape": 0.1, "colour": 10.0}
 """An encoder has many features that repeat each other; colour has few."""
 _MOST_ITERATIONS = 2000
+_WEIGHT = "logisticregression__sample_weight"
 
 
 def judged_classes(training: RealTiles, held_out: RealTiles) -> tuple[str, ...]:
@@ -63,8 +64,16 @@ class Judge:
         features_ND: Features,
         labels: Sequence[str],
         classes: tuple[str, ...],
+        weight_N: Vector | None = None,
     ) -> Self:
-        """Learn ``classes`` from the features of real training tiles; others are left out.
+        """Learn ``classes`` from the features of training tiles; others are left out.
+
+        Args:
+            sight: What the judge goes by.
+            features_ND: Of the tiles.
+            labels: What each shows.
+            classes: Those to learn.
+            weight_N: How much each counts; all the same if None.
 
         Raises:
             NotMeasurableError: there are fewer than two classes, or scikit-learn is not installed.
@@ -82,7 +91,8 @@ class Judge:
                 C=_INVERSE_PENALTY[sight], max_iter=_MOST_ITERATIONS
             ),
         )
-        return cls(classes, model.fit(features_ND[rows], np.asarray(labels)[rows]))
+        weights = {} if weight_N is None else {_WEIGHT: weight_N[rows]}
+        return cls(classes, model.fit(features_ND[rows], np.asarray(labels)[rows], **weights))
 
     def verdicts(self, features_ND: Features, labels: Sequence[str]) -> Verdicts:
         """Whether each image is taken for what its label says."""

@@ -94,7 +94,7 @@ def train(
     share_N = _shares(groups)
     for step in range(config.steps):
         rows = rng.choice(len(images_NHWC), config.batch_size, p=share_N)
-        batch_NCHW = _batch(images_NHWC[rows], config.crop_px, rng, source)
+        batch_NCHW = random_view(images_NHWC[rows], config.crop_px, rng, source)
         is_mixed_N = torch.rand(len(rows), generator=source) < config.disarranged
         batch_NCHW[is_mixed_N] = disarranged(batch_NCHW, source)[is_mixed_N]
         with torch.autocast("cpu", torch.bfloat16):
@@ -154,7 +154,7 @@ def disarranged(images_NCHW: Tensor, source: torch.Generator) -> Tensor:
     return share_N1HW * images_NCHW + (1.0 - share_N1HW) * turned_NCHW
 
 
-def _batch(
+def random_view(
     images_NHWC: Images, crop_px: int, rng: np.random.Generator, source: torch.Generator
 ) -> Tensor:
     """Cropped, turned and mirrored (the batch as one), then recoloured (each on its own)."""
