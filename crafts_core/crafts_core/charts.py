@@ -1,4 +1,4 @@
-"""Small charts as SVG text: bars or dots with intervals, lines, stacked columns.
+"""Small charts as SVG text: bars, dots or curves with intervals, lines, stacked columns.
 
 Colours are CSS variables of the page, so the charts follow its light and dark theme; every mark
 carries its number as a title for reading on hover and by screen readers.
@@ -7,6 +7,7 @@ carries its number as a title for reading on hover and by screen readers.
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
+from typing import NamedTuple
 
 _WIDTH = 640
 _PALETTE = 8
@@ -196,6 +197,72 @@ def timeline(
     height = top + plot + 34 + row * len(lines) + 22
     parts.append(_text(left, height - 6, unit, muted=True))
     return _svg(height, unit, parts)
+
+
+class Curve(NamedTuple):
+    """Values with their intervals, one for each tick."""
+
+    label: str
+    colour: int
+    """Number in the palette."""
+    is_dashed: bool
+    points: Sequence[tuple[float, tuple[float, float]]]
+
+
+def curves(
+    drawn: Sequence[Curve], *, ticks: Sequence[str], unit: str, mark: float, told: str
+) -> str:
+    """Curves over the same few ticks, side by side so that intervals can be told apart.
+
+    Args:
+        drawn: In the order of the legend below.
+        ticks: Below the axis.
+        unit: Of the values.
+        mark: A dashed line at this value.
+        told: What that is.
+    """
+    width, left, plot, row = 480, 44, 220, 20
+    ends = [end for each in drawn for _, interval in each.points for end in interval]
+    low, high = min([*ends, mark]), max([*ends, mark])
+    room = max(high - low, 1e-6) * 0.06
+    low, high = low - room, high + room
+    step = (width - left - 10) / len(ticks)
+
+    def y(value: float) -> float:
+        return 10 + plot * (high - value) / (high - low)
+
+    parts = [
+        f'<path d="M{left} {y(mark):.1f}H{width - 10}" stroke="var(--muted)" '
+        f'stroke-dasharray="2 4"><title>{escape(told)}: {mark:.4g}</title></path>'
+    ]
+    parts += [
+        _text(left - 6, y(value) + 4, f"{value:.2f}", anchor="end", muted=True)
+        for value in (low + room, high - room)
+    ]
+    for place, tick in enumerate(ticks):
+        middle = left + step * (place + 0.5)
+        parts.append(_text(middle, plot + 28, tick, anchor="middle", muted=True))
+    for number, each in enumerate(drawn):
+        colour = f"var(--c{each.colour % _PALETTE})"
+        dashes = ' stroke-dasharray="5 4"' if each.is_dashed else ""
+        aside = step * 0.6 * ((number + 0.5) / len(drawn) - 0.5)
+        xs = [left + step * (place + 0.5) + aside for place in range(len(ticks))]
+        path = "L".join(f"{x:.1f} {y(v):.1f}" for x, (v, _) in zip(xs, each.points, strict=True))
+        parts.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2" fill="none"{dashes}/>')
+        for x, (value, (bottom, top)), tick in zip(xs, each.points, ticks, strict=True):
+            parts.append(
+                f'<path d="M{x:.1f} {y(bottom):.1f}V{y(top):.1f}" stroke="{colour}" '
+                f'stroke-width="1.5"/><circle cx="{x:.1f}" cy="{y(value):.1f}" r="4" '
+                f'fill="{colour}"><title>{escape(each.label)}, {escape(tick)}: {value:.3f} '
+                f"({bottom:.3f} to {top:.3f})</title></circle>"
+            )
+        line_y = plot + 62 + row * number
+        parts.append(
+            f'<path d="M{left} {line_y - 4}h22" stroke="{colour}" stroke-width="2"{dashes}/>'
+        )
+        parts.append(_text(left + 30, line_y, each.label))
+    parts.append(_text(width - 10, plot + 44, unit, anchor="end", muted=True))
+    return _svg(plot + 62 + row * len(drawn), unit, parts, width=width)
 
 
 def stacked(

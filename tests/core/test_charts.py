@@ -95,3 +95,23 @@ def test_a_timeline_of_one_moment_is_drawn() -> None:
     drawn = charts.timeline([("a", [(now, 0.0)])], until=now, unit="u")
     assert "nan" not in drawn
     assert "<title>a, 2026-01-01 00:00: 0</title>" in drawn
+
+
+def test_curves_are_at_their_values_and_apart_at_a_tick() -> None:
+    hostile = "</text><script>x</script>"
+    drawn = charts.curves(
+        [
+            charts.Curve("a", 1, False, [(0.0, (0.0, 0.0)), (1.0, (1.0, 1.0))]),
+            charts.Curve(hostile, 2, True, [(0.5, (0.0, 1.0)), (0.5, (0.0, 1.0))]),
+        ],
+        ticks=["1", hostile],
+        unit="u",
+        mark=0.5,
+        told=hostile,
+    )
+    bottom, top, *middles = numbers(drawn, r'circle cx="[\d.]+" cy="([\d.]+)"')
+    assert middles == pytest.approx([(bottom + top) / 2] * 2, abs=0.1)
+    assert numbers(drawn, r'd="M44 ([\d.]+)H')[0] == pytest.approx(middles[0], abs=0.1)
+    assert len(set(numbers(drawn, r'circle cx="([\d.]+)"'))) == 4
+    assert drawn.count("stroke-dasharray") == 3, "chance, the dashed curve and its legend"
+    assert "<script" not in drawn

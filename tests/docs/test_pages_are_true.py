@@ -47,6 +47,8 @@ def problem(words: list[str]) -> str | None:
     command: click.Command = get_command(PROGRAMS[words[0]])
     rest = words[1:]
     while isinstance(command, click.Group):
+        if " ".join(rest[:2]) in command.commands:  # "evaluate downstream", beside "evaluate"
+            rest = [" ".join(rest[:2]), *rest[2:]]
         names = rest[0].split("/") if rest else []
         if not names or set(names) - command.commands.keys():
             return f"no command {rest[:1]}"

@@ -1,0 +1,1 @@
+"""What a generator's images add to the work of somebody who has real tiles."""
