@@ -231,6 +231,10 @@ def foundation_build(
         str, typer.Option(help="cpu or cuda; auto takes a GPU if there is.")
     ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the default.")] = None,
+    open_probe: Annotated[
+        bool,
+        typer.Option("--open-probe", help="Up to 40 held-out tiles go into the foundation."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Build a public foundation from open tiles and drawings. No patient, no download."""
@@ -246,7 +250,9 @@ def foundation_build(
                 out,
                 work=work or out.with_name(out.name + ".work"),
                 rows=() if tiles is None else read_table(tiles),
-                config=BuildConfig() if seed is None else BuildConfig(seed=seed),
+                config=BuildConfig(
+                    seed=BuildConfig().seed if seed is None else seed, open_probe=open_probe
+                ),
                 name=name,
                 device=device,
                 progress=report,

@@ -20,7 +20,7 @@ from crafts_core.foundation_build.diffusion_training import (
     timestep_shares,
 )
 from crafts_core.foundation_build.measured import measure, steady_phrases
-from crafts_core.foundation_build.public_tiles import compose, drawn_types, public_tiles
+from crafts_core.foundation_build.public_tiles import compose, drawn_types, probe_of, public_tiles
 from crafts_core.foundation_build.tiles_table import TableRow, read_open_tiles
 from crafts_core.foundation_build.training import Recipe, train
 from crafts_core.foundation_build.views import other_stains, to_pixels, to_uint8
@@ -40,6 +40,7 @@ SMALL = BuildConfig(
     num_regions=16,
     captions_per_tile=3,
     num_probe=4,
+    open_probe=True,
     structure_batch=4,
     structure_steps=2,
     text_width=32,
@@ -123,6 +124,17 @@ def test_the_card_credits_every_source_and_says_what_each_type_was_built_from(bu
     assert "| COAD colon adenocarcinoma | 2 open cases |" in card
     assert "| UVM uveal melanoma | drawings |" in card
     assert "2 cases were held out" in card
+
+
+def test_no_open_tile_is_in_a_foundation_unless_asked_for(rows: tuple[TableRow, ...]) -> None:
+    def seen_in(table: tuple[TableRow, ...], *, open_probe: bool) -> torch.Tensor:
+        config = SMALL.model_copy(update={"open_probe": open_probe})
+        return probe_of(table, config).tiles_NCHW
+
+    assert torch.equal(seen_in(rows, open_probe=False), seen_in(
+        tuple(row for row in rows if row.split == "build"), open_probe=True
+    )), "drawings only"  # fmt: skip
+    assert not torch.equal(seen_in(rows, open_probe=False), seen_in(rows, open_probe=True))
 
 
 @pytest.mark.slow

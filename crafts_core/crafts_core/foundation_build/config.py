@@ -22,6 +22,8 @@ class BuildConfig(BaseModel):
     """A region is region_tiles x region_tiles tiles of one phenotype and one stain."""
     captions_per_tile: Count = 6
     num_probe: Count = 60
+    open_probe: bool = False
+    """Held-out tiles in the probe: they are then part of the foundation, pixels and all."""
 
     structure_seed: Count = 1
     structure_batch: Count = 64

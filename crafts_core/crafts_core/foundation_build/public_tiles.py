@@ -188,11 +188,12 @@ def compose(
 
 
 def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
-    """Public pairs that no part was trained on: held-out cases, one tile each, and fresh drawings.
+    """Public pairs that no part was trained on: fresh drawings, and held-out cases if told so.
 
-    At most two in three are of real tissue, so that types without open cases are asked for too.
+    Then one tile a case, and at most two in three, so that types without open cases are asked for
+    too.
     """
-    held_out = [row for row in rows if row.split == "held-out"]
+    held_out = [row for row in rows if row.split == "held-out"] if config.open_probe else []
     first_rows = list({row.case: row for row in reversed(held_out)}.values())[::-1]
     images, captions = [], []
     for row in _spread(first_rows, 2 * config.num_probe // 3):
@@ -205,8 +206,8 @@ def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
         images.append(image)
         (seen,) = steady_phrases(image[None], mpp=config.mpp, seed=config.seed + 5)
         captions.append(", ".join([STAIN, *said, *seen]))
-    types = drawn_types(rows)
-    num_drawn = config.num_probe - len(images) if types else 0
+    types = drawn_types(rows) or CANCER_TYPES
+    num_drawn = config.num_probe - len(images)
     for index in range(config.num_regions, config.num_regions + num_drawn):
         tiles_THWC, caption = _draw(config, index, types[index % len(types)])
         images.append(tiles_THWC[0])
