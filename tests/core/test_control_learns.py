@@ -24,15 +24,16 @@ TRAINED, HELD_OUT = 48, 16
 
 
 def drawn_tiles(foundation: Foundation, count: int) -> TileBatch:
-    """Tiles of 64 px with their exact instance maps."""
+    """Tiles with their exact instance maps."""
+    side_px = foundation.manifest.tile_px
     images, masks, captions = [], [], []
     for number in range(count):
         rng = np.random.default_rng([5, number])
         cancer = cancer_type(("LUAD", "COAD", "BRCA")[number % 3])
         attributes = sample_attributes(rng, cancer)
         region = render_region(
-            rng, width_px=64, height_px=64, mpp=1.0, phenotype=phenotype(attributes),
-            stain=random_stain(np.random.default_rng(92)),
+            rng, width_px=side_px, height_px=side_px, mpp=1.0,
+            phenotype=phenotype(attributes), stain=random_stain(np.random.default_rng(92)),
         )  # fmt: skip
         images.append(region.image)
         masks.append(nuclei_condition(region.instances))
