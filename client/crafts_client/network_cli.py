@@ -457,7 +457,7 @@ def dashboard(
     listen: Annotated[
         str, typer.Option(help="Address; on another than loopback put a TLS proxy before it.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8466,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address.")] = 8466,
 ) -> None:
     """Show cohort, ledger, plans and what left in a browser, until Ctrl-C. Nothing can be changed.
 

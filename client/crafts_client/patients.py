@@ -21,7 +21,7 @@ from crafts_core.foundation import Foundation
 from crafts_core.plan import Modality
 from crafts_core.stages.batch import TileBatch
 from crafts_core.tiles.augment import turned_as_view
-from crafts_core.tiles.conditions import NUM_CHANNELS, to_floats
+from crafts_core.tiles.conditions import to_floats
 from crafts_core.tiles.latents import LatentCache, tile_keys
 from crafts_core.tiles.store import TileStore, readable
 from crafts_privacy.ranks import Ranks
@@ -142,31 +142,3 @@ class PatientTiles:
         condition_BCHW = torch.from_numpy(to_floats(stored_BCHW, modality))
         condition_BCHW[torch.from_numpy(~is_readable_B)] = torch.nan
         return condition_BCHW
-
-
-def probe_batch(
-    foundation: Foundation, num_tiles: int = 3, *, modality: Modality | None = None
-) -> TileBatch:
-    """Public probe tiles as a batch, for checks that must not touch a patient.
-
-    No probe tile has a condition; what stands in for it is noise from a fixed seed.
-    """
-    tiles = foundation.probe.tiles_NCHW[:num_tiles]
-    captions = list(foundation.probe.captions[:num_tiles])
-    anchors_KD = foundation.anchors_KD
-    return TileBatch(
-        latents_BCHW=foundation.generator.encode_images(tiles / 127.5 - 1.0),
-        text_BLD=foundation.generator.encode_captions(captions),
-        null_text_LD=foundation.null_text_LD,
-        weight_B=torch.full((len(captions),), 1.0 / len(captions), device=foundation.device),
-        tile_profile_BK=profile(foundation.aligner.embed_images(tiles), anchors_KD),
-        caption_profile_BK=profile(foundation.aligner.embed_captions(captions), anchors_KD),
-        condition_BCHW=None if modality is None else _made_up(foundation, len(captions), modality),
-    )
-
-
-def _made_up(foundation: Foundation, count: int, modality: Modality) -> Tensor:
-    side = foundation.manifest.tile_px
-    source = torch.Generator().manual_seed(0)
-    shape = (count, NUM_CHANNELS[modality], side, side)
-    return torch.rand(shape, generator=source).to(foundation.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crafts_client.answer_times import PublicStep
 from crafts_client.errors import TrainingError
-from crafts_client.patients import PatientTiles, probe_batch
+from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
@@ -36,6 +36,7 @@ from crafts_core.plan import (
 )
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
+from crafts_core.stages.public_batch import probe_batch
 from crafts_core.state import State, add_delta, factor_names
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients

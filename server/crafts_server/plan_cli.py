@@ -2,15 +2,19 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crafts_core.command_line import one_line_errors, say
 from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
+
+if TYPE_CHECKING:
+    from crafts_privacy.noise_forecast import NoiseForecast
 
 plan_app = typer.Typer(no_args_is_help=True, help="Make, check or sign a plan.")
 
@@ -60,6 +64,8 @@ def plan_new(
             patients=sizes,
         )
         lines = told(plan, sizes)
+        forecast = _forecast(plan, home, sizes)
+        lines += [] if forecast is None else [forecast.in_words]
         try:
             with out.open("x", encoding="utf-8") as file:
                 file.write("".join(f"# {line}\n" for line in lines) + "\n" + commented_toml(plan))
@@ -80,10 +86,19 @@ def plan_keys() -> None:
 
 
 @plan_app.command("check")
-def plan_check(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
+def plan_check(
+    plan: PlanFile,
+    home: Home = DEFAULT_HOME,
+    patients: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a site that will take part; repeat. Else as agreed so far."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what a plan asks for, or all that is wrong with it, as sites will; exit 1 if anything is.
 
-    Where there is a coordinator's home, its adapter is compared with the foundation there.
+    Where there is a coordinator's home, its adapter is compared with the foundation there, and the
+    noise with a gradient that is measured on public tiles.
     """
     with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan, PlanError
@@ -91,6 +106,7 @@ def plan_check(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = Fals
         from crafts_server.home import CoordinatorHome
 
         loaded: Plan | None = None
+        forecast: NoiseForecast | None = None
         try:
             loaded = Plan.load(plan)
             if (home / "coordinator.toml").exists():
@@ -100,12 +116,18 @@ def plan_check(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = Fals
                 say(f"no coordinator's home at {home}: its targets were not compared", err=True)
         except PlanError as error:
             problems = list(error.problems)
+        if loaded is not None and not problems:
+            forecast = _forecast(loaded, home, patients or [])
     if as_json:
-        say(json.dumps({"problems": problems} | ({} if loaded is None else _facts(loaded))))
+        facts: dict[str, object] = {} if loaded is None else _facts(loaded)
+        facts |= {} if forecast is None else {"noise": forecast.as_json()}
+        say(json.dumps({"problems": problems} | facts))
     elif problems:
         say(*(f"crafts-server: {each}" for each in problems), err=True)
     elif loaded is not None:
         say(*_sentences(loaded))
+        if forecast is not None:
+            say(forecast.in_words)
     if problems:
         raise typer.Exit(1)
 
@@ -151,6 +173,27 @@ def refuse_problems(plan: Any, foundation: Path) -> None:
         raise PlanError(
             f"not signed: {problems[0]}{more}; see crafts-server plan check", problems=problems
         )
+
+
+def _forecast(plan: Any, home: Path, patients: Sequence[int]) -> "NoiseForecast | None":
+    """How large the noise will be; None where nothing can be said, as there is no site yet."""
+    if not (home / "coordinator.toml").exists() or plan.privacy.target_epsilon is None:
+        return None
+    from crafts_server.errors import HomeError
+    from crafts_server.home import CoordinatorHome
+    from crafts_server.plan_new import sizes_of
+
+    try:
+        sizes = patients or sizes_of(home)
+    except HomeError as error:
+        say(f"how large the noise will be is not known: {error}", err=True)
+        return None
+    from crafts_core.foundation import load  # torch takes seconds
+    from crafts_privacy.noise_forecast import is_measurable, noise_forecast
+
+    if not is_measurable(plan):
+        return None
+    return noise_forecast(plan, load(CoordinatorHome.open(home).foundation_path), sizes)
 
 
 def _facts(plan: Any) -> dict[str, object]:

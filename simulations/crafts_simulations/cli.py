@@ -1,5 +1,6 @@
 """``crafts-sim``: see what a federation would give, before anybody joins one."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,30 @@ def run(
     else:
         say(headline(report.evaluation))
         say(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+def plan(
+    scenario: Annotated[
+        str,
+        typer.Argument(help="Shipped scenario (quickstart, real-tiles, control) or a TOML file."),
+    ],
+    patients: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a site; repeat. Needed where tiles make the sites."),
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(min=1e-3, help="Target epsilon of each site's promise.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how large a scenario's noise will be beside a public gradient. Trains nothing."""
+    with one_line_errors("crafts-sim"):
+        from crafts_simulations.forecast import scenario_forecast
+
+        found = scenario_forecast(scenario, patients or (), epsilon=epsilon, device=device)
+    say(json.dumps(found.as_json()) if as_json else found.in_words)
 
 
 @app.command()

@@ -1,0 +1,33 @@
+"""``crafts-sim plan``: what a scenario's noise will be, before anything is trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crafts_core.foundation import embedded_path, load
+from crafts_privacy.noise_forecast import NoiseForecast, is_measurable, noise_forecast
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.scenario import load_scenario
+
+
+def scenario_forecast(
+    name: str, patients: Sequence[int], *, epsilon: float | None, device: str
+) -> NoiseForecast:
+    """Of the sites that train, by what they declare.
+
+    Raises:
+        ScenarioError: the scenario is impossible, promises nothing, or its sites come of tiles and
+            no sizes were given.
+    """
+    scenario = load_scenario(name)
+    if epsilon is not None:
+        scenario = scenario.changed(epsilon=epsilon)
+    declared = {site.name: site.declared_patients for site in scenario.site}
+    sizes = tuple(patients) or tuple(declared[each] for each in scenario.participants if declared)
+    if not sizes:
+        raise ScenarioError(f"the sites of {name} come of tiles; give --patients N for each")
+    where = scenario.scenario.foundation
+    foundation = load(embedded_path() if where == "embedded" else Path(where), device=device)
+    plan = scenario.plan(foundation.manifest.hash)
+    if plan.privacy.target_epsilon is None or not is_measurable(plan):
+        raise ScenarioError(f"{name} trains without privacy, or ControlNets alone: nothing to say")
+    return noise_forecast(plan, foundation, sizes)
