@@ -2,7 +2,8 @@
 
 What an accountant answers depends on its question alone, so a question that this code has answered
 before, with these libraries, is answered from the file. Commands and pages that show something ask
-here. What trains never does: it calibrates and charges for itself.
+here. What decides never does: who approves a plan has it judged anew, the privacy report composes
+what it says, and what trains calibrates and charges for itself.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ class Figures:
         """What is not a file of ours counts as empty: nothing is lost but time."""
         try:
             kept = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # the last: of brackets in brackets
             return {}
         return kept if isinstance(kept, dict) else {}
 

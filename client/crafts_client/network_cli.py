@@ -235,7 +235,7 @@ def plan_approve(
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        plan, offered = offered_plan(site, plan_hash)
+        plan, offered = offered_plan(site, plan_hash, anew=not take_back)
         runs = runs_so_far(site, plan)
         if take_back:
             site.approvals.take_back(plan.hash)

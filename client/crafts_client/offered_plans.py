@@ -52,8 +52,13 @@ class _Counted:
     noise_multiplier: float | None = None
 
 
-def judge(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
+def judge(site: SiteHome, signed: SignedPlan, *, anew: bool = False) -> OfferedPlan:
     """What this site would say to a plan. Changes nothing.
+
+    Args:
+        site: As it is set up now.
+        signed: As the coordinator sent it.
+        anew: Believe no figure that was kept: for whoever decides by the answer.
 
     Raises:
         LedgerError: the ledger cannot say what was spent.
@@ -74,7 +79,7 @@ def judge(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
         refused += target_problems(plan, site.foundation_path)
     if refused or plan.privacy.target_epsilon is None:  # calibrate only what is asked in earnest
         return OfferedPlan(plan=plan, refused=tuple(refused))
-    counted = _with_budget(site, plan)
+    counted = _with_budget(site, plan, anew=anew)
     return OfferedPlan(
         plan=plan,
         refused=counted.refused,
@@ -90,19 +95,12 @@ def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
     Raises:
         EnrolmentError: the coordinator cannot be asked.
     """
-    from crafts_client.enrolment import Registrar  # grpc takes its time to import
-
-    with Registrar(site) as registrar:
-        offered = registrar.call("ListPlans").plans
-    for each in offered:
-        yield _told(
-            site,
-            SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
-        )
+    for signed in _signed_plans(site):
+        yield _told(site, signed)
 
 
-def offered_plan(site: SiteHome, plan_hash: str) -> tuple[Plan, OfferedPlan]:
-    """The one plan whose hash begins so.
+def offered_plan(site: SiteHome, plan_hash: str, *, anew: bool = False) -> tuple[Plan, OfferedPlan]:
+    """The one plan whose hash begins so; no other is judged. ``anew`` as for ``judge``.
 
     Raises:
         EnrolmentError: fewer than 16 digits, which somebody could make another plan fit; or none.
@@ -112,9 +110,10 @@ def offered_plan(site: SiteHome, plan_hash: str) -> tuple[Plan, OfferedPlan]:
             f"expected at least 16 hexadecimal digits of a plan's hash, got {plan_hash!r}; see "
             "crafts-client plan list"
         )
-    for offered in offered_plans(site):
-        if offered.plan is not None and offered.plan.hash.startswith(plan_hash):
-            return offered.plan, offered
+    for signed in _signed_plans(site):
+        plan = _readable(signed.json)
+        if plan is not None and plan.hash.startswith(plan_hash):
+            return plan, _told(site, signed, anew=anew)
     raise EnrolmentError(f"no plan begins with {plan_hash!r}; see crafts-client plan list")
 
 
@@ -125,21 +124,33 @@ def runs_so_far(site: SiteHome, plan: Plan) -> int:
     return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
 
 
-def _told(site: SiteHome, signed: SignedPlan) -> OfferedPlan:
+def _signed_plans(site: SiteHome) -> tuple[SignedPlan, ...]:
+    from crafts_client.enrolment import Registrar  # grpc takes its time to import
+
+    with Registrar(site) as registrar:
+        return tuple(
+            SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key)
+            for each in registrar.call("ListPlans").plans
+        )
+
+
+def _told(site: SiteHome, signed: SignedPlan, *, anew: bool = False) -> OfferedPlan:
     """As ``judge``; what a plan's extremes break in it refuses that plan and hides no other."""
     try:
-        return judge(site, signed)
+        return judge(site, signed, anew=anew)
     except (ArithmeticError, ValueError, MemoryError) as error:
         why = f"what it costs cannot be computed here ({type(error).__name__})"
         return OfferedPlan(plan=_readable(signed.json), refused=(why,))
 
 
-def _with_budget(site: SiteHome, plan: Plan) -> _Counted:
+def _with_budget(site: SiteHome, plan: Plan, *, anew: bool) -> _Counted:
     """The rules that need the calibrated noise: its floor, and what is left of the lifetime."""
     try:
         plans = charged_plans(site, existing_ledger(site))
     except FiltersChangedError as error:
         return _Counted(refused=(str(error),))
+    if anew:
+        return _counted(site, plan, plans)
     size = site.config.declared_patients
     question = ("offered", plan.hash, size, site.policy.model_dump_json(), plans)
     return site.figures.of(_Counted, question, lambda: _counted(site, plan, plans))

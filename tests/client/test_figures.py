@@ -34,7 +34,7 @@ def test_other_code_asks_again(kept: Figures, monkeypatch: pytest.MonkeyPatch) -
     assert kept.of(float, ("epsilon",), lambda: 0.5) == 0.5
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}', b"[" * 100_000])
 def test_a_damaged_file_costs_time_only(kept: Figures, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "figures.json").write_bytes(content)
     assert kept.of(float, ("epsilon",), lambda: 0.25) == 0.25

@@ -20,6 +20,7 @@ from crafts_client.site import Site
 from crafts_core.plan import Plan
 from crafts_privacy import signing
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
+from support.charges import charge
 from support.sites import Coordinator, make_site_home
 
 
@@ -146,6 +147,25 @@ def test_a_second_plan_is_judged_by_the_sum_of_targets(tmp_path, foundation, coo
     assert "set it back" in refused
 
 
+def test_a_kept_figure_approves_nothing(tmp_path, foundation, coordinator, offer) -> None:
+    """What is kept was forged, to refuse nothing: who approves has the plan judged anew."""
+    home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_epsilon=9.0)
+    plan = coordinator.plan()
+    other = coordinator.plan(study=plan.study.model_dump() | {"seed": 2})
+    charge(home, plan)
+    offer(signed(coordinator, other))
+    assert "not one more round fits" in run("plan", "show", other.hash, "--home", home.path).stdout
+    kept = home.path / "figures.json"
+    forged = {question: {"refused": []} for question in json.loads(kept.read_text())}
+    kept.write_text(json.dumps(forged))
+    assert "Refused" not in run("plan", "show", other.hash, "--home", home.path).stdout
+
+    done = run("plan", "approve", other.hash, "--home", home.path)
+
+    assert (done.exit_code, "not one more round fits" in done.stderr) == (1, True)
+    assert not home.approvals.all()
+
+
 def test_approving_again_allows_one_run_more(home, foundation, coordinator, offer) -> None:
     plan = coordinator.plan()
     offer(signed(coordinator, plan))
@@ -191,7 +211,7 @@ def test_what_a_budget_cannot_be_computed_for_is_refused(home, coordinator, offe
     plan = coordinator.plan()
     offer(signed(coordinator, plan))
 
-    def breaks(*_: object) -> None:
+    def breaks(*_: object, anew: bool) -> None:
         raise OverflowError
 
     monkeypatch.setattr("crafts_client.offered_plans._with_budget", breaks)
