@@ -5,7 +5,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _POLL_S = 0.02
@@ -74,26 +74,35 @@ def exclusive_lock(path: Path, *, held: Exception, timeout_s: float = 0.0) -> It
     """Hold an advisory lock on ``path``; the kernel frees it when the process dies.
 
     Args:
-        path: Made if it is missing; never removed.
+        path: Made if it is missing. Who holds the lock may remove it: whoever waited for it then
+            waits for the file that is there now.
         held: Raised when another process or thread held it for the whole time.
         timeout_s: How long to wait for it.
     """
-    import fcntl  # of Unix; only coordinators and sites lock anything, and they run on Linux
-
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    deadline = time.monotonic() + timeout_s
+    while (descriptor := _locked(path)) is None:
+        if time.monotonic() >= deadline:
+            raise held
+        time.sleep(_POLL_S)
     try:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise held from error
-                time.sleep(_POLL_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock of the file at ``path``; None where another has it."""
+    import fcntl  # of Unix; only coordinators and sites lock anything, and they run on Linux
+
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    with ExitStack() as closing:
+        closing.callback(os.close, descriptor)
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                closing.pop_all()
+                return descriptor
+    return None
 
 
 def append_line(path: Path, line: str, *, mode: int = 0o644) -> None:

@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,25 @@ def test_lines_are_appended_and_a_torn_one_does_not_swallow_the_next(tmp_path: P
     path.write_text("one\ntw")
     durable.append_line(path, "three")
     assert path.read_text() == "one\ntw\nthree\n"
+
+
+def test_a_lock_whose_file_was_removed_is_nobodys(tmp_path: Path) -> None:
+    """Who waited for it gets the one that others ask for now, not a file without a name."""
+    path, held = tmp_path / "lock", BlockingIOError("held")
+    has_it, may_end = threading.Event(), threading.Event()
+
+    def waits() -> None:
+        with durable.exclusive_lock(path, held=held, timeout_s=30.0):
+            has_it.set()
+            may_end.wait(30.0)
+
+    waiter = threading.Thread(target=waits)
+    with durable.exclusive_lock(path, held=held):
+        waiter.start()
+        time.sleep(0.1)
+        path.unlink()
+    assert has_it.wait(30.0)
+    with pytest.raises(BlockingIOError, match="held"), durable.exclusive_lock(path, held=held):
+        pass
+    may_end.set()
+    waiter.join()
