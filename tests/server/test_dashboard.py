@@ -132,6 +132,27 @@ def test_a_round_costs_what_its_sites_declared(foundation) -> None:
     assert none.in_words.startswith("no epsilon")
 
 
+def test_ever_other_noise_of_a_site_counts_as_its_least(foundation) -> None:
+    """Else one site could make the page compose a hundred kinds of steps."""
+    plan = Plan.parse(plan_values(foundation.manifest.hash))
+    first = receipt(aachen=0.6)
+    receipts = [
+        first.model_copy(
+            update={
+                "round": number,
+                "sites": (first.sites[0].model_copy(update={"noise_multiplier": 1 + number / 64}),),
+            }
+        )
+        for number in range(1, 7)
+    ]
+    costs = [cost.highest for cost in round_costs(plan, receipts)]
+    assert costs == sorted(costs)
+    weakest = PrivacyEvent(noise_multiplier=1 + 1 / 64, sample_rate=0.5, steps=6)
+    delta = plan.privacy.delta
+    bound = accounting.epsilon([weakest], delta, discretization=accounting.COARSE)
+    assert 0.9 * bound < costs[-1] <= bound
+
+
 def test_of_distributed_trust_the_sums_noise_counts(foundation) -> None:
     """Each site declares its share, which alone would protect less."""
     values = plan_values(foundation.manifest.hash)
