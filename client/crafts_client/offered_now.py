@@ -1,14 +1,17 @@
 """What the coordinator offered when it was last asked. No page waits for the answer."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from crafts_client.home import SiteHome
 from crafts_client.offered_plans import OfferedPlan, offered_plans
 from crafts_core.errors import CraftsError
+
+log = logging.getLogger(__name__)
 
 _EVERY_S = 60.0
 _PATIENCE_S = 1.0
@@ -57,6 +60,9 @@ class OfferedNow:
     def _refresh(self) -> None:
         try:
             self._newest = Offered(at=datetime.now(UTC), plans=self._ask(self._open_home()))
-        except CraftsError as error:
-            last = self._newest
-            self._newest = Offered(at=last.at, plans=last.plans, why=str(error))
+        except Exception as error:  # nobody waits for this thread: unsaid, old plans would look new
+            why = str(error)
+            if not isinstance(error, CraftsError):
+                log.exception("the coordinator's plans could not be read")
+                why = f"{type(error).__name__}, which this program's log has more about"
+            self._newest = replace(self._newest, why=why)

@@ -1,6 +1,7 @@
 """The owner sees the site as it is; others see nothing, and nobody can do anything."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from crafts_client.home import SiteHome
 from crafts_client.offered_now import OfferedNow
 from crafts_client.offered_plans import OfferedPlan
 from crafts_client.register import PatientRegister
+from crafts_client.running import _held, is_running, the_only_one
 from crafts_client.site_view import site_view
 from crafts_core.page_token import token_of
 from crafts_core.plan import Plan
@@ -122,6 +124,26 @@ def test_an_attack_of_another_version_is_left_out(home: SiteHome) -> None:
     home.leakage_path.write_text('{"attacks": "none"}')
     client, link = browser(home)
     assert "No attack was made" in client.get(link).text
+
+
+def test_what_breaks_while_the_coordinator_is_asked_is_said(home: SiteHome, coordinator) -> None:
+    """Else plans of long ago would stand there as if they were of now."""
+    plans = offers(coordinator.plan())
+    offered = OfferedNow(lambda: home, lambda _: plans)
+    first = offered.look()
+    offered._ask = lambda _: {}["unforeseen"]
+    offered._refresh()
+    assert (offered._newest.at, offered._newest.plans) == (first.at, plans)
+    assert "KeyError" in offered._newest.why
+
+
+def test_a_look_keeps_nobody_from_taking_part(home: SiteHome) -> None:
+    """A page holds the lock of ``join`` for a moment, again and again."""
+    looks = _held(home, timeout_s=0.0)
+    looks.__enter__()
+    threading.Timer(0.1, looks.__exit__, (None, None, None)).start()
+    with the_only_one(home):
+        assert is_running(home)
 
 
 def test_no_page_waits_for_a_coordinator_that_hangs(home: SiteHome) -> None:
