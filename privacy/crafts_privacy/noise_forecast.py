@@ -8,8 +8,9 @@ Letters: D coordinates, P public patients, K sites.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -101,11 +102,12 @@ def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) 
     if not is_measurable(plan):
         raise ValueError("a plan of ControlNets alone cannot be measured")
     planned = next(each for each in plan.rounds() if each.stage.modality is None)
-    grads_PD = _clipped_gradients(plan, planned, foundation)
+    rows = _clipped_gradients(plan, planned, foundation)
+    first_D = next(rows)
     return NoiseForecast(
-        num_coordinates=grads_PD.shape[1],
-        gradient_norm=_agreed_norm(grads_PD),
-        noise_norm=noise_std(plan, patients) * math.sqrt(grads_PD.shape[1]),
+        num_coordinates=len(first_D),
+        gradient_norm=_agreed_norm(chain([first_D], rows)),
+        noise_norm=noise_std(plan, patients) * math.sqrt(len(first_D)),
         steps=plan.total_steps,
     )
 
@@ -121,8 +123,13 @@ def noise_std(plan: Plan, patients: Sequence[int]) -> float:
     return plan_noise_multiplier(plan) * math.sqrt(num_noises) / drawn
 
 
-def _clipped_gradients(plan: Plan, planned: RoundOfPlan, foundation: Foundation) -> Tensor:
-    """Rows (P, D) over the clipping bound; the drift term is left out, which begins at zero."""
+def _clipped_gradients(
+    plan: Plan, planned: RoundOfPlan, foundation: Foundation
+) -> Iterator[Tensor]:
+    """One row (D) for each patient, over the clipping bound; without the drift, which begins at 0.
+
+    One at a time: of all weights of a large denoiser sixteen would not fit into memory.
+    """
     privacy = plan.privacy
     adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter, ("generator",))
     start = initial_state(foundation, plan.adapter, plan.study.seed, ("generator",))
@@ -133,7 +140,6 @@ def _clipped_gradients(plan: Plan, planned: RoundOfPlan, foundation: Foundation)
     everybody = probe_batch(foundation, _PATIENTS)
     source = torch.Generator().manual_seed(plan.study.seed)
     stability = privacy.clipping_stability if privacy.clipping == "automatic" else None
-    rows = []
     for row in range(len(everybody)):
         tile = everybody.select(torch.tensor([row], device=foundation.device))
         batch = tile.repeat(privacy.draws_per_tile)
@@ -141,17 +147,19 @@ def _clipped_gradients(plan: Plan, planned: RoundOfPlan, foundation: Foundation)
         loss = batch.mean(objective.loss_per_tile(batch, objective.draw(batch, source)))
         grad_D = gradient.compute([loss]).clone()
         clip_(grad_D, privacy.max_grad_norm, stability=stability)
-        rows.append(grad_D.cpu() / privacy.max_grad_norm)
+        yield grad_D.cpu() / privacy.max_grad_norm
     gradient.release()
-    return torch.stack(rows)
 
 
-def _agreed_norm(grads_PD: Tensor) -> float:
+def _agreed_norm(grads: Iterable[Tensor]) -> float:
     """Length of the mean that independent draws share: the mean's own would count their spread.
 
     The mean inner product of different rows is the squared length of what all have in common.
     """
-    rows = grads_PD.double()
-    count = len(rows)
-    shared = (rows.sum(dim=0).square().sum() - rows.square().sum()) / (count * (count - 1))
-    return math.sqrt(max(0.0, float(shared)))
+    total_D, squares, count = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for grad_D in grads:
+        total_D = total_D + grad_D.double()
+        squares += float(grad_D.double().square().sum())
+        count += 1
+    shared = (float(total_D.square().sum()) - squares) / (count * (count - 1))
+    return math.sqrt(max(0.0, shared))
