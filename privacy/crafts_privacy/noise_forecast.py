@@ -116,9 +116,11 @@ def noise_std(plan: Plan, patients: Sequence[int]) -> float:
     """Of one coordinate of a step's mean over all sites, in units of the clipping bound.
 
     Sites count by their patients. Where each adds all of its noise these add up; of distributed
-    trust the sum holds one site's.
+    trust all sites but ``colluding_sites`` add one site's together, and those their shares beyond.
     """
-    num_noises = 1 if plan.privacy.trust == "distributed" else len(patients)
+    num_noises: float = len(patients)
+    if plan.privacy.trust == "distributed":
+        num_noises /= max(1, len(patients) - (plan.privacy.colluding_sites or 0))
     drawn = plan.privacy.sample_rate * sum(patients)
     return plan_noise_multiplier(plan) * math.sqrt(num_noises) / drawn
 

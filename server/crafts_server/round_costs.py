@@ -12,6 +12,7 @@ from functools import lru_cache
 from crafts_core.plan import Plan
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.secure_aggregation.shares import total_noise_multiplier
 from crafts_server.receipts import RoundReceipt, SiteReceipt
 
 _MOST_KINDS = 4
@@ -71,12 +72,16 @@ def _at_most(events: Sequence[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
 
 
 def _noise_of(plan: Plan, receipt: RoundReceipt, site: SiteReceipt) -> float:
-    """Of distributed trust the noise is the whole sum's, to which a site declares its share."""
+    """Of distributed trust what a sum has without its loudest ``colluding_sites`` members.
+
+    That is what the promise counts on; a site declares its share, which alone would protect less.
+    """
     if plan.privacy.trust == "distributed":
         for each in receipt.sums:
-            is_read = each.norm is not None and site.site in each.members
-            if is_read and each.noise_multiplier is not None:
-                return each.noise_multiplier
+            if each.norm is not None and site.site in each.members:
+                shares = sorted(x.noise_multiplier for x in receipt.sites if x.site in each.members)
+                num_honest = max(1, len(shares) - (plan.privacy.colluding_sites or 0))
+                return total_noise_multiplier(shares[:num_honest])
     return site.noise_multiplier
 
 

@@ -154,24 +154,24 @@ def test_ever_other_noise_of_a_site_counts_as_its_least(foundation) -> None:
 
 
 def test_of_distributed_trust_the_sums_noise_counts(foundation) -> None:
-    """Each site declares its share, which alone would protect less."""
+    """Each site declares its share; one of three colludes, so the noise of two counts."""
     values = plan_values(foundation.manifest.hash)
     plan = Plan.parse(values)
-    trust = plan.model_copy(
-        update={"privacy": plan.privacy.model_copy(update={"trust": "distributed"})}
-    )
-    members = ("aachen", "bern")
+    changes = {"trust": "distributed", "colluding_sites": 1}
+    trust = plan.model_copy(update={"privacy": plan.privacy.model_copy(update=changes)})
     read = SumReceipt(
         attempt=1,
-        members=members,
+        members=("aachen", "bern", "celle"),
         missing=(),
-        noise_multiplier=2.0,
+        noise_multiplier=3**0.5,
         norm=1.0,
         lowest=0.0,
         highest=9.0,
     )
-    shared = receipt(aachen=0.6, bern=0.4).model_copy(update={"sums": (read,)})
-    assert round_costs(trust, [shared])[0].highest < round_costs(plan, [shared])[0].lowest
+    shared = receipt(aachen=0.4, bern=0.3, celle=0.3).model_copy(update={"sums": (read,)})
+    event = PrivacyEvent(noise_multiplier=2**0.5, sample_rate=0.5, steps=1)
+    epsilon = accounting.epsilon([event], plan.privacy.delta, discretization=accounting.COARSE)
+    assert round_costs(trust, [shared])[0].highest == epsilon
 
 
 def test_who_has_not_sees_the_same_as_where_nothing_is(browser: TestClient, token: str) -> None:

@@ -14,6 +14,7 @@ from crafts_core.starting_point import initial_state
 from crafts_privacy import noise_forecast as forecasts
 from crafts_privacy.noise_forecast import NoiseForecast, noise_forecast, noise_std
 from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_privacy.secure_aggregation.shares import own_noise_multiplier, total_noise_multiplier
 from support.sites import plan_values
 
 
@@ -34,12 +35,15 @@ def test_noise_is_what_sites_would_add(foundation, patients: list[int]) -> None:
     assert float(total.std()) == pytest.approx(noise_std(plan, patients), rel=0.02)
 
 
-def test_one_step_over_all_sites_has_the_noise_of_one(foundation) -> None:
+def test_one_step_over_all_sites_has_the_shares_of_all(foundation) -> None:
+    """Sized so that the shares of all but one make up one site's noise."""
     plan = plan_of(foundation)
-    privacy = plan.privacy.model_copy(update={"trust": "distributed"})
-    shared = plan.model_copy(update={"privacy": privacy})
-    assert noise_std(shared, [20] * 9) == pytest.approx(noise_std(plan, [20] * 9) / 3)
-    assert noise_std(shared, [20] * 9) == pytest.approx(noise_std(plan, [180]))
+    changes = {"trust": "distributed", "colluding_sites": 1}
+    shared = plan.model_copy(update={"privacy": plan.privacy.model_copy(update=changes)})
+    share = own_noise_multiplier(plan_noise_multiplier(plan), num_members=9, colluding_sites=1)
+    drawn = plan.privacy.sample_rate * 180
+    assert noise_std(shared, [20] * 9) == pytest.approx(total_noise_multiplier([share] * 9) / drawn)
+    assert noise_std(shared, [20]) == pytest.approx(noise_std(plan, [20])), "too few for a sum"
 
 
 def test_gradients_are_clipped_ones_of_the_plans_first_step(foundation) -> None:
