@@ -3,7 +3,7 @@
 import json
 import re
 import stat
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +193,22 @@ class TestSplit:
             assert learnt.weight_L[is_real_L].sum() == pytest.approx(learnt.weight_L.sum() / 2)
         for arm in (REAL, Arm("augmented"), Arm("synthetic", "g"), Arm("both", "g")):
             assert lesson(of, split, arm, 1).weight_L.sum() == pytest.approx(3 * EACH)
+
+    def test_classes_of_a_part_count_the_same(self) -> None:
+        """However many tiles a class has: images are balanced, which alone would look like help."""
+        of = pool()
+        rows = np.flatnonzero((of.class_R != "A") | (np.arange(len(of.class_R)) % EACH == 0))
+        fewer = Pool(**{field.name: getattr(of, field.name)[rows] for field in fields(of)})
+        split = draw_split(fewer, seed=0, number=0)
+        for arm in (REAL, Arm("augmented"), Arm("both", "g")):
+            learnt = lesson(fewer, split, arm, 1)
+            for source in set(fewer.source_R[learnt.rows]):
+                is_of_L = fewer.source_R[learnt.rows] == source
+                shares = [
+                    learnt.weight_L[is_of_L & (fewer.class_R[learnt.rows] == name)].sum()
+                    for name in CAPTIONS
+                ]
+                assert shares == pytest.approx([sum(shares) / 3] * 3)
 
     def test_a_patient_of_several_classes_is_on_one_side(self) -> None:
         of = pool()

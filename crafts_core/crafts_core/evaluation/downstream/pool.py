@@ -114,8 +114,9 @@ class Split:
 class Lesson:
     """Rows to learn from, and how much each counts.
 
-    Parts of a lesson count the same, and all lessons of a shot weigh as much as its real tiles: a
-    longer one is not regularised less, which would look like help.
+    Parts of a lesson count the same, and in each part the classes: images are as many of each, and
+    would otherwise help only because real tiles are not. All lessons of a shot weigh as much as its
+    real tiles: a longer one is not regularised less, which would look like help.
     """
 
     rows: Rows
@@ -181,8 +182,15 @@ def lesson(pool: Pool, split: Split, arm: Arm, shot: int | None) -> Lesson:
             f"{arm.generator}: no image of {min(missing)!r} is left without captions of patients "
             "who are asked about; draw more (--num)"
         )
-    weights = [np.full(len(each), len(real) / len(chosen) / len(each)) for each in chosen]
+    weights = [_even(pool.class_R[each], len(real) / len(chosen)) for each in chosen]
     return Lesson(rows=rows, weight_L=np.concatenate(weights) if weights else np.empty(0))
+
+
+def _even(class_L: Words, total: float) -> Vector:
+    """Weights of that sum, of which each class has the same share."""
+    _, place_L, count_K = np.unique(class_L, return_inverse=True, return_counts=True)
+    weight_L: Vector = total / len(count_K) / count_K[place_L]
+    return weight_L
 
 
 def _tiles(pool: Pool, split: Split, shot: int | None, source: Source) -> Rows:
