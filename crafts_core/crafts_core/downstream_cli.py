@@ -28,7 +28,7 @@ def downstream(
     foundation: FoundationDir = None,
     encoder: EncoderSpec = "embedded",
     num: Annotated[int, typer.Option(min=4, help="Images drawn of each class.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Random splits of the patients.")] = 5,
+    seeds: Annotated[int, typer.Option(min=2, max=1000, help="Random splits of the patients.")] = 5,
     pretraining_steps: Annotated[
         int, typer.Option(min=1, help="Batches that each self-supervised network sees.")
     ] = 200,
@@ -81,7 +81,7 @@ def downstream(
         if out is not None:
             names = {"subject": generator.resolve().name, "real": real.resolve().name}
             write_page(found, out / "downstream.html", **names)
-            write_file(out / "downstream.json", found.model_dump_json(indent=1) + "\n", mode=0o644)
+            write_file(out / "downstream.json", found.model_dump_json(indent=1) + "\n", mode=0o600)
     if as_json:
         say(found.model_dump_json())
         return

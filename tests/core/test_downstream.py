@@ -15,7 +15,7 @@ from crafts_core.cli import app
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.downstream.drawing import requests_of, with_captions
 from crafts_core.evaluation.downstream.figures import Score, verdict_of
-from crafts_core.evaluation.downstream.measure import DownstreamConfig, examine, usable
+from crafts_core.evaluation.downstream.measure import DownstreamConfig, examine
 from crafts_core.evaluation.downstream.pool import (
     REAL,
     Arm,
@@ -24,6 +24,7 @@ from crafts_core.evaluation.downstream.pool import (
     Split,
     draw_split,
     lesson,
+    usable,
 )
 from crafts_core.evaluation.downstream.questions import (
     NO,
@@ -111,7 +112,7 @@ class TestClassification:
         return examine(of, [task], ["g"], config)
 
     def test_right_images_help_whoever_has_one_patient(self) -> None:
-        scores = self.scores()
+        scores = self.scores(config=CONFIG.model_copy(update={"splits": 10}))
         assert found(scores, "real", 1).value < 0.8
         both = found(scores, "both", 1)
         assert both.verdict == "helps"
@@ -343,8 +344,10 @@ class TestRealTiles:
 
     def tiles(self, *counts: int, says_patients: bool = True, captions: bool = False) -> RealTiles:
         labels = [f"class {n}" for n, count in enumerate(counts) for _ in range(count)]
+        images_NHWC = np.zeros((sum(counts), 32, 32, 3), np.uint8)
+        images_NHWC[:, 0, 0, 0] = np.arange(sum(counts))
         return RealTiles(
-            images_NHWC=np.zeros((sum(counts), 32, 32, 3), np.uint8),
+            images_NHWC=images_NHWC,
             patients=np.asarray([str(n) for n in range(sum(counts))]),
             captions=[f"{label}, {n % 2}" if captions else "" for n, label in enumerate(labels)],
             labels=labels,
@@ -357,10 +360,21 @@ class TestRealTiles:
         with pytest.raises(CraftsError, match="nobody says whose the images are"):
             usable(self.tiles(5, 5, says_patients=False), Path("real"))
 
-    def test_a_class_of_few_patients_is_left_out_and_named(self) -> None:
+    def test_a_class_of_few_patients_is_left_out_and_counted_without_its_name(self) -> None:
         kept, told = usable(self.tiles(5, 3, 4), Path("real"))
         assert set(kept.classes) == {"class 0", "class 2"}
-        assert told == ["class 'class 1': needs 4 patients, has 3"]
+        assert told == ["1 of 3 classes (3 tiles): fewer than 4 patients each"]
+
+    def test_a_tile_that_two_patients_have_is_left_out(self) -> None:
+        """It would teach, and be asked about; one patient may have it twice."""
+        tiles = self.tiles(6, 6)
+        tiles.images_NHWC[1] = tiles.images_NHWC[0]
+        tiles.images_NHWC[8] = tiles.images_NHWC[7]
+        tiles.patients[8] = tiles.patients[7]
+        kept, told = usable(tiles, Path("real"))
+        assert set(kept.patients) == set(tiles.patients) - {"0", "1"}
+        assert len(kept) == 10
+        assert told == ["2 tiles: several patients have the same pixels"]
 
     def test_labels_that_we_know_are_captions(self) -> None:
         tiles = replace(self.tiles(4, 4), labels=["LUAD"] * 4 + ["normal lung"] * 4)
@@ -428,7 +442,9 @@ def test_the_program_tells_draws_once_and_writes_a_page(
     assert "Classification of tiles, balanced accuracy, all patients; chance 0.50" in told
     assert re.search(r"real \+ images of mine +0\.\d{3}  [+-]0", told)
     assert "Adding images of public foundation to real tiles of 1 patient a class " in told
-    page = (out / "downstream.html").read_text()
+    pages = [out / "downstream.html", out / "downstream.json"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in pages] == [0o600] * 2
+    page = pages[0].read_text()
     assert page.count("<svg") == 8
     assert "epsilon 8" in page
     assert "<script" not in page
@@ -465,3 +481,21 @@ def test_what_cannot_be_measured_is_one_line(
     code, _, error = run(foundation, foundation.path, "--real", real)
     assert code == 1
     assert error.strip().splitlines()[-1].startswith(f"crafts: {real}: expected two classes")
+
+
+def test_what_cannot_be_split_is_told_before_anything_is_drawn(
+    foundation: Foundation, real: Path, tmp_path: Path
+) -> None:
+    """Of the third class, a split has all patients on the side of their other class sometimes."""
+    rows = [json.loads(line) for line in real.read_text().splitlines()]
+    for row in rows:
+        if row["file"] in ("0-0.png", "2-0.png", "1-0.png", "3-0.png"):
+            row["label"] = "LUSC"
+    real.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    words = ["evaluate", "downstream", foundation.path, "--real", real, "--out", out]
+    words += ["--foundation", foundation.path, "--encoder", "orthogonal", "--seeds", 60]
+    result = CliRunner().invoke(app, [*map(str, words), "--mpp", "1"])
+    assert result.exit_code == 1
+    assert "no way was found to put patients of" in result.stderr
+    assert not out.exists()

@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.devices import open_device
-from crafts_core.errors import CraftsError
 from crafts_core.evaluation.alignment import Matcher
 from crafts_core.evaluation.bench import Reader
 from crafts_core.evaluation.downstream.drawing import (
@@ -23,7 +22,6 @@ from crafts_core.evaluation.downstream.drawing import (
 from crafts_core.evaluation.downstream.figures import Downstream, Images, Score, verdict_of
 from crafts_core.evaluation.downstream.paired import Marks, Resamples, estimate
 from crafts_core.evaluation.downstream.pool import (
-    FEWEST_PATIENTS,
     REAL,
     Arm,
     Kind,
@@ -31,6 +29,7 @@ from crafts_core.evaluation.downstream.pool import (
     Pool,
     Split,
     draw_split,
+    usable,
 )
 from crafts_core.evaluation.downstream.questions import answers, caption_of, in_words, phrases_of
 from crafts_core.evaluation.downstream.tasks import (
@@ -64,7 +63,7 @@ class DownstreamConfig(BaseModel):
     encoder: str = Field(default="embedded", min_length=1)
     num_images: int = Field(default=64, ge=4, le=100_000)
     """Drawn of each class."""
-    splits: int = Field(default=5, ge=1, le=1000)
+    splits: int = Field(default=5, ge=2, le=1000)
     seed: int = Field(default=0, ge=0)
     num_bootstrap: int = Field(default=1000, ge=20, le=100_000)
     pretraining_steps: int = Field(default=200, ge=1, le=1_000_000)
@@ -110,6 +109,7 @@ def measure_downstream(
     read = with_captions(reader.read(real, settings.max_tiles)).in_order_of_content()
     tiles, told = usable(read, real)
     drawn, parts = [], _real_parts(tiles)
+    _splits(Pool.of(parts), config)  # what cannot be split is told before images are drawn
     for subject in _subjects(generators, foundation, settings, told):
         with _folder(settings.images, subject) as folder:
             part = draw_part(
@@ -150,35 +150,6 @@ def measure_downstream(
     )
 
 
-def usable(tiles: RealTiles, path: Path) -> tuple[RealTiles, list[str]]:
-    """Tiles of classes that can be split, and what is left out, a line each.
-
-    Raises:
-        CraftsError: nobody says whose tiles they are, or fewer than two classes are left.
-    """
-    if not tiles.says_patients:
-        raise CraftsError(
-            f"{path}: nobody says whose the images are, so who teaches could be asked about; add "
-            "a column patient"
-        )
-    class_N = np.asarray(tiles.classes)
-    counts = {
-        name: len(set(tiles.patients[class_N == name])) for name in np.unique(class_N).tolist()
-    }
-    kept = [name for name, count in counts.items() if count >= FEWEST_PATIENTS]
-    if len(kept) < 2:
-        raise CraftsError(
-            f"{path}: expected two classes (labels, or captions) of at least {FEWEST_PATIENTS} "
-            f"patients each, got {len(kept)} of {len(counts)}"
-        )
-    left_out = [
-        f"class {name!r}: needs {FEWEST_PATIENTS} patients, has {count}"
-        for name, count in counts.items()
-        if name not in kept
-    ]
-    return tiles.take(np.flatnonzero(np.isin(class_N, kept))), left_out
-
-
 def aligned_tasks(pool: Pool, matcher: Matcher, phrases: Sequence[str]) -> list[Task]:
     """Tasks on the embeddings of a foundation's aligner."""
     captions, place_R = np.unique(pool.caption_R, return_inverse=True)
@@ -203,7 +174,7 @@ def examine(
     progress: Progress | None = None,
 ) -> list[Score]:
     """Every arm of every task in the same splits, and how it differs from real tiles only."""
-    splits = [draw_split(pool, seed=config.seed, number=n) for n in range(config.splits)]
+    splits = _splits(pool, config)
     shots = _shots(splits)
     resamples = Resamples.draw(
         pool.num_patients, config.splits, num_bootstrap=config.num_bootstrap, seed=config.seed
@@ -257,6 +228,10 @@ def _arms(kinds: Sequence[Kind], generators: Sequence[str]) -> list[Arm]:
     return [Arm(kind) for kind in kinds if kind not in is_drawn] + [
         Arm(kind, name) for kind in kinds if kind in is_drawn for name in generators
     ]
+
+
+def _splits(pool: Pool, config: DownstreamConfig) -> list[Split]:
+    return [draw_split(pool, seed=config.seed, number=n) for n in range(config.splits)]
 
 
 def _shots(splits: Sequence[Split]) -> Shots:

@@ -1,8 +1,9 @@
 """Marks of several arms in the same exams, compared pair by pair.
 
 An interval is by patients and by splits at once: both are drawn again, the same ones for all arms,
-so a difference is between arms that were asked the same. What is averaged are groups (the classes,
-the answers to a question), so that none counts more because it is frequent.
+so a difference is between arms that were asked the same. Splits are few, and a bootstrap of few is
+too narrow: how often each counts is stretched to what Student's t gives. What is averaged are
+groups (the classes, the answers to a question), so that none counts more because it is frequent.
 
 Letters: N questions, P patients, G groups, S splits, B bootstrap samples.
 """
@@ -13,6 +14,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from crafts_core.evaluation.resampling import Interval, Patients, Vector, interval_of, repeats
 
@@ -42,7 +44,7 @@ class Resamples:
         splits = rng.multinomial(num_splits, np.full(num_splits, 1 / num_splits), num_bootstrap)
         return cls(
             weight_BP=np.stack([np.ones(num_patients), *patients]),
-            weight_BS=np.vstack([np.ones(num_splits), splits]),
+            weight_BS=np.vstack([np.ones(num_splits), 1.0 + _stretch(num_splits) * (splits - 1.0)]),
         )
 
     def scores(self, marks: Sequence[Marks]) -> Vector:
@@ -69,6 +71,12 @@ class Resamples:
 def estimate(score_B: Vector) -> tuple[float, Interval]:
     """The estimate and its 90 % interval."""
     return float(score_B[0]), interval_of(score_B[np.isfinite(score_B)].tolist()[1:])
+
+
+def _stretch(num_splits: int) -> float:
+    """How much wider a t interval of a mean is than its bootstrap's; two units at least."""
+    t, normal = stats.t.ppf(0.95, num_splits - 1), stats.norm.ppf(0.95)
+    return float(np.sqrt(num_splits / (num_splits - 1)) * t / normal)
 
 
 def _ratio(part: Vector, whole: Vector) -> Vector:

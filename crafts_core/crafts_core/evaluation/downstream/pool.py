@@ -6,8 +6,10 @@ by a variant of one, and not by a caption that an image was drawn from.
 Letters: R rows, L rows of a lesson, P patients.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.real_tiles import RealTiles, pixel_digest
 from crafts_core.evaluation.resampling import Patients, Rows, Vector, half_of_patients
 
 Kind = Literal["untrained", "real", "augmented", "synthetic", "both"]
@@ -121,6 +124,49 @@ class Lesson:
 
     rows: Rows
     weight_L: Vector
+
+
+def usable(tiles: RealTiles, path: Path) -> tuple[RealTiles, list[str]]:
+    """Tiles of classes that can be split, and what is left out, a line each.
+
+    Raises:
+        CraftsError: nobody says whose tiles they are, or fewer than two classes are left.
+    """
+    if not tiles.says_patients:
+        raise CraftsError(
+            f"{path}: nobody says whose the images are, so who teaches could be asked about; add "
+            "a column patient"
+        )
+    alone = tiles.take(_rows_of_one_patient(tiles))
+    class_N = np.asarray(alone.classes)
+    counts = {
+        name: len(set(alone.patients[class_N == name])) for name in np.unique(class_N).tolist()
+    }
+    kept = [name for name, count in counts.items() if count >= FEWEST_PATIENTS]
+    if len(kept) < 2:
+        raise CraftsError(
+            f"{path}: expected two classes (labels, or captions) of at least {FEWEST_PATIENTS} "
+            f"patients each, got {len(kept)} of {len(counts)}"
+        )
+    is_kept_N = np.isin(class_N, kept)
+    told = []
+    if shared := len(tiles) - len(alone):
+        told.append(f"{shared} tiles: several patients have the same pixels")
+    if rare := len(counts) - len(kept):  # not named: a class may be what one patient's caption says
+        told.append(
+            f"{rare} of {len(counts)} classes ({(~is_kept_N).sum()} tiles): fewer than "
+            f"{FEWEST_PATIENTS} patients each"
+        )
+    return alone.take(np.flatnonzero(is_kept_N)), told
+
+
+def _rows_of_one_patient(tiles: RealTiles) -> Rows:
+    """All but tiles of which another patient has a copy: it would teach and be asked about."""
+    digests = [pixel_digest(image) for image in tiles.images_NHWC]
+    owners = defaultdict(set)
+    for digest, patient in zip(digests, tiles.patients.tolist(), strict=True):
+        owners[digest].add(patient)
+    return np.flatnonzero([len(owners[digest]) == 1 for digest in digests])
 
 
 def draw_split(pool: Pool, *, seed: int, number: int) -> Split:

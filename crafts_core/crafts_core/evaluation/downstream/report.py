@@ -129,7 +129,11 @@ def remarks(result: Downstream) -> list[str]:
 
 
 def write_page(result: Downstream, path: Path, *, subject: str, real: str) -> None:
-    """One file that loads nothing: verdicts, plots and tables; no picture of anybody's tissue."""
+    """One file that loads nothing: verdicts, plots and tables; no picture of anybody's tissue.
+
+    Figures are of real patients, and classes and questions may be words of their captions: it is
+    readable by its owner only.
+    """
     page = (
         page_environment("crafts_core")
         .get_template("downstream.html.j2")
@@ -146,7 +150,7 @@ def write_page(result: Downstream, path: Path, *, subject: str, real: str) -> No
             version=__version__,
         )
     )
-    write_file(path, page, mode=0o644)
+    write_file(path, page, mode=0o600)
 
 
 def _panel(result: Downstream, task: TaskName) -> Panel:
