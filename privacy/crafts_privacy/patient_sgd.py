@@ -31,6 +31,9 @@ Parts (a generator, so that one graph exists at a time) cut a patient into micro
 gradients add up *before* clipping, so it is the patient that is bounded.
 """
 
+PatientVector = Callable[[int], Tensor]
+"""Patient index to what the patient adds to a sum: flat float32, as long as all parameters."""
+
 GroupLoss = Callable[[Sequence[int | None]], Tensor]
 """The patients of one pass, by their places, to the losses of all its rows (B,).
 
@@ -120,6 +123,19 @@ class PatientSum(ABC):
                 yield from gradients.compute(group_loss(places))[: len(group)]
 
         self._noisy_step(num_patients, by_group)
+
+    def step_on_vectors(self, num_patients: int, patient_vector: PatientVector) -> None:
+        """The same step on vectors that patients are told by: down ``-<vector, parameters>``.
+
+        Its gradient is the vector, sign turned, so each is cut, rounded and counted as a gradient
+        is: at learning rate one the parameters move by the noised mean of the vectors.
+        """
+
+        def one_by_one(drawn: Sequence[int]) -> Iterator[Tensor]:
+            for patient in drawn:
+                yield patient_vector(patient).to(self._sum_D.device, torch.float32).neg()
+
+        self._noisy_step(num_patients, one_by_one)
 
     def _noisy_step(
         self, num_patients: int, gradients_of: Callable[[Sequence[int]], Iterable[Tensor]]
