@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from crafts_client.home import SiteConfig, SiteHome
-from crafts_client.mechanism import limit_of, mechanism_of
+from crafts_client.mechanism import limit_of, mechanism_of, releases_to_come
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.delta_text import delta_times_patients
 from crafts_core.plan import Plan
@@ -21,7 +21,8 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.charges import SumCharge, charged_to, charges_of_sums
 from crafts_privacy.ledger import FiltersChangedError, Ledger, LedgerError
 from crafts_privacy.ledger_export import LedgerExport
-from crafts_privacy.lifetime import FilterState, Lifetime, PlanCharges
+from crafts_privacy.lifetime import FilterState, Lifetime, PlanCharges, with_charge
+from crafts_privacy.plan_noise import release_events
 
 
 class _Told(BaseModel):
@@ -137,12 +138,18 @@ def _left_for(
 ) -> dict[str, Any]:
     mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
     limit, whole = limit_of(plan, lifetime), mechanism.event(plan.total_steps)
+    charged = [event for each in plans if each.plan_hash == plan.hash for event in each.events]
+    to_come = releases_to_come(plan, charged)
+    if to_come:  # they come before any step of training, and are charged to the same target
+        plans = with_charge(plans, plan.hash, limit, *to_come)
     wanted = PlanCharges(plan_hash=plan.hash, limit=limit, events=())
     return {
         "steps_left_of_this_plan": lifetime.steps_left(plans, wanted, whole),
         "steps_of_this_plan": plan.total_steps,
         "noise_multiplier_of_this_plan": mechanism.noise_multiplier,
-        "further_plans_like_this_one": lifetime.plans_left(plans, limit, whole),
+        "further_plans_like_this_one": lifetime.plans_left(
+            plans, limit, *release_events(plan), whole
+        ),
     }
 
 

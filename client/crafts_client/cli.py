@@ -353,7 +353,7 @@ def policy_check(
     as_json: AsJson = False,
 ) -> None:
     """Say whether this site would take part in a plan; exit 1 if not."""
-    from crafts_client.mechanism import mechanism_of
+    from crafts_client.mechanism import mechanisms_of
     from crafts_client.policy import PolicyError
     from crafts_core.plan import Plan
 
@@ -362,14 +362,15 @@ def policy_check(
         wanted = Plan.load(plan)
         size = site.config.declared_patients
         refused = list(site.policy.violations(wanted, declared_patients=size))
-        mechanism = mechanism_of(wanted, declared_patients=size)
-        try:
-            site.policy.check_noise(wanted, mechanism)
-        except PolicyError as error:
-            refused.append(error)
+        mechanisms = mechanisms_of(wanted, declared_patients=size)
+        for mechanism in mechanisms:
+            try:
+                site.policy.check_noise(wanted, mechanism)
+            except PolicyError as error:
+                refused.append(error)
     result = {
         "allowed": not refused,
-        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_multiplier": mechanisms[0].noise_multiplier,
         "plan_hash": wanted.hash,
         "refused": [str(error) for error in refused],
     }

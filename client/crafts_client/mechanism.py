@@ -9,15 +9,26 @@ does not weaken or strengthen this noise: the ledger holds it against the site's
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
-from crafts_core.plan import Plan
+from crafts_core.plan import Plan, StageConfig
+from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.lifetime import Lifetime, PlanLimit
 from crafts_privacy.mechanism import Mechanism
-from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_privacy.plan_noise import (
+    plan_noise_multiplier,
+    release_events,
+    stage_noise_multiplier,
+)
 
 
-def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
+def mechanism_of(
+    plan: Plan, stage: StageConfig | None = None, *, declared_patients: int
+) -> Mechanism:
     """Sampling, clipping, noise and divisor for every step of ``plan`` at one site.
+
+    Of a ``stage``, which may be a release; without one, of those that train.
 
     Without privacy the same steps run with the same clip and no noise, so that a baseline differs
     in nothing else.
@@ -25,7 +36,7 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
     Raises:
         CalibrationError: no noise keeps the target.
     """
-    privacy = plan.privacy
+    privacy = plan.privacy if stage is None else plan.privacy_of(stage)
     expected_patients = privacy.sample_rate * declared_patients
     stability = privacy.clipping_stability if privacy.clipping == "automatic" else None
     if privacy.target_epsilon is None or privacy.delta is None:
@@ -36,12 +47,31 @@ def mechanism_of(plan: Plan, *, declared_patients: int) -> Mechanism:
             stability=stability,
         )
     return Mechanism(
-        noise_multiplier=plan_noise_multiplier(plan),
+        noise_multiplier=(
+            plan_noise_multiplier(plan) if stage is None else stage_noise_multiplier(plan, stage)
+        ),
         max_grad_norm=privacy.max_grad_norm,
         sample_rate=privacy.sample_rate,
         expected_patients=expected_patients,
         stability=stability,
     )
+
+
+def mechanisms_of(plan: Plan, *, declared_patients: int) -> list[Mechanism]:
+    """Of all that a plan asks for: its training, then each of its releases.
+
+    Raises:
+        CalibrationError: no noise keeps the target.
+    """
+    return [
+        mechanism_of(plan, stage, declared_patients=declared_patients)
+        for stage in (None, *plan.releases)
+    ]
+
+
+def releases_to_come(plan: Plan, charged: Sequence[PrivacyEvent]) -> list[PrivacyEvent]:
+    """What a plan releases before training and was not charged for yet."""
+    return list((Counter(release_events(plan)) - Counter(charged)).elements())
 
 
 def limit_of(plan: Plan, lifetime: Lifetime) -> PlanLimit:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from crafts_client.budget import charged_plans
 from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
-from crafts_client.mechanism import limit_of, mechanism_of
+from crafts_client.mechanism import limit_of, mechanisms_of, releases_to_come
 from crafts_client.policy import PolicyError
 from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_ledger import existing_ledger
@@ -162,22 +162,24 @@ def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...]) -> _Cou
         return _Counted(refused=problems)
     policy = site.policy
     try:
-        mechanism = mechanism_of(plan, declared_patients=site.config.declared_patients)
-        policy.check_noise(plan, mechanism)
+        mechanisms = mechanisms_of(plan, declared_patients=site.config.declared_patients)
+        for each in mechanisms:
+            policy.check_noise(plan, each)
     except (PolicyError, CalibrationError) as error:
         return _Counted(refused=(str(error),))
-    done = sum(
-        event.steps for known in plans if known.plan_hash == plan.hash for event in known.events
-    )
-
+    charged = [event for known in plans if known.plan_hash == plan.hash for event in known.events]
+    to_come = releases_to_come(plan, charged)
+    num_released = len(plan.releases) - len(to_come)
+    done = sum(event.steps for event in charged) - num_released
     lifetime = policy.lifetime
     limit = limit_of(plan, lifetime)
 
     def after(steps: int) -> FilterState:
-        return lifetime.state(with_charge(plans, plan.hash, limit, mechanism.event(steps)))
+        new = [*to_come, mechanisms[0].event(steps)]
+        return lifetime.state(with_charge(plans, plan.hash, limit, *new))
 
     all_of_it = after(max(0, plan.total_steps - done))
-    one_more = after(min(stage.local_steps for stage in plan.stage))
+    one_more = after(min(stage.local_steps for stage in plan.stage if not stage.is_release))
     refused: tuple[str, ...] = ()
     remark = ""
     if not one_more.holds:
@@ -188,7 +190,7 @@ def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...]) -> _Cou
         refused=refused,
         epsilon_after=all_of_it.epsilon,
         remark=remark,
-        noise_multiplier=None if refused else mechanism.noise_multiplier,
+        noise_multiplier=None if refused else mechanisms[0].noise_multiplier,
     )
 
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from crafts_core.aligner import profile
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Modality
+from crafts_core.stages.alignment import NO_CLASS
 from crafts_core.stages.batch import TileBatch
 from crafts_core.tiles.augment import turned_as_view
 from crafts_core.tiles.conditions import to_floats
 from crafts_core.tiles.latents import LatentCache, tile_keys
 from crafts_core.tiles.store import TileStore, readable
+from crafts_core.vocabulary import caption_class
 from crafts_privacy.ranks import Ranks
 
 Places = npt.NDArray[np.int64]
@@ -40,6 +42,7 @@ class PatientTiles:
         # What lies over a tile has to turn with its variant.
         self._keys = tile_keys(store) if cache.views > 1 else []
         self._num_unusable = 0
+        self._classes: dict[tuple[str, ...], Tensor] = {}
 
     def leave_out(self, withdrawn: Collection[str]) -> None:
         """Train without these pseudonyms from now on."""
@@ -82,6 +85,7 @@ class PatientTiles:
         max_tiles: int,
         generator: torch.Generator,
         modality: Modality | None = None,
+        captions: tuple[str, ...] = (),
     ) -> TileBatch:
         """Up to ``max_tiles`` of one patient's tiles, drawn uniformly without replacement.
 
@@ -91,13 +95,12 @@ class PatientTiles:
 
         With a ``modality`` only tiles that have such a condition are drawn, and it comes along. A
         patient without any gives an empty batch: sampled like everybody, contributing nothing.
+        With ``captions`` every tile says which of them is its own.
         """
         every_row = self._store.tile_rows_of(self._places[patient])
         if modality is not None:
             every_row = every_row[self._store.has_condition(every_row, modality)]
-        all_rows = torch.from_numpy(every_row)
-        chosen = torch.randperm(len(all_rows), generator=generator)[:max_tiles]
-        rows = all_rows[chosen].numpy()
+        rows = _chosen(every_row, max_tiles, generator)
         view_B = None
         if self._cache.views > 1:
             view_B = torch.randint(self._cache.views, (len(rows),), generator=generator).numpy()
@@ -110,7 +113,9 @@ class PatientTiles:
         ]
         if modality is not None:
             parts.append(self._conditions(rows, view_B, modality))
-        latents_BCHW, text_BLD, tile_BD, caption_BD, *condition = self._usable(parts)
+        if captions:
+            parts.append(self.classes_of(captions)[caption_ids])
+        latents_BCHW, text_BLD, tile_BD, caption_BD, *more = self._usable(parts)
         anchors_KD = self._foundation.anchors_KD
         weight_B = latents_BCHW.new_full((len(latents_BCHW),), 1.0 / max(len(rows), 1))
         return TileBatch(
@@ -120,8 +125,43 @@ class PatientTiles:
             weight_B=weight_B,
             tile_profile_BK=profile(tile_BD, anchors_KD),
             caption_profile_BK=profile(caption_BD, anchors_KD),
-            condition_BCHW=condition[0] if condition else None,
+            condition_BCHW=more.pop(0) if modality is not None else None,
+            class_B=more.pop(0).squeeze(1) if captions else None,
         )
+
+    def embeddings(
+        self,
+        patient: int,
+        *,
+        max_tiles: int,
+        generator: torch.Generator,
+        captions: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Of up to ``max_tiles`` of a patient's tiles as they are: embeddings and classes."""
+        every_row = self._store.tile_rows_of(self._places[patient])
+        rows = _chosen(every_row, max_tiles, generator)
+        class_B1 = self.classes_of(captions)[self._store.caption_ids(rows)]
+        embedding_BD, class_B1 = self._usable([self._cache.tile_embeddings(rows), class_B1])
+        return embedding_BD, class_B1.squeeze(1)
+
+    def images(
+        self, patient: int, *, max_tiles: int, generator: torch.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """Pixels of up to ``max_tiles`` of a patient's tiles, (B, H, W, 3), that can be read."""
+        every_row = self._store.tile_rows_of(self._places[patient])
+        images_BHWC, is_readable_B = readable(
+            self._store.read_images, _chosen(every_row, max_tiles, generator)
+        )
+        self._num_unusable += int((~is_readable_B).sum())
+        return images_BHWC[is_readable_B]
+
+    def classes_of(self, captions: tuple[str, ...]) -> Tensor:
+        """Of every caption of the store which of the study's it is, a column; found once."""
+        if captions not in self._classes:
+            found = [caption_class(text, captions) for text in self._store.captions]
+            column = [[NO_CLASS if number is None else number] for number in found]
+            self._classes = {captions: torch.tensor(column)}
+        return self._classes[captions]
 
     def _usable(self, parts_B: Sequence[Tensor]) -> list[Tensor]:
         """Only the tiles of which all parts are finite, on the device."""
@@ -142,3 +182,11 @@ class PatientTiles:
         condition_BCHW = torch.from_numpy(to_floats(stored_BCHW, modality))
         condition_BCHW[torch.from_numpy(~is_readable_B)] = torch.nan
         return condition_BCHW
+
+
+def _chosen(every_row: Places, max_tiles: int, generator: torch.Generator) -> Places:
+    """Up to so many of some rows, each as likely as any."""
+    rows: Places = every_row[
+        torch.randperm(len(every_row), generator=generator)[:max_tiles].numpy()
+    ]
+    return rows

@@ -6,12 +6,13 @@ from crafts_client.home import SiteHome
 from crafts_client.offered_plans import OfferedPlan
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.delta_text import delta_text
-from crafts_core.plan import Plan
+from crafts_core.plan import RELEASES, Plan, StageConfig
+from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 
 _ALL_LEAVES = (
     "What leaves: in each round one update of the adapter, noise and all, and the numbers of this "
-    "plan. No image, path, caption, loss, count of patients or norm of a gradient."
+    "plan. No image, path, caption, loss, exact count of patients or norm of a gradient."
 )
 
 
@@ -19,9 +20,10 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
     """One sentence or two a line; what is refused comes last."""
     stages = ", then ".join(
         f"{each.rounds} rounds of {each.local_steps} steps of {each.modality or each.name}"
-        for each in plan.stage
+        for each in plan.stage[len(plan.releases) :]
     )
     yield f"Study {plan.study.name} (plan {plan.hash[:16]}) asks for {stages}."
+    yield from (_release(plan, each) for each in plan.releases)
     yield _ALL_LEAVES
     if plan.privacy.target_epsilon is None or plan.privacy.delta is None:
         yield "It promises patients nothing: it trains without privacy."
@@ -34,6 +36,25 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
         yield "Approved here." if approved else f"Next: crafts-client plan approve {plan.hash[:16]}"
     if offered.remark:
         yield f"Note: {offered.remark}."
+
+
+def _release(plan: Plan, stage: StageConfig) -> str:
+    """What leaves before training, and what it costs by itself."""
+    num_classes = len(plan.study.captions)
+    what = (
+        f"the mean embedding of the tiles of each of {num_classes} captions"
+        if stage.name == "anchors"
+        else "mean and spread of colour, and how many patients, seven numbers"
+    )
+    cost = "without noise"
+    if stage.noise_multiplier is not None and plan.privacy.delta is not None:
+        event = PrivacyEvent(noise_multiplier=stage.noise_multiplier, sample_rate=1.0, steps=1)
+        alone = epsilon([event], plan.privacy.delta)
+        cost = (
+            f"with noise of {stage.noise_multiplier:g} times what one patient adds, epsilon "
+            f"{alone:.2f} of the plan's if it stood alone"
+        )
+    return f"Before training, once, over all patients: {what}; {cost}."
 
 
 def _promise(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
@@ -68,9 +89,9 @@ def _time(site: SiteHome, plan: Plan) -> str:
 
 
 def seconds_per_step(entries: Sequence[LedgerEntry]) -> float | None:
-    """Of the newest round that was answered, from its reservation on; None before there is one."""
+    """Of the newest round of training that was answered, from its reservation on; None before."""
     for entry in reversed(entries):
-        if entry.kind is EntryKind.COMMITTED and entry.steps:
+        if entry.kind is EntryKind.COMMITTED and entry.steps and entry.stage not in RELEASES:
             paid = entries[entry.reservation - 1]
             return (entry.recorded_at - paid.recorded_at).total_seconds() / entry.steps
     return None

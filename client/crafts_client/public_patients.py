@@ -61,12 +61,19 @@ class PublicPatients(PatientTiles):
         max_tiles: int,
         generator: torch.Generator,
         modality: Modality | None = None,
+        captions: tuple[str, ...] = (),
     ) -> TileBatch:
         """See :class:`PatientTiles`; what is drawn afterwards from ``generator`` is fixed too."""
         place = self._places[patient]
         self._asked.append(place)
         generator.manual_seed(place)
-        return super().batch(patient, max_tiles=max_tiles, generator=generator, modality=modality)
+        return super().batch(
+            patient,
+            max_tiles=max_tiles,
+            generator=generator,
+            modality=modality,
+            captions=captions,
+        )
 
     def take_asked(self) -> npt.NDArray[np.float64]:
         """How often each patient was asked for since this was called last, withdrawn ones too."""

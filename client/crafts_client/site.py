@@ -67,6 +67,7 @@ from crafts_core.exchange import (
 )
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import AdapterConfig, Part, Plan, RoundOfPlan, StageConfig
+from crafts_core.releases import release_schema
 from crafts_core.roster import Roster
 from crafts_core.state import State, factor_names
 from crafts_core.tiles import TileStore
@@ -237,20 +238,22 @@ class Site:
     def _train(self, plan: Plan, stage: StageConfig, message: RoundMessage) -> Release | ReadyReply:
         """Reserve, train, check, seal, commit: the order that the module's docstring explains."""
         config, policy, request = self._home.config, self._home.policy, message.request
-        mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
+        mechanism = mechanism_of(plan, stage, declared_patients=config.declared_patients)
         policy.check_noise(plan, mechanism)
         trainer = self._trainer_for(plan)
-        state = _read_hashed(message, "adapter", trainer.schema(), request.checkpoint_hash, policy)
+        schema = trainer.schema() | release_schema(plan, self._foundation)
+        state = _read_hashed(message, "adapter", schema, request.checkpoint_hash, policy)
         task = TrainingTask(
             stage=stage,
             factor=request.factor,
-            privacy=plan.privacy,
+            privacy=plan.privacy_of(stage),
             mechanism=mechanism,
             charged=mechanism.event(stage.local_steps),
             state=state,
             stage_start=self._stage_start(message, stage, state),
             withdrawn=self._register.withdrawn,
             sum_grid_bits=plan.privacy.sum_grid_bits,
+            captions=plan.captions_of(stage),
         )
         reservation = self._reserve(plan, request, task)
         try:
@@ -314,6 +317,8 @@ class Site:
 
     def _keep(self, plan: Plan, request: RoundRequest, state: State, release: Release) -> None:
         """For an attack of the site's own; a full disk stops no answer that is sealed."""
+        if plan.stage[request.stage_index].is_release:  # no gradient is in it
+            return
         try:
             self._seen.keep(plan, request, state, release.delta, release.hash)
         except OSError as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from crafts_client.answer_times import PublicStep
 from crafts_client.errors import TrainingError
 from crafts_client.patients import PatientTiles
+from crafts_client.releasing import Told, public_release, vector_of
 from crafts_client.speed import Speed
 from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
@@ -34,6 +35,7 @@ from crafts_core.plan import (
     PrivacyConfig,
     StageConfig,
 )
+from crafts_core.releases import class_anchors
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_core.stages.public_batch import probe_batch
@@ -59,6 +61,8 @@ _SHIFTS = (1, 2, 3, 4)
 """Passes of the check that patients are isolated (``is_isolated``); one a round."""
 Drawn = tuple[TileBatch, Draws]
 """A patient's tiles with their noise and timesteps."""
+TakeSteps = Callable[[PatientSum], None]
+"""Exactly a round's steps, on this device's patients."""
 
 
 def entropy_generator(step: int = 0, patient: str = "") -> torch.Generator:  # noqa: ARG001
@@ -113,6 +117,8 @@ class TrainingTask:
     """Of a step whose sum is held until it is known who else adds noise; of the plan."""
     withdrawn: frozenset[str] = frozenset()
     """Pseudonyms of patients who take no part any more."""
+    captions: tuple[str, ...] = ()
+    """The study's classes, of a stage that needs them."""
 
 
 class _AllPublic:
@@ -161,7 +167,7 @@ class Trainer:
         self._randomness = randomness
         self._speed = speed
         self._ranks = ranks
-        self._public_tiles: dict[Modality | None, TileBatch] = {}
+        self._public_tiles: dict[tuple[Modality | None, tuple[str, ...]], TileBatch] = {}
         self._trusted: dict[tuple[StageConfig, Factor, int], Speed] = {}
         self._shifts = itertools.cycle(_SHIFTS)
         self.num_unusable_patients = 0
@@ -191,10 +197,10 @@ class Trainer:
             BatchCoupledLossError: the loss has no per-patient sensitivity.
             TrainingError: the result is not finite.
         """
-        objective, speed = self._prepare(task, before_draws)
-        parameters = self._adapter.trainable(task.factor)
-        optimizer = self._sgd(task, self._randomness.sampler, self._ranks)
-        self._step_on_patients(optimizer, task, objective, speed)
+        take_steps = self._prepare(task, before_draws)
+        parameters = self._trained(task)
+        optimizer = self._sgd(task, parameters, self._randomness.sampler, self._ranks)
+        self._step_on_patients(optimizer, task, take_steps)
         delta = {
             name: parameter.detach().to("cpu", torch.float32) - task.state[name].float()
             for name, parameter in parameters.items()
@@ -223,58 +229,112 @@ class Trainer:
             TrainingError: another number of steps was charged.
         """
         assert task.sum_grid_bits is not None
-        objective, speed = self._prepare(task, before_draws)
+        take_steps = self._prepare(task, before_draws)
         step = HeldStep(
-            self._adapter.trainable(task.factor),
+            self._trained(task),
             task.mechanism,
             noise=self._randomness.noise,
             sampler=self._randomness.sampler,
             grid_bits=task.sum_grid_bits,
             ranks=self._ranks,
         )
-        self._step_on_patients(step, task, objective, speed)
+        self._step_on_patients(step, task, take_steps)
         return step.take()
 
     def _prepare(
         self, task: TrainingTask, before_draws: Callable[[PublicStep], None] | None
-    ) -> tuple[Objective, Speed]:
-        """Everything before the first draw, on public values; the round's weights are in."""
+    ) -> TakeSteps:
+        """Everything before the first draw, on public values; what is left are the steps."""
         self.num_unusable_patients, self.has_drawn = 0, False
         self._patients.leave_out(task.withdrawn)
+        if task.captions:
+            self._patients.classes_of(task.captions)  # not while an answer's time is running
+        if task.stage.is_release:
+            return self._prepare_release(task, before_draws)
         self._adapter.load_state(_awake(task))
         objective = self._objective(task)
         speed = self._trusted_speed(task, objective, _rows_of(task))
         if before_draws is not None:
             before_draws(self._public_step(task, objective, speed))
         self._adapter.load_state(task.state)
-        return objective, speed
+        own = self._patients.of_rank(self._ranks or Alone())
+
+        def take_steps(optimizer: PatientSum) -> None:
+            self._take_steps(
+                optimizer,
+                task,
+                objective,
+                speed,
+                num_steps=task.stage.local_steps,
+                num_patients=len(own),
+                drawn=lambda place: self._drawn(
+                    own[place], objective, task, step=optimizer.steps_taken
+                ),
+            )
+
+        return take_steps
+
+    def _prepare_release(
+        self, task: TrainingTask, before_draws: Callable[[PublicStep], None] | None
+    ) -> TakeSteps:
+        """The same of a release: no network runs, each patient is told by a vector of its own."""
+        told = Told(
+            factor=task.factor,
+            captions=task.captions,
+            max_tiles=task.privacy.tiles_per_patient,
+        )
+        if before_draws is not None:
+            before_draws(self._public_release(task, told))
+        own = self._patients.of_rank(self._ranks or Alone())
+
+        def take_step(optimizer: PatientSum) -> None:
+            def vector(place: int) -> Tensor:
+                name = self._patients.pseudonym(own[place])
+                generator = self._randomness.generator(optimizer.steps_taken, name)
+                return vector_of(self._patients, own[place], told, generator)
+
+            optimizer.step_on_vectors(len(own), vector)
+
+        return take_step
+
+    def _public_release(self, task: TrainingTask, told: Told) -> PublicStep:
+        """A release of public patients, noise and all."""
+        make = public_release(self._foundation, told)
+
+        def run(num_patients: int) -> None:
+            optimizer = self._sgd(task, self._trained(task), _AllPublic(), self._ranks)
+            optimizer.step_on_vectors(num_patients, lambda _: make())
+
+        return PublicStep(run=run, group_size=1)
 
     def _step_on_patients(
-        self, optimizer: PatientSum, task: TrainingTask, objective: Objective, speed: Speed
+        self, optimizer: PatientSum, task: TrainingTask, take_steps: TakeSteps
     ) -> None:
         """Exactly the steps that were charged, on this device's patients."""
-        own = self._patients.of_rank(self._ranks or Alone())
         self.has_drawn = True
-        self._take_steps(
-            optimizer,
-            task,
-            objective,
-            speed,
-            num_steps=task.stage.local_steps,
-            num_patients=len(own),
-            drawn=lambda place: self._drawn(
-                own[place], objective, task, step=optimizer.steps_taken
-            ),
-        )
+        take_steps(optimizer)
         self.num_unusable_patients = optimizer.num_unusable_patients()
         if optimizer.event() != task.charged:
             raise TrainingError("training ran other steps than the ledger was charged for")
 
+    def _trained(self, task: TrainingTask) -> dict[str, nn.Parameter]:
+        """What a round moves: a factor's weights, or what a release tells, from zero."""
+        if not task.stage.is_release:
+            return self._adapter.trainable(task.factor)
+        return {
+            name: nn.Parameter(task.state[name].to(self._foundation.device, copy=True))
+            for name in factor_names(task.state, task.factor)
+        }
+
     def _sgd(
-        self, task: TrainingTask, sampler: PatientSampler, ranks: Ranks | None = None
+        self,
+        task: TrainingTask,
+        parameters: Mapping[str, nn.Parameter],
+        sampler: PatientSampler,
+        ranks: Ranks | None = None,
     ) -> PatientSGD:
         return PatientSGD(
-            self._adapter.trainable(task.factor),
+            parameters,
             task.mechanism,
             learning_rate=task.stage.learning_rate,
             optimizer=optimizer_of(task.stage),
@@ -290,14 +350,14 @@ class Trainer:
         as the slowest one's, and no device is at its patients while another is timed.
         """
         rows = _rows_of(task)
-        batch = self._probe(1, task.stage).select(torch.zeros(rows, dtype=torch.int64))
+        batch = self._probe(1, task).select(torch.zeros(rows, dtype=torch.int64))
         batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
         drawn = (batch, _public_draws(objective, batch))
         group_size = self._group_size(speed, rows, task.factor)
 
         def run(num_passes: int) -> None:
             self._take_steps(
-                self._sgd(task, _AllPublic(), self._ranks),
+                self._sgd(task, self._trained(task), _AllPublic(), self._ranks),
                 task,
                 objective,
                 speed,
@@ -330,7 +390,7 @@ class Trainer:
                     num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
                 )
             return
-        filler = self._filler(objective, task.stage, rows)
+        filler = self._filler(objective, task, rows)
 
         def group_loss(places: Sequence[int | None]) -> Tensor:
             group = [filler if place is None else drawn(place) for place in places]
@@ -344,9 +404,14 @@ class Trainer:
     def _objective(self, task: TrainingTask) -> Objective:
         """The stage's loss, refused under privacy if it mixes tiles. Checked on public tiles."""
         self._adapter.run_with()
-        objective = Objective(self._foundation, self._adapter, task.stage, task.stage_start)
+        anchors_KD = (
+            class_anchors(self._foundation, task.captions, task.state) if task.captions else None
+        )
+        objective = Objective(
+            self._foundation, self._adapter, task.stage, task.stage_start, anchors_KD
+        )
         if task.mechanism.private:
-            batch = self._probe(3, task.stage)
+            batch = self._probe(3, task)
             assert_per_tile(objective.loss_per_tile, batch, _public_draws(objective, batch))
         return objective
 
@@ -409,10 +474,9 @@ class Trainer:
         """Of public patients, with the weights that the adapter holds now."""
         parameters = list(self._adapter.trainable(task.factor).values())
         group_size = self._group_size(speed, rows, task.factor)
-        filler = self._filler(objective, task.stage, rows)
+        filler = self._filler(objective, task, rows)
         cohort = [
-            self._public_patient(objective, task.stage, rows, seed=index)
-            for index in range(group_size)
+            self._public_patient(objective, task, rows, seed=index) for index in range(group_size)
         ]
         strangers = [filler, *(_spoilt(filler, value) for value in (torch.nan, 0.0, 1e4))]
         strangers = strangers[shifts[0] % 4 :] + strangers[: shifts[0] % 4]
@@ -433,7 +497,7 @@ class Trainer:
         """Of the gradients of two public patients with as many tiles as ours have."""
         parameters = list(self._adapter.trainable(task.factor).values())
         cohort = [
-            self._public_patient(objective, task.stage, rows, seed=index)
+            self._public_patient(objective, task, rows, seed=index)
             for index in range(max(group_size, 2))
         ]
         one, whole = FlatGradient(parameters), Speed(microbatch_tiles=speed.microbatch_tiles)
@@ -463,23 +527,24 @@ class Trainer:
         )
 
     def _public_patient(
-        self, objective: Objective, stage: StageConfig, rows: int, *, seed: int
+        self, objective: Objective, task: TrainingTask, rows: int, *, seed: int
     ) -> Drawn:
         """One who has as many rows as a pass has for each: a probe tile, each time noised anew."""
-        tiles = self._probe(3, stage).select(torch.tensor([seed % 3] * rows))
+        tiles = self._probe(3, task).select(torch.tensor([seed % 3] * rows))
         batch = replace(tiles, weight_B=torch.full_like(tiles.weight_B, 1.0 / rows))
         return batch, objective.draw(batch, torch.Generator().manual_seed(seed))
 
-    def _filler(self, objective: Objective, stage: StageConfig, rows: int) -> Drawn:
+    def _filler(self, objective: Objective, task: TrainingTask, rows: int) -> Drawn:
         """Rows that weigh nothing, for places and tiles that are not there. Public."""
-        batch, draws = self._public_patient(objective, stage, rows, seed=0)
+        batch, draws = self._public_patient(objective, task, rows, seed=0)
         return replace(batch, weight_B=torch.zeros_like(batch.weight_B)), draws
 
-    def _probe(self, num_tiles: int, stage: StageConfig) -> TileBatch:
-        known, modality = self._public_tiles, stage.modality
-        if modality not in known:
-            known[modality] = probe_batch(self._foundation, modality=modality)
-        return known[modality].select(torch.arange(num_tiles))
+    def _probe(self, num_tiles: int, task: TrainingTask) -> TileBatch:
+        known, wanted = self._public_tiles, (task.stage.modality, task.captions)
+        if wanted not in known:
+            modality, captions = wanted
+            known[wanted] = probe_batch(self._foundation, modality=modality, captions=captions)
+        return known[wanted].select(torch.arange(num_tiles))
 
     def _group_size(self, speed: Speed, rows: int, factor: Factor) -> int:
         """One for full weights: a row for each patient would be a copy of all of them."""
@@ -500,6 +565,7 @@ class Trainer:
             max_tiles=task.privacy.tiles_per_patient,
             generator=generator,
             modality=task.stage.modality,
+            captions=task.captions,
         )
         batch = tiles.repeat(task.privacy.draws_per_tile)
         return batch, objective.draw(batch, generator)

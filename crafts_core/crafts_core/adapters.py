@@ -46,6 +46,7 @@ from crafts_core.state import (
     control_state,
     factor_names,
     generator_state,
+    weights_of,
 )
 
 
@@ -201,13 +202,13 @@ class Adapter:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put weights in.
+        """Put weights in; what sites released is none, and is passed over.
 
         Raises:
             AdapterError: names or shapes differ from this adapter's, or a value is not finite.
         """
         try:
-            check_tensors(state, self._parameters)
+            check_tensors(weights_of(state), self._parameters)
         except ExchangeError as error:
             raise AdapterError(f"state does not fit the adapter: {error}") from error
         for name, parameter in self._parameters.items():

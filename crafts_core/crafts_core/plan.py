@@ -26,18 +26,23 @@ from pydantic_core import ErrorDetails
 from crafts_core.errors import CraftsError
 from crafts_core.harmless import harmless
 
-StageName = Literal["pretraining", "alignment", "control"]
+ReleaseName = Literal["anchors", "colour"]
+"""What sites tell once, before training: a noised sum over their patients of few numbers each."""
+RELEASES: tuple[ReleaseName, ...] = get_args(ReleaseName)
+StageName = Literal["anchors", "colour", "pretraining", "alignment", "control"]
 Modality = Literal["nuclei", "fluorescence"]
 """What steers the generator in a control stage."""
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 Part = Literal["generator", "nuclei", "fluorescence"]
 """What an adapter may consist of: weights of the denoiser, and a ControlNet for each modality."""
 GENERATOR_ONLY: tuple[Part, ...] = ("generator",)
-Factor = Literal["first", "second", "both", "all", "nuclei", "fluorescence"]
-"""What trains in a round: LoRA factor A (first), B (second), both; all weights if ``full``; or what
-is trained of the ControlNet of a modality."""
+Factor = Literal["first", "second", "both", "all", "nuclei", "fluorescence", "anchors", "colour"]
+"""What trains in a round: LoRA factor A (first), B (second), both; all weights if ``full``; what
+is trained of the ControlNet of a modality; or what a release tells."""
 
 
+_ONE_STEP = {"rounds": 1, "local_steps": 1, "learning_rate": 1.0}
+"""A release as a step of training: from zero down a loss that is linear, to the sites' mean."""
 MAX_STEPS = 100_000
 """Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
 _MOST_SHOWN = 300
@@ -68,6 +73,23 @@ class StudyConfig(_Section):
     """SHA-256 of the foundation's manifest."""
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     """Public randomness only (probe draws, samples). Never privacy noise or patient sampling."""
+    captions: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=500)], ...], Field(max_length=100)
+    ] = ()
+    """Classes of tissue, two or more, for stage anchors and ``alignment_loss = "contrast"``: a
+    tile is of the longest that its caption is, or begins with before a comma."""
+
+    @model_validator(mode="after")
+    def _classes_differ(self) -> Self:
+        if self.captions and not len(self.captions) == len(set(self.captions)) >= 2:
+            raise ValueError("captions: expected two or more, each once")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan that names no captions has the bytes and hash that it always had."""
+        values: dict[str, Any] = dump(self)
+        return {key: value for key, value in values.items() if key != "captions" or value}
 
 
 class AdapterConfig(_Section):
@@ -91,9 +113,15 @@ class StageConfig(_Section):
     """One training stage: its loss and how long it runs."""
 
     name: StageName
-    """The loss: denoising, denoising with alignment of image and words, or steering."""
+    """The loss: denoising, denoising with alignment of image and words, or steering. Before them
+    what sites release once: ``anchors`` (where the tiles of each of the study's captions lie) and
+    ``colour``, a round of one step each, whose other keys are fixed."""
     modality: Modality | None = None
     """Of stage control, and of no other."""
+    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e4)] | None = None
+    """Of anchors and colour, under patient_dp: the noise of their sum, over the length that what
+    one patient adds is cut to. What they cost is taken from target_epsilon; training gets the rest.
+    """
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     """How often sites train and the coordinator aggregates."""
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
@@ -112,25 +140,67 @@ class StageConfig(_Section):
     """Part of captions left empty. In stage control 0.5 unless the plan says otherwise."""
     lambda_align: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the alignment loss; stage alignment only."""
+    alignment_loss: Literal["correlation", "contrast"] = "correlation"
+    """Of stage alignment: correlation of profiles over the prompt bank, or which of the study's
+    captions a tile is nearest to, by released anchors or else by their text."""
     lambda_drift: Annotated[float, Field(ge=0)] = 0.0
     """Weight of staying near the stage's start; stage alignment only."""
 
     @model_validator(mode="before")
     @classmethod
-    def _control_drops_half_of_the_captions(cls, values: Any) -> Any:
+    def _defaults_of_a_stage(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "control":
             return {"caption_dropout": 0.5, **values}
+        if isinstance(values, dict) and values.get("name") in RELEASES:
+            return {**_ONE_STEP, **values}
         return values
+
+    @model_validator(mode="after")
+    def _a_release_is_one_step(self) -> Self:
+        if not self.is_release and self.noise_multiplier is not None:
+            raise ValueError(
+                "noise_multiplier belongs to stages anchors and colour; the noise of training "
+                "follows from target_epsilon"
+            )
+        fixed = {name: field.default for name, field in StageConfig.model_fields.items()}
+        fixed |= {**_ONE_STEP, "name": self.name, "noise_multiplier": self.noise_multiplier}
+        if self.is_release and any(getattr(self, name) != fixed[name] for name in fixed):
+            raise ValueError(f"stage {self.name} takes noise_multiplier and no other key")
+        return self
 
     @model_validator(mode="after")
     def _terms_belong_to_their_stage(self) -> Self:
         if self.name != "alignment" and (self.lambda_align or self.lambda_drift):
             raise ValueError("lambda_align and lambda_drift belong to stage alignment only")
+        if self.alignment_loss == "contrast" and not self.lambda_align:
+            raise ValueError(
+                'alignment_loss = "contrast" belongs to stage alignment with lambda_align above 0'
+            )
         if (self.name == "control") != (self.modality is not None):
             raise ValueError(
                 f"stage control needs modality ({' or '.join(MODALITIES)}); no other stage has one"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A stage that names none of these keys has the bytes and hash that it always had."""
+        values: dict[str, Any] = dump(self)
+        if self.is_release:
+            return {key: values[key] for key in values if key in ("name", "noise_multiplier")}
+        unused = {"noise_multiplier"}
+        unused |= {"alignment_loss"} if self.alignment_loss == "correlation" else set()
+        return {key: value for key, value in values.items() if key not in unused}
+
+    @property
+    def is_release(self) -> bool:
+        """Whether sites tell something in it, once, and train nothing."""
+        return self.name in RELEASES
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether it tells tiles apart by the study's captions."""
+        return self.name == "anchors" or self.alignment_loss == "contrast"
 
 
 class PrivacyConfig(_Section):
@@ -296,6 +366,36 @@ class Plan(_Section):
         return self
 
     @model_validator(mode="after")
+    def _releases_come_first(self) -> Self:
+        named = [stage.name for stage in self.stage]
+        first = named[: len(self.releases)]
+        if first != list(dict.fromkeys(name for name in named if name in RELEASES)):
+            raise ValueError("stages anchors and colour come before all others, each once")
+        if len(self.releases) == len(self.stage):
+            raise ValueError("expected a stage that trains after anchors and colour")
+        is_private = self.privacy.mechanism == "patient_dp"
+        if any((stage.noise_multiplier is not None) != is_private for stage in self.releases):
+            raise ValueError(
+                "stages anchors and colour need noise_multiplier under mechanism patient_dp, and "
+                "have none otherwise"
+            )
+        if self.releases and self.aggregation.secure_aggregation:
+            raise ValueError(
+                "stages anchors and colour are told by each site alone; take them out, or set "
+                "secure_aggregation = false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captions_are_named_where_needed(self) -> Self:
+        if any(stage.needs_captions for stage in self.stage) and not self.study.captions:
+            raise ValueError(
+                'stage anchors and alignment_loss = "contrast" need captions in [study]: the '
+                "classes of tissue, as the sites' tiles name them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_can_be_accounted(self) -> Self:
         if self.charged_steps > MAX_STEPS:
             raise ValueError(
@@ -374,8 +474,9 @@ class Plan(_Section):
     @property
     def parts(self) -> tuple[Part, ...]:
         """What the adapter consists of: what some stage trains, and nothing else."""
-        modalities = tuple(m for m in MODALITIES if m in {stage.modality for stage in self.stage})
-        trains_generator = any(stage.modality is None for stage in self.stage)
+        trained = self.stage[len(self.releases) :]
+        modalities = tuple(m for m in MODALITIES if m in {stage.modality for stage in trained})
+        trains_generator = any(stage.modality is None for stage in trained)
         return (*(GENERATOR_ONLY if trains_generator else ()), *modalities)
 
     @property
@@ -384,13 +485,33 @@ class Plan(_Section):
         return self.adapter.kind == "lora" and "generator" in self.parts
 
     @property
+    def releases(self) -> tuple[StageConfig, ...]:
+        """What sites tell before training, a round each; the first stages."""
+        return tuple(stage for stage in self.stage if stage.is_release)
+
+    def privacy_of(self, stage: StageConfig) -> PrivacyConfig:
+        """Sampling and clipping of a stage's rounds.
+
+        A release is of every patient, once. What one adds is made to be at most one long, so a plan
+        has no say in it.
+        """
+        if not stage.is_release:
+            return self.privacy
+        fixed = {"sample_rate": 1.0, "max_grad_norm": 1.0, "clipping": "flat"}
+        return self.privacy.model_copy(update=fixed)
+
+    def captions_of(self, stage: StageConfig) -> tuple[str, ...]:
+        """The study's captions, where a stage tells tiles apart by them."""
+        return self.study.captions if stage.needs_captions else ()
+
+    @property
     def num_rounds(self) -> int:
         return sum(stage.rounds for stage in self.stage)
 
     @property
     def total_steps(self) -> int:
-        """Private steps a site takes if it takes part in every round."""
-        return sum(stage.rounds * stage.local_steps for stage in self.stage)
+        """Private steps a site trains if it takes part in every round; releases are none."""
+        return sum(stage.rounds * stage.local_steps for stage in self.stage if not stage.is_release)
 
     @property
     def charged_steps(self) -> int:
@@ -403,10 +524,15 @@ class Plan(_Section):
         for stage_index, stage in enumerate(self.stage):
             for index in range(stage.rounds):
                 number += 1
-                factor = stage.modality or self._factor(number)
+                factor = self._factor(stage, number - len(self.releases))
                 yield RoundOfPlan(number, stage_index, stage, factor, index == 0)
 
-    def _factor(self, number: int) -> Factor:
+    def _factor(self, stage: StageConfig, number: int) -> Factor:
+        """Of a stage's round, the numbered one of those that train."""
+        if stage.name in RELEASES:
+            return stage.name
+        if stage.modality:
+            return stage.modality
         if self.adapter.kind == "full":
             return "all"
         if self.adapter.schedule == "both":

@@ -2,7 +2,9 @@
 
 The names on the wire are those of the modules that they belong to, with the factor behind:
 ``<module>.first`` and ``<module>.second``, or the weight's own name. A ControlNet's begin with
-``control.<modality>.``. Whoever only checks, adds, keeps or sends adapters needs this and no more.
+``control.<modality>.``. What sites released before training (``releases``) travels along, below
+``release.``, and is no weight of any model. Whoever only checks, adds, keeps or sends adapters
+needs this and no more.
 """
 
 from collections.abc import Mapping
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor
 
 from crafts_core.errors import CraftsError
-from crafts_core.plan import MODALITIES, Factor, Modality
+from crafts_core.plan import MODALITIES, RELEASES, Factor, Modality
 
 FIRST, SECOND = ".first", ".second"
-_PREFIX = "control."
+_PREFIX, _RELEASE = "control.", "release."
 State = dict[str, Tensor]
 
 
@@ -29,7 +31,18 @@ def control_prefix(modality: Modality) -> str:
 
 def generator_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the denoiser."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(_PREFIX)}
+    not_its = (_PREFIX, _RELEASE)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(not_its)}
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but what sites released: denoiser and ControlNets."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_RELEASE)}
+
+
+def release_name(factor: Factor) -> str:
+    """The wire name of what a release tells."""
+    return _RELEASE + factor
 
 
 def control_state(state: Mapping[str, Tensor], modality: Modality) -> dict[str, Tensor]:
@@ -49,6 +62,10 @@ def factor_names(state: Mapping[str, Tensor], factor: Factor) -> list[str]:
     Raises:
         AdapterError: LoRA was asked for ``all``, full weights for a factor, or there is nothing.
     """
+    if factor in RELEASES:
+        if release_name(factor) not in state:
+            raise AdapterError(f"the state has no release of {factor}")
+        return [release_name(factor)]
     if factor in MODALITIES:
         names = [name for name in control_state(state, factor) if not name.endswith(FIRST)]
         if not names:

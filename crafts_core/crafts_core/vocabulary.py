@@ -5,7 +5,7 @@ here as weights; it decides what procedural tissue is rendered and what its capt
 scanner never enter a caption: they belong to a laboratory, not to a tissue.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -251,6 +251,12 @@ def label_caption(label: str, attributes: SomeAttributes | None = None) -> str:
         return compose_caption(None, attributes, organ=organ)
     named = [cancer for cancer in CANCER_TYPES if cancer.name == known.lower()]
     return compose_caption(named[0] if named else cancer_type(known), attributes)
+
+
+def caption_class(caption: str, classes: Sequence[str]) -> int | None:
+    """Which of some captions a caption is, or begins with before a comma; the longest counts."""
+    fitting = [text for text in classes if caption == text or caption.startswith(f"{text}, ")]
+    return classes.index(max(fitting, key=len)) if fitting else None
 
 
 def label_code(label: str) -> str | None:

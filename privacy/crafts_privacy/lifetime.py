@@ -156,13 +156,12 @@ class Lifetime:
         self,
         plans: Sequence[PlanCharges],
         limit: PlanLimit,
-        event: PrivacyEvent,
-        *,
+        *events: PrivacyEvent,
         most: int = 100,
     ) -> int:
-        """How many more plans of this target fit that run all of ``event``; at most ``most``."""
+        """How many more plans of this target fit that run all of ``events``; at most ``most``."""
         for number in range(most):
-            plans = with_charge(plans, f"further plan {number}", limit, event)
+            plans = with_charge(plans, f"further plan {number}", limit, *events)
             if not self.state(plans).holds:
                 return number
         return most

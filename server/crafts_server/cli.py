@@ -393,6 +393,8 @@ def runs_show(
         lines.extend(f"  missing {name}" for name in receipt.missing)
         lines.extend(f"  sum of {each.in_words}" for each in receipt.sums)
         lines.extend(f"  left out {name}" for name in receipt.left_out)
+        if receipt.release is not None:
+            lines.append(f"  told: {receipt.release.in_words}")
         lines.extend(
             f"  weight rose {each.site}: {each.before:.2f} -> {each.now:.2f} of its share"
             for each in receipt.rises

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Self
 
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation, load
-from crafts_core.plan import Plan
+from crafts_core.plan import Factor, Plan
+from crafts_core.releases import Decoded, decoded, release_schema
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State
 from crafts_privacy.plan_noise import plan_noise_multiplier
@@ -178,6 +180,7 @@ class Coordinator:
             members=self._members,
             noise_multiplier=plan_noise_multiplier(self.plan),
             agreed_patients=CohortSizes(registry).agreed,
+            decode=self._decoded,
             roster=lambda: Rosters(registry).fixed(self.plan),
         )
 
@@ -197,7 +200,11 @@ class Coordinator:
     def _initial_state(self) -> State:
         log.info("computing the public starting point of study %s", self.plan.study.name)
         plan = self.plan
-        return initial_state(self._foundation, plan.adapter, plan.study.seed, plan.parts)
+        state = initial_state(self._foundation, plan.adapter, plan.study.seed, plan.parts)
+        return state | release_schema(plan, self._foundation)
+
+    def _decoded(self, factor: Factor, mean: Tensor, noise_std: float) -> Decoded:
+        return decoded(factor, mean, noise_std, self._foundation, self.plan)
 
 
 def _open_run(registry: Registry, plan_hash: str) -> str:

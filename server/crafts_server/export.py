@@ -46,7 +46,7 @@ def export_generator(
             weights, or of a plan that trains ControlNets alone.
         CheckpointError: a checkpoint was altered, or there is no round yet.
     """
-    state = averaged(chain, decay=plan.aggregation.ema_decay)
+    state = averaged(chain[len(plan.releases) :], decay=plan.aggregation.ema_decay)
     record = GeneratorRecord(
         study=plan.study.name,
         plan_hash=plan.hash,

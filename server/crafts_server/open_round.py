@@ -17,7 +17,7 @@ from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Collection, Phase, Replies, SiteDirectory
 from crafts_server.messages import as_travelled, encode, request_message
-from crafts_server.receipts import SiteReceipt, SumReceipt
+from crafts_server.receipts import ReleaseReceipt, SiteReceipt, SumReceipt
 from crafts_server.study import Study
 
 
@@ -32,6 +32,7 @@ class Outcome:
     replies: Replies
     sums: tuple[SumReceipt, ...] = ()
     left_out: tuple[str, ...] = ()
+    release: ReleaseReceipt | None = None
 
 
 def _everybody(_node_id: int) -> bool:

@@ -1,21 +1,24 @@
 """A plain round: one phase, in which each site answers with its own update."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 from flwr.app import Message
 
-from crafts_server.aggregation import Aggregate, SiteUpdate, aggregate
+from crafts_core.state import release_name
+from crafts_server.aggregation import Aggregate, ByPatients, SiteUpdate, aggregate
 from crafts_server.collection import Replies
 from crafts_server.errors import AggregationError
 from crafts_server.messages import read_reply
 from crafts_server.open_round import OpenRound, Outcome
-from crafts_server.receipts import SiteReceipt
+from crafts_server.receipts import ReleaseReceipt, SiteReceipt
 from crafts_server.spool import UpdateSpool
 from crafts_server.verification import Expectation, verify_update
 
 
 def plain_round(opened: OpenRound) -> Outcome:
-    """Collect updates, weigh them, move.
+    """Collect updates, weigh them, move. A release is summed over the sites' patients, and read.
 
     Raises:
         AggregationError: too few good updates at the deadline.
@@ -28,16 +31,20 @@ def plain_round(opened: OpenRound) -> Outcome:
     if replies.num_accepted < config.min_sites:
         raise AggregationError(_too_few(opened, phase, replies))
     probe = study.probe_of_round(opened.planned.round)
+    is_release = opened.planned.stage.is_release
     result = aggregate(
-        study.rule,
+        ByPatients() if is_release else study.rule,
         opened.begin(probe, opened.rule_state(opened.parent.server_state())),
         list(phase.updates.values()),
         probe,
         max_weight_per_share=config.max_weight_per_share,
     )
     spool.remove()
+    if is_release:
+        result, release = _with_release(opened, result, phase.updates.values())
     return Outcome(
         step=result.step,
+        release=release if is_release else None,
         margin_before=result.margin_before,
         sites=tuple(_site_receipt(phase.updates[site], result) for site in sorted(phase.updates)),
         replies=replies,
@@ -59,14 +66,15 @@ class DeltaPhase:
     def accept(self, node_id: int, message: Message) -> None:
         """Verify a reply and put its delta aside; see :class:`Phase`."""
         opened, study = self._opened, self._opened.study
+        stage = opened.planned.stage
         reply, delta, num_bytes = read_reply(message, opened.schema)
         opened.bytes_up += num_bytes
         expected = Expectation(
             request=opened.request,
-            stage=opened.planned.stage,
-            privacy=study.plan.privacy,
+            stage=stage,
+            privacy=study.plan.privacy_of(stage),
             schema=opened.schema,
-            noise_multiplier=study.noise_multiplier,
+            noise_multiplier=stage.noise_multiplier or study.noise_multiplier,
             patients=study.agreed_patients(),
         )
         variance = verify_update(reply, delta, expected)
@@ -76,6 +84,23 @@ class DeltaPhase:
             noise_variance=variance,
             read_delta=self._spool.add(reply.site, delta),
         )
+
+
+def _with_release(
+    opened: OpenRound, result: Aggregate, updates: Iterable[SiteUpdate]
+) -> tuple[Aggregate, ReleaseReceipt]:
+    """The aggregate with what the sites' mean says in its place."""
+    variances = [result.weights[each.site] ** 2 * each.noise_variance for each in updates]
+    factor, state = opened.planned.factor, result.step.state
+    name = release_name(factor)
+    told = opened.study.decode(factor, state[name], math.sqrt(math.fsum(variances)))
+    receipt = ReleaseReceipt(
+        values=tuple(map(tuple, told.values.tolist())),
+        signal=told.signal,
+        is_public=told.is_public,
+    )
+    step = replace(result.step, state=state | {name: told.values})
+    return replace(result, step=step), receipt
 
 
 def _too_few(opened: OpenRound, phase: DeltaPhase, replies: Replies) -> str:

@@ -214,9 +214,10 @@ def _sentences(plan: Any) -> tuple[str, str]:
         if privacy.target_epsilon is None or privacy.delta is None
         else f"epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} per patient"
     )
+    told = "".join(f", {stage.name} told once" for stage in plan.releases)
     return (
         f"{plan.study.name}: {plan.num_rounds} rounds, {plan.total_steps} private steps "
-        f"a site, {promise}",
+        f"a site{told}, {promise}",
         f"hash {plan.hash}",
     )
 

@@ -18,7 +18,7 @@ from pydantic import (
 from crafts_core.exchange import Sha256
 from crafts_core.plan import Factor, StageName
 
-_OF_SUMS = frozenset({"sums", "left_out"})
+_UNSAID = frozenset({"sums", "left_out", "release"})
 
 
 class _Record(BaseModel):
@@ -94,6 +94,22 @@ class SumReceipt(_Record):
         return f"{text}norm {self.norm:.4g}, {verdict} {self.lowest:.4g} to {self.highest:.4g}"
 
 
+class ReleaseReceipt(_Record):
+    """What the sites' noised sums came to, and is a constant of the run from here on."""
+
+    values: tuple[tuple[float, ...], ...]
+    """An anchor a row, or colour as ``releases`` has it."""
+    signal: tuple[float, ...]
+    """Of each row, how far it stands out of its noise."""
+    is_public: tuple[bool, ...]
+    """Rows that too few patients have: public text, or public colour, stands there."""
+
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        return f"{self.is_public.count(False)} of {len(self.is_public)} rows from patients"
+
+
 class RoundReceipt(_Record):
     """One committed round."""
 
@@ -112,6 +128,8 @@ class RoundReceipt(_Record):
     """Of secure aggregation: every announced set of every attempt, in order."""
     left_out: tuple[str, ...] = ()
     """Of secure aggregation: sites that were not asked, as they spoil sums or do not deliver."""
+    release: ReleaseReceipt | None = None
+    """Of a round of stage anchors or colour."""
     margin_before: float
     margin_after: float
     step_norm: float
@@ -130,9 +148,9 @@ class RoundReceipt(_Record):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A receipt of a round without sums has the bytes that it always had."""
+        """A receipt of a round without sums or releases has the bytes that it always had."""
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if value or name not in _OF_SUMS}
+        return {name: value for name, value in values.items() if value or name not in _UNSAID}
 
     @property
     def accepted(self) -> bool:

@@ -147,6 +147,7 @@ def _receipt(
         rises=watch.rises(planned.stage_index, outcome.sites, max_rise=max_rise),
         sums=outcome.sums,
         left_out=outcome.left_out,
+        release=outcome.release,
         margin_before=outcome.margin_before,
         margin_after=step.margin_after,
         step_norm=step.step_norm,

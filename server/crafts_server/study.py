@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from crafts_core.plan import Plan
+from torch import Tensor
+
+from crafts_core.plan import Factor, Plan
+from crafts_core.releases import Decoded
 from crafts_core.roster import Roster
 from crafts_server.aggregation import AggregationRule
 from crafts_server.checkpoints import CheckpointStore
@@ -29,8 +32,10 @@ class Study:
     patience: Patience
     members: Members
     noise_multiplier: float
-    """The plan's, below which no update is used."""
+    """Of the plan's training, below which no update is used."""
     agreed_patients: Callable[[], Mapping[str, int]]
     """Asked at each reply: a site may enrol, or be resized, while a round is open."""
+    decode: Callable[[Factor, Tensor, float], Decoded]
+    """What an aggregated release says, with noise of that deviation in each number."""
     roster: Callable[[], Roster]
     """Of a plan with secure aggregation: frozen, as its sites approved it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from crafts_client.home import EMBEDDED
 from crafts_core.foundation import embedded_path, load
+from crafts_core.state import weights_of
 from crafts_server.home import CoordinatorHome
 from crafts_simulations import federation, results
 from crafts_simulations.errors import ScenarioError
@@ -77,7 +78,8 @@ def run_scenario(
         federation.export(study, chain)
         evaluation, leakage = results.evaluate(study), results.attack(study)
         steering = results.steering(study)
-        num_parameters = sum(tensor.numel() for tensor in chain[-1].state().values())
+        weights = weights_of(chain[-1].state())
+        num_parameters = sum(tensor.numel() for tensor in weights.values())
         return results.report(
             study,
             [checkpoint.receipt() for checkpoint in chain[1:]],

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from crafts_core.evaluation.evaluate import EvaluationConfig
 from crafts_core.plan import (
@@ -140,6 +148,14 @@ class ScenarioStudy(_Section):
 
     name: SiteName
     seed: Annotated[int, Field(ge=0, lt=2**31)]
+    captions: tuple[str, ...] = ()
+    """As in a plan."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A scenario that names no captions has the hash that it always had."""
+        values: dict[str, Any] = dump(self)
+        return {key: value for key, value in values.items() if key != "captions" or value}
 
 
 class Scenario(_Section):
@@ -226,6 +242,8 @@ class Scenario(_Section):
         if not private:
             values["privacy"] |= {"mechanism": "none", "target_epsilon": None, "delta": None}
             _without_sums(values)
+            for stage in values["stage"]:
+                stage.pop("noise_multiplier", None)
         elif epsilon is not None:
             if self.privacy.mechanism == "none":
                 raise ScenarioError("this scenario trains without privacy; epsilon has no meaning")

@@ -13,6 +13,7 @@ from crafts_core.vocabulary import (
     PartialAttributes,
     VocabularyError,
     cancer_type,
+    caption_class,
     compose_caption,
     corpus,
     label_caption,
@@ -122,3 +123,26 @@ def test_all_attributes_are_composed_as_by_the_grammar_of_prompts() -> None:
         drawn = sample_attributes(rng, cancer)
         same = PartialAttributes(**asdict(drawn))
         assert compose_caption(cancer, same) == compose_caption(cancer, drawn)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("H&E, normal colon", 0),
+        ("H&E, lung adenocarcinoma, lung", 2),
+        ("H&E, lung adenocarcinoma, lung, glands", 2),
+        ("H&E, lung adenocarcinoma, metastasis", 1),
+        ("H&E, normal colonic mucosa", None),
+        ("H&E", None),
+        ("", None),
+    ],
+)
+def test_a_caption_is_of_the_longest_class_that_it_begins_with(
+    caption: str, expected: int | None
+) -> None:
+    classes = (
+        "H&E, normal colon",
+        "H&E, lung adenocarcinoma",
+        "H&E, lung adenocarcinoma, lung",
+    )
+    assert caption_class(caption, classes) == expected

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -124,9 +125,14 @@ def small_study(
         spool_path=directory / "spool",
         patience=patience or Patience(poll_s=0.001, join_wait_s=0.0),
         noise_multiplier=plan_noise_multiplier(plan),
+        decode=_no_release,
         roster=lambda: roster or Roster.of(plan.hash, dict.fromkeys(SITES, 100)),
         agreed_patients=lambda: dict.fromkeys(SITES, 100) if patients is None else patients,
     )
+
+
+def _no_release(*_: object) -> NoReturn:
+    raise AssertionError("the small plan has no release")
 
 
 def received(arrays: ArrayRecord, like: State | None = None) -> State:

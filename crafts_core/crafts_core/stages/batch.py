@@ -15,7 +15,8 @@ class TileBatch:
     """Tiles ready for a loss, everything that does not change in training computed once.
 
     ``tile_profile_BK`` (v) and ``caption_profile_BK`` (w) are needed by stage alignment only,
-    ``condition_BCHW`` (m, at image resolution) by stage control.
+    ``condition_BCHW`` (m, at image resolution) by stage control, ``class_B`` (which of the study's
+    captions, or ``alignment.NO_CLASS``) by the contrast of stage alignment.
     ``weight_B`` says how much each tile counts in its patient's mean: it sums to one over a
     patient, and padding weighs zero.
     """
@@ -27,6 +28,7 @@ class TileBatch:
     tile_profile_BK: Tensor | None = None
     caption_profile_BK: Tensor | None = None
     condition_BCHW: Tensor | None = None
+    class_B: Tensor | None = None
 
     def __len__(self) -> int:
         return self.latents_BCHW.shape[0]

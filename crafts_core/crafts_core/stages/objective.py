@@ -15,8 +15,11 @@ from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.plan import StageConfig
 from crafts_core.stages.alignment import (
+    NO_CLASS,
     alignment_target,
     alignment_term,
+    classes_in_draw,
+    contrast_term,
     denoised_correlation,
     drift_term,
 )
@@ -41,9 +44,11 @@ class Objective:
         stage: Which loss and its weights.
         stage_start: Adapter weights that the stage began with (theta1); needed when the stage has
             ``lambda_drift``.
+        class_anchors_KD: Of the study's captions (``releases.class_anchors``); needed for the
+            contrast.
 
     Raises:
-        AdapterError: the stage needs ``stage_start`` and none was given.
+        AdapterError: the stage needs ``stage_start`` or anchors and none were given.
     """
 
     def __init__(
@@ -52,9 +57,13 @@ class Objective:
         adapter: Adapter,
         stage: StageConfig,
         stage_start: Mapping[str, Tensor] | None = None,
+        class_anchors_KD: Tensor | None = None,
     ) -> None:
         if stage.lambda_drift > 0 and stage_start is None:
             raise AdapterError("lambda_drift needs the adapter weights that the stage began with")
+        if stage.alignment_loss == "contrast" and class_anchors_KD is None:
+            raise AdapterError("the contrast needs an anchor for each of the study's captions")
+        self._class_anchors_KD = class_anchors_KD if stage.alignment_loss == "contrast" else None
         self._foundation = foundation
         self._adapter = adapter
         self._stage = stage
@@ -78,8 +87,8 @@ class Objective:
         In stage control it is L1 with the condition m: ``w(t) |y - d_theta(z_t, t, tau(c), m)|^2``.
 
         Raises:
-            ValueError: stage alignment was given a batch without profiles, or stage control one
-                without conditions.
+            ValueError: stage alignment was given a batch without profiles, or without classes for
+                its contrast, or stage control one without conditions.
         """
         schedule, stage, timesteps_B = self._schedule, self._stage, draws.timesteps_B
         noisy_BCHW = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, timesteps_B)
@@ -92,9 +101,7 @@ class Objective:
         )
         if stage.lambda_align > 0:
             denoised_BCHW = schedule.denoised(noisy_BCHW, prediction_BCHW, timesteps_B)
-            correlation_B = self._correlation(denoised_BCHW, batch)
-            term_B = alignment_term(correlation_B, timesteps_B, schedule)
-            loss_B = loss_B + stage.lambda_align * term_B
+            loss_B = loss_B + stage.lambda_align * self._alignment(denoised_BCHW, batch, draws)
         if stage.lambda_drift > 0:
             with torch.no_grad():
                 start_BCHW = self._adapter.predict_with(
@@ -116,6 +123,21 @@ class Objective:
         if batch.condition_BCHW is None:
             raise ValueError("stage control needs conditions in the batch")
         return Condition(self._stage.modality, batch.condition_BCHW)
+
+    def _alignment(self, denoised_BCHW: Tensor, batch: TileBatch, draws: Draws) -> Tensor:
+        """What stage alignment adds for each tile, before its weight."""
+        if self._class_anchors_KD is None:
+            correlation_B = self._correlation(denoised_BCHW, batch)
+            return alignment_term(correlation_B, draws.timesteps_B, self._schedule)
+        if batch.class_B is None:
+            raise ValueError("the contrast of stage alignment needs classes in the batch")
+        return contrast_term(
+            self._foundation.latent_aligner(denoised_BCHW),
+            self._class_anchors_KD,
+            classes_in_draw(batch.class_B, draws.drop_caption_B),
+            draws.timesteps_B,
+            self._schedule,
+        )
 
     def _correlation(self, denoised_BCHW: Tensor, batch: TileBatch) -> Tensor:
         """r(u, q) of each tile."""
@@ -172,6 +194,9 @@ def _with_another_first_tile(batch: TileBatch, draws: Draws) -> tuple[TileBatch,
         for name in ("tile_profile_BK", "caption_profile_BK", "condition_BCHW")
         if (tensor := getattr(batch, name)) is not None
     }
+    if batch.class_B is not None:
+        optional["class_B"] = batch.class_B.clone()
+        optional["class_B"][0] = 0 if int(batch.class_B[0]) == NO_CLASS else NO_CLASS
     other = replace(
         batch,
         latents_BCHW=change(batch.latents_BCHW),

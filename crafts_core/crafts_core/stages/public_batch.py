@@ -11,23 +11,30 @@ from crafts_core.tiles.conditions import NUM_CHANNELS
 
 
 def probe_batch(
-    foundation: Foundation, num_tiles: int = 3, *, modality: Modality | None = None
+    foundation: Foundation,
+    num_tiles: int = 3,
+    *,
+    modality: Modality | None = None,
+    captions: tuple[str, ...] = (),
 ) -> TileBatch:
     """Public probe tiles as a batch, for checks that must not touch a patient.
 
-    No probe tile has a condition; what stands in for it is noise from a fixed seed.
+    No probe tile has a condition; what stands in for it is noise from a fixed seed. Nor has one a
+    caption of the study: they get one each in turn.
     """
+    class_B = torch.arange(num_tiles, device=foundation.device) % max(len(captions), 1)
     tiles = foundation.probe.tiles_NCHW[:num_tiles]
-    captions = list(foundation.probe.captions[:num_tiles])
+    own_captions = list(foundation.probe.captions[:num_tiles])
     anchors_KD = foundation.anchors_KD
     return TileBatch(
         latents_BCHW=foundation.generator.encode_images(tiles / 127.5 - 1.0),
-        text_BLD=foundation.generator.encode_captions(captions),
+        text_BLD=foundation.generator.encode_captions(own_captions),
         null_text_LD=foundation.null_text_LD,
-        weight_B=torch.full((len(captions),), 1.0 / len(captions), device=foundation.device),
+        weight_B=torch.full((len(tiles),), 1.0 / len(tiles), device=foundation.device),
         tile_profile_BK=profile(foundation.aligner.embed_images(tiles), anchors_KD),
-        caption_profile_BK=profile(foundation.aligner.embed_captions(captions), anchors_KD),
-        condition_BCHW=None if modality is None else _made_up(foundation, len(captions), modality),
+        caption_profile_BK=profile(foundation.aligner.embed_captions(own_captions), anchors_KD),
+        condition_BCHW=None if modality is None else _made_up(foundation, len(tiles), modality),
+        class_B=class_B[: len(tiles)] if captions else None,
     )
 
 
