@@ -486,15 +486,16 @@ def test_what_cannot_be_measured_is_one_line(
 def test_what_cannot_be_split_is_told_before_anything_is_drawn(
     foundation: Foundation, real: Path, tmp_path: Path
 ) -> None:
-    """Of the third class, a split has all patients on the side of their other class sometimes."""
-    rows = [json.loads(line) for line in real.read_text().splitlines()]
+    """All patients of the third class have another one, too: some splits put them on one side."""
+    rows = [json.loads(line) for line in real.read_text().splitlines()][:16]
     for row in rows:
-        if row["file"] in ("0-0.png", "2-0.png", "1-0.png", "3-0.png"):
-            row["label"] = "LUSC"
+        row["label"] = {"LUAD": "LUAD", "normal lung": "LUSC"}[row["label"]]
+        if row["file"] in ("0-0.png", "1-0.png", "2-0.png", "3-0.png"):
+            row["label"] = "normal lung"
     real.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     words = ["evaluate", "downstream", foundation.path, "--real", real, "--out", out]
-    words += ["--foundation", foundation.path, "--encoder", "orthogonal", "--seeds", 60]
+    words += ["--foundation", foundation.path, "--encoder", "orthogonal", "--seeds", 300]
     result = CliRunner().invoke(app, [*map(str, words), "--mpp", "1"])
     assert result.exit_code == 1
     assert "no way was found to put patients of" in result.stderr
