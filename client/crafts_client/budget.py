@@ -127,19 +127,20 @@ def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
     """What is left for a plan, and for further ones that declare and run as much."""
     plan, lifetime = Plan.load(path), site.policy.lifetime
     plans = charged_plans(site, existing_ledger(site))
-    question = ("left", plan.hash, site.config.declared_patients, lifetime, plans)
+    runs = site.approvals.runs_of(plan.hash)
+    question = ("left", plan.hash, site.config.declared_patients, runs, lifetime, plans)
     return site.figures.of(
-        dict[str, Any], question, lambda: _left_for(plan, plans, lifetime, site.config)
+        dict[str, Any], question, lambda: _left_for(plan, plans, lifetime, site.config, runs)
     )
 
 
 def _left_for(
-    plan: Plan, plans: Sequence[PlanCharges], lifetime: Lifetime, config: SiteConfig
+    plan: Plan, plans: Sequence[PlanCharges], lifetime: Lifetime, config: SiteConfig, runs: int
 ) -> dict[str, Any]:
     mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
     limit, whole = limit_of(plan, lifetime), mechanism.event(plan.total_steps)
     charged = [event for each in plans if each.plan_hash == plan.hash for event in each.events]
-    to_come = releases_to_come(plan, charged)
+    to_come = releases_to_come(plan, charged, runs=runs)
     if to_come:  # they come before any step of training, and are charged to the same target
         plans = with_charge(plans, plan.hash, limit, *to_come)
     wanted = PlanCharges(plan_hash=plan.hash, limit=limit, events=())

@@ -22,6 +22,7 @@ from crafts_core.plan_targets import target_problems
 from crafts_privacy.errors import CalibrationError, FiltersChangedError
 from crafts_privacy.lifetime import FilterState, PlanCharges, with_charge
 from crafts_privacy.plan_check import noise_problems
+from crafts_privacy.plan_noise import release_events
 
 _PREFIX = re.compile(r"[0-9a-f]{16,64}")
 
@@ -149,14 +150,14 @@ def _with_budget(site: SiteHome, plan: Plan, *, anew: bool) -> _Counted:
         plans = charged_plans(site, existing_ledger(site))
     except FiltersChangedError as error:
         return _Counted(refused=(str(error),))
+    size, runs = site.config.declared_patients, site.approvals.runs_of(plan.hash)
     if anew:
-        return _counted(site, plan, plans)
-    size = site.config.declared_patients
-    question = ("offered", plan.hash, size, site.policy.model_dump_json(), plans)
-    return site.figures.of(_Counted, question, lambda: _counted(site, plan, plans))
+        return _counted(site, plan, plans, runs)
+    question = ("offered", plan.hash, size, runs, site.policy.model_dump_json(), plans)
+    return site.figures.of(_Counted, question, lambda: _counted(site, plan, plans, runs))
 
 
-def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...]) -> _Counted:
+def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...], runs: int) -> _Counted:
     problems = tuple(noise_problems(plan))
     if problems:
         return _Counted(refused=problems)
@@ -168,9 +169,9 @@ def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...]) -> _Cou
     except (PolicyError, CalibrationError) as error:
         return _Counted(refused=(str(error),))
     charged = [event for known in plans if known.plan_hash == plan.hash for event in known.events]
-    to_come = releases_to_come(plan, charged)
-    num_released = len(plan.releases) - len(to_come)
-    done = sum(event.steps for event in charged) - num_released
+    to_come = releases_to_come(plan, charged, runs=runs)
+    released = set(release_events(plan))
+    done = sum(event.steps for event in charged if event not in released)
     lifetime = policy.lifetime
     limit = limit_of(plan, lifetime)
 

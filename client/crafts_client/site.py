@@ -35,7 +35,7 @@ from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longe
 from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import HomeError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
-from crafts_client.mechanism import limit_of, mechanism_of
+from crafts_client.mechanism import limit_of, mechanism_of, promised_releases
 from crafts_client.messages import AnnouncementMessage, RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
@@ -406,6 +406,7 @@ class Site:
                 attempt=request.attempt,
                 alone=alone_limit(self._home.policy, share),
                 unused=unused,
+                promised=promised_releases(plan, self._home.approvals.runs_of(plan.hash)),
             )
         finally:
             # Not carried: too often already, or what is asked for was refused, or is open itself.

@@ -65,6 +65,7 @@ from crafts_privacy.lifetime import (
     PlanLimit,
     Terms,
     with_charge,
+    with_promised,
 )
 from crafts_privacy.place import Place
 from crafts_privacy.witness import LedgerHead
@@ -137,6 +138,7 @@ class Ledger:
         attempt: int = 1,
         alone: AloneLimit | None = None,
         unused: Reservation | None = None,
+        promised: Sequence[PrivacyEvent] = (),
     ) -> Reservation:
         """Charge ``event`` to the cohort before any of it runs.
 
@@ -149,6 +151,10 @@ class Ledger:
         which the caller knows that nothing left and nothing will (a sum that this site was not
         made a member of). Its charge is carried over to what is asked for now, ``MAX_CARRIED``
         times; then it is charged anew.
+
+        ``promised`` are events that the plan may charge once more beside steps of training, charged
+        or not: its own limit keeps room for them. Which of two kinds comes next is then no choice
+        that could be made by what was seen (``lifetime``).
 
         A calibrated plan fits its own limit exactly, because ``accounting.merge`` gives the same
         composition that the calibration verified; no slack is needed and none is given.
@@ -192,7 +198,9 @@ class Ledger:
             state = lifetime.state(after)
             if not state.holds:
                 raise BudgetExceededError(cohort=cohort, found=str(state))
-            epsilon = accounting.epsilon(after[-1].events, plan_limit.delta)
+            epsilon = accounting.epsilon(
+                with_promised(after[-1].events, promised), plan_limit.delta
+            )
             if not epsilon <= plan_limit.max_epsilon:  # NaN must refuse too
                 raise PlanBudgetExceededError(
                     plan_hash=plan_hash, epsilon=epsilon, max_epsilon=plan_limit.max_epsilon

@@ -13,7 +13,10 @@ what was charged and of what is asked for. A policy declares one of these, or se
     add up (basic composition, a valid filter by Rogers et al.). Within a plan privacy loss
     distributions count: its noise and sampling are fixed by its hash, the coordinator chooses only
     what they are applied to and when to stop, and the target covers all the steps that the ledger
-    ever allows, so a plan is one interactive mechanism of its (target epsilon, delta). (Software
+    ever allows, so a plan is one interactive mechanism of its (target epsilon, delta). A plan that
+    releases something before training has steps of two kinds; the ledger keeps room for all the
+    releases of the runs that a person allowed, or the next kind could be picked as the next plan
+    could. (Software
     that calibrates otherwise changes the noise of a plan under way; when that is installed is no
     choice of whoever sees releases.)
 ``renyi:ORDER``
@@ -38,6 +41,7 @@ first charge.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -249,6 +253,16 @@ def with_charge(
         events=(*(event for plan in before for event in plan.events), *events),
     )
     return (*(plan for plan in plans if plan.plan_hash != plan_hash), changed)
+
+
+def with_promised(
+    charged: Sequence[PrivacyEvent], promised: Sequence[PrivacyEvent]
+) -> tuple[PrivacyEvent, ...]:
+    """What a plan was charged, and of what it promised to charge at most so often what it was not.
+
+    Not a sum: what is among the charges already is not counted twice.
+    """
+    return tuple((Counter(charged) | Counter(promised)).elements())
 
 
 def renyi_epsilon(events: Iterable[PrivacyEvent], delta: float, *, order: int) -> float:

@@ -201,6 +201,23 @@ def test_a_plan_never_passes_its_own_limit_in_however_many_runs(ledger: Ledger) 
     reserve(ledger, run_id="run-3", cohort="lung", plan_limit=limit_of(1))
 
 
+def test_a_plan_keeps_room_for_what_it_promised(ledger: Ledger) -> None:
+    """Steps do not use it up, and what was charged of it is not kept free once more."""
+    promised = 2 * (PrivacyEvent(noise_multiplier=4.0, sample_rate=1.0, steps=1),)
+    limit = PlanLimit(max_epsilon=accounting.epsilon([*promised, EVENT, EVENT], DELTA), delta=DELTA)
+
+    def ask(round: int, event: PrivacyEvent) -> None:
+        reserve(ledger, round, event=event, plan_limit=limit, promised=promised)
+
+    for number in (1, 2):
+        ask(number, EVENT)
+    for round, event in enumerate(promised, start=4):
+        with pytest.raises(PlanBudgetExceededError):
+            ask(3, EVENT)
+        ask(round, event)
+    assert ledger.events("breast") == (EVENT, EVENT, *promised)
+
+
 def test_a_round_that_was_lost_counts_against_its_plan(ledger: Ledger) -> None:
     reserve(ledger, 1, plan_limit=limit_of(2))  # never committed
     ledger.commit(reserve(ledger, 2, plan_limit=limit_of(2)), RELEASE)
