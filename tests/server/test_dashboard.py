@@ -161,14 +161,14 @@ def test_of_distributed_trust_the_sums_noise_counts(foundation) -> None:
     trust = plan.model_copy(update={"privacy": plan.privacy.model_copy(update=changes)})
     read = SumReceipt(
         attempt=1,
-        members=("aachen", "bern", "celle"),
+        members=("aachen", "bern", "coimbra"),
         missing=(),
         noise_multiplier=3**0.5,
         norm=1.0,
         lowest=0.0,
         highest=9.0,
     )
-    shared = receipt(aachen=0.4, bern=0.3, celle=0.3).model_copy(update={"sums": (read,)})
+    shared = receipt(aachen=0.4, bern=0.3, coimbra=0.3).model_copy(update={"sums": (read,)})
     event = PrivacyEvent(noise_multiplier=2**0.5, sample_rate=0.5, steps=1)
     epsilon = accounting.epsilon([event], plan.privacy.delta, discretization=accounting.COARSE)
     assert round_costs(trust, [shared])[0].highest == epsilon

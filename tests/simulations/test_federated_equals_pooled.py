@@ -4,12 +4,12 @@ Coordinator and sites are the programs' own, over the local grid. The reference 
 single site that holds everybody's patients and is given the noise that the sites drew.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crafts_client.patients import PatientTiles
 from crafts_client.trainer import Speed, Trainer, TrainingTask
@@ -71,10 +71,14 @@ class PooledTrainer(Trainer):
     grid_bits: int
 
     def _sgd(
-        self, task: TrainingTask, sampler: PatientSampler, ranks: Ranks | None = None
+        self,
+        task: TrainingTask,
+        parameters: Mapping[str, nn.Parameter],
+        sampler: PatientSampler,
+        ranks: Ranks | None = None,
     ) -> PatientSGD:
         return PatientSGD(
-            dict(sorted(self._adapter.trainable(task.factor).items())),
+            dict(sorted(parameters.items())),
             task.mechanism,
             learning_rate=task.stage.learning_rate,
             optimizer=self.optimizer,
