@@ -20,7 +20,7 @@ def test_two_salts_give_the_same_figures(tmp_path: Path) -> None:
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in network.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=source))
+            weight.add_(0.5 * torch.randn(weight.shape, generator=source))
     stores = [write_salted(tmp_path / names[0], names, tile_px=32, masks=True) for names in SALTS]
     config = SteeringConfig(max_tiles=6, draws_per_tile=1, num_inference_steps=2)
     first, second = (

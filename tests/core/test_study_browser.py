@@ -49,7 +49,8 @@ def count(browser: WebDriver) -> str:
     script = """const image = document.querySelector('#image');
         const ready = document.readyState === 'complete' && (!image || image.naturalWidth > 0)
             && (!image || document.querySelector('.question.now'));
-        return ready ? document.querySelector('.count').textContent : '';"""
+        const told = document.querySelector('.count');
+        return ready && told ? told.textContent : '';"""
     return str(browser.execute_script(script))
 
 
