@@ -40,6 +40,7 @@ from crafts_core.evaluation.downstream.tasks import (
     Pretraining,
     Questions,
     Retrieval,
+    fitting_penalty,
 )
 from crafts_core.evaluation.encoder import Features
 from crafts_core.evaluation.real_tiles import RealTiles
@@ -228,6 +229,41 @@ class TestSplit:
                 Arm("synthetic", "g"),
                 None,
             )
+
+
+def test_a_penalty_is_chosen_by_patients_and_not_by_tiles() -> None:
+    """Each patient has a look of its own, and twenty tiles of it: what tells it, tells it alone."""
+    rng = np.random.default_rng(0)
+    patient_L = np.repeat(np.arange(6), 20)
+    image_LE = rng.normal(size=(6, 8))[patient_L] + 0.01 * rng.normal(size=(120, 8))
+    text_LE = rng.normal(size=(6, 4))[patient_L]
+    even_L = np.ones(120)
+    assert fitting_penalty(image_LE, text_LE, even_L, patient_L) == 10.0
+    assert fitting_penalty(image_LE, text_LE, even_L, np.arange(120)) < 10.0
+    nobodys = np.full(120, -1)  # images of a generator: each its own
+    assert fitting_penalty(image_LE, text_LE, even_L, nobodys) < 10.0
+    assert fitting_penalty(image_LE, text_LE, even_L, np.zeros(120, dtype=np.int64)) == 10.0
+
+
+def test_a_penalty_errs_least_by_a_slow_loop() -> None:
+    rng = np.random.default_rng(1)
+    image_LE, text_LE = rng.normal(size=(10, 3)), rng.normal(size=(10, 2))
+    weight_L, patient_L = rng.uniform(0.5, 2.0, size=10), np.repeat(np.arange(5), 2)
+    errors = {}
+    for penalty in (0.001, 0.01, 0.1, 1.0, 10.0):
+        total = 0.0
+        for left in range(5):
+            kept = patient_L != left
+            scale = weight_L[kept, None] / weight_L[kept].sum()
+            mid_E, mid_T = (scale * image_LE[kept]).sum(0), (scale * text_LE[kept]).sum(0)
+            x_LE, y_LT = image_LE[kept] - mid_E, text_LE[kept] - mid_T
+            gram = x_LE.T @ (weight_L[kept, None] * x_LE) + penalty * np.eye(3)
+            slope = np.linalg.solve(gram, x_LE.T @ (weight_L[kept, None] * y_LT))
+            off = (image_LE[~kept] - mid_E) @ slope + mid_T - text_LE[~kept]
+            total += float(weight_L[~kept] @ (off**2).sum(1))
+        errors[penalty] = total
+    found = fitting_penalty(image_LE, text_LE, weight_L, patient_L)
+    assert found == min(errors, key=lambda each: errors[each])
 
 
 def test_captions_are_found_by_a_head_that_was_taught_the_way() -> None:

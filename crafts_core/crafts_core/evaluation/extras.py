@@ -29,6 +29,12 @@ def scikit_learn(figure: str) -> ModuleType:
         NotMeasurableError: it is not installed.
     """
     module = optional("sklearn", figure)
-    for part in ("linear_model", "pipeline", "preprocessing", "feature_extraction.text"):
+    for part in (
+        "linear_model",
+        "model_selection",
+        "pipeline",
+        "preprocessing",
+        "feature_extraction.text",
+    ):
         optional(f"sklearn.{part}", figure)
     return module
