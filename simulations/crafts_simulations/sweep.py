@@ -22,6 +22,10 @@
     name = "not private"
     private = false
 
+    [[arm]]
+    name = "one stage"
+    stages = [{ name = "pretraining", rounds = 14, local_steps = 1, learning_rate = 0.1 }]
+
 A seed decides how tiles are dealt, the public draws of training, and the noise that samples start
 from; with ``repeatable`` the private noise, too. All arms of a seed therefore have the same
 patients, held out and not, and differences are paired. Hospitals that are drawn have patients of
@@ -64,6 +68,8 @@ class SweepArm(_Section):
     policy: Values = {}
     study: Values = {}
     adapter: Values = {}
+    stages: list[Values] = []
+    """Instead of the scenario's; ``stage`` changes these then."""
     stage: Values = {}
     privacy: Values = {}
     aggregation: Values = {}
@@ -79,7 +85,7 @@ class SweepArm(_Section):
         """Sections that it changes."""
         return {
             name: value
-            for name, value in self.model_dump(exclude={"name", "private"}).items()
+            for name, value in self.model_dump(exclude={"name", "private", "stages"}).items()
             if value
         }
 
@@ -150,7 +156,11 @@ def scenario_of(base: Scenario, arm: SweepArm, seed: int) -> Scenario:
     Raises:
         ScenarioError: with the arm and the first key that is wrong.
     """
-    values = base.changed(private=arm.private).model_dump(mode="json")
+    values = base.model_dump(mode="json")
+    if arm.stages:
+        values["stage"] = arm.stages
+    changed = parse_scenario(values, f"of arm {arm.name!r}").changed(private=arm.private)
+    values = changed.model_dump(mode="json")
     seeds = {name: {"seed": seed} for name in _SEEDED if values.get(name) is not None}
     for changes in (seeds, arm.changes):
         for section, entries in changes.items():
@@ -176,6 +186,6 @@ def load_sweep(path: Path) -> tuple[Sweep, dict[tuple[str, int], Scenario]]:
     shipped = sweep.scenario in shipped_scenarios()
     base = load_scenario(sweep.scenario if shipped else str(path.parent / sweep.scenario))
     runs = {
-        (arm.name, seed): scenario_of(base, arm, seed) for arm in sweep.arms for seed in sweep.seeds
+        (arm.name, seed): scenario_of(base, arm, seed) for seed in sweep.seeds for arm in sweep.arms
     }
     return sweep, runs

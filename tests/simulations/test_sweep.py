@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 from crafts_simulations import cli, sweep_run
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import Scenario, load_scenario
-from crafts_simulations.sweep import Sweep, load_sweep, scenario_of
+from crafts_simulations.sweep import Sweep, SweepArm, load_sweep, scenario_of
 from crafts_simulations.sweep_page import headline, render
 from crafts_simulations.sweep_report import Difference, SweepReport, SweepRow
 from support.foundations import write_tiny_foundation
 from support.scenarios import tile_source, tiles_scenario_values
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TWO_ARMS = """
 scenario = "tiny.toml"
 seeds = [3, 4]
@@ -121,6 +122,27 @@ class TestFile:
         assert found.tiles is not None
         assert {found.tiles.seed, found.study.seed, found.evaluation.seed} == {12}
         assert found.privacy == base.privacy
+
+    def test_an_arm_may_have_stages_of_its_own(self, base: Scenario) -> None:
+        one = {"name": "pretraining", "rounds": 3, "local_steps": 1, "learning_rate": 0.2}
+        arm = SweepArm(name="one stage", stages=[one], stage={"learning_rate": 0.1})
+        (stage,) = scenario_of(base, arm, 12).stage
+        assert (stage.name, stage.rounds, stage.learning_rate) == ("pretraining", 3, 0.1)
+        wrong = arm.model_copy(update={"stages": [one | {"rounds": 0}]})
+        with pytest.raises(ScenarioError, match=r"one stage.*rounds"):
+            scenario_of(base, wrong, 12)
+
+    def test_the_experiment_on_alignment_differs_in_its_stages_alone(self) -> None:
+        sweep, runs = load_sweep(BENCHMARKS / "alignment.toml")
+        assert [name for name, _ in runs][: len(sweep.arms)] == [arm.name for arm in sweep.arms]
+        own = [found for (_, seed), found in runs.items() if seed == 5]
+        assert len({each.model_copy(update={"stage": ()}).model_dump_json() for each in own}) == 1
+        assert own[0].privacy.target_epsilon == 8.0
+        trained = {
+            sum(stage.rounds for stage in found.stage if not stage.is_release)
+            for found in runs.values()
+        }
+        assert trained == {14}
 
     def test_without_privacy_there_is_no_epsilon(self, base: Scenario) -> None:
         arm = parse(TWO_ARMS + '[[arm]]\nname = "bare"\nprivate = false\n').arms[2]
