@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from crafts_client.patients import PatientTiles
 from crafts_core.foundation import Foundation
@@ -64,16 +65,37 @@ class PublicPatients(PatientTiles):
         captions: tuple[str, ...] = (),
     ) -> TileBatch:
         """See :class:`PatientTiles`; what is drawn afterwards from ``generator`` is fixed too."""
-        place = self._places[patient]
-        self._asked.append(place)
-        generator.manual_seed(place)
         return super().batch(
             patient,
             max_tiles=max_tiles,
-            generator=generator,
+            generator=self._asked_for(patient, generator),
             modality=modality,
             captions=captions,
         )
+
+    def embeddings(
+        self,
+        patient: int,
+        *,
+        max_tiles: int,
+        generator: torch.Generator,
+        captions: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`PatientTiles`."""
+        fixed = self._asked_for(patient, generator)
+        return super().embeddings(patient, max_tiles=max_tiles, generator=fixed, captions=captions)
+
+    def images(
+        self, patient: int, *, max_tiles: int, generator: torch.Generator
+    ) -> npt.NDArray[np.uint8]:
+        """See :class:`PatientTiles`."""
+        fixed = self._asked_for(patient, generator)
+        return super().images(patient, max_tiles=max_tiles, generator=fixed)
+
+    def _asked_for(self, patient: int, generator: torch.Generator) -> torch.Generator:
+        place = self._places[patient]
+        self._asked.append(place)
+        return generator.manual_seed(place)
 
     def take_asked(self) -> npt.NDArray[np.float64]:
         """How often each patient was asked for since this was called last, withdrawn ones too."""

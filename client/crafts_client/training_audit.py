@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,23 +24,19 @@ from torch import Tensor
 
 from crafts_client.home import SiteConfig
 from crafts_client.public_patients import PublicPatients
+from crafts_client.release_bench import ReleaseBench
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness
 from crafts_client.training_bench import (
-    BOUND,
     DELTA,
     FACTORS,
-    GRID_STEP,
-    MOVE,
-    NOISE,
     RATE,
     SMALL_MOVE,
-    USUAL_DEVIATION,
     Bench,
     UnseenStepsError,
 )
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Part, StageName
+from crafts_core.plan import RELEASES, Part, StageName
 from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.audit_statistics import (
     FALSE_ALARM,
@@ -55,19 +51,17 @@ from crafts_privacy.audit_statistics import (
     p_spread,
 )
 
+_Bench = TypeVar("_Bench", bound=Bench)
 Progress = Callable[[str, int, int], None]
 Integers = NDArray[Any]
 """Python's own integers (D,): nothing rounds."""
 
-ADAPTERS = (USUAL_DEVIATION, 1.0)
-"""Deviations of the received adapters under which neighbouring cohorts are compared: one as
-training makes them, and one that a coordinator might choose to make rounding large."""
-_LEAST_SHARE = 0.99
-"""Of C, that a patient must move the sum by, or the comparison would show nothing."""
 _LARGEST_MISFIT = 0.02
 """Relative difference of what is released and what the sums say, which float32 weights explain."""
 _GRADIENT_DRIFT = 0.03
 """Of C in a coordinate: what a round's own movement makes of its gradients, at most."""
+_NUMBERS_OF_NOISE = 2000
+"""In each of four rows, so that a tenth less noise is seen: one release has 7 or some hundred."""
 _COMPARED, _SAMPLED = 9, 16
 """Patients: more than one group of them, and as many as show that samples are independent."""
 _QUESTIONS = 8
@@ -131,6 +125,7 @@ def audit_training(
         progress: Called with what, done and all.
     """
     coins = np.random.default_rng(seed)
+    told = tuple(stage for stage in RELEASES if stage in stages)
     wanted = tuple(stage for stage in FACTORS if stage in stages)
     parts: tuple[Part, ...] = ("generator", *(("nuclei",) if "control" in wanted else ()))
     checks: list[TrainingCheck] = []
@@ -138,12 +133,18 @@ def audit_training(
 
     def done() -> None:
         if progress is not None:
-            progress("trainer", len(checks) + len(runs), len(wanted) * _QUESTIONS)
+            total = len(told) * len(_OF_RELEASES) + len(wanted) * _QUESTIONS
+            progress("trainer", len(checks) + len(runs), total)
 
     with tempfile.TemporaryDirectory(prefix="crafts-audit-") as folder:
         patients = PublicPatients.write(
             Path(folder) / "tiles", foundation, num_patients=num_canaries, views=config.views
         )
+        for release in told:
+            of_release = ReleaseBench(foundation, patients, release, Speed.of(config), randomness)
+            for question in _OF_RELEASES:
+                checks += answers(question, of_release)
+                done()
         for stage in wanted:
             bench = Bench(foundation, patients, parts, stage, Speed.of(config), randomness)
             for ask in (neighbours, nobody, samples, declared_number):
@@ -155,11 +156,11 @@ def audit_training(
             except UnseenStepsError as error:
                 checks.append(_unseen(bench, error))
             done()
-    return TrainingAudit(stages=wanted, checks=tuple(checks), one_runs=tuple(runs))
+    return TrainingAudit(stages=(*told, *wanted), checks=tuple(checks), one_runs=tuple(runs))
 
 
 def answers(
-    ask: Callable[[Bench], Iterator[TrainingCheck]], bench: Bench
+    ask: Callable[[_Bench], Iterator[TrainingCheck]], bench: _Bench
 ) -> Iterator[TrainingCheck]:
     """What a question finds; one that cannot be asked to its end has failed."""
     try:
@@ -180,9 +181,9 @@ def _unseen(bench: Bench, error: UnseenStepsError) -> TrainingCheck:
 
 def neighbours(bench: Bench) -> Iterator[TrainingCheck]:
     """Sums with and without each patient, as integers, at the very same weights."""
-    bound = int(BOUND / GRID_STEP) ** 2
+    bound = int(bench.bound / bench.grid) ** 2
     for way in bench.ways:
-        pairs = [_sums(bench, way, deviation) for deviation in ADAPTERS]
+        pairs = [_sums(bench, way, deviation) for deviation in bench.deviations]
         one = [_squared_distance(whole, part) for whole, *parts in pairs for part in parts]
         two = [
             _squared_distance(first, second)
@@ -201,7 +202,7 @@ def neighbours(bench: Bench) -> Iterator[TrainingCheck]:
             passed=are_whole
             and max(one) <= bound
             and max(two) <= 4 * bound
-            and min(shares) >= _LEAST_SHARE,
+            and min(shares) >= bench.least_share,
             found=f"{len(one)} pairs are {min(shares):.6f} to {max(shares):.6f} C apart, replaced "
             f"up to {math.sqrt(max(two) / bound):.3f} C",
         )
@@ -243,7 +244,7 @@ def nobody(bench: Bench) -> Iterator[TrainingCheck]:
             bench.restart()
         bench.seam.listen(keeps="noise")
         delta_D = bench.train(bench.fastest, steps=steps, without=everyone)
-        released.append(delta_D / (MOVE * NOISE * math.sqrt(steps)))
+        released.append(delta_D / (bench.move * math.sqrt(steps)))
         noise += [each.numpy() for each in bench.seam.noise]
         is_idle &= not any(asked.any() for asked in bench.seam.asked)
     scale, shape = p_scale(np.stack(released)), p_shape(np.stack(released))
@@ -266,6 +267,31 @@ def nobody(bench: Bench) -> Iterator[TrainingCheck]:
     )
 
 
+def release_of_nobody(bench: ReleaseBench) -> Iterator[TrainingCheck]:
+    """Releases of nobody: noise of the right strength, and never the same."""
+    everyone = range(len(bench.patients.names))
+    rows, row_length = 4, math.ceil(_NUMBERS_OF_NOISE / bench.num_values)
+    released: list[Vector] = []
+    bench.seam.listen(keeps="noise")
+    for number in range(rows):
+        if number == rows // 2:
+            bench.restart()
+        told = [bench.train(bench.fastest, steps=1, without=everyone) for _ in range(row_length)]
+        released.append(np.concatenate(told) / bench.move)
+    is_idle = not any(asked.any() for asked in bench.seam.asked)
+    scale, shape = p_scale(np.stack(released)), p_shape(np.stack(released))
+    fresh, repeated = p_fresh(np.stack(released)), p_fresh(np.stack([*released, released[0]]))
+    yield TrainingCheck(
+        stage=bench.stage,
+        name="a release of nobody",
+        question="is what is released without patients fresh Gaussian noise of the declared "
+        "strength?",
+        passed=is_idle and min(scale, shape, fresh) >= FALSE_ALARM > repeated,
+        found=f"standard deviation {np.std(released):.4f} of the declared, p = {scale:.2g}; "
+        f"shape p = {shape:.2g}; fresh p = {fresh:.2g}, with one of {rows} twice {repeated:.2g}",
+    )
+
+
 def samples(bench: Bench) -> Iterator[TrainingCheck]:
     """Who is asked for in each step by the site's own sampler, and the noise beside their sum."""
     rounds, steps = 3, 6
@@ -277,7 +303,7 @@ def samples(bench: Bench) -> Iterator[TrainingCheck]:
         delta_D = bench.train(bench.fastest, steps=steps, without=others)
         asked += bench.seam.asked
         rest_D = delta_D + bench.per_sum * bench.seam.total
-        beside.append(rest_D / (MOVE * NOISE * math.sqrt(steps)))
+        beside.append(rest_D / (bench.move * math.sqrt(steps)))
     drawn_TN = np.stack(asked)[:, :_SAMPLED]
     reused_TN = np.repeat(drawn_TN[::steps], steps, axis=0)
     p_value = min(test(drawn_TN, RATE) for test in (p_rate, p_spread, p_rotation))
@@ -312,7 +338,7 @@ def declared_number(bench: Bench) -> Iterator[TrainingCheck]:
         wanted_D = -bench.per_sum * bench.seam.total
         misfits.append(float(np.linalg.norm(delta_D - wanted_D) / np.linalg.norm(wanted_D)))
         stds += bench.seam.stds
-    declared = NOISE * BOUND / GRID_STEP
+    declared = bench.noise * bench.bound / bench.grid
     yield TrainingCheck(
         stage=bench.stage,
         name="the declared number",
@@ -321,6 +347,13 @@ def declared_number(bench: Bench) -> Iterator[TrainingCheck]:
         found=f"what is released is off by {max(misfits):.1e} of its length with "
         f"{', '.join(map(str, sizes))} of {bench.declared} declared patients",
     )
+
+
+_OF_RELEASES: tuple[Callable[[ReleaseBench], Iterator[TrainingCheck]], ...] = (
+    neighbours,
+    release_of_nobody,
+    declared_number,
+)
 
 
 def bound_from_releases(
@@ -339,7 +372,7 @@ def bound_from_releases(
     )
     bench.seam.listen(keeps="nothing", script=[[place] for place in range(num)])
     bench.train(bench.fastest, steps=num)
-    canaries_ND = torch.stack(bench.seam.sums).numpy() * GRID_STEP / BOUND
+    canaries_ND = torch.stack(bench.seam.sums).numpy() * bench.grid / bench.bound
     right, without = (
         _num_right(bench, coins, canaries_ND, noise_multiplier=multiplier, steps=steps)
         for multiplier in (noise, 1e-3)

@@ -34,7 +34,6 @@ FACTORS: Mapping[StageName, Factor] = {
 """Every stage, and what trains in the audit of it."""
 BOUND = 1e-5
 """C. Shorter than any gradient, so that clipping holds everybody down; the audit checks that."""
-GRID_STEP = grid_step(BOUND)
 RATE = 0.5
 NOISE = 1.0
 MOVE = 1e-4
@@ -44,6 +43,11 @@ SMALL_MOVE = 2e-5
 DELTA = 1e-5
 USUAL_DEVIATION = 0.1
 """Of what is added to an adapter that changes nothing yet, so that every weight has a gradient."""
+ADAPTERS = (USUAL_DEVIATION, 1.0)
+"""Deviations of the received adapters under which neighbouring cohorts are compared: one as
+training makes them, and one that a coordinator might choose to make rounding large."""
+LEAST_SHARE = 0.99
+"""Of C, that a patient must move the sum by, or the comparison would show nothing."""
 
 _ADAPTER = AdapterConfig(kind="lora", rank=2, first_factor="random")
 Keeps = Literal["noise", "sum", "nothing"]
@@ -113,6 +117,9 @@ class Bench:
         own: Randomness,
     ) -> None:
         self.stage, self.patients = stage, patients
+        self.bound, self.noise = BOUND, NOISE
+        self.deviations: tuple[float, ...] = ADAPTERS
+        self.least_share = LEAST_SHARE
         self.seam = Seam(own, patients)
         self._foundation, self._parts, self._own = foundation, parts, own
         self._start = initial_state(foundation, _ADAPTER, 0, parts)
@@ -128,9 +135,19 @@ class Bench:
         return list(self.ways)[-1]
 
     @property
+    def move(self) -> float:
+        """Standard deviation of a step's noise in a weight, at the usual learning rate."""
+        return MOVE
+
+    @property
     def per_sum(self) -> float:
         """Weights that one grid step of a step's sum moves, at the usual learning rate."""
-        return MOVE * GRID_STEP / (NOISE * BOUND)
+        return self.move * self.grid / (self.noise * self.bound)
+
+    @property
+    def grid(self) -> float:
+        """What an integer of a sum stands for."""
+        return grid_step(self.bound)
 
     def restart(self) -> None:
         """New trainers, as after a restart of the site."""
@@ -191,6 +208,14 @@ class Bench:
             stage_start=state,
             withdrawn=frozenset(self.patients.names[place] for place in without),
         )
+        return self.released(way, task, steps)
+
+    def released(self, way: str, task: TrainingTask, steps: int) -> Vector:
+        """What the trainer releases (D,) of a round of so many steps.
+
+        Raises:
+            UnseenStepsError: some step did not hand its sum to the noise source, or twice.
+        """
         before = len(self.seam.sums)
         delta = self._trainers[way].train(task)
         seen = len(self.seam.sums) - before

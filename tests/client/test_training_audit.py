@@ -14,6 +14,7 @@ from crafts_client import trainer
 from crafts_client.home import SiteConfig
 from crafts_client.patients import PatientTiles
 from crafts_client.public_patients import PublicPatients
+from crafts_client.release_bench import ReleaseBench
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
 from crafts_client.training_audit import (
@@ -25,11 +26,12 @@ from crafts_client.training_audit import (
     log_odds,
     neighbours,
     nobody,
+    release_of_nobody,
     samples,
 )
 from crafts_client.training_bench import RATE, Bench
 from crafts_core.foundation import Foundation
-from crafts_core.plan import StageName
+from crafts_core.plan import RELEASES, ReleaseName, StageName
 from crafts_core.state import State
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.patient_sgd import PatientSGD
@@ -261,6 +263,73 @@ def test_a_fault_in_the_trainer_is_caught(foundation, patients, monkeypatch, fau
     patch, ask, name = FAULTS[fault]
     patch(monkeypatch)
     assert name in failed(list(answers(ask, bench_of(foundation, patients))))
+
+
+def first_patient_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("embeddings", "images"):
+        right = getattr(PatientTiles, name)
+        monkeypatch.setattr(
+            PatientTiles, name, lambda self, _, right=right, **rest: right(self, 0, **rest)
+        )
+
+
+def rate_divides(_: Trainer, task: TrainingTask) -> TrainingTask:
+    half = task.mechanism.expected_patients / 2
+    return replace(task, mechanism=replace(task.mechanism, expected_patients=half))
+
+
+OF_RELEASES: dict[str, tuple[Patch, Callable[[ReleaseBench], object], str]] = {
+    "no clip": (engine(_add_patient=no_clip), neighbours, "neighbouring cohorts, one by one"),
+    "one patient's numbers for all": (
+        first_patient_again,
+        neighbours,
+        "neighbouring cohorts, one by one",
+    ),
+    "a tenth less noise": (
+        built(lambda self: setattr(self, "_noise", Weaker(self._noise))),
+        release_of_nobody,
+        "a release of nobody",
+    ),
+    "noise only where somebody is": (
+        noise_where(lambda sum_D, _: bool(sum_D.any())),
+        release_of_nobody,
+        "a release of nobody",
+    ),
+    "nobody withdraws": (nobody_withdraws, release_of_nobody, "a release of nobody"),
+    "another number divides": (
+        trained_as(rate_divides),
+        declared_number,
+        "the declared number",
+    ),
+    "more is released": (releases_more, declared_number, "the declared number"),
+}
+
+
+def release_bench(
+    foundation: Foundation, patients: PublicPatients, stage: ReleaseName, **changes: object
+) -> ReleaseBench:
+    return ReleaseBench(
+        foundation, patients, stage, Speed(microbatch_tiles=64), seeded(1, **changes)
+    )
+
+
+@pytest.mark.parametrize("fault", OF_RELEASES)
+def test_a_fault_in_a_release_is_caught(foundation, patients, monkeypatch, fault: str) -> None:
+    patch, ask, name = OF_RELEASES[fault]
+    patch(monkeypatch)
+    assert name in failed(list(answers(ask, release_bench(foundation, patients, "anchors"))))
+
+
+@pytest.mark.parametrize("stage", RELEASES)
+def test_a_release_is_audited_where_a_policy_allows_it(
+    foundation, patients, stage: ReleaseName
+) -> None:
+    result = audit_training(foundation, site_config(), [stage], seeded(1), num_canaries=24)
+    assert result.stages == (stage,)
+    assert len(result.checks) == 3
+    assert failed(result.checks) == set()
+    frozen = release_bench(foundation, patients, stage, noise=FrozenNoise())
+    assert failed(list(release_of_nobody(frozen))) == {"a release of nobody"}
 
 
 @pytest.mark.exhaustive
