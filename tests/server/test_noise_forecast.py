@@ -10,6 +10,7 @@ from crafts_core.adapters import Adapter
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import Objective
 from crafts_core.stages.public_batch import probe_batch
+from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.starting_point import initial_state
 from crafts_privacy import noise_forecast as forecasts
 from crafts_privacy.noise_forecast import NoiseForecast, noise_forecast, noise_std
@@ -68,11 +69,82 @@ def test_gradients_are_clipped_ones_of_the_plans_first_step(foundation) -> None:
 def test_spread_alone_is_no_gradient() -> None:
     """Rows that share a direction of length 0.5 beside rows that share none."""
     source = torch.Generator().manual_seed(0)
-    spread = torch.randn(64, 4000, generator=source) / math.sqrt(4000)
+    spread = torch.randn(64, 4000, generator=source).double() / math.sqrt(4000)
     shared = torch.zeros(4000)
     shared[0] = 0.5
     assert forecasts._agreed_norm(spread + shared) == pytest.approx(0.5, abs=0.03)
-    assert forecasts._agreed_norm(spread) < 0.05 < float(spread.mean(dim=0).norm())
+    assert forecasts._agreed_norm(spread) < 0.06 < float(spread.mean(dim=0).norm())
+
+
+def test_two_errors_are_those_of_a_slow_jackknife() -> None:
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).double()
+
+    def shared(chosen: list[int]) -> float:
+        pairs = [float(rows[a] @ rows[b]) for a in chosen for b in chosen if a != b]
+        return sum(pairs) / len(pairs)
+
+    left = [shared([other for other in range(7) if other != one]) for one in range(7)]
+    error = math.sqrt(6 / 7 * sum((each - sum(left) / 7) ** 2 for each in left))
+    wanted = math.sqrt(max(0.0, shared(list(range(7))) + 2 * error))
+    assert forecasts._agreed_norm(rows) == pytest.approx(wanted)
+
+
+def test_a_sketch_keeps_inner_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "_SKETCH", 4096)
+    first, second = torch.randn(2, 50_001, generator=torch.Generator().manual_seed(2))
+    second = second + 0.5 * first
+    found = forecasts._sketch(first) @ forecasts._sketch(second)
+    scale = float(first.norm() * second.norm())
+    assert float(found) / scale == pytest.approx(float(first @ second) / scale, abs=0.05)
+    assert torch.equal(forecasts._sketch(first[:10]), first[:10].double())
+
+
+@pytest.mark.parametrize("loss", ["correlation", "contrast"])
+def test_the_share_of_alignment_is_its_own_gradients(
+    foundation, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Against autograd on the alignment term alone, by the same tiles and draws."""
+    monkeypatch.setattr(forecasts, "_PATIENTS", 3)
+    values = plan_values(foundation.manifest.hash)
+    values["study"] |= {"captions": list(dict.fromkeys(foundation.probe.captions))[:2]}
+    values["stage"][1] |= {"lambda_align": 3.0, "alignment_loss": loss}
+    plan = Plan.parse(values)
+    captions = plan.captions_of(plan.stage[1])
+    paler = forecasts._paler(foundation)
+    assert not torch.equal(paler.probe.tiles_NCHW, foundation.probe.tiles_NCHW)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter)
+    adapter.load_state(initial_state(foundation, plan.adapter, plan.study.seed, ("generator",)))
+    parameters = list(adapter.trainable(next(iter(plan.rounds())).factor).values())
+    stage = plan.stage[1].model_copy(update={"lambda_drift": 0.0})
+    anchors = foundation.aligner.embed_captions(list(captions)) if captions else None
+    objective = Objective(paler, adapter, stage, class_anchors_KD=anchors)
+    schedule = NoiseSchedule.of(foundation.generator)
+    everybody = probe_batch(paler, 3, captions=captions)
+    source, shares = torch.Generator().manual_seed(plan.study.seed), []
+    for row in range(3):
+        batch = everybody.select(torch.tensor([row])).repeat(plan.privacy.draws_per_tile)
+        draws = objective.draw(batch, source)
+        noisy = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, draws.timesteps_B)
+        predicted = adapter.predict(noisy, draws.timesteps_B, draws.text(batch))
+        denoised = schedule.denoised(noisy, predicted, draws.timesteps_B)
+        term = 3.0 * objective._alignment(denoised, batch, draws).mean()
+        whole = objective.loss_per_tile(batch, draws).mean()
+        own, all_of_it = (
+            torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters)])
+            for value in (term, whole)
+        )
+        shares.append(float(own.norm() / all_of_it.norm()))
+    found = noise_forecast(plan, foundation, [40])
+    assert found.alignment_share == pytest.approx(sum(shares) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("share", "warns"), [(None, False), (0.09, True), (0.11, False)])
+def test_alignment_that_moves_little_is_told(share: float | None, warns: bool) -> None:
+    told = NoiseForecast(
+        num_coordinates=10, gradient_norm=0.5, noise_norm=1.0, steps=16, alignment_share=share
+    )
+    assert ("of the gradient is of alignment" in told.in_words) is (share is not None)
+    assert ("changes little" in told.in_words) is warns
 
 
 def test_more_epsilon_patients_and_sites_help(foundation) -> None:
