@@ -35,7 +35,7 @@ from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 
 
 def site(number: int, like: State) -> ClientApp:
@@ -109,7 +109,7 @@ def measure(num_sites: int) -> dict[str, Any]:
         now = Patience(poll_s=0.0, join_wait_s=0.0)
         coordinator = Coordinator(home, asked, foundation, patience=now)
         before = _peak_bytes()
-        chain = coordinator.run(LocalGrid(nodes))
+        chain = coordinator.run(LocalGrid(TurnsHere(nodes)))
         used = len(chain.receipt().sites)
     update = 4 * sum(tensor.numel() for tensor in like.values())
     return {"sites": used, "rise_bytes": _peak_bytes() - before, "update_bytes": update}

@@ -48,7 +48,7 @@ from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.rosters import Rosters
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 
 PATIENTS = 60
 GRID_BITS = 16
@@ -225,7 +225,7 @@ def memory(num_sites: int) -> dict[str, Any]:
         now = Patience(poll_s=0.0, join_wait_s=0.0)
         coordinator = Coordinator(home, plan, foundation, patience=now)
         before = _peak_bytes()
-        last = coordinator.run(LocalGrid(nodes))
+        last = coordinator.run(LocalGrid(TurnsHere(nodes)))
         used = len(last.receipt().sites)
     vector = 4 * sum(tensor.numel() for tensor in like.values())
     return {"sites": used, "rise_bytes": _peak_bytes() - before, "vector_bytes": vector}

@@ -21,7 +21,7 @@ from crafts_server.receipts import RoundReceipt
 from crafts_server.server_app import make_server_app
 from crafts_simulations.agreement import agree_on_patients, approve_roster
 from crafts_simulations.errors import ProcessError
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 from crafts_simulations.processes import Programs
 from crafts_simulations.repeatable import NOT_PRIVATE, RepeatableSite
 from crafts_simulations.study import LocalStudy
@@ -57,7 +57,7 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
     approve_roster(home, plan, sites)
     done[0] = max(len(coordinator.chain()) - 1, 0)
     progress("training", done[0], plan.num_rounds)
-    grid = LocalGrid(_nodes(study), on_turn=on_turn)
+    grid = LocalGrid(TurnsHere(_nodes(study), on_turn=on_turn))
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     make_server_app(coordinator)(grid, context)
     coordinator.run(grid)

@@ -1,7 +1,8 @@
-"""Flower's ``Grid`` in one process: the same ServerApp and ClientApps, no network.
+"""Flower's ``Grid`` without a network: the same ServerApp and ClientApps.
 
-Sites run one after the other, each when its reply is first asked for, so one reply is in memory at
-a time. Messages are copied on both ways: no site can see or change another's objects.
+Who runs a site's turn is a choice of its own (``Turns``). Here in this process they run one after
+the other, each when its reply is first asked for, so one reply is in memory at a time. Messages are
+copied on both ways: no site can see or change another's objects.
 
 This module holds the simulation's only private import of Flower: outside a Flower process somebody
 has to say who sends the messages.
@@ -10,8 +11,10 @@ has to say who sends the messages.
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -31,33 +34,76 @@ class LocalNode:
     node_config: UserConfig
 
 
-class LocalGrid(Grid):
-    """A grid over named local nodes."""
+class Turns(Protocol):
+    """Who runs the sites' turns: a message goes in, the site's reply comes out."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Names."""
+        ...
+
+    def begin(self, site: str, message: Message) -> Callable[[], Message]:
+        """Hand a message, which is nobody else's, to a site.
+
+        Returns:
+            What waits for the reply, and is called once at most.
+        """
+        ...
+
+
+class TurnsHere:
+    """Turns in this process, each when its reply is waited for."""
 
     def __init__(
-        self, nodes: Mapping[str, LocalNode], *, on_turn: Callable[[str], None] | None = None
+        self, nodes: Mapping[str, LocalNode], *, on_turn: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Give every node an id, in the order of their names.
+        """Every site's app and context.
 
         Args:
             nodes: Name to node.
-            on_turn: Called with a node's name before it works.
+            on_turn: Called with a site's name before it works.
         """
-        self._names = dict(enumerate(sorted(nodes), start=1))
-        self._apps = {node_id: nodes[name].app for node_id, name in self._names.items()}
-        self._contexts = {
-            node_id: Context(
-                run_id=1,
-                node_id=node_id,
-                node_config=nodes[name].node_config,
-                state=RecordDict(),
-                run_config={},
-            )
-            for node_id, name in self._names.items()
-        }
+        self.sites = tuple(nodes)
+        self._nodes = nodes
         self._on_turn = on_turn
+        self._contexts: dict[str, Context] = {}
+
+    def begin(self, site: str, message: Message) -> Callable[[], Message]:
+        """See ``Turns``."""
+        return partial(self._take, site, message)
+
+    def _take(self, site: str, message: Message) -> Message:
+        self._on_turn(site)
+        node = self._nodes[site]
+        if site not in self._contexts:
+            self._contexts[site] = context_of(message.metadata.dst_node_id, node.node_config)
+        return answer(node.app, message, self._contexts[site])
+
+
+def context_of(node_id: int, node_config: UserConfig) -> Context:
+    """What a site's app knows before its first message."""
+    return Context(
+        run_id=1, node_id=node_id, node_config=node_config, state=RecordDict(), run_config={}
+    )
+
+
+def answer(app: ClientApp, message: Message, context: Context) -> Message:
+    """One turn. An exception becomes an error, as Flower does, but without the exception's text."""
+    try:
+        return app(message, context)
+    except Exception as error:
+        return Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
+
+
+class LocalGrid(Grid):
+    """A grid over named sites."""
+
+    def __init__(self, turns: Turns) -> None:
+        """Give every site a node id, in the order of their names."""
+        self._turns = turns
+        self._names = dict(enumerate(sorted(turns.sites), start=1))
         self._ids = itertools.count(1)
-        self._waiting: dict[str, Message] = {}
+        self._waiting: dict[str, Callable[[], Message]] = {}
         self._run: Run | None = None
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
 
@@ -87,15 +133,16 @@ class LocalGrid(Grid):
         pushed = []
         for message in messages:
             message_id = str(next(self._ids))
-            self._waiting[message_id] = copy.deepcopy(message)
+            site = self._names[message.metadata.dst_node_id]
+            self._waiting[message_id] = self._turns.begin(site, copy.deepcopy(message))
             pushed.append(message_id)
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         for message_id in message_ids:
-            message = self._waiting.pop(message_id, None)
-            if message is not None:
-                yield copy.deepcopy(self._answer(message))
+            reply = self._waiting.pop(message_id, None)
+            if reply is not None:
+                yield copy.deepcopy(reply())
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -107,12 +154,3 @@ class LocalGrid(Grid):
                 break
             replies += self.pull_messages([message_id])
         return replies
-
-    def _answer(self, message: Message) -> Message:
-        node_id = message.metadata.dst_node_id
-        if self._on_turn is not None:
-            self._on_turn(self._names[node_id])
-        try:
-            return self._apps[node_id](message, self._contexts[node_id])
-        except Exception as error:  # as Flower does, but without the exception's text
-            return Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)

@@ -15,7 +15,7 @@ from crafts_client.site import Site
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.errors import AggregationError
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 from crafts_simulations.small_study import SmallStudy, make_small_study
 
 MARKS = ("patient00", "slide00", "tissue with", "sites/site-", "hospital-secret")
@@ -65,7 +65,9 @@ def rounds(study: SmallStudy, foundation) -> Wire:
     }
     now = Patience(poll_s=0.0, join_wait_s=0.0)
     try:
-        Coordinator(study.coordinator, study.plan, foundation, patience=now).run(LocalGrid(nodes))
+        Coordinator(study.coordinator, study.plan, foundation, patience=now).run(
+            LocalGrid(TurnsHere(nodes))
+        )
     except AggregationError as error:
         wire.left.append(str(error).encode())
     return wire

@@ -23,7 +23,7 @@ from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_simulations.agreement import agree_on_patients
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 from crafts_simulations.small_study import DECLARED_PATIENTS
 from support.foundations import tiny_foundation
 from support.noise import draws_of
@@ -49,7 +49,9 @@ def test_one_site_without_noise_equals_local_training(tmp_path: Path) -> None:
         generator=partial(draws_of, SEED),
     )
     app = make_client_app(lambda _path: Site(home, foundation, randomness=randomness))
-    grid = LocalGrid({"site": LocalNode(app=app, node_config={HOME_KEY: str(home.path)})})
+    grid = LocalGrid(
+        TurnsHere({"site": LocalNode(app=app, node_config={HOME_KEY: str(home.path)})})
+    )
 
     federated = Coordinator(
         coordinator_home, plan, foundation, patience=Patience(poll_s=0.0, join_wait_s=0.0)

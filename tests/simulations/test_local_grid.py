@@ -2,7 +2,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 
 
 def node(handler, **config) -> LocalNode:
@@ -23,7 +23,7 @@ def ask(grid: LocalGrid, node_id: int, text: str = "hello") -> str:
 
 def test_nodes_have_ids_in_the_order_of_their_names() -> None:
     names = []
-    grid = LocalGrid({"b": node(echo), "a": node(echo)}, on_turn=names.append)
+    grid = LocalGrid(TurnsHere({"b": node(echo), "a": node(echo)}, on_turn=names.append))
 
     for node_id in grid.get_node_ids():
         list(grid.pull_messages([ask(grid, node_id)]))
@@ -34,7 +34,7 @@ def test_nodes_have_ids_in_the_order_of_their_names() -> None:
 
 def test_a_site_works_when_its_reply_is_asked_for_and_once() -> None:
     turns = []
-    grid = LocalGrid({"a": node(echo)}, on_turn=turns.append)
+    grid = LocalGrid(TurnsHere({"a": node(echo)}, on_turn=turns.append))
     message_id = ask(grid, 1)
 
     assert turns == []
@@ -51,7 +51,7 @@ def test_sites_share_no_object_with_the_coordinator_or_each_other() -> None:
         return Message(message.content, reply_to=message)
 
     seen: list[str] = []
-    grid = LocalGrid({"a": node(scribble), "b": node(scribble)})
+    grid = LocalGrid(TurnsHere({"a": node(scribble), "b": node(scribble)}))
     content = RecordDict({"note": ConfigRecord({"text": "clean"})})
     ids = list(grid.push_messages([Message(content, each, "train") for each in (1, 2)]))
 
@@ -70,7 +70,7 @@ def test_each_site_sees_its_own_configuration_and_state() -> None:
         text = f"{context.node_config['home']}: {record['n']}"
         return Message(RecordDict({"note": ConfigRecord({"text": text})}), reply_to=message)
 
-    grid = LocalGrid({"a": node(count, home="/a"), "b": node(count, home="/b")})
+    grid = LocalGrid(TurnsHere({"a": node(count, home="/a"), "b": node(count, home="/b")}))
 
     said = [
         str(next(iter(grid.pull_messages([ask(grid, each)]))).content["note"]["text"])
@@ -84,7 +84,7 @@ def test_an_exception_becomes_an_error_without_its_text() -> None:
     def fail(message: Message, context: Context) -> Message:
         raise RuntimeError("patient Jane Doe")
 
-    grid = LocalGrid({"a": node(fail), "b": node(echo)})
+    grid = LocalGrid(TurnsHere({"a": node(fail), "b": node(echo)}))
 
     (reply,) = grid.pull_messages([ask(grid, 1)])
 
@@ -95,14 +95,14 @@ def test_ctrl_c_at_a_site_stops_the_run() -> None:
     def interrupted(message: Message, context: Context) -> Message:
         raise KeyboardInterrupt
 
-    grid = LocalGrid({"a": node(interrupted)})
+    grid = LocalGrid(TurnsHere({"a": node(interrupted)}))
 
     with pytest.raises(KeyboardInterrupt):
         list(grid.pull_messages([ask(grid, 1)]))
 
 
 def test_send_and_receive_gives_every_reply() -> None:
-    grid = LocalGrid({"a": node(echo), "b": node(echo)})
+    grid = LocalGrid(TurnsHere({"a": node(echo), "b": node(echo)}))
     messages = [
         Message(RecordDict({"note": ConfigRecord({"text": str(each)})}), each, "train")
         for each in (1, 2)

@@ -18,7 +18,7 @@ from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_simulations.agreement import agree_on_patients, approve_roster
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 from support.noise import FixedSampler, draws_of
 from support.sites import make_site_home
 
@@ -87,7 +87,7 @@ class Federation:
         now = Patience(poll_s=0.0, join_wait_s=0.0)
         ours = Coordinator(self.coordinator, plan, self.foundation, patience=now)
         approve_roster(self.coordinator, plan, paths)
-        last = ours.run(LocalGrid(nodes))
+        last = ours.run(LocalGrid(TurnsHere(nodes)))
         return self.coordinator.checkpoints(last.manifest.run_id).chain()
 
 

@@ -30,7 +30,7 @@ from crafts_server.probe import FoundationProbe, ProbeSize
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations.faults.case import Case, Experiment, check_ledgers, expect
 from crafts_simulations.faults.messages import HOSTILE, NAMED
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 from crafts_simulations.small_study import NUM_PATIENTS, SmallStudy, make_small_study
 
 _NUM_SITES = 10
@@ -138,7 +138,7 @@ def _two_rounds(
         patience=Patience(poll_s=0.0, join_wait_s=0.0),
         probe_size=_SIZE,
     )
-    coordinator.run(LocalGrid(nodes))
+    coordinator.run(LocalGrid(TurnsHere(nodes)))
     chain = coordinator.chain()
     check_ledgers(chain, study.sites)
     first, second = (checkpoint.receipt() for checkpoint in chain[1:])

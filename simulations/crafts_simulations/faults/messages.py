@@ -30,7 +30,7 @@ from crafts_server.coordinator import Coordinator
 from crafts_server.errors import CheckpointError
 from crafts_server.receipts import RoundReceipt
 from crafts_simulations.faults.case import Case, Experiment, check_ledgers, expect
-from crafts_simulations.local_grid import LocalGrid, LocalNode
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
 from crafts_simulations.small_study import SmallStudy, make_small_study
 
 HOSTILE = "site-3"
@@ -150,7 +150,7 @@ def federate(
         patience=Patience(poll_s=0.0, join_wait_s=0.0),
         on_round=on_round,
     )
-    coordinator.run(LocalGrid(nodes))
+    coordinator.run(LocalGrid(TurnsHere(nodes)))
     return coordinator.chain()
 
 
