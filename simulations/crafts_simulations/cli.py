@@ -1,14 +1,14 @@
 """``crafts-sim``: see what a federation would give, before anybody joins one."""
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from crafts_core.command_line import Version, log_to_stderr, one_line_errors, progress_bars, say
+from crafts_core.command_line import Version, one_line_errors, progress_bars, say
+from crafts_simulations.logs import show_what_goes_wrong
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,8 +65,13 @@ def run(
     ] = False,
     device: Device = "cpu",
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that draw and read slides; 0 is this one alone.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that read slides, and then train as many hospitals at a time; 0 is "
+            "this one alone. Unnamed, two read and this one trains.",
+        ),
+    ] = None,
     processes: Annotated[
         bool,
         typer.Option("--processes", help="Train with the real programs, on loopback with TLS."),
@@ -81,8 +86,7 @@ def run(
         raise typer.BadParameter("--epsilon and --no-privacy exclude each other")
     _check_tiles(tiles, labels)
     if verbose:
-        log_to_stderr("%(levelname)s %(name)s %(message)s")
-        logging.getLogger("crafts_client").setLevel(logging.DEBUG)
+        show_what_goes_wrong()
     advice = f"what is finished in {out} is kept: run the same command again to go on"
     with one_line_errors("crafts-sim", advice=advice):
         # Torch and diffusers take seconds to import; `crafts-sim --help` should not.
@@ -113,7 +117,8 @@ def run(
                 out,
                 source=source,
                 device=device,
-                num_workers=workers,
+                num_workers=2 if workers is None else workers,
+                num_trainers=max(1, workers or 1),
                 real_processes=processes,
                 progress=progress,
             )

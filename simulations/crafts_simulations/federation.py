@@ -4,14 +4,13 @@ The coordinator is ``crafts_server``'s ServerApp, every site ``crafts_client``'s
 them is a local grid, or the real programs with TLS on loopback.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from flwr.app import Context, RecordDict
 
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.home import SiteHome
-from crafts_client.site import Site
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
@@ -21,10 +20,14 @@ from crafts_server.receipts import RoundReceipt
 from crafts_server.server_app import make_server_app
 from crafts_simulations.agreement import agree_on_patients, approve_roster
 from crafts_simulations.errors import ProcessError
-from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
+from crafts_simulations.local_grid import LocalGrid, LocalNode, Turns, TurnsHere
+from crafts_simulations.logs import is_shown
+from crafts_simulations.process_crew import ProcessCrew, environment_of
 from crafts_simulations.processes import Programs
-from crafts_simulations.repeatable import NOT_PRIVATE, RepeatableSite
+from crafts_simulations.repeatable import NOT_PRIVATE
+from crafts_simulations.site_bench import SiteWork, opener
 from crafts_simulations.study import LocalStudy
+from crafts_simulations.turn_pool import TurnPool
 
 _LONGEST_S = 7 * 24 * 3600.0
 
@@ -57,10 +60,11 @@ def federate(study: LocalStudy, home: CoordinatorHome) -> list[Checkpoint]:
     approve_roster(home, plan, sites)
     done[0] = max(len(coordinator.chain()) - 1, 0)
     progress("training", done[0], plan.num_rounds)
-    grid = LocalGrid(TurnsHere(_nodes(study), on_turn=on_turn))
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-    make_server_app(coordinator)(grid, context)
-    coordinator.run(grid)
+    with _turns(study, on_turn) as turns:
+        grid = LocalGrid(turns)
+        make_server_app(coordinator)(grid, context)
+        coordinator.run(grid)
     return coordinator.chain()
 
 
@@ -94,17 +98,31 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
     return chain
 
 
+@contextmanager
+def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]:
+    """In this process, or on processes beside it."""
+    names, count = study.scenario.participants, study.num_trainers
+    if count == 1:
+        yield TurnsHere(_nodes(study), on_turn=on_turn)
+        return
+    work = SiteWork(
+        foundation=study.foundation.path,
+        device=study.device,
+        homes={name: study.workspace.site(name).resolve() for name in names},
+        repeatable_seed=study.repeatable_seed,
+        holds_sums=study.plan.aggregation.secure_aggregation,
+        is_verbose=is_shown(),
+    )
+    num_places = min(count, len(names))
+    place = partial(environment_of, num_places=num_places, device=study.device)
+    crew = ProcessCrew(work.bench, place)
+    with TurnPool(crew, names, num_places=num_places, on_turn=on_turn) as pool:
+        yield pool
+
+
 def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
     """One app for all sites, as the sites of a real study run the same installed one."""
-    seed = study.repeatable_seed
-
-    def open_site(path: Path) -> Site:
-        home = SiteHome.open(path)
-        if seed is None:
-            return Site(home, study.foundation)
-        return RepeatableSite(home, study.foundation, seed)
-
-    app = make_client_app(open_site)
+    app = make_client_app(opener(study.foundation, study.repeatable_seed))
     return {
         name: LocalNode(app=app, node_config={HOME_KEY: str(study.workspace.site(name))})
         for name in study.scenario.participants

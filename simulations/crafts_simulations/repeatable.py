@@ -2,9 +2,10 @@
 
 What a site draws at random in secret (which patients, which tiles, all noise) comes from a key
 stream under a key that seed, site and round decide, and so do its pseudonyms. A round that was
-interrupted begins anew and is the same. Only a simulation can make such a site: nothing in
-``crafts_client`` imports this or has a setting for it, and every release of one is sealed with the
-name of ``SeededNoise``, which the site's privacy report refuses to stand for.
+interrupted begins anew and is the same, in whatever process the site trains. Only a simulation can
+make such a site: nothing in ``crafts_client`` imports this or has a setting for it, and every
+release of one is sealed with the name of ``SeededNoise``, which the site's privacy report refuses
+to stand for.
 """
 
 import hashlib
@@ -102,9 +103,14 @@ class RepeatableSite(Site):
         super().__init__(home, foundation, randomness=seeded_randomness(self._draws))
 
     def answer(self, message: RoundMessage) -> Release | ReadyReply:
-        """See ``Site.answer``."""
+        """See ``Site.answer``. On one thread: sums are rounded otherwise on more."""
         self._draws.begin(message.request.round)
-        return super().answer(message)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().answer(message)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def write_salt(path: Path, *, seed: int, name: str) -> None:

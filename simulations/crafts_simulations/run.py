@@ -29,6 +29,7 @@ def run_scenario(
     source: TileSource | None = None,
     device: str = "cpu",
     num_workers: int = 2,
+    num_trainers: int = 1,
     real_processes: bool = False,
     progress: StepProgress = lambda _what, _done, _total: None,
 ) -> Report:
@@ -39,7 +40,8 @@ def run_scenario(
         out: An empty folder, or one that holds this very run.
         source: Real tiles; needed exactly when the scenario deals tiles.
         device: Torch device of coordinator and sites.
-        num_workers: Slides or tiles read at a time; 0 does everything in this process.
+        num_workers: Slides or tiles read at a time; 0 reads in this process.
+        num_trainers: Sites that train at a time, in a process each; 1 trains in this process.
         real_processes: Train with the real programs on loopback instead of in this process.
         progress: Called with what is being done, how much is done, and how much there is.
 
@@ -68,7 +70,9 @@ def run_scenario(
             plan=plan,
             foundation=foundation,
             signer=home.public_key,
+            device=device,
             num_workers=num_workers,
+            num_trainers=num_trainers,
             real_processes=real_processes,
             progress=progress,
         )

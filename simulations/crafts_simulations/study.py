@@ -22,8 +22,12 @@ class LocalStudy:
     foundation: Foundation
     signer: str
     """The coordinator's public key, which the sites trust."""
+    device: str
+    """As it was asked for: ``cuda`` is any GPU, ``cuda:1`` that one."""
     num_workers: int
     """Slides at a time. Speed only."""
+    num_trainers: int
+    """Sites that train at a time: 1 in this process, more on as many others."""
     real_processes: bool
     """Whether the sites are programs of their own, and hold answers back like a hospital's."""
     progress: StepProgress

@@ -1,5 +1,10 @@
 """A seed repeats a simulation to the byte, and everything that it leaves says: not private."""
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import crafts_client
 from crafts_client.home import SiteHome
 from crafts_client.privacy_report import privacy_report
 from crafts_client.trainer import Randomness
+from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.sampling import PoissonSampler
 from crafts_simulations import run as simulation
@@ -101,12 +107,13 @@ def test_real_programs_are_not_asked_to_repeat_themselves(
 def test_two_runs_leave_the_same_bytes_though_one_was_interrupted(
     scenario: Scenario, tmp_path: Path
 ) -> None:
+    """And went on with two processes for the sites."""
     source = tile_source(tmp_path)
     first, second = tmp_path / "first", tmp_path / "second"
     report = run_scenario(scenario, first, source=source)
     with pytest.raises(KeyboardInterrupt):
         run_scenario(scenario, second, source=source, progress=_interrupted_after_round_1)
-    run_scenario(scenario, second, source=source)
+    run_scenario(scenario, second, source=source, num_trainers=2)
     for name in (
         "adapter.safetensors",
         "evaluation.json",
@@ -119,6 +126,39 @@ def test_two_runs_leave_the_same_bytes_though_one_was_interrupted(
     assert len(indices[0]) == 4  # named by their hash: pseudonyms are the same
     assert indices[0] == indices[1]
     _says_that_it_is_not_private(first, report)
+
+
+@pytest.mark.exhaustive
+def test_processes_killed_while_they_train_change_no_byte_and_no_charge(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    source = tile_source(tmp_path)
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_scenario(scenario, first, source=source)
+    killed: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training, round 1 at site-2" and not killed:
+            killed.append(0)
+            ledger = SiteHome.open(second / "sites" / "site-2").ledger_path
+            threading.Thread(target=_kill_once_it_is_charged, args=(ledger, killed)).start()
+
+    run_scenario(scenario, second, source=source, num_trainers=2, progress=progress)
+    assert len(killed) == 3
+    name = "adapter.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    for site in ("site-1", "site-2", "site-3"):
+        ledger = SiteHome.open(second / "sites" / site).ledger_path
+        assert [event.steps for event in Ledger(ledger).events("main")] == [2, 2]
+
+
+def _kill_once_it_is_charged(path: Path, killed: list[int]) -> None:
+    """Both processes, between a reservation of this ledger and its commit."""
+    while not (path.exists() and Ledger(path).open_reservations()):
+        time.sleep(0.01)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid or 0, signal.SIGKILL)
+        killed.append(process.pid or 0)
 
 
 def _interrupted_after_round_1(what: str, done: int, total: int) -> None:
