@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable '.[simulations,evaluation,study]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable '.[simulations,evaluation,study,ray]'
 	touch $@
 
 quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)

@@ -72,6 +72,13 @@ def run(
             "this one alone. Unnamed, two read and this one trains.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Train hospitals on Ray: local starts one here, auto or HOST:PORT is a cluster.",
+        ),
+    ] = None,
     processes: Annotated[
         bool,
         typer.Option("--processes", help="Train with the real programs, on loopback with TLS."),
@@ -118,7 +125,8 @@ def run(
                 source=source,
                 device=device,
                 num_workers=2 if workers is None else workers,
-                num_trainers=max(1, workers or 1),
+                num_trainers=_num_trainers(workers, ray),
+                ray=ray,
                 real_processes=processes,
                 progress=progress,
             )
@@ -195,6 +203,13 @@ def sweep(
     for line in [*markdown(report).splitlines(), *report.remarks]:
         say(line)
     say(f"Report: {out / 'sweep.html'}")
+
+
+def _num_trainers(workers: int | None, ray: str | None) -> int | None:
+    """None is as many as Ray has room for."""
+    if workers is None:
+        return 1 if ray is None else None
+    return max(1, workers)
 
 
 def _check_tiles(tiles: Path | None, labels: Path | None) -> None:

@@ -24,6 +24,7 @@ from crafts_simulations.local_grid import LocalGrid, LocalNode, Turns, TurnsHere
 from crafts_simulations.logs import is_shown
 from crafts_simulations.process_crew import ProcessCrew, environment_of
 from crafts_simulations.processes import Programs
+from crafts_simulations.ray_crew import RayCrew
 from crafts_simulations.repeatable import NOT_PRIVATE
 from crafts_simulations.site_bench import SiteWork, opener
 from crafts_simulations.study import LocalStudy
@@ -100,9 +101,9 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
 
 @contextmanager
 def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]:
-    """In this process, or on processes beside it."""
+    """In this process, on processes beside it, or on Ray."""
     names, count = study.scenario.participants, study.num_trainers
-    if count == 1:
+    if study.ray is None and count == 1:
         yield TurnsHere(_nodes(study), on_turn=on_turn)
         return
     work = SiteWork(
@@ -113,9 +114,14 @@ def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]
         holds_sums=study.plan.aggregation.secure_aggregation,
         is_verbose=is_shown(),
     )
-    num_places = min(count, len(names))
-    place = partial(environment_of, num_places=num_places, device=study.device)
-    crew = ProcessCrew(work.bench, place)
+    crew: ProcessCrew | RayCrew
+    if study.ray is not None:
+        crew = RayCrew(work, study.ray, num_places=count)
+        num_places = crew.num_places
+    else:
+        num_places = min(count or 1, len(names))
+        place = partial(environment_of, num_places=num_places, device=study.device)
+        crew = ProcessCrew(work.bench, place)
     with TurnPool(crew, names, num_places=num_places, on_turn=on_turn) as pool:
         yield pool
 

@@ -29,7 +29,8 @@ def run_scenario(
     source: TileSource | None = None,
     device: str = "cpu",
     num_workers: int = 2,
-    num_trainers: int = 1,
+    num_trainers: int | None = 1,
+    ray: str | None = None,
     real_processes: bool = False,
     progress: StepProgress = lambda _what, _done, _total: None,
 ) -> Report:
@@ -41,7 +42,9 @@ def run_scenario(
         source: Real tiles; needed exactly when the scenario deals tiles.
         device: Torch device of coordinator and sites.
         num_workers: Slides or tiles read at a time; 0 reads in this process.
-        num_trainers: Sites that train at a time, in a process each; 1 trains in this process.
+        num_trainers: Sites that train at a time, in a process each; 1 trains in this process, None
+            is as many as Ray has room for.
+        ray: Train on Ray: ``local`` starts one here, else the address of a cluster.
         real_processes: Train with the real programs on loopback instead of in this process.
         progress: Called with what is being done, how much is done, and how much there is.
 
@@ -55,6 +58,8 @@ def run_scenario(
             "the real programs take their noise from entropy, and no seed repeats them; leave out "
             "--processes or repeatable"
         )
+    if real_processes and ray is not None:
+        raise ScenarioError("the real programs know no Ray; leave out --processes or --ray")
     started = time.monotonic()
     workspace = Workspace.claim(out, _request(scenario, source))
     earlier = workspace.seconds()
@@ -73,6 +78,7 @@ def run_scenario(
             device=device,
             num_workers=num_workers,
             num_trainers=num_trainers,
+            ray=ray,
             real_processes=real_processes,
             progress=progress,
         )

@@ -26,8 +26,11 @@ class LocalStudy:
     """As it was asked for: ``cuda`` is any GPU, ``cuda:1`` that one."""
     num_workers: int
     """Slides at a time. Speed only."""
-    num_trainers: int
-    """Sites that train at a time: 1 in this process, more on as many others."""
+    num_trainers: int | None
+    """Sites that train at a time: 1 in this process, more on as many others, None on as many as
+    Ray has room for."""
+    ray: str | None
+    """Address of the Ray whose processes these are; None is this machine without Ray."""
     real_processes: bool
     """Whether the sites are programs of their own, and hold answers back like a hospital's."""
     progress: StepProgress

@@ -1,5 +1,9 @@
 """Turns on processes of this machine, which are real and light here."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +51,27 @@ def test_a_process_that_is_killed_is_started_anew_and_its_turn_run_again(tmp_pat
 def test_a_process_that_is_always_killed_is_one_line_that_says_how(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match=r"works for a ended 3 times in one turn \(SIGKILL\)"):
         told_by(Ends(tmp_path / "tries", times=9), ["a"], num_places=1)
+
+
+@pytest.mark.exhaustive
+def test_processes_end_with_a_simulation_that_is_killed(tmp_path: Path) -> None:
+    """Whoever starts it again would otherwise meet them in the hospitals' homes."""
+    file, words = tmp_path / "pid", "from support.turns import start_sleeping; start_sleeping"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{words}({str(file)!r})"],
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+    ) as program:
+        wait_for(file.exists)
+        program.kill()
+    wait_for(lambda: not Path(f"/proc/{file.read_text()}").exists())
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if done():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
 
 
 def test_what_stops_a_process_from_starting_is_told() -> None:

@@ -338,6 +338,28 @@ class TestCommandLine:
         assert len(done.stdout.splitlines()) == 2
         assert "report.html" in done.stdout
 
+    @pytest.mark.parametrize(
+        "words, asked",
+        [
+            ("", {"num_workers": 2, "num_trainers": 1, "ray": None}),
+            ("--workers 0", {"num_workers": 0, "num_trainers": 1, "ray": None}),
+            ("--workers 3", {"num_workers": 3, "num_trainers": 3, "ray": None}),
+            ("--ray auto", {"num_workers": 2, "num_trainers": None, "ray": "auto"}),
+            ("--ray h:1 --workers 4", {"num_workers": 4, "num_trainers": 4, "ray": "h:1"}),
+        ],
+    )
+    def test_workers_read_and_train_and_unnamed_one_process_trains(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, asked: dict
+    ) -> None:
+        def run(*_: object, **given: object) -> Report:
+            assert {name: given[name] for name in asked} == asked
+            raise ScenarioError("seen")
+
+        monkeypatch.setattr(simulation, "run_scenario", run)
+        command = ["run", "quickstart", "--out", str(tmp_path / "out"), *words.split()]
+        told = CliRunner().invoke(cli.app, command)
+        assert told.stderr == "crafts-sim: seen\n"
+
     def test_a_failure_is_one_line_and_exit_1(self, tmp_path: Path) -> None:
         done = self.run("nonsense", "--out", tmp_path / "out")
 

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
+
+from crafts_core.durable import write_file
 
 Answer = Callable[[str, Message], Message]
 
@@ -61,3 +64,29 @@ class PlayedWork:
 
 def cannot_start() -> Answer:
     raise FileNotFoundError("no foundation here")
+
+
+class Sleeps:
+    """Writes down its process, and never answers."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __call__(self) -> Answer:
+        return self._answer
+
+    def _answer(self, site: str, message: Message) -> Message:
+        write_file(self._file, str(os.getpid()))
+        time.sleep(3600)
+        return message
+
+
+def start_sleeping(file: str) -> None:
+    """A simulation that waits for a site for ever."""
+    from crafts_simulations.local_grid import LocalGrid
+    from crafts_simulations.process_crew import ProcessCrew
+    from crafts_simulations.turn_pool import TurnPool
+
+    pool = TurnPool(ProcessCrew(Sleeps(Path(file)), lambda _: {}), ["a"], num_places=1)
+    grid = LocalGrid(pool)
+    list(grid.pull_messages(grid.push_messages([Message(RecordDict(), 1, "train")])))

@@ -1,0 +1,134 @@
+"""Turns on Ray. What runs there is tested without it; Ray itself is for long runs of tests."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner
+
+from crafts_core.durable import write_file
+from crafts_privacy import place
+from crafts_simulations import cli
+from crafts_simulations import run as simulation
+from crafts_simulations.errors import ScenarioError
+from crafts_simulations.local_grid import LocalGrid
+from crafts_simulations.ray_crew import RayCrew, TurnActor
+from crafts_simulations.scenario import parse_scenario
+from crafts_simulations.site_bench import SiteWork
+from crafts_simulations.turn_pool import TurnPool
+from support.foundations import tiny_foundation
+from support.scenarios import tile_source, tiles_scenario_values
+from support.turns import Answer, PlayedWork, tells_where
+
+run_scenario = partial(simulation.run_scenario, num_workers=0)
+has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
+
+
+def message(text: str = "hello") -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+    return Message(RecordDict({"say": ConfigRecord({"text": text})}), 1, "train")
+
+
+def test_an_actor_makes_what_answers_once_and_when_it_is_first_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def make() -> Answer:
+        made.append(1)
+        return tells_where()
+
+    monkeypatch.setattr(place, "MACHINE_ID", place.MACHINE_ID)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    actor = TurnActor(make)
+    assert not made
+    for site in ("a", "b"):
+        assert actor.answer(site, message()).content.config_records["told"]["site"] == site
+    assert len(made) == 1
+
+
+def test_on_ray_a_ledger_is_of_its_folder_on_whatever_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger.db"
+    write_file(ledger, "")
+    write_file(tmp_path / "machine", "a" * 32)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(place, "MACHINE_ID", tmp_path / "machine")
+    here = place.Place.of(ledger, "id")
+    write_file(tmp_path / "machine", "b" * 32)
+    assert place.Place.of(ledger, "id").differences(here) == ["another machine"]
+    TurnActor(tells_where).answer("a", message())
+    assert place.Place.of(ledger, "id").differences(here) == []
+
+
+def test_without_ray_one_line_says_which_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ScenarioError, match=r"^--ray needs Ray: pip install .*\[ray\]'$"):
+        RayCrew(work(tmp_path), "local", num_places=1)
+
+
+def test_real_programs_and_ray_exclude_each_other(tmp_path: Path) -> None:
+    words = ["run", "quickstart", "--out", str(tmp_path / "out"), "--processes", "--ray", "local"]
+    told = CliRunner().invoke(cli.app, words)
+    assert told.exit_code == 1
+    assert "leave out --processes or --ray" in told.stderr
+
+
+def work(folder: Path, *sites: str) -> SiteWork:
+    return SiteWork(
+        foundation=folder,
+        device="cpu",
+        homes=dict.fromkeys(sites, folder),
+        repeatable_seed=None,
+        holds_sums=False,
+        is_verbose=False,
+    )
+
+
+@has_ray
+@pytest.mark.exhaustive
+@pytest.mark.network
+def test_killed_actors_are_started_anew_and_replies_stay_in_order(tmp_path: Path) -> None:
+    sites = ["a", "b", "c"]
+    played = PlayedWork(sites, tmp_path / "tries")
+    crew = RayCrew(
+        played,  # type: ignore[arg-type]
+        "local",
+        num_places=2,
+    )
+    assert crew.num_places == 2
+    with TurnPool(crew, sites, num_places=2) as pool:
+        grid = LocalGrid(pool)
+        content = RecordDict({"say": ConfigRecord({"text": "a" * 1_000_000})})
+        ids = list(grid.push_messages([Message(content, n, "train") for n in grid.get_node_ids()]))
+        told = [reply.content.config_records["told"] for reply in grid.pull_messages(ids)]
+    assert [each["site"] for each in told] == sites
+    assert sorted((tmp_path / "tries").read_text().split()) == sorted(2 * sites)
+
+
+@has_ray
+@pytest.mark.exhaustive
+@pytest.mark.network
+def test_two_actors_leave_the_bytes_of_one_process(tmp_path: Path) -> None:
+    foundation = tiny_foundation(tmp_path / "tiny")
+    scenario = parse_scenario(tiles_scenario_values(foundation.path), "t").changed(repeatable=True)
+    source = tile_source(tmp_path)
+    run_scenario(scenario, tmp_path / "here", source=source)
+    run_scenario(scenario, tmp_path / "ray", source=source, num_trainers=2, ray="local")
+    name = "adapter.safetensors"
+    assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+
+
+@has_ray
+@pytest.mark.exhaustive
+@pytest.mark.network
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match=r"no Ray at 127\.0\.0\.1:9"):
+        RayCrew(work(tmp_path, "a"), "127.0.0.1:9", num_places=1)

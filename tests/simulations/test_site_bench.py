@@ -1,0 +1,137 @@
+"""Which sites stay open in a process that serves many."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from crafts_client.client_app import HOME_KEY
+from crafts_core.foundation import Foundation
+from crafts_server.collection import Patience
+from crafts_server.coordinator import Coordinator
+from crafts_simulations import site_bench
+from crafts_simulations.agreement import agree_on_patients, approve_roster
+from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
+from crafts_simulations.site_bench import SiteBench, SiteWork
+from crafts_simulations.small_study import make_small_study
+from support.foundations import tiny_foundation
+
+SITES = [f"site-{number:02d}" for number in range(20)]
+
+
+class PlayedSite:
+    """Remembers whether it still has its model."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.has_model = path.name, True
+
+    def close(self) -> None:
+        self.has_model = False
+
+
+class Opened:
+    """Sites that were opened, as far as anybody holds them."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._alive = weakref.WeakSet[PlayedSite]()
+
+    def __call__(self, path: Path) -> PlayedSite:
+        site = PlayedSite(path)
+        self.names.append(site.name)
+        self._alive.add(site)
+        return site
+
+    @property
+    def alive(self) -> list[PlayedSite]:
+        gc.collect()
+        return sorted(self._alive, key=lambda site: site.name)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *, holds_sums: bool) -> tuple[SiteBench, Opened]:
+    opened = Opened()
+    monkeypatch.setattr(site_bench, "opener", lambda *_: opened)
+    work = SiteWork(
+        foundation=Path("unused"),
+        device="cpu",
+        homes={name: Path("homes") / name for name in SITES},
+        repeatable_seed=None,
+        holds_sums=holds_sums,
+        is_verbose=False,
+    )
+    return SiteBench(work, None), opened  # type: ignore[arg-type]
+
+
+def turn(serves: SiteBench, name: str) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+    return serves(name, Message(RecordDict({"no": ConfigRecord({})}), 1, "train"))
+
+
+def test_the_newest_few_sites_are_open_and_others_open_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serves, opened = bench(monkeypatch, holds_sums=False)
+    replies = [turn(serves, name) for name in SITES]
+    assert {reply.error.code for reply in replies} == {101}  # no message of a round
+    assert [site.name for site in opened.alive] == SITES[-4:]
+    turn(serves, SITES[-4])
+    assert opened.names == SITES
+    turn(serves, SITES[0])
+    assert [site.name for site in opened.alive] == [SITES[0], SITES[-4], *SITES[-2:]]
+
+
+def test_of_sums_every_site_remembers_and_the_newest_few_have_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serves, opened = bench(monkeypatch, holds_sums=True)
+    for name in SITES:
+        turn(serves, name)
+    assert [site.name for site in opened.alive] == SITES
+    assert [site.name for site in opened.alive if site.has_model] == SITES[-4:]
+    turn(serves, SITES[0])
+    assert opened.names == SITES
+
+
+@pytest.mark.exhaustive
+def test_a_sum_that_is_held_outlives_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every site gives up its model between its word and its vector."""
+    monkeypatch.setattr(site_bench, "_MOST_OPEN", 1)
+    foundation = tiny_foundation(tmp_path / "tiny")
+    study = make_small_study(
+        *(tmp_path / "study", foundation),
+        num_sites=3,
+        rounds=1,
+        min_sites=3,
+        aggregation={"rule": "alignment_regularized", "secure_aggregation": True},
+    )
+    agree_on_patients(study.coordinator, study.sites.values())
+    approve_roster(study.coordinator, study.plan, study.sites.values())
+    checkpoint = _ran(study, foundation)
+    assert len(checkpoint.receipt().sites) == 3
+
+
+def _ran(study, foundation: Foundation):
+    work = SiteWork(
+        foundation=foundation.path,
+        device="cpu",
+        homes=study.sites,
+        repeatable_seed=None,
+        holds_sums=True,
+        is_verbose=False,
+    )
+    serves = SiteBench(work, foundation)
+    nodes = {
+        name: LocalNode(
+            app=lambda message, _, name=name: serves(name, message),  # type: ignore[arg-type]
+            node_config={HOME_KEY: str(path)},
+        )
+        for name, path in study.sites.items()
+    }
+    now = Patience(poll_s=0.0, join_wait_s=0.0)
+    coordinator = Coordinator(study.coordinator, study.plan, foundation, patience=now)
+    return coordinator.run(LocalGrid(TurnsHere(nodes)))
