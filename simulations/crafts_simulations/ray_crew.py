@@ -6,6 +6,7 @@ simulation's folder and the foundation under the same paths, and this version in
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from crafts_simulations.site_bench import SiteWork
 from crafts_simulations.turn_pool import Died
 
 LOCAL = "local"
+_KNOCK_S = 10.0
 _MISSING = "--ray needs Ray: pip install 'crafts-federated[ray]'"
 
 
@@ -116,7 +118,18 @@ def _connect(ray: Any, address: str, *, num_cpus: int | None, work: SiteWork) ->
     if address == LOCAL:
         options |= {"num_cpus": num_cpus, "include_dashboard": False}
     try:
+        if address not in (LOCAL, "auto"):
+            _knock(address)  # Ray itself would try for minutes
         ray.init(logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ScenarioError(f"no Ray at {address}: {said}; start one with `ray start`") from error
+        raise ScenarioError(
+            f"no Ray at {address}: {said}; --ray takes local, auto or the HOST:PORT of `ray start`"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens, ValueError where the address is none."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=_KNOCK_S):
+        pass

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,20 @@ from support.scenarios import tile_source, tiles_scenario_values
 from support.turns import Answer, PlayedWork, tells_where
 
 run_scenario = partial(simulation.run_scenario, num_workers=0)
-has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
+
+
+def on_ray(test: Callable[..., None]) -> Callable[..., None]:
+    """Starts Ray, which takes a while and leaves its processes to the garbage collector."""
+    marks = (
+        pytest.mark.exhaustive,
+        pytest.mark.network,
+        pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray"),
+        pytest.mark.filterwarnings("ignore::ResourceWarning"),
+        pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    )
+    for mark in marks:
+        test = mark(test)
+    return test
 
 
 def message(text: str = "hello") -> Message:
@@ -92,9 +106,7 @@ def work(folder: Path, *sites: str) -> SiteWork:
     )
 
 
-@has_ray
-@pytest.mark.exhaustive
-@pytest.mark.network
+@on_ray
 def test_killed_actors_are_started_anew_and_replies_stay_in_order(tmp_path: Path) -> None:
     sites = ["a", "b", "c"]
     played = PlayedWork(sites, tmp_path / "tries")
@@ -113,9 +125,7 @@ def test_killed_actors_are_started_anew_and_replies_stay_in_order(tmp_path: Path
     assert sorted((tmp_path / "tries").read_text().split()) == sorted(2 * sites)
 
 
-@has_ray
-@pytest.mark.exhaustive
-@pytest.mark.network
+@on_ray
 def test_two_actors_leave_the_bytes_of_one_process(tmp_path: Path) -> None:
     foundation = tiny_foundation(tmp_path / "tiny")
     scenario = parse_scenario(tiles_scenario_values(foundation.path), "t").changed(repeatable=True)
@@ -126,9 +136,8 @@ def test_two_actors_leave_the_bytes_of_one_process(tmp_path: Path) -> None:
     assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
 
 
-@has_ray
-@pytest.mark.exhaustive
-@pytest.mark.network
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ScenarioError, match=r"no Ray at 127\.0\.0\.1:9"):
-        RayCrew(work(tmp_path, "a"), "127.0.0.1:9", num_places=1)
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense"])
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ScenarioError, match=f"^no Ray at {address}: .* takes local, auto or"):
+        RayCrew(work(tmp_path, "a"), address, num_places=1)
