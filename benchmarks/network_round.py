@@ -139,7 +139,7 @@ def bare_flower(folder: Path, state: State, rounds: int) -> dict[str, Any]:
     marks: list[float] = []
     try:
         with _stock_nodes(folder, pki, link):
-            while link.num_online < 2:
+            while len(link.online) < 2:
                 time.sleep(0.5)
 
             def mark(*_: object) -> None:

@@ -1,19 +1,26 @@
 """What Prometheus reads, on loopback: how the study goes, and whether somebody must act."""
 
 import threading
+from collections import Counter as Counts
+from collections.abc import Iterable, Mapping
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from crafts_server.errors import ServerError
+from crafts_server.past_rounds import PastRun
 from crafts_server.receipts import RoundReceipt
 
 LOOPBACK = "127.0.0.1"
 
 
 class Metrics:
-    """The coordinator's numbers. All of them are in receipts or public anyway."""
+    """The coordinator's numbers. All of them are in receipts or public anyway.
+
+    Counters begin where ``go_on`` puts them: a restart must not look like a study without rounds,
+    and a first refusal after it must look like one more. Only refused calls begin at zero.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -24,8 +31,9 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"crafts_{name}", text, labels, registry=self._registry)
 
-        self.sites_enrolled = gauge("sites_enrolled", "Sites that may connect")
-        self.sites_online = gauge("sites_online", "Sites whose node is connected")
+        self._sites_enrolled = gauge("sites_enrolled", "Sites that may connect")
+        self._sites_online = gauge("sites_online", "Sites whose node is connected")
+        self._site_online = gauge("site_online", "Whether an enrolled site is connected", "site")
         self.plans_queued = gauge("plans_queued", "Plans that wait or are trained")
         self.audit_entries = gauge("audit_entries", "Lines of the audit log")
         self.certificate_expires = gauge(
@@ -34,31 +42,63 @@ class Metrics:
         self._round = gauge("round", "Newest committed round", "run")
         self._margin = gauge("alignment_margin", "On the public probe, after the round", "run")
         self._round_seconds = gauge("round_seconds", "Duration of the newest round", "run")
-        self._rounds = counter("rounds", "Rounds committed since the start", "run")
+        self._rounds = counter("rounds", "Rounds committed", "run")
         self._updates = counter("updates", "Answers of sites", "run", "outcome")
         self._rises = counter("weight_rises", "Sites whose weight per share rose at once", "run")
         self._bytes = counter("bytes", "Of adapters and updates", "run", "direction")
         self.short_rounds = counter("short_rounds", "Rounds with too few good updates")
-        self.refused_calls = counter("refused_calls", "Calls of the registrar refused", "call")
+        self.refused_calls = counter("refused_calls", "Calls refused since the start", "call")
+        self._known: set[str] = set()
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
 
     def committed(self, receipt: RoundReceipt) -> None:
         """Count a round."""
-        run = receipt.run_id
-        self._round.labels(run).set(receipt.round)
-        self._margin.labels(run).set(receipt.margin_after)
-        self._round_seconds.labels(run).set(receipt.seconds)
-        self._rounds.labels(run).inc()
-        for outcome, number in (
-            ("used", len(receipt.sites)),
-            ("refused", len(receipt.refused)),
-            ("missing", len(receipt.missing)),
-        ):
-            self._updates.labels(run, outcome).inc(number)
-        self._rises.labels(run).inc(len(receipt.rises))
-        self._bytes.labels(run, "down").inc(receipt.bytes_down)
-        self._bytes.labels(run, "up").inc(receipt.bytes_up)
+        self._add(
+            PastRun(
+                run_id=receipt.run_id,
+                num_rounds=1,
+                bytes_down=receipt.bytes_down,
+                bytes_up=receipt.bytes_up,
+                outcomes=Counts(
+                    used=len(receipt.sites),
+                    refused=len(receipt.refused),
+                    missing=len(receipt.missing),
+                ),
+                num_rises=len(receipt.rises),
+                newest_round=receipt.round,
+                newest_margin=receipt.margin_after,
+                newest_seconds=receipt.seconds,
+            )
+        )
+
+    def go_on(self, runs: Iterable[PastRun], *, num_short: int) -> None:
+        """Take over what was counted before this start; once, before anything is counted."""
+        for past in runs:
+            self._add(past)
+        self.short_rounds.inc(num_short)
+
+    def connected(self, sites: Mapping[str, bool]) -> None:
+        """Which enrolled sites are connected; who is revoked has no series any more."""
+        for gone in self._known - sites.keys():
+            self._site_online.remove(gone)
+        self._known = set(sites)
+        for site, is_online in sites.items():
+            self._site_online.labels(site).set(is_online)
+        self._sites_enrolled.set(len(sites))
+        self._sites_online.set(sum(sites.values()))
+
+    def _add(self, rounds: PastRun) -> None:
+        run = rounds.run_id
+        self._round.labels(run).set(rounds.newest_round)
+        self._margin.labels(run).set(rounds.newest_margin)
+        self._round_seconds.labels(run).set(rounds.newest_seconds)
+        self._rounds.labels(run).inc(rounds.num_rounds)
+        for outcome in ("used", "refused", "missing"):
+            self._updates.labels(run, outcome).inc(rounds.outcomes[outcome])
+        self._rises.labels(run).inc(rounds.num_rises)
+        self._bytes.labels(run, "down").inc(rounds.bytes_down)
+        self._bytes.labels(run, "up").inc(rounds.bytes_up)
 
     def start(self, port: int) -> int:
         """Answer on loopback; the port that was taken.

@@ -27,6 +27,7 @@ from crafts_server.errors import (
 )
 from crafts_server.home import CoordinatorHome
 from crafts_server.metrics import Metrics
+from crafts_server.past_rounds import past_runs
 from crafts_server.plan_queue import queued_plans
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registrar import (
@@ -100,6 +101,7 @@ class Service:
             on_refused=self._refused,
         )
         self._grpc = (registrar, enrolment)
+        self._count_on()
         self.ports = {
             "fleet": self.superlink.port,
             "registrar": registrar_port,
@@ -220,6 +222,15 @@ class Service:
                 if self._stop.wait(_LOOK_S):
                     raise
 
+    def _count_on(self) -> None:
+        """Counters go on where they were; they are for looking, and stop nothing."""
+        try:
+            entries = self._audit.verify()
+            short = sum(entry.event == Event.SHORT for entry in entries)
+            self.metrics.go_on(tuple(past_runs(self._registry, entries)), num_short=short)
+        except CraftsError as error:
+            log.warning("metrics count from zero: %s", error)
+
     def _refused(self, call: str) -> None:
         self.metrics.refused_calls.labels(call).inc()
 
@@ -237,8 +248,8 @@ class Service:
                     sites = self._enrolments.sites()
                     admitted = {s.name: s.node_public_key for s in sites if s.revoked_at is None}
                     self.superlink.admit_only(admitted)
-                self.metrics.sites_enrolled.set(len(admitted))
-                self.metrics.sites_online.set(self.superlink.num_online)
+                online = self.superlink.online
+                self.metrics.connected({site: site in online for site in admitted})
                 self.metrics.plans_queued.set(len(queued_plans(self._home)))
                 self.metrics.audit_entries.set(self._audit.num_entries)
             except (CraftsError, OperationalError, OSError) as error:  # the next look is soon

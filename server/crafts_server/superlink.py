@@ -189,9 +189,10 @@ class SuperLink:
         return nodes[0].last_activated_at if nodes else None
 
     @property
-    def num_online(self) -> int:
+    def online(self) -> frozenset[str]:
         """Sites that are connected."""
-        return len(self.state.get_node_info(statuses=[NodeStatus.ONLINE]))
+        nodes = self.state.get_node_info(statuses=[NodeStatus.ONLINE])
+        return frozenset(node.name for node in nodes if node.name)
 
     @contextmanager
     def grid(self) -> Iterator[Grid]:

@@ -2,17 +2,25 @@
 
 import urllib.request
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
+from crafts_server.audit_log import Event
 from crafts_server.errors import ServerError
+from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.metrics import Metrics
 from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt, WeightRise
+from crafts_server.registry import CheckpointRecord, PlanRecord
+from crafts_server.service import Service
 
 pytestmark = pytest.mark.network
 
 
-def receipt() -> RoundReceipt:
+HASH = "a" * 64
+
+
+def receipt(run: str = "r1", number: int = 4) -> RoundReceipt:
     site = SiteReceipt(
         site="aachen",
         weight=1.0,
@@ -27,8 +35,8 @@ def receipt() -> RoundReceipt:
         declared_noise_variance=1e-4,
     )
     return RoundReceipt(
-        run_id="r1",
-        round=4,
+        run_id=run,
+        round=number,
         stage="pretraining",
         stage_index=0,
         factor="second",
@@ -44,9 +52,9 @@ def receipt() -> RoundReceipt:
         bytes_down=100,
         bytes_up=50,
         seconds=7.5,
-        sent_hash="a" * 64,
+        sent_hash=HASH,
         finished_at=datetime.now(UTC),
-        state_hash="a" * 64,
+        state_hash=HASH,
     )
 
 
@@ -55,7 +63,8 @@ def test_a_round_is_counted() -> None:
     port = metrics.start(0)
     for _ in range(2):
         metrics.committed(receipt())
-    metrics.sites_online.set(3)
+    metrics.connected({"aachen": True, "bern": True, "cork": False})
+    metrics.connected({"aachen": True, "cork": False})
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     metrics.stop()
     lines = set(text.splitlines())
@@ -67,8 +76,12 @@ def test_a_round_is_counted() -> None:
         'crafts_updates_total{outcome="missing",run="r1"} 2.0',
         'crafts_bytes_total{direction="up",run="r1"} 100.0',
         'crafts_weight_rises_total{run="r1"} 2.0',
-        "crafts_sites_online 3.0",
+        "crafts_sites_enrolled 2.0",
+        "crafts_sites_online 1.0",
+        'crafts_site_online{site="aachen"} 1.0',
+        'crafts_site_online{site="cork"} 0.0',
     }
+    assert 'site="bern"' not in text
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:
@@ -77,3 +90,35 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     with pytest.raises(ServerError, match="set metrics_port"):
         second.start(port)
     first.stop()
+
+
+def numbers(metrics: Metrics) -> dict[str, float]:
+    """Every series but when it was made."""
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in metrics._registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def test_after_a_restart_counters_are_where_they_were(tmp_path: Path) -> None:
+    """Otherwise the first refusal after it would be no increase of anything."""
+    home = CoordinatorHome.create(tmp_path / "home", HomeConfig())
+    registry, log, before = home.registry(), home.audit_log, Metrics()
+    registry.add_plan(PlanRecord(hash=HASH, study="s", json="", signature="", public_key=""))
+    for run in ("r1", "r2"):
+        registry.start_run(run, HASH)
+        for number in (1, 2):
+            told = receipt(run, number)
+            before.committed(told)
+            checkpoint = CheckpointRecord(round=number, manifest_hash=HASH, state_hash=HASH)
+            registry.record(run, checkpoint, told)
+            log.write(Event.ROSE, run=run, round=number, site="aachen")
+    log.write(Event.SHORT, plan=HASH, why="x")
+    before.short_rounds.inc()
+    service = Service(home)
+    service._count_on()
+    assert numbers(service.metrics) == numbers(before)
+    registry.close()
+    service._registry.close()
