@@ -1,6 +1,7 @@
 """What deploy/ refers to exists: commands, options, ports, metrics. No container runs here."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -67,13 +68,26 @@ def test_the_compose_file_opens_three_ports_and_grafana_on_loopback() -> None:
 def test_files_and_volumes_of_the_compose_file_exist() -> None:
     for service in COMPOSE["services"].values():
         for mount in service.get("volumes", []):
-            source = mount.split(":")[0]
+            source = re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", mount).split(":")[0]
             if source.startswith("./"):
                 assert (DEPLOY / "compose" / source).exists(), source
-            elif not source.startswith("${"):
+            else:
                 assert source in COMPOSE["volumes"]
         if "build" in service:
             assert (DEPLOY.parent / service["build"]["dockerfile"]).is_file()
+
+
+def test_what_the_readme_reads_in_a_container_is_mounted_there() -> None:
+    text = (DEPLOY / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.partition(" #")[0] for line in text.splitlines()]
+    commands = [line for line in lines if line.startswith("docker compose")]
+    assert len(commands) > 8
+    for command in commands:
+        mounted = set(re.findall(r"--volume \S+:(/\w+)", command))
+        if " site-" in command:
+            mounted.add("/slides")
+        named = set(re.findall(r" (/\w+)/\S+", re.sub(r"--volume \S+", "", command)))
+        assert named <= mounted, command
 
 
 def test_the_container_recipe_copies_what_the_package_is_made_of() -> None:
@@ -121,17 +135,52 @@ def test_units_start_what_exists_and_give_up_what_they_can(unit: Path) -> None:
     assert variable in text
 
 
+def starting(unit: Path, program: str) -> str:
+    """The unit's text with a program that is on every machine."""
+    return re.sub(r"^ExecStart=.+", f"ExecStart={program}", unit.read_text(), flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_systemd_itself_accepts_the_units(unit: Path, tmp_path: Path) -> None:
-    if shutil.which("systemd-analyze") is None or "user" in unit.stem:
-        pytest.skip("no systemd-analyze, or no user session to check a user unit in")
-    text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.MULTILINE)
-    (tmp_path / unit.name).write_text(text)
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze")
+    (tmp_path / unit.name).write_text(starting(unit, "/bin/true"))
+    whose = ["--user"] if "user" in unit.stem else []
     done = subprocess.run(
-        ["systemd-analyze", "verify", str(tmp_path / unit.name)], capture_output=True, text=True
+        ["systemd-analyze", *whose, "verify", str(tmp_path / unit.name)],
+        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     ours = [line for line in done.stderr.splitlines() if unit.name in line]
     assert (done.returncode, ours) == (0, [])
+
+
+def systemctl(*words: str) -> str:
+    command = ["systemctl", "--user", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def test_a_user_session_runs_the_user_unit() -> None:
+    if shutil.which("systemctl") is None or systemctl("is-system-running") not in {
+        "running",
+        "degraded",
+    }:
+        pytest.skip("no systemd that runs for this user")
+    (unit,) = (unit for unit in UNITS if "user" in unit.stem)
+    folder = Path(os.environ["XDG_RUNTIME_DIR"]) / "systemd" / "user"
+    folder.mkdir(parents=True, exist_ok=True)
+    placed = folder / "crafts-client-test.service"
+    placed.write_text(starting(unit, "/bin/sleep 60"))
+    try:
+        systemctl("daemon-reload")
+        systemctl("start", placed.name)
+        assert systemctl("is-active", placed.name) == "active"
+        assert systemctl("show", "--property=NoNewPrivileges", placed.name).endswith("=yes")
+    finally:
+        systemctl("stop", placed.name)
+        placed.unlink()
+        systemctl("daemon-reload")
 
 
 def test_compose_itself_accepts_the_file() -> None:
@@ -161,13 +210,43 @@ def test_every_value_of_the_chart_exists_and_blocks_are_closed(template: Path) -
 
 
 def test_the_chart_is_of_this_version_and_opens_the_same_ports() -> None:
+    """The coordinator tells sites its own ports: another one outside would not be found."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert chart["appVersion"] == values["image"]["tag"] == __version__
-    service = values["service"]
-    assert {service[f"{name}Port"] for name in ("fleet", "enrolment", "registrar")} == PORTS
     text = (CHART / "templates" / "statefulset.yaml").read_text()
     assert set(map(int, re.findall(r"containerPort: (\d+)", text))) == PORTS
+    service = (CHART / "templates" / "service.yaml").read_text()
+    offered = re.findall(r"name: (\w+), port: (\d+), targetPort: (\w+)", service)
+    assert {int(port) for _, port, _ in offered} == PORTS
+    for name, port, target in offered:
+        assert name == target
+        assert f"{{name: {name}, containerPort: {port}}}" in text
     for args in re.findall(r'args: (\["(?:init|serve)".*\])', text):
         words = yaml.safe_load(re.sub(r"\{\{.*?\}\}", "x", args))
         check_command("crafts-server", words)
+
+
+@pytest.mark.parametrize("values", [{}, {"prometheus": {"enabled": False}}], ids=["all", "bare"])
+def test_helm_and_kubernetes_accept_the_chart(values: dict[str, object]) -> None:
+    """Helm's own linter and renderer, and the schemas of Kubernetes' newest API."""
+    helm = pytest.importorskip("helm_python")
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    report = helm.lint(str(CHART), values, strict=True)
+    assert report["errors"] == []
+    assert [m["error"] for m in report["messages"] if m["severity"] > 1] == []
+    with helm.Chart.load(str(CHART)) as chart:
+        rendered = [yaml.safe_load(text) for text in chart.render(values, name="study").values()]
+    objects = [each for each in rendered if each is not None]
+    assert {each["kind"] for each in objects} >= {"StatefulSet", "Service", "NetworkPolicy"}
+    for each in objects:
+        kubernetes.validate(each, kubernetes.latest_version(), strict=True)
+
+
+def test_prometheus_itself_accepts_its_files(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    command = [promtool, "check", "config", "prometheus.yml"]
+    done = subprocess.run(command, cwd=DEPLOY / "compose", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
