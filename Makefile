@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install quickstart test test-fast test-exhaustive mutants check format docs wheel bench proto clean
+.PHONY: help install quickstart test test-fast test-exhaustive mutants check format docs containers wheel bench proto clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -55,6 +55,11 @@ format: $(STAMP)  ## Format and sort in place
 docs: $(STAMP)  ## The documentation as a site in dist/site; a dead link fails
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+containers: $(STAMP)  ## Build both images, run a study in them, ask Helm and Kubernetes about the chart
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group deploy
+	$(BIN)/python -m pytest tests/deploy
+	deploy/check $(CHECK)
 
 wheel: $(STAMP)  ## What sites install: the wheel, its hash, and all it was tested with (CycloneDX)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group release
