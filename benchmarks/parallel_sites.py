@@ -88,7 +88,7 @@ def main() -> None:
             for name, path in studies[0].sites.items()
         }
         work = SiteWork(
-            foundation=foundation.path,
+            foundation="embedded",
             device="cpu",
             homes=studies[1].sites,
             repeatable_seed=None,

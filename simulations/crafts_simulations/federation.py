@@ -107,7 +107,7 @@ def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]
         yield TurnsHere(_nodes(study), on_turn=on_turn)
         return
     work = SiteWork(
-        foundation=study.foundation.path,
+        foundation=study.foundation_name,
         device=study.device,
         homes={name: study.workspace.site(name).resolve() for name in names},
         repeatable_seed=study.repeatable_seed,

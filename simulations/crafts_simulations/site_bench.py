@@ -13,9 +13,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.home import SiteHome
+from crafts_client.home import EMBEDDED, SiteHome
 from crafts_client.site import Site
-from crafts_core.foundation import Foundation, load
+from crafts_core.foundation import Foundation, embedded_path, load
 from crafts_simulations.local_grid import answer, context_of
 from crafts_simulations.logs import show_what_goes_wrong
 from crafts_simulations.repeatable import RepeatableSite
@@ -27,7 +27,8 @@ _MOST_OPEN = 4
 class SiteWork:
     """The sites of a simulation, for another process. Can be pickled."""
 
-    foundation: Path
+    foundation: str
+    """``embedded``, or a folder's absolute path."""
     device: str
     homes: Mapping[str, Path]
     """By the site's name."""
@@ -45,7 +46,9 @@ class SiteWork:
         """
         if self.is_verbose:
             show_what_goes_wrong()
-        return SiteBench(self, load(self.foundation, device=self.device))
+        named = self.foundation
+        path = embedded_path() if named == EMBEDDED else Path(named)
+        return SiteBench(self, load(path, device=self.device))
 
 
 class SiteBench:

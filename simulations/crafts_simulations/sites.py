@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from crafts_client.home import EMBEDDED, SITE_NAME, SiteConfig, SiteHome
+from crafts_client.home import SITE_NAME, SiteConfig, SiteHome
 from crafts_client.ingest import (
     IngestError,
     IngestReport,
@@ -175,13 +175,12 @@ def _home(
     path = study.workspace.site(name)
     if (path / SITE_NAME).exists():
         return SiteHome.open(path)
-    foundation = study.scenario.scenario.foundation
     config = SiteConfig(
         name=name,
         cohort=COHORT,
         declared_patients=declared_patients,
         device=str(study.foundation.device),
-        foundation=foundation if foundation == EMBEDDED else str(Path(foundation).resolve()),
+        foundation=study.foundation_name,
         tile_store="tiles",
         microbatch_tiles=_MICROBATCH_TILES,
         # Within one process nobody sees when a site answers.

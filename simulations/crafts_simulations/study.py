@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from crafts_client.home import EMBEDDED
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_simulations.scenario import Scenario
@@ -34,6 +36,12 @@ class LocalStudy:
     real_processes: bool
     """Whether the sites are programs of their own, and hold answers back like a hospital's."""
     progress: StepProgress
+
+    @property
+    def foundation_name(self) -> str:
+        """As a site names it: ``embedded``, wherever that lies, or a folder's absolute path."""
+        named = self.scenario.scenario.foundation
+        return named if named == EMBEDDED else str(Path(named).resolve())
 
     @property
     def repeatable_seed(self) -> int | None:

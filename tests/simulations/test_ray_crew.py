@@ -97,7 +97,7 @@ def test_real_programs_and_ray_exclude_each_other(tmp_path: Path) -> None:
 
 def work(folder: Path, *sites: str) -> SiteWork:
     return SiteWork(
-        foundation=folder,
+        foundation=str(folder),
         device="cpu",
         homes=dict.fromkeys(sites, folder),
         repeatable_seed=None,

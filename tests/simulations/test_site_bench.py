@@ -55,7 +55,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, *, holds_sums: bool) -> tuple[SiteBen
     opened = Opened()
     monkeypatch.setattr(site_bench, "opener", lambda *_: opened)
     work = SiteWork(
-        foundation=Path("unused"),
+        foundation="unused",
         device="cpu",
         homes={name: Path("homes") / name for name in SITES},
         repeatable_seed=None,
@@ -117,7 +117,7 @@ def test_a_sum_that_is_held_outlives_the_model(
 
 def _ran(study, foundation: Foundation):
     work = SiteWork(
-        foundation=foundation.path,
+        foundation=str(foundation.path),
         device="cpu",
         homes=study.sites,
         repeatable_seed=None,
