@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from crafts_client.ledger_cli import ledger_app
 from crafts_client.network_cli import AsJson, Home, network_app
 from crafts_client.policy import Policy
 from crafts_client.roster_cli import roster_app
-from crafts_client.tiles_cli import UNUSABLE, tiles_app
+from crafts_client.tiles_cli import NUM_CORES, say_ingested, say_skipped, tiles_app
 from crafts_core.command_line import (
     Version,
     confirm,
@@ -27,9 +27,8 @@ from crafts_core.command_line import (
 )
 from crafts_core.durable import write_file
 
-_NUM_CORES = (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-)
+if TYPE_CHECKING:
+    from crafts_client.preparation import IngestOptions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,9 +111,6 @@ def init(
     say(f"site home {home}; read policy.toml, then run: {approval}crafts-client ingest TABLE")
 
 
-_TOLD_CAPTIONS = 5
-
-
 @app.command()
 def ingest(
     table: Annotated[
@@ -147,7 +143,7 @@ def ingest(
     ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that read; all cores if absent.")
-    ] = _NUM_CORES,
+    ] = NUM_CORES,
     plan_table: Annotated[
         Path | None,
         typer.Option(
@@ -160,6 +156,14 @@ def ingest(
         bool,
         typer.Option("--images", help="With --plan-table: list plain images (PNG, JPEG) as well."),
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only cut the I-th of N parts of the table, beside other machines; tiles join "
+            "makes them count.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Cut slides (or take ready tiles) into the tile store and fill the latent cache.
@@ -185,6 +189,18 @@ def ingest(
     )
     from crafts_core.foundation import load
 
+    options = IngestOptions(
+        ready_tiles=ready_tiles,
+        max_tiles_per_slide=max_tiles,
+        tissue=tissue,
+        keep=tuple(sorted(set(keep or ()))),
+        num_processes=processes,
+    )
+    if shard is not None:
+        if names is not None:
+            raise typer.BadParameter(f"--names is of all shards: copy it to {home}/names.txt first")
+        _ingest_shard(home, shard, table, root, options, as_json=as_json)
+        return
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         foundation = load(site.foundation_path, device=site.config.device)
@@ -196,40 +212,53 @@ def ingest(
                 foundation,
                 table=table,
                 root=root,
-                options=IngestOptions(
-                    ready_tiles=ready_tiles,
-                    max_tiles_per_slide=max_tiles,
-                    tissue=tissue,
-                    keep=tuple(sorted(set(keep or ()))),
-                    num_processes=processes,
-                ),
+                options=options,
                 progress=progress,
             )
         num_unusable = num_unusable_tiles(site)
+    say_ingested(site, report, num_unusable, as_json=as_json)
+    if not as_json and not site.coordinator_path.exists():
+        say("next: crafts-client enroll HOST --token TOKEN")
+
+
+def _ingest_shard(
+    home: Path,
+    shard: str,
+    table: Path,
+    root: Path | None,
+    options: "IngestOptions",
+    *,
+    as_json: bool,
+) -> None:
+    from crafts_client.ingest.table_shards import TableShard
+    from crafts_client.preparation import prepare_shard
+    from crafts_core.foundation import load
+
+    try:
+        wanted = TableShard.parse(shard)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shard") from error
+    with one_line_errors("crafts-client"), progress_bars() as progress:
+        site = SiteHome.open(home)
+        report = prepare_shard(
+            site,
+            load(site.foundation_path, device=site.config.device),
+            wanted,
+            table=table,
+            root=root,
+            options=options,
+            progress=progress,
+        )
     result = {
+        "shard": str(wanted),
         "tiles": report.num_tiles,
-        "patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
         "already_in_the_store": report.already,
         "skipped": len(report.skipped),
-        "unusable_tiles": num_unusable,
-        "captions_cut": len(report.cut_captions),
-        "report": str(site.ingest_report_path),
-        "page": str(site.path / "ingest.html"),
     }
     print_result(result, as_json)
     if not as_json:
-        for source in report.skipped:
-            say(f"skipped line {source.line}: {source.file}: {source.skipped}")
-        for source in report.warned:
-            say(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
-        if num_unusable:
-            say(UNUSABLE.format(num_unusable))
-        for note in report.cut_captions[:_TOLD_CAPTIONS]:
-            say(f"cut caption of line {note.line}: the text tower does not read: {note.unread}")
-        if len(report.cut_captions) > _TOLD_CAPTIONS:
-            say(f"... and {len(report.cut_captions) - _TOLD_CAPTIONS} more, on the page")
-        if not site.coordinator_path.exists():
-            say("next: crafts-client enroll HOST --token TOKEN")
+        say_skipped(report)
+        say(f"when all {wanted.count} shards are cut: crafts-client tiles join")
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:

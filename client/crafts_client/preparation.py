@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,16 @@ from crafts_client.ingest.patient_names import likeness
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.report import IngestRun, NothingUsedError
 from crafts_client.ingest.table_checks import look_alike
+from crafts_client.ingest.table_shards import (
+    ShardSettings,
+    TableShard,
+    check_nothing_waits,
+    complete_shards,
+    noted_shard,
+    refuse_difference,
+    settings_hash,
+    shard_notes,
+)
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation import Foundation, read_manifest, verify
@@ -46,6 +57,8 @@ from crafts_core.tiles.cache_files import cache_folder, check_cache
 from crafts_core.tiles.latents import LatentCache
 from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
 
+_REGISTER_S = 600.0
+"""Shards of a table begin together, and each reads the whole register."""
 StepProgress = Callable[[str, int, int], None]
 """Name of the step, done, in all."""
 
@@ -83,20 +96,124 @@ def prepare_site(
     """
     home.foundation_approvals.check(foundation.manifest)
     with _one_at_a_time(home):
+        check_nothing_waits(home.tile_store_path)
+        return _ingest(home, foundation, table, root, options, progress)
+
+
+def prepare_shard(
+    home: SiteHome,
+    foundation: Foundation,
+    shard: TableShard,
+    *,
+    table: Path,
+    root: Path | None,
+    options: IngestOptions,
+    progress: StepProgress,
+) -> IngestReport:
+    """Cut the slides of one part of a table. They count, and are encoded, with ``join_shards``.
+
+    Several may run at the same time, also on other machines that see this home. Interrupted, the
+    same call goes on.
+
+    Returns:
+        What became of this part alone.
+
+    Raises:
+        IngestError: everything that is wrong with the table and its files; the shard is being cut
+            elsewhere; others are of another number; or an ingest or forget is at work.
+        HomeError: the register of patients is not what was written.
+        PolicyError: nobody here approved the foundation; no file is read.
+    """
+    home.foundation_approvals.check(foundation.manifest)
+    settings = _settings(home, foundation, table, root, options)
+    with (
+        _one_at_a_time(home, is_shared=True),
+        noted_shard(home.tile_store_path, shard, settings),
+    ):
         former = _former_report(home)
-        try:
-            report = _cut(home, foundation, table, root, options, former, progress)
-        except NothingUsedError as error:
-            _note(home, former, error.report, table)
-            error.point_to(home.path / PAGE_NAME)
-            raise
-        except IngestError as error:
-            _note_refusal(home, former, error, table, "tiles" if options.ready_tiles else "slides")
-            error.point_to(home.path / PAGE_NAME)
-            raise
-        _note(home, former, report, table)
-        fill_cache(home, foundation, progress)
-        return report
+        return _cut(home, foundation, table, root, options, former, progress, shard)
+
+
+def join_shards(
+    home: SiteHome, foundation: Foundation, *, num_processes: int, progress: StepProgress
+) -> IngestReport | None:
+    """Make what all shards of a table have cut the store's content, and encode it.
+
+    It is the ingest of the whole table, with the shards' options: so every table check is made
+    again over all of it, and a tile that is missing is cut. Killed on the way, the same call goes
+    on.
+
+    Returns:
+        As of the whole table; None where nothing waited to be joined.
+
+    Raises:
+        IngestError: shards are missing, not finished or being cut, or were cut with another table,
+            salt or options than the others or this home has now; or as ``prepare_site``.
+    """
+    home.foundation_approvals.check(foundation.manifest)
+    with _one_at_a_time(home):
+        notes = shard_notes(home.tile_store_path)
+        if not notes:
+            fill_cache(home, foundation, progress)
+            return None
+        asked = complete_shards(home.tile_store_path, notes)
+        options = IngestOptions(
+            ready_tiles=asked.ready_tiles,
+            max_tiles_per_slide=asked.max_tiles_per_slide,
+            tissue=asked.tissue,
+            keep=asked.keep,
+            num_processes=num_processes,
+        )
+        now = _settings(home, foundation, asked.table, asked.root, options)
+        refuse_difference(notes[0], now, "than there is now")
+        return _ingest(home, foundation, asked.table, asked.root, options, progress)
+
+
+def _settings(
+    home: SiteHome,
+    foundation: Foundation,
+    table: Path,
+    root: Path | None,
+    options: IngestOptions,
+) -> ShardSettings:
+    return ShardSettings(
+        table=table.resolve(),
+        table_hash=settings_hash(table),
+        root=None if root is None else root.resolve(),
+        salt=Salt.load(home.salt_path).key("shards of a table"),
+        foundation=foundation.manifest.hash,
+        cohort=home.config.cohort,
+        names=settings_hash(home.names_path),
+        ready_tiles=options.ready_tiles,
+        max_tiles_per_slide=options.max_tiles_per_slide,
+        tissue=options.tissue,
+        keep=options.keep,
+        version=version("crafts-federated"),
+    )
+
+
+def _ingest(
+    home: SiteHome,
+    foundation: Foundation,
+    table: Path,
+    root: Path | None,
+    options: IngestOptions,
+    progress: StepProgress,
+) -> IngestReport:
+    former = _former_report(home)
+    try:
+        report = _cut(home, foundation, table, root, options, former, progress)
+    except NothingUsedError as error:
+        _note(home, former, error.report, table)
+        error.point_to(home.path / PAGE_NAME)
+        raise
+    except IngestError as error:
+        _note_refusal(home, former, error, table, "tiles" if options.ready_tiles else "slides")
+        error.point_to(home.path / PAGE_NAME)
+        raise
+    _note(home, former, report, table)
+    fill_cache(home, foundation, progress)
+    return report
 
 
 def _cut(
@@ -107,6 +224,7 @@ def _cut(
     options: IngestOptions,
     former: IngestReport | None,
     progress: StepProgress,
+    shard: TableShard | None = None,
 ) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
     listed = ListedNames.read(home.names_path) if home.names_path.exists() else NOBODY
@@ -123,7 +241,12 @@ def _cut(
         told = "no mpp, but other lines have one; give it for all ready tiles, or for none"
         problems += [(row.line, told) for row in rows if row.mpp is None]
     if not problems:  # before any pixel is read: whoever is read can also be forgotten
-        register.enrol((salt.patient_id(row.patient) for row in rows), config.cohort)
+        pseudonyms = (salt.patient_id(row.patient) for row in rows)
+        register.enrol(
+            (p for p in pseudonyms if shard is None or shard.has(p)),
+            config.cohort,
+            patience_s=_REGISTER_S,
+        )
     if options.ready_tiles:
         return ingest_tiles(
             rows,
@@ -137,6 +260,7 @@ def _cut(
             former=former,
             problems=problems,
             progress=progress,
+            shard=shard,
         )
     return ingest_slides(
         rows,
@@ -155,6 +279,7 @@ def _cut(
         former=former,
         problems=problems,
         progress=progress,
+        shard=shard,
     )
 
 
@@ -292,6 +417,7 @@ def drop(
         IngestError: the store has no such slide, or an ingest is at work.
     """
     with _one_at_a_time(home):
+        check_nothing_waits(home.tile_store_path)
         path, salt, report = home.tile_store_path, Salt.load(home.salt_path), _former_report(home)
         store = TileStore.open(path)
         slide = _slide_of(file, store, salt, report)
@@ -355,6 +481,7 @@ def repair(home: SiteHome) -> Repaired:
         IngestError: an ingest is at work, or the store was not made by one.
     """
     with _one_at_a_time(home):
+        check_nothing_waits(home.tile_store_path)
         path, report, salt = home.tile_store_path, _former_report(home), Salt.load(home.salt_path)
         damaged = damaged_files(path)
         if any("/" not in name for name in damaged):  # index or captions
@@ -435,9 +562,10 @@ def _sweep_pictures(home: SiteHome, report: IngestReport | None, store: TileStor
         path.unlink()
 
 
-def _one_at_a_time(home: SiteHome) -> AbstractContextManager[None]:
+def _one_at_a_time(home: SiteHome, *, is_shared: bool = False) -> AbstractContextManager[None]:
+    """``is_shared``: with others who cut another shard of a table."""
     held = IngestError(f"another ingest or forget is at work in {home.path}; wait for it")
-    return exclusive_lock(home.path / "ingest.lock", held=held)
+    return exclusive_lock(home.path / "ingest.lock", held=held, is_shared=is_shared)
 
 
 def _note(home: SiteHome, former: IngestReport | None, report: IngestReport, table: Path) -> None:

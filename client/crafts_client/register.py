@@ -26,6 +26,7 @@ from crafts_core.durable import exclusive_lock, write_file
 from crafts_privacy.witness import head_path, read_head
 
 _RESTORE = "put back the newest copy of it and of its .head file; until then nobody is read"
+_LOCK_S = 30.0
 
 
 class _Line(BaseModel):
@@ -57,15 +58,20 @@ class PatientRegister:
             if self._head() is None and not self._has_bytes():
                 self._write_head(START)
 
-    def enrol(self, patients: Iterable[str], cohort: str) -> None:
+    def enrol(self, patients: Iterable[str], cohort: str, *, patience_s: float = _LOCK_S) -> None:
         """Note patients who are new here; those who are known must be in the same cohort.
+
+        Args:
+            patients: Pseudonyms.
+            cohort: Theirs.
+            patience_s: How long to wait where others write.
 
         Raises:
             HomeError: a patient belongs to another cohort, and nothing is noted; or the register
                 is not what was written.
         """
         wanted = list(dict.fromkeys(patients))
-        with self._locked():
+        with self._locked(patience_s):
             lines = self._lines()
             known = _newest(lines)
             _refuse_elsewhere(known, wanted, cohort)
@@ -168,10 +174,10 @@ class PatientRegister:
     def _write_head(self, head: str) -> None:
         write_file(self._head_path, head + "\n", mode=0o600)
 
-    def _locked(self) -> AbstractContextManager[None]:
+    def _locked(self, patience_s: float = _LOCK_S) -> AbstractContextManager[None]:
         held = HomeError(f"{self._path} is in use; try again")
         lock_path = self._path.with_name(self._path.name + ".lock")
-        return exclusive_lock(lock_path, held=held, timeout_s=30.0)
+        return exclusive_lock(lock_path, held=held, timeout_s=patience_s)
 
 
 def _newest(lines: Iterable[_Line]) -> dict[str, _Line]:

@@ -1,9 +1,10 @@
 """``crafts-client tiles``: look at what ingest made. Numbers and pictures are private."""
 
 import json
+import os
 import random
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,17 +13,89 @@ from crafts_client.network_cli import AsJson, Home
 from crafts_core.command_line import (
     confirm,
     one_line_errors,
+    print_result,
     progress_bars,
     say,
     say_done,
 )
 
+if TYPE_CHECKING:
+    from crafts_client.ingest import IngestReport
+
+NUM_CORES = (
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
 tiles_app = typer.Typer(no_args_is_help=True, help="Look at the tile store. Nothing leaves.")
-_MOST_SHOWN = 400
+_MOST_SHOWN, _TOLD_CAPTIONS = 400, 5
 UNUSABLE = (
     "{} tiles cannot be read, or the foundation gives no finite numbers for them: they count as "
     "zero in training; ingest tries them again; where they stay, ask who made the foundation"
 )
+
+
+@tiles_app.command("join")
+def tiles_join(
+    home: Home = Path("site"),
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that read; all cores if absent.")
+    ] = NUM_CORES,
+    as_json: AsJson = False,
+) -> None:
+    """Make what ingest --shard has cut on all machines the store's content, and encode it.
+
+    Killed on the way, the same command goes on.
+    """
+    from crafts_client.preparation import join_shards, num_unusable_tiles
+    from crafts_core.foundation import load
+
+    with one_line_errors("crafts-client"):
+        site = SiteHome.open(home)
+        with progress_bars() as progress:
+            report = join_shards(
+                site,
+                load(site.foundation_path, device=site.config.device),
+                num_processes=processes,
+                progress=progress,
+            )
+        num_unusable = num_unusable_tiles(site)
+    if report is None:
+        say_done("no shard waits to be joined", {"joined": False}, as_json=as_json)
+    else:
+        say_ingested(site, report, num_unusable, as_json=as_json)
+
+
+def say_ingested(
+    site: SiteHome, report: "IngestReport", num_unusable: int, *, as_json: bool
+) -> None:
+    """What became of a table."""
+    result = {
+        "tiles": report.num_tiles,
+        "patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
+        "already_in_the_store": report.already,
+        "skipped": len(report.skipped),
+        "unusable_tiles": num_unusable,
+        "captions_cut": len(report.cut_captions),
+        "report": str(site.ingest_report_path),
+        "page": str(site.path / "ingest.html"),
+    }
+    print_result(result, as_json)
+    if as_json:
+        return
+    say_skipped(report)
+    if num_unusable:
+        say(UNUSABLE.format(num_unusable))
+    for note in report.cut_captions[:_TOLD_CAPTIONS]:
+        say(f"cut caption of line {note.line}: the text tower does not read: {note.unread}")
+    if len(report.cut_captions) > _TOLD_CAPTIONS:
+        say(f"... and {len(report.cut_captions) - _TOLD_CAPTIONS} more, on the page")
+
+
+def say_skipped(report: "IngestReport") -> None:
+    """The sources that gave nothing, and those that a person should look at."""
+    for source in report.skipped:
+        say(f"skipped line {source.line}: {source.file}: {source.skipped}")
+    for source in report.warned:
+        say(f"look at line {source.line}: {source.file}: {'; '.join(source.warnings)}")
 
 
 @tiles_app.command("stats")

@@ -70,7 +70,9 @@ def create_secret(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def exclusive_lock(path: Path, *, held: Exception, timeout_s: float = 0.0) -> Iterator[None]:
+def exclusive_lock(
+    path: Path, *, held: Exception, timeout_s: float = 0.0, is_shared: bool = False
+) -> Iterator[None]:
     """Hold an advisory lock on ``path``; the kernel frees it when the process dies.
 
     Args:
@@ -78,9 +80,10 @@ def exclusive_lock(path: Path, *, held: Exception, timeout_s: float = 0.0) -> It
             waits for the file that is there now.
         held: Raised when another process or thread held it for the whole time.
         timeout_s: How long to wait for it.
+        is_shared: Keep out only those who want it for themselves alone.
     """
     deadline = time.monotonic() + timeout_s
-    while (descriptor := _locked(path)) is None:
+    while (descriptor := _locked(path, is_shared)) is None:
         if time.monotonic() >= deadline:
             raise held
         time.sleep(_POLL_S)
@@ -90,7 +93,7 @@ def exclusive_lock(path: Path, *, held: Exception, timeout_s: float = 0.0) -> It
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, is_shared: bool) -> int | None:
     """A descriptor that holds the lock of the file at ``path``; None where another has it."""
     import fcntl  # of Unix; only coordinators and sites lock anything, and they run on Linux
 
@@ -98,7 +101,8 @@ def _locked(path: Path) -> int | None:
     with ExitStack() as closing:
         closing.callback(os.close, descriptor)
         with suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 closing.pop_all()
                 return descriptor

@@ -28,6 +28,7 @@ from crafts_client.ingest.source_audit import UNSEEN
 from crafts_client.ingest.store_update import Source, StoreUpdate, Target, open_update
 from crafts_client.ingest.survey import SlideJob, Survey, draw_slide, missing_scale, survey_slide
 from crafts_client.ingest.table import TableRow
+from crafts_client.ingest.table_shards import TableShard
 from crafts_client.ingest.tiling import TilingOptions
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +49,7 @@ def ingest_slides(
     problems: Sequence[Problem] = (),
     progress: Progress = lambda *_: None,
     silence_s: float = SILENCE_S,
+    shard: TableShard | None = None,
 ) -> IngestReport:
     """Cut every slide of a table into tiles, as the store at ``out`` or into it.
 
@@ -69,6 +71,8 @@ def ingest_slides(
             with its slides, instead of cutting any.
         progress: Called with the step, what is done of it and what there is.
         silence_s: A slide that nothing is heard of for so long is skipped.
+        shard: Cut only the slides of this part of the table, and leave it to a later call without
+            one to make them count. Calls for different shards may run at the same time.
 
     Raises:
         IngestError: there are problems, a slide has no scale, cannot be read or is another's copy,
@@ -85,9 +89,10 @@ def ingest_slides(
         withdrawn=withdrawn,
     )
     problems = [*problems, *_conditions_of_slides(rows)]
+    rows = _of_shard(rows, shard, salt)
     with (
         _also_told(problems),
-        open_update(target, former) as update,
+        open_update(target, former, is_shared=shard is not None) as update,
         Pool(num_processes, silence_s=silence_s) as pool,
     ):
         listed, wrong = _sources(rows, salt, lambda _: asdict(options))
@@ -97,7 +102,7 @@ def ingest_slides(
         _refuse_what_is_wrong(pool, jobs, [*problems, *wrong], progress)
         surveys = _survey(pool, jobs, progress)
         _cut(pool, jobs, surveys, update, target, progress)
-        return update.commit("slides", rows)
+        return update.commit("slides", rows) if shard is None else update.report("slides")
 
 
 def ingest_tiles(
@@ -114,6 +119,7 @@ def ingest_tiles(
     former: IngestReport | None = None,
     problems: Sequence[Problem] = (),
     progress: Progress = lambda *_: None,
+    shard: TableShard | None = None,
 ) -> IngestReport:
     """Take ready tiles, one image file each, as the store at ``out`` or into it.
 
@@ -131,9 +137,10 @@ def ingest_tiles(
     target = Target(
         store=out, cohort=cohort, salt=salt, tile_px=tile_px, mpp=mpp, withdrawn=withdrawn
     )
+    rows = _of_shard(rows, shard, salt)
     with (
         _also_told(problems),
-        open_update(target, former) as update,
+        open_update(target, former, is_shared=shard is not None) as update,
         Pool(num_processes) as pool,
     ):
         sides = {row.name: _side_px(row.mpp or source_mpp, mpp, tile_px) for row in rows}
@@ -148,9 +155,15 @@ def ingest_tiles(
         jobs = [_group_job(group, target, sides) for group in groups]
         identifiers = _identifiers(pool, groups, progress)
         on_beat = _counting(progress, "reading tiles", len(sources))
-        for place, shard in pool.run(cut_group, jobs, on_beat=on_beat):
-            _take_group(groups[place], shard, update, identifiers)
-        return update.commit("tiles", rows)
+        for place, cut in pool.run(cut_group, jobs, on_beat=on_beat):
+            _take_group(groups[place], cut, update, identifiers)
+        return update.commit("tiles", rows) if shard is None else update.report("tiles")
+
+
+def _of_shard(rows: Sequence[TableRow], shard: TableShard | None, salt: Salt) -> Sequence[TableRow]:
+    if shard is None:
+        return rows
+    return [row for row in rows if shard.has(salt.patient_id(row.patient))]
 
 
 # ---- what is wrong before anything is cut ---------------------------------------------------
@@ -201,10 +214,11 @@ def _refuse_what_is_wrong(
     """Look at headers first: a wrong guess of scale would spoil the whole store.
 
     A slide that cannot be opened is no reason to refuse the others; but where the table must be
-    mended, such slides are named, too, whether or not the table gives their scale.
+    mended, such slides are named, too, whether or not the table gives their scale. One that was
+    looked at before has a scale.
     """
     unknown, known = list[TableRow](), list[TableRow]()
-    for job in jobs:
+    for job in (job for job in jobs if not job.survey.exists()):
         (unknown if job.source.row.mpp is None else known).append(job.source.row)
     wrong, damaged = _look_at_headers(pool, unknown, progress)
     wrong += problems
@@ -309,6 +323,7 @@ def _cut(
         if whole.num_missing == 0:
             drawings.append((whole.job, _take_slide(whole, update)))
             whole.shards.clear()  # what is needed of them is in the update, in a tenth of the room
+    drawings = [drawing for drawing in drawings if not drawing[0].is_drawn]
     if drawings and drawings[0][0].pictures is not None:
         on_beat = _counting(progress, "drawing pictures", len(drawings))
         for _ in pool.run(draw_slide, drawings, on_beat=on_beat):

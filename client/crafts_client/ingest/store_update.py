@@ -220,8 +220,12 @@ class StoreUpdate:
             shards={name: stored for name, stored in self._shards.items() if name in present},
             sources=self._sources,
         )
-        shutil.rmtree(self._target.store / WORK, ignore_errors=True)
+        _remove_work(self._target.store)
         return report
+
+    def report(self, kind: Literal["slides", "tiles"]) -> IngestReport:
+        """What became of a shard of a table; its tiles count when all shards are joined."""
+        return IngestReport.of(kind, self._outcomes, already=self._num_already)
 
     def _without_bytes_of(self, gone: pa.Table, kept: pa.Table) -> pa.Table:
         """What stays, with shards of its own where a ready tile that goes lay in one with it.
@@ -244,13 +248,25 @@ class StoreUpdate:
         self._columns = {name: [] for name in ROW_SCHEMA.names}
 
 
+def _remove_work(store: Path) -> None:
+    """At once: half of the notes on a table's shards would say that shards are missing."""
+    gone = store / f".{WORK}.gone"
+    shutil.rmtree(gone, ignore_errors=True)  # a kill left it
+    with contextlib.suppress(FileNotFoundError):
+        (store / WORK).rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def open_update(target: Target, former: IngestReport | None) -> Iterator[StoreUpdate]:
+def open_update(
+    target: Target, former: IngestReport | None, *, is_shared: bool = False
+) -> Iterator[StoreUpdate]:
     """Hold the store, and turn what the disk refuses into one clear line.
 
     Args:
         target: What is written.
         former: What was said of slides that are in the store already.
+        is_shared: Others cut other shards of the table into it; nobody commits.
 
     Raises:
         IngestError: another ingest is at work, the store is of other tiles, or the disk refuses.
@@ -259,7 +275,7 @@ def open_update(target: Target, former: IngestReport | None) -> Iterator[StoreUp
     held = IngestError(f"another ingest is at work in {out}; wait for it, or end it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(out / _LOCK, held=held):
+        with exclusive_lock(out / _LOCK, held=held, is_shared=is_shared):
             (out / WORK).mkdir(exist_ok=True)
             try:
                 yield StoreUpdate(target, former)
@@ -351,7 +367,7 @@ def _take_out(store: TileStore, is_gone: pa.ChunkedArray) -> int:
             "by ingest: make it anew without this patient"
         )
     # What an interrupted run left may be of whoever goes.
-    shutil.rmtree(path / WORK, ignore_errors=True)
+    _remove_work(path)
     commit_store(
         path,
         left,

@@ -13,6 +13,7 @@ import simplejpeg
 from crafts_client.ingest.pictures import (
     draw_overlay,
     picture_name,
+    picture_paths,
     stain_densities,
     write_pictures,
 )
@@ -54,6 +55,14 @@ class SlideJob:
     @property
     def picture(self) -> str:
         return picture_name(self.source.slide_id)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its pictures are of this survey: an interrupted run, or a shard, drew them."""
+        if self.pictures is None:
+            return False
+        _, overlay = picture_paths(self.pictures, self.picture)
+        return overlay.exists() and overlay.stat().st_mtime_ns > self.survey.stat().st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
