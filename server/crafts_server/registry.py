@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, func, select
+from sqlalchemy import Connection, create_engine, event, func, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -35,6 +35,13 @@ from crafts_server.registry_rows import (
 
 FORMAT_VERSION = 1
 SCHEMA = Schema(metadata=Base.metadata, folder=Path(__file__).parent / "registry_revisions")
+_PATIENCE_S = 20.0
+"""How long a transaction waits for others."""
+_ADVICE = {
+    "55P03": "; another program holds its tables: try again, or look who does in pg_locks",
+    "25006": "; the database, or the server, takes no writes now: is it a standby, or its disk full?",
+}
+"""By PostgreSQL's code of an error."""
 _UPGRADE_LOCK = 0x63726166747300  # "crafts", for PostgreSQL's advisory locks
 
 
@@ -95,7 +102,7 @@ class Registry:
                 whose tables this one cannot read as they are.
         """
         try:
-            self._engine = create_engine(url)
+            self._engine = create_engine(url, connect_args=_patience(url))
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise RegistryError(f"the registry's URL cannot be used: {reason}") from error
@@ -293,9 +300,10 @@ class Registry:
                 yield session
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
+            advice = _ADVICE.get(getattr(cause, "sqlstate", None) or "", "")
             raise RegistryError(
                 f"cannot use the registry at {self._engine.url.render_as_string()}: "
-                f"{str(cause).splitlines()[0]}"
+                f"{str(cause).splitlines()[0]}{advice}"
             ) from error
 
 
@@ -381,9 +389,23 @@ def _alone(connection: Connection) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
 
 
+def _patience(url: str) -> dict[str, str | int]:
+    """PostgreSQL waits for a table's lock, and for a server, for ever, unless it is told."""
+    given = make_url(url)
+    if given.get_backend_name() != "postgresql":
+        return {}
+    wanted: dict[str, str | int] = {
+        "options": f"-c lock_timeout={round(_PATIENCE_S * 1000)}",
+        "connect_timeout": max(1, round(_PATIENCE_S)),
+    }
+    return {name: value for name, value in wanted.items() if name not in given.query}
+
+
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     """Committed means on disk; references are checked; a busy file is waited for."""
-    connection.execute("PRAGMA busy_timeout = 20000")  # first: the next line reads the file
+    connection.execute(
+        f"PRAGMA busy_timeout = {round(_PATIENCE_S * 1000)}"
+    )  # first: the next line reads the file
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 

@@ -20,6 +20,7 @@ from crafts_client.home_backup import back_up, put_back
 from crafts_client.outbox import Outbox
 from crafts_client.register import PatientRegister
 from crafts_client.site_key import site_key
+from crafts_client.trainer import Trainer
 from crafts_core.backup import BackupError
 from crafts_core.errors import CraftsError
 from crafts_privacy.errors import LedgerPlaceError, LedgerTamperedError
@@ -243,6 +244,60 @@ def test_what_left_while_a_home_was_copied_is_paid_for_in_the_copy(
     restore(out, new)
     check_payments(new)
     assert events(new) == 2
+
+
+def test_a_round_that_was_open_in_a_backup_stays_paid_for(
+    home: Path, share: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reserved is spent: in the copy, beside what was answered since, and when asked again."""
+    out, train = home.with_name("backup.tar"), Trainer.train
+
+    def copied_first(*arguments: object, **values: object) -> object:
+        back_up(SiteHome.open(home), out, keys=True, tiles=True)
+        return train(*arguments, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", copied_first)
+        assert isinstance(study.ask(home, 2), str)
+    spent = events(home)
+    lose(home)
+
+    restore(out, home)
+    kinds = [entry.kind for entry in Ledger(home / "ledger.db").entries()]
+    assert kinds[-2:] == [EntryKind.RESERVED, EntryKind.RESTORED]
+    assert events(home) == spent, "the open round counts"
+    moved = run("ledger", "move", "--yes", "--home", home)
+    assert "does not continue it" in moved.stderr, "the share saw it answered"
+
+    lose(home)
+    (export,) = share.glob("*.csv")
+    restore(out, home, "--ledger", export)
+    assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
+    assert isinstance(study.ask(home, 2), str)
+    assert events(home) == spent + 1, "an answer that may be another one is charged anew"
+
+
+def test_who_vouches_that_an_open_round_was_not_answered_pays_for_it_once(
+    home: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = home.with_name("backup.tar")
+
+    def copied_and_killed(*_arguments: object, **_values: object) -> object:
+        back_up(SiteHome.open(home), out, keys=True, tiles=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", copied_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            study.ask(home, 2)
+    lose(home)
+    restore(out, home)
+    assert run("ledger", "move", "--yes", "--home", home).exit_code == 0
+    assert events(home) == 2
+    assert isinstance(study.ask(home, 2), str)
+    assert events(home) == 2
+    assert isinstance(study.ask(home, 3), str)
+    assert events(home) == 3
 
 
 @pytest.mark.slow

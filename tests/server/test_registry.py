@@ -9,12 +9,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, make_url, text
+from typer.testing import CliRunner
 
+from crafts_server import registry as registry_module
+from crafts_server.cli import app
 from crafts_server.enrolments import MAX_LEDGERS, Enrolments, Witness
 from crafts_server.errors import EnrolmentError, RegistryError
+from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt
 from crafts_server.registry import CheckpointRecord, PlanRecord, Registry, RunStatus
+from support.postgres import Postgres
 
 HASH = "a" * 64
 
@@ -359,3 +364,49 @@ def test_a_registry_that_somebody_holds_is_waited_for_from_the_first_connection(
     timer.join()
     late.close()
     holder.close()
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a registry that waits for nobody for long."""
+    monkeypatch.setattr(registry_module, "_PATIENCE_S", 0.2)
+    url = postgres.new_database()
+    Registry(url).close()
+    return url
+
+
+def test_a_locked_table_is_one_line_and_works_again_when_it_is_free(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    home = CoordinatorHome.create(tmp_path / "c", HomeConfig(registry=postgres_url))
+    with database(postgres_url) as other:
+        other.execute(text("LOCK TABLE run IN ACCESS EXCLUSIVE MODE"))  # as VACUUM FULL does
+        done = CliRunner().invoke(app, ["runs", "list", "--home", str(home.path)])
+        assert done.exit_code == 1
+        (line,) = done.stderr.strip().splitlines()
+        assert "lock timeout; another program holds its tables: try again" in line
+    assert CliRunner().invoke(app, ["runs", "list", "--home", str(home.path)]).exit_code == 0
+
+
+def test_a_database_that_takes_no_writes_is_read_and_refuses_in_one_line(
+    postgres_url: str, postgres: Postgres
+) -> None:
+    plan = PlanRecord(hash=HASH, study="lungs", json="{}", signature="s", public_key="k")
+    read_only = {"options": "-c default_transaction_read_only=on"}
+    url = make_url(postgres_url).update_query_dict(read_only)
+    registry = Registry(url.render_as_string(hide_password=False))
+    assert registry.plans() == []
+    with pytest.raises(RegistryError, match="read-only transaction; the database, or the server"):
+        registry.add_plan(plan)
+    registry.close()
+    empty = make_url(postgres.new_database()).update_query_dict(read_only)
+    with pytest.raises(RegistryError, match="takes no writes now"):
+        Registry(empty.render_as_string(hide_password=False))
+
+
+def test_a_registry_keeps_the_options_of_its_url(postgres_url: str) -> None:
+    url = make_url(postgres_url).update_query_dict({"options": "-c statement_timeout=77000"})
+    registry = Registry(url.render_as_string(hide_password=False))
+    with registry.session() as session:
+        assert session.execute(text("SHOW statement_timeout")).scalar() == "77s"
+    registry.close()
