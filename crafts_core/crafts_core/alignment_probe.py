@@ -9,7 +9,8 @@ Shape letters: B tiles times draws, C H W latent, L D text, K anchors.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from crafts_core.stages.alignment import alignment_target, alignment_term, denoi
 from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.state import State
 
-_CHUNK = 64
+_CHUNK = 32
+_GRADIENT_CHUNK = 16
+"""A backward pass keeps what every layer gave."""
 
 
 class AlignmentProbe:
@@ -55,6 +58,7 @@ class AlignmentProbe:
         jitter = torch.rand(len(offsets), generator=generator)
         timesteps = (offsets + jitter) / num_draws * self._schedule.num_timesteps
         self._timesteps_B = timesteps.long().to(latents.device)
+        self._all_rows = torch.arange(len(offsets))
         self._noisy_BCHW = self._schedule.noisy(latents, noise, self._timesteps_B)
         self._text_BLD = self._encode(list(probe.captions), num_draws)
         self._mismatched_BLD = self._encode(list(probe.mismatched_captions), num_draws)
@@ -64,12 +68,16 @@ class AlignmentProbe:
     def margin(self, state: Mapping[str, Tensor]) -> float:
         """Mean over the probe of r(u matched, q) - r(u mismatched, q)."""
         self._adapter.load_state(state)
-        total = 0.0
-        for rows in self._chunks():
-            matched_B = self._correlation(rows, self._text_BLD)
-            mismatched_B = self._correlation(rows, self._mismatched_BLD)
-            total += float((matched_B - mismatched_B).sum())
-        return total / len(self._timesteps_B)
+        parts = [float(self._margins(rows).sum()) for rows in self._all_rows.split(_CHUNK)]
+        return math.fsum(parts) / len(self._all_rows)
+
+    def margin_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> tuple[float, State]:
+        """The margin and its gradient.
+
+        Returns:
+            The margin, and for each tensor of ``factor`` its gradient (float32, CPU).
+        """
+        return self._mean_and_gradient(state, factor, self._margins)
 
     def gradient(self, state: Mapping[str, Tensor], factor: Factor) -> tuple[float, State]:
         """The public alignment loss, mean of ``a_t^2 (1 - r(u, q))``, and its gradient.
@@ -77,24 +85,40 @@ class AlignmentProbe:
         Returns:
             The loss, and for each tensor of ``factor`` its gradient (float32, CPU).
         """
+        return self._mean_and_gradient(state, factor, self._losses)
+
+    def _mean_and_gradient(
+        self,
+        state: Mapping[str, Tensor],
+        factor: Factor,
+        of_rows: Callable[[Tensor], Tensor],
+    ) -> tuple[float, State]:
         self._adapter.load_state(state)
         parameters = self._adapter.trainable(factor)
         gradients = {name: torch.zeros(value.shape) for name, value in parameters.items()}
-        count, total = len(self._timesteps_B), 0.0
-        for rows in self._chunks():
-            correlation_B = self._correlation(rows, self._text_BLD)
-            term_B = alignment_term(correlation_B, self._timesteps_B[rows], self._schedule)
-            loss = term_B.sum() / count
-            parts = torch.autograd.grad(loss, tuple(parameters.values()))
+        total = 0.0
+        for rows in self._all_rows.split(_GRADIENT_CHUNK):
+            mean = of_rows(rows).sum() / len(self._all_rows)
+            parts = torch.autograd.grad(mean, tuple(parameters.values()))
             for name, part in zip(parameters, parts, strict=True):
                 gradients[name] += part.to("cpu", torch.float32)
-            total += float(loss.detach())
+            total += float(mean.detach())
         return total, gradients
 
-    def _correlation(self, rows: slice, text_BLD: Tensor) -> Tensor:
-        """r(u, q) for some rows under some text."""
+    def _margins(self, rows: Tensor) -> Tensor:
+        """r(u matched, q) - r(u mismatched, q) of some rows, in one batch."""
+        text = torch.cat([self._text_BLD[rows], self._mismatched_BLD[rows]])
+        matched_B, mismatched_B = self._correlation(rows.repeat(2), text).chunk(2)
+        return matched_B - mismatched_B
+
+    def _losses(self, rows: Tensor) -> Tensor:
+        correlation_B = self._correlation(rows, self._text_BLD[rows])
+        return alignment_term(correlation_B, self._timesteps_B[rows], self._schedule)
+
+    def _correlation(self, rows: Tensor, text_BLD: Tensor) -> Tensor:
+        """r(u, q) for some rows, each under its own line of ``text_BLD``."""
         noisy, timesteps_B = self._noisy_BCHW[rows], self._timesteps_B[rows]
-        prediction = self._adapter.predict(noisy, timesteps_B, text_BLD[rows])
+        prediction = self._adapter.predict(noisy, timesteps_B, text_BLD)
         return denoised_correlation(
             self._schedule.denoised(noisy, prediction, timesteps_B),
             self._target_BK[rows],
@@ -114,10 +138,6 @@ class AlignmentProbe:
             foundation.aligner.embed_captions(list(foundation.probe.captions)), anchors_KD
         )
         return alignment_target(tiles_NK, captions_NK, foundation.manifest.alignment)
-
-    def _chunks(self) -> list[slice]:
-        count = len(self._timesteps_B)
-        return [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
 
 
 def alignment_margin(

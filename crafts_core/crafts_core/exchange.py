@@ -186,6 +186,14 @@ def global_norm(tensors: "Mapping[str, Tensor]") -> float:
     return float(sum(squares) ** 0.5)
 
 
+def inner_product(tensors: "Mapping[str, Tensor]", others: "Mapping[str, Tensor]") -> float:
+    """Of all numbers of ``tensors`` with those of the same names in ``others``, in float64."""
+    parts = [
+        float((tensor.double() * others[name].double()).sum()) for name, tensor in tensors.items()
+    ]
+    return float(sum(parts))
+
+
 def check_tensors(tensors: "Mapping[str, Tensor]", expected: "Mapping[str, Tensor]") -> None:
     """Refuse tensors whose names or shapes differ from ``expected``, or that are not finite.
 

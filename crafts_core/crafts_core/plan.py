@@ -288,7 +288,7 @@ class AggregationConfig(_Section):
     max_weight_rise: Annotated[float, Field(gt=0, le=100)] = 0.5
     """A site whose weight per share rises by more between two rounds of a stage is an alert."""
     gate_temperature: Annotated[float, Field(gt=0)] = 0.05
-    """Softness of the alignment gate a_k, in units of alignment margin."""
+    """Softness of the alignment gate a_k in alignment margin; the noise of a gain adds to it."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Of the aggregated steps, from round to round."""
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0

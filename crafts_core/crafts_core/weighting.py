@@ -3,8 +3,8 @@
 Design section 6: ``alpha_k`` is proportional to ``p_k a_k`` and capped by the site's share of the
 agreed patients, where
 
-    p_k = 1 / (tau^2 + v_k)              precision, from the *declared* noise variance v_k
-    a_k = sigmoid(gain_k / temperature)  soft gate on the gain in alignment margin
+    p_k = 1 / (tau^2 + v_k)           precision, from the *declared* noise variance v_k
+    a_k = sigmoid(gain_k / softness)  soft gate on the gain in alignment margin, to first order
 
 Products are formed as logarithms, so that no combination of noise and gain gives 0/0.
 
@@ -72,14 +72,14 @@ def log_precision(noise_variance: float, precision_floor: float) -> float:
     return -math.log(precision_floor + noise_variance)
 
 
-def log_gate(gain: float, temperature: float) -> float:
-    """``log a_k = log sigmoid(gain / temperature)``; without overflow at either end.
+def log_gate(gain: float, softness: float) -> float:
+    """``log a_k = log sigmoid(gain / softness)``; without overflow at either end.
 
     A gain that is not finite closes the gate: ``-inf``.
     """
     if not math.isfinite(gain):
         return -math.inf
-    x = gain / temperature
+    x = gain / softness
     return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
 
 

@@ -9,13 +9,14 @@ To try another rule, write a class with the interface of ``AggregationRule`` and
 ``rule_of``. Everything here is post-processing of private outputs plus public data.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from torch import Tensor
 
-from crafts_core.exchange import RoundReply, global_norm
+from crafts_core.exchange import RoundReply, global_norm, inner_product
 from crafts_core.plan import MODALITIES, AggregationConfig, Factor
 from crafts_core.state import State, add_delta
 from crafts_core.weighting import (
@@ -36,6 +37,10 @@ class PublicProbe(Protocol):
 
     def margin(self, state: Mapping[str, Tensor]) -> float:
         """Alignment margin: matched minus mismatched captions, same noise and timesteps."""
+        ...
+
+    def margin_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
+        """Gradient of the margin, for the tensors of ``factor``."""
         ...
 
     def alignment_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
@@ -74,6 +79,9 @@ class SiteEvidence:
     noise_variance: float
     declared_patients: int
     gain: float | None
+    """In alignment margin, to first order: what the update adds for as much as it counts."""
+    gain_noise: float
+    """Standard deviation that the declared noise gives the gain; 0 where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +131,7 @@ class AggregationRule(Protocol):
     """The seam for research on aggregation."""
 
     needs_gain: bool
-    """Whether each site's update is measured on the probe (one margin per site)."""
+    """Whether each site's update is measured on the probe."""
     max_weight: float
     """No site counts more, unless all must."""
 
@@ -177,15 +185,9 @@ def aggregate(
     if not updates:
         raise AggregationError("expected at least one site update, got none")
     updates = sorted(updates, key=lambda update: update.site)
-    evidence = [
-        SiteEvidence(
-            site=update.site,
-            noise_variance=update.noise_variance,
-            declared_patients=update.reply.declared_patients,
-            gain=_gain(start, update, probe) if rule.needs_gain and start.moves_text else None,
-        )
-        for update in updates
-    ]
+    is_measured = rule.needs_gain and start.moves_text
+    slope = probe.margin_gradient(start.state, start.factor) if is_measured else None
+    evidence = [_evidence(update, slope) for update in updates]
     caps = share_caps(
         [site.declared_patients for site in evidence],
         max_weight=rule.max_weight,
@@ -217,7 +219,8 @@ def weighted_sum(terms: Iterable[tuple[float, Callable[[], State]]]) -> State:
 class AlignmentRegularized:
     """Alignment-regularized aggregation.
 
-    ``alpha_k`` proportional to ``p_k a_k`` (precision times alignment gate), capped;
+    ``alpha_k`` proportional to ``p_k a_k`` (precision times alignment gate), capped, where the gate
+    is ``sigmoid(<g, delta_k> / sqrt(T^2 + 4 |g|^2 v_k))`` with the margin's gradient g;
     ``m <- beta m + sum alpha_k delta_k``; the step is ``eta m`` plus public alignment inside the
     trust region, accepted or halved. The momentum keeps the share of the step that was taken, so
     that a rejected direction does not come back by itself. With alternating factors each factor
@@ -235,10 +238,14 @@ class AlignmentRegularized:
         config = self._config
         scores = [
             log_precision(site.noise_variance, config.precision_floor)
-            + (0.0 if site.gain is None else log_gate(site.gain, config.gate_temperature))
+            + (0.0 if site.gain is None else self._log_gate(site.gain, site.gain_noise))
             for site in evidence
         ]
         return normalised(scores)
+
+    def _log_gate(self, gain: float, gain_noise: float) -> float:
+        """As soft at least as twice the noise in the gain, by which nobody should be weighed."""
+        return log_gate(gain, math.hypot(self._config.gate_temperature, 2.0 * gain_noise))
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
         config = self._config
@@ -326,6 +333,16 @@ def _plain_step(start: RoundState, delta: State, probe: PublicProbe) -> ServerSt
     )
 
 
-def _gain(start: RoundState, update: SiteUpdate, probe: PublicProbe) -> float:
-    """What this update alone does to the margin."""
-    return probe.margin(add_delta(start.state, update.read_delta())) - start.margin
+def _evidence(update: SiteUpdate, slope: State | None) -> SiteEvidence:
+    """``slope`` is the margin's where the round starts."""
+    gain, gain_noise = None, 0.0
+    if slope is not None:
+        gain = inner_product(slope, update.read_delta())
+        gain_noise = global_norm(slope) * math.sqrt(update.noise_variance)
+    return SiteEvidence(
+        site=update.site,
+        noise_variance=update.noise_variance,
+        declared_patients=update.reply.declared_patients,
+        gain=gain,
+        gain_noise=gain_noise,
+    )

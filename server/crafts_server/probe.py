@@ -26,7 +26,10 @@ ProbeOfRound = Callable[[int], PublicProbe]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeSize:
-    """How much a margin costs: ``2 * margin_tiles * margin_draws`` denoiser evaluations."""
+    """How much a margin costs: ``2 * margin_tiles * margin_draws`` denoiser evaluations.
+
+    Its gradient takes as many with a backward pass, once a round, however many sites there are.
+    """
 
     margin_tiles: int = 32
     margin_draws: int = 2
@@ -90,6 +93,11 @@ class FoundationProbe:
             self._last = (identity, self._margin_probe.margin(denoiser))
         return self._last[1]
 
+    def margin_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
+        """The margin's gradient at ``state``, for the tensors of ``factor``."""
+        _, gradient = self._margin_probe.margin_gradient(generator_state(state), factor)
+        return gradient
+
     def steps_of(self, number: int) -> AlignmentProbe:
         """What one round's alignment steps are fitted to."""
         return AlignmentProbe(
@@ -109,6 +117,9 @@ class _RoundProbe:
 
     def margin(self, state: Mapping[str, Tensor]) -> float:
         return self._probe.margin(state)
+
+    def margin_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
+        return self._probe.margin_gradient(state, factor)
 
     def alignment_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
         if self._steps is None:

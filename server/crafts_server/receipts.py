@@ -33,8 +33,9 @@ class SiteReceipt(_Record):
     max_weight: Annotated[float, Field(gt=0, le=1)]
     """The most that its share of the agreed patients let it count, of those who answered."""
     gain: float | None
-    """Alignment margin that its update alone would have gained; None where nobody measured
-    it, or the measure was not finite (then the gate was shut)."""
+    """Alignment margin that its update adds, to first order (in receipts of earlier versions: by a
+    margin of its own); None where nobody measured it, or the measure was not finite (then the gate
+    was shut)."""
     update_norm: float | None
     """None where only a sum over sites was seen."""
     noise_multiplier: float

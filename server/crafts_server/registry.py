@@ -39,7 +39,7 @@ _PATIENCE_S = 20.0
 """How long a transaction waits for others."""
 _ADVICE = {
     "55P03": "; another program holds its tables: try again, or look who does in pg_locks",
-    "25006": "; the database, or the server, takes no writes now: is it a standby, or its disk full?",
+    "25006": "; the database, or its server, takes no writes now: is it a standby?",
 }
 """By PostgreSQL's code of an error."""
 _UPGRADE_LOCK = 0x63726166747300  # "crafts", for PostgreSQL's advisory locks

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crafts_core.exchange import global_norm
+from crafts_core.exchange import global_norm, inner_product
 from crafts_core.state import State, add_delta
 
 Margin = Callable[[Mapping[str, Tensor]], float]
@@ -72,7 +72,7 @@ def alignment_steps(
 
 def without_opposing_component(trust: State, step: Mapping[str, Tensor]) -> State:
     """``trust`` minus its projection on ``step`` where that points against ``step``."""
-    along = sum(float((trust[name].double() * step[name].double()).sum()) for name in trust)
+    along = inner_product(trust, step)
     if along >= 0.0:
         return trust
     return add_delta(trust, step, -along / global_norm(step) ** 2)

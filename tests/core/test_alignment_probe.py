@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crafts_core.alignment_probe import AlignmentProbe, alignment_margin
+from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
 from crafts_core.starting_point import initial_state
@@ -65,6 +66,17 @@ def test_gradient_is_that_of_finite_differences(
     ahead, _ = probe.gradient(add_delta(state, direction, 1e-2), "second")
     behind, _ = probe.gradient(add_delta(state, direction, -1e-2), "second")
     assert (ahead - behind) / 2e-2 == pytest.approx(norm, rel=2e-2)
+
+
+def test_margin_gradient_is_that_of_finite_differences(
+    foundation: Foundation, probe: AlignmentProbe
+) -> None:
+    state = random_state(foundation)
+    margin, gradient = probe.margin_gradient(state, "second")
+    assert margin == pytest.approx(probe.margin(state), abs=1e-6)
+    direction = {name: tensor / global_norm(gradient) for name, tensor in gradient.items()}
+    ahead, behind = (probe.margin(add_delta(state, direction, step)) for step in (1e-2, -1e-2))
+    assert (ahead - behind) / 2e-2 == pytest.approx(global_norm(gradient), rel=2e-2)
 
 
 def test_step_against_the_gradient_improves_alignment(

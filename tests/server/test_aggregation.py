@@ -88,12 +88,21 @@ def run(config: AggregationConfig, momentum: State | None = None) -> Aggregate:
 
 
 def oracle_weights() -> list[float]:
-    """p_k a_k by hand, without logarithms; the cap is out of reach."""
+    """p_k a_k by hand, without logarithms; the cap is out of reach.
+
+    The margin's slope is a difference quotient, exact for a quadratic: ``m(x + d) - m(x - d)`` is
+    twice the part of a gain that is linear in d.
+    """
     state, probe = small_state(), QuadraticProbe()
+    gap = (state["layer.second"] - 1.0).flatten().tolist()
     scores = []
     for variance, delta in zip(VARIANCES, deltas(), strict=True):
-        gain = probe.margin(add_delta(state, delta)) - probe.margin(state)
-        scores.append(1 / (1e-3 + variance) / (1 + math.exp(-gain / 0.1)))
+        ahead, behind = (probe.margin(add_delta(state, delta, sign)) for sign in (1.0, -1.0))
+        gain = (ahead - behind) / 2
+        noise = math.sqrt(sum((x / 50) ** 2 for x in gap) * variance)
+        scores.append(
+            1 / (1e-3 + variance) / (1 + math.exp(-gain / math.sqrt(0.01 + 4 * noise**2)))
+        )
     return [score / sum(scores) for score in scores]
 
 
@@ -246,6 +255,22 @@ def test_a_site_that_harms_alignment_counts_less() -> None:
     assert result.weights["aachen"] > 0.7
 
 
+def test_a_gain_that_its_noise_explains_moves_no_weight() -> None:
+    """The same two updates, which only chance told apart, and which the gate must not."""
+    towards = {"layer.second": 0.5 * (1.0 - small_state()["layer.second"])}
+    against = {"layer.second": -towards["layer.second"]}
+    settings = config(gate_temperature=1e-4, precision_floor=1.0)
+    weights = []
+    for variance in (1e-9, 1e6):
+        updates = [update(0, towards), update(1, against)]
+        noisy = [replace(each, noise_variance=variance) for each in updates]
+        weights.append(aggregate(rule_of(settings), start(), noisy, QuadraticProbe()).weights)
+    assert weights[0]["aachen"] == pytest.approx(0.6), (
+        "without noise the gate is shut for the other"
+    )
+    assert weights[1]["aachen"] == pytest.approx(0.5, abs=1e-3)
+
+
 def test_the_order_of_arrival_changes_nothing() -> None:
     updates = [update(index, delta) for index, delta in enumerate(deltas())]
     first = aggregate(rule_of(config()), start(), updates, QuadraticProbe())
@@ -269,12 +294,13 @@ def test_by_patients_is_federated_averaging() -> None:
     assert result.weights["aachen"] == pytest.approx(100 / 160)
 
 
-def test_baselines_measure_one_margin_and_gains_cost_one_each() -> None:
-    for rule, num_margins in (("uniform", 1), ("alignment_regularized", 4)):
+def test_a_margin_is_measured_for_the_aggregate_alone() -> None:
+    """However many sites there are: what each of them gains follows from one gradient."""
+    for rule, num_slopes in (("uniform", 0), ("alignment_regularized", 1)):
         probe = QuadraticProbe()
         updates = [update(index, delta) for index, delta in enumerate(deltas())]
         aggregate(rule_of(config(rule, margin_tolerance=10.0)), start(), updates, probe)
-        assert probe.num_margins == num_margins
+        assert (probe.num_margins, probe.num_slopes) == (1, num_slopes)
 
 
 def test_weighted_sum_reads_one_delta_at_a_time() -> None:
@@ -331,6 +357,9 @@ class _CountingProbe:
 
     def margin(self, state: Mapping[str, torch.Tensor]) -> float:
         return 0.5
+
+    def margin_gradient(self, state: Mapping[str, torch.Tensor], factor: str) -> State:
+        raise AssertionError("nothing to measure in a control round")
 
     def alignment_gradient(self, state: Mapping[str, torch.Tensor], factor: str) -> State:
         self.gradients += 1

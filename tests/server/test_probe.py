@@ -64,6 +64,17 @@ def test_a_step_against_the_gradient_lowers_the_loss(foundation: Foundation) -> 
     assert after < loss
 
 
+def test_the_margins_gradient_is_of_the_margin_in_every_round(foundation: Foundation) -> None:
+    """A small step along it raises what ``margin`` measures by as much as it says."""
+    one, state = probe(foundation), moved_state(foundation)
+    first, second = (one.for_round(n).margin_gradient(state, "second") for n in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sorted(first) == factor_names(state, "second")
+    norm = global_norm(first)
+    ahead, behind = (one.margin(add_delta(state, first, way * 1e-2 / norm)) for way in (1, -1))
+    assert (ahead - behind) / 2e-2 == pytest.approx(norm, rel=2e-2)
+
+
 def test_a_control_net_does_not_move_the_margin(foundation) -> None:
     parts = ("generator", "nuclei")
     state = initial_state(foundation, CONFIG, 0, parts)

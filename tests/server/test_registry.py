@@ -396,7 +396,7 @@ def test_a_database_that_takes_no_writes_is_read_and_refuses_in_one_line(
     url = make_url(postgres_url).update_query_dict(read_only)
     registry = Registry(url.render_as_string(hide_password=False))
     assert registry.plans() == []
-    with pytest.raises(RegistryError, match="read-only transaction; the database, or the server"):
+    with pytest.raises(RegistryError, match="read-only transaction; the database, or its server"):
         registry.add_plan(plan)
     registry.close()
     empty = make_url(postgres.new_database()).update_query_dict(read_only)

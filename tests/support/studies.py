@@ -73,12 +73,16 @@ class QuadraticProbe:
 
     def __init__(self) -> None:
         self.best = {name: torch.ones_like(tensor) for name, tensor in small_state().items()}
-        self.num_margins = 0
+        self.num_margins = self.num_slopes = 0
 
     def margin(self, state: Mapping[str, Tensor]) -> float:
         self.num_margins += 1
         gap = {name: tensor - self.best[name] for name, tensor in state.items()}
         return 1.0 - global_norm(gap) ** 2 / 100.0
+
+    def margin_gradient(self, state: Mapping[str, Tensor], factor: str) -> State:
+        self.num_slopes += 1
+        return {n: -slope for n, slope in self.alignment_gradient(state, factor).items()}
 
     def alignment_gradient(self, state: Mapping[str, Tensor], factor: str) -> State:
         return {

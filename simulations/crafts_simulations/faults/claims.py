@@ -18,11 +18,11 @@ from crafts_client.home import SiteHome
 from crafts_client.messages import read_message, read_state
 from crafts_client.site import Site
 from crafts_core.array_bytes import PACKED, packed
-from crafts_core.exchange import global_norm
+from crafts_core.exchange import global_norm, inner_product
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state
-from crafts_core.state import State, add_delta
+from crafts_core.state import State
 from crafts_server.aggregation import PublicProbe
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
@@ -74,7 +74,8 @@ def typed_patients(turn: Turn) -> Answer:
 
 def liked_by_the_gate(turn: Turn) -> Answer:
     """Of all that it could send, first what the gate likes least and then what it likes most."""
-    ranked = sorted(_candidates(turn), key=lambda delta: _margin(turn, delta))
+    slope = turn.probe.margin_gradient(turn.state, "second")
+    ranked = sorted(_candidates(turn, slope), key=lambda delta: inner_product(slope, delta))
     return ranked[0 if turn.number == 1 else -1], {}
 
 
@@ -189,10 +190,10 @@ def _probe(foundation: Foundation, plan: Plan) -> FoundationProbe:
     )
 
 
-def _candidates(turn: Turn) -> list[State]:
-    """Along the public gradient, against it, and in some directions at random."""
+def _candidates(turn: Turn, slope: State) -> list[State]:
+    """Along the margin's public gradient, against it, and in some directions at random."""
     generator = torch.Generator().manual_seed(turn.number)
-    ways: list[State] = [_gradient(turn), turn.honest]
+    ways: list[State] = [slope, turn.honest]
     for _ in range(_NUM_DIRECTIONS):
         ways.append(
             {
@@ -208,10 +209,6 @@ def _candidates(turn: Turn) -> list[State]:
 
 def _gradient(turn: Turn) -> State:
     return turn.probe.alignment_gradient(turn.state, "second")
-
-
-def _margin(turn: Turn, delta: State) -> float:
-    return turn.probe.margin(add_delta(turn.state, delta))
 
 
 def _scaled(way: State, length: float) -> State:
