@@ -180,7 +180,7 @@ def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...], runs: i
         return lifetime.state(with_charge(plans, plan.hash, limit, *new))
 
     all_of_it = after(max(0, plan.total_steps - done))
-    one_more = after(min(stage.local_steps for stage in plan.stage if not stage.is_release))
+    one_more = after(min(stage.local_steps for stage in plan.trained))
     refused: tuple[str, ...] = ()
     remark = ""
     if not one_more.holds:

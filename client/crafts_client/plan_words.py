@@ -20,7 +20,7 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
     """One sentence or two a line; what is refused comes last."""
     stages = ", then ".join(
         f"{each.rounds} rounds of {each.local_steps} steps of {each.modality or each.name}"
-        for each in plan.stage[len(plan.releases) :]
+        for each in plan.trained
     )
     yield f"Study {plan.study.name} (plan {plan.hash[:16]}) asks for {stages}."
     yield from (_release(plan, each) for each in plan.releases)
@@ -84,7 +84,7 @@ def _time(site: SiteHome, plan: Plan) -> str:
     seconds = seconds_per_step(() if ledger is None else ledger.entries())
     if seconds is None:
         return "How long a round takes here is known once a first one ran."
-    longest = max(stage.local_steps for stage in plan.stage) * seconds / 60
+    longest = max(stage.local_steps for stage in plan.trained) * seconds / 60
     return f"A round takes about {longest:.2g} minutes here if its steps are as earlier ones were."
 
 

@@ -474,9 +474,8 @@ class Plan(_Section):
     @property
     def parts(self) -> tuple[Part, ...]:
         """What the adapter consists of: what some stage trains, and nothing else."""
-        trained = self.stage[len(self.releases) :]
-        modalities = tuple(m for m in MODALITIES if m in {stage.modality for stage in trained})
-        trains_generator = any(stage.modality is None for stage in trained)
+        modalities = tuple(m for m in MODALITIES if m in {stage.modality for stage in self.trained})
+        trains_generator = any(stage.modality is None for stage in self.trained)
         return (*(GENERATOR_ONLY if trains_generator else ()), *modalities)
 
     @property
@@ -488,6 +487,16 @@ class Plan(_Section):
     def releases(self) -> tuple[StageConfig, ...]:
         """What sites tell before training, a round each; the first stages."""
         return tuple(stage for stage in self.stage if stage.is_release)
+
+    @property
+    def trained(self) -> tuple[StageConfig, ...]:
+        """The stages in which sites train; all others come before them, a round each."""
+        return tuple(stage for stage in self.stage if not stage.is_release)
+
+    @property
+    def num_first_rounds(self) -> int:
+        """Rounds before sites train."""
+        return len(self.stage) - len(self.trained)
 
     def privacy_of(self, stage: StageConfig) -> PrivacyConfig:
         """Sampling and clipping of a stage's rounds.
@@ -511,7 +520,7 @@ class Plan(_Section):
     @property
     def total_steps(self) -> int:
         """Private steps a site trains if it takes part in every round; releases are none."""
-        return sum(stage.rounds * stage.local_steps for stage in self.stage if not stage.is_release)
+        return sum(stage.rounds * stage.local_steps for stage in self.trained)
 
     @property
     def charged_steps(self) -> int:
@@ -524,7 +533,7 @@ class Plan(_Section):
         for stage_index, stage in enumerate(self.stage):
             for index in range(stage.rounds):
                 number += 1
-                factor = self._factor(stage, number - len(self.releases))
+                factor = self._factor(stage, number - self.num_first_rounds)
                 yield RoundOfPlan(number, stage_index, stage, factor, index == 0)
 
     def _factor(self, stage: StageConfig, number: int) -> Factor:

@@ -102,7 +102,7 @@ class NoiseForecast:
 
 def is_measurable(plan: Plan) -> bool:
     """Whether some stage trains what public tiles can be asked about: no public tile has a mask."""
-    return any(stage.modality is None for stage in plan.stage)
+    return any(stage.modality is None for stage in plan.trained)
 
 
 def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) -> NoiseForecast:
@@ -122,7 +122,7 @@ def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) 
     if not is_measurable(plan):
         raise ValueError("a plan of ControlNets alone cannot be measured")
     planned = next(
-        each for each in plan.rounds() if each.stage.modality is None and not each.stage.is_release
+        each for each in plan.rounds() if each.stage in plan.trained and not each.stage.modality
     )
     stained = _paler(foundation)
     rows = _clipped_gradients(plan, planned, stained)

@@ -46,7 +46,7 @@ def export_generator(
             weights, or of a plan that trains ControlNets alone.
         CheckpointError: a checkpoint was altered, or there is no round yet.
     """
-    state = averaged(chain[len(plan.releases) :], decay=plan.aggregation.ema_decay)
+    state = shared_state(chain, plan)
     record = GeneratorRecord(
         study=plan.study.name,
         plan_hash=plan.hash,
@@ -68,6 +68,15 @@ def export_generator(
     )
     if lora is not None:
         save_lora(lora, state)
+
+
+def shared_state(chain: Sequence[Checkpoint], plan: Plan) -> State:
+    """The generator that a plan's rounds so far give, of a chain from round 0.
+
+    Raises:
+        CheckpointError: a checkpoint was altered, or no round has trained yet.
+    """
+    return averaged(chain[plan.num_first_rounds :], decay=plan.aggregation.ema_decay)
 
 
 def averaged(chain: Sequence[Checkpoint], *, decay: float) -> State:

@@ -73,7 +73,7 @@ def draw_samples(home: CoordinatorHome, run_id: str, plan: Plan, *, device: str)
     """
     from crafts_core.adapters import merged_unet  # torch takes seconds; pages need none
     from crafts_core.foundation import load
-    from crafts_server.export import averaged
+    from crafts_server.export import shared_state
 
     chain = home.checkpoints(run_id).chain()
     if len(chain) < 2:
@@ -94,7 +94,7 @@ def draw_samples(home: CoordinatorHome, run_id: str, plan: Plan, *, device: str)
     for name, folder in wanted.items():
         generator = foundation.generator
         if name == chain[-1].hash:
-            state = averaged(chain, decay=plan.aggregation.ema_decay)
+            state = shared_state(chain, plan)
             unet = merged_unet(generator.unet, plan.adapter, state)
             generator = replace(generator, unet=unet)
         _write(folder, _drawn(generator, foundation, plan, name))

@@ -66,6 +66,23 @@ def test_gradients_are_clipped_ones_of_the_plans_first_step(foundation) -> None:
     torch.testing.assert_close(first, wanted / wanted.norm(), rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_told_first_is_no_step(foundation) -> None:
+    """Measured where training starts, also where it contrasts the study's captions."""
+    values = plan_values(foundation.manifest.hash)
+    pretraining, alignment = values["stage"]
+    alignment |= {"lambda_drift": 0.0, "lambda_align": 0.3, "alignment_loss": "contrast"}
+    values["study"]["captions"] = ["tissue with glands", "tissue with sheets"]
+    told = [{"name": "anchors", "noise_multiplier": 8}, {"name": "colour", "noise_multiplier": 8}]
+    with_them, without, contrast = (
+        Plan.parse(values | {"stage": stages})
+        for stages in ([*told, pretraining], [pretraining], [*told, alignment])
+    )
+    found = noise_forecast(with_them, foundation, [12])
+    assert found.gradient_norm == noise_forecast(without, foundation, [12]).gradient_norm
+    assert found.steps == 4
+    assert noise_forecast(contrast, foundation, [12]).gradient_norm != found.gradient_norm
+
+
 def test_spread_alone_is_no_gradient() -> None:
     """Rows that share a direction of length 0.5 beside rows that share none."""
     source = torch.Generator().manual_seed(0)
