@@ -4,6 +4,7 @@ Its whole state (weights, average, optimizer, schedule, both random generators) 
 minutes, so a build that is interrupted goes on where it was and gives the same bytes.
 """
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy.typing as npt
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+
+from crafts_core.durable import write_file
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
@@ -87,7 +90,7 @@ def _average(model: nn.Module, recipe: Recipe) -> EMAModel | None:
 
 
 def _save(recipe: Recipe, parts: dict[str, Any], rng: np.random.Generator, done: int) -> None:
-    """Write beside, then rename: a kill leaves the last whole state."""
+    """A kill, or a power failure, leaves the last whole state."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {
         "done": done,
@@ -97,9 +100,9 @@ def _save(recipe: Recipe, parts: dict[str, Any], rng: np.random.Generator, done:
     }
     if recipe.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(recipe.device)
-    unfinished = recipe.state.with_suffix(".writing")
-    torch.save(state, unfinished)
-    unfinished.replace(recipe.state)
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    write_file(recipe.state, whole.getvalue())
 
 
 def _resume(recipe: Recipe, parts: dict[str, Any], rng: np.random.Generator) -> int:
