@@ -24,6 +24,7 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
     )
     yield f"Study {plan.study.name} (plan {plan.hash[:16]}) asks for {stages}."
     yield from (_release(plan, each) for each in plan.releases)
+    yield from (_retrieval(plan, each) for each in plan.stage if each.is_retrieval)
     yield _ALL_LEAVES
     if plan.privacy.target_epsilon is None or plan.privacy.delta is None:
         yield "It promises patients nothing: it trains without privacy."
@@ -55,6 +56,16 @@ def _release(plan: Plan, stage: StageConfig) -> str:
             f"{alone:.2f} of the plan's if it stood alone"
         )
     return f"Before training, once, over all patients: {what}; {cost}."
+
+
+def _retrieval(plan: Plan, stage: StageConfig) -> str:
+    """What the coordinator does alone, and what a hospital should know of the pool."""
+    return (
+        f"Then the coordinator picks at most {stage.tiles_per_caption} tiles a caption from public "
+        f"pool {(plan.study.pool or '')[:16]} by what was told, and trains on them alone: nothing "
+        "is asked of this site, and it costs no epsilon. The pool must hold open tiles only; were "
+        "tiles of your patients among them, no noise would stand before those."
+    )
 
 
 def _promise(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:

@@ -315,9 +315,9 @@ def draws_are_allowed(policy: Policy, asked: Asked) -> None:
 
 
 def stages_are_allowed(policy: Policy, asked: Asked) -> None:
-    """Every stage of the plan is one that the site takes part in."""
+    """Every stage that asks something of the site is one that it takes part in."""
     for stage in asked.plan.stage:
-        if stage.name not in policy.allowed_stages:
+        if not stage.is_retrieval and stage.name not in policy.allowed_stages:
             raise PolicyError(Rule.STAGE, f"stage {stage.name} is not allowed")
 
 
@@ -411,6 +411,10 @@ def check_request(plan: Plan, request: "RoundRequest", *, foundation_hash: str) 
             Rule.ROUND, f"round {request.round} is beyond the plan's {plan.num_rounds}"
         )
     planned = next(entry for entry in plan.rounds() if entry.round == request.round)
+    if planned.stage.is_retrieval:
+        raise PolicyError(
+            Rule.ROUND, f"round {request.round} is of public tiles alone and asks no site"
+        )
     if request.stage_index != planned.stage_index:
         raise PolicyError(
             Rule.ROUND, f"round {request.round} belongs to stage {planned.stage_index}"

@@ -25,6 +25,7 @@ from crafts_core.generator_record import (
 )
 from crafts_core.plan import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
+from crafts_core.retrieval_record import PICKED, Retrieval
 from crafts_core.state import lora_tensors, modalities_in
 
 CONTROLS = "controlnet"
@@ -45,6 +46,7 @@ def save_pipeline(
     state: Mapping[str, Tensor],
     card: str,
     record: GeneratorRecord | None = None,
+    retrieval: Retrieval | None = None,
 ) -> None:
     """Write the foundation with the adapter merged in, as a Stable Diffusion pipeline.
 
@@ -59,6 +61,7 @@ def save_pipeline(
         state: The trained weights.
         card: Text of ``README.md``; ``model_card`` composes one.
         record: What its images will say of it; None for an adapter that no study trained.
+        retrieval: Public tiles that it was trained on, to be listed beside it.
 
     Raises:
         AdapterError: the state does not fit.
@@ -91,6 +94,8 @@ def save_pipeline(
     (staging / PROMPT_BANK_NAME).write_text(bank, encoding="utf-8")
     if record is not None:
         (staging / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
+    if retrieval is not None:
+        (staging / PICKED).write_text(retrieval.as_table(), encoding="utf-8")
     share_as_umask_says(staging, like=staging / CARD)
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
@@ -142,6 +147,7 @@ def model_card(
     privacy: str,
     rounds: int,
     modalities: Sequence[Modality] = (),
+    retrieval: Retrieval | None = None,
 ) -> str:
     """The README of an exported generator: what it is, who made it, what it promises.
 
@@ -152,6 +158,7 @@ def model_card(
         privacy: One or two sentences on what was promised to patients.
         rounds: Rounds of training behind the weights.
         modalities: What it can be steered by beside text.
+        retrieval: Public tiles that it was trained on before the sites trained it.
     """
     manifest = foundation.manifest
     named = ", ".join(sites) if sites else "not named"
@@ -176,7 +183,7 @@ image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.
 ```
 Loads with diffusers 0.35 to 0.42 and transformers 4.57 to 5: tried with diffusers 0.35.2 and
 transformers 4.57.3, where the same prompts gave the same conditioning.
-{_steering(modalities)}
+{_steering(modalities)}{_public_tiles(retrieval)}
 ## Intended use
 Research and teaching. Every image is synthetic: none shows a patient, and none may be used for
 diagnosis. Mark images as synthetic wherever you pass them on.
@@ -200,6 +207,24 @@ def _hub_facts(licence: str) -> ModelCardData:
         license=identifier,
         license_name=name,
     )
+
+
+def _public_tiles(retrieval: Retrieval | None) -> str:
+    """The card's section on what was picked of a public pool; nothing where nothing was."""
+    if retrieval is None:
+        return ""
+    credited = "\n".join(
+        f"- {source or 'no source named'}: {licence}" for licence, source in retrieval.licences
+    )
+    return f"""
+## Public tiles
+Before the sites trained it, it was trained on {retrieval.in_words}, which lay nearest to what the
+sites had told of their tissue with noise. The images are listed in `{PICKED}`; pool
+`{retrieval.pool[:16]}`. That these tiles are open, and none of a patient of a site, is the word of
+whoever made the pool.
+
+{credited or "None was picked."}
+"""
 
 
 _CONDITION_TEXT: dict[Modality, str] = {

@@ -29,7 +29,7 @@ from crafts_core.harmless import harmless
 ReleaseName = Literal["anchors", "colour"]
 """What sites tell once, before training: a noised sum over their patients of few numbers each."""
 RELEASES: tuple[ReleaseName, ...] = get_args(ReleaseName)
-StageName = Literal["anchors", "colour", "pretraining", "alignment", "control"]
+StageName = Literal["anchors", "colour", "retrieval", "pretraining", "alignment", "control"]
 Modality = Literal["nuclei", "fluorescence"]
 """What steers the generator in a control stage."""
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -43,6 +43,7 @@ is trained of the ControlNet of a modality; or what a release tells."""
 
 _ONE_STEP = {"rounds": 1, "local_steps": 1, "learning_rate": 1.0}
 """A release as a step of training: from zero down a loss that is linear, to the sites' mean."""
+_OF_RETRIEVAL = ("tiles_per_caption", "public_steps")
 MAX_STEPS = 100_000
 """Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
 _MOST_SHOWN = 300
@@ -73,6 +74,8 @@ class StudyConfig(_Section):
     """SHA-256 of the foundation's manifest."""
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     """Public randomness only (probe draws, samples). Never privacy noise or patient sampling."""
+    pool: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the public pool that stage retrieval picks tiles from, and of no other plan."""
     captions: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=500)], ...], Field(max_length=100)
     ] = ()
@@ -87,9 +90,10 @@ class StudyConfig(_Section):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plan that names no captions has the bytes and hash that it always had."""
+        """A plan without captions and pool has the bytes and hash that it always had."""
         values: dict[str, Any] = dump(self)
-        return {key: value for key, value in values.items() if key != "captions" or value}
+        unused = {key for key in ("captions", "pool") if not values.get(key)}
+        return {key: value for key, value in values.items() if key not in unused}
 
 
 class AdapterConfig(_Section):
@@ -115,13 +119,19 @@ class StageConfig(_Section):
     name: StageName
     """The loss: denoising, denoising with alignment of image and words, or steering. Before them
     what sites release once: ``anchors`` (where the tiles of each of the study's captions lie) and
-    ``colour``, a round of one step each, whose other keys are fixed."""
+    ``colour``, a round of one step each, whose other keys are fixed. After both ``retrieval``, in
+    which no site is asked: the coordinator picks public tiles near the anchors from the study's
+    pool, in the colours told, and trains the generator on them."""
     modality: Modality | None = None
     """Of stage control, and of no other."""
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e4)] | None = None
     """Of anchors and colour, under patient_dp: the noise of their sum, over the length that what
     one patient adds is cut to. What they cost is taken from target_epsilon; training gets the rest.
     """
+    tiles_per_caption: Annotated[int, Field(ge=1, le=1000)] = 60
+    """Of retrieval: at most so many public tiles are picked for a caption."""
+    public_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    """Of retrieval: steps on public tiles. They cost no epsilon."""
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     """How often sites train and the coordinator aggregates."""
     local_steps: Annotated[int, Field(ge=1, le=10_000)]
@@ -153,6 +163,8 @@ class StageConfig(_Section):
             return {"caption_dropout": 0.5, **values}
         if isinstance(values, dict) and values.get("name") in RELEASES:
             return {**_ONE_STEP, **values}
+        if isinstance(values, dict) and values.get("name") == "retrieval":
+            return {"rounds": 1, "local_steps": 1, **values}
         return values
 
     @model_validator(mode="after")
@@ -162,11 +174,29 @@ class StageConfig(_Section):
                 "noise_multiplier belongs to stages anchors and colour; the noise of training "
                 "follows from target_epsilon"
             )
-        fixed = {name: field.default for name, field in StageConfig.model_fields.items()}
-        fixed |= {**_ONE_STEP, "name": self.name, "noise_multiplier": self.noise_multiplier}
-        if self.is_release and any(getattr(self, name) != fixed[name] for name in fixed):
+        if self.is_release and self._differs_but_for("noise_multiplier"):
             raise ValueError(f"stage {self.name} takes noise_multiplier and no other key")
         return self
+
+    @model_validator(mode="after")
+    def _retrieval_asks_no_site(self) -> Self:
+        if self.is_retrieval and self._differs_but_for("learning_rate", *_OF_RETRIEVAL):
+            raise ValueError(
+                "stage retrieval takes learning_rate, tiles_per_caption, public_steps and no other "
+                "key"
+            )
+        if not self.is_retrieval and self._differs(*_OF_RETRIEVAL):
+            raise ValueError("tiles_per_caption and public_steps belong to stage retrieval only")
+        return self
+
+    def _differs_but_for(self, *names: str) -> bool:
+        """Whether another key is not as it is by itself."""
+        return self._differs(*(set(StageConfig.model_fields) - {"name", *names}))
+
+    def _differs(self, *names: str) -> bool:
+        fields = StageConfig.model_fields
+        fixed = {name: field.default for name, field in fields.items()} | _ONE_STEP
+        return any(getattr(self, name) != fixed[name] for name in names)
 
     @model_validator(mode="after")
     def _terms_belong_to_their_stage(self) -> Self:
@@ -188,7 +218,10 @@ class StageConfig(_Section):
         values: dict[str, Any] = dump(self)
         if self.is_release:
             return {key: values[key] for key in values if key in ("name", "noise_multiplier")}
-        unused = {"noise_multiplier"}
+        if self.is_retrieval:
+            named = ("name", "learning_rate", *_OF_RETRIEVAL)
+            return {key: values[key] for key in values if key in named}
+        unused = {"noise_multiplier", *_OF_RETRIEVAL}
         unused |= {"alignment_loss"} if self.alignment_loss == "correlation" else set()
         return {key: value for key, value in values.items() if key not in unused}
 
@@ -196,6 +229,11 @@ class StageConfig(_Section):
     def is_release(self) -> bool:
         """Whether sites tell something in it, once, and train nothing."""
         return self.name in RELEASES
+
+    @property
+    def is_retrieval(self) -> bool:
+        """Whether no site is asked: the coordinator alone trains, on public tiles."""
+        return self.name == "retrieval"
 
     @property
     def needs_captions(self) -> bool:
@@ -371,7 +409,7 @@ class Plan(_Section):
         first = named[: len(self.releases)]
         if first != list(dict.fromkeys(name for name in named if name in RELEASES)):
             raise ValueError("stages anchors and colour come before all others, each once")
-        if len(self.releases) == len(self.stage):
+        if not self.trained:
             raise ValueError("expected a stage that trains after anchors and colour")
         is_private = self.privacy.mechanism == "patient_dp"
         if any((stage.noise_multiplier is not None) != is_private for stage in self.releases):
@@ -383,6 +421,29 @@ class Plan(_Section):
             raise ValueError(
                 "stages anchors and colour are told by each site alone; take them out, or set "
                 "secure_aggregation = false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _retrieval_follows_what_was_told(self) -> Self:
+        named = [stage.name for stage in self.stage]
+        if "retrieval" in named:
+            if named[:3] not in (
+                ["anchors", "colour", "retrieval"],
+                ["colour", "anchors", "retrieval"],
+            ):
+                raise ValueError(
+                    "stage retrieval comes once, right after stages anchors and colour, which say "
+                    "what it picks and in which colours"
+                )
+            if named.count("retrieval") > 1 or "generator" not in self.parts:
+                raise ValueError(
+                    "stage retrieval comes once, before a stage pretraining or alignment"
+                )
+        if ("retrieval" in named) != (self.study.pool is not None):
+            raise ValueError(
+                "stage retrieval needs pool in [study], as crafts-server pool add says it; without "
+                "that stage there is none"
             )
         return self
 
@@ -491,7 +552,9 @@ class Plan(_Section):
     @property
     def trained(self) -> tuple[StageConfig, ...]:
         """The stages in which sites train; all others come before them, a round each."""
-        return tuple(stage for stage in self.stage if not stage.is_release)
+        return tuple(
+            stage for stage in self.stage if not stage.is_release and not stage.is_retrieval
+        )
 
     @property
     def num_first_rounds(self) -> int:
@@ -519,7 +582,7 @@ class Plan(_Section):
 
     @property
     def total_steps(self) -> int:
-        """Private steps a site trains if it takes part in every round; releases are none."""
+        """Private steps a site trains if it takes part in every round of ``trained``."""
         return sum(stage.rounds * stage.local_steps for stage in self.trained)
 
     @property
@@ -540,6 +603,8 @@ class Plan(_Section):
         """Of a stage's round, the numbered one of those that train."""
         if stage.name in RELEASES:
             return stage.name
+        if stage.is_retrieval:
+            return "all" if self.adapter.kind == "full" else "both"
         if stage.modality:
             return stage.modality
         if self.adapter.kind == "full":

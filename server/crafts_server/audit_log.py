@@ -37,6 +37,7 @@ class Event(StrEnum):
     SHORT = "round without a result"
     FINISHED = "plan finished"
     FAILED = "plan failed"
+    POOLED = "public pool added"
     EXPORTED = "generator exported"
     RESTORED = "home put back from a backup"
 

@@ -44,8 +44,10 @@ app = typer.Typer(
 foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify a foundation.")
 sites_app = typer.Typer(no_args_is_help=True, help="Invite hospitals, see and revoke them.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
+pool_app = typer.Typer(no_args_is_help=True, help="Open tiles that plans may pick from.")
 log_app = typer.Typer(no_args_is_help=True, help="What the coordinator did, for auditors.")
 app.add_typer(foundation_app, name="foundation")
+app.add_typer(pool_app, name="pool")
 app.add_typer(plan_app, name="plan")
 app.add_typer(sites_app, name="sites")
 app.add_typer(runs_app, name="runs")
@@ -301,6 +303,39 @@ def foundation_verify(
     )
 
 
+@pool_app.command("add")
+def pool_add(
+    table: Annotated[
+        Path, typer.Argument(help="Table of open images (docs/foundation.md); no private tile.")
+    ],
+    home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Cut open images into tiles that stage retrieval may pick from; prints the plan's pool."""
+    with one_line_errors("crafts-server"):
+        from crafts_core.foundation_manifest import read_manifest
+        from crafts_core.public_pool import read_pool
+        from crafts_server.home import CoordinatorHome
+
+        opened = CoordinatorHome.open(home)
+        manifest = read_manifest(opened.foundation_path)
+        with progress_bars() as report:
+            pool = read_pool(table, tile_px=manifest.tile_px, mpp=manifest.mpp, progress=report)
+        pool.keep(opened.pools)
+        licences = sorted({each.licence for each in pool.sources})
+        num_cases = len({each.case for each in pool.sources})
+        facts = {"pool": pool.hash, "tiles": len(pool), "cases": num_cases, "licences": licences}
+        opened.audit_log.write(Event.POOLED, **facts)
+    _print(
+        facts,
+        (
+            f"{len(pool)} tiles of {num_cases} cases, under {'; '.join(licences)}",
+            f'for [study] of a plan with stage retrieval: pool = "{pool.hash}"',
+        ),
+        as_json,
+    )
+
+
 @plan_app.command("roster")
 def plan_roster(
     plan: PlanFile,
@@ -387,7 +422,7 @@ def runs_show(
         )
         lines.append(
             f"round {receipt.round} {receipt.stage}: margin {receipt.margin_before:.4f} -> "
-            f"{receipt.margin_after:.4f}, step {receipt.step_scale:g}; {weights}"
+            f"{receipt.margin_after:.4f}, step {receipt.step_scale:g}; {weights or 'no site asked'}"
         )
         lines.extend(f"  refused {each.site}: {each.reason}" for each in receipt.refused)
         lines.extend(f"  missing {name}" for name in receipt.missing)
@@ -395,6 +430,8 @@ def runs_show(
         lines.extend(f"  left out {name}" for name in receipt.left_out)
         if receipt.release is not None:
             lines.append(f"  told: {receipt.release.in_words}")
+        if receipt.retrieval is not None:
+            lines.append(f"  picked: {receipt.retrieval.in_words}")
         lines.extend(
             f"  weight rose {each.site}: {each.before:.2f} -> {each.now:.2f} of its share"
             for each in receipt.rises
@@ -455,7 +492,7 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
 
         loaded = Plan.load(plan)
         opened = CoordinatorHome.open(home)
-        refuse_problems(loaded, opened.foundation_path)
+        refuse_problems(loaded, opened)
         queue_plan(opened, loaded)
     _print(
         {"hash": loaded.hash},

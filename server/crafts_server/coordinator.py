@@ -3,7 +3,9 @@
 import json
 import logging
 import secrets
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +15,9 @@ from torch import Tensor
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Factor, Plan
+from crafts_core.public_pool import PoolError, open_pool
 from crafts_core.releases import Decoded, decoded, release_schema
+from crafts_core.retrieval import picked_tiles, retrieve, trained_on
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State
 from crafts_privacy.plan_noise import plan_noise_multiplier
@@ -29,7 +33,7 @@ from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import Registry, RunStatus
 from crafts_server.rosters import Rosters
 from crafts_server.rounds import OnRound, recover, run_rounds
-from crafts_server.study import Study
+from crafts_server.study import Retrieved, Study
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +185,7 @@ class Coordinator:
             noise_multiplier=plan_noise_multiplier(self.plan),
             agreed_patients=CohortSizes(registry).agreed,
             decode=self._decoded,
+            retrieve=partial(self._retrieved, run_id),
             roster=lambda: Rosters(registry).fixed(self.plan),
         )
 
@@ -202,6 +207,30 @@ class Coordinator:
         plan = self.plan
         state = initial_state(self._foundation, plan.adapter, plan.study.seed, plan.parts)
         return state | release_schema(plan, self._foundation)
+
+    def _retrieved(
+        self, run_id: str, state: State, unknown: Sequence[bool], go_on: Callable[[], None]
+    ) -> Retrieved:
+        plan, foundation = self.plan, self._foundation
+        assert plan.study.pool is not None
+        unfinished = self._home.spool_path(run_id) / "public-steps.pt"
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        pool = open_pool(self._home.pools, plan.study.pool)
+        if (pool.tile_px, pool.mpp) != (foundation.manifest.tile_px, foundation.manifest.mpp):
+            raise PoolError(
+                f"the pool has {pool.tile_px} px at {pool.mpp:g} microns per pixel, the foundation "
+                f"{foundation.manifest.tile_px} at {foundation.manifest.mpp:g}; add it again"
+            )
+        log.info("picking of %d public tiles for study %s", len(pool), plan.study.name)
+
+        def look_up(_what: str, _done: int, _total: int) -> None:
+            go_on()
+
+        record = retrieve(pool, foundation, plan, state, unknown, look_up)
+        log.info("training on %s", record.in_words)
+        picked = picked_tiles(pool, record)
+        trained = trained_on(picked, foundation, plan, state, unfinished, look_up)
+        return Retrieved(state=trained, record=record)
 
     def _decoded(self, factor: Factor, mean: Tensor, noise_std: float) -> Decoded:
         return decoded(factor, mean, noise_std, self._foundation, self.plan)

@@ -11,6 +11,7 @@ from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.generator_record import GeneratorRecord
 from crafts_core.plan import Plan
+from crafts_core.retrieval_record import Retrieval
 from crafts_core.state import State, generator_state, modalities_in
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.errors import CheckpointError
@@ -55,6 +56,7 @@ def export_generator(
         foundation_hash=foundation.manifest.hash,
         privacy=not_private or privacy_statement(plan, num_sites=num_sites),
     )
+    retrieval = retrieval_of(chain)
     card = model_card(
         study=record.study,
         foundation=foundation,
@@ -62,9 +64,16 @@ def export_generator(
         privacy=record.privacy,
         rounds=record.rounds,
         modalities=modalities_in(state),
+        retrieval=retrieval,
     )
     save_pipeline(
-        directory, foundation, adapter=plan.adapter, state=state, card=card, record=record
+        directory,
+        foundation,
+        adapter=plan.adapter,
+        state=state,
+        card=card,
+        record=record,
+        retrieval=retrieval,
     )
     if lora is not None:
         save_lora(lora, state)
@@ -73,10 +82,20 @@ def export_generator(
 def shared_state(chain: Sequence[Checkpoint], plan: Plan) -> State:
     """The generator that a plan's rounds so far give, of a chain from round 0.
 
+    That is what the coordinator trained alone, where there was that, until sites have trained.
+
     Raises:
         CheckpointError: a checkpoint was altered, or no round has trained yet.
     """
+    if len(chain) == plan.num_first_rounds + 1 and retrieval_of(chain) is not None:
+        return chain[-1].state()
     return averaged(chain[plan.num_first_rounds :], decay=plan.aggregation.ema_decay)
+
+
+def retrieval_of(chain: Sequence[Checkpoint]) -> Retrieval | None:
+    """What the run picked of its public pool, as far as it has come to that."""
+    receipts = (checkpoint.receipt() for checkpoint in chain[1:])
+    return next((each.retrieval for each in receipts if each.retrieval is not None), None)
 
 
 def averaged(chain: Sequence[Checkpoint], *, decay: float) -> State:

@@ -13,6 +13,7 @@ Only its owner may enter it or read a file in it: the configuration may hold a p
     queue/             plans that wait or are trained
     checkpoints/RUN/   signed checkpoints
     spool/RUN/         updates of the open round
+    pools/HASH/        open tiles that plans with stage retrieval pick from
 """
 
 import json
@@ -130,6 +131,11 @@ class CoordinatorHome:
         if self.config.foundation == EMBEDDED:
             return embedded_path()
         return self.path / self.config.foundation
+
+    @property
+    def pools(self) -> Path:
+        """Public pools, each in a folder of its hash."""
+        return self.path / "pools"
 
     @property
     def pki(self) -> Pki:

@@ -2,7 +2,8 @@
 
 The registry is read first and checkpoints after it: it is the witness that no committed round has
 gone missing, so it may be behind them and never ahead. A registry on PostgreSQL is not in the home;
-it is dumped by its own tools, before the home is read and put back before the home is used.
+it is dumped by its own tools, before the home is read and put back before the home is used. Public
+pools stay out: they are large, and made again of their tables, to the same hash.
 """
 
 from pathlib import Path
@@ -27,7 +28,8 @@ def back_up(home: CoordinatorHome, out: Path, *, keys: bool) -> Manifest:
     def save(saving: Saving) -> None:
         if home.config.registry == SQLITE and (home.path / REGISTRY).exists():
             saving.add(home.path / REGISTRY)
-        for path in files_of(home.path, without=[REGISTRY, TOKEN_FILE, *(() if keys else KEYS)]):
+        without = [REGISTRY, TOKEN_FILE, home.pools.name, *(() if keys else KEYS)]
+        for path in files_of(home.path, without=without):
             saving.add(path)
 
     return write_backup(out, home.path, of="coordinator", save=save)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crafts_core.exchange import RoundRequest, state_hash
 from crafts_core.plan import RoundOfPlan
+from crafts_core.retrieval_record import Retrieval
 from crafts_core.state import State, factor_names
 from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
 from crafts_server.checkpoints import Checkpoint
@@ -33,6 +34,7 @@ class Outcome:
     sums: tuple[SumReceipt, ...] = ()
     left_out: tuple[str, ...] = ()
     release: ReleaseReceipt | None = None
+    retrieval: Retrieval | None = None
 
 
 def _everybody(_node_id: int) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from crafts_server.audit_log import Event
 
 if TYPE_CHECKING:
     from crafts_privacy.noise_forecast import NoiseForecast
+    from crafts_server.home import CoordinatorHome
 
 plan_app = typer.Typer(no_args_is_help=True, help="Make, check or sign a plan.")
 
@@ -102,7 +103,7 @@ def plan_check(
     """
     with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan, PlanError
-        from crafts_privacy.plan_check import noise_problems, plan_problems
+        from crafts_privacy.plan_check import noise_problems
         from crafts_server.home import CoordinatorHome
 
         loaded: Plan | None = None
@@ -110,7 +111,7 @@ def plan_check(
         try:
             loaded = Plan.load(plan)
             if (home / "coordinator.toml").exists():
-                problems = list(plan_problems(loaded, CoordinatorHome.open(home).foundation_path))
+                problems = list(_problems(loaded, CoordinatorHome.open(home)))
             else:
                 problems = list(noise_problems(loaded))
                 say(f"no coordinator's home at {home}: its targets were not compared", err=True)
@@ -149,7 +150,7 @@ def plan_sign(
 
         loaded = Plan.load(plan)
         opened = CoordinatorHome.open(home)
-        refuse_problems(loaded, opened.foundation_path)
+        refuse_problems(loaded, opened)
         signed = opened.sign_plan(loaded)
         opened.audit_log.write(Event.SIGNED, plan=loaded.hash, study=loaded.study.name)
         if out is not None:
@@ -158,20 +159,31 @@ def plan_sign(
     say(json.dumps(values) if as_json else f"signed {loaded.study.name} {loaded.hash}")
 
 
-def refuse_problems(plan: Any, foundation: Path) -> None:
+def refuse_problems(plan: Any, home: "CoordinatorHome") -> None:
     """Sign nothing that every site would fail at.
 
     Raises:
         PlanError: names the first thing that is wrong.
     """
     from crafts_core.plan import PlanError
-    from crafts_privacy.plan_check import plan_problems
 
-    problems = list(plan_problems(plan, foundation))
+    problems = list(_problems(plan, home))
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise PlanError(
             f"not signed: {problems[0]}{more}; see crafts-server plan check", problems=problems
+        )
+
+
+def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
+    """What sites would say, and what is not in this home."""
+    from crafts_privacy.plan_check import plan_problems
+
+    yield from plan_problems(plan, home.foundation_path)
+    if plan.study.pool is not None and not (home.pools / plan.study.pool).is_dir():
+        yield (
+            f"study.pool: {plan.study.pool[:16]} is no pool in this home; make it of its table: "
+            "crafts-server pool add TABLE"
         )
 
 
@@ -215,6 +227,8 @@ def _sentences(plan: Any) -> tuple[str, str]:
         else f"epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta)} per patient"
     )
     told = "".join(f", {stage.name} told once" for stage in plan.releases)
+    if plan.study.pool is not None:
+        told += f", public tiles picked from pool {plan.study.pool[:16]}"
     return (
         f"{plan.study.name}: {plan.num_rounds} rounds, {plan.total_steps} private steps "
         f"a site{told}, {promise}",

@@ -5,7 +5,7 @@ and public data.
 """
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -13,12 +13,14 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 
 from crafts_core.exchange import Sha256
 from crafts_core.plan import Factor, StageName
+from crafts_core.retrieval_record import Retrieval
 
-_UNSAID = frozenset({"sums", "left_out", "release"})
+_UNSAID = frozenset({"sums", "left_out", "release", "retrieval"})
 
 
 class _Record(BaseModel):
@@ -119,7 +121,8 @@ class RoundReceipt(_Record):
     stage: StageName
     stage_index: Annotated[int, Field(ge=0)]
     factor: Factor
-    sites: Annotated[tuple[SiteReceipt, ...], Field(min_length=1)]
+    sites: tuple[SiteReceipt, ...]
+    """None in a round of stage retrieval, and in no other."""
     refused: tuple[Refusal, ...]
     missing: tuple[str, ...]
     """Sites that were asked and had not answered when the round closed."""
@@ -131,6 +134,8 @@ class RoundReceipt(_Record):
     """Of secure aggregation: sites that were not asked, as they spoil sums or do not deliver."""
     release: ReleaseReceipt | None = None
     """Of a round of stage anchors or colour."""
+    retrieval: Retrieval | None = None
+    """Of a round of stage retrieval."""
     margin_before: float
     margin_after: float
     step_norm: float
@@ -146,6 +151,12 @@ class RoundReceipt(_Record):
     """Identity of the adapter as it travelled (``checkpoint_hash`` of the request)."""
     state_hash: Sha256
     """Identity of the new global adapter."""
+
+    @model_validator(mode="after")
+    def _somebody_trained(self) -> Self:
+        if bool(self.sites) == (self.retrieval is not None):
+            raise ValueError("expected sites, or what the coordinator picked alone")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def round_costs(plan: Plan, receipts: Sequence[RoundReceipt]) -> tuple[RoundCost
     """
     delta = plan.privacy.delta
     spent: dict[str, tuple[PrivacyEvent, ...]] = {}
-    costs = []
+    costs: list[RoundCost] = []
     for receipt in receipts:
         for site in receipt.sites:
             event = PrivacyEvent(
@@ -55,6 +55,9 @@ def round_costs(plan: Plan, receipts: Sequence[RoundReceipt]) -> tuple[RoundCost
             )
             merged = accounting.merge([*spent.get(site.site, ()), event])
             spent[site.site] = merged if len(merged) <= _MOST_KINDS else _at_most(merged)
+        if not receipt.sites:  # the coordinator trained alone, on public tiles
+            costs.append(costs[-1] if costs else RoundCost(lowest=0.0, highest=0.0))
+            continue
         histories = {spent[site.site] for site in receipt.sites}
         found = [math.inf if delta is None else _epsilon(each, delta) for each in histories]
         costs.append(RoundCost(lowest=min(found), highest=max(found)))

@@ -22,6 +22,7 @@ from crafts_server.collection import SiteDirectory
 from crafts_server.errors import CheckpointError, DivergedError
 from crafts_server.open_round import OpenRound, Outcome
 from crafts_server.plain_round import plain_round
+from crafts_server.public_round import public_round
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import CheckpointRecord, Registry, RunStatus
 from crafts_server.study import Study
@@ -108,8 +109,7 @@ def recover(
 def _play(opened: OpenRound, watch: WeightWatch) -> Checkpoint:
     """Ask the sites, move, commit, index."""
     started = time.monotonic()
-    is_summed = opened.study.plan.aggregation.secure_aggregation
-    outcome = summed_round(opened) if is_summed else plain_round(opened)
+    outcome = _kind_of(opened)(opened)
     _check_finite(opened.planned, outcome)
     return _commit(
         opened.study,
@@ -118,6 +118,12 @@ def _play(opened: OpenRound, watch: WeightWatch) -> Checkpoint:
         server_state=outcome.step.server_state,
         receipt=_receipt(opened, outcome, watch, time.monotonic() - started),
     )
+
+
+def _kind_of(opened: OpenRound) -> Callable[[OpenRound], Outcome]:
+    if opened.planned.stage.is_retrieval:
+        return public_round
+    return summed_round if opened.study.plan.aggregation.secure_aggregation else plain_round
 
 
 def _check_finite(planned: RoundOfPlan, outcome: Outcome) -> None:
@@ -148,6 +154,7 @@ def _receipt(
         sums=outcome.sums,
         left_out=outcome.left_out,
         release=outcome.release,
+        retrieval=outcome.retrieval,
         margin_before=outcome.margin_before,
         margin_after=step.margin_after,
         step_norm=step.step_norm,

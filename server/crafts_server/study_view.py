@@ -130,9 +130,10 @@ def site_line(site: SiteStatus, newest: RoundReceipt | None) -> SiteLine:
 
 
 def _newest_receipt(home: CoordinatorHome, runs: Sequence[RunSummary]) -> RoundReceipt | None:
-    """Of the run that goes on, else of the one that was started last."""
+    """That asked sites, of the run that goes on, else of the one that was started last."""
     with_rounds = [run for run in runs if run.rounds]
     going = [run for run in with_rounds if run.status is RunStatus.RUNNING]
     for run in (going or with_rounds)[:1]:
-        return home.checkpoints(run.run_id).chain()[-1].receipt()
+        receipts = (each.receipt() for each in reversed(home.checkpoints(run.run_id).chain()[1:]))
+        return next((receipt for receipt in receipts if receipt.sites), None)
     return None

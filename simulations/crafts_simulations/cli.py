@@ -52,6 +52,14 @@ def run(
     caption_column: Annotated[
         str | None, typer.Option(help="Column with a free caption, where there is one.")
     ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Table of open images that stage retrieval picks from (docs/foundation.md).",
+        ),
+    ] = None,
     epsilon: Annotated[
         float | None, typer.Option(min=1e-3, help="Target epsilon of each site's promise.")
     ] = None,
@@ -123,6 +131,7 @@ def run(
                 wanted,
                 out,
                 source=source,
+                pool=pool,
                 device=device,
                 num_workers=2 if workers is None else workers,
                 num_trainers=_num_trainers(workers, ray),

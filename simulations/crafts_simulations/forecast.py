@@ -27,7 +27,8 @@ def scenario_forecast(
         raise ScenarioError(f"the sites of {name} come of tiles; give --patients N for each")
     where = scenario.scenario.foundation
     foundation = load(embedded_path() if where == "embedded" else Path(where), device=device)
-    plan = scenario.plan(foundation.manifest.hash)
+    any_pool = "0" * 64 if scenario.needs_pool else None  # which one, no noise depends on
+    plan = scenario.plan(foundation.manifest.hash, any_pool)
     if plan.privacy.target_epsilon is None or not is_measurable(plan):
         raise ScenarioError(f"{name} trains without privacy, or ControlNets alone: nothing to say")
     return noise_forecast(plan, foundation, sizes)

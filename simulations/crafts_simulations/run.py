@@ -10,11 +10,13 @@ from pathlib import Path
 
 from crafts_client.home import EMBEDDED
 from crafts_core.foundation import embedded_path, load
+from crafts_core.public_pool import table_fingerprint
 from crafts_core.state import weights_of
 from crafts_server.home import CoordinatorHome
 from crafts_simulations import federation, results
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.processes import loopback_config
+from crafts_simulations.public_tiles import kept_pool, refuse_known_tiles
 from crafts_simulations.report import Report
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource, make_sites
@@ -27,6 +29,7 @@ def run_scenario(
     out: Path,
     *,
     source: TileSource | None = None,
+    pool: Path | None = None,
     device: str = "cpu",
     num_workers: int = 2,
     num_trainers: int | None = 1,
@@ -40,6 +43,7 @@ def run_scenario(
         scenario: What to run.
         out: An empty folder, or one that holds this very run.
         source: Real tiles; needed exactly when the scenario deals tiles.
+        pool: Table of open images; needed exactly when the scenario has stage retrieval.
         device: Torch device of coordinator and sites.
         num_workers: Slides or tiles read at a time; 0 reads in this process.
         num_trainers: Sites that train at a time, in a process each; 1 trains in this process, None
@@ -53,6 +57,7 @@ def run_scenario(
         OSError: the disk refuses; what was finished stays.
     """
     _check_source(scenario, source)
+    _check_pool(scenario, pool)
     if scenario.scenario.repeatable and real_processes:
         raise ScenarioError(
             "the real programs take their noise from entropy, and no seed repeats them; leave out "
@@ -61,14 +66,15 @@ def run_scenario(
     if real_processes and ray is not None:
         raise ScenarioError("the real programs know no Ray; leave out --processes or --ray")
     started = time.monotonic()
-    workspace = Workspace.claim(out, _request(scenario, source))
+    workspace = Workspace.claim(out, _request(scenario, source, pool))
     earlier = workspace.seconds()
     try:
         progress("loading the foundation", 0, 1)
         foundation = load(_foundation_path(scenario), device=device)
         progress("loading the foundation", 1, 1)
-        plan = scenario.plan(foundation.manifest.hash)
         home = CoordinatorHome.create(workspace.coordinator, loopback_config(foundation.path))
+        tiles = None if pool is None else kept_pool(home, pool, foundation.manifest, progress)
+        plan = scenario.plan(foundation.manifest.hash, None if tiles is None else tiles.hash)
         study = LocalStudy(
             workspace=workspace,
             scenario=scenario,
@@ -83,6 +89,8 @@ def run_scenario(
             progress=progress,
         )
         make_sites(study, source)
+        if tiles is not None:
+            refuse_known_tiles(study, tiles)
         federate = federation.federate_with_processes if real_processes else federation.federate
         chain = federate(study, home)
         federation.export(study, chain)
@@ -110,12 +118,19 @@ def _check_source(scenario: Scenario, source: TileSource | None) -> None:
         raise ScenarioError("this scenario makes its own slides; it takes no --tiles or --labels")
 
 
+def _check_pool(scenario: Scenario, pool: Path | None) -> None:
+    if scenario.needs_pool and pool is None:
+        raise ScenarioError("this scenario picks public tiles; give --pool, a table of open images")
+    if pool is not None and not scenario.needs_pool:
+        raise ScenarioError("this scenario has no stage retrieval; leave out --pool")
+
+
 def _foundation_path(scenario: Scenario) -> Path:
     name = scenario.scenario.foundation
     return embedded_path() if name == EMBEDDED else Path(name)
 
 
-def _request(scenario: Scenario, source: TileSource | None) -> dict[str, object]:
+def _request(scenario: Scenario, source: TileSource | None, pool: Path | None) -> dict[str, object]:
     """What decides the result: another request is another run."""
     request: dict[str, object] = {"scenario": scenario.model_dump(mode="json")}
     if source is not None:
@@ -123,4 +138,6 @@ def _request(scenario: Scenario, source: TileSource | None) -> dict[str, object]
         request["labels"] = str(source.labels.resolve())
         request["content"] = source.fingerprint()
         request["columns"] = {name: list(names) for name, names in asdict(source.columns).items()}
+    if pool is not None:
+        request["pool"] = table_fingerprint(pool)
     return request

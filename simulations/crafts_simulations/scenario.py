@@ -218,11 +218,16 @@ class Scenario(_Section):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def plan(self, foundation_hash: str) -> Plan:
+    @property
+    def needs_pool(self) -> bool:
+        """Whether it has a stage that picks of public tiles."""
+        return any(stage.is_retrieval for stage in self.stage)
+
+    def plan(self, foundation_hash: str, pool_hash: str | None = None) -> Plan:
         """The plan that the coordinator signs."""
         sections = ("adapter", "stage", "privacy", "aggregation", "transport")
         values = self.model_dump(mode="json", include=set(sections))
-        study = {**self.study.model_dump(), "foundation": foundation_hash}
+        study = {**self.study.model_dump(), "foundation": foundation_hash, "pool": pool_hash}
         return Plan.parse(values | {"study": study})
 
     def changed(

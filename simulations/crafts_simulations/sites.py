@@ -141,7 +141,9 @@ def site_policy(plan: Plan, signer: str, changes: dict[str, Any]) -> Policy:
     privacy = plan.privacy
     values: dict[str, Any] = {
         "allowed_signers": (signer,),
-        "allowed_stages": tuple({stage.name: None for stage in plan.stage}),
+        "allowed_stages": tuple(
+            {stage.name: None for stage in plan.stage if not stage.is_retrieval}
+        ),
         "max_epsilon": privacy.target_epsilon or 1.0,
         "max_delta": privacy.delta or 1e-3,
         "lifetime_filters": ("sums",),

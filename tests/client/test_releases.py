@@ -28,6 +28,7 @@ from crafts_client.preparation import fill_cache
 from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import SignedPlan
 from crafts_client.site import Site
+from crafts_client.site_ledger import open_ledger
 from crafts_client.trainer import Randomness
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
@@ -375,3 +376,37 @@ def test_the_answer_of_a_release_waits_as_a_rounds_does(
 def test_a_request_for_a_release_names_it(coordinator: Coordinator, plan: Plan) -> None:
     request = coordinator.request(plan, coordinator.start(plan))
     assert RoundRequest.from_scalars(request.to_scalars()).factor == "anchors"
+
+
+def with_retrieval(plan: Plan) -> Plan:
+    """The same with public steps between what is told and what is trained."""
+    values = plan.model_dump(mode="json")
+    values["study"]["pool"] = "b" * 64
+    picks = {"name": "retrieval", "learning_rate": 0.01, "public_steps": 50_000}
+    values["stage"].insert(len(plan.releases), picks)
+    return Plan.parse(values)
+
+
+def test_no_round_of_public_tiles_asks_a_patient(
+    home: SiteHome, coordinator: Coordinator, plan: Plan
+) -> None:
+    """A policy need not name the stage, and no plan can have a site train in it."""
+    public = with_retrieval(plan)
+    with pytest.raises(PolicyError) as refused:
+        ask(home, coordinator, public, 3, quiet())
+    assert refused.value.rule is Rule.ROUND
+    charged = {entry.plan_hash for entry in open_ledger(home).entries()}
+    assert public.hash not in charged
+    assert ask(home, coordinator, public, 4, quiet()), "the next round is one of the site's"
+
+
+def test_a_person_reads_that_public_tiles_cost_nothing(
+    home: SiteHome, coordinator: Coordinator, plan: Plan
+) -> None:
+    public = with_retrieval(plan)
+    offered = judged(home, coordinator, public)
+    assert offered.epsilon_after == judged(home, coordinator, plan).epsilon_after
+    text = " ".join(plan_words(home, public, offered))
+    assert "asks for 2 rounds of 2 steps of pretraining, then" in text
+    assert f"picks at most 60 tiles a caption from public pool {'b' * 16}" in text
+    assert "it costs no epsilon" in text

@@ -18,7 +18,8 @@ from crafts_server.cli import app
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.plan_queue import queue_plan, queued_plans
 from crafts_server.registry import RunStatus
-from support.sites import plan_values
+from support.open_tiles import open_table
+from support.sites import plan_values, write_plan
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -110,6 +111,24 @@ def test_a_plan_that_no_site_could_train_is_not_signed(home, plan, tmp_path: Pat
         assert refused.count("\n") == 1
         assert "not signed: " in refused
     assert home.registry().plans() == []
+
+
+def test_a_plan_picks_from_a_pool_of_this_home(home, foundation, tmp_path: Path) -> None:
+    made = json.loads(run(home, "pool", "add", open_table(tmp_path / "open"), "--json").stdout)
+    again = json.loads(run(home, "pool", "add", tmp_path / "open" / "open.tsv", "--json").stdout)
+    assert again == made
+    assert (made["tiles"], made["cases"]) == (16, 4)
+    assert home.audit_log.verify()[-1].facts == made
+    values = plan_values(foundation.manifest.hash)
+    values["study"] |= {"captions": ["tissue with glands", "tissue with sheets"]}
+    told = [{"name": name, "noise_multiplier": 8.0} for name in ("anchors", "colour")]
+    values["stage"] = [*told, {"name": "retrieval", "learning_rate": 0.1}, *values["stage"]]
+    for pool, code in ((made["pool"], 0), ("c" * 64, 1)):
+        values["study"]["pool"] = pool
+        checked = run(home, "plan", "check", write_plan(tmp_path, values), code=code)
+        assert ("crafts-server pool add TABLE" in checked.stderr) == bool(code)
+    table = run(home, "pool", "add", tmp_path / "none.tsv", code=1)
+    assert "no table of open tiles" in table.stderr
 
 
 def test_check_names_all_that_is_wrong_at_once(home, plan, tmp_path: Path) -> None:

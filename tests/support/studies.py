@@ -130,6 +130,7 @@ def small_study(
         patience=patience or Patience(poll_s=0.001, join_wait_s=0.0),
         noise_multiplier=plan_noise_multiplier(plan),
         decode=_no_release,
+        retrieve=_no_release,
         roster=lambda: roster or Roster.of(plan.hash, dict.fromkeys(SITES, 100)),
         agreed_patients=lambda: dict.fromkeys(SITES, 100) if patients is None else patients,
     )

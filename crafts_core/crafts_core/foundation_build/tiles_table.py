@@ -16,7 +16,7 @@ split    ``build`` (default) or ``held-out``: nothing is trained on the latter; 
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -168,11 +168,17 @@ def _cut(image: Image.Image, scale: float, tile_px: int) -> list[Pixels]:
 
 
 def read_open_tiles(
-    rows: Sequence[TableRow], *, tile_px: int, mpp: float, min_tissue: float = 0.25
+    rows: Sequence[TableRow],
+    *,
+    tile_px: int,
+    mpp: float,
+    min_tissue: float = 0.25,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> OpenTiles:
     """All tiles of the rows that show tissue on at least ``min_tissue`` of their area."""
     images, places = [], []
     for place, tiles in enumerate(cut_tiles(rows, tile_px=tile_px, mpp=mpp)):
+        progress(place + 1, len(rows))
         for tile in tiles:
             if tissue_fraction(tile) >= min_tissue:
                 images.append(tile)

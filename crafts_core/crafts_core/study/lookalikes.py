@@ -29,16 +29,35 @@ def thumbnail(image: Image.Image) -> Thumbnails:
 
 
 def lookalikes(thumbnails_IHWC: Thumbnails) -> list[tuple[int, int]]:
-    """Pairs of images that are alike in one of the eight ways to turn and mirror a square."""
+    """Pairs of images that are alike, however turned or mirrored."""
     count = len(thumbnails_IHWC)
     values_IP = thumbnails_IHWC.reshape(count, -1)
     are_alike_II = np.zeros((count, count), dtype=np.bool_)
-    for turns in range(4):
-        turned_IHWC = np.rot90(thumbnails_IHWC, turns, axes=(1, 2))
-        for seen_IHWC in (turned_IHWC, turned_IHWC[:, :, ::-1]):
-            are_alike_II |= values_IP @ seen_IHWC.reshape(count, -1).T > _ALIKE
+    for seen_IHWC in _turned(thumbnails_IHWC):
+        are_alike_II |= values_IP @ seen_IHWC.reshape(count, -1).T > _ALIKE
     first, second = np.nonzero(np.triu(are_alike_II, k=1))
     return list(zip(first.tolist(), second.tolist(), strict=True))
+
+
+def thumbnails_of(images_NHWC: npt.NDArray[np.uint8]) -> Thumbnails:
+    """Of many RGB images."""
+    return np.stack([thumbnail(Image.fromarray(np.asarray(image))) for image in images_NHWC])
+
+
+def alike_to(thumbnails_IHWC: Thumbnails, others_JHWC: Thumbnails) -> npt.NDArray[np.int64]:
+    """Places of the images that are alike to any of the others, however turned or mirrored."""
+    count, others_JP = len(thumbnails_IHWC), others_JHWC.reshape(len(others_JHWC), -1)
+    are_alike_I = np.zeros(count, dtype=np.bool_)
+    for seen_IHWC in _turned(thumbnails_IHWC):
+        are_alike_I |= (seen_IHWC.reshape(count, -1) @ others_JP.T > _ALIKE).any(axis=1)
+    return np.flatnonzero(are_alike_I)
+
+
+def _turned(thumbnails_IHWC: Thumbnails) -> Iterator[Thumbnails]:
+    """In the eight ways to turn and mirror a square."""
+    for turns in range(4):
+        turned_IHWC = np.rot90(thumbnails_IHWC, turns, axes=(1, 2))
+        yield from (turned_IHWC, turned_IHWC[:, :, ::-1])
 
 
 def sentence_on(pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
