@@ -4,17 +4,24 @@ A simulation has everybody's tiles in one place, so it can see what no federatio
 pool holds tiles of a hospital or of the test set. Then every figure would be about nothing.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from crafts_client.home import SiteHome
+from crafts_core.adapters import merged_unet
+from crafts_core.evaluation.baselines import PublicPart
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import OverlapError
 from crafts_core.foundation_manifest import FoundationManifest
 from crafts_core.public_pool import PublicPool, open_pool, read_pool
+from crafts_core.retrieval import picked_tiles
 from crafts_core.study.lookalikes import alike_to, thumbnails_of
 from crafts_core.tiles import TileStore
+from crafts_server.checkpoints import Checkpoint
+from crafts_server.export import retrieval_of
 from crafts_server.home import CoordinatorHome
 from crafts_simulations.sites import heldout_store
 from crafts_simulations.study import LocalStudy, StepProgress
@@ -56,3 +63,17 @@ def refuse_known_tiles(study: LocalStudy, pool: PublicPool) -> None:
                 f"{len(alike)} tiles of the pool are also a hospital's or in the test set, the "
                 f"first of {image.file}; take these images out of the table"
             )
+
+
+def public_part(
+    study: LocalStudy, chain: Sequence[Checkpoint], pool: PublicPool
+) -> PublicPart | None:
+    """What was picked, and what the generator was before any hospital trained it."""
+    retrieval, first = retrieval_of(chain), study.plan.num_first_rounds
+    if retrieval is None or not retrieval.num_tiles:
+        return None
+    foundation, state = study.foundation.generator, chain[first].state()
+    unet = merged_unet(foundation.unet, study.plan.adapter, state)
+    return PublicPart(
+        picked=picked_tiles(pool, retrieval), generator=replace(foundation, unet=unet)
+    )

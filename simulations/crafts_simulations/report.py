@@ -26,7 +26,8 @@ from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 
 _BARS: tuple[ArmName, ...] = (
-    "foundation", "recoloured", "recoloured_by_caption", "generator", "reconstruction", "real",
+    "foundation", "recoloured", "recoloured_by_caption", "retrieved", "public_steps", "generator",
+    "reconstruction", "real",
 )  # fmt: skip
 """From top to bottom: what is hoped to be nearer comes lower."""
 

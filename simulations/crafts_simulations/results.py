@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from crafts_client.home import SiteHome
 from crafts_core import __version__
 from crafts_core.durable import write_file
+from crafts_core.evaluation.baselines import PublicPart
 from crafts_core.evaluation.encoder import Images, load_encoder
 from crafts_core.evaluation.evaluate import Evaluator
 from crafts_core.evaluation.figures import Evaluation
@@ -51,8 +52,8 @@ _STEERINGS = TypeAdapter(tuple[Steering, ...])
 _LIBRARIES = ("torch", "diffusers", "flwr", "dp-accounting", "opacus")
 
 
-def evaluate(study: LocalStudy) -> Evaluation:
-    """Measure once; the result is kept."""
+def evaluate(study: LocalStudy, public: PublicPart | None = None) -> Evaluation:
+    """Measure once, beside what the study had of a public pool; the result is kept."""
     workspace = study.workspace
     if workspace.evaluation.exists():
         return Evaluation.model_validate_json(workspace.evaluation.read_bytes())
@@ -70,7 +71,7 @@ def evaluate(study: LocalStudy) -> Evaluation:
         raise ScenarioError(f"the test set cannot be measured: {error}") from error
     shared = Generator.from_directory(workspace.generator, device=study.foundation.device)
     evaluation = evaluator.compare(
-        study.foundation.generator, shared, partial(_measuring, study.progress)
+        study.foundation.generator, shared, partial(_measuring, study.progress), public=public
     )
     add_measurement(workspace.generator, _card_section(evaluation))
     write_file(workspace.evaluation, evaluation.model_dump_json(indent=2) + "\n")

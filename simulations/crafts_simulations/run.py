@@ -16,7 +16,7 @@ from crafts_server.home import CoordinatorHome
 from crafts_simulations import federation, results
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.processes import loopback_config
-from crafts_simulations.public_tiles import kept_pool, refuse_known_tiles
+from crafts_simulations.public_tiles import kept_pool, public_part, refuse_known_tiles
 from crafts_simulations.report import Report
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource, make_sites
@@ -94,7 +94,8 @@ def run_scenario(
         federate = federation.federate_with_processes if real_processes else federation.federate
         chain = federate(study, home)
         federation.export(study, chain)
-        evaluation, leakage = results.evaluate(study), results.attack(study)
+        public = None if tiles is None else public_part(study, chain, tiles)
+        evaluation, leakage = results.evaluate(study, public), results.attack(study)
         steering = results.steering(study)
         weights = weights_of(chain[-1].state())
         num_parameters = sum(tensor.numel() for tensor in weights.values())

@@ -26,7 +26,8 @@ FIELDS: tuple[str, ...] = (
 """Figures of ``figures.Arm`` that are compared; structure is the one to rank by."""
 HEADINGS = {field: heading for heading, field in COLUMNS}
 _BESIDE: tuple[ArmName, ...] = (
-    "real", "reconstruction", "foundation", "recoloured", "recoloured_by_caption",
+    "real", "reconstruction", "foundation", "recoloured", "recoloured_by_caption", "retrieved",
+    "public_steps",
 )  # fmt: skip
 _LEVEL = 0.9
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from crafts_core.adapters import Adapter
+from crafts_core.evaluation.baselines import in_their_place
 from crafts_core.evaluation.colour import colour_statistics
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.plan import Plan, PlanError
@@ -247,6 +248,21 @@ def test_public_steps_lower_the_loss_on_what_was_picked(
             return float(np.mean([float(loss_of(np.arange(6), rng)) for _ in range(8)]))
 
     assert loss(trained_on(picked, foundation, plan, state, tmp_path / "s")) < 0.97 * loss(state)
+
+
+def test_retrieved_tiles_stand_where_their_caption_was_asked() -> None:
+    drawn = np.full((5, 4, 4, 3), 9, dtype=np.uint8)
+    tiles = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 6, 6, 3), np.uint8)
+    picked = RealTiles(
+        images_NHWC=tiles,
+        patients=np.array(["a", "b", "c"]),
+        captions=[*CAPTIONS[:1] * 2, CAPTIONS[1]],
+    )
+    asked = [f"{CAPTIONS[0]}, dense", CAPTIONS[1], CAPTIONS[0], "other tissue", CAPTIONS[0]]
+    found = in_their_place(drawn, asked, picked)
+    assert found[:, 0, 0, 0].tolist() == [0, 2, 1, 9, 0]
+    assert found.shape == drawn.shape
+    assert (drawn == 9).all()
 
 
 def test_tiles_that_are_anothers_are_known_turned_and_recoloured() -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from crafts_client.home import SiteHome
 from crafts_core.evaluation.real_tiles import OverlapError
+from crafts_core.pages import page_environment
 from crafts_core.plan import Plan
 from crafts_core.releases import ANCHORS, COLOUR
 from crafts_core.state import weights_of
@@ -19,8 +21,10 @@ from crafts_core.vocabulary import cancer_type, compose_caption
 from crafts_privacy.accounting import epsilon
 from crafts_privacy.ledger import Ledger
 from crafts_server.checkpoints import Checkpoint
+from crafts_server.cli import app
 from crafts_server.export import retrieval_of, shared_state
 from crafts_server.home import CoordinatorHome
+from crafts_server.study_view import run_view
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.report import Report
 from crafts_simulations.run import run_scenario
@@ -122,6 +126,34 @@ def test_no_site_is_charged_for_it(run: tuple[Path, Report]) -> None:
         assert "retrieval" not in stages
         (cohort,) = {entry.cohort for entry in ledger.entries() if entry.cohort}
         assert 0.98 * TARGET < epsilon(ledger.events(cohort), 1e-3) <= TARGET
+
+
+def test_retrieval_is_a_row_of_the_table(run: tuple[Path, Report]) -> None:
+    names = [arm.name for arm in run[1].evaluation.arms]
+    assert names[-3:] == ["retrieved", "public_steps", "generator"]
+    page = (run[0] / "report.html").read_text()
+    assert "private retrieval" in page
+    assert "trained on retrieved tiles" in page
+    rounds = json.loads((run[0] / "report.json").read_text())["rounds"]
+    assert rounds[2]["weights"] == {}
+
+
+def test_pages_and_program_show_a_round_without_hospitals(
+    run: tuple[Path, Report], chain: list[Checkpoint]
+) -> None:
+    home = CoordinatorHome.open(run[0] / "coordinator")
+    view, record = run_view(home, chain[0].manifest.run_id), retrieval_of(chain)
+    assert record is not None
+    costs = {receipt.round: cost for receipt, cost in view.rounds}
+    assert costs[3] == costs[2]
+    assert costs[4].highest > costs[3].highest
+    page = page_environment("crafts_server").get_template("run.html.j2")
+    assert f"{record.in_words}; no hospital was asked" in page.render(run=view, refresh_s=5)
+    shown = CliRunner().invoke(
+        app, ["runs", "show", view.run.run_id, "--home", str(home.path)], catch_exceptions=False
+    )
+    assert "no site asked" in shown.output
+    assert f"picked: {record.in_words}" in shown.output
 
 
 def test_before_sites_train_the_generator_is_the_public_one(chain: list[Checkpoint]) -> None:

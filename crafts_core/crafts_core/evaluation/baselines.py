@@ -9,6 +9,9 @@ recoloured    its images under the best affine colour map: 12 numbers fitted on
               have learnt to stain
 recoloured_by_caption  the same with a map for each caption: what has also learnt
               which tissue takes which stain must beat this
+retrieved     private retrieval: the public tiles that a study picked by what sites told,
+              in the colours told. Nobody trained; private training must add to them
+public_steps  the generator after training on those tiles alone, before any site's step
 generator     what was trained
 images        a folder of anybody's images, instead of a generator and of the VAE
 ============  ====================================================================
@@ -16,6 +19,7 @@ images        a folder of anybody's images, instead of a generator and of the VA
 Letters: N images, H W pixels, C colours.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -26,8 +30,9 @@ import torch
 
 from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.encoder import Images
-from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.generator import Generator
+from crafts_core.vocabulary import caption_class
 
 ArmName = Literal[
     "real",
@@ -35,6 +40,8 @@ ArmName = Literal[
     "foundation",
     "recoloured",
     "recoloured_by_caption",
+    "retrieved",
+    "public_steps",
     "generator",
     "images",
 ]
@@ -66,6 +73,16 @@ class ArmImages:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicPart:
+    """What a study had of its public pool before any site trained."""
+
+    picked: RealTiles
+    """In the federation's colours, under its captions."""
+    generator: Generator
+    """Trained on them."""
+
+
 def comparison(
     *,
     foundation: Generator,
@@ -75,6 +92,7 @@ def comparison(
     held_out: RealTiles,
     mirrored: RealTiles,
     training: RealTiles | None,
+    public: PublicPart | None = None,
 ) -> list[ArmImages]:
     """Every row of a comparison, real tiles first.
 
@@ -86,12 +104,28 @@ def comparison(
         held_out: Real tiles of patients that nobody trained on.
         mirrored: Those of them that go through the VAE.
         training: Real tiles of patients that were trained on; without them no colours are mapped.
+        public: What the study did with a public pool, if it had one.
     """
+    drawn_NHWC = draw(foundation, "foundation")
     return [
         ArmImages.of("real", held_out, held_out.images_NHWC),
         ArmImages.of("reconstruction", mirrored, reconstruct(foundation, mirrored.images_NHWC)),
-        *foundation_arms(draw(foundation, "foundation"), prompts, training),
+        *foundation_arms(drawn_NHWC, prompts, training),
+        *([] if public is None else _public_arms(public, prompts, drawn_NHWC, draw)),
         ArmImages.of("generator", prompts, draw(generator, "generator")),
+    ]
+
+
+def _public_arms(
+    public: PublicPart,
+    prompts: RealTiles,
+    drawn_NHWC: Images,
+    draw: Callable[[Generator, str], Images],
+) -> list[ArmImages]:
+    shown_NHWC = in_their_place(drawn_NHWC, prompts.captions, public.picked)
+    return [
+        ArmImages.of("retrieved", prompts, shown_NHWC),
+        ArmImages.of("public_steps", prompts, draw(public.generator, "public steps")),
     ]
 
 
@@ -107,6 +141,20 @@ def foundation_arms(
             ArmImages.of("recoloured_by_caption", prompts, by_caption_NHWC),
         ]
     return arms
+
+
+def in_their_place(images_NHWC: Images, captions: Sequence[str], picked: RealTiles) -> Images:
+    """For each image a picked tile of its caption, in turn; itself where none was picked for it."""
+    classes = tuple(dict.fromkeys(picked.captions))
+    caption_M, taken = np.asarray(picked.captions), Counter[int]()
+    tiles_MHWC, found_NHWC = middle(picked.images_NHWC, images_NHWC.shape[1]), images_NHWC.copy()
+    for place, caption in enumerate(captions):
+        number = caption_class(caption, classes)
+        if number is not None:
+            own = np.flatnonzero(caption_M == classes[number])
+            found_NHWC[place] = tiles_MHWC[own[taken[number] % len(own)]]
+            taken[number] += 1
+    return found_NHWC
 
 
 def recolour(images_NHWC: Images, training: RealTiles) -> Images:

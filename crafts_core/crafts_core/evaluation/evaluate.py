@@ -15,7 +15,12 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.evaluation.alignment import Matcher
-from crafts_core.evaluation.baselines import ArmImages, comparison, foundation_arms
+from crafts_core.evaluation.baselines import (
+    ArmImages,
+    PublicPart,
+    comparison,
+    foundation_arms,
+)
 from crafts_core.evaluation.encoder import Encoder, Features, Images
 from crafts_core.evaluation.fidelity import Reference
 from crafts_core.evaluation.figures import Arm, Comparison, Distances, Evaluation, Fidelity
@@ -144,9 +149,20 @@ class Evaluator:
         return self.yardstick.distances(images_NHWC, features_ND, patients)
 
     def compare(
-        self, before: Generator, after: Generator, progress: Progress | None = None
+        self,
+        before: Generator,
+        after: Generator,
+        progress: Progress | None = None,
+        *,
+        public: PublicPart | None = None,
     ) -> Evaluation:
         """The whole evaluation of a study: its foundation, its generator, and their baselines.
+
+        Args:
+            before: Where training started.
+            after: Where it ended.
+            progress: Called with what, done and all.
+            public: What the study did with a public pool, if it had one.
 
         Raises:
             ValueError: the held-out tiles have no captions.
@@ -160,6 +176,7 @@ class Evaluator:
             held_out=self._held_out,
             mirrored=self._held_out.take(np.unique(self._prompt_rows)),
             training=self._training,
+            public=public,
         )
         arms = self.arms(rows, panel, progress)
         foundation, generator = (

@@ -31,7 +31,7 @@ from crafts_core.pages import page_environment, png_uri
 Value = tuple[ArmName, float, Interval | None]
 _COLOURS: tuple[ArmName, ...] = (
     "foundation", "generator", "reconstruction", "real", "recoloured", "recoloured_by_caption",
-    "images",
+    "images", "retrieved", "public_steps",
 )  # fmt: skip
 """Places in the page's palette: a row keeps its colour in every plot."""
 _FLOOR = "real tiles of other patients"

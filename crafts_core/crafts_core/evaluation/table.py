@@ -15,6 +15,8 @@ LABELS: dict[ArmName, str] = {
     "foundation": "public foundation",
     "recoloured": "foundation, recoloured",
     "recoloured_by_caption": "recoloured by caption",
+    "retrieved": "private retrieval",
+    "public_steps": "trained on retrieved tiles",
     "generator": "shared generator",
     "images": "the images",
 }
