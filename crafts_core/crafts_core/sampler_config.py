@@ -17,7 +17,7 @@ class SamplerConfig:
     """Whatever is here changes pixels."""
 
     scheduler: SchedulerName = "unipc"
-    num_inference_steps: int = 12
+    num_inference_steps: int = 10
     guidance_scale: float = 3.0
     """1 follows the caption as trained; more exaggerates it."""
 
