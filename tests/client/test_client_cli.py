@@ -55,7 +55,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
         "dashboard",
         *("plan", "plan list", "plan show", "plan approve", "plan roster", "declare"),
         *("foundation", "foundation fetch", "foundation list", "foundation approve"),
-        *("tiles stats", "tiles check", "tiles show"),
+        *("tiles stats", "tiles check", "tiles show", "tiles join"),
         "tiles drop",
         "tiles forget",
         *(
@@ -77,7 +77,7 @@ def test_the_surface_grows_only_on_purpose() -> None:
     assert surface["ingest"] == {
         *("table", "--home", "--ready-tiles", "--root", "--max-tiles", "--processes"),
         *("--tissue", "--keep", "--names"),
-        *("--plan-table", "--images", "--json"),
+        *("--plan-table", "--images", "--shard", "--json"),
     }
 
 

@@ -436,6 +436,6 @@ def test_the_surface_grows_only_on_purpose() -> None:
         "dashboard",
         *("plan new", "plan keys", "backup", "restore"),
         *("sites invite", "sites list", "sites resize", "sites revoke", "plan check", "plan sign"),
-        *("plan roster", "runs list", "runs show", "runs draw"),
+        *("plan roster", "runs list", "runs show", "runs draw", "pool add"),
         *("foundation build", "foundation import", "foundation verify"),
     }

@@ -62,7 +62,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> LocalStudy:
         plan=scenario.plan(foundation.manifest.hash),
         foundation=foundation,
         signer=home.public_key,
+        device="cpu",
         num_workers=0,
+        num_trainers=1,
+        ray=None,
         real_processes=False,
         progress=lambda _what, _done, _total: None,
     )

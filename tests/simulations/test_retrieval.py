@@ -192,7 +192,10 @@ def refused(foundation, out: Path, table: Path) -> None:
         plan=scenario.plan(foundation.manifest.hash, "b" * 64),
         foundation=foundation,
         signer="",
+        device="cpu",
         num_workers=0,
+        num_trainers=1,
+        ray=None,
         real_processes=False,
         progress=lambda _what, _done, _total: None,
     )

@@ -412,7 +412,7 @@ def _sources(site: Path) -> list[dict]:
     return json.loads((site / "ingest.json").read_text())["sources"]
 
 
-def _no_evaluation(_study: object) -> Evaluation:
+def _no_evaluation(*_: object) -> Evaluation:
     """The measurement is another test's subject."""
 
     def nowhere(name: ArmName) -> Arm:
