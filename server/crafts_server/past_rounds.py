@@ -1,4 +1,4 @@
-"""What rounds came to before this start: counters go on where they were, and no line is missing."""
+"""What rounds came to before this start, so that counters go on where they were."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -62,44 +62,3 @@ def past_runs(registry: Registry, entries: Sequence[Entry]) -> Iterator[PastRun]
                 newest_margin=row.margin_after,
                 newest_seconds=row.seconds,
             )
-
-
-def untold_rounds(registry: Registry, entries: Sequence[Entry]) -> list[dict[str, object]]:
-    """Facts of the committed rounds that the audit log lacks, as a kill came before their line."""
-    told = {
-        (entry.facts["run"], entry.facts["round"])
-        for entry in entries
-        if entry.event == Event.COMMITTED
-    }
-    rounds = select(RoundRow.run_id, RoundRow.round).order_by(RoundRow.finished_at)
-    with registry.session() as session:
-        committed = [(run, number) for run, number in session.execute(rounds).all()]
-        left = [key for key in committed if key not in told]
-        answers = {
-            key: session.scalars(
-                select(ParticipationRow)
-                .where(ParticipationRow.run_id == key[0], ParticipationRow.round == key[1])
-                .order_by(ParticipationRow.site)
-            ).all()
-            for key in left
-        }
-        sites = {
-            key: {
-                outcome: [row.site for row in rows if row.outcome == outcome]
-                for outcome in ("used", "missing")
-            }
-            for key, rows in answers.items()
-        }
-    states = {
-        run: {each.round: each.state_hash for each in registry.checkpoints(run)} for run, _ in left
-    }
-    return [
-        {
-            "run": run,
-            "round": number,
-            "state": states[run][number],
-            "sites": sites[run, number]["used"],
-            "missing": sites[run, number]["missing"],
-        }
-        for run, number in left
-    ]

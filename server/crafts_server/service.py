@@ -27,7 +27,7 @@ from crafts_server.errors import (
 )
 from crafts_server.home import CoordinatorHome
 from crafts_server.metrics import Metrics
-from crafts_server.past_rounds import past_runs, untold_rounds
+from crafts_server.past_rounds import past_runs
 from crafts_server.plan_queue import queued_plans
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registrar import (
@@ -136,7 +136,7 @@ class Service:
         plan = entry.name
         try:
             with self.superlink.grid() as grid:
-                coordinator = Coordinator.open(
+                Coordinator.open(
                     self._home.path,
                     plan,
                     on_round=self._committed,
@@ -145,10 +145,7 @@ class Service:
                         enrolled_as=self.superlink.site_of,
                         connected_since=self.superlink.connected_since,
                     ),
-                )
-                for facts in untold_rounds(self._registry, self._audit.verify()):
-                    self._note(Event.COMMITTED, **facts)
-                coordinator.run(grid)
+                ).run(grid)
         except RunStoppedError:
             log.info("plan %s was stopped", plan[:16])
             return True

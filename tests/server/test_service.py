@@ -15,7 +15,6 @@ from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki
 from crafts_server.plan_queue import queue_plan, queued_plans
 from crafts_server.receipts import WeightRise
-from crafts_server.registry import CheckpointRecord, PlanRecord
 from crafts_server.service import Service
 from support.disk import fill_disk
 from support.receipts import receipt
@@ -80,27 +79,6 @@ def test_a_weight_that_rose_is_logged_and_in_the_audit_log(service, caplog) -> N
     assert entry.event == "weight of a site rose"
     assert entry.facts == {"run": "run", "round": 1, "site": "bern", "before": 0.98, "now": 2.0}
     assert "weight rose site=bern round=1 per share 0.98 -> 2.00" in caplog.text
-
-
-def test_a_round_whose_line_a_kill_cut_off_is_told_at_the_next_start(service, monkeypatch) -> None:
-    """The registry knows it; a killed program never wrote it, and writes it once."""
-    signed = PlanRecord(hash="0" * 64, study="tiny", json="{}", signature="s", public_key="k")
-    service._registry.add_plan(signed)
-    service._registry.start_run("run", signed.hash)
-    committed = receipt(bern=0.5, aachen=0.5).model_copy(update={"missing": ("chur",)})
-    state = committed.state_hash
-    record = CheckpointRecord(round=1, manifest_hash=state, state_hash=state)
-    service._registry.record("run", record, committed)
-
-    def later() -> None:
-        raise StorageError("cannot write checkpoint")
-
-    for _ in range(2):
-        assert not train(service, monkeypatch, later)
-    told = [each for each in service._audit.verify() if each.event == "round committed"]
-    assert [each.facts for each in told] == [
-        {"run": "run", "round": 1, "state": state, "sites": ["aachen", "bern"], "missing": ["chur"]}
-    ]
 
 
 def test_a_plan_that_diverged_is_not_tried_again(service, monkeypatch) -> None:
