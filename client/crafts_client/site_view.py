@@ -4,6 +4,7 @@ For the owner alone: counts of patients and an attack's results are exact.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +27,7 @@ from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending_curve import Curve, curves_drawn, spending_curves
 from crafts_client.transmissions import Transmission, transmissions_of
 from crafts_core import charts
-from crafts_core.foundation_manifest import read_manifest
+from crafts_core.foundation_manifest import FoundationError, read_manifest
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.cache_files import finished_cache
 from crafts_privacy.charges import charged_to
@@ -188,7 +189,7 @@ def _store(site: SiteHome) -> tuple[StoreLine | None, str]:
     trouble = ""
     try:
         finished_cache(store, read_manifest(site.foundation_path).hash)
-    except TileStoreError as error:
+    except (TileStoreError, FoundationError) as error:
         trouble = str(error)
     return (
         StoreLine(
@@ -239,9 +240,10 @@ def _waiting(site: SiteHome, offered: Offered) -> Iterator[str]:
             yield f"crafts-client plan approve {shown}"
         if each.plan.aggregation.secure_aggregation and each.plan.hash not in rosters:
             yield f"crafts-client roster approve {shown}"
-    for found in foundations_here(site):
-        if not found.is_approved:
-            yield f"crafts-client foundation approve {found.manifest.hash[:16]}"
+    with suppress(FoundationError):  # the store says that there is none
+        for found in foundations_here(site):
+            if not found.is_approved:
+                yield f"crafts-client foundation approve {found.manifest.hash[:16]}"
 
 
 class _Attack(BaseModel):

@@ -5,6 +5,7 @@ answer says that nothing may be loaded, framed, kept or passed on. Each page is 
 """
 
 import hmac
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -14,6 +15,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from crafts_core.errors import CraftsError
 from crafts_core.harmless import MOST_OF_A_SENTENCE, harmless
 from crafts_core.pages import page_environment
+
+log = logging.getLogger(__name__)
 
 REFRESH_S = 15
 _HEADERS = {
@@ -30,6 +33,10 @@ _POLICY = (
 )
 View = Callable[[Mapping[str, str]], Mapping[str, object]]
 """What a template is filled with, of the parts of an address."""
+
+
+class PageError(CraftsError):
+    """A defect of ours; its text may hold anything, and is for the log alone."""
 
 
 class ClosedPages:
@@ -73,7 +80,14 @@ class ClosedPages:
         """A page at ``path`` below the token."""
 
         def shown(request: Request) -> HTMLResponse:
-            values = {**view(request.path_params), "nonce": request.state.nonce}
+            try:
+                facts = view(request.path_params)
+            except CraftsError:
+                raise
+            except Exception as error:
+                log.exception("a page cannot be shown")
+                raise PageError(f"{type(error).__name__}: the program's log has more") from error
+            values = {**facts, "nonce": request.state.nonce}
             page = self.environment.get_template(template)
             return HTMLResponse(page.render(values, refresh_s=REFRESH_S))
 

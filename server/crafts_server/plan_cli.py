@@ -114,7 +114,11 @@ def plan_check(
                 problems = list(_problems(loaded, CoordinatorHome.open(home)))
             else:
                 problems = list(noise_problems(loaded))
-                say(f"no coordinator's home at {home}: its targets were not compared", err=True)
+                say(
+                    f"no coordinator's home at {home}: targets were not compared with a "
+                    "foundation, nor the noise with a gradient",
+                    err=True,
+                )
         except PlanError as error:
             problems = list(error.problems)
         if loaded is not None and not problems:

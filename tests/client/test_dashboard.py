@@ -120,6 +120,31 @@ def test_a_damaged_ledger_is_one_line(home: SiteHome) -> None:
     assert (answer.status_code, "\n" in answer.text) == (503, False)
 
 
+def test_a_lost_foundation_leaves_the_rest_of_the_page(home: SiteHome) -> None:
+    file = home.path / "site.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("foundation")]
+    file.write_text("\n".join(['foundation = "gone"', *lines]))
+    client, link = browser(home)
+    page = client.get(link)
+    assert page.status_code == 200
+    assert "no foundation at" in page.text
+
+
+def test_a_defect_is_one_line_that_tells_no_more(home: SiteHome, monkeypatch, caplog) -> None:
+    def overflow(_: SiteHome) -> None:
+        raise OverflowError("patient0017")
+
+    monkeypatch.setattr("crafts_client.site_view.budget_of", overflow)
+    client, link = browser(home)
+    answer = client.get(link)
+    assert (answer.status_code, answer.text) == (
+        503,
+        "OverflowError: the program's log has more",
+    )
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert "patient0017" in caplog.text
+
+
 def test_an_attack_of_another_version_is_left_out(home: SiteHome) -> None:
     home.leakage_path.write_text('{"attacks": "none"}')
     client, link = browser(home)
