@@ -7,7 +7,7 @@ is finished. What a kill leaves behind, the next start goes on with.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from sqlalchemy.exc import OperationalError
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
 from crafts_server.audit_log import Event
+from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Members, Patience
 from crafts_server.coordinator import Coordinator
 from crafts_server.enrolments import Enrolments
 from crafts_server.errors import (
     AggregationError,
+    AuditLogError,
     RegistryError,
     RunStoppedError,
     StorageError,
@@ -136,7 +138,7 @@ class Service:
         plan = entry.name
         try:
             with self.superlink.grid() as grid:
-                Coordinator.open(
+                coordinator = Coordinator.open(
                     self._home.path,
                     plan,
                     on_round=self._committed,
@@ -145,7 +147,9 @@ class Service:
                         enrolled_as=self.superlink.site_of,
                         connected_since=self.superlink.connected_since,
                     ),
-                ).run(grid)
+                )
+                self._make_up(coordinator.chain())
+                coordinator.run(grid)
         except RunStoppedError:
             log.info("plan %s was stopped", plan[:16])
             return True
@@ -180,7 +184,32 @@ class Service:
             receipt.bytes_up,
             receipt.seconds,
         )
+        for rise in receipt.rises:
+            log.warning(
+                "weight rose site=%s round=%d per share %.2f -> %.2f",
+                *(rise.site, receipt.round, rise.before, rise.now),
+            )
         self.metrics.committed(receipt)
+        self._note_round(receipt)
+
+    def _make_up(self, chain: Sequence[Checkpoint]) -> None:
+        """Note the rounds whose lines a kill cut off: the checkpoint alone commits a round."""
+        try:
+            entries = self._audit.verify()
+        except AuditLogError as error:  # what was altered is no reason to stop a study
+            log.error("no line of the audit log is made up: %s", error)
+            return
+        told = {
+            (entry.facts["run"], entry.facts["round"])
+            for entry in entries
+            if entry.event == Event.COMMITTED
+        }
+        for checkpoint in chain[1:]:
+            receipt = checkpoint.receipt()
+            if (receipt.run_id, receipt.round) not in told:
+                self._note_round(receipt)
+
+    def _note_round(self, receipt: RoundReceipt) -> None:
         self._note(
             Event.COMMITTED,
             run=receipt.run_id,
@@ -198,10 +227,6 @@ class Service:
                 why=refusal.reason,
             )
         for rise in receipt.rises:
-            log.warning(
-                "weight rose site=%s round=%d per share %.2f -> %.2f",
-                *(rise.site, receipt.round, rise.before, rise.now),
-            )
             self._note(
                 Event.ROSE,
                 run=receipt.run_id,

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from crafts_server.errors import AggregationError, DivergedError, StorageError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki
 from crafts_server.plan_queue import queue_plan, queued_plans
-from crafts_server.receipts import WeightRise
+from crafts_server.receipts import Refusal, RoundReceipt, WeightRise
 from crafts_server.service import Service
 from support.disk import fill_disk
 from support.receipts import receipt
@@ -33,18 +34,37 @@ def service(tmp_path: Path, foundation) -> Iterator[Service]:
     service._registry.close()
 
 
-class Run:
-    """A coordinator whose run does this."""
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint, as far as its receipt."""
 
-    def __init__(self, does: Callable[[], None]) -> None:
+    told: RoundReceipt | None
+
+    def receipt(self) -> RoundReceipt | None:
+        return self.told
+
+
+class Run:
+    """A coordinator whose run does this, after rounds of which these are the receipts."""
+
+    def __init__(self, does: Callable[[], None], *receipts: RoundReceipt) -> None:
         self._does = does
+        self._chain = [Committed(None), *map(Committed, receipts)]
+
+    def chain(self) -> list[Committed]:
+        return self._chain
 
     def run(self, _grid: Grid) -> None:
         self._does()
 
 
-def train(service: Service, monkeypatch: pytest.MonkeyPatch, does: Callable[[], None]) -> bool:
-    monkeypatch.setattr(module.Coordinator, "open", lambda *_, **__: Run(does))
+def train(
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    does: Callable[[], None],
+    *committed: RoundReceipt,
+) -> bool:
+    monkeypatch.setattr(module.Coordinator, "open", lambda *_, **__: Run(does, *committed))
     (entry,) = queued_plans(service._home)
     return service._train(entry, threading.Event())
 
@@ -79,6 +99,37 @@ def test_a_weight_that_rose_is_logged_and_in_the_audit_log(service, caplog) -> N
     assert entry.event == "weight of a site rose"
     assert entry.facts == {"run": "run", "round": 1, "site": "bern", "before": 0.98, "now": 2.0}
     assert "weight rose site=bern round=1 per share 0.98 -> 2.00" in caplog.text
+
+
+def test_a_round_whose_lines_a_kill_cut_off_is_noted_at_the_next_start(
+    service, monkeypatch
+) -> None:
+    """Once, with its refusals, and none that was noted before."""
+    refusal = Refusal(site="chur", reason="of another round")
+    known = receipt(bern=0.5, aachen=0.5)
+    cut_off = known.model_copy(update={"round": 2, "refused": (refusal,), "missing": ("chur",)})
+    service._committed(known)
+
+    def later() -> None:
+        raise StorageError("cannot write checkpoint")
+
+    for _ in range(2):
+        assert not train(service, monkeypatch, later, known, cut_off)
+    told = [entry for entry in service._audit.verify() if "round" in entry.facts]
+    events = [(entry.event, entry.facts["round"]) for entry in told]
+    assert events == [("round committed", 1), ("round committed", 2), ("update refused", 2)]
+    assert told[1].facts["missing"] == ["chur"]
+
+
+def test_an_altered_line_stops_no_study(service, monkeypatch, caplog) -> None:
+    service._committed(receipt(bern=0.5, aachen=0.5))
+    service._committed(receipt(aachen=1.0))
+    file = service._home.path / "audit.jsonl"
+    file.write_text(file.read_text().replace("bern", "chur"))
+    ran = []
+    train(service, monkeypatch, lambda: ran.append(1), receipt(bern=0.5))
+    assert ran
+    assert "no line of the audit log is made up" in caplog.text
 
 
 def test_a_plan_that_diverged_is_not_tried_again(service, monkeypatch) -> None:
