@@ -102,7 +102,7 @@ class Registry:
                 whose tables this one cannot read as they are.
         """
         try:
-            self._engine = create_engine(url, connect_args=_patience(url))
+            self._engine = create_engine(url, connect_args=_postgresql_options(url))
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise RegistryError(f"the registry's URL cannot be used: {reason}") from error
@@ -389,14 +389,18 @@ def _alone(connection: Connection) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
 
 
-def _patience(url: str) -> dict[str, str | int]:
-    """PostgreSQL waits for a table's lock, and for a server, for ever, unless it is told."""
+def _postgresql_options(url: str) -> dict[str, str | int]:
+    """PostgreSQL waits for a lock, and for a server, for ever, unless it is told.
+
+    A cluster without an encoding (SQL_ASCII) would answer in bytes.
+    """
     given = make_url(url)
     if given.get_backend_name() != "postgresql":
         return {}
     wanted: dict[str, str | int] = {
         "options": f"-c lock_timeout={round(_PATIENCE_S * 1000)}",
         "connect_timeout": max(1, round(_PATIENCE_S)),
+        "client_encoding": "utf8",
     }
     return {name: value for name, value in wanted.items() if name not in given.query}
 

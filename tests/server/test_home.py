@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def test_the_registry_is_named_by_a_variable(tmp_path: Path, by: str) -> None:
         done = CliRunner().invoke(app, [*where, "--registry", url])
     assert (done.exit_code, done.stderr) == (0, "")
     assert CoordinatorHome.open(tmp_path / "home").config.registry == url
+
+
+def test_a_cluster_without_an_encoding_will_do(tmp_path: Path, postgres) -> None:
+    """As initdb makes one where no locale is set, in a bare container."""
+    bare = "TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
+    config = HomeConfig(foundation="embedded", registry=postgres.new_database(bare))
+    home = CoordinatorHome.create(tmp_path / "home", config)
+    with closing(home.registry()) as registry:
+        assert registry.runs() == []
 
 
 def test_a_password_on_the_command_line_is_warned_of(tmp_path: Path, postgres) -> None:

