@@ -101,7 +101,7 @@ def init(
             max_local_steps=200,
             max_rounds=1000,
             max_update_norm=100.0,
-            max_adapter_norm=2e4,
+            max_adapter_norm=1e6,
             allow_non_private=False,
             require_secure_aggregation=False,
             require_approval=True,

@@ -16,6 +16,23 @@ _WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 _ENCODER = ("conv_in", "time_embedding.", "down_blocks.", "mid_block.")
 """What a ControlNet copies of the denoiser."""
 _MOST_HEADER_BYTES = 100 << 20
+SUGGESTED = (
+    "conv_in",
+    "down_blocks.0.resnets.0.conv1",
+    "down_blocks.0.resnets.0.conv2",
+    "up_blocks.3.resnets.0.conv1",
+    "up_blocks.3.resnets.0.conv2",
+    "up_blocks.3.resnets.0.conv_shortcut",
+    "up_blocks.3.resnets.1.conv1",
+    "up_blocks.3.resnets.1.conv2",
+    "up_blocks.3.resnets.1.conv_shortcut",
+    "conv_out",
+    "up_blocks.1.attentions.0.add_v_proj",
+    "up_blocks.1.attentions.1.add_v_proj",
+    "up_blocks.2.attentions.0.add_v_proj",
+    "up_blocks.2.attentions.1.add_v_proj",
+)
+"""What the shipped studies train: layers at full latent resolution, and what a word adds."""
 Layers = Mapping[str, int]
 """Linear and convolutional layers by name, and how many inputs an output has."""
 
@@ -36,6 +53,17 @@ def target_problems(plan: Plan, foundation: Path) -> Iterator[str]:
     if any(stage.modality is not None for stage in plan.stage):
         encoder = {name: size for name, size in layers.items() if name.startswith(_ENCODER)}
         yield from _problems("control_targets", adapter.control_targets, adapter.rank, encoder)
+
+
+def suggested_adapter(foundation: Path) -> dict[str, object]:
+    """An adapter for a first plan: that of the shipped studies where the denoiser is of their kind.
+
+    Raises:
+        FoundationError: the foundation's weights cannot be read.
+    """
+    if set(SUGGESTED) <= _layers(foundation / _WEIGHTS).keys():
+        return {"kind": "lora", "targets": list(SUGGESTED), "schedule": "second_only"}
+    return {"kind": "lora"}
 
 
 def _problems(key: str, targets: Sequence[str], rank: int, layers: Layers) -> Iterator[str]:

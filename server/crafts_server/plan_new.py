@@ -7,6 +7,7 @@ from pathlib import Path
 from crafts_core.delta_text import delta_text
 from crafts_core.foundation_manifest import read_manifest
 from crafts_core.plan import Plan
+from crafts_core.plan_targets import suggested_adapter
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.errors import HomeError
@@ -50,6 +51,7 @@ def new_plan(
     Raises:
         PlanError: a value is impossible.
     """
+    foundation = CoordinatorHome.open(home).foundation_path
     stage = {"rounds": rounds, "local_steps": local_steps}
     alignment = {"learning_rate": 0.05, "lambda_align": 0.05, "lambda_drift": 1.0}
     rate = min(_MOST_RATE, max(_LEAST_RATE, _STEP_PATIENTS / min(patients)))
@@ -57,10 +59,10 @@ def new_plan(
         {
             "study": {
                 "name": name,
-                "foundation": read_manifest(CoordinatorHome.open(home).foundation_path).hash,
+                "foundation": read_manifest(foundation).hash,
                 "seed": 0,
             },
-            "adapter": {"kind": "lora"},
+            "adapter": suggested_adapter(foundation),
             "stage": [
                 {"name": "pretraining", **stage, "learning_rate": 0.15},
                 {"name": "alignment", **stage, **alignment},
@@ -77,6 +79,7 @@ def new_plan(
             "aggregation": {
                 "rule": "alignment_regularized",
                 "server_momentum": 0.7,
+                "ema_decay": 0.7,
                 "min_sites": max(1, (len(patients) + 1) // 2),
             },
         }

@@ -18,6 +18,12 @@ from crafts_client.home import SiteHome
 from crafts_client.ingest import Salt
 from crafts_client.site import Site
 from crafts_client.training_audit import TrainingAudit, TrainingCheck
+from crafts_core.exchange import global_norm
+from crafts_core.foundation import embedded_path, load
+from crafts_core.plan import AdapterConfig
+from crafts_core.plan_targets import suggested_adapter
+from crafts_core.public_update import PublicUpdateConfig
+from crafts_core.starting_point import initial_state
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
@@ -38,6 +44,17 @@ def home(tmp_path: Path, foundation, coordinator) -> SiteHome:
 
 def options(command) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts}
+
+
+def test_a_new_site_takes_where_the_embedded_foundation_starts(tmp_path: Path) -> None:
+    """Its limit once was under that of a plan that nobody had changed, and each round failed."""
+    run("init", "--name", "north", "--patients", 100, "--home", tmp_path / "site")
+    policy, foundation = SiteHome.open(tmp_path / "site").policy, load(embedded_path())
+    little_work = PublicUpdateConfig(num_shifts=2, draws_per_tile=1, max_tiles=4)
+    for values in ({"kind": "lora"}, suggested_adapter(embedded_path())):
+        adapter = AdapterConfig.model_validate(values)
+        start = initial_state(foundation, adapter, 0, public_work=little_work)
+        policy.check_adapter_norm(3 * global_norm(start))
 
 
 def test_the_surface_grows_only_on_purpose() -> None:

@@ -6,11 +6,12 @@ import pytest
 
 from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
-from crafts_core.foundation import Foundation
+from crafts_core.foundation import Foundation, embedded_path
 from crafts_core.foundation_manifest import FoundationError
-from crafts_core.plan import Plan
-from crafts_core.plan_targets import target_problems
+from crafts_core.plan import AdapterConfig, Plan
+from crafts_core.plan_targets import SUGGESTED, suggested_adapter, target_problems
 from crafts_core.state import AdapterError
+from crafts_simulations.scenario import load_scenario
 from support.sites import control_values, plan_values
 
 
@@ -47,6 +48,16 @@ def test_headers_and_modules_say_the_same(foundation, control: bool, change, sai
     concerns = said is not None and (("control" in said) == control or "rank" in said)
     assert all(said is not None and said in text for text in problems)
     assert bool(problems) == concerns
+
+
+def test_a_first_plan_trains_what_the_shipped_studies_do(foundation) -> None:
+    """Where the denoiser has those layers; else what the schema says."""
+    assert suggested_adapter(embedded_path())["targets"] == list(SUGGESTED)
+    assert suggested_adapter(foundation.path) == {"kind": "lora"}
+    for name in ("quickstart", "real-tiles", "many-small"):
+        shipped = load_scenario(name).adapter
+        assert shipped.targets == SUGGESTED, name
+        assert AdapterConfig.model_validate(suggested_adapter(embedded_path())) == shipped
 
 
 def test_weights_that_are_none_are_an_error(foundation, tmp_path) -> None:
