@@ -17,13 +17,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ARMS = {"passive": {"OMP_WAIT_POLICY": "passive"}, "torch's own": {}}
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+ARMS = {
+    "ours": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"},
+    "asleep at once": {"OMP_WAIT_POLICY": "passive"},
+    "torch's own": {},
+}
 STEP = """
 import sys, time
 import torch
 from crafts_core.foundation import embedded_path, load
 torch.set_num_threads(int(sys.argv[1]))
-unet = load(embedded_path()).generator.unet
+unet = load(embedded_path()).generator.unet.requires_grad_(True)
 shape = (16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 latents, text = torch.randn(shape), torch.randn(16, 40, unet.config.cross_attention_dim)
 t = torch.randint(0, 999, (16,))
@@ -53,7 +58,7 @@ def seconds_a_step(environment: dict[str, str], threads: int, seconds: float) ->
     """Of a new process: OpenMP reads its settings once."""
     inherited = {
         name: value for name, value in os.environ.items()
-        if name not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+        if name not in (*SETTINGS, "OMP_NUM_THREADS")
     }  # fmt: skip
     words = [sys.executable, "-c", STEP, str(threads), str(seconds)]
     done = subprocess.run(

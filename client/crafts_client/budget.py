@@ -15,13 +15,14 @@ from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of, releases_to_come
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.delta_text import delta_times_patients
-from crafts_core.plan import Plan
+from crafts_core.plan import Plan, PlanError
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.charges import SumCharge, charged_to, charges_of_sums
 from crafts_privacy.ledger import FiltersChangedError, Ledger, LedgerError
 from crafts_privacy.ledger_export import LedgerExport
 from crafts_privacy.lifetime import FilterState, Lifetime, PlanCharges, with_charge
+from crafts_privacy.plan_check import noise_problems
 from crafts_privacy.plan_noise import release_events
 
 
@@ -126,6 +127,8 @@ def _counted(site: SiteHome, plans: Sequence[PlanCharges]) -> Budget:
 def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
     """What is left for a plan, and for further ones that declare and run as much."""
     plan, lifetime = Plan.load(path), site.policy.lifetime
+    if problem := next(noise_problems(plan), None):
+        raise PlanError(problem)
     plans = charged_plans(site, existing_ledger(site))
     runs = site.approvals.runs_of(plan.hash)
     question = ("left", plan.hash, site.config.declared_patients, runs, lifetime, plans)

@@ -107,6 +107,12 @@ def init(
             require_approval=True,
         )
         SiteHome.create(home, config, policy)
+    if patients < policy.min_patients:
+        say(
+            f"{patients} patients are fewer than min_patients of policy.toml "
+            f"({policy.min_patients}): as it is, this site refuses every plan",
+            err=True,
+        )
     approval = "" if foundation == "embedded" else "crafts-client foundation list and approve, and "
     say(f"site home {home}; read policy.toml, then run: {approval}crafts-client ingest TABLE")
 
@@ -384,11 +390,14 @@ def policy_check(
     """Say whether this site would take part in a plan; exit 1 if not."""
     from crafts_client.mechanism import mechanisms_of
     from crafts_client.policy import PolicyError
-    from crafts_core.plan import Plan
+    from crafts_core.plan import Plan, PlanError
+    from crafts_privacy.plan_check import noise_problems
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         wanted = Plan.load(plan)
+        if problem := next(noise_problems(wanted), None):
+            raise PlanError(problem)
         size = site.config.declared_patients
         refused = list(site.policy.violations(wanted, declared_patients=size))
         mechanisms = mechanisms_of(wanted, declared_patients=size)

@@ -176,6 +176,8 @@ def _settings(
     root: Path | None,
     options: IngestOptions,
 ) -> ShardSettings:
+    if not table.is_file():
+        raise IngestError(f"no table at {table}")  # before a note of it keeps others waiting
     return ShardSettings(
         table=table.resolve(),
         table_hash=settings_hash(table),

@@ -281,21 +281,26 @@ def tiles_forget(
     What was spent for the patient stays in the ledger; only the pseudonym is kept, so that the
     patient's slides are never read again.
     """
+    from crafts_client.ingest.table_shards import shard_notes
     from crafts_client.preparation import forget
     from crafts_core.foundation import load
 
-    confirm(f"Remove everything of {patient}? It cannot be undone", yes=yes)
-    with one_line_errors("crafts-client"), progress_bars() as progress:
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
+        num_shards = len(shard_notes(site.tile_store_path))
+    lost = f", and {num_shards} shards that wait for tiles join are lost" if num_shards else ""
+    confirm(f"Remove everything of {patient}{lost}? It cannot be undone", yes=yes)
+    with one_line_errors("crafts-client"), progress_bars() as progress:
         num_tiles = forget(
             site,
             patient,
             lambda: load(site.foundation_path, device=site.config.device),
             progress,
         )
+    again = f"call {num_shards} shards again, whose tiles are lost; " if num_shards else ""
     say_done(
-        f"{num_tiles} tiles removed; remove the patient's lines from your table, and restart "
-        "crafts-client join if it runs",
-        {"tiles": num_tiles},
+        f"{num_tiles} tiles removed; {again}remove the patient's lines from your table, and "
+        "restart crafts-client join if it runs",
+        {"tiles": num_tiles, "shards_lost": num_shards},
         as_json=as_json,
     )

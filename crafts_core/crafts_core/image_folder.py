@@ -144,8 +144,8 @@ def draw_into(
         ImageFolderError: the folder holds images that no generator drew, or the disk is too small.
         CraftsError: an image is not finite; those of earlier batches are there.
     """
-    check_space(folder, len(plan), studio.generator.tile_px)
     missing = _missing(folder, plan)
+    check_space(folder, len(missing), studio.generator.tile_px)
     done = len(plan) - len(missing)
     is_steered = any(request.control for request in plan.requests)
     size = batch_size or (studio.batch_size(config, is_steered=is_steered) if missing else 1)

@@ -502,14 +502,15 @@ class Plan(_Section):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read and check a ``plan.toml``.
+        """Read and check a ``plan.toml``, or the same as JSON, which is how sites are shown a plan.
 
         Raises:
             PlanError: with the first offending key and what it should be.
         """
         try:
-            return cls.parse(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+            return cls.parse(json.loads(text) if text.startswith("{") else tomllib.loads(text))
+        except (OSError, UnicodeDecodeError, ValueError) as error:
             raise PlanError(f"cannot read plan {path}: {error}") from error
 
     @classmethod

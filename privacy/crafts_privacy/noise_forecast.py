@@ -26,6 +26,7 @@ from crafts_core.stages.objective import Objective
 from crafts_core.stages.public_batch import probe_batch
 from crafts_core.stains import stained_otherwise
 from crafts_core.starting_point import initial_state
+from crafts_core.state import State
 from crafts_privacy.clipping import clip_
 from crafts_privacy.gradients import FlatGradient
 from crafts_privacy.plan_noise import plan_noise_multiplier
@@ -125,7 +126,8 @@ def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) 
         each for each in plan.rounds() if each.stage in plan.trained and not each.stage.modality
     )
     stained = _paler(foundation)
-    rows = _clipped_gradients(plan, planned, stained)
+    start = initial_state(foundation, plan.adapter, plan.study.seed, ("generator",))
+    rows = _clipped_gradients(plan, planned, stained, start)
     first_D = next(rows)
     num_coordinates = len(first_D)
     sketches = torch.stack([_sketch(grad_D) for grad_D in chain([first_D], rows)])
@@ -134,7 +136,7 @@ def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) 
         gradient_norm=_agreed_norm(sketches),
         noise_norm=noise_std(plan, patients) * math.sqrt(num_coordinates),
         steps=plan.total_steps,
-        alignment_share=_alignment_share(plan, planned, stained),
+        alignment_share=_alignment_share(plan, planned, stained, start),
     )
 
 
@@ -152,25 +154,27 @@ def noise_std(plan: Plan, patients: Sequence[int]) -> float:
 
 
 def _clipped_gradients(
-    plan: Plan, planned: RoundOfPlan, foundation: Foundation
+    plan: Plan, planned: RoundOfPlan, foundation: Foundation, start: State
 ) -> Iterator[Tensor]:
     """One row (D) for each patient, over the clipping bound."""
     privacy = plan.privacy
     stability = privacy.clipping_stability if privacy.clipping == "automatic" else None
-    for grad_D in _gradients(plan, planned, foundation, planned.stage):
+    for grad_D in _gradients(plan, planned, foundation, start, planned.stage):
         clip_(grad_D, privacy.max_grad_norm, stability=stability)
         yield grad_D.cpu() / privacy.max_grad_norm
 
 
-def _alignment_share(plan: Plan, planned: RoundOfPlan, foundation: Foundation) -> float | None:
+def _alignment_share(
+    plan: Plan, planned: RoundOfPlan, foundation: Foundation, start: State
+) -> float | None:
     """Mean over public patients of how much of the gradient is the alignment's, by its length."""
     aligning = next((stage for stage in plan.stage if stage.lambda_align > 0), None)
     if aligning is None:
         return None
     off = {"lambda_align": 0.0, "alignment_loss": "correlation"}
     pairs = zip(
-        _gradients(plan, planned, foundation, aligning),
-        _gradients(plan, planned, foundation, aligning.model_copy(update=off)),
+        _gradients(plan, planned, foundation, start, aligning),
+        _gradients(plan, planned, foundation, start, aligning.model_copy(update=off)),
         strict=True,
     )
     few = islice(pairs, _OF_SHARE)
@@ -179,15 +183,14 @@ def _alignment_share(plan: Plan, planned: RoundOfPlan, foundation: Foundation) -
 
 
 def _gradients(
-    plan: Plan, planned: RoundOfPlan, foundation: Foundation, stage: StageConfig
+    plan: Plan, planned: RoundOfPlan, foundation: Foundation, start: State, stage: StageConfig
 ) -> Iterator[Tensor]:
-    """One row (D) for each patient; without the drift, which begins at 0.
+    """One row (D) for each patient at the ``start``; without the drift, which begins at 0.
 
     With the factor and the weights of the ``planned`` round and the same draws, whatever the
     stage's loss.
     """
     adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter, ("generator",))
-    start = initial_state(foundation, plan.adapter, plan.study.seed, ("generator",))
     adapter.load_state(start)
     captions = plan.captions_of(stage)
     objective = Objective(

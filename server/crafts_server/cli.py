@@ -583,6 +583,7 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
     # Torch and diffusers take seconds to import; `crafts-server --help` should not.
     from crafts_core.foundation import load
     from crafts_core.plan import Plan
+    from crafts_server.errors import HomeError
     from crafts_server.export import ADAPTER_FILE, export_generator
     from crafts_server.home import CoordinatorHome
 
@@ -591,6 +592,10 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
         plan = Plan.parse(json.loads(registry.plan(registry.run(run_id).plan_hash).json))
     chain = home.checkpoints(run_id).chain()
     sites = {site.site for checkpoint in chain[1:] for site in checkpoint.receipt().sites}
+    if strangers := sorted(set(named_sites) - sites):
+        raise HomeError(
+            f"{strangers[0]} took no part in run {run_id}; took part: {', '.join(sorted(sites))}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     generator = out / "generator"
     lora = out / ADAPTER_FILE if plan.gives_lora else None

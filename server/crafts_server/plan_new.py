@@ -54,6 +54,7 @@ def new_plan(
     foundation = CoordinatorHome.open(home).foundation_path
     stage = {"rounds": rounds, "local_steps": local_steps}
     alignment = {"learning_rate": 0.05, "lambda_align": 0.05, "lambda_drift": 1.0}
+    least = min(len(patients), max(2, (len(patients) + 1) // 2))  # one alone would share nothing
     rate = min(_MOST_RATE, max(_LEAST_RATE, _STEP_PATIENTS / min(patients)))
     return Plan.parse(
         {
@@ -80,7 +81,7 @@ def new_plan(
                 "rule": "alignment_regularized",
                 "server_momentum": 0.7,
                 "ema_decay": 0.7,
-                "min_sites": max(1, (len(patients) + 1) // 2),
+                "min_sites": least,
             },
         }
     )
@@ -98,7 +99,8 @@ def told(plan: Plan, patients: Sequence[int]) -> list[str]:
     return [
         f"Study {plan.study.name}: {plan.total_steps} private steps a site in {plan.num_rounds} "
         f"rounds, epsilon {privacy.target_epsilon:g} at delta {delta_text(privacy.delta or 0)}.",
-        f"Sized for {len(patients)} sites of {smallest} to {max(patients)} patients.",
+        f"Sized for {len(patients)} sites of {smallest} to {max(patients)} patients; a round needs "
+        f"{plan.aggregation.min_sites} of them.",
         f"Noise by calibration: {noise:.3g} times max_grad_norm in each sum of a step; at the "
         f"smallest site, with {drawn:.3g} patients drawn, {noise / drawn:.2g} times it in a mean.",
     ]

@@ -210,14 +210,7 @@ class Service:
                 self._note_round(receipt)
 
     def _note_round(self, receipt: RoundReceipt) -> None:
-        self._note(
-            Event.COMMITTED,
-            run=receipt.run_id,
-            round=receipt.round,
-            state=receipt.state_hash,
-            sites=[site.site for site in receipt.sites],
-            missing=list(receipt.missing),
-        )
+        """With the line last by which it is known that all are there."""
         for refusal in receipt.refused:
             self._note(
                 Event.REFUSED,
@@ -235,6 +228,14 @@ class Service:
                 before=rise.before,
                 now=rise.now,
             )
+        self._note(
+            Event.COMMITTED,
+            run=receipt.run_id,
+            round=receipt.round,
+            state=receipt.state_hash,
+            sites=[site.site for site in receipt.sites],
+            missing=list(receipt.missing),
+        )
 
     def _note(self, event: Event, **facts: object) -> None:
         """Write to the audit log, however long the disk is full: nothing goes on without it."""

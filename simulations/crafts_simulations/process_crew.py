@@ -124,4 +124,5 @@ def environment_of(place: int, *, num_places: int, device: str) -> dict[str, str
         return shares
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = seen.split(",") if seen else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    return shares | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
+    # Without one the device's own error says so.
+    return shares | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})

@@ -20,7 +20,7 @@ from crafts_client.site import Site
 from crafts_client.training_audit import TrainingAudit, TrainingCheck
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import embedded_path, load
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan import AdapterConfig, Plan
 from crafts_core.plan_targets import suggested_adapter
 from crafts_core.public_update import PublicUpdateConfig
 from crafts_core.starting_point import initial_state
@@ -116,6 +116,7 @@ def test_init_then_ingest_of_ready_tiles_makes_a_site_that_can_train(
         *("--foundation", foundation.path),
     )
     assert made.exit_code == 0, made.output
+    assert "4 patients are fewer than min_patients of policy.toml (20)" in made.stderr
     approved = run("foundation", "approve", foundation.manifest.hash[:16], "--home", home)
     assert approved.exit_code == 0, approved.output
     rng = np.random.default_rng(0)
@@ -155,11 +156,25 @@ def test_policy_check_says_yes_to_an_allowed_plan(tmp_path, home, foundation) ->
     plan = write_plan(tmp_path, plan_values(foundation.manifest.hash))
 
     done = run("policy", "check", plan, "--home", home.path, "--json")
+    shown = tmp_path / "shown.json"  # as `plan show --json` prints it
+    shown.write_text(json.dumps(Plan.load(plan).model_dump(mode="json"), indent=1))
+    assert run("policy", "check", shown, "--home", home.path, "--json").stdout == done.stdout
 
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["allowed"]
     assert result["noise_multiplier"] > 0.3
+
+
+def test_noise_that_nobody_can_compute_is_one_line(tmp_path, home, foundation) -> None:
+    values = plan_values(foundation.manifest.hash)
+    values["privacy"] |= {"target_epsilon": 1e-9, "delta": 1e-12}
+    plan = write_plan(tmp_path, values)
+    for words in (("policy", "check", plan), ("budget", "--plan", plan)):
+        done = run(*words, "--home", home.path)
+        assert done.exit_code == 1
+        assert "privacy: " in done.stderr
+        assert "Traceback" not in done.output
 
 
 def test_policy_check_names_every_rule_that_says_no(tmp_path, foundation, coordinator) -> None:

@@ -257,11 +257,19 @@ def test_a_shard_of_other_options_another_table_or_salt_is_named(
     assert "is not there; put it back" in refused(join(home))
 
 
+def test_a_table_that_is_not_there_keeps_nobody_waiting(home: SiteHome, table: Path) -> None:
+    assert "no table at" in refused(cut(home, table.with_name("typo.csv"), "1/4"))
+    assert cut(home, table, "1/2").exit_code == 0
+
+
 def test_a_patient_who_withdraws_before_the_join_is_not_in_it(home: SiteHome, table: Path) -> None:
     for shard in HALVES:
         assert cut(home, table, str(shard)).exit_code == 0
     gone, stays = (names_in(shard, 1, Salt.load(home.salt_path))[0] for shard in HALVES)
-    assert run("tiles", "forget", gone, "--home", home.path, "--yes").exit_code == 0
+    asked = run("tiles", "forget", gone, "--home", home.path)
+    assert "and 2 shards that wait for tiles join are lost" in asked.output
+    forgotten = run("tiles", "forget", gone, "--home", home.path, "--yes")
+    assert "call 2 shards again, whose tiles are lost" in forgotten.stdout
     assert not list(home.tile_store_path.rglob("*.tar"))
     for shard in HALVES:
         assert cut(home, table, str(shard)).exit_code == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crafts_core import image_folder
 from crafts_core.foundation import Foundation
 from crafts_core.image_folder import (
     ImageFolderError,
@@ -122,6 +123,19 @@ def test_runs_in_folders_below_are_left_alone(studio: Studio, tmp_path: Path) ->
     draw_into(tmp_path / "below", asked, studio, CONFIG)
     draw_into(tmp_path, plan(studio, ImageRequest(prompt="colon")), studio, CONFIG)
     assert read_provenance(tmp_path / "below" / "tile-0000.png").prompts == ("lung",)
+
+
+def test_what_is_left_of_a_run_needs_room_for_itself_alone(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn already is what fills the disk."""
+    asked = plan(studio, ImageRequest(prompt="lung", count=3))
+    draw_into(tmp_path, asked, studio, CONFIG)
+    (tmp_path / asked.name(1)).unlink()
+    rooms = []
+    monkeypatch.setattr(image_folder, "check_space", lambda _, count, __: rooms.append(count))
+    draw_into(tmp_path, asked, studio, CONFIG)
+    assert rooms == [1]
 
 
 @pytest.mark.parametrize("count", [3, 500])

@@ -397,6 +397,9 @@ def test_a_run_is_listed_shown_and_exported_for_stock_diffusers(
     shown = RUNNER.invoke(app, ["runs", "show", run["run_id"], *at_home])
     assert "round 2 pretraining: margin" in shown.stdout
     out = tmp_path / "out"
+    typo = ["export", run["run_id"], "--out", str(out), "--name-site", "brn", *at_home]
+    assert "brn took no part in run" in RUNNER.invoke(app, typo).stderr
+    assert not out.exists()
     exported = RUNNER.invoke(
         app, ["export", run["run_id"], "--out", str(out), "--name-site", "bern", *at_home]
     )

@@ -51,9 +51,10 @@ def test_gradients_are_clipped_ones_of_the_plans_first_step(foundation) -> None:
     """Against autograd alone, for the first public patient."""
     plan = plan_of(foundation, max_grad_norm=1e-3)
     planned = next(iter(plan.rounds()))
-    (first, *_) = forecasts._clipped_gradients(plan, planned, foundation)
+    start = initial_state(foundation, plan.adapter, plan.study.seed, ("generator",))
+    (first, *_) = forecasts._clipped_gradients(plan, planned, foundation, start)
     adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter)
-    adapter.load_state(initial_state(foundation, plan.adapter, plan.study.seed, ("generator",)))
+    adapter.load_state(start)
     parameters = list(adapter.trainable(planned.factor).values())
     objective = Objective(foundation, adapter, planned.stage)
     tile = probe_batch(foundation, forecasts._PATIENTS).select(torch.tensor([0]))

@@ -166,7 +166,7 @@ def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -
     text = path.read_text()
     plan = Plan.parse(tomllib.loads(text))
     assert plan.study.foundation == read_manifest(home.foundation_path).hash
-    assert (plan.privacy.delta, plan.aggregation.min_sites) == (1e-4, 1)
+    assert (plan.privacy.delta, plan.aggregation.min_sites) == (1e-4, 2)
     assert plan.privacy.sample_rate == pytest.approx(16 / 60, rel=0.05)
     for section in SECTIONS:
         for key, _, meaning in explained(section):
