@@ -127,8 +127,6 @@ def _counted(site: SiteHome, plans: Sequence[PlanCharges]) -> Budget:
 def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
     """What is left for a plan, and for further ones that declare and run as much."""
     plan, lifetime = Plan.load(path), site.policy.lifetime
-    if problem := next(noise_problems(plan), None):
-        raise PlanError(problem)
     plans = charged_plans(site, existing_ledger(site))
     runs = site.approvals.runs_of(plan.hash)
     question = ("left", plan.hash, site.config.declared_patients, runs, lifetime, plans)
@@ -140,6 +138,8 @@ def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
 def _left_for(
     plan: Plan, plans: Sequence[PlanCharges], lifetime: Lifetime, config: SiteConfig, runs: int
 ) -> dict[str, Any]:
+    if problem := next(noise_problems(plan), None):
+        raise PlanError(problem)
     mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
     limit, whole = limit_of(plan, lifetime), mechanism.event(plan.total_steps)
     charged = [event for each in plans if each.plan_hash == plan.hash for event in each.events]
