@@ -509,7 +509,9 @@ class Plan(_Section):
         """
         try:
             text = path.read_text(encoding="utf-8")
-            return cls.parse(json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text))
+            return cls.parse(
+                json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+            )
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise PlanError(f"cannot read plan {path}: {error}") from error
 
