@@ -18,13 +18,15 @@ help:  ## Show the targets
 install: $(STAMP)  ## Make .venv with the tested versions
 
 # torch comes first and alone: the pinned build satisfies every later range, so nothing else
-# can pull in another one.
+# can pull in another one. torchvision lies in a folder of its own, where only the test that reads
+# image folders with it finds it: its build does not go with the CPU build of torch.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable '.[simulations,evaluation,study,ray]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torchvision torchvision
 	touch $@
 
 quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)

@@ -1,6 +1,9 @@
 """A drawn data set is what the libraries that load it say it is, and keeps its promises."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ from crafts_core.tissue_types import read_types
 from crafts_core.vocabulary import CANCER_TYPES, VocabularyError
 from support.foundations import randomise, write_tiny_pipeline
 
+TORCHVISION = Path(sys.prefix) / "torchvision"
+READER = Path(__file__).parents[1] / "support" / "torchvision_folder.py"
 SAMPLER = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
 CONFIG = DatasetConfig(labels=("LUAD", "normal colon"), per_type=10, seed=4)
 
@@ -135,18 +140,27 @@ def test_webdataset_reads_its_shards(drawn: Dataset) -> None:
         assert sample["json"]["label"] == row["label"]
 
 
-def test_image_folders_by_class_find_classes_and_images_only(drawn: Dataset) -> None:
-    """The rule of torchvision's ``ImageFolder``, which cannot be installed beside this torch.
-
-    Every folder of the root is a class, and every image below it, at any depth, one of its.
-    """
+@pytest.mark.slow
+@pytest.mark.skipif(not TORCHVISION.exists(), reason="`make install` puts torchvision there")
+def test_torchvision_reads_image_folders_by_class(drawn: Dataset) -> None:
+    """In a process of its own: tests/support/torchvision_folder.py says why."""
     for split, count in drawn.manifest.num_images.items():
         root = drawn.path / "imagefolder" / split
-        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        assert classes == ["LUAD", "normal-colon"]
-        found = [path for name in classes for path in (root / name).rglob("*.png")]
-        assert len(found) == count
-        assert {pixels(path).shape for path in found} == {(32, 32, 3)}
+        done = subprocess.run(
+            [sys.executable, READER, root],
+            env=os.environ | {"PYTHONPATH": str(TORCHVISION)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["classes"] == ["LUAD", "normal-colon"]
+        assert len(found["images"]) == count
+        by_file = {image["file"]: image for image in found["images"]}
+        for row in drawn.rows(split):
+            image = by_file[str(row["file"])]
+            assert (image["class"], image["size"]) == (row["label"].replace(" ", "-"), [32, 32])
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
