@@ -9,6 +9,7 @@ CraftsError
 │   └── NotAgreedError         both: the site's number of patients is not the one that was agreed
 ├── WitnessError     the site's operator: a folder that keeps the ledger's head is away
 ├── PolicyError      the coordinator: it asks for what this site's policy does not allow
+├── LateAnswerError  both: the plan waits for less time than this site's answer takes to leave
 ├── NotReadyError    the coordinator: it announces a sum that this site does not hold
 ├── OutboxError      the site's operator: a sealed release was altered or cannot be read
 └── TrainingError    the site's operator: training gave something that must not leave
@@ -39,6 +40,10 @@ class NotAgreedError(EnrolmentError):
 
 class WitnessError(CraftsError):
     """Nobody else can see how far the ledger is, so nothing may leave."""
+
+
+class LateAnswerError(CraftsError):
+    """The round's answer would leave after the plan has stopped waiting for it."""
 
 
 class NotReadyError(CraftsError):

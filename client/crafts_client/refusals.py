@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from crafts_client.errors import (
     EnrolmentError,
+    LateAnswerError,
     HomeError,
     NotAgreedError,
     NotReadyError,
@@ -69,6 +70,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (NotAgreedError, Refusal(118, "the site's number of patients is not the one that was agreed")),
     (EnrolmentError, Refusal(116, "the coordinator did not witness the site's ledger")),
     (WitnessError, Refusal(151, "a witness of the site's ledger is away")),
+    (LateAnswerError, Refusal(152, "the site's answer would leave after the plan's deadline")),
     (NotReadyError, Refusal(119, "the site holds no sum for what is announced")),
     (MembersError, Refusal(145, "the announced members are not ones that the site adds to")),
     (HomeError, NOT_SET_UP),

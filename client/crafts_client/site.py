@@ -33,7 +33,7 @@ from torch import Tensor
 from crafts_client import stage_start, unusable
 from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longest_round_s
 from crafts_client.devices import DeviceWorkers, check_devices
-from crafts_client.errors import HomeError, OutboxError, TrainingError
+from crafts_client.errors import HomeError, LateAnswerError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of, promised_releases
 from crafts_client.messages import AnnouncementMessage, RoundMessage, read_state
@@ -80,6 +80,9 @@ from crafts_privacy.secure_aggregation.updates import HeldUpdate
 
 log = logging.getLogger(__name__)
 
+_PACE_COUNTS_S = 3600.0
+"""So long a stage that was too slow here is refused by the pace it had; then it is timed anew."""
+
 
 class StageStartMissingError(ExchangeError):
     """The stage's first adapter is neither here nor in the message."""
@@ -117,6 +120,7 @@ class Site:
         self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
         self._clock = clock or Clock()
         self._departure = Departure(self._clock)
+        self._too_slow: dict[tuple[str, str], tuple[float, float]] = {}
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
         self._sums = SiteSums(self._outbox, type(self._randomness.noise).__name__)
@@ -240,6 +244,7 @@ class Site:
         config, policy, request = self._home.config, self._home.policy, message.request
         mechanism = mechanism_of(plan, stage, declared_patients=config.declared_patients)
         policy.check_noise(plan, mechanism)
+        self._check_in_time(plan, stage)
         trainer = self._trainer_for(plan)
         schema = trainer.schema() | release_schema(plan, self._foundation)
         state = _read_hashed(message, "adapter", schema, request.checkpoint_hash, policy)
@@ -361,13 +366,26 @@ class Site:
                 num_bytes=4 * (2 * _num_numbers(task.state, names) + _num_numbers(task.state)),
             )
         if every_s > plan.aggregation.deadline_s:
-            log.warning(
-                "this site answers %.0f s after it began, and the plan waits for %.0f s; ask the "
-                "coordinator for a longer deadline_s or fewer local_steps",
-                every_s,
-                plan.aggregation.deadline_s,
-            )
+            log.warning(_too_late(every_s, plan))
+            self._too_slow[plan.hash, task.stage.name] = every_s, self._clock.now()
         self._departure.begin(every_s)
+
+    def _check_in_time(self, plan: Plan, stage: StageConfig) -> None:
+        """Refuse, before anything is charged, what the coordinator would not wait for.
+
+        A pace is timed when the round is charged already: the first round that is too slow is
+        trained, and may be in time where another site is slower still.
+
+        Raises:
+            LateAnswerError: says how long it waits, and the answer takes.
+        """
+        every_s = self._home.config.answer_every_s
+        if every_s == "auto":
+            every_s, timed_s = self._too_slow.get((plan.hash, stage.name), (0.0, 0.0))
+            if self._clock.now() - timed_s > _PACE_COUNTS_S:
+                return
+        if every_s > plan.aggregation.deadline_s:
+            raise LateAnswerError(_too_late(every_s, plan))
 
     def close(self) -> None:
         """End the processes of further devices; the next round starts them again."""
@@ -518,6 +536,14 @@ def _read_hashed(
         raise ExchangeError(f"{name} is not the checkpoint that the request names")
     policy.check_adapter_norm(global_norm(state))
     return state
+
+
+def _too_late(every_s: float, plan: Plan) -> str:
+    return (
+        f"this site answers {every_s:.0f} s after it began, and the plan waits for "
+        f"{plan.aggregation.deadline_s:.0f} s; ask the coordinator for a longer deadline_s or fewer "
+        "local_steps"
+    )
 
 
 def _num_numbers(state: Mapping[str, Tensor], names: Collection[str] | None = None) -> int:

@@ -132,7 +132,7 @@ def spread(times: Sequence[float]) -> float:
     return max(times) - min(times)
 
 
-@pytest.mark.parametrize("answer_every_s", ["auto", 3600.0])
+@pytest.mark.parametrize("answer_every_s", ["auto", 500.0])
 def test_nobody_few_or_all_drawn_the_answer_leaves_at_the_same_time(
     make_home, foundation, coordinator, clock, caplog, answer_every_s: str | float
 ) -> None:
@@ -143,8 +143,52 @@ def test_nobody_few_or_all_drawn_the_answer_leaves_at_the_same_time(
     waited = clock.slept[1:]
     assert waited == sorted(set(waited)), "training itself took longer with more patients"
     assert waited[0] > 0
-    late_for_the_plan = "deadline_s" in caplog.text
-    assert late_for_the_plan == (answer_every_s == 3600.0)
+    assert "deadline_s" not in caplog.text
+
+
+def num_charged(home: SiteHome) -> int:
+    return sum(entry.kind is EntryKind.RESERVED for entry in Ledger(home.ledger_path).entries())
+
+
+def code_of(answer) -> int | None:
+    return answer.error.code if answer.has_error() else None
+
+
+def test_what_the_plan_would_not_wait_for_is_refused_uncharged(
+    make_home, foundation, coordinator, clock
+) -> None:
+    home, plan = make_home(answer_every_s=3600.0), plan_of(coordinator, foundation)
+    state = coordinator.start(plan)
+    assert plan.aggregation.deadline_s < 3600
+    content = coordinator.content(plan, state, coordinator.request(plan, state))
+    answer = ask(home, site_of(home, foundation, clock, []), content)
+    assert code_of(answer) == 152
+    assert num_charged(home) == 0
+
+
+def test_a_pace_that_was_too_slow_counts_for_an_hour_and_is_then_timed_anew(
+    make_home, foundation, coordinator, clock, monkeypatch
+) -> None:
+    home, plan = make_home(), plan_of(coordinator, foundation)
+    site, state = site_of(home, foundation, clock, [1] * 6), coordinator.start(plan)
+
+    def answer_of(number: int):
+        request = coordinator.request(plan, state, number=number)
+        return ask(home, site, coordinator.content(plan, state, request))
+
+    slow, honest = 100.0, Objective.loss_per_tile
+    monkeypatch.setattr(
+        Objective,
+        "loss_per_tile",
+        lambda self, *rest: (clock.work(slow), honest(self, *rest))[1],
+    )
+    # Nobody knew: charged and trained. Then not even charged, also where the machine is idle again.
+    assert (code_of(answer_of(1)), num_charged(home)) == (None, 1)
+    slow = 0.0
+    assert (code_of(answer_of(2)), num_charged(home)) == (152, 1)
+    clock.work(3601.0)
+    assert (code_of(answer_of(3)), num_charged(home)) == (None, 2)
+    assert (code_of(answer_of(4)), num_charged(home)) == (None, 3)
 
 
 def test_without_waiting_the_time_counts_the_drawn_patients(
