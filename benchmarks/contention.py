@@ -18,28 +18,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+OURS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
 ARMS = {
-    "ours": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"},
-    "asleep at once": {"OMP_WAIT_POLICY": "passive"},
+    "ours": OURS | {"CHOOSE": "1"},
+    "all threads": OURS,
+    "one thread": OURS | {"ONE": "1"},
+    "all, asleep at once": {"OMP_WAIT_POLICY": "passive"},
     "torch's own": {},
 }
 STEP = """
-import sys, time
+import os, sys, time
+from contextlib import nullcontext
 import torch
 from crafts_core.foundation import embedded_path, load
-torch.set_num_threads(int(sys.argv[1]))
+from crafts_core.threads import quickest_threads
+torch.set_num_threads(1 if "ONE" in os.environ else int(sys.argv[1]))
 unet = load(embedded_path()).generator.unet.requires_grad_(True)
 shape = (16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 latents, text = torch.randn(shape), torch.randn(16, 40, unet.config.cross_attention_dim)
 t = torch.randint(0, 999, (16,))
 def step():
     unet(latents, t, text).sample.square().mean().backward()
-step()
-started, steps = time.perf_counter(), 0
-while not steps or time.perf_counter() - started < float(sys.argv[2]):
+with quickest_threads() if "CHOOSE" in os.environ else nullcontext():
     step()
-    steps += 1
-print((time.perf_counter() - started) / steps)
+    started, steps = time.perf_counter(), 0
+    while not steps or time.perf_counter() - started < float(sys.argv[2]):
+        step()
+        steps += 1
+    print((time.perf_counter() - started) / steps)
 """
 
 

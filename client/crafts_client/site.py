@@ -70,6 +70,7 @@ from crafts_core.plan import AdapterConfig, Part, Plan, RoundOfPlan, StageConfig
 from crafts_core.releases import release_schema
 from crafts_core.roster import Roster
 from crafts_core.state import State, factor_names
+from crafts_core.threads import quickest_threads
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import signing
@@ -262,7 +263,7 @@ class Site:
         )
         reservation = self._reserve(plan, request, task)
         try:
-            with self._departure:
+            with quickest_threads(), self._departure:
                 trained = self._train_everywhere(trainer, plan, task)
                 if isinstance(trained, HeldSum):
                     return self._hold(request, trained, reservation, task, plan)
@@ -541,8 +542,8 @@ def _read_hashed(
 def _too_late(every_s: float, plan: Plan) -> str:
     return (
         f"this site answers {every_s:.0f} s after it began, and the plan waits for "
-        f"{plan.aggregation.deadline_s:.0f} s; ask the coordinator for a longer deadline_s or fewer "
-        "local_steps"
+        f"{plan.aggregation.deadline_s:.0f} s; ask the coordinator for a longer deadline_s or "
+        "fewer local_steps"
     )
 
 
