@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from crafts_client.errors import (
     EnrolmentError,
-    LateAnswerError,
     HomeError,
+    LateAnswerError,
     NotAgreedError,
     NotReadyError,
     OutboxError,

@@ -26,6 +26,7 @@ from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
+from crafts_core.installing import how_to_install
 from crafts_core.plan import (
     GENERATOR_ONLY,
     AdapterConfig,
@@ -94,7 +95,7 @@ class Randomness:
             noise = ExactNoise() if exact_noise else GridNoise()
         except ImportError as error:
             raise TrainingError(
-                "exact_noise needs OpenDP: pip install 'crafts-federated[exact-noise]'"
+                f"exact_noise needs OpenDP: {how_to_install('exact-noise')}"
             ) from error
         return cls(noise=noise, sampler=PoissonSampler(), generator=entropy_generator)
 

@@ -16,6 +16,7 @@ from crafts_core.errors import CraftsError
 from crafts_core.evaluation.figures import Comparison
 from crafts_core.library import Generator, SyntheticImage, embedded_foundation, evaluate
 from crafts_core.provenance import Origin, Provenance, read_provenance
+from crafts_core.sampler_config import SamplerConfig
 
 __all__ = [
     "Comparison",
@@ -24,6 +25,7 @@ __all__ = [
     "Generator",
     "Origin",
     "Provenance",
+    "SamplerConfig",
     "SyntheticImage",
     "__version__",
     "embedded_foundation",

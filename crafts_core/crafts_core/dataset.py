@@ -1,14 +1,16 @@
 """Annotated data sets on demand: drawn, laid out, described, and verified.
 
 A data set is whole when its ``manifest.json`` says so; until then the same call goes on, and a call
-with other settings starts over. What no such call wrote is never touched.
+with other settings starts over, once its first images are drawn. Its folders ``masks``,
+``annotations``, ``webdataset`` and ``parquet`` are made anew each time; what else lies beside them
+is left alone.
 """
 
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,6 +32,7 @@ from crafts_core.dataset_plan import (
     DatasetConfig,
     DatasetError,
     PackedLayout,
+    folder_name,
     plan_images,
 )
 from crafts_core.foundation_manifest import sha256_of
@@ -83,7 +86,14 @@ class Dataset:
         return sum(self.manifest.num_images.values())
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        """What is known of each image of a split; ``file`` is its path."""
+        """What is known of each image of a split; ``file`` is its path.
+
+        Raises:
+            DatasetError: it has no such split.
+        """
+        if split not in self.manifest.num_images:
+            has = ", ".join(self.manifest.num_images)
+            raise DatasetError(f"data set {self.path} has no split {split!r}; it has {has}")
         folder = self.path / IMAGES / split
         with (folder / METADATA).open(encoding="utf-8") as lines:
             for line in lines:
@@ -95,6 +105,7 @@ class Dataset:
 
         Raises:
             DatasetError: names the first file that is missing, altered, or not in the manifest.
+                Hidden files, as file managers leave them, do not count.
         """
         present = _hashes(self.path)
         for name in sorted(present.keys() | self.manifest.files.keys()):
@@ -133,6 +144,8 @@ def draw_dataset(
         DatasetError: the folder holds something else, or masks are too few or inside it.
         CraftsError: what drawing raises.
     """
+    # As image folders number classes: by the names of their folders.
+    config = replace(config, labels=tuple(sorted(config.labels, key=folder_name)))
     images = plan_images(config, masks)
     _check_place(root, masks)
     for line in studio.warnings([image.request.prompt for image in images], masks):
@@ -146,7 +159,11 @@ def draw_dataset(
         pattern="*/*/*.png",
     )
     files = DatasetFiles(
-        root=root, images=images, labels=config.labels, tile_px=studio.generator.tile_px
+        root=root,
+        images=images,
+        labels=config.labels,
+        tile_px=studio.generator.tile_px,
+        mpp=studio.origin.mpp,
     )
     manifest = DatasetManifest(
         is_complete=False,
@@ -156,8 +173,15 @@ def draw_dataset(
         drawn=plan.common,
         files={},
     )
-    write_whole(root / MANIFEST_NAME, _text(manifest))
-    draw_into(root / IMAGES, plan, studio, sampler, batch_size=batch_size, progress=progress)
+    draw_into(
+        root / IMAGES,
+        plan,
+        studio,
+        sampler,
+        batch_size=batch_size,
+        progress=progress,
+        before_change=lambda: write_whole(root / MANIFEST_NAME, _text(manifest)),
+    )
     _lay_out(files, layouts)
     card = dataset_card(
         root.resolve().name,
@@ -197,7 +221,9 @@ def _lay_out(files: DatasetFiles, layouts: Sequence[PackedLayout]) -> None:
 
 
 def _hashes(root: Path) -> dict[str, str]:
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths = sorted(
+        path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")
+    )
     names = {path.relative_to(root).as_posix(): path for path in paths}
     return {name: sha256_of(path) for name, path in names.items() if name != MANIFEST_NAME}
 

@@ -33,6 +33,8 @@ class DatasetFiles:
     images: Sequence[DatasetImage]
     labels: tuple[str, ...]
     tile_px: int
+    mpp: float | None = None
+    """Microns per pixel, where the generator says them."""
 
     def of_split(self) -> Iterator[tuple[str, list[DatasetImage]]]:
         """The images of each split, class after class."""
@@ -55,6 +57,8 @@ class DatasetFiles:
             "caption": image.request.prompt,
             "synthetic": True,
         }
+        if self.mpp is not None:
+            row["mpp"] = self.mpp
         if image.attributes is not None:
             row |= {**asdict(image.attributes), "features": list(image.attributes.features)}
         return row
@@ -155,6 +159,8 @@ def _schema(files: DatasetFiles) -> pa.Schema:
         "caption": (pa.string(), text),
         "synthetic": (pa.bool_(), {"dtype": "bool", "_type": "Value"}),
     }
+    if files.mpp is not None:
+        columns["mpp"] = (pa.float64(), {"dtype": "float64", "_type": "Value"})
     if files.images[0].attributes is not None:
         for name in ("growth_pattern", "nuclear_grade", "stroma"):
             columns[name] = (pa.string(), text)

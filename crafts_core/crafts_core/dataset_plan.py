@@ -1,7 +1,7 @@
 """Which images a data set consists of: types, captions, masks and splits, before any is drawn.
 
-An image follows from seed, type and number alone: more types or images leave the others as they
-were. Images that one mask steers are alike, so all of a mask's are in one split.
+An image, its split and its mask follow from seed, type and number alone: more types or images leave
+the others as they were. Images that one mask steers are alike, so all of a mask's are in one split.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class DatasetConfig:
     """What is in a data set."""
 
     labels: tuple[str, ...]
-    """As ``read_types`` gives them; a label's place is its class number."""
+    """As ``read_types`` gives them. Class numbers follow the names of their folders."""
     per_type: int
     splits: tuple[tuple[str, float], ...] = tuple(DEFAULT_SPLITS.items())
     with_attributes: bool = True
@@ -77,15 +77,34 @@ def plan_images(config: DatasetConfig, masks: Sequence[Path] = ()) -> list[Datas
     Raises:
         DatasetError: there are fewer masks than splits.
     """
-    counts = shares(config.per_type, dict(config.splits))
-    by_split = _masks_of_splits(masks, [split for split, count in counts.items() if count], config)
-    turns = {split: itertools.cycle(own) for split, own in by_split.items()}
-    splits = [split for split, count in counts.items() for _ in range(count)]
-    return [
-        _image(config, label, number, split, next(turns[split]) if masks else None)
-        for label in config.labels
-        for number, split in enumerate(splits)
-    ]
+    splits = splits_in_turn(config.per_type, dict(config.splits))
+    by_split = _masks_of_splits(masks, [name for name, _ in config.splits], config)
+    images = []
+    for label in config.labels:
+        digest = hashlib.sha256(f"{config.seed}/{label}".encode()).digest()
+        first = int.from_bytes(digest[:6], "big")  # each type begins with another mask
+        turns = {split: itertools.count(first) for split in by_split}
+        for number, split in enumerate(splits):
+            own = by_split.get(split)
+            mask = own[next(turns[split]) % len(own)] if own else None
+            images.append(_image(config, label, number, split, mask))
+    return images
+
+
+def splits_in_turn(count: int, parts: Mapping[str, float]) -> list[str]:
+    """A split for each image of a type: at every number as near to the shares as can be.
+
+    So more images leave those before them where they were.
+    """
+    whole, given = sum(parts.values()), dict.fromkeys(parts, 0)
+    turns = []
+    for number in range(1, count + 1):
+        # The split that has fallen furthest behind; of several the first.
+        behind = {name: number * part / whole - given[name] for name, part in parts.items()}
+        name = max(behind, key=lambda each: behind[each])
+        given[name] += 1
+        turns.append(name)
+    return turns
 
 
 def shares(total: int, parts: Mapping[str, float]) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from crafts_core.command_line import one_line_errors, progress_bars, say
-from crafts_core.evaluate_cli import EncoderSpec, FoundationDir, MaxTiles, Mpp
+from crafts_core.evaluate_cli import EncoderSpec, FoundationDir, MaxTiles, Mpp, in_range
 from crafts_core.sample_cli import AsJson, Device, Seed
 
 
@@ -63,20 +63,21 @@ def downstream(
         )
         from crafts_core.evaluation.downstream.report import plain_text, remarks, write_page
 
-        settings = DownstreamSettings(
-            config=DownstreamConfig(
-                encoder=encoder,
-                num_images=num,
-                splits=seeds,
-                seed=seed,
-                pretraining_steps=pretraining_steps,
-            ),
-            foundation=foundation,
-            max_tiles=max_tiles,
-            mpp=mpp,
-            device=device,
-            images=None if out is None else out / "images",
-        )
+        with in_range():
+            settings = DownstreamSettings(
+                config=DownstreamConfig(
+                    encoder=encoder,
+                    num_images=num,
+                    splits=seeds,
+                    seed=seed,
+                    pretraining_steps=pretraining_steps,
+                ),
+                foundation=foundation,
+                max_tiles=max_tiles,
+                mpp=mpp,
+                device=device,
+                images=None if out is None else out / "images",
+            )
         found = measure_downstream([generator, *(against or [])], real, settings, progress)
         if out is not None:
             names = {"subject": generator.resolve().name, "real": real.resolve().name}

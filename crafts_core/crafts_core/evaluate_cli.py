@@ -1,15 +1,29 @@
 """``crafts evaluate`` and ``compare``: how near images are to real ones."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 
 from crafts_core.command_line import one_line_errors, progress_bars, say
+from crafts_core.errors import CraftsError
 from crafts_core.evaluation.show import Show
-from crafts_core.sample_cli import AsJson, Device, Seed
+from crafts_core.plan import describe_first_error
+from crafts_core.sample_cli import (
+    AsJson,
+    Device,
+    Guidance,
+    Scheduler,
+    Seed,
+    Steps,
+    checked_config,
+)
+from crafts_core.sampler_config import SamplerConfig
 
 if TYPE_CHECKING:
     from crafts_core.evaluation.bench import Bench, BenchSettings
@@ -27,14 +41,19 @@ Real = Annotated[
 FoundationDir = Annotated[
     Path | None, typer.Option(file_okay=False, help="Foundation; the embedded one if not given.")
 ]
-NumImages = Annotated[int, typer.Option(min=16, help="Images drawn from each generator.")]
+NumImages = Annotated[
+    int, typer.Option(min=16, max=100_000, help="Images drawn from each generator.")
+]
 MaxTiles = Annotated[int, typer.Option(min=16, help="Real images, or images of a folder, at most.")]
 EncoderSpec = Annotated[
     str, typer.Option("--encoder", help="What sees tiles: a name, or a local path.")
 ]
 Mpp = Annotated[
-    float | None, typer.Option(min=0.05, help="Microns per pixel of images that do not say it.")
+    float | None,
+    typer.Option(min=0.05, max=1000, help="Microns per pixel of images that do not say it."),
 ]
+
+_DEFAULTS = SamplerConfig()
 
 
 def evaluate(
@@ -61,6 +80,9 @@ def evaluate(
     num: NumImages = 192,
     max_tiles: MaxTiles = 2000,
     seed: Seed = 0,
+    steps: Steps = _DEFAULTS.num_inference_steps,
+    guidance: Guidance = _DEFAULTS.guidance_scale,
+    scheduler: Scheduler = _DEFAULTS.scheduler,
     mpp: Mpp = None,
     device: Device = "cpu",
     page: Annotated[
@@ -96,6 +118,7 @@ def evaluate(
         )
     if page is None and show != "auto":
         raise typer.BadParameter("--show goes with --page")
+    sampler = checked_config(scheduler, steps, guidance)
     with one_line_errors("crafts"), progress_bars() as progress:
         from crafts_core.evaluation.evaluation_page import evaluate_on
         from crafts_core.evaluation.table import plain_text, remarks
@@ -110,6 +133,7 @@ def evaluate(
                 num=num,
                 max_tiles=max_tiles,
                 seed=seed,
+                sampler=sampler,
                 mpp=mpp,
                 device=device,
             ),
@@ -137,6 +161,9 @@ def compare(
     num: NumImages = 192,
     max_tiles: MaxTiles = 2000,
     seed: Seed = 0,
+    steps: Steps = _DEFAULTS.num_inference_steps,
+    guidance: Guidance = _DEFAULTS.guidance_scale,
+    scheduler: Scheduler = _DEFAULTS.scheduler,
     mpp: Mpp = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -145,6 +172,7 @@ def compare(
 
     In brackets 90 % intervals over patients.
     """
+    sampler = checked_config(scheduler, steps, guidance)
     with one_line_errors("crafts"), progress_bars() as progress:
         settings = _settings(
             encoder=encoder,
@@ -153,6 +181,7 @@ def compare(
             num=num,
             max_tiles=max_tiles,
             seed=seed,
+            sampler=sampler,
             mpp=mpp,
             device=device,
         )
@@ -182,6 +211,7 @@ def _settings(
     num: int,
     max_tiles: int,
     seed: int,
+    sampler: SamplerConfig,
     mpp: float | None,
     device: str,
 ) -> "BenchSettings":
@@ -189,14 +219,32 @@ def _settings(
     from crafts_core.evaluation.bench import BenchSettings
     from crafts_core.evaluation.evaluate import EvaluationConfig
 
-    return BenchSettings(
-        config=EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
-        foundation=foundation,
-        training=training,
-        max_tiles=max_tiles,
-        mpp=mpp,
-        device=device,
-    )
+    with in_range():
+        return BenchSettings(
+            config=EvaluationConfig(
+                encoder=encoder, num_images=num, seed=seed, **dataclasses.asdict(sampler)
+            ),
+            foundation=foundation,
+            training=training,
+            max_tiles=max_tiles,
+            mpp=mpp,
+            device=device,
+        )
+
+
+@contextmanager
+def in_range() -> Iterator[None]:
+    """What settings refuse becomes one line.
+
+    Raises:
+        CraftsError: says which, and what is expected.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        raise CraftsError(describe_first_error(error)) from error
+    except ValueError as error:
+        raise CraftsError(str(error)) from error
 
 
 def _bench(real: Path, subjects: Sequence[Path], settings: "BenchSettings") -> "Bench":

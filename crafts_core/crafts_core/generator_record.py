@@ -36,6 +36,8 @@ class GeneratorRecord(BaseModel):
     foundation: str
     foundation_hash: Hash
     privacy: str
+    mpp: float | None = None
+    """Microns per pixel; None in records of earlier versions."""
     version: str = __version__
 
 
@@ -53,7 +55,7 @@ def read_origin(directory: Path) -> Origin:
     if (directory / MANIFEST_NAME).is_file():
         manifest = read_manifest(directory)
         foundation = {"foundation": manifest.name, "foundation_hash": manifest.hash}
-        return drawn_by.model_copy(update=foundation)
+        return drawn_by.model_copy(update=foundation | {"mpp": manifest.mpp})
     return drawn_by
 
 

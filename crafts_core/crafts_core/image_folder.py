@@ -126,8 +126,12 @@ def draw_into(
     *,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    before_change: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Draw what is missing of a plan; afterwards the folder holds these images and no others.
+
+    Images of other runs stay until the first of this one is drawn: what cannot be drawn at all
+    costs nobody theirs.
 
     Args:
         folder: Made with the first image.
@@ -136,16 +140,25 @@ def draw_into(
         config: How; the same as in the plan's provenance.
         batch_size: Images at a time; chosen by the device if None.
         progress: Called with (images done, images in all).
+        before_change: Called once, before any file is written or removed.
 
     Returns:
         The file of each image.
 
     Raises:
         ImageFolderError: the folder holds images that no generator drew, or the disk is too small.
-        CraftsError: an image is not finite; those of earlier batches are there.
+        CraftsError: an image is not finite, or a ControlNet was not trained; those of earlier
+            batches are there.
     """
-    missing = _missing(folder, plan)
+    missing, strangers = _survey(folder, plan)
     check_space(folder, len(missing), studio.generator.tile_px)
+    studio.check_controls({request.control for request in plan.requests if request.control})
+
+    def begin() -> None:
+        before_change()
+        for path in strangers:
+            path.unlink()
+
     done = len(plan) - len(missing)
     is_steered = any(request.control for request in plan.requests)
     size = batch_size or (studio.batch_size(config, is_steered=is_steered) if missing else 1)
@@ -156,11 +169,15 @@ def draw_into(
             control=batch[0].control,
             masks=[each.mask for each in batch if each.mask is not None],
         )
+        if done == len(plan) - len(missing):
+            begin()
         for each, image in zip(batch, images, strict=True):
             write_whole(folder / each.name, encode_png(Image.fromarray(image), each.provenance))
         done += len(batch)
         if progress is not None:
             progress(done, len(plan))
+    if not missing:
+        begin()
     return [folder / plan.name(place) for place in range(len(plan))]
 
 
@@ -179,7 +196,10 @@ def write_sheet(folder: Path, files: Sequence[Path], plan: ImagePlan, *, columns
 
 
 def write_conditions(folder: Path, plan: ImagePlan, studio: Studio) -> list[Path]:
-    """A picture of what was read of each mask: ``condition.png``, then ``condition-2.png``."""
+    """A picture of what was read of each mask: ``condition.png``, then ``condition-2.png``.
+
+    It is no synthetic image, and of fluorescence a patient's own pixels: it says so.
+    """
     steered = [(r.control, r.mask) for r in plan.requests if r.control and r.mask]
     files = []
     for number, (control, mask) in enumerate(dict.fromkeys(steered), start=1):
@@ -187,8 +207,7 @@ def write_conditions(folder: Path, plan: ImagePlan, studio: Studio) -> list[Path
         with Image.open(
             io.BytesIO(encode_condition(studio.condition(control, mask), control))
         ) as seen:
-            said = plan.common.model_copy(update={"kind": "condition", "control": control})
-            write_whole(path, encode_png(seen, said))
+            write_whole(path, encode_png(seen, plan.common.of_condition(control)))
         files.append(path)
     return files
 
@@ -216,8 +235,8 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _missing(folder: Path, plan: ImagePlan) -> list[int]:
-    """Places of the plan without a file; files of other runs are removed first."""
+def _survey(folder: Path, plan: ImagePlan) -> tuple[list[int], list[Path]]:
+    """Places of the plan without a file, and files of other runs, which are in the way."""
     kept: set[int] = set()
     strangers: list[Path] = []
     for path in sorted(folder.glob(plan.pattern)):
@@ -236,9 +255,7 @@ def _missing(folder: Path, plan: ImagePlan) -> list[int]:
     if not masks.isdisjoint(path.resolve() for path in strangers):
         raise ImageFolderError(f"a mask is in {folder}, which is written anew; move it out")
     strangers += folder.glob(f"{plan.pattern}{WRITING}")
-    for path in strangers:
-        path.unlink()
-    return [place for place in range(len(plan)) if place not in kept]
+    return [place for place in range(len(plan)) if place not in kept], strangers
 
 
 def batches(images: Iterable[PlannedImage], size: int) -> Iterator[list[PlannedImage]]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -41,7 +41,13 @@ class SyntheticImage:
     provenance: Provenance
 
     def save(self, path: str | Path) -> None:
-        """Write a PNG that says in its metadata that it is synthetic, of what, and from where."""
+        """Write a PNG that says in its metadata that it is synthetic, of what, and from where.
+
+        Raises:
+            ValueError: the name is not one of a PNG.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"expected a name that ends in .png, got {path}")
         write_whole(Path(path), encode_png(self.image, self.provenance))
 
 
@@ -141,7 +147,7 @@ class Generator:
             )
             for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
-        self._warn(requests)
+        self._warn(requests, config)
         plan = ImagePlan(requests, self._studio.provenance(config), seed=seed)
         is_steered = control is not None
         size = batch_size or self._studio.batch_size(config, is_steered=is_steered)
@@ -157,7 +163,9 @@ class Generator:
         layouts: Sequence[PackedLayout] = (),
         masks: str | Path | None = None,
         seed: int = 0,
+        attributes: bool = True,
         config: SamplerConfig = _DEFAULTS,
+        batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Dataset:
         """Draw an annotated data set, as ``crafts dataset`` does, or go on with one.
@@ -170,7 +178,9 @@ class Generator:
             layouts: ``webdataset`` and ``parquet``, beside the image folder.
             masks: Folder of numbered nuclei that steer and annotate the images.
             seed: Which images.
+            attributes: Captions say growth pattern, grade, stroma and features.
             config: How they are drawn.
+            batch_size: Images at a time; chosen by the device if None.
             progress: Called with (images done, images in all).
 
         Raises:
@@ -180,6 +190,7 @@ class Generator:
             labels=tuple(read_types([types] if isinstance(types, str) else types)),
             per_type=per_type,
             splits=tuple((DEFAULT_SPLITS if splits is None else splits).items()),
+            with_attributes=attributes,
             seed=seed,
         )
         return draw_dataset(
@@ -189,10 +200,13 @@ class Generator:
             config,
             layouts=layouts,
             masks=[] if masks is None else list_masks(Path(masks)),
+            batch_size=batch_size,
             progress=progress,
         )
 
-    def _warn(self, requests: Sequence[ImageRequest]) -> None:
+    def _warn(self, requests: Sequence[ImageRequest], config: SamplerConfig) -> None:
+        if config.guidance_scale == 1 and any(each.negative_prompt for each in requests):
+            warnings.warn("negative prompts have no effect at guidance_scale 1", stacklevel=3)
         prompts = [text for each in requests for text in (each.prompt, each.negative_prompt)]
         masks = [each.mask for each in requests if each.mask is not None]
         for line in self._studio.warnings(prompts, masks):
@@ -222,6 +236,7 @@ def evaluate(
     num: int = 192,
     max_tiles: int = 2000,
     seed: int = 0,
+    sampler: SamplerConfig = _DEFAULTS,
     mpp: float | None = None,
     device: str = "cpu",
     page: str | Path | None = None,
@@ -239,6 +254,7 @@ def evaluate(
         num: Images drawn from each generator.
         max_tiles: Real images, or images of a folder, at most.
         seed: Which.
+        sampler: How generators draw.
         mpp: Microns per pixel of images that do not say theirs.
         device: As torch names it.
         page: Where a page with plots and pictures is written.
@@ -250,7 +266,7 @@ def evaluate(
         CraftsError: says what cannot be measured and why.
     """
     settings = BenchSettings(
-        config=EvaluationConfig(encoder=encoder, num_images=num, seed=seed),
+        config=EvaluationConfig(encoder=encoder, num_images=num, seed=seed, **asdict(sampler)),
         foundation=_path(foundation),
         training=_path(training),
         max_tiles=max_tiles,

@@ -5,6 +5,7 @@ import sys
 from typing import NamedTuple, NoReturn
 
 from crafts_core.command_line import say
+from crafts_core.installing import how_to_install
 
 _OURS = "crafts"
 
@@ -34,10 +35,8 @@ def run(program: Program) -> None:
 
 
 def _tell_what_to_install(program: Program, error: ModuleNotFoundError) -> NoReturn:
-    distribution = f"crafts-federated[{program.extra}]" if program.extra else "crafts-federated"
     say(
-        f"{program.name}: {error.name} is not installed; run: pip install '{distribution}' (or the "
-        "wheel that your coordinator gave you, with the same extra)",
+        f"{program.name}: {error.name} is not installed; run: {how_to_install(program.extra)}",
         err=True,
     )
     sys.exit(1)

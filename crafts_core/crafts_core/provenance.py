@@ -44,6 +44,8 @@ class Origin(BaseModel):
     plan_hash: str = ""
     privacy: str = ""
     """What was promised to the patients behind the weights, in words."""
+    mpp: float | None = None
+    """Microns per pixel, where the generator says them."""
 
 
 class Provenance(BaseModel):
@@ -51,7 +53,8 @@ class Provenance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    synthetic: Literal[True] = True
+    synthetic: bool = True
+    """Not what was read of a mask or of fluorescence: that may be a patient's own."""
     kind: Literal["image", "contact sheet", "condition"] = "image"
     origin: Origin
     prompts: tuple[str, ...] = ()
@@ -79,6 +82,17 @@ class Provenance(BaseModel):
             update={"kind": "contact sheet", "prompts": tuple(dict.fromkeys(prompts))}
         )
 
+    def of_condition(self, control: str) -> Self:
+        """That of a picture of what steered them, which no generator drew."""
+        return self.model_copy(update={"kind": "condition", "control": control, "synthetic": False})
+
+    @property
+    def title(self) -> str:
+        """For people, whatever shows the file."""
+        if not self.synthetic:
+            return f"Not synthetic: what was read to steer synthetic images ({self.control})"
+        return f"Synthetic histology image, not a patient's: {'; '.join(self.prompts)}"
+
 
 def save_png(image_HWC: npt.NDArray[np.uint8], path: Path, provenance: Provenance) -> None:
     """Write one image whose metadata says that it is synthetic, of what, and from where."""
@@ -92,7 +106,7 @@ def encode_png(image: Image.Image, provenance: Provenance) -> bytes:
     return buffer.getvalue()
 
 
-def read_provenance(path: Path) -> Provenance:
+def read_provenance(path: str | Path) -> Provenance:
     """What ``save_png`` wrote into a file; the pixels are not decoded.
 
     Raises:
@@ -102,7 +116,7 @@ def read_provenance(path: Path) -> Provenance:
     try:
         with Image.open(path) as image:
             stored, xmp = image.info.get(_CHUNK), _xmp_text(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ProvenanceError(f"{path} is no image that can be read") from error
     if stored is None:
         declared = _SOURCE_TYPE.search(xmp)
@@ -117,27 +131,27 @@ def read_provenance(path: Path) -> Provenance:
 
 
 def _png_chunks(provenance: Provenance) -> PngInfo:
-    described = "; ".join(provenance.prompts)
     chunks = PngInfo()
-    chunks.add_itxt("Synthetic", "true")
-    chunks.add_itxt("Description", f"Synthetic histology image, not a patient's: {described}")
+    chunks.add_itxt("Synthetic", "true" if provenance.synthetic else "false")
+    chunks.add_itxt("Description", provenance.title)
     chunks.add_itxt(_CHUNK, provenance.model_dump_json())
-    chunks.add_itxt(_XMP_CHUNK, _xmp(provenance, described))
+    if provenance.synthetic:
+        chunks.add_itxt(_XMP_CHUNK, _xmp(provenance))
     return chunks
 
 
-def _xmp(provenance: Provenance, described: str) -> str:
+def _xmp(provenance: Provenance) -> str:
     """XMP packet; the names are of the IPTC Photo Metadata Standard 2025.1 and Dublin Core."""
     origin = provenance.origin
     texts = {
         "Iptc4xmpExt:DigitalSourceType": DIGITAL_SOURCE_TYPE,
         "Iptc4xmpExt:AISystemUsed": f"crafts-federated, generator {origin.generator}",
         "Iptc4xmpExt:AISystemVersionUsed": f"{provenance.version} {origin.generator_hash}".strip(),
-        "Iptc4xmpExt:AIPromptInformation": described,
+        "Iptc4xmpExt:AIPromptInformation": "; ".join(provenance.prompts),
         "xmp:CreatorTool": f"crafts-federated {provenance.version}",
     }
     properties = "".join(f"<{name}>{escape(text)}</{name}>" for name, text in texts.items())
-    title = escape(f"Synthetic histology image, not a patient's: {described}")
+    title = escape(provenance.title)
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
         '<x:xmpmeta xmlns:x="adobe:ns:meta/">'

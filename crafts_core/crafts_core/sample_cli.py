@@ -241,7 +241,7 @@ def provenance(
         say(json.dumps({name: said.model_dump() for name, said in found.items()}))
         return
     for name, said in found.items():
-        say(f"{name}: synthetic")
+        say(f"{name}: {said.title if not said.synthetic else 'synthetic'}")
         values = said.model_dump(exclude={"synthetic", "origin", "prompts"})
         shown = {**said.origin.model_dump(), "prompt": "; ".join(said.prompts), **values}
         for key, value in shown.items():

@@ -217,7 +217,10 @@ def sample_images(
 
 
 def initial_noise(generator: Generator, *, seed: int, index: int) -> Tensor:
-    """Unit noise (C, H, W) of image ``index``; other seeds and indices are unrelated."""
+    """Unit noise (C, H, W) of image ``index``; other seeds and indices are unrelated.
+
+    But for one pair in four billion: torch's generator on CPUs begins in one of 2^32 states.
+    """
     state = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
     source = torch.Generator().manual_seed(state)
     noise_CHW = torch.randn(generator.latent_shape, generator=source)

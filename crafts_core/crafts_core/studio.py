@@ -1,7 +1,7 @@
 """A generator opened for drawing: with its origin, its ControlNets, and what it was trained on."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -103,11 +103,22 @@ class Studio:
         """One batch, uint8 (B, H, W, 3); ``masks`` has one for each image where there is control.
 
         Raises:
-            CraftsError: an image is not finite, a mask cannot be read, or no such ControlNet was
-                trained.
+            CraftsError: an image is not finite, they do not fit into the device's memory, a mask
+                cannot be read, or no such ControlNet was trained.
         """
         conditions = None if control is None else self._stacked(control, masks)
-        return self._sampler(config, control).draw(drawings, conditions)
+        try:
+            return self._sampler(config, control).draw(drawings, conditions)
+        except torch.OutOfMemoryError as error:
+            raise CraftsError(
+                f"{self.generator.device} has no memory for {len(drawings)} images at a time; "
+                "choose a smaller batch size"
+            ) from error
+
+    def check_controls(self, controls: Collection[Modality]) -> None:
+        """Raises CraftsError where one has no ControlNet here."""
+        for modality in controls:
+            self._control_directory(modality)
 
     def condition(self, control: Modality, mask: Path) -> Bytes:
         """What is read of a mask: stored channels (C, H, W) at the size of an image.
@@ -175,12 +186,16 @@ class Studio:
             )
         return self._samplers[key]
 
-    def _control_net(self, modality: Modality) -> ControlNetModel:
+    def _control_directory(self, modality: Modality) -> Path:
         directory = self.directory / CONTROLS / modality
         if not directory.is_dir():
             raise CraftsError(
                 f"{self.directory} has no ControlNet for {modality}: no such stage trained"
             )
+        return directory
+
+    def _control_net(self, modality: Modality) -> ControlNetModel:
+        directory = self._control_directory(modality)
         network = read_part(ControlNetModel, directory, dtype=self.generator.dtype)
         return network.to(self.generator.device).eval().requires_grad_(False)
 

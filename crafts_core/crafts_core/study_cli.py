@@ -14,6 +14,7 @@ import typer
 from crafts_core.command_line import one_line_errors, progress_bars, say
 from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
+from crafts_core.installing import how_to_install
 from crafts_core.sample_cli import AsJson, Seed
 
 if TYPE_CHECKING:
@@ -203,5 +204,5 @@ def extra_is_there() -> Iterator[None]:
         if (error.name or "crafts").startswith("crafts"):
             raise
         raise CraftsError(
-            f"{error.name} is not installed; run: pip install 'crafts-federated[study]'"
+            f"{error.name} is not installed; run: {how_to_install('study')}"
         ) from error

@@ -55,6 +55,7 @@ def export_generator(
         foundation=foundation.manifest.name,
         foundation_hash=foundation.manifest.hash,
         privacy=not_private or privacy_statement(plan, num_sites=num_sites),
+        mpp=foundation.manifest.mpp,
     )
     retrieval = retrieval_of(chain)
     card = model_card(

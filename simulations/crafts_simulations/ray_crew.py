@@ -13,6 +13,7 @@ from typing import Any
 
 from flwr.app import Message
 
+from crafts_core.installing import how_to_install
 from crafts_privacy import place as ledger_place
 from crafts_simulations.errors import ProcessError, ScenarioError
 from crafts_simulations.site_bench import SiteWork
@@ -20,7 +21,7 @@ from crafts_simulations.turn_pool import Died
 
 LOCAL = "local"
 _KNOCK_S = 10.0
-_MISSING = "--ray needs Ray: pip install 'crafts-federated[ray]'"
+_MISSING = f"--ray needs Ray: {how_to_install('ray')}"
 
 
 class TurnActor:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import crafts
 from crafts_core.cli import app
+from crafts_core.evaluation.bench import Bench
 from crafts_core.foundation import Foundation
 from crafts_core.pages import png_uri
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
@@ -176,6 +177,44 @@ def test_the_library_measures_what_the_program_does(
     assert (tmp_path / "page.html").stat().st_size > 10_000
     with pytest.raises(ValueError, match="max_tiles"):
         crafts.evaluate(at.images, at.real, max_tiles=1)
+
+
+def test_a_generator_is_measured_as_it_draws_for_people(
+    foundation: Foundation, at: SimpleNamespace
+) -> None:
+    assert measured(foundation, at.images, "--real", at.real)["drawn_by"] == (
+        "unipc, 10 steps, guidance 3"
+    )
+    other = ["--steps", 2, "--guidance", 1.5, "--scheduler", "ddim"]
+    words = ["evaluate", at.images, "--real", at.real, *other]
+    assert "drawn for this: ddim, 2 steps, guidance 1.5" in invoke(foundation, *words).stdout
+
+
+def test_a_page_that_cannot_be_written_is_told_before_measuring(
+    foundation: Foundation, at: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", at.images, "--real", at.real, "--page"]
+    monkeypatch.setattr(Bench, "measure", pytest.fail)
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in one_line(
+        invoke(foundation, *words, tmp_path / "file" / "page.html")
+    )
+    monkeypatch.undo()
+    page = tmp_path / "new" / "page.html"
+    assert invoke(foundation, *words, page).exit_code == 0
+    assert page.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [(("--encoder", ""), "encoder"), (("--mpp", "nan"), "mpp")],
+)
+def test_settings_out_of_range_are_one_line(
+    foundation: Foundation, at: SimpleNamespace, option: tuple[str, str], told: str
+) -> None:
+    words = ["evaluate", str(at.images), "--real", str(at.real), "--foundation"]
+    result = CliRunner().invoke(app, [*words, str(foundation.path), *option])
+    assert told in one_line(result)
 
 
 def test_too_little_says_how_much_is_needed(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from crafts_core.dataset_plan import (
     plan_images,
     read_splits,
     shares,
+    splits_in_turn,
 )
+from crafts_core.evaluation.image_sets import ImageSetError, Scale, read_images
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_manifest import sha256_of
 from crafts_core.instance_masks import coco_annotations, instances_of, numbered, run_lengths
@@ -230,16 +233,73 @@ def test_fewer_masks_than_splits_are_refused(masks: Path) -> None:
         plan_images(config, list_masks(masks)[:2])
 
 
-def test_an_image_depends_on_its_type_and_number_alone() -> None:
+@pytest.mark.parametrize("is_steered", [False, True])
+def test_an_image_depends_on_its_type_and_number_alone(masks: Path, is_steered: bool) -> None:
+    """Its split and its mask, too: what was in the test set does not come into training."""
+    steered_by = list_masks(masks) if is_steered else []
+
     def requests(config: DatasetConfig) -> dict[str, object]:
-        return {image.key: image.request for image in plan_images(config)}
+        return {
+            image.key: (image.request, image.split) for image in plan_images(config, steered_by)
+        }
 
     small = requests(DatasetConfig(labels=("LUAD",), per_type=4))
     large = requests(DatasetConfig(labels=("COAD", "LUAD"), per_type=9))
     other = requests(DatasetConfig(labels=("LUAD",), per_type=4, seed=1))
     assert small.items() <= large.items()
     assert not small.items() & other.items()
-    assert len({image.seed for image in large.values()}) == 18  # type: ignore[attr-defined]
+    assert len({image.seed for image, _ in large.values()}) == 18  # type: ignore[misc]
+
+
+def test_splits_keep_to_their_shares_at_every_number() -> None:
+    parts = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    turns = splits_in_turn(40, parts)
+    for count in (10, 20, 30, 40):
+        given = {name: turns[:count].count(name) for name in parts}
+        assert given == shares(count, parts)
+    assert splits_in_turn(17, parts) == turns[:17]
+
+
+def test_class_numbers_are_those_of_image_folders(studio: Studio, tmp_path: Path) -> None:
+    """Which sort; people list types as they come to mind."""
+    config = DatasetConfig(labels=("LUSC", "LUAD"), per_type=1, splits=(("train", 1.0),))
+    made = make(studio, tmp_path / "set", config)
+    folders = sorted(
+        path.name for path in (made.path / "imagefolder/train").iterdir() if path.is_dir()
+    )
+    for row in made.rows("train"):
+        assert folders[row["label_id"]] == row["label"]
+
+
+def test_a_split_that_is_not_there_is_named(drawn: Dataset) -> None:
+    with pytest.raises(DatasetError, match="has no split 'dev'; it has train, validation, test"):
+        next(drawn.rows("dev"))
+
+
+def test_what_file_managers_leave_is_no_change(studio: Studio, tmp_path: Path) -> None:
+    config = DatasetConfig(labels=("LUAD",), per_type=1, splits=(("train", 1.0),))
+    made = make(studio, tmp_path / "set", config)
+    (made.path / ".DS_Store").write_bytes(b"x")
+    made.verify()
+
+
+def test_a_data_set_says_its_scale_to_whoever_measures_it(
+    foundation: Foundation, tmp_path: Path
+) -> None:
+    """At another scale than the foundation's it would be measured wrongly in silence."""
+    studio = Studio.open(foundation.path)
+    config = DatasetConfig(labels=("LUAD",), per_type=2, splits=(("train", 1.0),))
+    made = make(studio, tmp_path / "set", config)
+    mpp = foundation.manifest.mpp
+    assert {row["mpp"] for row in made.rows("train")} == {mpp}
+    scale = Scale(
+        told_mpp=None, at_mpp=mpp, largest_px=32, unit_px=4, foundation_hash="",
+    )  # fmt: skip
+    for folder in (made.path, made.path / "imagefolder/train/LUAD"):
+        found = read_images(folder, scale, most=9, seed=0)
+        assert found.side_px == 32
+    with pytest.raises(ImageSetError, match="at least"):
+        read_images(made.path, replace(scale, at_mpp=100 * mpp), most=9, seed=0)
 
 
 def test_captions_say_what_the_row_says(drawn: Dataset) -> None:

@@ -1,29 +1,35 @@
 """After a run a folder holds its images and no others, whatever ended the runs before."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from crafts_core import image_folder
+from crafts_core.cli import app
+from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.image_folder import (
     ImageFolderError,
     ImagePlan,
     check_space,
     draw_into,
+    write_conditions,
     write_sheet,
 )
 from crafts_core.image_requests import ImageRequest
 from crafts_core.provenance import read_provenance
 from crafts_core.sampler_config import SamplerConfig
-from crafts_core.sampling import sample_images
+from crafts_core.sampling import Sampler, SamplingError, sample_images
 from crafts_core.studio import Studio, fitting_batch
 
 CONFIG = SamplerConfig(num_inference_steps=1, guidance_scale=2.0)
@@ -97,6 +103,52 @@ def test_another_run_leaves_nothing_of_the_first(
     draw_into(clean, second, studio, config, batch_size=3)
     found = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert found == bytes_in(clean)
+
+
+@pytest.mark.parametrize("reason", ["no ControlNet", "not finite", "no room"])
+def test_a_run_that_cannot_draw_costs_nobody_their_images(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    first = plan(studio, ImageRequest(prompt="lung", count=3))
+    draw_into(tmp_path / "images", first, studio, CONFIG)
+    before = bytes_in(tmp_path / "images")
+    mask = tmp_path / "mask.png"
+    Image.new("L", (32, 32), 1).save(mask)
+    asked = [ImageRequest(prompt="colon")]
+    if reason == "no ControlNet":  # for the second row alone
+        asked.append(ImageRequest(prompt="colon", control="nuclei", mask=mask))
+    elif reason == "not finite":
+        monkeypatch.setattr(Sampler, "draw", lambda *_: raises(SamplingError("an image is NaN")))
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    changes: list[None] = []
+    with pytest.raises(CraftsError):
+        draw_into(
+            tmp_path / "images", plan(studio, *asked), studio, CONFIG,
+            before_change=lambda: changes.append(None),
+        )  # fmt: skip
+    assert (bytes_in(tmp_path / "images"), changes) == (before, [])
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+def test_what_steered_is_not_called_synthetic(studio: Studio, tmp_path: Path) -> None:
+    """Of fluorescence it is a patient's own picture."""
+    mask = tmp_path / "dapi.png"
+    Image.new("L", (32, 32), 90).save(mask)
+    steered = plan(studio, ImageRequest(prompt="lung", control="fluorescence", mask=mask))
+    (path,) = write_conditions(tmp_path, steered, studio)
+    said = read_provenance(path)
+    assert (said.synthetic, said.kind) == (False, "condition")
+    with Image.open(path) as image:
+        told = " ".join(str(value) for value in image.info.values())
+    assert "trainedAlgorithmicMedia" not in told
+    assert image.info["Synthetic"] == "false"
+    result = CliRunner().invoke(app, ["provenance", str(path)])
+    assert "dapi" not in result.stdout
+    assert "Not synthetic" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["tile-0000.png", "condition.png", "mine.png"])

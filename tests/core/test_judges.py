@@ -43,6 +43,24 @@ def test_the_shape_judge_is_not_moved_by_stain() -> None:
     assert judge.verdicts(shape(np.concatenate(exam)), LABELS).mean() > 0.9
 
 
+def test_a_tile_that_counts_three_times_is_three_tiles() -> None:
+    """Also where the features are put on a scale: few real tiles may not take the images' scale."""
+    lesson = [stripes(1, upright=True, stain_C=PINK), stripes(2, upright=False, stain_C=BLUE)]
+    features_ND, exam_ND = (
+        shape(np.concatenate(lesson)),
+        shape(stripes(5, upright=True, stain_C=BLUE)),
+    )
+    times_N = np.where(np.arange(24) % 5 == 0, 3, 1)
+    classes = ("across", "upright")
+    weighted = Judge.train("shape", features_ND, LABELS, classes, times_N.astype(float))
+    repeated = Judge.train(
+        "shape", features_ND.repeat(times_N, axis=0), np.repeat(LABELS, times_N).tolist(), classes
+    )
+    assert weighted.model.decision_function(exam_ND) == pytest.approx(
+        repeated.model.decision_function(exam_ND), rel=1e-3
+    )
+
+
 def test_the_colour_judge_is_not_moved_by_shape() -> None:
     lesson = [stripes(1, upright=True, stain_C=PINK), stripes(2, upright=True, stain_C=BLUE)]
     exam = [stripes(3, upright=False, stain_C=PINK), stripes(4, upright=False, stain_C=BLUE)]

@@ -10,15 +10,16 @@ from typer.testing import CliRunner
 
 from crafts_core import programs
 from crafts_core.cli import app
+from crafts_core.installing import WHEEL
 
 
 @pytest.mark.parametrize(
     ("program", "module", "told"),
     [
         (programs.client, "crafts_client.cli", "crafts-client: flwr is not installed; run: pip "
-         "install 'crafts-federated[client]'"),
-        (programs.simulations, "crafts_simulations.cli", "'crafts-federated[simulations]'"),
-        (programs.crafts, "crafts_core.cli", "pip install 'crafts-federated' (or"),
+         f"install './{WHEEL}[client]' (the wheel"),
+        (programs.simulations, "crafts_simulations.cli", "or '.[simulations]' in a clone"),
+        (programs.crafts, "crafts_core.cli", f"pip install './{WHEEL}' (the wheel"),
     ],
 )  # fmt: skip
 def test_a_missing_extra_is_one_line(

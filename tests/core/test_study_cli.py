@@ -15,6 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from crafts_core.cli import app
+from crafts_core.installing import how_to_install
 from crafts_core.study.study_file import StudyFile
 from support.reader_studies import make_study, read_on, write_real, write_synthetic
 
@@ -196,7 +197,7 @@ def test_a_missing_extra_is_named(
     result = run(*words, tmp_path / "study.db")
     assert result.exit_code == 1
     assert f"{library} is not installed" in result.stderr or f"{library}." in result.stderr
-    assert "run: pip install 'crafts-federated[study]'" in result.stderr
+    assert f"run: {how_to_install('study')}" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -25,6 +25,7 @@ from crafts_core.evaluation.encoder import Encoder, Features, Images
 from crafts_core.evaluation.fidelity import Reference
 from crafts_core.evaluation.figures import Arm, Comparison, Distances, Evaluation, Fidelity
 from crafts_core.evaluation.memorisation import (
+    SAMPLING,
     Memorisation,
     MemorisationConfig,
     Progress,
@@ -37,6 +38,7 @@ from crafts_core.evaluation.real_tiles import OverlapError, RealTiles, middle, p
 from crafts_core.evaluation.yardstick import Yardstick
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
+from crafts_core.sampler_config import SchedulerName
 from crafts_core.sampling import sample_images
 
 FEWEST_IMAGES = 16
@@ -55,6 +57,8 @@ class EvaluationConfig(BaseModel):
     """A name or a local path, as ``load_encoder`` takes it."""
 
     num_images: int = Field(default=192, ge=16, le=100_000)
+    scheduler: SchedulerName = "ddim"
+    """As earlier figures were drawn; ``crafts evaluate`` draws as ``crafts sample`` does."""
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=1.5, ge=1, le=20)
     num_bootstrap: int = Field(default=200, ge=20, le=100_000)
@@ -62,6 +66,13 @@ class EvaluationConfig(BaseModel):
     """At most so many real tiles of training patients teach judges and colour map."""
     batch_size: int = Field(default=64, ge=1, le=4096)
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def drawn_by(self) -> str:
+        """The sampler, for people."""
+        return (
+            f"{self.scheduler}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}"
+        )
 
 
 class Evaluator:
@@ -236,11 +247,7 @@ class Evaluator:
             tiles_per_patient=_MEMORISED_TILES,
             rng=np.random.default_rng(self.config.seed),
         )
-        config = self.config.model_dump(
-            include={
-                "num_images", "num_inference_steps", "guidance_scale", "batch_size", "seed",
-            }
-        )  # fmt: skip
+        config = self.config.model_dump(include={"num_images", *SAMPLING})
         return measure_memorisation(
             generator, members, others, MemorisationConfig.model_validate(config), progress
         )
@@ -304,6 +311,7 @@ class Evaluator:
             "encoder_hash": self._encoder.hash,
             "metric": "mmd2",
             "n": n,
+            "drawn_by": self.config.drawn_by,
             "n_heldout": len(self._held_out),
             "heldout_patients": self.reference.num_patients,
             "resampled": "patient" if self._held_out.says_patients else "image",
@@ -340,10 +348,7 @@ class Evaluator:
         drawn_NHWC = sample_images(
             generator,
             self.prompts,
-            num_inference_steps=self.config.num_inference_steps,
-            guidance_scale=self.config.guidance_scale,
-            seed=self.config.seed,
-            batch_size=self.config.batch_size,
+            **self.config.model_dump(include=SAMPLING),
             progress=None if progress is None else lambda done, all_: progress(what, done, all_),
         )
         return middle(drawn_NHWC, self._held_out.side_px)

@@ -1,5 +1,7 @@
 """One evaluation as one page that loads nothing from anywhere: figures, plots and pictures."""
 
+import errno
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -93,7 +95,12 @@ def evaluate_on(
 
     Raises:
         CraftsError: something cannot be read, or there are too few images.
+        OSError: the page cannot be written where it should be, which is found before measuring.
     """
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(page.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(page.parent))
     found = bench.measure(subject, progress)
     if page is not None:
         names = {"subject": subject.resolve().name, "real": bench.real.resolve().name}

@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from crafts_core.errors import CraftsError
+from crafts_core.installing import how_to_install
 
 
 class NotMeasurableError(CraftsError):
@@ -19,7 +20,7 @@ def optional(name: str, figure: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise NotMeasurableError(f"{figure}: pip install 'crafts-federated[evaluation]'") from error
+        raise NotMeasurableError(f"{figure}: {how_to_install('evaluation')}") from error
 
 
 def scikit_learn(figure: str) -> ModuleType:

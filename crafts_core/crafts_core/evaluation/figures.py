@@ -85,6 +85,8 @@ class Comparison(_Record):
     """``mmd2``: squared maximum mean discrepancy, unbiased; smaller is closer."""
     n: int
     """Images drawn from each generator, or measured of a folder."""
+    drawn_by: str = ""
+    """How all were drawn that were drawn for it; empty in results of earlier versions."""
     n_heldout: int
     heldout_patients: int
     resampled: Literal["patient", "image"] = "patient"

@@ -53,7 +53,8 @@ class Scale:
     """A square of this side, or a smaller one that all images fill, in whole ``unit_px``."""
     unit_px: int
     foundation_hash: str
-    """Images that a generator of this foundation drew have ``at_mpp``."""
+    """Images that a generator of this foundation drew, and that do not say theirs, have
+    ``at_mpp``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +236,9 @@ def _as_they_lie(folder: Path, scale: Scale) -> Iterator[_Listed]:
             if provenance.kind != "image":
                 continue
             caption = provenance.prompts[0]
-            if provenance.origin.foundation_hash == scale.foundation_hash:
+            if provenance.origin.mpp is not None:
+                told = provenance.origin.mpp
+            elif provenance.origin.foundation_hash == scale.foundation_hash:
                 told = scale.at_mpp
         label = "" if path.parent == folder else path.parent.name
         yield _Listed(path=path, patient="", caption=caption, label=label, mpp=_mpp(told, path))

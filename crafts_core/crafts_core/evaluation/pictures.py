@@ -15,6 +15,7 @@ from scipy.spatial.distance import cdist
 
 from crafts_core.evaluation.bench import Bench, is_store
 from crafts_core.evaluation.encoder import Images
+from crafts_core.evaluation.memorisation import SAMPLING
 from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.evaluation.show import Pictured, Show
 from crafts_core.generator import Generator
@@ -58,10 +59,7 @@ def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
         drawn_NHWC = sample_images(
             Generator.from_directory(subject, device=bench.foundation.device),
             captions,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            seed=config.seed,
-            batch_size=config.batch_size,
+            **config.model_dump(include=SAMPLING),
         )
         images_NHWC = middle(drawn_NHWC, bench.held_out.side_px)
     real_NHWC, among = None, ""

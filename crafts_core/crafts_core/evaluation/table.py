@@ -150,6 +150,8 @@ def remarks(evaluation: Comparison) -> list[str]:
         f"{evaluation.n} images{each} against {evaluation.n_heldout} tiles {whose}; encoder "
         f"{evaluation.encoder} ({evaluation.encoder_hash[:12]}); in brackets 90 % intervals"
     ]
+    if evaluation.drawn_by:
+        told.append(f"images that were drawn for this: {evaluation.drawn_by}")
     if evaluation.resampled == "image":
         told.append(
             "nobody says whose the real images are: intervals are by image, and too narrow where "
