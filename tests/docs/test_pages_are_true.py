@@ -15,6 +15,7 @@ from crafts_client.cli import app as client
 from crafts_core.cli import app as crafts
 from crafts_server.cli import app as server
 from crafts_simulations.cli import app as simulations
+from support.foundations import write_tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "deploy" / "README.md", *ROOT.glob("docs/**/*.md")])
@@ -57,6 +58,10 @@ def problem(words: list[str]) -> str | None:
     for word in rest:
         if word.startswith("-") and word.partition("=")[0] not in {*options, "--help"}:
             return f"no option {word}"
+    given = {word.partition("=")[0] for word in rest}
+    for each in command.params:
+        if each.required and isinstance(each, click.Option) and not given & {*each.opts, "--help"}:
+            return f"{each.opts[0]} is missing"
     return None
 
 
@@ -64,6 +69,7 @@ def test_enough_commands_are_found_to_mean_anything() -> None:
     assert sum(1 for page in PAGES for _ in commands(page)) > 80
     assert problem(["crafts-client", "approve"]) == "no command ['approve']"
     assert problem(["crafts-client", "plan", "list", "--all"]) == "no option --all"
+    assert problem(["crafts", "evaluate", "--validate", "TILES"]) == "--real is missing"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -87,3 +93,18 @@ def test_the_researchers_rule_is_a_rule() -> None:
     rule = found["SquaredPrecision"]()
     sites: Any = [SimpleNamespace(noise_variance=variance) for variance in (1.0, 0.5)]
     assert rule.weights(sites) == pytest.approx([0.2, 0.8])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # a tiny encoder reads no caption to its end
+@pytest.mark.parametrize("page", ["use.md", "tutorials/recipient.md", "reference/python.md"])
+def test_a_recipients_examples_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("generator", "runs/quickstart/generator"):
+        write_tiny_pipeline(tmp_path / place, seed=3)
+    monkeypatch.chdir(tmp_path)
+    text = blocks(ROOT / "docs" / page, "python")[0].replace("per_type=100", "per_type=2")
+    exec(compile(text, page, "exec"), {})
+    assert list(tmp_path.glob("*.png"))
+    assert (tmp_path / "set" / "manifest.json").is_file() == (page == "use.md")
