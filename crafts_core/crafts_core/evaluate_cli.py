@@ -27,6 +27,7 @@ from crafts_core.sampler_config import SamplerConfig
 
 if TYPE_CHECKING:
     from crafts_core.evaluation.bench import Bench, BenchSettings
+    from crafts_core.evaluation.figures import Distances
 
 Real = Annotated[
     Path,
@@ -170,7 +171,8 @@ def compare(
 ) -> None:
     """Rank generators by how far their structure is from the same real tiles, nearest first.
 
-    In brackets 90 % intervals over patients.
+    In brackets 90 % intervals over patients: where two overlap, neither is seen to be nearer. Real
+    tiles of other patients stand first: nobody can be nearer than they are.
     """
     sampler = checked_config(scheduler, steps, guidance)
     with one_line_errors("crafts"), progress_bars() as progress:
@@ -187,20 +189,24 @@ def compare(
         )
         bench = _bench(real, subjects, settings)
         measured = {str(path): bench.fidelity(path, progress) for path in subjects}
+        floors = bench.evaluator.yardstick.floors()
     if as_json:
         values = {path: fidelity.model_dump(mode="json") for path, fidelity in measured.items()}
         say(json.dumps(values))
         return
-    say(f"{'structure':<28}  {'colour':<28}")
-    for path, fidelity in sorted(measured.items(), key=lambda item: item[1].structure):
+    rows: list[tuple[str, Distances]] = [("real tiles of other patients", floors)]
+    ranked = sorted(measured.items(), key=lambda item: item[1].structure)
+    rows += [(f"{path}  ({fidelity.encoder})", fidelity) for path, fidelity in ranked]
+    say(f"{'structure':<28}  {'colour':<28}  smaller is nearer")
+    for name, each in rows:
         told = [
             f"{value:.4f} ({low:.4f} to {high:.4f})"
             for value, (low, high) in (
-                (fidelity.structure, fidelity.structure_interval),
-                (fidelity.colour, fidelity.colour_interval),
+                (each.structure, each.structure_interval),
+                (each.colour, each.colour_interval),
             )
         ]
-        say(f"{told[0]:<28}  {told[1]:<28}  {path}  ({fidelity.encoder})")
+        say(f"{told[0]:<28}  {told[1]:<28}  {name}")
 
 
 def _settings(

@@ -254,9 +254,10 @@ def test_compare_ranks_folders_beside_generators(
     words = [foundation.path, at.images, "--tiles", at.real, "--device", "cpu"]
     found = invoke(foundation, "compare", *words)
     assert found.exit_code == 0, found.output
-    assert [line.split()[-2] for line in found.stdout.splitlines()[1:]] == [
-        str(at.images), str(foundation.path),
-    ]  # fmt: skip
+    header, floor, *ranked = found.stdout.splitlines()
+    assert "smaller is nearer" in header
+    assert "real tiles of other patients" in floor
+    assert [line.split()[-2] for line in ranked] == [str(at.images), str(foundation.path)]
     assert one_line(invoke(foundation, "compare", *words[:-1], "warp")).startswith(
         "crafts: device warp cannot be used here"
     )
