@@ -27,6 +27,7 @@ from crafts_core.plan import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
 from crafts_core.retrieval_record import PICKED, Retrieval
 from crafts_core.state import lora_tensors, modalities_in
+from crafts_core.told_colours import with_colours
 
 CONTROLS = "controlnet"
 CARD = "README.md"
@@ -60,7 +61,8 @@ def save_pipeline(
         adapter: The plan's adapter section.
         state: The trained weights.
         card: Text of ``README.md``; ``model_card`` composes one.
-        record: What its images will say of it; None for an adapter that no study trained.
+        record: What its images will say of it, and the colours that its decoder is to have; None
+            for an adapter that no study trained.
         retrieval: Public tiles that it was trained on, to be listed beside it.
 
     Raises:
@@ -68,6 +70,7 @@ def save_pipeline(
     """
     generator = foundation.generator
     unet = merged_unet(generator.unet, adapter, state)
+    colours = None if record is None else record.colours
     staging = directory.with_name(directory.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
     with quiet_transformers():
@@ -75,7 +78,7 @@ def save_pipeline(
         from diffusers import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline(
-            vae=generator.vae,
+            vae=generator.vae if colours is None else with_colours(generator.vae, colours),
             text_encoder=generator.text_encoder,
             tokenizer=generator.tokenizer,
             unet=unet,
@@ -148,6 +151,7 @@ def model_card(
     rounds: int,
     modalities: Sequence[Modality] = (),
     retrieval: Retrieval | None = None,
+    has_told_colours: bool = False,
 ) -> str:
     """The README of an exported generator: what it is, who made it, what it promises.
 
@@ -159,6 +163,7 @@ def model_card(
         rounds: Rounds of training behind the weights.
         modalities: What it can be steered by beside text.
         retrieval: Public tiles that it was trained on before the sites trained it.
+        has_told_colours: Whether its decoder was given the colours that sites told.
     """
     manifest = foundation.manifest
     named = ", ".join(sites) if sites else "not named"
@@ -183,12 +188,20 @@ image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.
 ```
 Loads with diffusers 0.35 to 0.42 and transformers 4.57 to 5: tried with diffusers 0.35.2 and
 transformers 4.57.3, where the same prompts gave the same conditioning.
-{_steering(modalities)}{_public_tiles(retrieval)}
+{_steering(modalities)}{_public_tiles(retrieval)}{_TOLD_COLOURS if has_told_colours else ""}
 ## Intended use
 Research and teaching. Every image is synthetic: none shows a patient, and none may be used for
 diagnosis. Mark images as synthetic wherever you pass them on.
 """
     return str(ModelCard(f"---\n{_hub_facts(manifest.licence).to_yaml()}\n---\n{text}"))
+
+
+_TOLD_COLOURS = """
+## Colours
+Training left it in colours of its own. The decoder's last layer carries them onto those that the
+sites had told with noise (mean and spread of each colour's optical density), all images alike:
+`colours` of `generator.json`. The LoRA file has none of this.
+"""
 
 
 def hub_licence(licence: str) -> tuple[str, str | None]:

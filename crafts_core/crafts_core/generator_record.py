@@ -24,6 +24,15 @@ _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class ToldColours(BaseModel):
+    """What becomes of each colour of its images, with values from -1 to 1 (``told_colours``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    gain: tuple[float, float, float]
+    offset: tuple[float, float, float]
+
+
 class GeneratorRecord(BaseModel):
     """Who trained an exported generator, from what, and what was promised to patients."""
 
@@ -38,6 +47,8 @@ class GeneratorRecord(BaseModel):
     privacy: str
     mpp: float | None = None
     """Microns per pixel; None in records of earlier versions."""
+    colours: ToldColours | None = None
+    """That its decoder has beside the foundation's, where sites told their colour."""
     version: str = __version__
 
 

@@ -1,18 +1,22 @@
 """The shared generator as others get it: stock diffusers files with a card that says what it is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from crafts_core.adapters import merged_unet
 from crafts_core.delta_text import delta_text
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
-from crafts_core.generator_record import GeneratorRecord
+from crafts_core.generator_record import GeneratorRecord, ToldColours
 from crafts_core.plan import Plan
+from crafts_core.releases import COLOUR
 from crafts_core.retrieval_record import Retrieval
 from crafts_core.state import State, generator_state, modalities_in
+from crafts_core.told_colours import find_colours
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.errors import CheckpointError
 
@@ -56,6 +60,7 @@ def export_generator(
         foundation_hash=foundation.manifest.hash,
         privacy=not_private or privacy_statement(plan, num_sites=num_sites),
         mpp=foundation.manifest.mpp,
+        colours=_told_colours(chain, plan, foundation, state),
     )
     retrieval = retrieval_of(chain)
     card = model_card(
@@ -66,6 +71,7 @@ def export_generator(
         rounds=record.rounds,
         modalities=modalities_in(state),
         retrieval=retrieval,
+        has_told_colours=record.colours is not None,
     )
     save_pipeline(
         directory,
@@ -78,6 +84,24 @@ def export_generator(
     )
     if lora is not None:
         save_lora(lora, state)
+
+
+def _told_colours(
+    chain: Sequence[Checkpoint], plan: Plan, foundation: Foundation, state: State
+) -> ToldColours | None:
+    """How the generator's colours come to be those that sites told; None where they told none."""
+    receipts = (checkpoint.receipt() for checkpoint in chain[1:])
+    told = next((each.release for each in receipts if each.stage == "colour"), None)
+    if told is None or told.is_public[0]:
+        return None
+    unet = merged_unet(foundation.generator.unet, plan.adapter, state)
+    captions = plan.study.captions or [prompt.text for prompt in foundation.prompt_bank]
+    return find_colours(
+        replace(foundation.generator, unet=unet),
+        state[COLOUR][0, 1:].double().numpy(),
+        captions,
+        seed=plan.study.seed,
+    )
 
 
 def shared_state(chain: Sequence[Checkpoint], plan: Plan) -> State:

@@ -306,8 +306,9 @@ def test_compare_command_measures_every_generator(
     assert values[first]["encoder"] == "embedded-orthogonal-256"
     told = CliRunner().invoke(app, [*arguments, "--num", "16"])
     ranked = sorted(values, key=lambda path: values[path]["structure"])
-    head, *lines = told.stdout.splitlines()
-    assert head.split() == ["structure", "colour"]
+    head, floor, *lines = told.stdout.splitlines()
+    assert head.split() == ["structure", "colour", "smaller", "is", "nearer"]
+    assert floor.endswith("real tiles of other patients")
     for line, path in zip(lines, ranked, strict=True):
         told = line.split()
         assert told[-2] == path

@@ -412,6 +412,7 @@ def test_a_run_is_listed_shown_and_exported_for_stock_diffusers(
     record = json.loads((out / "generator" / "generator.json").read_text())
     assert (record["study"], record["rounds"]) == ("tiny", 2)
     assert record["privacy"].startswith("2 sites; trained without differential privacy")
+    assert record["colours"] is None
 
 
 def test_importing_the_command_line_loads_neither_torch_nor_flower() -> None:

@@ -1,6 +1,7 @@
 """Releases end to end on drawn hospitals: told, summed, read, stored, and trained towards."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from crafts_client.home import SiteHome
 from crafts_core.evaluation.colour import colour_statistics
 from crafts_core.foundation import Foundation
+from crafts_core.generator import Generator
+from crafts_core.generator_record import GeneratorRecord
 from crafts_core.releases import ANCHORS, COLOUR
 from crafts_core.state import weights_of
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_core.told_colours import find_colours, with_colours
 from crafts_core.vocabulary import cancer_type, caption_class, compose_caption
 from crafts_privacy.accounting import epsilon
 from crafts_privacy.ledger import Ledger
@@ -124,6 +128,28 @@ def test_the_run_knows_its_colour(study: LocalStudy, chain: list[Checkpoint]) ->
     assert torch.allclose(
         chain[2].state()[COLOUR][0, 1:4].double(), expected.mean(dim=0)[:3], atol=0.25
     )
+
+
+def test_the_exported_generator_has_the_colours_told(
+    study: LocalStudy, chain: list[Checkpoint]
+) -> None:
+    """In its decoder alone: what anybody may do with what was released."""
+    export(study, chain)
+    out = study.workspace.generator
+    record = GeneratorRecord.model_validate_json((out / "generator.json").read_text())
+    assert record.colours is not None
+    exported = Generator.from_directory(out)
+    expected = find_colours(
+        replace(exported, vae=study.foundation.generator.vae),
+        chain[2].state()[COLOUR][0, 1:].double().numpy(),
+        CAPTIONS,
+        seed=study.plan.study.seed,
+    )
+    assert record.colours == expected
+    decoder = with_colours(study.foundation.generator.vae, expected).decoder.state_dict()
+    found = exported.vae.decoder.state_dict()
+    assert all(torch.equal(found[name], decoder[name]) for name in decoder)
+    assert "## Colours" in (out / "README.md").read_text()
 
 
 def test_what_was_told_stays_as_it_is(study: LocalStudy, chain: list[Checkpoint]) -> None:
