@@ -40,4 +40,9 @@ def png_uri(image_HWC: npt.NDArray[np.uint8]) -> str:
     """An image as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return uri_of_png(buffer.getvalue())
+
+
+def uri_of_png(content: bytes) -> str:
+    """A PNG as a data URI, with all that it says of itself: people save pictures from pages."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -16,12 +16,11 @@ from crafts_core import charts
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.evaluation.baselines import ArmName
-from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import Leakage
 from crafts_core.evaluation.steering import Steering
 from crafts_core.evaluation.table import LABELS, cell, remarks, shown_columns
-from crafts_core.pages import page_environment, png_uri
+from crafts_core.pages import page_environment, uri_of_png
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
 
@@ -163,12 +162,12 @@ def round_report(receipt: RoundReceipt) -> RoundReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplePair:
-    """A prompt and what both generators drew for it (uint8, H x W x 3)."""
+    """A prompt and what both generators drew for it, as PNGs that say where they come from."""
 
     label: str
     prompt: str
-    before: Images
-    after: Images
+    before: bytes
+    after: bytes
 
 
 def write_report(report: Report, pairs: Sequence[SamplePair], out: Path) -> None:
@@ -198,8 +197,8 @@ def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
             {
                 "label": pair.label,
                 "prompt": pair.prompt,
-                "before": png_uri(pair.before),
-                "after": png_uri(pair.after),
+                "before": uri_of_png(pair.before),
+                "after": uri_of_png(pair.after),
             }
             for pair in pairs
         ],

@@ -8,6 +8,7 @@ from importlib import metadata
 import numpy as np
 import torch
 from diffusers import ControlNetModel
+from PIL import Image
 from pydantic import TypeAdapter
 
 from crafts_client.home import SiteHome
@@ -29,7 +30,7 @@ from crafts_core.evaluation.table import markdown, remarks
 from crafts_core.export import CONTROLS, add_measurement
 from crafts_core.generator import Generator
 from crafts_core.pretrained import read_part
-from crafts_core.provenance import Origin, Provenance, encode_png, save_png
+from crafts_core.provenance import Origin, Provenance, encode_png
 from crafts_core.sampling import contact_sheet, sample_images
 from crafts_core.tiles import TileStore
 from crafts_privacy import accounting
@@ -207,11 +208,13 @@ def _samples(study: LocalStudy) -> list[SamplePair]:
     shared = Generator.from_directory(study.workspace.generator, device=study.foundation.device)
     before = _draw(study, study.foundation.generator, prompts)
     after = _draw(study, shared, prompts)
-    _write_images(study, labels, prompts, "before", before)
-    _write_images(study, labels, prompts, "after", after)
+    shown = (
+        _write_images(study, labels, prompts, "before", before),
+        _write_images(study, labels, prompts, "after", after),
+    )
     return [
         SamplePair(label=label, prompt=prompt, before=first, after=second)
-        for label, prompt, first, second in zip(labels, prompts, before, after, strict=True)
+        for label, prompt, first, second in zip(labels, prompts, *shown, strict=True)
     ]
 
 
@@ -240,8 +243,8 @@ def _draw(study: LocalStudy, generator: Generator, prompts: Sequence[str]) -> Im
 
 def _write_images(
     study: LocalStudy, labels: Sequence[str], prompts: Sequence[str], when: str, images: Images
-) -> None:
-    """One PNG per label, and all of them on one sheet."""
+) -> list[bytes]:
+    """One PNG per label, and all of them on one sheet; what was written of each label."""
     settings = study.scenario.evaluation
     manifest = study.foundation.manifest
     drawn = Provenance(
@@ -259,11 +262,14 @@ def _write_images(
     )
     folder = study.workspace.samples
     folder.mkdir(exist_ok=True)
+    written = []
     for index, (label, image) in enumerate(zip(labels, images, strict=True)):
-        file = folder / f"{_file_name(label)}-{when}.png"
-        save_png(image, file, drawn.of_image(prompts[index], index=index))
+        said = drawn.of_image(prompts[index], index=index)
+        written.append(encode_png(Image.fromarray(image), said))
+        (folder / f"{_file_name(label)}-{when}.png").write_bytes(written[-1])
     sheet = contact_sheet(images, columns=5)
     (folder / f"sheet-{when}.png").write_bytes(encode_png(sheet, drawn.of_sheet(prompts)))
+    return written
 
 
 def _file_name(label: str) -> str:

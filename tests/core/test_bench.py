@@ -1,5 +1,6 @@
 """Folders of anybody's images beside folders and stores of real ones: figures, errors, the page."""
 
+import base64
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from crafts_core.cli import app
 from crafts_core.evaluation.bench import Bench
 from crafts_core.foundation import Foundation
 from crafts_core.pages import png_uri
+from crafts_core.provenance import read_provenance
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
 
 KINDS = ("lung with glands", "colon with sheets")
@@ -277,6 +279,18 @@ class TestPage:
         uris = {png_uri(image) for image in kept}
         uris |= {png_uri(np.asarray(Image.open(path))) for path in at.real.rglob("*.png")}
         return sum(uri in uris for uri in re.findall(r'src="([^"]+)"', text))
+
+    def test_pictures_of_a_generator_say_what_they_are(
+        self, foundation: Foundation, at: SimpleNamespace, tmp_path: Path
+    ) -> None:
+        """People save them from the page."""
+        text = self.page(foundation, tmp_path / "p.html", foundation.path, "--real", at.real)
+        for number, uri in enumerate(re.findall(r'src="data:image/png;base64,([^"]+)"', text)):
+            saved = tmp_path / f"{number}.png"
+            saved.write_bytes(base64.b64decode(uri))
+            said = read_provenance(saved)
+            assert said.origin.foundation_hash == foundation.manifest.hash
+            assert (said.synthetic, said.index) == (True, number)
 
     def test_of_a_store_no_tissue_is_shown_by_itself(
         self, foundation: Foundation, at: SimpleNamespace, tmp_path: Path

@@ -1,12 +1,13 @@
 """The report: a schema that others rely on, and a page that needs nothing but itself."""
 
+import io
 import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from crafts_core.evaluation.baselines import ArmName
@@ -173,8 +174,10 @@ def _report(**changes: object) -> Report:
 
 
 def _pairs() -> list[SamplePair]:
-    image = np.zeros((8, 8, 3), np.uint8)
-    return [SamplePair(label="KIRC", prompt="H&E, kidney", before=image, after=image)]
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    png = buffer.getvalue()
+    return [SamplePair(label="KIRC", prompt="H&E, kidney", before=png, after=png)]
 
 
 def test_the_json_reads_back_as_the_same_report(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
+from PIL import Image
 
 from crafts_core import __version__, charts
 from crafts_core.durable import write_file
@@ -28,7 +29,8 @@ from crafts_core.evaluation.table import (
     shown_columns,
     shown_matches,
 )
-from crafts_core.pages import page_environment, png_uri
+from crafts_core.pages import page_environment, png_uri, uri_of_png
+from crafts_core.provenance import encode_png
 
 Value = tuple[ArmName, float, Interval | None]
 _COLOURS: tuple[ArmName, ...] = (
@@ -225,9 +227,15 @@ def _dots(values: list[Value], unit: str, band: Interval | None = None) -> Marku
 
 def _shown(pictures: Pictures) -> list[dict[str, str | None]]:
     real = [] if pictures.real_NHWC is None else [png_uri(tile) for tile in pictures.real_NHWC]
-    rows = zip_longest(pictures.generated_NHWC, pictures.captions, real)
+    rows = zip_longest(pictures.generated_NHWC, pictures.captions, pictures.said, real)
     return [
-        {"generated": png_uri(image), "caption": caption, "real": tile}
-        for image, caption, tile in rows
+        {
+            "generated": png_uri(image)
+            if said is None
+            else uri_of_png(encode_png(Image.fromarray(image), said)),
+            "caption": caption,
+            "real": tile,
+        }
+        for image, caption, said, tile in rows
         if image is not None
     ]

@@ -19,6 +19,8 @@ from crafts_core.evaluation.memorisation import SAMPLING
 from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.evaluation.show import Pictured, Show
 from crafts_core.generator import Generator
+from crafts_core.generator_record import read_origin
+from crafts_core.provenance import Provenance
 from crafts_core.sampling import sample_images
 
 NUM_SHOWN = 16
@@ -30,6 +32,8 @@ class Pictures:
 
     generated_NHWC: Images
     captions: Sequence[str]
+    said: Sequence[Provenance]
+    """What each that was drawn here says of itself; none of a folder's images."""
     real_NHWC: Images | None
     """Random real tiles, or the nearest to each image; None where none are shown."""
     show: Pictured
@@ -53,6 +57,7 @@ def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
     if subject in bench.folders:
         chosen = _some(bench.folders[subject], rng)
         images_NHWC, captions = chosen.images_NHWC, list(chosen.captions)
+        said: list[Provenance] = []
     else:
         bank = [prompt.text for prompt in bench.foundation.prompt_bank]
         captions = [bank[place] for place in rng.permutation(len(bank))[:NUM_SHOWN].tolist()]
@@ -62,6 +67,14 @@ def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
             **config.model_dump(include=SAMPLING),
         )
         images_NHWC = middle(drawn_NHWC, bench.held_out.side_px)
+        drawn = Provenance(
+            origin=read_origin(subject),
+            seed=config.seed,
+            scheduler=config.scheduler,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
+        said = [drawn.of_image(text, index=place) for place, text in enumerate(captions)]
     real_NHWC, among = None, ""
     if show == "real":
         real_NHWC = _some(bench.held_out, rng).images_NHWC
@@ -72,6 +85,7 @@ def pictures_of(bench: Bench, subject: Path, show: Show) -> Pictures:
     return Pictures(
         generated_NHWC=images_NHWC,
         captions=captions,
+        said=said,
         real_NHWC=real_NHWC,
         show=show,
         nearest_among=among,
