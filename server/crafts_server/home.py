@@ -181,19 +181,19 @@ class CoordinatorHome:
         signed = SignedPlan(
             json=text, signature=sign(key, text.encode()), public_key=public_key_of(key)
         )
+        record = PlanRecord(
+            hash=plan.hash,
+            study=plan.study.name,
+            json=signed.json,
+            signature=signed.signature,
+            public_key=signed.public_key,
+        )
         registry = self.registry()
         try:
-            registry.add_plan(
-                PlanRecord(
-                    hash=plan.hash,
-                    study=plan.study.name,
-                    json=signed.json,
-                    signature=signed.signature,
-                    public_key=signed.public_key,
-                )
-            )
             if plan.aggregation.secure_aggregation:
-                Rosters(registry).fix(plan)
+                Rosters(registry).fix(plan, record)
+            else:
+                registry.add_plan(record)
         finally:
             registry.close()
         return signed

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,8 +99,9 @@ def plan_check(
 ) -> None:
     """Say what a plan asks for, or all that is wrong with it, as sites will; exit 1 if anything is.
 
-    Where there is a coordinator's home, its adapter is compared with the foundation there, and the
-    noise with a gradient that is measured on public tiles.
+    Where there is a coordinator's home, its adapter is compared with the foundation there, a plan
+    of sums with the sites that are enrolled, and the noise with a gradient that is measured on
+    public tiles.
     """
     with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan, PlanError
@@ -180,7 +182,7 @@ def refuse_problems(plan: Any, home: "CoordinatorHome") -> None:
 
 
 def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
-    """What sites would say, and what is not in this home."""
+    """What sites would say, what is not in this home, and who lacks for its sums."""
     from crafts_privacy.plan_check import plan_problems
 
     yield from plan_problems(plan, home.foundation_path)
@@ -189,6 +191,11 @@ def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
             f"study.pool: {plan.study.pool[:16]} is no pool in this home; make it of its table: "
             "crafts-server pool add TABLE"
         )
+    if plan.aggregation.secure_aggregation:
+        from crafts_server.rosters import Rosters
+
+        with closing(home.registry()) as registry:
+            yield from Rosters(registry).problems(plan)
 
 
 def _forecast(plan: Any, home: Path, patients: Sequence[int]) -> "NoiseForecast | None":

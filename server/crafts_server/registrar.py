@@ -125,11 +125,11 @@ class RegistrarService:
         self._manifest: FoundationManifest = read_manifest(self._foundation)
 
     def ListPlans(self, _request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        """Every signed plan."""
+        """Every signed plan; of sums, once its roster is fixed."""
         self._site(context)
         registry = self._home.registry()
         try:
-            plans = registry.plans()
+            plans = registry.offered_plans()
         finally:
             registry.close()
         return messages.ListPlansReply(

@@ -6,6 +6,7 @@ committed round has gone missing. A crash between the two leaves the registry be
 and the next start brings it up to date.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from crafts_server.registry_rows import (
     ParticipationRow,
     PlanRow,
     RegistryInfoRow,
+    RosterRow,
     RoundRow,
     RunRow,
     SiteRow,
@@ -62,6 +64,11 @@ class PlanRecord:
     json: str
     signature: str
     public_key: str
+
+    @property
+    def is_of_sums(self) -> bool:
+        """Whether it counts only with a roster."""
+        return bool(json.loads(self.json)["aggregation"].get("secure_aggregation"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,16 +171,7 @@ class Registry:
     def add_plan(self, plan: PlanRecord) -> None:
         """Remember a signed plan; the newest signature counts."""
         with self.session() as session:
-            session.merge(
-                PlanRow(
-                    hash=plan.hash,
-                    study=plan.study,
-                    json=plan.json,
-                    signature=plan.signature,
-                    public_key=plan.public_key,
-                    signed_at=_now(),
-                )
-            )
+            session.merge(plan_row(plan))
 
     def plan(self, plan_hash: str) -> PlanRecord:
         """A signed plan by its hash, or by an unambiguous beginning of it.
@@ -197,6 +195,15 @@ class Registry:
         with self.session() as session:
             rows = session.scalars(select(PlanRow).order_by(PlanRow.signed_at))
             return [_plan_record(row) for row in rows]
+
+    def offered_plans(self) -> list[PlanRecord]:
+        """What sites are shown: every signed plan, of sums only if its roster is fixed.
+
+        Older programs kept plans of sums that they then refused.
+        """
+        with self.session() as session:
+            fixed = set(session.scalars(select(RosterRow.plan_hash)))
+        return [plan for plan in self.plans() if plan.hash in fixed or not plan.is_of_sums]
 
     def start_run(self, run_id: str, plan_hash: str) -> None:
         """Remember a new run."""
@@ -305,6 +312,18 @@ class Registry:
                 f"cannot use the registry at {self._engine.url.render_as_string()}: "
                 f"{str(cause).splitlines()[0]}{advice}"
             ) from error
+
+
+def plan_row(plan: PlanRecord) -> PlanRow:
+    """A plan that is signed now."""
+    return PlanRow(
+        hash=plan.hash,
+        study=plan.study,
+        json=plan.json,
+        signature=plan.signature,
+        public_key=plan.public_key,
+        signed_at=_now(),
+    )
 
 
 def _plan_record(row: PlanRow) -> PlanRecord:

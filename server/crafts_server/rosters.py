@@ -6,14 +6,15 @@ plan until its roster is renewed, and all sites have approved the new one. Part 
 """
 
 import re
+from collections.abc import Iterator
 
 from sqlalchemy import select
 
 from crafts_core.plan import Plan
-from crafts_core.roster import Roster
+from crafts_core.roster import Roster, RosterError
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.errors import EnrolmentError, HomeError
-from crafts_server.registry import Registry
+from crafts_server.registry import PlanRecord, Registry, plan_row
 from crafts_server.registry_rows import IdentityRow, RosterRow
 
 _KEY = re.compile(r"[A-Za-z0-9+/]{43}=")
@@ -53,55 +54,90 @@ class Rosters:
                 raise HomeError(f"plan {plan.hash[:16]} has no roster; sign it again")
             return Roster.parse(row.json)
 
-    def fix(self, plan: Plan) -> None:
-        """Fix the roster of a plan that is being signed; a fixed one stays.
+    def fix(self, plan: Plan, record: PlanRecord) -> None:
+        """Remember a signed plan of sums together with its roster; a fixed one stays.
+
+        Both or neither: a plan is offered to sites only with its roster.
 
         Raises:
             RosterError: a site that takes part has published no key.
             HomeError: there are too few sites, their sums do not fit into 32 bits, or one site
                 would be most of them.
         """
+        roster = None if self._is_fixed(plan) else self._of_who_is_enrolled(plan)
         with self._registry.session() as session:
-            if session.get(RosterRow, plan.hash) is not None:
-                return
-        self.renew(plan)
+            session.merge(plan_row(record))
+            session.flush()  # the roster's row refers to it
+            if roster is not None and session.get(RosterRow, plan.hash) is None:
+                session.add(RosterRow(plan_hash=plan.hash, json=roster.to_json()))
+
+    def problems(self, plan: Plan) -> Iterator[str]:
+        """All that keeps a plan of sums from being fixed; nothing where it is fixed already."""
+        if self._is_fixed(plan):
+            return
+        patients = CohortSizes(self._registry).agreed()
+        try:
+            roster = Roster.of(plan.hash, patients, self._identities())
+        except RosterError as error:
+            yield str(error)
+            roster = Roster.of(plan.hash, patients)
+        yield from _misfits(plan, roster)
 
     def renew(self, plan: Plan) -> Roster:
         """Fix the roster of who is enrolled now; every site must approve it before it goes on.
 
         Raises:
             RosterError: a site that takes part has published no key.
-            HomeError: the plan is none of sums, there are too few sites, or their sums do not fit
-                into 32 bits.
+            HomeError: the plan is none of sums, there are too few sites, their sums do not fit
+                into 32 bits, or one site would be most of them.
             RegistryError: the plan was not signed here.
         """
         if not plan.aggregation.secure_aggregation:
             raise HomeError(
                 f"plan {plan.hash[:16]} has no secure_aggregation, so it needs no roster"
             )
-        with self._registry.session() as session:
-            rows = session.execute(select(IdentityRow.site, IdentityRow.public_key))
-            identities = {row.site: row.public_key for row in rows}
-        roster = Roster.of(plan.hash, CohortSizes(self._registry).agreed(), identities)
-        _check_fits(plan, roster)
+        roster = self._of_who_is_enrolled(plan)
         with self._registry.session() as session:
             session.merge(RosterRow(plan_hash=plan.hash, json=roster.to_json()))
         return roster
 
+    def _of_who_is_enrolled(self, plan: Plan) -> Roster:
+        """What can be fixed now; raises as ``fix`` does."""
+        agreed = CohortSizes(self._registry).agreed()
+        roster = Roster.of(plan.hash, agreed, self._identities())
+        for problem in _misfits(plan, roster):
+            raise HomeError(problem)
+        return roster
 
-def _check_fits(plan: Plan, roster: Roster) -> None:
-    """Refuse a plan whose sums could wrap, whatever floors sites add: they would spoil steps."""
+    def _identities(self) -> dict[str, str]:
+        with self._registry.session() as session:
+            rows = session.execute(select(IdentityRow.site, IdentityRow.public_key))
+            return {row.site: row.public_key for row in rows}
+
+    def _is_fixed(self, plan: Plan) -> bool:
+        with self._registry.session() as session:
+            return session.get(RosterRow, plan.hash) is not None
+
+
+def _misfits(plan: Plan, roster: Roster) -> Iterator[str]:
+    """Why these sites cannot make the plan's sums."""
     # To read rosters needs no accountant and no torch.
+    from crafts_privacy.plan_check import noise_problems
+
+    min_sites = plan.aggregation.min_sites
+    if len(roster.sites) < min_sites:
+        yield f"the plan needs {min_sites} sites, {len(roster.sites)} are enrolled"
+    elif not any(noise_problems(plan)):  # what is wrong with its noise is said of the plan itself
+        yield from _wraps(plan, roster) if plan.privacy.trust != "site" else _weights(plan, roster)
+
+
+def _wraps(plan: Plan, roster: Roster) -> Iterator[str]:
+    """Of a plan whose sums could wrap, whatever floors sites add: they would spoil steps."""
     from crafts_privacy.plan_noise import plan_noise_multiplier
     from crafts_privacy.secure_aggregation.fixed_point import largest_grid_bits
     from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE
 
-    privacy, min_sites = plan.privacy, plan.aggregation.min_sites
-    if len(roster.sites) < min_sites:
-        raise HomeError(f"the plan needs {min_sites} sites, {len(roster.sites)} are enrolled")
-    if privacy.trust == "site":  # each sum has the grid that its members need
-        _check_weights(plan, roster)
-        return
+    privacy = plan.privacy
     assert privacy.sum_grid_bits is not None
     most = MOST_OWN_NOISE * plan_noise_multiplier(plan)
     largest = largest_grid_bits(
@@ -109,23 +145,28 @@ def _check_fits(plan: Plan, roster: Roster) -> None:
         total_noise_multiplier=most * len(roster.sites) ** 0.5,
     )
     if privacy.sum_grid_bits > largest:
-        raise HomeError(
+        yield (
             f"sums over {len(roster.sites)} sites need sum_grid_bits of {largest} or less, the "
             f"plan has {privacy.sum_grid_bits}; set it to {largest}"
         )
 
 
-def _check_weights(plan: Plan, roster: Roster) -> None:
-    """Refuse a plan whose sums would be little but one site's update: that site refuses it."""
+def _weights(plan: Plan, roster: Roster) -> Iterator[str]:
+    """Of a plan whose sums would be little but one site's update: that site refuses it.
+
+    Each sum of updates has the grid that its members need, so it cannot wrap.
+    """
     from crafts_privacy.plan_noise import plan_noise_multiplier
     from crafts_privacy.secure_aggregation.updates import MOST_WEIGHT, UpdateGrid
 
     noise = plan_noise_multiplier(plan)
-    for stage in plan.stage:
-        grid = UpdateGrid.of(plan, stage, roster.patients, noise_multiplier=noise)
-        if (site := grid.heaviest) is not None:
-            raise HomeError(
-                f"{site} would be {grid.weights[site]:.2f} of the plan's sums, and adds to none of "
-                f'which it is more than {MOST_WEIGHT:g}; set rule = "alignment_regularized" with '
-                'max_weight 0.6 or less, or "uniform"'
-            )
+    grids = (
+        UpdateGrid.of(plan, stage, roster.patients, noise_multiplier=noise) for stage in plan.stage
+    )
+    heavy = {(grid.heaviest, grid.weights[grid.heaviest]) for grid in grids if grid.heaviest}
+    for site, weight in sorted(heavy):
+        yield (
+            f"{site} would be {weight:.2f} of the plan's sums, and adds to none of "
+            f'which it is more than {MOST_WEIGHT:g}; set rule = "alignment_regularized" with '
+            'max_weight 0.6 or less, or "uniform"'
+        )

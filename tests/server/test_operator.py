@@ -15,11 +15,13 @@ from crafts_privacy.signing import fingerprint
 from crafts_server import pki
 from crafts_server.audit_log import Event
 from crafts_server.cli import app
+from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.plan_queue import queue_plan, queued_plans
 from crafts_server.registry import RunStatus
 from support.open_tiles import open_table
 from support.sites import plan_values, write_plan
+from support.summing_sites import summed_plan
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -110,6 +112,23 @@ def test_a_plan_that_no_site_could_train_is_not_signed(home, plan, tmp_path: Pat
         refused = run(home, *command, path, code=1).stderr
         assert refused.count("\n") == 1
         assert "not signed: " in refused
+    assert home.registry().plans() == []
+
+
+def test_check_names_what_signing_a_plan_of_sums_would_refuse(home, plan, tmp_path: Path) -> None:
+    values = summed_plan(min_sites=4).model_dump(mode="json")
+    values["study"]["foundation"] = plan.study.foundation
+    registry = home.registry()
+    for name in ("north", "south", "west"):
+        CohortSizes(registry).agree(name, 28)
+    registry.close()
+    path = written(tmp_path / "plan.toml", Plan.parse(values))
+    told = run(home, "plan", "check", path, code=1).stderr
+    assert "no identity key of north, south, west" in told
+    assert "the plan needs 4 sites, 3 are enrolled" in told
+    for command in (["plan", "sign"], ["train"]):
+        refused = run(home, *command, path, code=1).stderr
+        assert "not signed: roster: no identity key" in refused
     assert home.registry().plans() == []
 
 

@@ -28,7 +28,6 @@ def key_of(number: int) -> str:
 @pytest.fixture
 def registry(tmp_path: Path):  # type: ignore[no-untyped-def]
     registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
-    remember(registry, PLAN)
     for number, (site, patients) in enumerate(SITES.items(), start=1):
         CohortSizes(registry).agree(site, patients)
         Rosters(registry).publish(site, key_of(number))
@@ -36,14 +35,15 @@ def registry(tmp_path: Path):  # type: ignore[no-untyped-def]
     registry.close()
 
 
-def remember(registry: Registry, plan: Plan) -> None:
-    registry.add_plan(
-        PlanRecord(hash=plan.hash, study="s", json=plan.to_json(), signature="s", public_key="k")
+def fix(registry: Registry, plan: Plan) -> None:
+    record = PlanRecord(
+        hash=plan.hash, study="s", json=plan.to_json(), signature="s", public_key="k"
     )
+    Rosters(registry).fix(plan, record)
 
 
 def test_the_roster_names_every_site_its_number_and_its_key(registry: Registry) -> None:
-    Rosters(registry).fix(PLAN)
+    fix(registry, PLAN)
     roster = Rosters(registry).fixed(PLAN)
     assert roster.patients == SITES
     assert roster.identities == {"aachen": key_of(1), "bern": key_of(2), "coimbra": key_of(3)}
@@ -54,12 +54,12 @@ def test_a_fixed_roster_stays_whatever_is_published_until_it_is_renewed(
     registry: Registry,
 ) -> None:
     rosters = Rosters(registry)
-    rosters.fix(PLAN)
+    fix(registry, PLAN)
     before = rosters.fixed(PLAN)
     rosters.publish("aachen", key_of(9))
     CohortSizes(registry).agree("dresden", 20)
     rosters.publish("dresden", key_of(4))
-    rosters.fix(PLAN)
+    fix(registry, PLAN)
     assert rosters.fixed(PLAN) == before
     renewed = rosters.renew(PLAN)
     assert rosters.fixed(PLAN) == renewed
@@ -71,7 +71,7 @@ def test_a_fixed_roster_stays_whatever_is_published_until_it_is_renewed(
 def test_who_has_published_no_key_is_named(registry: Registry) -> None:
     CohortSizes(registry).agree("dresden", 20)
     with pytest.raises(RosterError, match="no identity key of dresden"):
-        Rosters(registry).fix(PLAN)
+        fix(registry, PLAN)
     with pytest.raises(HomeError, match="has no roster; sign it again"):
         Rosters(registry).fixed(PLAN)
 
@@ -95,9 +95,8 @@ def test_a_plan_whose_sums_could_wrap_is_refused_with_the_grid_that_fits(
     # So much noise that it is what decides: without floors 21 bits would fit.
     fine["privacy"] |= {"sum_grid_bits": 20, "target_epsilon": 0.1}
     plan = Plan.parse(fine)
-    remember(registry, plan)
     with pytest.raises(HomeError, match=r"sum_grid_bits of 19 or less.*set it to 19"):
-        Rosters(registry).fix(plan)
+        fix(registry, plan)
     noise = plan_noise_multiplier(plan) * 4.0 * math.sqrt(3)  # each may have a floor of its own
     assert sum_fits(19, expected_patients=90, total_noise_multiplier=noise)
     assert not sum_fits(20, expected_patients=90, total_noise_multiplier=noise)
@@ -110,18 +109,47 @@ def test_a_plan_of_updates_in_whose_sums_one_site_is_most_is_not_signed(
     CohortSizes(registry).agree("dresden", 400)
     Rosters(registry).publish("dresden", key_of(4))
     heavy, capped = (plan_of_updates(rule=r) for r in ("by_patients", "alignment_regularized"))
-    for plan in (heavy, capped):
-        remember(registry, plan)
     with pytest.raises(HomeError, match=r"dresden would be 0\.69 .* max_weight 0\.6"):
-        Rosters(registry).fix(heavy)
-    Rosters(registry).fix(capped)
+        fix(registry, heavy)
+    fix(registry, capped)
 
 
 def test_too_few_sites_are_said_when_the_plan_is_signed(registry: Registry) -> None:
     plan = summed_plan(min_sites=4)
-    remember(registry, plan)
     with pytest.raises(HomeError, match="needs 4 sites, 3 are enrolled"):
-        Rosters(registry).fix(plan)
+        fix(registry, plan)
+
+
+def test_a_plan_that_was_refused_is_not_offered(registry: Registry) -> None:
+    """Nor one that an older program kept without its roster."""
+    plan = summed_plan(min_sites=4)
+    with pytest.raises(HomeError):
+        fix(registry, plan)
+    assert registry.plans() == []
+    registry.add_plan(
+        PlanRecord(hash=plan.hash, study="s", json=plan.to_json(), signature="s", public_key="k")
+    )
+    fix(registry, PLAN)
+    assert [each.hash for each in registry.offered_plans()] == [PLAN.hash]
+
+
+def test_all_that_keeps_a_plan_from_being_fixed_is_named_at_once(registry: Registry) -> None:
+    CohortSizes(registry).agree("dresden", 400)
+    plan = plan_of_updates(rule="by_patients")
+    assert [problem[:40] for problem in Rosters(registry).problems(plan)] == [
+        "roster: no identity key of dresden; ask ",
+        "dresden would be 0.69 of the plan's sums",
+    ]
+    few = summed_plan(min_sites=5)
+    assert "the plan needs 5 sites, 4 are enrolled" in list(Rosters(registry).problems(few))
+
+
+def test_a_fixed_plan_has_no_problem_whoever_enrols(registry: Registry) -> None:
+    """To sign it again, or to train it, fixes nothing anew."""
+    fix(registry, PLAN)
+    CohortSizes(registry).agree("dresden", 20)
+    assert list(Rosters(registry).problems(PLAN)) == []
+    fix(registry, PLAN)
 
 
 def test_a_plan_without_sums_needs_no_roster(registry: Registry) -> None:
