@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,15 +78,31 @@ def init(
         list[str] | None,
         typer.Option(help="Name or address under which sites reach this machine; repeat."),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            help="Address to bind; all interfaces, or loopback if every host is this machine."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a coordinator's home: keys, certificate authority, registry, configuration."""
+    """Make a coordinator's home: keys, certificate authority, registry, configuration.
+
+    Again is harmless: a home that is there keeps its configuration, and another one is refused.
+    """
     from crafts_server.home import EMBEDDED, CoordinatorHome
 
     with one_line_errors("crafts-server"):
         if foundation != EMBEDDED:
             foundation = str(Path(foundation).resolve())
-        config = _checked_config(foundation, registry, host or ["localhost"])
+        told = {
+            "foundation": foundation,
+            "registry": registry,
+            "hosts": tuple(host or ["localhost"]),
+            **({} if listen is None else {"listen": listen}),
+        }
+        config = _checked_config(told)
+        _refuse_another(home, config, asked=_asked_for(context))
         made = CoordinatorHome.create(home, config)
         made.registry().close()
         public_key = made.public_key
@@ -109,7 +125,7 @@ def init(
     )
 
 
-def _checked_config(foundation: str, registry: str, hosts: list[str]) -> "HomeConfig":
+def _checked_config(told: Mapping[str, object]) -> "HomeConfig":
     from pydantic import ValidationError
 
     from crafts_core.plan import describe_first_error
@@ -117,9 +133,43 @@ def _checked_config(foundation: str, registry: str, hosts: list[str]) -> "HomeCo
     from crafts_server.home import HomeConfig
 
     try:
-        return HomeConfig(foundation=foundation, registry=registry, hosts=tuple(hosts))
+        return HomeConfig.model_validate(told)
     except ValidationError as error:
         raise HomeError(describe_first_error(error)) from error
+
+
+def _asked_for(context: typer.Context) -> list[str]:
+    """The keys of the configuration that somebody named, by option or variable."""
+    keys = {"foundation": "foundation", "registry": "registry", "host": "hosts", "listen": "listen"}
+    return [
+        key
+        for option, key in keys.items()
+        if context.get_parameter_source(option) != ParameterSource.DEFAULT
+    ]
+
+
+def _refuse_another(path: Path, config: "HomeConfig", *, asked: Sequence[str]) -> None:
+    """Change no home that is there, and do not look as if.
+
+    Raises:
+        HomeError: something else was asked for than its configuration says.
+    """
+    from crafts_server.errors import HomeError
+    from crafts_server.home import CONFIG_NAME, CoordinatorHome
+
+    if not (path / CONFIG_NAME).exists():
+        return
+    kept, wanted = CoordinatorHome.open(path).config, config.model_dump(mode="json")
+    others = [key for key in asked if getattr(kept, key) != getattr(config, key)]
+    if "hosts" in others and "listen" not in asked and kept.listen != config.listen:
+        others.append("listen")  # other hosts may need another address
+    # The registry's URL may hold a password.
+    lines = [key if key == "registry" else f"{key} = {json.dumps(wanted[key])}" for key in others]
+    if lines:
+        raise HomeError(
+            f"{path} is a home already and was left as it is; for another {', '.join(lines)} edit "
+            f"{path / CONFIG_NAME} and restart crafts-server serve"
+        )
 
 
 def _has_password(registry: str) -> bool:

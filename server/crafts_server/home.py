@@ -18,8 +18,9 @@ Only its owner may enter it or read a file in it: the configuration may hold a p
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -41,7 +42,20 @@ from crafts_server.signed_plan import SignedPlan
 
 EMBEDDED = "embedded"
 SQLITE = "sqlite"
+LOOPBACK = "127.0.0.1"
 CONFIG_NAME, _KEY, _LOCK = "coordinator.toml", "signing.key", ".lock"
+
+
+def _listened(hosts: Sequence[str]) -> str:
+    """All interfaces where a host is not this machine alone: enrolment, registrar and fleet."""
+    return LOOPBACK if all(map(_is_loopback, hosts)) else "0.0.0.0"  # noqa: S104
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class HomeConfig(BaseModel):
@@ -55,8 +69,10 @@ class HomeConfig(BaseModel):
     """``sqlite`` for registry.db in the home, or a SQLAlchemy URL, which may hold a password."""
     hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")], ...] = ("localhost",)
     """Names and addresses under which sites reach the coordinator; the first is told to them."""
-    listen: str = "0.0.0.0"  # noqa: S104  # what is reachable there is enrolment, registrar, fleet
-    """Address that the three public ports are bound to."""
+    listen: Annotated[str, Field(min_length=1)] = Field(
+        default_factory=lambda fields: _listened(fields.get("hosts", ()))
+    )
+    """Address that the three public ports are bound to; loopback if all hosts are."""
     fleet_port: Annotated[int, Field(ge=0, le=65535)] = 8443
     enrolment_port: Annotated[int, Field(ge=0, le=65535)] = 8444
     registrar_port: Annotated[int, Field(ge=0, le=65535)] = 8445
@@ -77,10 +93,12 @@ class CoordinatorHome:
 
         Raises:
             HomeError: the place cannot be written.
+            RegistryError: the registry of a new home cannot be opened; no configuration is kept.
         """
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (path / CONFIG_NAME).exists():
+                cls(path, config).registry().close()  # what cannot be opened is not kept
                 values = config.model_dump(mode="json")
                 lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
                 write_file(path / CONFIG_NAME, "".join(lines), mode=0o600)

@@ -75,6 +75,67 @@ def test_the_registry_is_named_by_a_variable(tmp_path: Path, by: str) -> None:
     assert CoordinatorHome.open(tmp_path / "home").config.registry == url
 
 
+def init(home: Path, *options: str, code: int = 0, **variables: str) -> str:
+    done = CliRunner().invoke(app, ["init", "--home", str(home), *options], env=variables)
+    assert done.exit_code == code, done.output
+    return done.stderr
+
+
+def test_init_again_refuses_what_it_would_not_apply(tmp_path: Path) -> None:
+    """It printed success, and the coordinator went on to say localhost to sites."""
+    home = tmp_path / "home"
+    init(home)
+    before = (home / "coordinator.toml").read_text()
+    init(home)
+    init(home, "--host", "localhost")
+    told = init(home, "--host", "coordinator.example.org", code=1)
+    assert told.count("\n") == 1
+    for words in ('hosts = ["coordinator.example.org"]', 'listen = "0.0.0.0"', "coordinator.toml"):
+        assert words in told
+    assert (home / "coordinator.toml").read_text() == before
+
+
+def test_init_again_shows_no_password(tmp_path: Path) -> None:
+    init(tmp_path / "home")
+    told = init(tmp_path / "home", code=1, CRAFTS_REGISTRY=SECRET)
+    assert "for another registry edit" in told
+    assert "hunter2" not in told
+
+
+def test_a_home_whose_listening_was_edited_starts_again(tmp_path: Path) -> None:
+    """As in a container, where `init` comes before every start."""
+    init(tmp_path / "home", "--host", "a.org")
+    path = tmp_path / "home" / "coordinator.toml"
+    path.write_text(path.read_text().replace("0.0.0.0", "10.0.0.5"))
+    init(tmp_path / "home", "--host", "a.org")
+    assert CoordinatorHome.open(tmp_path / "home").config.listen == "10.0.0.5"
+
+
+def test_a_registry_that_cannot_be_opened_is_not_kept(tmp_path: Path) -> None:
+    """Else a wrong password stayed for ever, whatever was said later."""
+    init(tmp_path / "home", code=1, CRAFTS_REGISTRY=f"sqlite:///{tmp_path / 'none' / 'r.db'}")
+    init(tmp_path / "home")
+    assert CoordinatorHome.open(tmp_path / "home").config.registry == "sqlite"
+
+
+@pytest.mark.parametrize(
+    ("options", "listen"),
+    [
+        ([], "127.0.0.1"),
+        (["--host", "127.0.0.1", "--host", "::1"], "127.0.0.1"),
+        (["--host", "localhost", "--host", "10.0.0.5"], "0.0.0.0"),
+        (["--host", "coordinator"], "0.0.0.0"),
+        (["--listen", "0.0.0.0"], "0.0.0.0"),
+        (["--host", "a.org", "--listen", "10.0.0.5"], "10.0.0.5"),
+    ],
+)
+def test_only_who_is_reached_from_elsewhere_listens_there(
+    tmp_path: Path, options: list[str], listen: str
+) -> None:
+    init(tmp_path / "home", *options)
+    assert CoordinatorHome.open(tmp_path / "home").config.listen == listen
+
+
 def test_a_cluster_without_an_encoding_will_do(tmp_path: Path, postgres) -> None:
     """As initdb makes one where no locale is set, in a bare container."""
     bare = "TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
