@@ -14,6 +14,7 @@ Only its owner may enter it or read a file in it: the configuration may hold a p
     checkpoints/RUN/   signed checkpoints
     spool/RUN/         updates of the open round
     pools/HASH/        open tiles that plans with stage retrieval pick from
+    contacts/SITE      empty; its time is when the site was last seen
 """
 
 import json
@@ -34,6 +35,7 @@ from crafts_core.roster import Roster
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
 from crafts_server.audit_log import AuditLog
 from crafts_server.checkpoints import CheckpointStore
+from crafts_server.contacts import Contacts
 from crafts_server.errors import HomeError
 from crafts_server.pki import Pki
 from crafts_server.registry import PlanRecord, Registry
@@ -164,6 +166,11 @@ class CoordinatorHome:
     def public_key(self) -> str:
         """What sites put into ``allowed_signers``."""
         return public_key_of(self._key())
+
+    @property
+    def contacts(self) -> Contacts:
+        """When sites were seen; who notes it keeps the object, which notes no more than it must."""
+        return Contacts(self.path / "contacts")
 
     @property
     def audit_log(self) -> AuditLog:

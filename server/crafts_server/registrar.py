@@ -121,6 +121,7 @@ class RegistrarService:
         self._home = home
         self._enrolments = enrolments
         self._heads = heads
+        self._contacts = home.contacts
         self._foundation: Path = home.foundation_path
         self._manifest: FoundationManifest = read_manifest(self._foundation)
 
@@ -245,7 +246,7 @@ class RegistrarService:
         )
 
     def _site(self, context: grpc.ServicerContext) -> str:
-        """The site that the client certificate speaks for."""
+        """The site that the client certificate speaks for; it was seen just now."""
         pem = context.auth_context().get("x509_pem_cert", [b""])[0]
         try:
             certificate = x509.load_pem_x509_certificate(pem)
@@ -257,6 +258,7 @@ class RegistrarService:
                 grpc.StatusCode.PERMISSION_DENIED,
                 "this certificate is revoked or replaced; ask the coordinator",
             )
+        self._contacts.note(site)
         return site
 
 

@@ -66,6 +66,7 @@ class Service:
         )
         self.metrics = Metrics()
         self._audit = home.audit_log
+        self._contacts = home.contacts
         self.ports: dict[str, int] = {}
         self._stop = threading.Event()
         self._over = threading.Event()
@@ -274,7 +275,9 @@ class Service:
                     sites = self._enrolments.sites()
                     admitted = {s.name: s.node_public_key for s in sites if s.revoked_at is None}
                     self.superlink.admit_only(admitted)
-                online = self.superlink.online
+                online = self.superlink.online & admitted.keys()
+                for site in online:
+                    self._contacts.note(site)
                 self.metrics.connected({site: site in online for site in admitted})
                 self.metrics.plans_queued.set(len(queued_plans(self._home)))
                 self.metrics.audit_entries.set(self._audit.num_entries)
