@@ -27,6 +27,12 @@ class PastRun:
     newest_seconds: float
 
 
+def num_short(entries: Sequence[Entry]) -> int:
+    """Rounds without a result; a line stands for several, in older programs for one."""
+    times = (entry.facts.get("times", 1) for entry in entries if entry.event == Event.SHORT)
+    return sum(each for each in times if isinstance(each, int))
+
+
 def past_runs(registry: Registry, entries: Sequence[Entry]) -> Iterator[PastRun]:
     """Every run with a round.
 

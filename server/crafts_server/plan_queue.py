@@ -1,15 +1,19 @@
 """The plans that wait to be trained: files in the home's ``queue``, named by the plans' hashes.
 
-Handing one over needs no port, and a restart forgets nothing.
+Handing one over needs no port, and a restart forgets nothing. What cannot be trained stays there as
+``HASH.failed``, which holds the reason, until somebody hands it over again.
 """
 
 from contextlib import suppress
 from pathlib import Path
 
+from crafts_core.durable import write_file
 from crafts_core.plan import Plan
 from crafts_server.audit_log import Event
 from crafts_server.errors import HomeError
 from crafts_server.home import CoordinatorHome
+
+_FAILED = ".failed"
 
 
 def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
@@ -18,6 +22,7 @@ def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
     folder = home.path / "queue"
     folder.mkdir(exist_ok=True)
     (folder / plan.hash).touch()
+    (folder / f"{plan.hash}{_FAILED}").unlink(missing_ok=True)
     home.audit_log.write(Event.QUEUED, plan=plan.hash, study=plan.study.name)
 
 
@@ -36,6 +41,22 @@ def stop_plan(home: CoordinatorHome, beginning: str) -> str:
     found[0].unlink(missing_ok=True)
     home.audit_log.write(Event.STOPPED, plan=found[0].name)
     return found[0].name
+
+
+def fail_plan(home: CoordinatorHome, plan: str, why: str) -> None:
+    """Take a plan out of the queue that cannot be trained. Nothing happens if it was stopped."""
+    entry = home.path / "queue" / plan
+    failed = entry.with_suffix(_FAILED)
+    with suppress(FileNotFoundError):
+        entry.rename(failed)
+        with suppress(OSError):  # a full disk; the audit log has it, too
+            write_file(failed, why, mode=0o600)
+
+
+def failed_plans(home: CoordinatorHome) -> dict[str, str]:
+    """Hash to why it cannot be trained; empty where an older program did not say."""
+    found = (home.path / "queue").glob(f"*{_FAILED}")
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(found)}
 
 
 def queued_plans(home: CoordinatorHome) -> list[Path]:

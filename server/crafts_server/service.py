@@ -7,8 +7,9 @@ is finished. What a kill leaves behind, the next start goes on with.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
@@ -29,8 +30,8 @@ from crafts_server.errors import (
 )
 from crafts_server.home import CoordinatorHome
 from crafts_server.metrics import Metrics
-from crafts_server.past_rounds import past_runs
-from crafts_server.plan_queue import queued_plans
+from crafts_server.past_rounds import num_short, past_runs
+from crafts_server.plan_queue import fail_plan, queued_plans
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registrar import (
     EnrolmentService,
@@ -46,6 +47,17 @@ log = logging.getLogger(__name__)
 _LOOK_S = 2.0
 _TRY_AGAIN_S = 30.0
 """After a round that too few sites answered: committed rounds stay, the sites may come back."""
+_TELL_AGAIN_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Short:
+    """What a line says of rounds without a result."""
+
+    plan: str
+    queued_at: float
+    """Handed over again, a plan waits anew."""
+    why: str
 
 
 class Service:
@@ -68,6 +80,11 @@ class Service:
         self._audit = home.audit_log
         self._contacts = home.contacts
         self.ports: dict[str, int] = {}
+        self._told_short: _Short | None = None
+        """The newest line of this wait."""
+        self._told_short_at = 0.0
+        self._num_short = 0
+        """Such rounds since that line."""
         self._stop = threading.Event()
         self._over = threading.Event()
         self._admitting = threading.Lock()
@@ -124,6 +141,9 @@ class Service:
         self.metrics.stop()
         self.superlink.stop()
         self._registry.close()
+        told = self._told_short
+        if told and self._num_short and (self._home.path / "queue" / told.plan).exists():
+            self._audit.write(Event.SHORT, plan=told.plan, why=told.why, times=self._num_short)
         self._audit.write(Event.ENDED)
 
     def work(self, stop: threading.Event) -> None:
@@ -156,8 +176,7 @@ class Service:
             return True
         except AggregationError as error:
             log.warning("%s", error)
-            self.metrics.short_rounds.inc()
-            self._note(Event.SHORT, plan=plan, why=str(error))
+            self._note_short(entry, str(error))
             return False
         except (RegistryError, StorageError, OperationalError, OSError) as error:
             # A busy database, a full disk: committed rounds are safe, and it may pass.
@@ -166,13 +185,25 @@ class Service:
         except CraftsError as error:
             log.error("plan %s cannot be trained: %s", plan[:16], error)
             self._note(Event.FAILED, plan=plan, why=str(error))
-            with suppress(FileNotFoundError):  # it was stopped meanwhile
-                entry.rename(entry.with_suffix(".failed"))
+            fail_plan(self._home, plan, str(error))
             return True
         log.info("plan %s is finished", plan[:16])
         self._note(Event.FINISHED, plan=plan)
         entry.unlink(missing_ok=True)
         return True
+
+    def _note_short(self, entry: Path, why: str) -> None:
+        """Once for each reason of a wait, and once an hour: a plan may wait for weeks.
+
+        Each line has how often it happened since the one before.
+        """
+        self.metrics.short_rounds.inc()
+        self._num_short += 1
+        told, now = _Short(plan=entry.name, queued_at=_changed_at(entry), why=why), time.monotonic()
+        if told == self._told_short and now - self._told_short_at < _TELL_AGAIN_S:
+            return
+        self._note(Event.SHORT, plan=told.plan, why=why, times=self._num_short)
+        self._told_short, self._told_short_at, self._num_short = told, now, 0
 
     def _committed(self, receipt: RoundReceipt) -> None:
         log.info(
@@ -191,6 +222,7 @@ class Service:
                 *(rise.site, receipt.round, rise.before, rise.now),
             )
         self.metrics.committed(receipt)
+        self._told_short = None  # what waits after this is another wait
         self._note_round(receipt)
 
     def _make_up(self, chain: Sequence[Checkpoint]) -> None:
@@ -253,8 +285,9 @@ class Service:
         """Counters go on where they were; they are for looking, and stop nothing."""
         try:
             entries = self._audit.verify()
-            short = sum(entry.event == Event.SHORT for entry in entries)
-            self.metrics.go_on(tuple(past_runs(self._registry, entries)), num_short=short)
+            self.metrics.go_on(
+                tuple(past_runs(self._registry, entries)), num_short=num_short(entries)
+            )
         except CraftsError as error:
             log.warning("metrics count from zero: %s", error)
 
@@ -297,6 +330,14 @@ def _until_stopped(entry: Path, stop: threading.Event) -> Callable[[float], None
             raise RunStoppedError("the run was stopped; committed rounds stay")
 
     return sleep
+
+
+def _changed_at(entry: Path) -> float:
+    """When a plan was handed over; zero if it has left the queue meanwhile."""
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from flwr.serverapp import Grid
 
 from crafts_core.plan import Plan
 from crafts_server import service as module
-from crafts_server.errors import AggregationError, DivergedError, StorageError
+from crafts_server.audit_log import Event
+from crafts_server.errors import AggregationError, DivergedError, HomeError, StorageError
 from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.past_rounds import num_short
 from crafts_server.pki import Pki
-from crafts_server.plan_queue import queue_plan, queued_plans
+from crafts_server.plan_queue import failed_plans, queue_plan, queued_plans
 from crafts_server.receipts import Refusal, RoundReceipt, WeightRise
 from crafts_server.service import Service
 from support.disk import fill_disk
@@ -89,6 +92,81 @@ def test_the_audit_log_is_waited_for_while_the_disk_is_full(service, monkeypatch
     assert not train(service, monkeypatch, short)
     timers[0].join()
     assert service._audit.verify()[-1].event == "round without a result"
+
+
+def test_a_wait_of_weeks_is_a_line_for_each_reason_and_each_hour(service, monkeypatch) -> None:
+    """It was a line every minute, among which the reasons of others were not found again."""
+
+    def short_of(why: str) -> None:
+        def short() -> None:
+            raise AggregationError(why)
+
+        assert not train(service, monkeypatch, short)
+
+    for why in ("a", "a", "a", "b", "b"):
+        short_of(why)
+    monkeypatch.setattr(module, "_TELL_AGAIN_S", 0.0)
+    short_of("b")
+    monkeypatch.undo()
+    service._committed(receipt(aachen=1.0))
+    short_of("b")
+    entries = service._audit.verify()
+    told = [entry.facts for entry in entries if entry.event == Event.SHORT]
+    assert [(fact["why"], fact["times"]) for fact in told] == [
+        ("a", 1), ("b", 3), ("b", 2), ("b", 1),
+    ]  # fmt: skip
+    assert num_short(entries) == 7
+
+
+def test_a_plan_that_is_handed_over_again_waits_anew(service, monkeypatch, foundation) -> None:
+    def short() -> None:
+        raise AggregationError("too few")
+
+    for _ in range(2):
+        train(service, monkeypatch, short)
+        queue_plan(service._home, Plan.parse(plan_values(foundation.manifest.hash)))
+    events = [entry.event for entry in service._audit.verify()]
+    assert events.count("round without a result") == 2
+
+
+def test_what_waits_is_told_when_the_program_ends(service, monkeypatch) -> None:
+    """Else counters would be lower after a restart than before it."""
+
+    def short() -> None:
+        raise AggregationError("too few")
+
+    for _ in range(3):
+        train(service, monkeypatch, short)
+    service._grpc = ()
+    monkeypatch.setattr(service.superlink, "stop", lambda: None)
+    monkeypatch.setattr(service.metrics, "stop", lambda: None)
+    service._over.set()
+    service._looking.start()
+    service.stop()
+    assert num_short(service._audit.verify()) == 3
+
+
+def test_a_plan_that_comes_to_no_run_keeps_its_reason(service, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HomeError("this home has another foundation")
+
+    monkeypatch.setattr(module.Coordinator, "open", refuse)
+    (entry,) = queued_plans(service._home)
+    assert service._train(entry, threading.Event())
+    assert failed_plans(service._home) == {entry.name: "this home has another foundation"}
+    assert queued_plans(service._home) == []
+
+
+def test_a_connected_node_is_a_contact_of_its_site(service, monkeypatch) -> None:
+    token = service._enrolments.invite("north", patients=7, valid_for=timedelta(hours=1))
+    service._enrolments.enrol(
+        token, fingerprint="f" * 64, node_public_key=openssh(new_key()), declared_patients=7
+    )
+    online = property(lambda _: frozenset({"north", "revoked"}))
+    monkeypatch.setattr(type(service.superlink), "online", online)
+    service._over.set()
+    service._watch_sites()
+    assert set(service._home.contacts.last()) == {"north"}
 
 
 def test_a_weight_that_rose_is_logged_and_in_the_audit_log(service, caplog) -> None:
