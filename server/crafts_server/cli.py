@@ -411,20 +411,27 @@ def plan_roster(
 
 @runs_app.command("list")
 def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
-    """All runs, newest first."""
-    with one_line_errors("crafts-server"), _registry(home) as registry:
+    """All runs, newest first, and plans that failed before they came to one."""
+    with one_line_errors("crafts-server"):
         from crafts_server.home import CoordinatorHome
-        from crafts_server.status import reasons
+        from crafts_server.status import status_of
 
-        summaries = registry.runs()
-        why = reasons(CoordinatorHome.open(home).audit_log, summaries)
+        now = status_of(CoordinatorHome.open(home))
+    why = now.why
     lines = [
         f"{run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  {run.rounds} rounds  "
         f"{run.started_at:%Y-%m-%d %H:%M}"
         + (f"  ({why[run.plan_hash]})" if run.plan_hash in why else "")
-        for run in summaries
+        for run in now.runs
     ]
-    values = [asdict(run) | {"why": why.get(run.plan_hash)} for run in summaries]
+    lines += [
+        f"-  {failed.study}  plan {failed.plan_hash[:16]}  failed  0 rounds  ({failed.why})"
+        for failed in now.failed
+    ]
+    values = [asdict(run) | {"why": why.get(run.plan_hash)} for run in now.runs]
+    values += [
+        asdict(failed) | {"run_id": None, "status": "failed", "rounds": 0} for failed in now.failed
+    ]
     _print(values, lines or ["no runs yet"], as_json)
 
 

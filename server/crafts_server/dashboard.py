@@ -9,13 +9,18 @@ from crafts_core.page_token import token_of
 from crafts_core.served_pages import ClosedPages, serve
 from crafts_server.errors import UnknownRunError
 from crafts_server.home import CoordinatorHome
-from crafts_server.study_view import run_view, study_view
+from crafts_server.study_view import UP_WITHIN, run_view, study_view
 
 
 def make_app(path: Path, token: str) -> FastAPI:
     """The pages of the home at ``path``, below ``/TOKEN/``."""
     pages = ClosedPages("crafts_server", token, absent=(UnknownRunError,))
-    pages.add("/", "study.html.j2", lambda _: {"study": study_view(CoordinatorHome.open(path))})
+    minutes = int(UP_WITHIN.total_seconds() // 60)
+    pages.add(
+        "/",
+        "study.html.j2",
+        lambda _: {"study": study_view(CoordinatorHome.open(path)), "up_within_min": minutes},
+    )
     pages.add(
         "/runs/{run_id}",
         "run.html.j2",

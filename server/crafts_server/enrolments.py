@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from crafts_server.cohort_sizes import CohortSizes, agree_at_enrolment, check_patients, size_row
 from crafts_server.errors import EnrolmentError
+from crafts_server.pki import SITE_DAYS
 from crafts_server.registry import Registry
 from crafts_server.registry_rows import CohortSizeRow, EnrolmentRow, InvitationRow, WitnessRow
 from crafts_server.rosters import Rosters
@@ -43,6 +44,11 @@ class EnrolledSite:
     """What both sides agreed on."""
     told_patients: int | None
     """What the site said last; another number waits for the coordinator's word."""
+
+    @property
+    def certificate_ends(self) -> datetime:
+        """It was made as the site enrolled."""
+        return self.enrolled_at + timedelta(days=SITE_DAYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

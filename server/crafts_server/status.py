@@ -5,22 +5,24 @@ Reads only; the registry, the queue and the audit log say everything that is tol
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import func, select
 
 from crafts_core.durable import exclusive_lock
 from crafts_privacy.signing import fingerprint
 from crafts_server import pki
-from crafts_server.audit_log import AuditLog, Event
+from crafts_server.audit_log import Event
 from crafts_server.enrolments import Enrolments
 from crafts_server.errors import HomeError
 from crafts_server.home import CoordinatorHome
-from crafts_server.plan_queue import queued_plans
-from crafts_server.registry import Registry, RunSummary
+from crafts_server.plan_queue import failed_plans, queued_plans
+from crafts_server.registry import Registry, RunStatus, RunSummary
 from crafts_server.registry_rows import WitnessRow
 
 _RECENT_LINES = 1000
+_ENDS_SOON = timedelta(days=30)
+_ELSEWHERE = "why is further back in crafts-server log show"
 _ENDS = {Event.SHORT, Event.FAILED, Event.STOPPED}
 _PROGRESS = {Event.QUEUED, Event.COMMITTED, Event.FINISHED}
 
@@ -34,7 +36,28 @@ class SiteStatus:
     """``enrolled``, ``revoked`` or ``invited``."""
     patients: int | None
     last_contact: datetime | None
-    """When its ledger was witnessed last, which is before each round that it answers."""
+    """When it last called or its node was connected, to a minute; None: never since it enrolled."""
+    certificate_ends: datetime | None = None
+    """None where there is no certificate that counts."""
+
+    def certificate_advice(self, at: datetime) -> str:
+        """What to do about its certificate; empty while it has more than a month left."""
+        if self.certificate_ends is None or self.certificate_ends - at > _ENDS_SOON:
+            return ""
+        ends = "ends" if self.certificate_ends > at else "ended"
+        return (
+            f"certificate {ends} {self.certificate_ends:%Y-%m-%d}: crafts-server sites invite "
+            f"{self.name} --patients {self.patients or 'N'}, and there crafts-client enroll"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedPlan:
+    """A plan that could not be trained, and came to no run."""
+
+    plan_hash: str
+    study: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +73,7 @@ class Status:
     sites: tuple[SiteStatus, ...]
     runs: tuple[RunSummary, ...]
     queued: tuple[str, ...]
+    failed: tuple[FailedPlan, ...]
     why: Mapping[str, str]
     """Why the plan of this hash waits or has stopped."""
 
@@ -67,9 +91,13 @@ def status_of(home: CoordinatorHome) -> Status:
     """
     registry = home.registry()
     try:
-        sites, runs = tuple(_sites(registry)), tuple(registry.runs())
+        sites, runs = tuple(_sites(home, registry)), tuple(registry.runs())
+        studies = {plan.hash: plan.study for plan in registry.plans()}
     finally:
         registry.close()
+    queued = tuple(path.name for path in queued_plans(home))
+    why = _reasons(home, runs, queued)
+    settled = {*queued, *(run.plan_hash for run in runs)}
     return Status(
         authority=pki.fingerprint(home.pki.ca),
         signer=fingerprint(home.public_key),
@@ -77,22 +105,35 @@ def status_of(home: CoordinatorHome) -> Status:
         is_serving=_is_serving(home),
         sites=sites,
         runs=runs,
-        queued=tuple(path.name for path in queued_plans(home)),
-        why=reasons(home.audit_log, runs),
+        queued=queued,
+        failed=tuple(
+            FailedPlan(plan_hash=plan, study=studies.get(plan, ""), why=why.get(plan, _ELSEWHERE))
+            for plan in failed_plans(home)
+            if plan not in settled
+        ),
+        why=why,
     )
 
 
-def reasons(log: AuditLog, runs: Sequence[RunSummary]) -> dict[str, str]:
-    """Why each plan of the newest lines waits or has stopped; none where it goes on since."""
+def _reasons(
+    home: CoordinatorHome, runs: Sequence[RunSummary], queued: Sequence[str]
+) -> dict[str, str]:
+    """Why each plan waits or has stopped; none where it goes on since.
+
+    The newest lines of the log know; why a plan failed is kept with it, however long ago.
+    """
     why: dict[str, str] = {}
     plans = {run.run_id: run.plan_hash for run in runs}
-    for entry in log.recent(_RECENT_LINES):
+    for entry in home.audit_log.recent(_RECENT_LINES):
         plan = str(entry.facts.get("plan") or plans.get(str(entry.facts.get("run"))))
         if entry.event in _ENDS:
             why[plan] = str(entry.facts.get("why") or "the operator stopped it")
         elif entry.event in _PROGRESS:
             why.pop(plan, None)
-    return why
+    for run in runs:
+        if run.status is RunStatus.STOPPED and run.plan_hash not in queued:
+            why.setdefault(run.plan_hash, _ELSEWHERE)
+    return why | {plan: text for plan, text in failed_plans(home).items() if text}
 
 
 def sentences(status: Status) -> Iterator[str]:
@@ -107,6 +148,8 @@ def sentences(status: Status) -> Iterator[str]:
             f"last contact {site.last_contact:%Y-%m-%d %H:%M}" if site.last_contact else "not seen"
         )
         yield f"site       {site.name}  {site.state}  {site.patients or 'no'} patients  {seen}"
+        if advice := site.certificate_advice(datetime.now(UTC)):
+            yield f"           {advice}"
     for run in status.runs:
         why = status.why.get(run.plan_hash)
         yield (
@@ -116,6 +159,8 @@ def sentences(status: Status) -> Iterator[str]:
     started = {run.plan_hash for run in status.runs}
     for plan in (plan for plan in status.queued if plan not in started):
         yield f"waiting    plan {plan[:16]}  ({status.why.get(plan) or _waits_for(status)})"
+    for failed in status.failed:
+        yield f"failed     {failed.study}  plan {failed.plan_hash[:16]}  ({failed.why})"
     yield from _next_step(status)
 
 
@@ -133,21 +178,24 @@ def _next_step(status: Status) -> Iterator[str]:
         yield "next: crafts-server plan new plan.toml, plan check, and train"
 
 
-def _sites(registry: Registry) -> Iterator[SiteStatus]:
+def _sites(home: CoordinatorHome, registry: Registry) -> Iterator[SiteStatus]:
     enrolments = Enrolments(registry)
-    seen = _last_contacts(registry)
+    # An older program noted no contact, only when a ledger grew.
+    known = (home.contacts.last(), _last_witnessed(registry))
     for site in enrolments.sites():
+        seen = (times[site.name] for times in known if site.name in times)
         yield SiteStatus(
             name=site.name,
             state="revoked" if site.revoked_at else "enrolled",
             patients=site.declared_patients,
-            last_contact=seen.get(site.name, site.enrolled_at),
+            last_contact=max((at for at in seen if at >= site.enrolled_at), default=None),
+            certificate_ends=None if site.revoked_at else site.certificate_ends,
         )
     for name in enrolments.waiting():
         yield SiteStatus(name=name, state="invited", patients=None, last_contact=None)
 
 
-def _last_contacts(registry: Registry) -> dict[str, datetime]:
+def _last_witnessed(registry: Registry) -> dict[str, datetime]:
     query = select(WitnessRow.site, func.max(WitnessRow.seen_at)).group_by(WitnessRow.site)
     with registry.session() as session:
         return {site: at.replace(tzinfo=UTC) for site, at in session.execute(query)}

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from crafts_core.plan import Plan
 from crafts_server.home import CoordinatorHome
@@ -13,6 +13,9 @@ from crafts_server.round_costs import RoundCost, round_costs
 from crafts_server.samples import Samples, samples_of
 from crafts_server.status import SiteStatus, Status, status_of
 
+UP_WITHIN = timedelta(minutes=5)
+"""A site that is up calls every half minute, and is noted every minute."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteLine:
@@ -20,9 +23,13 @@ class SiteLine:
 
     site: SiteStatus
     standing: str
-    """``up``, ``late``, ``refused``, ``revoked``, ``invited`` or ``waiting``: its state, and in the
-    newest round that asked for it."""
+    """``up``, ``silent``, ``not seen``, ``revoked`` or ``invited``, now."""
+    outcome: str
+    """``used``, ``late``, ``refused`` or empty, in the newest round that asked sites."""
     why: str
+    """What of it, and which round."""
+    certificate: str
+    """What to do about its certificate; empty if nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +79,13 @@ def study_view(home: CoordinatorHome) -> StudyView:
     Raises:
         CraftsError: the home, its registry or a checkpoint is not in order.
     """
-    status = status_of(home)
+    status, at = status_of(home), datetime.now(UTC)
     newest = _newest_receipt(home, status.runs)
     started = {run.plan_hash for run in status.runs}
     return StudyView(
         status=status,
-        at=datetime.now(UTC),
-        sites=tuple(site_line(site, newest) for site in status.sites),
+        at=at,
+        sites=tuple(site_line(site, newest, at=at) for site in status.sites),
         runs=tuple(RunLine(run=run, why=status.why.get(run.plan_hash, "")) for run in status.runs),
         waiting=tuple(plan for plan in status.queued if plan not in started),
     )
@@ -108,25 +115,41 @@ def run_view(home: CoordinatorHome, run_id: str) -> RunView:
     )
 
 
-def site_line(site: SiteStatus, newest: RoundReceipt | None) -> SiteLine:
-    """How a site stands after the newest round."""
-    if site.state != "enrolled" or newest is None:
-        standing = "waiting" if site.state == "enrolled" else site.state
-        return SiteLine(site=site, standing=standing, why="")
+def site_line(site: SiteStatus, newest: RoundReceipt | None, *, at: datetime) -> SiteLine:
+    """How a site stands now, and what came of it in the newest round."""
+    outcome, why = "", ""
+    if site.state == "enrolled" and newest is not None:
+        outcome, why = _outcome(site.name, newest)
+    return SiteLine(
+        site=site,
+        standing=_standing(site, at),
+        outcome=outcome,
+        why=why,
+        certificate=site.certificate_advice(at),
+    )
+
+
+def _standing(site: SiteStatus, at: datetime) -> str:
+    if site.state != "enrolled":
+        return site.state
+    if site.last_contact is None:
+        return "not seen"
+    return "up" if at - site.last_contact < UP_WITHIN else "silent"
+
+
+def _outcome(name: str, newest: RoundReceipt) -> tuple[str, str]:
     where = f"round {newest.round}"
     for used in newest.sites:
-        if used.site == site.name:
-            return SiteLine(site=site, standing="up", why=f"{where}, weight {used.weight:.2f}")
+        if used.site == name:
+            return "used", f"{where}, weight {used.weight:.2f}"
     for refusal in newest.refused:
-        if refusal.site == site.name:
-            return SiteLine(site=site, standing="refused", why=f"{where}: {refusal.reason}")
-    if site.name in newest.missing:
-        why = f"had not answered when {where} closed"
-        return SiteLine(site=site, standing="late", why=why)
-    if site.name in newest.left_out:
-        why = f"not asked in {where}: it spoils sums or does not deliver"
-        return SiteLine(site=site, standing="late", why=why)
-    return SiteLine(site=site, standing="waiting", why=f"was not there in {where}")
+        if refusal.site == name:
+            return "refused", f"{where}: {refusal.reason}"
+    if name in newest.missing:
+        return "late", f"had not answered when {where} closed"
+    if name in newest.left_out:
+        return "late", f"not asked in {where}: it spoils sums or does not deliver"
+    return "", f"was not there in {where}"
 
 
 def _newest_receipt(home: CoordinatorHome, runs: Sequence[RunSummary]) -> RoundReceipt | None:

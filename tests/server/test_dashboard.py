@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from crafts_privacy.accounting import PrivacyEvent
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.dashboard import make_app
 from crafts_server.home import CoordinatorHome, HomeConfig
+from crafts_server.plan_queue import fail_plan, queue_plan
 from crafts_server.receipts import Refusal, RoundReceipt, SumReceipt
 from crafts_server.registry import CheckpointRecord
 from crafts_server.round_costs import round_costs
@@ -32,6 +33,13 @@ from support.sites import plan_values
 
 CHROMIUM = shutil.which("chromium")
 MARKUP = "<img src=x onerror=alert(1)>"
+NOW = datetime.now(UTC)
+
+
+def site(name: str, *, state: str = "enrolled", last_contact: datetime | None = NOW) -> SiteStatus:
+    return SiteStatus(
+        name=name, state=state, patients=9, last_contact=last_contact, certificate_ends=None
+    )
 
 
 def first_round() -> RoundReceipt:
@@ -233,21 +241,49 @@ def test_the_token_is_the_owners_and_stays(home: CoordinatorHome, token: str) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "standing", "why"),
+    ("name", "outcome", "why"),
     [
-        ("aachen", "up", "round 1, weight 0.60"),
+        ("aachen", "used", "round 1, weight 0.60"),
         ("dresden", "refused", "round 1: code 101"),
         ("essen", "late", "had not answered when round 1 closed"),
-        ("fulda", "waiting", "was not there in round 1"),
+        ("fulda", "", "was not there in round 1"),
     ],
 )
-def test_a_site_stands_as_in_the_newest_round(name: str, standing: str, why: str) -> None:
-    site = SiteStatus(name=name, state="enrolled", patients=9, last_contact=datetime.now(UTC))
-    line = site_line(site, first_round())
-    assert line.standing == standing
+def test_what_came_of_a_site_in_the_newest_round(name: str, outcome: str, why: str) -> None:
+    line = site_line(site(name), first_round(), at=NOW)
+    assert line.outcome == outcome
     assert line.why.startswith(why)
-    revoked = SiteStatus(name=name, state="revoked", patients=9, last_contact=None)
-    assert site_line(revoked, first_round()).standing == "revoked"
+    assert site_line(site(name, state="revoked"), first_round(), at=NOW).outcome == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "last_contact", "standing"),
+    [
+        ("enrolled", NOW - timedelta(minutes=4), "up"),
+        ("enrolled", NOW - timedelta(days=7), "silent"),
+        ("enrolled", None, "not seen"),
+        ("revoked", NOW, "revoked"),
+        ("invited", None, "invited"),
+    ],
+)
+def test_up_is_who_called_just_now_whatever_the_newest_round_used(
+    state: str, last_contact: datetime | None, standing: str
+) -> None:
+    """A study that had ended showed all up, for ever."""
+    stands = site("aachen", state=state, last_contact=last_contact)
+    assert site_line(stands, first_round(), at=NOW).standing == standing
+
+
+def test_a_plan_without_a_run_shows_why_it_failed(
+    browser: TestClient, home: CoordinatorHome, token: str, foundation
+) -> None:
+    values = plan_values(foundation.manifest.hash)
+    plan = Plan.parse(values | {"study": values["study"] | {"name": "kidneys"}})
+    queue_plan(home, plan)
+    fail_plan(home, plan.hash, "this home has another foundation")
+    shown = browser.get(f"/{token}/").text
+    assert "kidneys" in shown
+    assert "this home has another foundation" in shown
 
 
 @pytest.mark.slow

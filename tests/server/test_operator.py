@@ -2,9 +2,11 @@
 
 import json
 import tomllib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from crafts_core.foundation_manifest import read_manifest
@@ -12,13 +14,15 @@ from crafts_core.plan import Plan, PlanError
 from crafts_core.plan_keys import SECTIONS, commented_toml, explained, keys_table
 from crafts_privacy.plan_check import plan_problems
 from crafts_privacy.signing import fingerprint
-from crafts_server import pki
+from crafts_server import pki, status
 from crafts_server.audit_log import Event
 from crafts_server.cli import app
 from crafts_server.cohort_sizes import CohortSizes
+from crafts_server.dashboard import make_app
 from crafts_server.home import CoordinatorHome, HomeConfig
-from crafts_server.plan_queue import queue_plan, queued_plans
+from crafts_server.plan_queue import fail_plan, queue_plan, queued_plans
 from crafts_server.registry import RunStatus
+from crafts_server.registry_rows import EnrolmentRow
 from support.open_tiles import open_table
 from support.sites import plan_values, write_plan
 from support.summing_sites import summed_plan
@@ -73,6 +77,76 @@ def test_why_a_plan_waits_or_has_stopped_is_told_until_it_goes_on(home, plan) ->
     assert "(it diverged)" in run(home, "status").stdout
     queue_plan(home, plan)
     assert "diverged" not in run(home, "status").stdout
+
+
+def test_a_plan_without_a_run_is_listed_with_its_reason(home, plan, monkeypatch) -> None:
+    """However many lines the log has had since, and until it is handed over again."""
+    queue_plan(home, plan)
+    fail_plan(home, plan.hash, "this home has another foundation")
+    home.audit_log.write(Event.STARTED)
+    monkeypatch.setattr(status, "_RECENT_LINES", 1)
+    for command in (["runs", "list"], ["status"]):
+        shown = run(home, *command).stdout
+        assert "failed" in shown
+        assert f"{plan.study.name}  plan {plan.hash[:16]}" in shown
+        assert "(this home has another foundation)" in shown
+    (told,) = json.loads(run(home, "runs", "list", "--json").stdout)
+    assert (told["plan_hash"], told["run_id"], told["status"]) == (plan.hash, None, "failed")
+    queue_plan(home, plan)
+    assert "failed" not in run(home, "runs", "list").stdout
+
+
+def test_a_stop_of_long_ago_says_where_its_reason_is(home, plan) -> None:
+    home.sign_plan(plan)
+    registry = home.registry()
+    registry.start_run("run-1", plan.hash)
+    registry.set_status("run-1", RunStatus.STOPPED)
+    registry.close()
+    assert "(why is further back in crafts-server log show)" in run(home, "status").stdout
+
+
+def enrolled(home: CoordinatorHome, name: str, at: datetime) -> None:
+    registry = home.registry()
+    with registry.session() as session:
+        session.add(
+            EnrolmentRow(
+                site=name,
+                fingerprint="f" * 64,
+                node_public_key=name,
+                enrolled_at=at.replace(tzinfo=None),
+                revoked_at=None,
+            )
+        )
+    registry.close()
+
+
+def test_a_site_that_never_came_was_not_seen(home) -> None:
+    """Its enrolment was shown as its last contact."""
+    enrolled(home, "north", datetime.now(UTC))
+    assert "north  enrolled  no patients  not seen" in run(home, "status").stdout
+    home.contacts.note("north")
+    assert "last contact" in run(home, "status").stdout
+
+
+def test_what_a_name_did_before_it_enrolled_again_is_no_contact(home) -> None:
+    home.contacts.note("north")
+    enrolled(home, "north", datetime.now(UTC) + timedelta(seconds=1))
+    assert "not seen" in run(home, "status").stdout
+
+
+@pytest.mark.parametrize(
+    ("days", "told"), [(334, ""), (336, "certificate ends "), (366, "certificate ended ")]
+)
+def test_the_end_of_a_sites_certificate_is_told_a_month_before(home, days: int, told: str) -> None:
+    """A site comes no more after it, and its coordinator saw nothing."""
+    enrolled(home, "north", datetime.now(UTC) - timedelta(days=days))
+    for shown in (
+        run(home, "status").stdout,
+        TestClient(make_app(home.path, "t")).get("/t/").text,
+    ):
+        assert ("certificate" in shown) == bool(told)
+        assert told in shown
+        assert ("crafts-server sites invite north --patients N" in shown) == bool(told)
 
 
 def test_an_invitation_says_that_it_voids_an_older_one(home) -> None:

@@ -60,7 +60,7 @@ from crafts_server import registrar as registrar_module
 from crafts_server.audit_log import Event
 from crafts_server.cli import app as server_app
 from crafts_server.enrolments import Enrolments, Witness
-from crafts_server.errors import PkiError
+from crafts_server.errors import HomeError, PkiError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.pki import Pki, fingerprint
 from crafts_server.registrar import (
@@ -71,6 +71,7 @@ from crafts_server.registrar import (
 )
 from crafts_server.registry_rows import CohortSizeRow, WitnessRow
 from crafts_server.signed_heads import SignedHeads
+from crafts_server.status import status_of
 from support.disk import fill_disk
 from support.hostile import TEXT, assert_harmless
 from support.proxy import FAR, Proxy
@@ -401,6 +402,24 @@ def test_a_site_with_another_sites_key_is_not_let_in(coordinator, site) -> None:
     assert coordinator.joined == []
     coordinator.enrolments.rosters.publish("south", b64encode(bytes([3]) * 32).decode())
     enrol(SiteHome.open(site.path), coordinator.host, token)
+
+
+def test_a_call_is_a_contact_and_enrolment_is_none(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    (before,) = status_of(coordinator.home).sites
+    with Registrar(site) as registrar:
+        registrar.call("ListPlans")
+    (after,) = status_of(coordinator.home).sites
+    assert before.last_contact is None
+    assert after.last_contact is not None
+
+
+def test_a_plan_of_sums_that_was_refused_is_not_offered(coordinator, site) -> None:
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    with pytest.raises(HomeError, match="needs 3 sites, 1 are enrolled"):
+        coordinator.home.sign_plan(summed_plan())
+    with Registrar(site) as registrar:
+        assert list(registrar.call("ListPlans").plans) == []
 
 
 def test_a_plan_of_sums_is_not_signed_before_every_site_has_said_its_key(coordinator) -> None:
