@@ -12,6 +12,7 @@ import hmac
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,7 +88,7 @@ class Checkpoint:
         if _RECEIPT not in self.manifest.files:
             raise CheckpointError(f"{self.path}: round {self.round} has no receipt")
         try:
-            return RoundReceipt.model_validate_json(self._read(_RECEIPT))
+            return _parsed_receipt(self._read(_RECEIPT))
         except ValidationError as error:
             raise CheckpointError(f"{self.path}: {describe_first_error(error)}") from error
 
@@ -201,13 +202,25 @@ class CheckpointStore:
         signed = _read(path / _MANIFEST)
         try:
             signature = _read(path / _SIGNATURE).decode("ascii")
-            verify(public_key_of(self._key), signed, signature)
-            manifest = CheckpointManifest.model_validate_json(signed)
+            manifest = _verified(public_key_of(self._key), signed, signature)
         except (SignatureError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not signed by this coordinator; {RESTORE}") from error
         except ValidationError as error:
             raise CheckpointError(f"{path / _MANIFEST}: {describe_first_error(error)}") from error
         return Checkpoint(path=path, manifest=manifest, hash=_sha256(signed))
+
+
+# A page reads a run of hundreds of rounds every few seconds. What was checked is kept for the same
+# bytes, and files are read and hashed each time.
+@lru_cache(maxsize=4096)
+def _verified(public_key: str, signed: bytes, signature: str) -> CheckpointManifest:
+    verify(public_key, signed, signature)
+    return CheckpointManifest.model_validate_json(signed)
+
+
+@lru_cache(maxsize=4096)
+def _parsed_receipt(content: bytes) -> RoundReceipt:
+    return RoundReceipt.model_validate_json(content)
 
 
 def _bytes_of(tensors: "Mapping[str, Tensor]") -> bytes:

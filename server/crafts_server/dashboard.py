@@ -26,6 +26,11 @@ def make_app(path: Path, token: str) -> FastAPI:
         "run.html.j2",
         lambda parts: {"run": run_view(CoordinatorHome.open(path), parts["run_id"])},
     )
+    pages.add(
+        "/runs/{run_id}/all",
+        "run.html.j2",
+        lambda parts: {"run": run_view(CoordinatorHome.open(path), parts["run_id"], whole=True)},
+    )
     return pages.app
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from crafts_core.plan import Plan
+from crafts_privacy.signing import fingerprint, verify
 from crafts_server.home import CoordinatorHome
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import RunStatus, RunSummary
@@ -13,6 +14,8 @@ from crafts_server.round_costs import RoundCost, round_costs
 from crafts_server.samples import Samples, samples_of
 from crafts_server.status import SiteStatus, Status, status_of
 
+NEWEST = 30
+"""Rounds on the page of a run that is made anew all the time."""
 UP_WITHIN = timedelta(minutes=5)
 """A site that is up calls every half minute, and is noted every minute."""
 
@@ -59,14 +62,22 @@ class RunView:
 
     run: RunSummary
     at: datetime
+    plan_signer: str
+    """Fingerprint of this home's key, whose signature of the plan was checked just now."""
     rounds: tuple[tuple[RoundReceipt, RoundCost], ...]
     """With what each cost, by what its sites declared."""
+    whole: bool
+    """Whether all of them are shown; else the newest."""
     samples: Samples | None
     """Of the newest checkpoint that was drawn."""
 
     @property
     def receipts(self) -> tuple[RoundReceipt, ...]:
         return tuple(receipt for receipt, _ in self.rounds)
+
+    @property
+    def shown(self) -> tuple[tuple[RoundReceipt, RoundCost], ...]:
+        return self.rounds if self.whole else self.rounds[:NEWEST]
 
     @property
     def bytes_moved(self) -> int:
@@ -91,26 +102,30 @@ def study_view(home: CoordinatorHome) -> StudyView:
     )
 
 
-def run_view(home: CoordinatorHome, run_id: str) -> RunView:
-    """One run.
+def run_view(home: CoordinatorHome, run_id: str, *, whole: bool = False) -> RunView:
+    """One run; of its rounds the newest are shown, or the ``whole`` of them.
 
     Raises:
         UnknownRunError: there is none.
-        CraftsError: its checkpoints are not what was committed.
+        CraftsError: its plan or its checkpoints are not what was signed.
     """
     registry = home.registry()
     try:
         run = registry.run(run_id)
-        plan = Plan.parse(json.loads(registry.plan(run.plan_hash).json))
+        signed = registry.plan(run.plan_hash)
     finally:
         registry.close()
+    verify(home.public_key, signed.json.encode(), signed.signature)
+    plan = Plan.parse(json.loads(signed.json))
     chain = home.checkpoints(run.run_id).chain()
     receipts = [each.receipt() for each in chain[1:]]
     rounds = zip(receipts, round_costs(plan, receipts), strict=True)
     return RunView(
         run=run,
         at=datetime.now(UTC),
+        plan_signer=fingerprint(home.public_key),
         rounds=tuple(reversed(list(rounds))),
+        whole=whole,
         samples=samples_of(home, plan, chain),
     )
 

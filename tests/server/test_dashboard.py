@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from crafts_core.provenance import read_provenance
 from crafts_core.starting_point import initial_state
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.signing import fingerprint
+from crafts_server import study_view
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.dashboard import make_app
 from crafts_server.home import CoordinatorHome, HomeConfig
@@ -95,6 +98,54 @@ def test_who_has_the_link_sees_runs_and_rounds(browser: TestClient, token: str) 
     run = browser.get(f"/{token}/runs/run").text
     told = ["halved to 0.5", "42.0 s", "aachen", "0.60", "dresden", "essen", "adapter <code>aaaa"]
     assert [words for words in told if words not in run] == []
+
+
+def test_the_newest_rounds_are_shown_with_a_link_to_all(
+    browser: TestClient, home: CoordinatorHome, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks on makes the page anew every few seconds; of all rounds nobody does."""
+    store = home.checkpoints("run")
+    parent = store.chain()[-1]
+    store.write(
+        run_id="run",
+        plan_hash=parent.manifest.plan_hash,
+        parent=parent,
+        state=parent.state(),
+        server_state={},
+        receipt=first_round().model_copy(update={"round": 2}),
+    )
+    monkeypatch.setattr(study_view, "NEWEST", 1)
+    newest = browser.get(f"/{token}/runs/run").text
+    assert "Round 2," in newest
+    assert "Round 1," not in newest
+    assert 'href="run/all">all 2 rounds<' in newest
+    whole = browser.get(f"/{token}/runs/run/all").text
+    assert "Round 2," in whole
+    assert "Round 1," in whole
+    assert 'href="../../"' in whole
+    assert ("http-equiv" in newest, "http-equiv" in whole) == (True, False)
+
+
+def test_who_signed_the_plan_is_shown_if_it_verifies(
+    browser: TestClient, home: CoordinatorHome, token: str
+) -> None:
+    shown = browser.get(f"/{token}/runs/run").text
+    assert f"signed by <code>{fingerprint(home.public_key)}</code>" in shown
+    registry = home.registry()
+    (plan,) = registry.plans()
+    registry.add_plan(replace(plan, json=plan.json.replace('"seed":3', '"seed":4')))
+    registry.close()
+    answer = browser.get(f"/{token}/runs/run")
+    assert (answer.status_code, "signature" in answer.text) == (503, True)
+
+
+def test_what_is_altered_after_a_look_is_seen_at_the_next(
+    browser: TestClient, home: CoordinatorHome, token: str
+) -> None:
+    assert browser.get(f"/{token}/runs/run").status_code == 200
+    file = home.path / "checkpoints" / "run" / "round-0001" / "receipt.json"
+    file.write_text(file.read_text().replace("42.0", "41.0"))
+    assert browser.get(f"/{token}/runs/run").status_code == 503
 
 
 def test_ten_prompts_are_drawn_once_beside_the_foundation(
@@ -192,7 +243,8 @@ def test_who_has_not_sees_the_same_as_where_nothing_is(browser: TestClient, toke
 
 def test_every_answer_is_closed(browser: TestClient, token: str) -> None:
     nonces = set()
-    for path in (f"/{token}/", f"/{token}/runs/run", "/x/", f"/{token}/runs/none"):
+    paths = ("", "runs/run", "runs/run/all", "runs/none")
+    for path in (*(f"/{token}/{each}" for each in paths), "/x/"):
         headers = browser.get(path).headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'; style-src 'nonce-" in policy
@@ -203,7 +255,7 @@ def test_every_answer_is_closed(browser: TestClient, token: str) -> None:
             "nosniff",
         )
         nonces.add(policy)
-    assert len(nonces) == 4
+    assert len(nonces) == 5
 
 
 @pytest.mark.parametrize("method", ["post", "put", "delete", "patch"])
