@@ -37,16 +37,22 @@ class RoundCost:
         return f"epsilon {self.lowest:.2f} to {self.highest:.2f} after it, by hospital"
 
 
-def round_costs(plan: Plan, receipts: Sequence[RoundReceipt]) -> tuple[RoundCost, ...]:
-    """One for each receipt of a run, in their order from the first round on.
+def round_costs(
+    plan: Plan, receipts: Sequence[RoundReceipt], *, newest: int | None = None
+) -> tuple[RoundCost, ...]:
+    """One for each of the newest receipts of a run, or of all, in their order.
+
+    ``receipts`` are all from the first round on, as what they cost adds up.
 
     Sites that declared the same so far are composed once; coarsely, which never understates. Nor
     does it to take all steps of a site that declared ever other noise as its least noisy ones.
     """
     delta = plan.privacy.delta
     spent: dict[str, tuple[PrivacyEvent, ...]] = {}
+    histories: set[tuple[PrivacyEvent, ...]] = set()
     costs: list[RoundCost] = []
-    for receipt in receipts:
+    first = 0 if newest is None else len(receipts) - newest
+    for place, receipt in enumerate(receipts):
         for site in receipt.sites:
             event = PrivacyEvent(
                 noise_multiplier=_noise_of(plan, receipt, site),
@@ -55,12 +61,12 @@ def round_costs(plan: Plan, receipts: Sequence[RoundReceipt]) -> tuple[RoundCost
             )
             merged = accounting.merge([*spent.get(site.site, ()), event])
             spent[site.site] = merged if len(merged) <= _MOST_KINDS else _at_most(merged)
-        if not receipt.sites:  # the coordinator trained alone, on public tiles
-            costs.append(costs[-1] if costs else RoundCost(lowest=0.0, highest=0.0))
-            continue
-        histories = {spent[site.site] for site in receipt.sites}
-        found = [math.inf if delta is None else _epsilon(each, delta) for each in histories]
-        costs.append(RoundCost(lowest=min(found), highest=max(found)))
+        if receipt.sites:  # else the coordinator trained alone, on public tiles
+            histories = {spent[site.site] for site in receipt.sites}
+        if place >= first:
+            found = [math.inf if delta is None else _epsilon(each, delta) for each in histories]
+            lowest, highest = min(found, default=0.0), max(found, default=0.0)
+            costs.append(RoundCost(lowest=lowest, highest=highest))
     return tuple(costs)
 
 

@@ -64,20 +64,13 @@ class RunView:
     at: datetime
     plan_signer: str
     """Fingerprint of this home's key, whose signature of the plan was checked just now."""
+    receipts: tuple[RoundReceipt, ...]
     rounds: tuple[tuple[RoundReceipt, RoundCost], ...]
-    """With what each cost, by what its sites declared."""
+    """Those that are shown, with what each cost, by what its sites declared."""
     whole: bool
-    """Whether all of them are shown; else the newest."""
+    """Whether all are shown; else the newest."""
     samples: Samples | None
     """Of the newest checkpoint that was drawn."""
-
-    @property
-    def receipts(self) -> tuple[RoundReceipt, ...]:
-        return tuple(receipt for receipt, _ in self.rounds)
-
-    @property
-    def shown(self) -> tuple[tuple[RoundReceipt, RoundCost], ...]:
-        return self.rounds if self.whole else self.rounds[:NEWEST]
 
     @property
     def bytes_moved(self) -> int:
@@ -118,13 +111,15 @@ def run_view(home: CoordinatorHome, run_id: str, *, whole: bool = False) -> RunV
     verify(home.public_key, signed.json.encode(), signed.signature)
     plan = Plan.parse(json.loads(signed.json))
     chain = home.checkpoints(run.run_id).chain()
-    receipts = [each.receipt() for each in chain[1:]]
-    rounds = zip(receipts, round_costs(plan, receipts), strict=True)
+    receipts = tuple(each.receipt() for each in chain[1:])
+    costs = round_costs(plan, receipts, newest=None if whole else NEWEST)
+    shown = receipts[len(receipts) - len(costs) :]
     return RunView(
         run=run,
         at=datetime.now(UTC),
         plan_signer=fingerprint(home.public_key),
-        rounds=tuple(reversed(list(rounds))),
+        receipts=tuple(reversed(receipts)),
+        rounds=tuple(zip(reversed(shown), reversed(costs), strict=True)),
         whole=whole,
         samples=samples_of(home, plan, chain),
     )

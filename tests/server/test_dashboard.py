@@ -210,6 +210,17 @@ def test_ever_other_noise_of_a_site_counts_as_its_least(foundation) -> None:
     assert 0.9 * bound < costs[-1] <= bound
 
 
+def test_the_newest_rounds_cost_what_all_before_them_add_up_to(foundation) -> None:
+    """Also where sites told nothing in the first that is asked for."""
+    plan = Plan.parse(plan_values(foundation.manifest.hash))
+    loud = receipt(aachen=0.6)
+    receipts = [loud, loud, loud.model_copy(update={"sites": ()}), loud]
+    assert round_costs(plan, receipts, newest=2) == round_costs(plan, receipts)[2:]
+    assert round_costs(plan, receipts, newest=30) == round_costs(plan, receipts)
+    (alone,) = round_costs(plan, receipts[2:3])
+    assert (alone.lowest, alone.highest) == (0.0, 0.0)
+
+
 def test_of_distributed_trust_the_sums_noise_counts(foundation) -> None:
     """Each site declares its share; one of three colludes, so the noise of two counts."""
     values = plan_values(foundation.manifest.hash)
