@@ -191,11 +191,11 @@ class Departure:
         taken_s = self._clock.now() - self._began_s
         times = max(1, math.ceil(taken_s / self._every_s))
         self.was_in_time = times == 1
-        if not self.was_in_time:
+        self._clock.sleep(times * self._every_s - taken_s)
+        if not self.was_in_time:  # said only now: a log's lines carry times
             log.warning(
                 "a round took longer than the %.0f s that its answer waits for, so that its time "
                 "tells roughly how many patients were drawn; set answer_every_s in site.toml to a "
                 "number that is never passed",
                 self._every_s,
             )
-        self._clock.sleep(times * self._every_s - taken_s)

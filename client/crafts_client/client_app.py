@@ -55,7 +55,8 @@ def make_client_app(
                 witness()  # a refusal may have been charged, too
                 raise
             witness()
-            log.info("answered round=%d", request.round)
+            spent = sites[path].spent()
+            log.info("answered round=%d; charged to the cohort so far: %s", request.round, spent)
             return Message(write_reply(release), reply_to=message)
         except Exception as error:  # whatever it is, its text stays here
             refusal = refusal_of(error)

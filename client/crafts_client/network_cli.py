@@ -97,8 +97,14 @@ def join(
         bool, typer.Option(help="Log the texts of errors too; they may name files and patients.")
     ] = False,
 ) -> None:
-    """Take part in the coordinator's studies, as the policy allows, until Ctrl-C."""
-    with one_line_errors("crafts-client"):
+    """Take part in the coordinator's studies, as the policy allows, until Ctrl-C.
+
+    Says when a round begins, when its answer leaves and what the cohort has spent then; at a
+    terminal also how far the round is.
+    """
+    from crafts_client.round_news import news_at_terminal
+
+    with one_line_errors("crafts-client"), news_at_terminal() as news:
         from crafts_client.agreed_patients import check_agreed
         from crafts_client.answer_times import flush_subnormals
         from crafts_client.client_app import make_client_app
@@ -111,7 +117,7 @@ def join(
         flush_subnormals()
         opened = SiteHome.open(home)
         record = coordinator_record(opened)
-        site = Site.open(home)  # what is missing is said now, not in the first round
+        site = Site.open(home, news)  # what is missing is said now, not in the first round
         stop = run_as_service(debug=debug)
 
         def witness() -> None:

@@ -42,6 +42,7 @@ from crafts_client.patients import PatientTiles
 from crafts_client.policy import Policy, PolicyError, check_not_replayed, check_request, check_run
 from crafts_client.register import PatientRegister
 from crafts_client.roster_rules import check_roster
+from crafts_client.round_news import RoundNews
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.signed_plan import SignedPlan, open_signed_plan
 from crafts_client.site_key import site_key
@@ -99,6 +100,7 @@ class Site:
         *,
         randomness: Randomness | None = None,
         clock: Clock | None = None,
+        news: RoundNews | None = None,
     ) -> None:
         """Open the ledger and the tiles.
 
@@ -107,6 +109,7 @@ class Site:
             foundation: The home's own foundation, on the home's device.
             randomness: For tests; the operating system's otherwise.
             clock: For tests; the machine's otherwise.
+            news: Told how a round goes on; the log alone if absent.
 
         Raises:
             LedgerTamperedError: the ledger is not what was written.
@@ -120,6 +123,7 @@ class Site:
         self._foundation = foundation
         self._randomness = randomness or Randomness.from_os(exact_noise=home.config.exact_noise)
         self._clock = clock or Clock()
+        self._news = news or RoundNews()
         self._departure = Departure(self._clock)
         self._too_slow: dict[tuple[str, str], tuple[float, float]] = {}
         self._ledger = open_ledger(home)
@@ -143,14 +147,14 @@ class Site:
         check_devices(home)
 
     @classmethod
-    def open(cls, path: Path) -> "Site":
+    def open(cls, path: Path, news: RoundNews | None = None) -> "Site":
         """Open a home and everything in it.
 
         Raises:
             CraftsError: names what is missing or damaged.
         """
         home = SiteHome.open(path)
-        return cls(home, load(home.foundation_path, device=home.config.device))
+        return cls(home, load(home.foundation_path, device=home.config.device), news=news)
 
     def answer(self, message: RoundMessage) -> Release | ReadyReply:
         """Do what the message asks, if everything about it is allowed.
@@ -175,6 +179,11 @@ class Site:
         release = self._masked(message)
         show_to_folders(self._home, self._ledger)  # as above
         return release
+
+    def spent(self) -> str:
+        """What the policy's filters count of the cohort's life, by charges alone."""
+        states = self._home.policy.lifetime.states(self._ledger.plans(self._home.config.cohort))
+        return "; ".join(map(str, states))
 
     def _allowed(self, signed: SignedPlan, request: RoundRequest) -> tuple[Plan, RoundOfPlan]:
         """The plan and its round, if both are allowed here and now."""
@@ -204,7 +213,8 @@ class Site:
         runs = {entry.run_id for entry in self._entries_of(plan.hash)}
         check_run(request, runs, self._home.approvals.runs_of(plan.hash))
         check_not_replayed(request, *self._ledger.last_released(plan.hash, request.run_id))
-        answer = self._train(plan, planned.stage, message)
+        with self._news.of(_words_of(plan, planned, request), planned.stage.local_steps):
+            answer = self._train(plan, planned.stage, message)
         if isinstance(answer, ReadyReply) and self._departure.was_in_time:
             self._sums.left_in_time()
         return answer
@@ -370,6 +380,7 @@ class Site:
             log.warning(_too_late(every_s, plan))
             self._too_slow[plan.hash, task.stage.name] = every_s, self._clock.now()
         self._departure.begin(every_s)
+        self._news.began(every_s)
 
     def _check_in_time(self, plan: Plan, stage: StageConfig) -> None:
         """Refuse, before anything is charged, what the coordinator would not wait for.
@@ -480,6 +491,7 @@ class Site:
                 randomness=self._randomness,
                 speed=Speed.of(self._home.config),
                 ranks=self._workers.ranks if self._workers else None,
+                after_step=self._news.stepped,
             )
             self._trainer = (wanted, trainer)
         return self._trainer[1]
@@ -537,6 +549,11 @@ def _read_hashed(
         raise ExchangeError(f"{name} is not the checkpoint that the request names")
     policy.check_adapter_norm(global_norm(state))
     return state
+
+
+def _words_of(plan: Plan, planned: RoundOfPlan, request: RoundRequest) -> str:
+    stage = planned.stage.modality or planned.stage.name
+    return f"round {request.round} of {plan.num_rounds} (stage {stage}) of {plan.study.name}"
 
 
 def _too_late(every_s: float, plan: Plan) -> str:

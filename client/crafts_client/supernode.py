@@ -263,7 +263,7 @@ class Executor:
             what = status or type(error).__name__
             log.info("waiting for the SuperNode on 127.0.0.1:%d (%s)", self._port, what)
         if error is None and self._is_cut_off:
-            log.info("the SuperNode answers")
+            log.info("the SuperNode answers; waiting for a round of the coordinator")
         self._is_cut_off = error is not None
 
     def _answer(self, client: RuntimeHttpClient) -> None:
@@ -275,6 +275,7 @@ class Executor:
             reply = Message(BUNDLE_REFUSED, reply_to=message)
         push_message(client, reply, context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
+        log.info("sent; waiting for a round of the coordinator")
 
     def _call(self, message: Message, context: Context) -> Message:
         """The installed app; it answers every error itself, except that it lacks a handler."""

@@ -142,6 +142,7 @@ class Trainer:
         randomness: Randomness,
         speed: Speed,
         ranks: Ranks | None = None,
+        after_step: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Attach the adapter.
 
@@ -153,6 +154,8 @@ class Trainer:
             randomness: ``Randomness.from_os()``.
             speed: Memory and time only.
             ranks: The site's devices that share every step; this one alone if absent.
+            after_step: Told how many of a round's steps are done. When it is called tells roughly
+                how many patients were drawn.
 
         Raises:
             AdapterError: the adapter does not fit the foundation.
@@ -168,6 +171,7 @@ class Trainer:
         self._randomness = randomness
         self._speed = speed
         self._ranks = ranks
+        self._after_step = after_step
         self._public_tiles: dict[tuple[Modality | None, tuple[str, ...]], TileBatch] = {}
         self._trusted: dict[tuple[StageConfig, Factor, int], Speed] = {}
         self._shifts = itertools.cycle(_SHIFTS)
@@ -271,6 +275,7 @@ class Trainer:
                 drawn=lambda place: self._drawn(
                     own[place], objective, task, step=optimizer.steps_taken
                 ),
+                after_step=self._after_step,
             )
 
         return take_steps
@@ -295,6 +300,7 @@ class Trainer:
                 return vector_of(self._patients, own[place], told, generator)
 
             optimizer.step_on_vectors(len(own), vector)
+            self._after_step(1)
 
         return take_step
 
@@ -381,15 +387,17 @@ class Trainer:
         num_steps: int,
         num_patients: int,
         drawn: Callable[[int], Drawn],
+        after_step: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Private steps on a cohort: as many patients to a pass as ``speed`` says."""
         rows = _rows_of(task)
         group_size = self._group_size(speed, rows, task.factor)
         if group_size == 1:
-            for _ in range(num_steps):
+            for number in range(num_steps):
                 optimizer.step(
                     num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
                 )
+                after_step(number + 1)
             return
         filler = self._filler(objective, task, rows)
 
@@ -399,8 +407,9 @@ class Trainer:
 
         parameters = list(self._adapter.trainable(task.factor).values())
         with self._groups(parameters, group_size, rows) as gradients:
-            for _ in range(num_steps):
+            for number in range(num_steps):
                 optimizer.step_in_groups(num_patients, group_loss, gradients)
+                after_step(number + 1)
 
     def _objective(self, task: TrainingTask) -> Objective:
         """The stage's loss, refused under privacy if it mixes tiles. Checked on public tiles."""

@@ -146,6 +146,33 @@ def test_nobody_few_or_all_drawn_the_answer_leaves_at_the_same_time(
     assert "deadline_s" not in caplog.text
 
 
+class Timed(logging.Handler):
+    """When each line came, by a clock, and what it was before its values were put in."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self.lines: list[tuple[float, str]] = []
+        self._clock = clock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((self._clock.now_s, str(record.msg)))
+
+
+def test_the_log_tells_of_a_round_as_it_begins_and_leaves_and_never_between(
+    make_home, foundation, coordinator, clock, caplog, monkeypatch
+) -> None:
+    """Whoever reads the log elsewhere has a clock, too."""
+    seen, drawn, log = Timed(clock), [PATIENTS, 4, 0], logging.getLogger("crafts_client")
+    monkeypatch.setattr(log, "handlers", [seen])
+    with caplog.at_level(logging.INFO, "crafts_client"):
+        seconds_of_rounds(make_home(), foundation, coordinator, clock, drawn)
+    began = [at for at, line in seen.lines if "began" in line]
+    answered = [at for at, line in seen.lines if "answered" in line]
+    assert len(began) == len(answered) == len(drawn) + 1
+    assert len(seen.lines) == 2 * len(began)
+    assert spread([left - at for at, left in zip(began[1:], answered[1:], strict=True)]) < 1e-6
+
+
 def num_charged(home: SiteHome) -> int:
     return sum(entry.kind is EntryKind.RESERVED for entry in Ledger(home.ledger_path).entries())
 
@@ -336,11 +363,13 @@ class TestDeparture:
     def test_an_answer_that_is_late_leaves_at_the_next_multiple_and_is_told_of_at_home(
         self, caplog
     ) -> None:
-        clock = ManualClock()
+        told_early: list[str] = []
+        clock = ManualClock(on_sleep=lambda: told_early.append(caplog.text))
         with Departure(clock.clock) as departure:
             departure.begin(10.0)
             clock.work(23.0)
         assert clock.now_s == 30.0
+        assert told_early == [""], "the log's own time would say when training ended"
         assert not departure.was_in_time
         assert "set answer_every_s" in caplog.text
         assert "23" not in caplog.text

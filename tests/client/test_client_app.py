@@ -181,7 +181,9 @@ def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
     assert (values["unusable_gradients"], values["unusable_tiles"]) == (4, 0)
     (file,) = home.unusable_path.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert not caplog.text
+    assert [message.partition(" began")[0] for message in caplog.messages] == [
+        f"round {number} of 4 (stage pretraining) of tiny" for number in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,9 @@ def test_no_proxy_is_asked_for_the_supernode_that_is_awaited_and_one_line_says_s
             supernode.RuntimeHttpClient, "AcquireTask", lambda *_: AcquireTaskResponse()
         )
         assert not executor.work_once()
-        assert caplog.messages[1:] == ["the SuperNode answers"]
+        assert caplog.messages[1:] == [
+            "the SuperNode answers; waiting for a round of the coordinator"
+        ]
         executor.close()
     assert proxy.asked == []
 
