@@ -497,15 +497,7 @@ def attack(
     if as_json:
         say(result.model_dump_json())
         return
-    for each in result.attacks:
-        low, high = each.auc_interval
-        say(f"{each.name}: area {each.auc:.2f} ({low:.2f} to {high:.2f}), p = {each.p_value:.2g}")
-    say(f"updates: {result.updates_seen} of {result.updates_left} that left are kept here")
-    copies = result.memorisation
-    say(
-        f"images nearer to training tiles: {copies.share_nearer_members:.2f} "
-        f"({copies.interval.low:.2f} to {copies.interval.high:.2f}), p = {copies.p_value:.2g}"
-    )
+    say(*result.lines())
 
 
 @app.command()

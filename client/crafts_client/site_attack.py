@@ -1,10 +1,11 @@
 """``crafts-client attack``: on a finished generator, and on every update that left this site."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from crafts_client.attack_words import MEANING, verdict
 from crafts_client.home import SiteHome
 from crafts_client.outbox import REFUSED_RELEASE
 from crafts_client.patients import PatientTiles
@@ -29,6 +30,21 @@ class SiteLeakage(Leakage):
     updates_seen: int
     """How many were attacked: those that are kept."""
     updates_left: int
+
+    def lines(self) -> Iterator[str]:
+        """For a person: each attack, and what all of them together mean."""
+        for each in self.attacks:
+            low, high = each.auc_interval
+            found = f"area {each.auc:.2f} ({low:.2f} to {high:.2f})"
+            yield f"{each.name}: {found}, p = {each.p_value:.2g}"
+        yield f"updates: {self.updates_seen} of {self.updates_left} that left are kept here"
+        copies = self.memorisation
+        yield (
+            f"images nearer to training tiles: {copies.share_nearer_members:.2f} "
+            f"({copies.interval.low:.2f} to {copies.interval.high:.2f}), p = {copies.p_value:.2g}"
+        )
+        yield verdict([*(each.p_value for each in self.attacks), copies.p_value])
+        yield MEANING
 
 
 def attack_site(

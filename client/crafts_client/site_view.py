@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 from pydantic import BaseModel, ValidationError
 
+from crafts_client.attack_words import MEANING, verdict
 from crafts_client.audit_record import read_record, weakness
 from crafts_client.budget import Budget, budget_of
 from crafts_client.code_hash import code_sha256
@@ -99,6 +100,8 @@ class SiteView:
     audit_weakness: str
     """Empty where the newest audit is of what trains here."""
     attacks: tuple[AttackLine, ...]
+    attack_verdict: str
+    """And what the figures mean; empty without any."""
 
 
 def site_view(site: SiteHome, offered: Offered) -> SiteView:
@@ -112,6 +115,8 @@ def site_view(site: SiteHome, offered: Offered) -> SiteView:
     store, trouble = _store(site)
     plans = tuple(_plan_line(site, each) for each in offered.plans)
     audit = read_record(site.audit_path)
+    attacks = tuple(_attacks(read_record(site.leakage_path)))
+    told = [verdict([each.p_value for each in attacks]), MEANING] if attacks else []
     return SiteView(
         at=now,
         name=site.config.name,
@@ -131,7 +136,8 @@ def site_view(site: SiteHome, offered: Offered) -> SiteView:
         left=tuple(reversed(left_view(site))),
         audit_at=str((audit or {}).get("at", ""))[:16].replace("T", " "),
         audit_weakness=weakness(audit, site, code_sha256()) or "",
-        attacks=tuple(_attacks(read_record(site.leakage_path))),
+        attacks=attacks,
+        attack_verdict=" ".join(told),
     )
 
 

@@ -342,6 +342,9 @@ def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> 
     assert done.exit_code == 0, done.stderr
     assert "loss against the foundation: area 0.50" in done.stdout
     assert "updates: 0 of 0 that left are kept here" in done.stdout
+    assert done.stdout.splitlines()[-2].startswith("No attack told who was in training")
+    assert "(smallest of 4 p-values, times 4: " in done.stdout
+    assert "0.5 is chance. An attack that fails proves nothing." in done.stdout
     assert json.loads(home.leakage_path.read_text())["patients"] == 8
     assert home.leakage_path.stat().st_mode & 0o077 == 0
 

@@ -145,6 +145,24 @@ def test_a_defect_is_one_line_that_tells_no_more(home: SiteHome, monkeypatch, ca
     assert "patient0017" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("p_value", "told"),
+    [
+        (0.004, "Who was in training shows (smallest of 2 p-values, times 2: 0.008)"),
+        (0.006, "No attack told who was in training (smallest of 2 p-values, times 2: 0.012;"),
+    ],
+)
+def test_an_attacks_figures_come_with_a_verdict(home: SiteHome, p_value: float, told: str) -> None:
+    """At 0.006 one attack alone would have shown something; of two it is what chance gives."""
+    record = {"name": "loss", "auc": 0.7, "auc_interval": [0.6, 0.8], "p_value": p_value}
+    copies = {"share_nearer_members": 0.5, "interval": [0.4, 0.6], "p_value": 0.5}
+    home.leakage_path.write_text(json.dumps({"attacks": [record], "memorisation": copies}))
+    client, link = browser(home)
+    page = client.get(link).text
+    assert told in page
+    assert "0.5 is chance. An attack that fails proves nothing." in page
+
+
 def test_an_attack_of_another_version_is_left_out(home: SiteHome) -> None:
     home.leakage_path.write_text('{"attacks": "none"}')
     client, link = browser(home)
