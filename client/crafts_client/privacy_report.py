@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,7 +40,8 @@ from crafts_core import __version__, charts
 from crafts_core.delta_text import delta_text, delta_times_patients
 from crafts_core.durable import write_file
 from crafts_core.pages import page_environment
-from crafts_privacy.accounting import SecondOpinion
+from crafts_privacy import accounting
+from crafts_privacy.accounting import PrivacyEvent, SecondOpinion
 from crafts_privacy.charges import charged_to, last_holders
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerEntry, LedgerPlaceError
 from crafts_privacy.noise import ExactNoise, GridNoise
@@ -62,10 +63,28 @@ class RunSpending(_Record):
     spent: Spending
 
 
+class PlanSent(_Record):
+    """What left for one plan, and what the plan was charged."""
+
+    plan_hash: str
+    runs: tuple[str, ...]
+    stages: tuple[str, ...]
+    updates: int
+    first: datetime
+    last: datetime
+    num_bytes: int | None
+    """Of all of them; None where one has no record."""
+    noise: tuple[str, ...]
+    steps: int
+    """Charged, also where nothing left."""
+    epsilon: float | None
+    """Of these steps, at the report's delta; None without a bound."""
+
+
 class PrivacyReport(_Record):
     """The whole report; ``privacy-report.json`` is this."""
 
-    schema_version: int = 4
+    schema_version: int = 5
     created: datetime
     site: str
     cohort: str
@@ -87,6 +106,7 @@ class PrivacyReport(_Record):
     summed_updates: int
     """Of what left, in sums of which the coordinator opened no part, with all the noise of the
     promise: what the sum hides is not counted."""
+    sent: tuple[PlanSent, ...]
     transmissions: tuple[Transmission, ...]
     charged_and_not_sent: int
     """Rounds that count as spent though nothing left: crashes, refusals, work in progress."""
@@ -96,6 +116,8 @@ class PrivacyReport(_Record):
     audit: dict[str, Any] | None
     leakage: dict[str, Any] | None
     """The newest attack on a finished generator, only if asked for. Not needed for the promise."""
+    answer_every_s: Literal["auto"] | float
+    """Of site.toml, now: when answers leave. 0: as soon as they are ready."""
     not_audited: tuple[str, ...]
     """How this site trains otherwise than was audited, and what stands for it instead."""
     versions: dict[str, str]
@@ -145,12 +167,14 @@ def privacy_report(site: SiteHome, *, with_attack: bool = False) -> PrivacyRepor
         runs=_runs(entries, delta),
         sums=sums,
         summed_updates=num_summed_updates(entries, records),
+        sent=_sent(transmissions, entries, delta),
         transmissions=transmissions,
         charged_and_not_sent=len(events) - len(transmissions),
         ledger_entries=len(all_entries),
         ledger_head="" if ledger is None else str(ledger.verify().hash),
         audit=audit,
         leakage=leakage,
+        answer_every_s=site.config.answer_every_s,
         not_audited=tuple(_not_audited(site.config)),
         versions=_versions(),
         code_sha256=code,
@@ -233,6 +257,41 @@ def _runs(entries: Sequence[LedgerEntry], delta: float) -> tuple[RunSpending, ..
             ),
         )
         for (run_id, plan_hash), group in charged.items()
+    )
+
+
+def _sent(
+    transmissions: Sequence[Transmission], entries: Sequence[LedgerEntry], delta: float
+) -> tuple[PlanSent, ...]:
+    """What left, by plan, in the order of their first updates."""
+    by_plan: dict[str, list[Transmission]] = {}
+    for each in transmissions:
+        by_plan.setdefault(each.plan_hash, []).append(each)
+    charged: dict[str, list[PrivacyEvent]] = {plan_hash: [] for plan_hash in by_plan}
+    for entry in entries:
+        if entry.kind is EntryKind.RESERVED and entry.plan_hash in charged:
+            charged[entry.plan_hash].append(entry.event)
+    return tuple(
+        _sent_for(plan_hash, sent, charged[plan_hash], delta) for plan_hash, sent in by_plan.items()
+    )
+
+
+def _sent_for(
+    plan_hash: str, sent: Sequence[Transmission], charged: Sequence[PrivacyEvent], delta: float
+) -> PlanSent:
+    sizes = [each.num_bytes for each in sent if each.num_bytes is not None]
+    spent = accounting.epsilon(charged, delta)
+    return PlanSent(
+        plan_hash=plan_hash,
+        runs=tuple(dict.fromkeys(each.run_id for each in sent)),
+        stages=tuple(dict.fromkeys(each.stage for each in sent)),
+        updates=len(sent),
+        first=min(each.committed_at for each in sent),
+        last=max(each.committed_at for each in sent),
+        num_bytes=sum(sizes) if len(sizes) == len(sent) else None,
+        noise=tuple(sorted({each.noise for each in sent})),
+        steps=sum(event.steps for event in charged),
+        epsilon=spent if math.isfinite(spent) else None,
     )
 
 

@@ -15,6 +15,7 @@ class Transmission(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     committed_at: datetime
+    plan_hash: str
     run_id: str
     round: int
     stage: str
@@ -40,6 +41,7 @@ def transmissions_of(
         found.append(
             Transmission(
                 committed_at=entry.recorded_at,
+                plan_hash=entry.plan_hash,
                 run_id=entry.run_id,
                 round=entry.round,
                 stage=entry.stage,

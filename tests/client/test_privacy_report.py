@@ -1,9 +1,11 @@
 """The privacy officer's report says what the site's own files carry, and names what they do not."""
 
+import html
 import json
 import math
 import re
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from crafts_client.training_audit import TrainingAudit, TrainingCheck
 from crafts_core.durable import write_file
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
+from crafts_privacy.audit import audit as audit_engine
 from crafts_privacy.ledger import Ledger, LedgerTamperedError, Lifetime, PlanLimit
+from support import charges
 from support.clocks import ManualClock
-from support.sites import Coordinator, make_site_home
+from support.sites import Coordinator, make_site_home, plan_values
 
 
 def run(*arguments: object):
@@ -221,12 +225,85 @@ def test_answers_whose_times_count_patients_are_named(home) -> None:
     assert any('set answer_every_s = "auto"' in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ('"auto"', 'answer_every_s = "auto"), an answer waits, sealed'),
+        ("7200", "answer_every_s = 7200), an answer waits, sealed"),
+        ("0", "(answer_every_s = 0), answers leave as soon as they are ready"),
+    ],
+)
+def test_what_a_clock_tells_is_said_as_the_site_is_set(home, tmp_path, value, says) -> None:
+    report = privacy_report(set_site(home, "answer_every_s", value))
+    page = html.unescape(write_privacy_report(report, tmp_path)[0].read_text())
+    assert says in page
+    assert ("roughly how many patients a round drew, which shows" in page) == (value == "0")
+    assert "nothing here closes" not in page
+
+
+def test_many_updates_are_one_row_for_each_plan_and_a_list_behind_it(
+    home, coordinator, tmp_path
+) -> None:
+    """What an officer signs has a row that can be read; no update is left out of the list."""
+    values = plan_values(coordinator.foundation.manifest.hash)
+    first, second = (
+        coordinator.plan(
+            study=values["study"] | {"name": name},
+            stage=[values["stage"][0] | {"rounds": 6}],
+            privacy=values["privacy"] | {"delta": 4e-4},
+        )
+        for name in ("first", "second")
+    )
+    releases = [64 * str(number) for number in range(1, 8)]
+    for number, release in enumerate(releases[:5], start=1):
+        charges.commit(home, charges.charge(home, first, number=number), release)
+    charges.charge(home, first, number=6)
+    for number, release in enumerate(releases[5:], start=1):
+        charges.commit(home, charges.charge(home, second, number=number), release)
+
+    report = privacy_report(home)
+    page = write_privacy_report(report, tmp_path)[0].read_text()
+
+    assert [(sent.plan_hash, sent.updates) for sent in report.sent] == [
+        (first.hash, 5), (second.hash, 2),
+    ]  # fmt: skip
+    events = next(
+        plan.events for plan in Ledger(home.ledger_path).plans("main")
+        if plan.plan_hash == first.hash
+    )  # fmt: skip
+    assert report.sent[0].steps == sum(event.steps for event in events)
+    assert report.sent[0].epsilon == accounting.epsilon(events, report.delta)
+    assert report.sent[0].first == report.transmissions[0].committed_at
+    assert report.sent[0].last == report.transmissions[4].committed_at
+    section = page.partition("<h2>Everything that left</h2>")[2].partition("<h2>")[0]
+    shown, _, folded = section.partition("<details>")
+    assert shown.count("<tr>") == 3
+    assert all(release[:16] not in shown for release in releases)
+    assert folded.count("<tr>") == 1 + len(releases)
+
+
+def test_every_group_of_the_audits_checks_is_named(home, tmp_path) -> None:
+    """The engine is asked the same in each; without its name a row cannot be told from another."""
+    fast = audit_engine(num_canaries=50, seed=0)
+    write_file(home.audit_path, json.dumps(asdict(fast) | {"passed": True, "training": None}))
+    page = write_privacy_report(privacy_report(home), tmp_path)[0].read_text()
+    heads = re.findall(r'<tr><th colspan="2">(.+?)</th></tr>', page)
+    assert heads == [
+        "patients one by one, clipping to a fixed bound",
+        "several patients to a pass, clipping to a fixed bound",
+        "patients one by one, automatic clipping",
+    ]
+    groups = page.partition(heads[0])[2].partition("</table>")[0].split("<th colspan")
+    assert [group.count("is the noise Gaussian around zero?") for group in groups] == [1, 1, 1]
+
+
 def test_an_update_without_a_record_is_named(trained) -> None:
     (trained.outbox_path / "releases.jsonl").unlink()
 
     report = privacy_report(trained)
 
     assert report.transmissions[0].num_bytes is None
+    assert report.sent[0].num_bytes is None
     assert any("no record of 1 committed" in line for line in report.unsubstantiated)
 
 
