@@ -240,8 +240,13 @@ def test_a_refused_table_is_told_on_the_page_to_the_last_problem(
     done = run(
         "ingest", write_table(folder / "bad.csv", "file,patient,label", rows), "--home", home.path
     )
-    assert f"... and 10 more; {home.path / 'ingest.html'} has them all" in done.output
+    assert done.stderr.splitlines()[-2:] == [
+        "crafts-client: lines 2, 3, 4, 5 and 56 more: file gone0.svs does not exist below "
+        f"{folder}; the others likewise",
+        f"60 problems in all; {home.path / 'ingest.html'} has them all",
+    ]
     page = page_of(home)
+    assert page.index("the others likewise") < page.index("All 60, line by line")
     assert "refused: 60 problems" in page
     assert all(f"file gone{number}.svs does not exist" in page for number in range(60))
     assert "<h3>a.svs</h3>" in page

@@ -12,7 +12,7 @@ from crafts_client.ingest import (
     write_template,
 )
 from crafts_client.ingest.caption_notes import caption_report
-from crafts_client.ingest.errors import MAX_LINES
+from crafts_client.ingest.errors import MAX_LINES, grouped
 from crafts_client.ingest.identifiers import Kind
 from crafts_client.ingest.scrub import scrub
 from support.slides import write_table, write_tissue_slide
@@ -125,12 +125,49 @@ def test_missing_columns_are_named_with_what_is_there(folder: Path) -> None:
 
 
 def test_message_has_one_line_per_fault_and_an_end(folder: Path) -> None:
-    rows = [f"gone{number}.svs,p,COAD" for number in range(MAX_LINES + 7)]
+    rows = [f"a.svs,p,COAD,{number}um" for number in range(MAX_LINES + 7)]
+    with pytest.raises(IngestError) as caught:
+        read_table(write_table(folder / "t.csv", "file,patient,label,mpp", rows))
+    lines = [line for line in caught.value.lines() if "is listed before" not in line]
+    assert len(lines) == MAX_LINES
+    assert lines[0] == "line 2: mpp '0um' is not a number"
+    assert lines[-1] == "... and 8 more"
+
+
+def test_equal_problems_are_one_line_with_their_number(folder: Path) -> None:
+    """A share that is not mounted hides nothing else of a table."""
+    rows = [f"share/Case {number} no 1.svs,p{number},COAD" for number in range(300)]
+    rows += ["a.svs,,COAD", "b.svs,,COAD", "near.svs,p,COAD", "far.svs,p,COAD"]
     with pytest.raises(IngestError) as caught:
         read_table(write_table(folder / "t.csv", "file,patient,label", rows))
-    lines = str(caught.value).splitlines()
-    assert len(lines) == MAX_LINES + 1
-    assert lines[-1] == "... and 7 more"
+    assert len(caught.value.problems) == 304, "the whole list is kept"
+    assert caught.value.lines() == [
+        f"lines 2, 3, 4, 5 and 298 more: file share/Case 0 no 1.svs does not exist below {folder}; "
+        "the others likewise",
+        "lines 302, 303: no patient",
+        "304 problems in all",
+    ]
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_a_few_files_are_named_each(number: int) -> None:
+    problems = [f"line {row}: file {row}.svs does not exist below here" for row in range(number)]
+    assert grouped(problems) == problems
+
+
+def test_only_problems_of_one_kind_come_together() -> None:
+    missing = [f"line {row}: file {row}.svs does not exist below here" for row in range(6)]
+    masks = [f"line {row}: nuclei file {row}.png does not exist below here" for row in range(6)]
+    torn = [f"line {row}: {row}.svs would be skipped: it is torn" for row in range(6)]
+    used = [f"line {row}: {row}.svs was skipped: it is torn" for row in range(6)]
+    alone = ["the store is of other tiles", "line 9: the store is of other tiles"]
+    assert [line.partition(": ")[2] for line in grouped(missing + masks + torn + used)] == [
+        "file 0.svs does not exist below here; the others likewise",
+        "nuclei file 0.png does not exist below here; the others likewise",
+        "0.svs would be skipped: it is torn; the others likewise",
+        "0.svs was skipped: it is torn; the others likewise",
+    ]
+    assert grouped(alone) == alone
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from crafts_client.ingest import ingest_charts
 from crafts_client.ingest.caption_notes import CaptionNote
+from crafts_client.ingest.errors import grouped
 from crafts_client.ingest.pictures import OVERLAY_COLOURS, picture_paths
 from crafts_client.ingest.report import IngestReport, SourceOutcome, Stain
 from crafts_client.ingest.stain_outliers import far_stains, scanner_of
@@ -74,6 +75,7 @@ def _content(report: IngestReport, pictures: Path) -> dict[str, object]:
     series = _series(used)
     far_slides, far_scanners = far_stains(used)
     is_slides = report.kind == "slides"
+    refused = report.runs[0] if report.runs and report.runs[0].num_problems else None
     return {
         "report": report,
         "used": used,
@@ -81,7 +83,8 @@ def _content(report: IngestReport, pictures: Path) -> dict[str, object]:
         "skipped_reasons": Counter(str(s.skipped) for s in report.skipped).most_common(),
         "num_patients": sum(1 for tiles in report.tiles_per_patient.values() if tiles),
         "copied": sum(source.copied for source in used),
-        "refused": report.runs[0] if report.runs and report.runs[0].num_problems else None,
+        "refused": refused,
+        "to_mend": grouped(refused.problems) if refused else [],
         "rejected": _parts(report.rejected),
         "rejected_bar": ingest_charts.segments(_parts(report.rejected)),
         "conditions": _total(Counter(source.conditions) for source in used),

@@ -219,7 +219,7 @@ class NothingUsedError(IngestError):
     """No source of the table gave a tile, and the store holds none."""
 
     def __init__(self, report: IngestReport) -> None:
-        reasons = (f"line {s.line}: {s.file}: {s.skipped}" for s in report.skipped)
+        reasons = (f"line {s.line}: {s.file} was skipped: {s.skipped}" for s in report.skipped)
         super().__init__("no tile is left to train on", *reasons)
         self.report = report
         """What became of each."""
