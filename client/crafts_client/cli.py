@@ -223,8 +223,9 @@ def ingest(
             )
         num_unusable = num_unusable_tiles(site)
     say_ingested(site, report, num_unusable, as_json=as_json)
-    if not as_json and not site.coordinator_path.exists():
-        say("next: crafts-client enroll HOST --token TOKEN")
+    if not as_json:
+        is_enrolled = site.coordinator_path.exists()
+        say(f"next: crafts-client {'doctor' if is_enrolled else 'enroll HOST --token TOKEN'}")
 
 
 def _ingest_shard(

@@ -203,8 +203,20 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
             continue
         verdict += f"; {each['remark']}" if each["remark"] else ""
         say(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
-    if not told:
-        say("the coordinator has no plan yet")
+    say(_next_step(told))
+
+
+def _next_step(offered: list[dict[str, Any]]) -> str:
+    """After a look at the plans: the first that a person here may still say yes to."""
+    open_to_us = [each for each in offered if each["hash"] is not None and not each["refused"]]
+    for each in open_to_us:
+        if not each["approved"]:
+            return f"next: crafts-client plan show {each['hash'][:16]}"
+    if open_to_us:
+        return "next: crafts-client join, if it does not run"
+    if offered:
+        return "this site takes part in none of them"
+    return "the coordinator has no plan yet; ask again with: crafts-client plan list"
 
 
 @plan_app.command("show")

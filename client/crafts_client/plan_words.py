@@ -94,7 +94,10 @@ def _time(site: SiteHome, plan: Plan) -> str:
     ledger = existing_ledger(site)
     seconds = seconds_per_step(() if ledger is None else ledger.entries())
     if seconds is None:
-        return "How long a round takes here is known once a first one ran."
+        return (
+            "How long a round takes here is known once a first one ran; crafts-client join says "
+            "when its answer leaves as soon as the round begins."
+        )
     longest = max(stage.local_steps for stage in plan.trained) * seconds / 60
     return f"A round takes about {longest:.2g} minutes here if its steps are as earlier ones were."
 

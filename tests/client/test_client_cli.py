@@ -131,6 +131,11 @@ def test_init_then_ingest_of_ready_tiles_makes_a_site_that_can_train(
 
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tiles"] == 8
+    again = ("ingest", tmp_path / "table.csv", "--home", home, "--ready-tiles")
+    assert run(*again).stdout.splitlines()[-1] == "next: crafts-client enroll HOST --token TOKEN"
+    (home / "coordinator.json").touch()
+    assert run(*again).stdout.splitlines()[-1] == "next: crafts-client doctor"
+    (home / "coordinator.json").unlink()
     store = TileStore.open(home / "tiles")
     LatentCache.open(store, foundation.manifest.hash)
     Site.open(home)

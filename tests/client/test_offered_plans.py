@@ -23,6 +23,8 @@ from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 from support.charges import charge
 from support.sites import Coordinator, make_site_home
 
+STAGE = {"rounds": 2, "local_steps": 2, "learning_rate": 0.05}
+
 
 @pytest.fixture
 def home(tmp_path: Path, foundation, coordinator) -> SiteHome:
@@ -244,6 +246,22 @@ def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> N
         f"Next: crafts-client plan approve {plan.hash[:16]}",
     ):
         assert said in words, said
+
+
+def test_a_list_of_plans_ends_with_what_to_do_next(home, coordinator, offer) -> None:
+    def last_line(*plans: Plan) -> str:
+        offer(*(signed(coordinator, plan) for plan in plans))
+        return run("plan", "list", "--home", home.path).stdout.splitlines()[-1]
+
+    study = coordinator.plan().study.model_dump()
+    first, second = (coordinator.plan(study=study | {"seed": seed}) for seed in (1, 2))
+    control = coordinator.plan(stage=[STAGE | {"name": "control", "modality": "nuclei"}])
+    assert "no plan yet; ask again" in last_line()
+    assert last_line(first, second) == f"next: crafts-client plan show {first.hash[:16]}"
+    home.approvals.approve(first, runs_so_far=0)
+    assert last_line(first, second) == f"next: crafts-client plan show {second.hash[:16]}"
+    assert last_line(first) == "next: crafts-client join, if it does not run"
+    assert last_line(control) == "this site takes part in none of them"
 
 
 def test_how_long_a_round_takes_is_taken_from_the_newest_one_that_ran() -> None:
