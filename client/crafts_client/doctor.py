@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from importlib.metadata import version
 
 import httpx
-from cryptography import x509
 
 from crafts_client.agreed_patients import check_agreed
 from crafts_client.answer_times import COHORT_SLACK
@@ -30,6 +28,7 @@ from crafts_client.memory_limit import memory_limit
 from crafts_client.peer_heads import PeerHeads
 from crafts_client.proxies import Proxy, proxy_for, way
 from crafts_client.roster_rules import check_roster
+from crafts_client.site_certificate import EXPIRES_SOON_DAYS, RENEW, days_left
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.witness_folders import check_folders
 from crafts_core.delta_text import delta_text, delta_times_patients
@@ -44,7 +43,6 @@ _TIMEOUT_S = 15.0
 _LEAST_DISK_BYTES = 2 << 30
 _LEAST_MEMORY_BYTES = 4 << 30
 _MOST_SKEW_S = 120.0
-_EXPIRES_SOON_DAYS = 30
 
 
 class Verdict(StrEnum):
@@ -86,12 +84,13 @@ def enrolment(home: SiteHome) -> Iterator[Finding]:
     """Certificate and keys."""
     record = coordinator_record(home)
     yield _ok("enrolment", f"enrolled as {record.site}, authority {record.ca_fingerprint[:16]}")
-    certificate = x509.load_pem_x509_certificate((home.path / "keys" / "tls.crt").read_bytes())
-    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
-    if days < 0:
-        yield _problem("certificate", "it has expired", "ask for a new invitation and enroll again")
-    elif days < _EXPIRES_SOON_DAYS:
-        yield _warning("certificate", f"{days} days left", "ask for a new invitation soon")
+    days = days_left(home)
+    if days is None:
+        yield _problem("certificate", "it is not there", RENEW)
+    elif days < 0:
+        yield _problem("certificate", "it has expired", RENEW)
+    elif days < EXPIRES_SOON_DAYS:
+        yield _warning("certificate", f"{days} days left", RENEW)
     else:
         yield _ok("certificate", f"{days} days left")
     if record.signer not in home.policy.allowed_signers:

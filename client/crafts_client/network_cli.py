@@ -409,6 +409,7 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
     from crafts_client import unusable
     from crafts_client.enrolment import coordinator_record
     from crafts_client.running import is_running
+    from crafts_client.site_certificate import expiry_warning
     from crafts_client.site_ledger import existing_ledger
     from crafts_privacy.ledger import EntryKind
 
@@ -434,6 +435,7 @@ def status(home: Home = Path("site"), as_json: AsJson = False) -> None:
             "last_at": last and last.recorded_at.isoformat(),
             "unusable_gradients": unusable_total.gradients,
             "unusable_tiles": unusable_total.tiles,
+            "warning": expiry_warning(site) or None,
         }
     if as_json:
         say(json.dumps(values))

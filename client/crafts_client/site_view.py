@@ -24,6 +24,7 @@ from crafts_client.offered_plans import OfferedPlan
 from crafts_client.outbox import Outbox
 from crafts_client.register import PatientRegister
 from crafts_client.running import is_running
+from crafts_client.site_certificate import expiry_warning
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.spending_curve import Curve, curves_drawn, spending_curves
 from crafts_client.transmissions import Transmission, transmissions_of
@@ -83,6 +84,8 @@ class SiteView:
     is_running: bool
     coordinator: str
     """Empty where the site is not enrolled."""
+    expiry_warning: str
+    """Of the site's certificate; empty while there is time."""
     store: StoreLine | None
     store_trouble: str
     budget: Budget
@@ -124,6 +127,7 @@ def site_view(site: SiteHome, offered: Offered) -> SiteView:
         declared_patients=site.config.declared_patients,
         is_running=is_running(site),
         coordinator=_coordinator(site),
+        expiry_warning=expiry_warning(site),
         store=store,
         store_trouble=trouble,
         budget=budget,

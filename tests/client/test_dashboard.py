@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from crafts_core.tiles import TileStore
 from crafts_privacy import accounting
 from crafts_privacy.ledger import Ledger
 from support.browsers import chromium
+from support.certificates import write_certificate
 from support.charges import charge, commit
 from support.hostile import TEXT
 from support.served import served
@@ -143,6 +145,13 @@ def test_a_defect_is_one_line_that_tells_no_more(home: SiteHome, monkeypatch, ca
     )
     assert answer.headers["Cache-Control"] == "no-store"
     assert "patient0017" in caplog.text
+
+
+def test_a_certificate_that_ends_is_on_the_page(home: SiteHome) -> None:
+    client, link = browser(home)
+    assert "certificate" not in client.get(link).text
+    write_certificate(home.path, ends_in=timedelta(days=7, hours=1))
+    assert "The site&#39;s certificate ends in 7 days; ask the coordinator" in client.get(link).text
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,34 @@
 """What the doctor says of a home by itself; its way to a coordinator is in tests/server."""
 
+import json
 import re
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from crafts_client.doctor import Verdict, answers, data, delta, home_folder, ledger, memory
+from crafts_client.cli import app
+from crafts_client.coordinator_record import CoordinatorRecord
+from crafts_client.doctor import (
+    Verdict,
+    answers,
+    data,
+    delta,
+    enrolment,
+    home_folder,
+    ledger,
+    memory,
+)
 from crafts_client.home import SiteHome
 from crafts_client.memory_limit import memory_limit
+from crafts_client.offered_now import OfferedNow
+from crafts_client.site_certificate import expiry_warning
+from crafts_client.site_view import site_view
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.ledger import FiltersChangedError, Ledger, PlanLimit
+from support.certificates import write_certificate
 from support.sites import make_site_home
 
 
@@ -24,6 +42,51 @@ def test_a_home_that_others_may_enter_is_a_problem(home) -> None:
     home.path.chmod(0o750)
     (finding,) = home_folder(home)
     assert (finding.verdict, finding.advice) == (Verdict.PROBLEM, f"chmod 700 {home.path}")
+
+
+@pytest.mark.parametrize(
+    ("ends_in", "verdict", "told"),
+    [
+        (timedelta(days=31), Verdict.OK, None),
+        (timedelta(days=29, hours=1), Verdict.WARNING, "certificate ends in 29 days"),
+        (timedelta(hours=1), Verdict.WARNING, "certificate ends in 0 days"),
+        (timedelta(hours=-1), Verdict.PROBLEM, "certificate has expired"),
+    ],
+)
+def test_a_certificate_that_ends_is_told_a_month_before_with_what_to_do(
+    home, ends_in: timedelta, verdict, told: str | None
+) -> None:
+    """By doctor, by status and on the dashboard."""
+    record = CoordinatorRecord(
+        site="north",
+        signer=home.policy.allowed_signers[0],
+        registrar_address="localhost:1",
+        ca_fingerprint="0" * 64,
+        fleet_address="localhost:1",
+    )
+    home.coordinator_path.write_text(record.model_dump_json())
+    write_certificate(home.path, ends_in=ends_in)
+
+    (finding,) = (each for each in enrolment(home) if each.subject == "certificate")
+    status = CliRunner().invoke(app, ["status", "--json", "--home", str(home.path)])
+    warning = json.loads(status.stdout)["warning"]
+    shown = site_view(home, OfferedNow(lambda: home, lambda _: ()).look()).expiry_warning
+
+    assert finding.verdict == verdict
+    assert shown == (warning or "")
+    if told is None:
+        assert warning is None
+    else:
+        assert told in warning
+        for advice in (warning, finding.advice):
+            assert "crafts-client enroll HOST --token TOKEN" in advice
+
+
+def test_a_certificate_that_cannot_be_read_is_told(home) -> None:
+    assert expiry_warning(home) == "", "before any enrolment there is none"
+    write_certificate(home.path, ends_in=timedelta(days=100))
+    (home.path / "keys" / "tls.crt").write_text("torn")
+    assert "cannot be read" in expiry_warning(home)
 
 
 @pytest.mark.parametrize(("patients", "verdict"), [(1000, Verdict.OK), (1001, Verdict.WARNING)])
