@@ -394,13 +394,14 @@ def assert_nothing_was_lost(result: dict[str, Any], kills: int) -> None:
     assert result["released"] == list(range(1, len(result["released"]) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)  # a minute of work, ten where many share two cores
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
         pytest.param("plain", 20, id="20"),
         pytest.param("plain", 200, id="200", marks=pytest.mark.exhaustive),
-        pytest.param("sums", 24, id="sums-24", marks=pytest.mark.slow),
+        pytest.param("sums", 24, id="sums-24"),
         pytest.param("sums", 200, id="sums-200", marks=pytest.mark.exhaustive),
         pytest.param("updates", 200, id="updates-200", marks=pytest.mark.exhaustive),
     ],
@@ -414,12 +415,14 @@ def test_no_kill_leaves_the_ledger_below_what_was_released(
     assert set(result["reached"]) >= set(STUDIES[kind].points), "every named point"
 
 
+@pytest.mark.slow
 def test_a_site_that_releases_before_it_charges_is_caught(tmp_path: Path) -> None:
     """Control: the outside witness does see an under-counting site."""
     (result,) = driven(tmp_path, "--kills", "5", "--seed", "1", "--broken", "early")
     assert any("without a charge" in violation for violation in result["violations"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(power_cut.compiler() is None, reason="needs a C compiler")
 @pytest.mark.parametrize(
     "kills", [pytest.param(16, id="16"), pytest.param(100, id="100", marks=pytest.mark.exhaustive)]
