@@ -23,14 +23,13 @@ from pathlib import Path
 
 import torch
 
-from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_core.foundation import Foundation, embedded_path, load
 from crafts_core.plan import Plan
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
-from crafts_simulations.local_grid import LocalGrid, LocalNode, Turns, TurnsHere
+from crafts_simulations.local_grid import LocalGrid, Turns, TurnsHere
 from crafts_simulations.process_crew import ProcessCrew, environment_of
-from crafts_simulations.site_bench import SiteWork, opener
+from crafts_simulations.site_bench import SiteBench, SiteWork
 from crafts_simulations.small_study import SmallStudy, make_small_study
 from crafts_simulations.turn_pool import TurnPool
 
@@ -82,21 +81,21 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         studies = [make(Path(folder) / name, foundation, wanted) for name in ("one", "many")]
-        app = make_client_app(opener(foundation, None))
-        nodes = {
-            name: LocalNode(app=app, node_config={HOME_KEY: str(path)})
-            for name, path in studies[0].sites.items()
-        }
-        work = SiteWork(
-            foundation="embedded",
-            device="cpu",
-            homes=studies[1].sites,
-            repeatable_seed=None,
-            holds_sums=False,
-            is_verbose=False,
+        here, beside = (
+            SiteWork(
+                foundation="embedded",
+                device="cpu",
+                homes=study.sites,
+                repeatable_seed=None,
+                holds_sums=False,
+                is_verbose=False,
+            )
+            for study in studies
         )
+        bench = SiteBench(here, foundation)
+        nodes = {name: bench.node(name) for name in studies[0].sites}
         environment = partial(environment_of, num_places=wanted.workers, device="cpu")
-        crew = ProcessCrew(work.bench, environment)
+        crew = ProcessCrew(beside.bench, environment)
         seconds = {"one": run(studies[0], foundation, TurnsHere(nodes))}
         names, count = list(studies[1].sites), wanted.workers
         with TurnPool(crew, names, num_places=count, on_turn=on_turn) as pool:

@@ -10,7 +10,6 @@ from functools import partial
 
 from flwr.app import Context, RecordDict
 
-from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
@@ -20,13 +19,13 @@ from crafts_server.receipts import RoundReceipt
 from crafts_server.server_app import make_server_app
 from crafts_simulations.agreement import agree_on_patients, approve_roster
 from crafts_simulations.errors import ProcessError
-from crafts_simulations.local_grid import LocalGrid, LocalNode, Turns, TurnsHere
+from crafts_simulations.local_grid import LocalGrid, Turns, TurnsHere
 from crafts_simulations.logs import is_shown
 from crafts_simulations.process_crew import ProcessCrew, environment_of
 from crafts_simulations.processes import Programs
 from crafts_simulations.ray_crew import RayCrew
 from crafts_simulations.repeatable import NOT_PRIVATE
-from crafts_simulations.site_bench import SiteWork, opener
+from crafts_simulations.site_bench import SiteBench, SiteWork
 from crafts_simulations.study import LocalStudy
 from crafts_simulations.turn_pool import TurnPool
 
@@ -103,9 +102,6 @@ def federate_with_processes(study: LocalStudy, home: CoordinatorHome) -> list[Ch
 def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]:
     """In this process, on processes beside it, or on Ray."""
     names, count = study.scenario.participants, study.num_trainers
-    if study.ray is None and count == 1:
-        yield TurnsHere(_nodes(study), on_turn=on_turn)
-        return
     work = SiteWork(
         foundation=study.foundation_name,
         device=study.device,
@@ -114,6 +110,10 @@ def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]
         holds_sums=study.plan.aggregation.secure_aggregation,
         is_verbose=is_shown(),
     )
+    if study.ray is None and count == 1:
+        bench = SiteBench(work, study.foundation)
+        yield TurnsHere({name: bench.node(name) for name in names}, on_turn=on_turn)
+        return
     crew: ProcessCrew | RayCrew
     if study.ray is not None:
         crew = RayCrew(work, study.ray, num_places=count)
@@ -124,15 +124,6 @@ def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]
         crew = ProcessCrew(work.bench, place)
     with TurnPool(crew, names, num_places=num_places, on_turn=on_turn) as pool:
         yield pool
-
-
-def _nodes(study: LocalStudy) -> dict[str, LocalNode]:
-    """One app for all sites, as the sites of a real study run the same installed one."""
-    app = make_client_app(opener(study.foundation, study.repeatable_seed))
-    return {
-        name: LocalNode(app=app, node_config={HOME_KEY: str(study.workspace.site(name))})
-        for name in study.scenario.participants
-    }
 
 
 def export(study: LocalStudy, chain: Sequence[Checkpoint]) -> None:

@@ -17,11 +17,12 @@ from functools import partial
 from typing import Protocol
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+App = Callable[[Message, Context], Message]
+"""A ClientApp, or what stands for one."""
 _CLIENT_APP_RAISED = 2
 """Flower's code for a ClientApp that raised."""
 
@@ -30,7 +31,7 @@ _CLIENT_APP_RAISED = 2
 class LocalNode:
     """A site: its app and what the site itself configures."""
 
-    app: ClientApp
+    app: App
     node_config: UserConfig
 
 
@@ -87,7 +88,7 @@ def context_of(node_id: int, node_config: UserConfig) -> Context:
     )
 
 
-def answer(app: ClientApp, message: Message, context: Context) -> Message:
+def answer(app: App, message: Message, context: Context) -> Message:
     """One turn. An exception becomes an error, as Flower does, but without the exception's text."""
     try:
         return app(message, context)

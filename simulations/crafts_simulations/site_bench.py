@@ -1,4 +1,4 @@
-"""What a process needs to run turns of a simulation's sites: one foundation, and a few open sites.
+"""What a process has to run turns of a simulation's sites: one foundation, and a few open sites.
 
 A site that is open answers faster, and takes memory for a model of its own. So the newest few stay
 open. Of sums over sites, all do, as what they hold is in memory alone until it is asked for; of
@@ -16,7 +16,7 @@ from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.home import EMBEDDED, SiteHome
 from crafts_client.site import Site
 from crafts_core.foundation import Foundation, embedded_path, load
-from crafts_simulations.local_grid import answer, context_of
+from crafts_simulations.local_grid import LocalNode, answer, context_of
 from crafts_simulations.logs import show_what_goes_wrong
 from crafts_simulations.repeatable import RepeatableSite
 
@@ -25,7 +25,7 @@ _MOST_OPEN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteWork:
-    """The sites of a simulation, for another process. Can be pickled."""
+    """The sites of a simulation, for this process or another. Can be pickled."""
 
     foundation: str
     """``embedded``, or a folder's absolute path."""
@@ -72,6 +72,10 @@ class SiteBench:
             if not self._work.holds_sums:
                 del self._places[name]
         return place(message)
+
+    def node(self, site: str) -> LocalNode:
+        """One of the sites on a grid in this process."""
+        return LocalNode(app=lambda message, _context: self(site, message), node_config={})
 
 
 class _Place:

@@ -2,22 +2,26 @@
 
 import gc
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from crafts_client.client_app import HOME_KEY
+from crafts_client.trainer import Trainer
 from crafts_core.foundation import Foundation
 from crafts_server.collection import Patience
 from crafts_server.coordinator import Coordinator
 from crafts_simulations import site_bench
 from crafts_simulations.agreement import agree_on_patients, approve_roster
-from crafts_simulations.local_grid import LocalGrid, LocalNode, TurnsHere
+from crafts_simulations.local_grid import LocalGrid, TurnsHere
+from crafts_simulations.run import run_scenario
+from crafts_simulations.scenario import parse_scenario
 from crafts_simulations.site_bench import SiteBench, SiteWork
 from crafts_simulations.small_study import make_small_study
 from support.foundations import tiny_foundation
+from support.scenarios import tile_source, tiles_scenario_values
 
 SITES = [f"site-{number:02d}" for number in range(20)]
 
@@ -95,6 +99,39 @@ def test_of_sums_every_site_remembers_and_the_newest_few_have_models(
     assert opened.names == SITES
 
 
+@pytest.mark.slow
+def test_one_process_has_models_of_a_few_sites_and_ends_in_the_bytes_of_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of six sites that train where the simulation runs."""
+    alive = weakref.WeakSet[Trainer]()
+
+    class Noted(Trainer):
+        def __init__(self, *words: object, **options: object) -> None:
+            super().__init__(*words, **options)  # type: ignore[arg-type]
+            alive.add(self)
+
+    monkeypatch.setattr("crafts_client.site.Trainer", Noted)
+    values = tiles_scenario_values(tiny_foundation(tmp_path / "tiny").path)
+    values["tiles"]["num_sites"] = 6
+    values["stage"][0]["rounds"] = 2
+    scenario = parse_scenario(values, "six sites").changed(repeatable=True)
+    run = partial(run_scenario, scenario, source=tile_source(tmp_path), num_workers=0)
+    most: dict[str, int] = {}
+
+    def note(name: str, what: str, _done: int, _total: int) -> None:
+        if " at site-" in what:
+            most[name] = max(most.get(name, 0), len(alive))
+
+    run(tmp_path / "few", progress=partial(note, "few"))
+    gc.collect()
+    monkeypatch.setattr(site_bench, "_MOST_OPEN", 6)
+    run(tmp_path / "all", progress=partial(note, "all"))
+    assert most == {"few": 4, "all": 6}
+    few, all_open = (tmp_path / name / "adapter.safetensors" for name in ("few", "all"))
+    assert few.read_bytes() == all_open.read_bytes()
+
+
 @pytest.mark.exhaustive
 def test_a_sum_that_is_held_outlives_the_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -125,13 +162,7 @@ def _ran(study, foundation: Foundation):
         is_verbose=False,
     )
     serves = SiteBench(work, foundation)
-    nodes = {
-        name: LocalNode(
-            app=lambda message, _, name=name: serves(name, message),  # type: ignore[arg-type]
-            node_config={HOME_KEY: str(path)},
-        )
-        for name, path in study.sites.items()
-    }
+    nodes = {name: serves.node(name) for name in study.sites}
     now = Patience(poll_s=0.0, join_wait_s=0.0)
     coordinator = Coordinator(study.coordinator, study.plan, foundation, patience=now)
     return coordinator.run(LocalGrid(TurnsHere(nodes)))
