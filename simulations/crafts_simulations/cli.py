@@ -30,6 +30,14 @@ Labels = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="CSV or TSV: file, patient, label."),
 ]
+Pool = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="Table of open images that stage retrieval picks from (docs/foundation.md).",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")]
 
 
@@ -52,14 +60,7 @@ def run(
     caption_column: Annotated[
         str | None, typer.Option(help="Column with a free caption, where there is one.")
     ] = None,
-    pool: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Table of open images that stage retrieval picks from (docs/foundation.md).",
-        ),
-    ] = None,
+    pool: Pool = None,
     epsilon: Annotated[
         float | None, typer.Option(min=1e-3, help="Target epsilon of each site's promise.")
     ] = None,
@@ -178,6 +179,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for all runs; a finished one is kept.")],
     tiles: Tiles = None,
     labels: Labels = None,
+    pool: Pool = None,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each.")] = 1,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -202,6 +204,7 @@ def sweep(
                 scenarios,
                 out,
                 source=source,
+                pool=pool,
                 device=device,
                 num_parallel=parallel,
                 progress=progress,

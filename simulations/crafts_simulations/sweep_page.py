@@ -28,7 +28,7 @@ def render(report: SweepReport, runs: Links) -> str:
 
     Args:
         report: What is shown.
-        runs: For each arm its seeds and the address of that run's own page.
+        runs: For each arm its finished seeds and the address of that run's own page.
     """
     template = page_environment("crafts_simulations").get_template("sweep.html.j2")
     compared = [row for row in report.arms if row.differences]
@@ -47,9 +47,11 @@ def render(report: SweepReport, runs: Links) -> str:
 def headline(report: SweepReport) -> str:
     """Which arms are nearer in structure than the baseline, in a sentence."""
     differences = {row.name: row.differences["structure"] for row in report.arms if row.differences}
+    if not report.has_baseline:
+        return f"No run of {_names([report.baseline])} finished: there is nothing to compare with."
     if not differences:
         return "One arm: there is nothing to compare it with."
-    if len(report.seeds) == 1:
+    if not report.tells_of_chance:
         best = min(differences, key=lambda name: differences[name].mean)
         return f"With this one seed “{best}” differs most towards real structure."
     away = {name: each for name, each in differences.items() if each.is_away_from_zero}

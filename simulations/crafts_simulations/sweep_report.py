@@ -71,6 +71,19 @@ class Difference(_Record):
         return f"{self.mean:+.4f}{within}"
 
 
+class Failure(_Record):
+    """A run that gave no report, and why."""
+
+    arm: str
+    seed: int
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"arm {self.arm!r}, seed {self.seed}: {self.reason}"
+
+
 class SweepRow(_Record):
     """One arm, or one of the rows that need no training."""
 
@@ -78,7 +91,7 @@ class SweepRow(_Record):
     epsilon: float | None
     """The largest that any site spent in any run; None where nothing was private."""
     values: dict[str, tuple[float, ...]]
-    """A figure's value in each seed; figures that a run did not have are left out."""
+    """A figure's value in each seed that finished; figures that a run did not have are left out."""
     differences: dict[str, Difference]
 
     def mean(self, field: str) -> float | None:
@@ -94,70 +107,102 @@ class SweepReport(_Record):
     baseline: str
     arms: tuple[SweepRow, ...]
     beside: tuple[SweepRow, ...]
-    """Rows without training: floor, bound, foundation, its colour maps; of the baseline's runs."""
+    """Rows without training: floor, bound, foundation, its colour maps; of the baseline's runs, or
+    where none of these finished of the first arm's."""
     remarks: tuple[str, ...]
+    failures: tuple[Failure, ...] = ()
+    """An arm that has no run left is in no row."""
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Figures that some arm has."""
         return tuple(field for field in FIELDS if any(field in row.values for row in self.arms))
 
+    @property
+    def has_baseline(self) -> bool:
+        """Whether a run of it finished."""
+        return any(row.name == self.baseline for row in self.arms)
 
-def compare(sweep: Sweep, reports: Mapping[tuple[str, int], Report]) -> SweepReport:
-    """Set the runs of a sweep side by side.
+    @property
+    def tells_of_chance(self) -> bool:
+        """Whether some difference has an interval: two seeds of an arm and of the baseline."""
+        differences = [each for row in self.arms for each in row.differences.values()]
+        return any(each.interval is not None for each in differences)
+
+    def label(self, row: SweepRow) -> str:
+        """A row's name; where runs of it failed, with the seeds that it has."""
+        failed = {each.seed for each in self.failures if each.arm == row.name}
+        if not failed:
+            return row.name
+        left = [str(seed) for seed in self.seeds if seed not in failed]
+        return f"{row.name} (only seed{'s' if left[1:] else ''} {', '.join(left)})"
+
+
+BySeed = Mapping[int, Evaluation]
+Values = dict[str, dict[int, float]]
+"""A figure's values by seed."""
+
+
+def compare(
+    sweep: Sweep, reports: Mapping[tuple[str, int], Report], failures: Sequence[Failure] = ()
+) -> SweepReport:
+    """Set the runs of a sweep side by side, each with the baseline's of its seed.
 
     Args:
         sweep: Arms and seeds.
-        reports: Of every run, by the arm's name and the seed.
+        reports: Of runs that finished, one at least, by the arm's name and the seed.
+        failures: The other runs.
 
     Raises:
         EncoderError: they were measured with several encoders.
     """
     require_one_encoder([report.evaluation for report in reports.values()])
     baseline = sweep.compared_with.name
-    evaluations = {
-        arm.name: [reports[arm.name, seed].evaluation for seed in sweep.seeds] for arm in sweep.arms
-    }
+    evaluations: dict[str, dict[int, Evaluation]] = {}
+    spent: dict[str, list[float]] = {}
+    for arm, seed in ((arm.name, seed) for arm in sweep.arms for seed in sweep.seeds):
+        report = reports.get((arm, seed))
+        if report is not None:
+            evaluations.setdefault(arm, {})[seed] = report.evaluation
+            epsilons = [site.epsilon for site in report.sites if site.epsilon is not None]
+            spent.setdefault(arm, []).extend(epsilons)
     values = {name: _values(found, "generator") for name, found in evaluations.items()}
-    spent = {
-        arm.name: [
-            site.epsilon
-            for seed in sweep.seeds
-            for site in reports[arm.name, seed].sites
-            if site.epsilon is not None
-        ]
-        for arm in sweep.arms
-    }
     arms = [
         SweepRow(
             name=name,
             epsilon=max(spent[name], default=None),
-            values=found,
+            values=_without_seeds(found),
             differences={}
             if name == baseline
-            else _differences(found, values[baseline], num_arms=len(values) - 1),
+            else _differences(found, values.get(baseline, {}), num_arms=len(values) - 1),
         )
         for name, found in values.items()
     ]
+    beside = evaluations.get(baseline) or next(iter(evaluations.values()))
     return SweepReport(
         scenario=sweep.scenario,
         seeds=sweep.seeds,
         baseline=baseline,
         arms=tuple(arms),
-        beside=tuple(_beside(evaluations[baseline])),
-        remarks=tuple(remarks(evaluations[baseline][0])),
+        beside=tuple(_beside(beside)),
+        remarks=tuple(remarks(next(iter(beside.values())))),
+        failures=tuple(failures),
     )
 
 
-def _values(evaluations: Sequence[Evaluation], name: ArmName) -> dict[str, tuple[float, ...]]:
+def _values(evaluations: BySeed, name: ArmName) -> Values:
     """Figures that this row has in every seed."""
-    rows = [row for each in evaluations if (row := each.arm(name)) is not None]
-    found = {field: tuple(_figure(row, field) for row in rows) for field in FIELDS}
+    rows = {seed: row for seed, each in evaluations.items() if (row := each.arm(name)) is not None}
+    found = {field: {seed: _figure(row, field) for seed, row in rows.items()} for field in FIELDS}
     return {
-        field: tuple(value for value in each if value is not None)
+        field: {seed: value for seed, value in each.items() if value is not None}
         for field, each in found.items()
-        if each and None not in each
+        if each and None not in each.values()
     }
+
+
+def _without_seeds(values: Values) -> dict[str, tuple[float, ...]]:
+    return {field: tuple(each.values()) for field, each in values.items()}
 
 
 def _figure(row: Arm, field: str) -> float | None:
@@ -165,21 +210,22 @@ def _figure(row: Arm, field: str) -> float | None:
     return value
 
 
-def _differences(
-    arm: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]], *, num_arms: int
-) -> dict[str, Difference]:
-    return {
-        field: Difference.of(
-            [mine - its for mine, its in zip(arm[field], baseline[field], strict=True)],
-            num_arms=num_arms,
-        )
+def _differences(arm: Values, baseline: Values, *, num_arms: int) -> dict[str, Difference]:
+    """Over the seeds that both have."""
+    pairs = {
+        field: [
+            value - baseline[field][seed]
+            for seed, value in arm[field].items()
+            if seed in baseline[field]
+        ]
         for field in FIELDS
         if field in arm and field in baseline
     }
+    return {field: Difference.of(each, num_arms=num_arms) for field, each in pairs.items() if each}
 
 
-def _beside(evaluations: Sequence[Evaluation]) -> list[SweepRow]:
-    rows = [(LABELS[name], _values(evaluations, name)) for name in _BESIDE]
+def _beside(evaluations: BySeed) -> list[SweepRow]:
+    rows = [(LABELS[name], _without_seeds(_values(evaluations, name))) for name in _BESIDE]
     return [
         SweepRow(name=label, epsilon=None, values=values, differences={})
         for label, values in rows
@@ -194,7 +240,7 @@ def markdown(report: SweepReport) -> str:
     lines.append("|---" * (len(fields) + 2) + "|")
     for row in (*report.beside, *report.arms):
         cells = [_number(row.mean(field)) for field in fields]
-        lines.append(_line([row.name, *cells, _number(row.epsilon, digits=2)]))
+        lines.append(_line([report.label(row), *cells, _number(row.epsilon, digits=2)]))
     compared = [row for row in report.arms if row.differences]
     if compared:
         lines += ["", _line([f"minus {report.baseline}", *(HEADINGS[field] for field in fields)])]
@@ -206,7 +252,7 @@ def markdown(report: SweepReport) -> str:
         marked = [
             f"**{cell}**" if is_bold else cell for cell, is_bold in zip(cells, bold, strict=True)
         ]
-        lines.append(_line([row.name, *marked]))
+        lines.append(_line([report.label(row), *marked]))
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import time
 import tomllib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,10 +17,19 @@ from typer.testing import CliRunner
 
 from crafts_simulations import cli, sweep_run
 from crafts_simulations.errors import ScenarioError
+from crafts_simulations.report import Report
 from crafts_simulations.scenario import Scenario, load_scenario
+from crafts_simulations.sites import TileSource
 from crafts_simulations.sweep import Sweep, SweepArm, load_sweep, scenario_of
 from crafts_simulations.sweep_page import headline, render
-from crafts_simulations.sweep_report import Difference, SweepReport, SweepRow
+from crafts_simulations.sweep_report import (
+    Difference,
+    Failure,
+    SweepReport,
+    SweepRow,
+    compare,
+    markdown,
+)
 from support.foundations import write_tiny_foundation
 from support.scenarios import tile_source, tiles_scenario_values
 
@@ -241,24 +250,48 @@ def test_interrupting_waits_for_no_run() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_one_line() -> None:
-    with pytest.raises(ScenarioError, match="perhaps for want of memory"):
-        list(sweep_run._at_once([some_job(1, partial(os._exit, 9))], 2))
+def test_runs_of_a_process_that_is_killed_have_failed_and_say_why() -> None:
+    jobs = [some_job(number, partial(os._exit, 9)) for number in range(3)]
+    told = dict(sweep_run._at_once(jobs, 1))
+    assert set(told) == {("arm", 0), ("arm", 1), ("arm", 2)}
+    for (_, seed), failure in told.items():
+        assert isinstance(failure, Failure)
+        assert failure.seed == seed
+        assert "perhaps for want of memory" in failure.reason
+
+
+class Swept(NamedTuple):
+    """A sweep that ran, in a folder with its file, its tiles and its results."""
+
+    folder: Path
+    source: TileSource
+    report: SweepReport
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def again(self, text: str = TWO_ARMS) -> SweepReport:
+        """With perhaps another file."""
+        (self.folder / "sweep.toml").write_text(text)
+        sweep, scenarios = load_sweep(self.folder / "sweep.toml")
+        return sweep_run.run_sweep(sweep, scenarios, self.out, source=self.source)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    folder = tmp_path_factory.mktemp("sweep")
+    written(folder / "tiny.toml", tiles_scenario_values(write_tiny_foundation(folder / "tiny")))
+    (folder / "sweep.toml").write_text(TWO_ARMS)
+    source = tile_source(folder)
+    sweep, scenarios = load_sweep(folder / "sweep.toml")
+    report = sweep_run.run_sweep(sweep, scenarios, folder / "out", source=source, num_parallel=2)
+    return Swept(folder, source, report)
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_in_processes_and_what_is_finished_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    foundation = write_tiny_foundation(tmp_path / "foundation")
-    written(tmp_path / "tiny.toml", tiles_scenario_values(foundation))
-    (tmp_path / "sweep.toml").write_text(TWO_ARMS)
-    source = tile_source(tmp_path)
-    sweep, scenarios = load_sweep(tmp_path / "sweep.toml")
-    out = tmp_path / "out"
-    report = sweep_run.run_sweep(sweep, scenarios, out, source=source, num_parallel=2)
-    assert SweepReport.model_validate_json((out / "sweep.json").read_bytes()) == report
-    assert 'href="runs/small-steps-by-patients/4/report.html"' in (out / "sweep.html").read_text()
+def test_a_sweep_runs_in_processes_and_says_what_differs(swept: Swept) -> None:
+    out, report = swept.out, swept.report
     still, moved = report.arms
     assert len(still.values["structure"]) == len(moved.values["structure"]) == 2
     assert still.epsilon is not None
@@ -267,17 +300,129 @@ def test_a_sweep_runs_in_processes_and_what_is_finished_is_kept(
     expected = np.mean([mine - its for mine, its in pairs])
     assert moved.differences["structure"].mean == pytest.approx(float(expected))
     assert report.beside[0].name == "real tiles of other patients"
+    assert not report.failures
+    assert len(list(out.glob("runs/*/*/adapter.safetensors"))) == 4
 
+
+@pytest.mark.slow
+def test_what_is_finished_of_a_sweep_is_kept(swept: Swept) -> None:
+    out = swept.out
     runs = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/adapter.safetensors")}
-    assert len(runs) == 4
-    again = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "sweep.toml"), "--out", str(out)])
+    (swept.folder / "sweep.toml").write_text(TWO_ARMS)
+    command = ["sweep", str(swept.folder / "sweep.toml"), "--out", str(out)]
+    again = CliRunner().invoke(cli.app, command)
     assert again.exit_code == 1, "its tiles are not named this time"
     said = " ".join(again.stderr.split())
     assert "arm 'as it is', seed 3: this scenario deals real tiles" in said
     assert "(and 3 more runs failed)" in said, "the others went on"
-    assert sweep_run.run_sweep(sweep, scenarios, out, source=source) == report
+    assert "compares" not in said, "nothing was finished"
+    assert swept.again() == swept.report
+    assert SweepReport.model_validate_json((out / "sweep.json").read_bytes()) == swept.report
+    assert 'href="runs/small-steps-by-patients/4/report.html"' in (out / "sweep.html").read_text()
     assert {path: path.stat().st_mtime_ns for path in runs} == runs, "nothing was trained again"
 
-    os.utime(next(source.folder.glob("*.png")), (0, 0))
-    with pytest.raises(ScenarioError, match="other tiles"):
-        sweep_run.run_sweep(sweep, scenarios, out, source=source)
+
+@pytest.mark.slow
+def test_other_tiles_are_another_sweep(swept: Swept) -> None:
+    tile = next(swept.source.folder.glob("*.png"))
+    before = tile.stat()
+    os.utime(tile, (0, 0))
+    try:
+        with pytest.raises(ScenarioError, match="other tiles"):
+            swept.again()
+    finally:
+        os.utime(tile, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.slow
+def test_an_arm_that_fails_leaves_a_page_of_the_others_with_its_reason(swept: Swept) -> None:
+    refused = '[[arm]]\nname = "nobody agrees"\npolicy = { max_local_steps = 1 }\n'
+    page = swept.out / "sweep.html"
+    with pytest.raises(ScenarioError) as raised:
+        swept.again(TWO_ARMS + refused)
+    said = str(raised.value)
+    assert said.startswith("arm 'nobody agrees', seed 3: ")
+    assert "too many local steps" in said
+    assert said.endswith(f"(and 1 more runs failed); {page} compares what finished")
+    found = SweepReport.model_validate_json((swept.out / "sweep.json").read_bytes())
+    assert found.arms == swept.report.arms
+    assert [(each.arm, each.seed) for each in found.failures] == [
+        ("nobody agrees", 3),
+        ("nobody agrees", 4),
+    ]
+    text = page.read_text()
+    assert "2 runs failed" in text
+    assert "too many local steps" in text
+    assert "runs/nobody-agrees" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["as it is", "Small steps, by patients!"])
+def test_of_a_run_that_failed_the_pair_is_left_out(swept: Swept, missing: str) -> None:
+    """Of two seeds one is left: a difference without an interval, and the row says so."""
+    sweep = parse(TWO_ARMS)
+    reports = {
+        (arm.name, seed): Report.model_validate_json(
+            (swept.out / "runs" / arm.folder / str(seed) / "report.json").read_bytes()
+        )
+        for arm in sweep.arms
+        for seed in sweep.seeds
+        if (arm.name, seed) != (missing, 3)
+    }
+    found = compare(sweep, reports, [Failure(arm=missing, seed=3, reason="<killed>")])
+    still, moved = swept.report.arms
+    (pair,) = (row.differences["structure"] for row in found.arms if row.differences)
+    expected = moved.values["structure"][1] - still.values["structure"][1]
+    assert (pair.mean, pair.interval) == (pytest.approx(expected), None)
+    page = render(found, {})
+    assert f"{missing} (only seed 4)" in markdown(found)
+    assert f"{missing} (only seed 4)" in page
+    assert "One seed says nothing about chance" in page
+    assert "&lt;killed&gt;" in page
+
+
+@pytest.mark.slow
+def test_without_a_run_of_the_baseline_nothing_is_compared(swept: Swept) -> None:
+    sweep = parse(TWO_ARMS)
+    moved = sweep.arms[1]
+    report = Report.model_validate_json(
+        (swept.out / "runs" / moved.folder / "3" / "report.json").read_bytes()
+    )
+    failures = [Failure(arm="as it is", seed=seed, reason="killed") for seed in sweep.seeds]
+    found = compare(sweep, {(moved.name, 3): report}, failures)
+    assert [(row.name, row.differences) for row in found.arms] == [(moved.name, {})]
+    assert headline(found) == ("No run of “as it is” finished: there is nothing to compare with.")
+    assert "Against as it is" not in render(found, {})
+
+
+PICKS = """
+[[arm]]
+name = "picks"
+study = { captions = ["lung"] }
+stages = [
+  { name = "anchors", noise_multiplier = 0.2 },
+  { name = "retrieval", public_steps = 4, learning_rate = 0.05, tiles_per_caption = 5 },
+]
+"""
+
+
+def test_the_pool_is_given_to_the_arms_that_pick_from_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, object] = {}
+
+    def run(_scenario: Scenario, out: Path, **options: object) -> Report:
+        given[out.parent.name] = options["pool"]
+        raise ScenarioError("seen")
+
+    monkeypatch.setattr(sweep_run, "run_scenario", run)
+    table, plan = tmp_path / "pool.csv", tmp_path / "sweep.toml"
+    table.touch()
+    words = ["sweep", str(plan), "--out", str(tmp_path / "out"), "--pool", str(table)]
+    plan.write_text(TWO_ARMS.replace("tiny.toml", "quickstart").replace("[3, 4]", "[3]") + PICKS)
+    told = CliRunner().invoke(cli.app, words)
+    assert "seen" in told.stderr
+    assert given == {"as-it-is": None, "small-steps-by-patients": None, "picks": table}
+    plan.write_text(TWO_ARMS.replace("tiny.toml", "quickstart"))
+    told = CliRunner().invoke(cli.app, words)
+    assert "no arm has stage retrieval; leave out --pool" in " ".join(told.stderr.split())
