@@ -1,10 +1,14 @@
 """Turns on Ray. What runs there is tested without it; Ray itself is for long runs of tests."""
 
 import importlib.util
+import logging
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -106,8 +110,124 @@ def work(folder: Path, *sites: str) -> SiteWork:
     )
 
 
+class PlayedRay:
+    """A cluster that others use: what it has, what is free, and when an actor gets room.
+
+    Actors live in this process. One without room answers after ``waits`` looks at its replies.
+    """
+
+    class exceptions:  # noqa: N801  # Ray's own name
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+    def __init__(self, *, has: dict[str, float], free: dict[str, float], waits: int = 0) -> None:
+        self.has, self.free, self.waits = has, free, waits
+        self.looks: list[float | None] = []
+
+    def init(self, **_: object) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    def kill(self, _actor: object) -> None:
+        pass
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.has
+
+    def available_resources(self) -> dict[str, float]:
+        return self.free
+
+    def remote(self, **_: object) -> Callable[[type], object]:
+        def actor_class(made: type) -> object:
+            return SimpleNamespace(remote=lambda *words: self._handle(made(*words)))
+
+        return actor_class
+
+    def _handle(self, actor: TurnActor) -> object:
+        answer = SimpleNamespace(remote=lambda *words: partial(actor.answer, *words))
+        return SimpleNamespace(
+            is_here=SimpleNamespace(remote=lambda: partial(actor.is_here)), answer=answer
+        )
+
+    def wait(
+        self, words: list[Callable[[], object]], *, num_returns: int, timeout: float | None
+    ) -> tuple[list[object], list[object]]:
+        self.looks.append(timeout)
+        if self.waits:
+            self.waits -= 1
+            return [], list(words)
+        return list(words[:num_returns]), list(words[num_returns:])
+
+    def get(self, word: Callable[[], object]) -> object:
+        return word()
+
+
+def played(monkeypatch: pytest.MonkeyPatch, cluster: PlayedRay) -> None:
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setattr(place, "MACHINE_ID", place.MACHINE_ID)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "asked", "places"),
+    [
+        ("cpu", {"CPU": 8.0, "GPU": 2.0}, None, 5),
+        ("cpu", {"CPU": 3.5}, None, 3),
+        ("cpu", {"CPU": 3.0}, 4, 3),
+        ("cpu", {"CPU": 3.0}, 2, 2),
+        ("cpu", {}, None, 1),
+        ("cuda", {"CPU": 8.0, "GPU": 2.0}, None, 2),
+        ("cuda", {"CPU": 1.0, "GPU": 2.0}, None, 1),
+    ],
+)
+def test_as_many_actors_as_are_free_now_and_one_at_least(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    device: str,
+    free: dict[str, float],
+    asked: int | None,
+    places: int,
+) -> None:
+    """Of eight CPUs and two GPUs, for five sites."""
+    played(monkeypatch, PlayedRay(has={"CPU": 8.0, "GPU": 2.0}, free=free))
+    sites = replace(work(tmp_path, *"abcde"), device=device)
+    assert RayCrew(sites, "auto", num_places=asked).num_places == places
+
+
+def test_more_than_the_whole_cluster_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    played(monkeypatch, PlayedRay(has={"CPU": 2.0}, free={"CPU": 2.0}))
+    with pytest.raises(ScenarioError, match=r"has room for 2 processes of one CPU each, and 3 are"):
+        RayCrew(work(tmp_path, *"abc"), "auto", num_places=3)
+
+
+def test_waiting_for_room_is_said_once_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = PlayedRay(has={"CPU": 4.0}, free={}, waits=4)
+    played(monkeypatch, cluster)
+    job = SimpleNamespace(homes={"a": tmp_path}, device="cpu", is_verbose=False, bench=tells_where)
+    crew = RayCrew(job, "auto", num_places=None)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING), TurnPool(crew, ["a"], num_places=1) as pool:
+        reply = pool.begin("a", message())()
+    assert reply.content.config_records["told"]["site"] == "a"
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "1 of 1 processes have not begun" in line] == said
+    assert len(said) == 1
+    assert None not in cluster.looks, "no look is without an end"
+
+
 @on_ray
-def test_killed_actors_are_started_anew_and_replies_stay_in_order(tmp_path: Path) -> None:
+def test_killed_actors_are_started_anew_and_replies_stay_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors find what tests play
     sites = ["a", "b", "c"]
     played = PlayedWork(sites, tmp_path / "tries")
     crew = RayCrew(
