@@ -99,6 +99,69 @@ def test_the_container_recipe_copies_what_the_package_is_made_of() -> None:
     assert re.search(r"^USER 10001:10001$", recipe, re.MULTILINE)
 
 
+def site_in_compose(
+    folder: Path, ends: str, *words: str, begins: str = "", stop: bool = False
+) -> tuple[int | None, str]:
+    """site.sh with a ``crafts-client`` that a test plays: exit status, None while it waits."""
+    program = folder / "crafts-client"
+    program.write_text(f'#!/bin/sh\n{begins}\necho began "$@"\n{ends}\n')
+    program.chmod(0o755)
+    site = subprocess.Popen(
+        ["sh", str(DEPLOY / "compose" / "site.sh"), *words],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        if stop:
+            assert site.stdout is not None
+            assert site.stdout.readline() == "began join\n"
+            site.terminate()
+        return site.wait(3), site.communicate()[0]
+    except subprocess.TimeoutExpired:
+        site.terminate()
+        assert site.wait(10) == 0, "docker stop need not kill it"
+        return None, site.communicate()[0]
+
+
+@pytest.mark.parametrize(
+    ("ends", "words", "status"),
+    [
+        ("exit 0", ["join"], 0),
+        ("exit 1", ["join"], 1),
+        ("kill -9 $$", ["join"], 137),
+        ("exit 3", ["ledger", "verify"], 3),
+    ],
+)
+def test_a_site_in_compose_ends_as_its_program_does(
+    tmp_path: Path, ends: str, words: list[str], status: int
+) -> None:
+    assert site_in_compose(tmp_path, ends, *words)[0] == status
+    assert not (tmp_path / "revoked").exists()
+
+
+def test_a_revoked_site_in_compose_waits_and_is_unhealthy(tmp_path: Path) -> None:
+    status, said = site_in_compose(tmp_path, "exit 3", "join")
+    assert status is None, "an end would be a new start"
+    assert said.count("began join") == 1
+    assert "revoked this site" in said
+    service = COMPOSE["services"]["site-north"]
+    assert service["entrypoint"] == ["sh", "/opt/site.sh"]
+    assert "./site.sh:/opt/site.sh:ro" in service["volumes"]
+    assert service["healthcheck"]["test"] == ["CMD", "test", "!", "-e", "/tmp/revoked"]
+    assert (tmp_path / "revoked").exists()
+
+
+def test_a_site_in_compose_is_told_to_stop_and_may_finish(tmp_path: Path) -> None:
+    """The shell passes the signal on and waits for what the program does then."""
+    begins = "trap 'sleep 0.5; echo finished; exit 7' TERM"
+    ends = "while :; do sleep 0.1; done"
+    status, said = site_in_compose(tmp_path, ends, "join", begins=begins, stop=True)
+    assert status == 7
+    assert "finished" in said
+
+
 def known_metrics() -> set[str]:
     names = set()
     for family in Metrics()._registry.collect():
