@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from types import ModuleType
 
 import pytest
 import yaml
+
+from crafts_client.audit_record import weakness
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHECK = DEPLOY / "check"
@@ -71,6 +74,34 @@ def test_containers_may_as_little_as_in_the_compose_file(check) -> None:
         *(f"--security-opt={name.removesuffix(':true')}" for name in hardened["security_opt"]),
         *(f"--tmpfs={path}" for path in hardened["tmpfs"]),
     }
+
+
+def test_only_the_missing_audit_may_be_in_doubt(check) -> None:
+    never = f"engine: {weakness(None, None, '')}"  # type: ignore[arg-type]  # looks at no site then
+    check.check_report("north", json.dumps({"unsubstantiated": []}))
+    check.check_report("north", json.dumps({"unsubstantiated": [never]}))
+    with pytest.raises(check.CheckError, match=r"^north's .* stand: noise: NOT PRIVATE$"):
+        check.check_report("north", json.dumps({"unsubstantiated": [never, "noise: NOT PRIVATE"]}))
+
+
+def engine_that(check, folder: Path, does: str):
+    program = folder / "engine"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    return check.Engine(str(program), folder)
+
+
+def test_a_no_is_an_answer_whatever_is_on_stderr(check, tmp_path: Path) -> None:
+    engine = engine_that(check, tmp_path, "echo warning >&2; echo '{}'; exit 1")
+    assert engine("exec", says_no_by=1) == "{}\n"
+    with pytest.raises(check.CheckError, match="warning"):
+        engine("exec")
+
+
+def test_a_failure_without_an_answer_stays_one(check, tmp_path: Path) -> None:
+    engine = engine_that(check, tmp_path, "echo no ledger >&2; exit 1")
+    with pytest.raises(check.CheckError, match="no ledger"):
+        engine("exec", says_no_by=1)
 
 
 @pytest.mark.exhaustive
