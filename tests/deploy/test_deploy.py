@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -63,6 +64,22 @@ def test_the_compose_file_opens_three_ports_and_grafana_on_loopback() -> None:
     assert {int(port.split(":")[0]) for port in published if port.count(":") == 1} == PORTS
     assert [port for port in published if port.count(":") == 2] == ["127.0.0.1:3000:3000"]
     assert COMPOSE["networks"]["store"] == {"internal": True}
+
+
+def test_prometheus_listens_where_grafana_is_and_no_site() -> None:
+    """By a name that the coordinator's network, which it shares, has on that network alone."""
+    services = COMPOSE["services"]
+    assert services["prometheus"]["network_mode"] == "service:coordinator"
+    (told,) = (word for word in services["prometheus"]["command"] if "listen-address" in word)
+    address = told.partition("=")[2]
+    name = address.partition(":")[0]
+    networks = services["coordinator"]["networks"]
+    assert [net for net, at in networks.items() if name in at.get("aliases", ())] == ["watch"]
+    assert name != "coordinator", "that is its name on every network"
+    on_watch = {each for each, at in services.items() if "watch" in at.get("networks", ())}
+    assert on_watch == {"coordinator", "grafana"}
+    sources = DEPLOY / "compose/grafana/provisioning/datasources/prometheus.yml"
+    assert yaml.safe_load(sources.read_text())["datasources"][0]["url"] == f"http://{address}"
 
 
 def test_files_and_volumes_of_the_compose_file_exist() -> None:
@@ -290,8 +307,20 @@ def test_the_chart_is_of_this_version_and_opens_the_same_ports() -> None:
         check_command("crafts-server", words)
 
 
-@pytest.mark.parametrize("values", [{}, {"prometheus": {"enabled": False}}], ids=["all", "bare"])
-def test_helm_and_kubernetes_accept_the_chart(values: dict[str, object]) -> None:
+def test_the_chart_has_the_alerts_of_compose() -> None:
+    assert (CHART / "alerts.yml").read_bytes() == (DEPLOY / "compose/alerts.yml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"prometheus": {"enabled": False}},
+        {"prometheus": {"alertmanagers": ["alertmanager.monitoring:9093"]}},
+    ],
+    ids=["all", "bare", "told"],
+)
+def test_helm_and_kubernetes_accept_the_chart(values: dict[str, dict[str, object]]) -> None:
     """Helm's own linter and renderer, and the schemas of Kubernetes' newest API."""
     helm = pytest.importorskip("helm_python")
     kubernetes = pytest.importorskip("kubernetes_validate")
@@ -304,6 +333,26 @@ def test_helm_and_kubernetes_accept_the_chart(values: dict[str, object]) -> None
     assert {each["kind"] for each in objects} >= {"StatefulSet", "Service", "NetworkPolicy"}
     for each in objects:
         kubernetes.validate(each, kubernetes.latest_version(), strict=True)
+    check_prometheus_of_the_chart(objects, values.get("prometheus", {}))
+
+
+def check_prometheus_of_the_chart(objects: list[dict[str, Any]], wanted: dict[str, object]) -> None:
+    """It evaluates the alerts of compose, their templates untouched, and tells who is named."""
+    files = [each["data"] for each in objects if each["kind"] == "ConfigMap"]
+    assert bool(files) == wanted.get("enabled", True)
+    for each in files:
+        config = yaml.safe_load(each["prometheus.yml"])
+        assert config["rule_files"] == ["alerts.yml"]
+        compose = DEPLOY / "compose"
+        assert yaml.safe_load(each["alerts.yml"]) == yaml.safe_load(
+            (compose / "alerts.yml").read_text()
+        )
+        scraped = yaml.safe_load((compose / "prometheus.yml").read_text())["scrape_configs"]
+        assert config["scrape_configs"] == scraped
+        told = config.get("alerting", {}).get("alertmanagers", [])
+        assert [name for one in told for at in one["static_configs"] for name in at["targets"]] == (
+            wanted.get("alertmanagers", [])
+        )
 
 
 def test_prometheus_itself_accepts_its_files(tmp_path: Path) -> None:
