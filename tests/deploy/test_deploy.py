@@ -107,6 +107,20 @@ def test_what_the_readme_reads_in_a_container_is_mounted_there() -> None:
         assert named <= mounted, command
 
 
+def test_the_dashboard_of_a_container_is_published_on_loopback_alone() -> None:
+    found = re.findall(
+        r"docker compose run --rm --publish (\S+) (\S+) (dashboard) (--listen) 0\.0\.0\.0$",
+        (DEPLOY / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    ((published, service, *words),) = found
+    assert service == "coordinator"
+    check_command("crafts-server", words)
+    options = typer.main.get_command(server_app).commands["dashboard"].params
+    (port,) = (option.default for option in options if option.name == "port")
+    assert published == f"127.0.0.1:{port}:{port}"
+
+
 def test_the_container_recipe_copies_what_the_package_is_made_of() -> None:
     recipe = (DEPLOY / "containers" / "Containerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", recipe, re.MULTILINE)
