@@ -44,11 +44,12 @@ test-exhaustive: $(STAMP)  ## What is repeated more often than the suite has tim
 mutants: $(STAMP)  ## Take each guarantee out of the code, one at a time; write which test noticed
 	$(BIN)/python tests/support/code_mutants.py benchmarks/results/mutants-$$(date +%F).md
 
-check: $(STAMP)  ## Format, lint, types, import contract
+check: $(STAMP)  ## Format, lint, types, import contract; Helm and Kubernetes about the chart, if installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@! $(BIN)/python -c 'import helm_python, kubernetes_validate' 2>/dev/null || $(BIN)/python -m pytest -q tests/deploy/test_deploy.py -k chart
 
 format: $(STAMP)  ## Format and sort in place
 	$(BIN)/ruff format .
