@@ -13,16 +13,19 @@ _WIDTH = 640
 _PALETTE = 8
 """``--c0`` to ``--c7`` are defined by the page."""
 _NAMES_A_ROW = 4
-_MOST_NAMED = 24
-"""Sites in a legend; more are named on hover alone."""
+MOST_NAMED = 24
+"""Sites in a legend: more colours nobody tells apart, and a table has to say what each has."""
 
 Bar = tuple[str, float, tuple[float, float] | None]
 Moment = tuple[datetime, float]
 
 
 def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
-    """Horizontal bars with their intervals; ``mark`` draws a dashed line at a target."""
-    left, row = 190, 34
+    """Horizontal bars with their intervals; ``mark`` draws a dashed line at a target.
+
+    Each has its name beside it: where there are more than colours, all have one. Many are low.
+    """
+    left, (row, thick) = 190, (34, 20) if len(values) <= MOST_NAMED else (17, 11)
     ends = [max(value, interval[1] if interval else value) for _, value, interval in values]
     top = max([*ends, mark or 0.0, 1e-9]) * 1.15
     height = row * len(values) + 30
@@ -33,11 +36,12 @@ def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
     parts = []
     for index, (label, value, interval) in enumerate(values):
         y = 8 + row * index
-        middle = y + 10
+        middle = y + thick // 2
+        colour = index if len(values) <= _PALETTE else 0
         parts.append(_text(left - 8, middle + 4, label, anchor="end"))
         parts.append(
-            f'<rect x="{left}" y="{y}" width="{x(value) - left:.1f}" height="20" rx="3" '
-            f'fill="var(--c{index % _PALETTE})"><title>{escape(label)}: {value:.4g}</title></rect>'
+            f'<rect x="{left}" y="{y}" width="{x(value) - left:.1f}" height="{thick}" rx="3" '
+            f'fill="var(--c{colour})"><title>{escape(label)}: {value:.4g}</title></rect>'
         )
         end = value
         if interval is not None:
@@ -268,9 +272,12 @@ def curves(
 def stacked(
     columns: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], *, unit: str
 ) -> str:
-    """One column per round, cut into the sites' shares; every part says whose it is on hover."""
+    """One column per round, cut into the sites' shares; every part says whose it is on hover.
+
+    Few sites have a legend; many lie in the order of ``names``, the first at the bottom.
+    """
     left, plot, row = 60, 154, 22
-    named = list(enumerate(names)) if len(names) <= _MOST_NAMED else []
+    named = list(enumerate(names)) if len(names) <= MOST_NAMED else []
     legend = row * -(-len(named) // _NAMES_A_ROW)
     step = (_WIDTH - left - 20) / max(len(columns), 1)
     parts = []
@@ -288,7 +295,7 @@ def stacked(
         y = 10 + plot + 8 + row * (index // _NAMES_A_ROW)
         parts += _legend(index, name, x, y)
     height = 10 + plot + legend + 34
-    told = unit if named else f"{unit}; {len(names)} sites, named on hover"
+    told = unit if named else f"{unit}; {len(names)} sites in their order, from the bottom up"
     parts.append(_text(left, height - 6, told, muted=True))
     return _svg(height, unit, parts)
 

@@ -193,6 +193,8 @@ def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
         remarks=remarks(report.evaluation),
         headline=headline(report.evaluation),
         charts=charts_of(report),
+        most_named=charts.MOST_NAMED,
+        mean_weights=mean_weights(report),
         samples=[
             {
                 "label": pair.label,
@@ -225,6 +227,15 @@ def _compared(before: float, after: float) -> str:
     if after < before / 10:
         return f"over ten times closer than the public foundation's ({numbers})"
     return f"{before / after:.1f} times closer than the public foundation's ({numbers})"
+
+
+def mean_weights(report: Report) -> Mapping[str, float]:
+    """How much each hospital counted in the mean round that asked hospitals."""
+    asked = [entry.weights for entry in report.rounds if entry.weights]
+    return {
+        site.name: sum(weights.get(site.name, 0.0) for weights in asked) / max(len(asked), 1)
+        for site in report.sites
+    }
 
 
 def charts_of(report: Report) -> Mapping[str, str]:

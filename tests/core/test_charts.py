@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 
@@ -65,9 +66,30 @@ def test_no_two_sites_of_a_study_share_a_colour(num_sites: int) -> None:
     assert len({colour for colour, _ in bars}) == num_sites
 
 
-def test_many_sites_are_named_on_hover_and_counted() -> None:
+@pytest.mark.parametrize("count", [3, 8, 9, 100])
+def test_every_bar_has_its_name_and_number_and_a_colour_says_nothing_twice(count: int) -> None:
+    """On paper, too: two sites of one colour would look as if they belonged together."""
+    values = [(f"site-{number}", 1 + number / 100, None) for number in range(count)]
+    drawn = charts.bars(values, unit="epsilon spent", mark=1.0)
+    colours = re.findall(r'fill="var\(--c(\d)\)"><title>site-', drawn)
+    assert len(colours) == count
+    assert len(set(colours)) == (count if count <= 8 else 1)
+    labels = re.findall(r'y="([\d.]+)"[^>]*>(site-\d+|[\d.]+)</text>', drawn)
+    assert {text for _, text in labels} >= {name for name, _, _ in values}
+    heights = sorted({float(y) for y, _ in labels})
+    assert len(heights) == count
+    assert all(low - high >= 13 for high, low in pairwise(heights)), "text of 13 px"
+    (height,) = numbers(drawn, r'viewBox="0 0 \d+ ([\d.]+)"')
+    assert heights[-1] < height - 13
+    assert height < 2000
+
+
+def test_many_sites_lie_in_their_order_and_are_counted() -> None:
     drawn = picture(100)
-    assert "100 sites, named on hover" in drawn
+    assert "100 sites in their order, from the bottom up" in drawn
+    tops = numbers(drawn, r'<rect x="60.0" y="([\d.]+)"')
+    assert len(tops) == 100
+    assert tops == sorted(tops, reverse=True)
     assert len(re.findall("<title>round 2, site-", drawn)) == 100
 
 

@@ -278,6 +278,30 @@ def test_the_page_shows_every_figure_of_every_arm_beside_its_remarks(tmp_path: P
     assert "recoloured by caption" in page
 
 
+def test_a_hundred_hospitals_can_be_read_on_paper(tmp_path: Path) -> None:
+    """Whatever a colour or a pointer would say is in a table, too."""
+    report = _report()
+    names = [f"site-{number:03d}" for number in range(1, 101)]
+    sites = tuple(report.sites[0].model_copy(update={"name": name}) for name in names)
+    weights = [
+        {name: (100 + sign * place) / 15_050 for place, name in enumerate(names, start=1)}
+        for sign in (1, -1)
+    ]
+    rounds = tuple(
+        entry.model_copy(update={"weights": each})
+        for entry, each in zip(report.rounds, weights, strict=True)
+    )
+    write_report(_report(sites=sites, rounds=rounds), _pairs(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    table = page[page.index("<h2>Hospitals</h2>") : page.index("<h2>Rounds</h2>")]
+    rows = re.findall(r"<tr><td>(site-\d+)</td>(.*?)</tr>", table)
+    assert [name for name, _ in rows] == names
+    assert all('<td class="n">0.0066</td>' in row for _, row in rows), "the mean of both rounds"
+    assert "100 hospitals, 0.0067 to 0.0133" in page
+    assert "in the order of the table of hospitals" in page
+    assert "on hover" not in page
+
+
 def test_a_repeatable_run_says_in_capitals_that_it_is_not_private(tmp_path: Path) -> None:
     report = _report()
     study = report.study.model_copy(update={"repeatable": True})
