@@ -23,6 +23,13 @@ def main(_version: Version = False) -> None:
     """Simulate hospitals that train one generator together, with the real programs' code."""
 
 
+ScenarioName = Annotated[
+    str,
+    typer.Argument(
+        help="Shipped scenario (quickstart, real-tiles, many-small, hundred, control) or a TOML "
+        "file."
+    ),
+]
 Tiles = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder of real tiles.")
 ]
@@ -43,10 +50,7 @@ Device = Annotated[str, typer.Option(help="Torch device, for example cpu or cuda
 
 @app.command()
 def run(
-    scenario: Annotated[
-        str,
-        typer.Argument(help="Shipped scenario (quickstart, real-tiles, control) or a TOML file."),
-    ],
+    scenario: ScenarioName,
     out: Annotated[Path, typer.Option(help="Folder for everything; a finished part is kept.")],
     tiles: Tiles = None,
     labels: Labels = None,
@@ -149,10 +153,7 @@ def run(
 
 @app.command()
 def plan(
-    scenario: Annotated[
-        str,
-        typer.Argument(help="Shipped scenario (quickstart, real-tiles, control) or a TOML file."),
-    ],
+    scenario: ScenarioName,
     patients: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Of a site; repeat. Needed where tiles make the sites."),

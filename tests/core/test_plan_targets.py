@@ -54,7 +54,7 @@ def test_a_first_plan_trains_what_the_shipped_studies_do(foundation) -> None:
     """Where the denoiser has those layers; else what the schema says."""
     assert suggested_adapter(embedded_path())["targets"] == list(SUGGESTED)
     assert suggested_adapter(foundation.path) == {"kind": "lora"}
-    for name in ("quickstart", "real-tiles", "many-small"):
+    for name in ("quickstart", "real-tiles", "many-small", "hundred"):
         shipped = load_scenario(name).adapter
         assert shipped.targets == SUGGESTED, name
         assert AdapterConfig.model_validate(suggested_adapter(embedded_path())) == shipped

@@ -1,16 +1,19 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import sum_fits
 from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE
+from crafts_simulations.cli import app
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import load_scenario, parse_scenario, shipped_scenarios
 from crafts_simulations.tile_split import sizes_of
 from support.scenarios import tiny_scenario, tiny_scenario_values, tiny_site
 
 HASH = "ab" * 32
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", shipped_scenarios())
@@ -25,6 +28,22 @@ def test_every_shipped_scenario_makes_a_plan(name: str) -> None:
 
 def test_the_two_scenarios_of_the_readme_are_shipped() -> None:
     assert {"quickstart", "real-tiles"} <= set(shipped_scenarios())
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_help_names_every_shipped_scenario(command: str) -> None:
+    told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert [name for name in shipped_scenarios() if name not in told.stdout] == []
+
+
+def test_the_readme_and_the_researchers_page_name_every_shipped_scenario() -> None:
+    readme, page = (
+        (ROOT / name).read_text() for name in ("README.md", "docs/tutorials/researcher.md")
+    )
+    (row,) = (line for line in readme.splitlines() if line.startswith("| `crafts-sim` |"))
+    assert [name for name in shipped_scenarios() if f"`{name}`" not in row] == []
+    named = {name for name in shipped_scenarios() if f"crafts-sim run {name} " in page}
+    assert named == set(shipped_scenarios()) - {"control"}  # docs/control.md has that one
 
 
 def test_held_out_patients_are_other_patients_of_the_same_laboratory() -> None:
@@ -186,6 +205,17 @@ def test_ten_small_hospitals_take_one_step_together() -> None:
         expected_patients=plan.privacy.sample_rate * sum(sizes),
         total_noise_multiplier=MOST_OWN_NOISE * plan_noise_multiplier(plan) * 10**0.5,
     )
+
+
+def test_a_hundred_drawn_hospitals_are_shipped() -> None:
+    scenario = load_scenario("hundred")
+    assert len(set(scenario.participants)) == 100
+    sizes = [site.num_patients for site in scenario.site]
+    assert 5 <= min(sizes) < max(sizes) <= 20
+    delta = scenario.privacy.delta
+    assert delta is not None
+    assert delta * max(site.declared_patients for site in scenario.site) < 0.1
+    assert scenario.aggregation.min_sites == 80
 
 
 def test_one_key_puts_the_updates_of_a_scenario_into_sums(tmp_path: Path) -> None:
