@@ -12,16 +12,9 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 
+from crafts_core.command_line import bars_on_stderr
 from crafts_core.harmless import MOST_OF_A_SENTENCE, harmless
 
 log = logging.getLogger(__name__)
@@ -84,11 +77,5 @@ def news_at_terminal() -> Iterator[RoundNews]:
     if not sys.stderr.isatty():  # not rich's own answer: variables can make it one of yes
         yield RoundNews()
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as bars:
+    with bars_on_stderr() as bars:
         yield RoundNews(bars)

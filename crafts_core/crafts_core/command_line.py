@@ -43,9 +43,8 @@ ShowProgress = Callable[[str, int, int], None]
 """Called with (what, done, total). What follows a comma in ``what`` is news of the same work."""
 
 
-@contextlib.contextmanager
-def progress_bars() -> Iterator[ShowProgress]:
-    """One bar on stderr for each kind of work; nothing where nobody watches."""
+def bars_on_stderr() -> Progress:
+    """Bars that are drawn where stderr is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -53,7 +52,13 @@ def progress_bars() -> Iterator[ShowProgress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[ShowProgress]:
+    """One bar on stderr for each kind of work; nothing where nobody watches."""
+    with bars_on_stderr() as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

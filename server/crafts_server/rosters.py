@@ -68,7 +68,7 @@ class Rosters:
         with self._registry.session() as session:
             session.merge(plan_row(record))
             session.flush()  # the roster's row refers to it
-            if roster is not None and session.get(RosterRow, plan.hash) is None:
+            if roster is not None:
                 session.add(RosterRow(plan_hash=plan.hash, json=roster.to_json()))
 
     def problems(self, plan: Plan) -> Iterator[str]:

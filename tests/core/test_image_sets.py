@@ -102,14 +102,14 @@ def test_a_table_names_nothing_outside_its_folder(tmp_path: Path) -> None:
 
 
 def test_what_ours_drew_says_caption_and_scale(foundation: Foundation, tmp_path: Path) -> None:
-    """The contact sheet is no image of the set. Of another foundation nobody knows the scale."""
+    """The contact sheet is no image of the set. The scale is said of any foundation."""
     words = ["sample", str(foundation.path), "-p", "tissue with glands", "-p", "lung"]
     drawn = CliRunner().invoke(app, [*words, "--num", "2", "--steps", "1", "--out", str(tmp_path)])
     assert drawn.exit_code == 0, drawn.output
-    scale = replace(SCALE, foundation_hash=foundation.manifest.hash)
-    assert read(tmp_path, scale).captions == ["tissue with glands"] * 2 + ["lung"] * 2
-    with pytest.raises(ImageSetError, match="--mpp"):
-        read(tmp_path, SCALE)
+    assert read(tmp_path, SCALE).captions == ["tissue with glands"] * 2 + ["lung"] * 2
+    half = replace(SCALE, at_mpp=2 * foundation.manifest.mpp)
+    with pytest.raises(ImageSetError, match="at least 32 px at 2 microns per pixel, got 16"):
+        read(tmp_path, half)
 
 
 def test_a_data_set_of_splits_is_read_by_its_tables(tmp_path: Path) -> None:

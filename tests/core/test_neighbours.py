@@ -46,7 +46,7 @@ def test_too_few_images_have_no_coverage() -> None:
 
 def test_without_the_extra_the_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prdc", None)
-    with pytest.raises(NotMeasurableError, match=r"pip install 'crafts-federated\[evaluation\]'"):
+    with pytest.raises(NotMeasurableError, match=r"pip install '.*\.whl\[evaluation\]'"):
         measure_coverage(cloud(1, 20), cloud(2, 20))
 
 

@@ -261,5 +261,5 @@ class TestImagenet:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-        with pytest.raises(EncoderError, match=r"crafts-federated\[evaluation\]"):
+        with pytest.raises(EncoderError, match=r"\.whl\[evaluation\]"):
             load_encoder("imagenet")
