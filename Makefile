@@ -35,7 +35,7 @@ quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes 
 test: $(STAMP)  ## The whole suite (about twelve minutes on two cores)
 	$(PYTEST) -m "not exhaustive"
 
-test-fast: $(STAMP)  ## Without the slow tests (under two minutes)
+test-fast: $(STAMP)  ## Without the slow tests
 	$(PYTEST) -m "not slow and not exhaustive"
 
 test-exhaustive: $(STAMP)  ## What is repeated more often than the suite has time for

@@ -132,6 +132,7 @@ def spread(times: Sequence[float]) -> float:
     return max(times) - min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer_every_s", ["auto", 500.0])
 def test_nobody_few_or_all_drawn_the_answer_leaves_at_the_same_time(
     make_home, foundation, coordinator, clock, caplog, answer_every_s: str | float
@@ -158,6 +159,7 @@ class Timed(logging.Handler):
         self.lines.append((self._clock.now_s, str(record.msg)))
 
 
+@pytest.mark.slow
 def test_the_log_tells_of_a_round_as_it_begins_and_leaves_and_never_between(
     make_home, foundation, coordinator, clock, caplog, monkeypatch
 ) -> None:
@@ -193,6 +195,7 @@ def test_what_the_plan_would_not_wait_for_is_refused_uncharged(
     assert num_charged(home) == 0
 
 
+@pytest.mark.slow
 def test_a_pace_that_was_too_slow_counts_for_an_hour_and_is_then_timed_anew(
     make_home, foundation, coordinator, clock, monkeypatch
 ) -> None:
@@ -218,6 +221,7 @@ def test_a_pace_that_was_too_slow_counts_for_an_hour_and_is_then_timed_anew(
     assert (code_of(answer_of(4)), num_charged(home)) == (None, 3)
 
 
+@pytest.mark.slow
 def test_without_waiting_the_time_counts_the_drawn_patients(
     make_home, foundation, coordinator, clock
 ) -> None:
@@ -227,6 +231,7 @@ def test_without_waiting_the_time_counts_the_drawn_patients(
     assert not clock.slept
 
 
+@pytest.mark.slow
 def test_in_a_control_round_no_time_tells_how_many_have_a_mask(
     make_home, foundation, coordinator, clock
 ) -> None:
@@ -240,6 +245,7 @@ def test_in_a_control_round_no_time_tells_how_many_have_a_mask(
     assert clock.slept[1] > clock.slept[3] > 0, "training itself took longer with masks"
 
 
+@pytest.mark.slow
 def test_the_time_follows_the_declared_size_and_not_the_true_one(
     make_home, foundation, coordinator, clock
 ) -> None:
@@ -277,6 +283,7 @@ def _fails(kind: type[Exception]) -> Callable[..., None]:
     return fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [PolicyError, TrainingError, OSError])
 def test_a_refusal_that_patients_led_to_waits_like_an_answer(
     make_home, foundation, coordinator, clock, monkeypatch, late: type[Exception]
@@ -339,6 +346,7 @@ def test_a_process_that_dies_waiting_loses_nothing_and_then_answers_at_once(
     assert len(Ledger(home.ledger_path).events("main")) == 1
 
 
+@pytest.mark.slow
 def test_timing_public_steps_changes_nothing_of_what_is_trained(
     make_home, foundation, coordinator, monkeypatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_a_policy_that_is_tightened_holds_for_a_running_site(home, hospital, coo
     hospital.answer(second)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
     home, hospital, coordinator, monkeypatch, caplog
 ) -> None:
@@ -367,6 +368,7 @@ def test_an_answered_round_is_refused_from_another_checkpoint(
     assert reply.error == error_of(Rule.REPLAY)
 
 
+@pytest.mark.slow
 def test_the_lifetime_budget_holds_over_studies(
     tmp_path, foundation, coordinator, monkeypatch
 ) -> None:
@@ -390,6 +392,7 @@ def test_the_lifetime_budget_holds_over_studies(
     assert read == [], "refused before anybody is read"
 
 
+@pytest.mark.slow
 def test_a_plan_is_held_to_its_target_at_its_own_delta(tmp_path, foundation, coordinator) -> None:
     """At the policy's larger delta the same rounds look cheaper, and one more would fit."""
     home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_delta=9e-3)
@@ -405,6 +408,7 @@ def test_a_plan_is_held_to_its_target_at_its_own_delta(tmp_path, foundation, coo
         hospital.answer(coordinator.message(plan, state, request=request))
 
 
+@pytest.mark.slow
 def test_however_a_coordinator_names_its_runs_a_plan_stays_within_its_target(
     tmp_path, foundation, coordinator
 ) -> None:
@@ -574,6 +578,7 @@ class TestStageStart:
         request = coordinator.request(plan, later, number=2, stage_start=start)
         return plan, start, later, request
 
+    @pytest.mark.slow
     def test_it_is_asked_for_where_the_site_lacks_it(
         self, home, foundation, coordinator, aligned
     ) -> None:
@@ -584,6 +589,7 @@ class TestStageStart:
         content = coordinator.content(plan, later, request, stage_start=start)
         assert ask(home, foundation, content).has_content()
 
+    @pytest.mark.slow
     def test_it_is_remembered_from_the_stages_first_round(
         self, home, foundation, coordinator, aligned
     ) -> None:
@@ -645,6 +651,7 @@ class TestHostileMessages:
         content = coordinator.content(plan, state, request)
         assert self.refused(home, foundation, content) == error_of(rule)
 
+    @pytest.mark.slow
     def test_with_another_adapter_than_it_names(
         self, home, foundation, coordinator, plan, state
     ) -> None:

@@ -73,6 +73,7 @@ def test_a_site_that_was_open_before_it_became_a_copy_answers_no_more(
         running.answer(message)
 
 
+@pytest.mark.slow
 def test_a_person_can_move_a_ledger_and_vouches_for_it(home: Path, study: Study) -> None:
     moved = home.rename(home.with_name("elsewhere"))
     assert isinstance(study.ask(moved, 2), LedgerPlaceError)

@@ -198,6 +198,7 @@ def test_a_look_keeps_nobody_from_taking_part(home: SiteHome) -> None:
         assert is_running(home)
 
 
+@pytest.mark.slow
 def test_no_page_waits_for_a_coordinator_that_hangs(home: SiteHome) -> None:
     def hangs(_: SiteHome) -> tuple[OfferedPlan, ...]:
         time.sleep(3)

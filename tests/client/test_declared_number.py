@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from crafts_client.patients import PatientTiles
@@ -12,6 +13,7 @@ from support.noise import FixedSampler, NoNoise
 from support.sites import make_site_home
 
 
+@pytest.mark.slow
 def test_a_reply_is_the_same_whoever_the_patients_are(
     tmp_path, foundation, coordinator, monkeypatch
 ) -> None:
@@ -36,6 +38,7 @@ def test_a_reply_is_the_same_whoever_the_patients_are(
     assert said[0]["declared_patients"] == 10
 
 
+@pytest.mark.slow
 def test_the_declared_number_alone_scales_an_update(tmp_path, foundation, coordinator) -> None:
     """Of 6 patients and of 9 the same one is drawn: the same update, half as long if 20 are
     declared. So its length and that of its noise tell nothing of the true number.

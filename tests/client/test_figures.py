@@ -50,6 +50,7 @@ def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     assert Figures(tmp_path / "missing" / "figures.json").of(float, (), lambda: 0.25) == 0.25
 
 
+@pytest.mark.slow
 def test_the_file_is_the_owners_and_stays_small(kept: Figures, tmp_path: Path) -> None:
     for number in range(figures._MOST_KEPT + 9):
         kept.of(int, (number,), lambda number=number: number)

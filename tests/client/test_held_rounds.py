@@ -81,6 +81,7 @@ def opened(trainer: Trainer, task: TrainingTask) -> Tensor:
     return from_group(vector_D)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_sums_of_sites_are_the_sum_of_everybody(
     foundation: Foundation, patients: PatientTiles, stage: str

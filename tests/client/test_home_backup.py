@@ -126,6 +126,7 @@ def test_who_vouches_that_nothing_was_spent_since_goes_on(home: Path, study: Stu
     assert "put back from a backup of" in run("ledger", "show", "--home", home).stdout
 
 
+@pytest.mark.slow
 def test_an_old_backup_needs_what_was_spent_since(home: Path, share: Path, study: Study) -> None:
     out = backup_of(home)
     assert isinstance(study.ask(home, 2), str)
@@ -277,6 +278,7 @@ def test_a_round_that_was_open_in_a_backup_stays_paid_for(
     assert events(home) == spent, "the export saw it answered: nobody asks for it again"
 
 
+@pytest.mark.slow
 def test_who_vouches_that_an_open_round_was_not_answered_pays_for_it_once(
     home: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +453,7 @@ def test_a_register_that_was_lost_is_missed_after_a_backup_too(home: Path, study
     assert "patients were trained on here" in str(refused)
 
 
+@pytest.mark.slow
 def test_a_backup_from_before_the_first_round_goes_on_by_an_export(
     tmp_path: Path, foundation, study: Study
 ) -> None:

@@ -88,6 +88,7 @@ def _assert_well(outcomes: Counter[str]) -> None:
     assert outcomes["refused"] > outcomes.total() / 10, "too little damage tests nothing"
 
 
+@pytest.mark.slow
 def test_mutants_are_read_or_refused(sources: Path, tmp_path: Path) -> None:
     outcomes = _run(sources, tmp_path, first=0, count=400, limit_s=300)
     assert outcomes.total() == 400

@@ -119,6 +119,7 @@ def hostile(start: State, *, seed: int) -> State:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapters",
     [
@@ -151,6 +152,7 @@ MINDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minded", MINDED)
 def test_a_pass_that_minds_its_company_is_found_and_not_used(
     foundation, store, monkeypatch, caplog, minded: str

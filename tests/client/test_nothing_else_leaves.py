@@ -82,6 +82,7 @@ def damage_tiles(study: SmallStudy) -> None:
     shard.write_bytes(shard.read_bytes()[:1000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["none", "exception", "tiles", "latents", "ledger", "home"])
 def test_no_identifier_leaves_by_network_log_exception_or_registry(
     study, foundation, fault: str, monkeypatch, caplog

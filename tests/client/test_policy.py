@@ -361,6 +361,7 @@ def test_more_steps_than_can_be_accounted_for_are_refused() -> None:
         Plan.parse(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample_rate", [1e-6, 1e-9])
 def test_a_plan_that_hardly_samples_anybody_still_has_noise(sample_rate: float) -> None:
     """Delta alone would carry it; the mechanism keeps its least noise and is a mechanism."""

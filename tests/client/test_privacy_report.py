@@ -241,6 +241,7 @@ def test_what_a_clock_tells_is_said_as_the_site_is_set(home, tmp_path, value, sa
     assert "nothing here closes" not in page
 
 
+@pytest.mark.slow
 def test_many_updates_are_one_row_for_each_plan_and_a_list_behind_it(
     home, coordinator, tmp_path
 ) -> None:
@@ -362,6 +363,7 @@ def test_more_than_the_policy_allows_is_named(trained) -> None:
     assert any("lifetime budget" in line for line in report.unsubstantiated)
 
 
+@pytest.mark.slow
 def test_a_delta_above_one_patients_share_is_named(trained) -> None:
     for patients, is_named in ((1000, False), (1001, True)):
         site = set_site(trained, "declared_patients", str(patients))
@@ -448,6 +450,7 @@ def test_the_page_shows_delta_rounded_up_and_times_the_declared_patients(
     assert "Delta times the 7 declared patients is 0.00105" in page.read_text()
 
 
+@pytest.mark.slow
 def test_with_several_plans_the_odds_are_those_of_the_limit(trained, tmp_path) -> None:
     """The curve of all steps together bounds nothing once plans were chosen along the way."""
     by_curve = privacy_report(trained).lifetime.max_true_positive_rate
@@ -465,6 +468,7 @@ def test_with_several_plans_the_odds_are_those_of_the_limit(trained, tmp_path) -
     assert "had all these plans been fixed beforehand" in page.read_text()
 
 
+@pytest.mark.slow
 def test_no_bound_is_promised_where_no_filter_holds(trained, tmp_path) -> None:
     file = trained.path / "policy.toml"
     file.write_text(file.read_text().replace("max_epsilon = 20.0", "max_epsilon = 0.5"))

@@ -35,6 +35,7 @@ def test_a_renamed_cohort_gets_no_new_budget(tmp_path: Path, foundation, coordin
         )
 
 
+@pytest.mark.slow
 def test_patients_who_come_later_share_the_cohorts_ledger(
     tmp_path: Path, foundation, coordinator
 ) -> None:

@@ -186,6 +186,7 @@ def test_each_release_is_charged_as_a_round_of_its_own(
     assert seconds_per_step(entries) is None, "how long training takes is not known yet"
 
 
+@pytest.mark.slow
 def test_asked_again_the_same_bytes_leave_and_nothing_is_charged(
     home: SiteHome, coordinator: Coordinator, plan: Plan
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_site_that_did_not_allow_releases_refuses_them(
         ask(home, coordinator, plan, 1, quiet())
 
 
+@pytest.mark.slow
 def test_the_sites_floor_of_noise_holds_for_releases(
     tmp_path: Path, foundation: Foundation, coordinator: Coordinator, plan: Plan
 ) -> None:
@@ -358,6 +360,7 @@ def test_what_is_left_counts_releases_that_are_still_to_come(
     assert left_for(home, path) == before
 
 
+@pytest.mark.slow
 def test_the_answer_of_a_release_waits_as_a_rounds_does(
     tmp_path: Path, foundation: Foundation, coordinator: Coordinator, plan: Plan, monkeypatch
 ) -> None:
@@ -387,6 +390,7 @@ def with_retrieval(plan: Plan) -> Plan:
     return Plan.parse(values)
 
 
+@pytest.mark.slow
 def test_no_round_of_public_tiles_asks_a_patient(
     home: SiteHome, coordinator: Coordinator, plan: Plan
 ) -> None:

@@ -120,6 +120,7 @@ def test_the_doctor_makes_no_ledger(home) -> None:
     assert sorted(home.path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_release_that_a_crash_left_uncommitted_is_named_until_the_site_starts(
     home, foundation, coordinator, monkeypatch
 ) -> None:

@@ -706,6 +706,7 @@ def test_a_sum_in_which_a_patient_is_who_withdrew_never_leaves(
     assert kinds(home) == ["reserved", "committed"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", ["plain", "in sums"])
 def test_the_limit_alone_holds_for_updates_with_all_their_noise(
     home, foundation, site, study, coordinator, trust: str

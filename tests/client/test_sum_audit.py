@@ -33,6 +33,7 @@ def failed(seed: int, patch: Patch | None = None, noise: object | None = None) -
     return {check.name for check in checks if not check.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seeds", [range(4), pytest.param(range(4, 20), marks=pytest.mark.exhaustive)], ids=["4", "16"]
 )

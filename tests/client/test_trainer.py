@@ -123,6 +123,7 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
         torch.testing.assert_close(delta[name], expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patients) -> None:
     task = task_of(foundation, open_plan)
 
@@ -133,6 +134,7 @@ def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patient
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", ["first", "second", "both"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_several_patients_in_one_pass_are_the_loop(

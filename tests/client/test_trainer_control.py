@@ -118,6 +118,7 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
     assert sum(float(value.norm()) for value in delta.values()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 24])
 def test_who_has_no_mask_is_sampled_and_adds_nothing(foundation, plan, patients, rows: int) -> None:
     without = train(foundation, plan, patients, rows=rows, sampler=FixedSampler([4, 5]))

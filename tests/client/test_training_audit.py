@@ -258,6 +258,7 @@ def failed(checks: Sequence[TrainingCheck]) -> set[str]:
     return {check.name for check in checks if not check.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_trainer_is_caught(foundation, patients, monkeypatch, fault: str) -> None:
     patch, ask, name = FAULTS[fault]
@@ -313,6 +314,7 @@ def release_bench(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", OF_RELEASES)
 def test_a_fault_in_a_release_is_caught(foundation, patients, monkeypatch, fault: str) -> None:
     patch, ask, name = OF_RELEASES[fault]
@@ -320,6 +322,7 @@ def test_a_fault_in_a_release_is_caught(foundation, patients, monkeypatch, fault
     assert name in failed(list(answers(ask, release_bench(foundation, patients, "anchors"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", RELEASES)
 def test_a_release_is_audited_where_a_policy_allows_it(
     foundation, patients, stage: ReleaseName
@@ -364,11 +367,13 @@ class SameInEachRound:
         self._calls += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [FrozenNoise(), SameInEachRound()], ids=["steps", "rounds"])
 def test_noise_that_comes_again_is_caught(foundation, patients, noise) -> None:
     assert "noise is fresh" in failed(list(nobody(bench_of(foundation, patients, noise=noise))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loud", [True, False], ids=["noise", "no noise"])
 def test_the_bound_from_releases_tells_noise_from_none(foundation, patients, loud: bool) -> None:
     """With noise nothing near the claim is found; without, what the control finds."""

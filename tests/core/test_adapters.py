@@ -221,6 +221,7 @@ def test_public_first_factor_keeps_what_the_best_of_its_rank_keeps(
         torch.testing.assert_close(kept, best, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_influence_is_the_mean_square_of_the_jacobian(foundation: Foundation) -> None:
     """Oracle: the whole Jacobian by finite differences, on the tile and draws that were used."""
     config = PublicUpdateConfig(max_tiles=1, num_projections=300)

@@ -104,6 +104,7 @@ def one_line(result: Result) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_plain_folders_are_measured_by_image(foundation: Foundation, at: SimpleNamespace) -> None:
     other = folder(at.root / "other", 5, says_patients=False, caption="")
     found = measured(foundation, other, "--real", at.plain, "--mpp", 1)
@@ -117,6 +118,7 @@ def test_plain_folders_are_measured_by_image(foundation: Foundation, at: SimpleN
     assert "pixels of another" not in told.stdout
 
 
+@pytest.mark.slow
 def test_copies_of_an_image_are_no_other_patients(
     foundation: Foundation, at: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -133,6 +135,7 @@ def test_copies_of_an_image_are_no_other_patients(
     assert "30 real images and 1 of those measured have the pixels of another one" in told.stdout
 
 
+@pytest.mark.slow
 def test_intervals_are_by_patient_where_somebody_says_whose(
     foundation: Foundation, at: SimpleNamespace
 ) -> None:
@@ -160,12 +163,14 @@ def test_intervals_are_by_patient_where_somebody_says_whose(
     )
 
 
+@pytest.mark.slow
 def test_same_tissue_lies_within_the_floor(foundation: Foundation, at: SimpleNamespace) -> None:
     """Neither side knows the other's patients, and no pair of one image enters."""
     real, *_, images = measured(foundation, at.images, "--real", at.store)["arms"]
     assert images["mmd2_interval"][0] < real["mmd2_interval"][1]
 
 
+@pytest.mark.slow
 def test_the_library_measures_what_the_program_does(
     foundation: Foundation, at: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -181,6 +186,7 @@ def test_the_library_measures_what_the_program_does(
         crafts.evaluate(at.images, at.real, max_tiles=1)
 
 
+@pytest.mark.slow
 def test_a_generator_is_measured_as_it_draws_for_people(
     foundation: Foundation, at: SimpleNamespace
 ) -> None:
@@ -192,6 +198,7 @@ def test_a_generator_is_measured_as_it_draws_for_people(
     assert "drawn for this: ddim, 2 steps, guidance 1.5" in invoke(foundation, *words).stdout
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_is_told_before_measuring(
     foundation: Foundation, at: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +287,7 @@ class TestPage:
         uris |= {png_uri(np.asarray(Image.open(path))) for path in at.real.rglob("*.png")}
         return sum(uri in uris for uri in re.findall(r'src="([^"]+)"', text))
 
+    @pytest.mark.slow
     def test_pictures_of_a_generator_say_what_they_are(
         self, foundation: Foundation, at: SimpleNamespace, tmp_path: Path
     ) -> None:
@@ -292,6 +300,7 @@ class TestPage:
             assert said.origin.foundation_hash == foundation.manifest.hash
             assert (said.synthetic, said.index) == (True, number)
 
+    @pytest.mark.slow
     def test_of_a_store_no_tissue_is_shown_by_itself(
         self, foundation: Foundation, at: SimpleNamespace, tmp_path: Path
     ) -> None:
@@ -306,6 +315,7 @@ class TestPage:
             assert ("may show anybody" in text) == is_folder
         assert not any(kind in text for kind in KINDS)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("show", ["real", "nearest"])
     def test_tissue_that_is_asked_for_is_the_owners_alone(
         self, foundation: Foundation, at: SimpleNamespace, tmp_path: Path, show: str
@@ -316,6 +326,7 @@ class TestPage:
         assert stat.S_IMODE(out.stat().st_mode) == 0o600
         assert "Keep this page where the real images are kept" in text
 
+    @pytest.mark.slow
     def test_two_folders_stand_side_by_side_and_no_caption_acts_on_the_page(
         self, foundation: Foundation, at: SimpleNamespace, tmp_path: Path
     ) -> None:

@@ -206,6 +206,7 @@ def test_an_image_of_unknown_origin_is_exit_code_1(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_patients", [4, 5])
 def test_few_patients_of_one_tile_have_an_interval(
     foundation: Foundation, tmp_path: Path, num_patients: int

@@ -266,6 +266,7 @@ def test_a_penalty_errs_least_by_a_slow_loop() -> None:
     assert found == min(errors, key=lambda each: errors[each])
 
 
+@pytest.mark.slow
 def test_captions_are_found_by_a_head_that_was_taught_the_way() -> None:
     """Images are embedded a rotation away from their captions, which only a lesson can undo."""
     for swapped in (False, True):
@@ -469,6 +470,7 @@ def run(foundation: Foundation, *words: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_program_tells_draws_once_and_writes_a_page(
     foundation: Foundation, generator: Path, real: Path, tmp_path: Path
 ) -> None:
@@ -497,6 +499,7 @@ def test_the_program_tells_draws_once_and_writes_a_page(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_generator_stands_beside_and_a_stranger_to_the_foundation_is_named(
     foundation: Foundation, real: Path, tmp_path: Path
 ) -> None:

@@ -120,6 +120,7 @@ def test_coverage_is_of_one_half_of_the_patients_by_the_other(
     assert generated.coverage is not None
 
 
+@pytest.mark.slow
 def test_without_training_tiles_one_line_says_what_is_missing(foundation: Foundation) -> None:
     found = measured(foundation, tissue(0), None)
     assert found.arm("recoloured") is None
@@ -129,6 +130,7 @@ def test_without_training_tiles_one_line_says_what_is_missing(foundation: Founda
     assert f"not measured: {line}" in remarks(found)
 
 
+@pytest.mark.slow
 def test_where_the_gate_fails_no_drift_is_given(foundation: Foundation) -> None:
     """The captions are dealt at random: nobody could tell which is right."""
     held_out = tissue(0, patients=12)
@@ -142,6 +144,7 @@ def test_where_the_gate_fails_no_drift_is_given(foundation: Foundation) -> None:
     assert "drift D" not in markdown(found)
 
 
+@pytest.mark.slow
 def test_the_figures_are_the_same_whatever_the_sites_salt(
     foundation: Foundation, evaluation: Evaluation
 ) -> None:
@@ -175,6 +178,7 @@ def test_each_caption_has_a_colour_map_of_its_own() -> None:
     assert np.array_equal(each[10:], whole[10:])
 
 
+@pytest.mark.slow
 def test_the_structure_floor_is_matched_in_colour_as_images_are(foundation: Foundation) -> None:
     """Two patients of another stain: their tiles are mapped like everything else."""
     held_out = tissue(0)

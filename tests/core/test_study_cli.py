@@ -139,6 +139,7 @@ def test_what_may_unblind_is_told_on_stderr(tmp_path: Path, folders: list[object
     assert "crafts: real images are JPEG, synthetic ones PNG" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_served_study_goes_on_after_a_kill_at_the_same_link(tmp_path: Path) -> None:
     study = make_study(tmp_path)

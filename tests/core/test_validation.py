@@ -270,6 +270,7 @@ class TestTiles:
             read_tiles(folder, mpp=0.5, at_mpp=1.0, largest_px=128)
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_table(tmp_path: Path) -> None:
     tiles = _tiles(patients=20, each=2)
     rows = ["file\tpatient\tclass"]

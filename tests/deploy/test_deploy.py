@@ -172,6 +172,7 @@ def test_a_site_in_compose_ends_as_its_program_does(
     assert not (tmp_path / "revoked").exists()
 
 
+@pytest.mark.slow
 def test_a_revoked_site_in_compose_waits_and_is_unhealthy(tmp_path: Path) -> None:
     status, said = site_in_compose(tmp_path, "exit 3", "join")
     assert status is None, "an end would be a new start"

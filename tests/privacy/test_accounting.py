@@ -159,6 +159,7 @@ def test_a_coarser_discretization_never_understates() -> None:
         assert epsilon(events, 1e-4, discretization=discretization) >= fine - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "rate", "steps"), [(8.0, 0.1, 20), (1.0, 0.2, 100), (0.5, 1.0, 10)]
 )
@@ -278,6 +279,7 @@ def test_the_two_accountants_agree(noise: float, rate: float, steps: int, delta:
     assert opinion.agrees_with(epsilon(events, delta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "once", "twice"), [(1.488, 8.0, 20.8), (7.25, 1.0, 2.3)])
 def test_a_patient_at_two_members_of_one_sum_pays_more_than_at_two_studies(
     sigma: float, once: float, twice: float
@@ -301,6 +303,7 @@ def test_two_hospitals_without_a_sum_in_common_compose() -> None:
     assert epsilon_at_two_hospitals([one], [none], 1e-4) == math.inf
 
 
+@pytest.mark.slow
 def test_where_everybody_is_drawn_two_hospitals_are_one_patient_of_twice_the_bound() -> None:
     """Closed form: at rate 1 the mixture is a Gaussian of twice the sensitivity."""
     steps = PrivacyEvent(noise_multiplier=4.0, sample_rate=1.0, steps=3)

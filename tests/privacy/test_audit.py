@@ -223,6 +223,7 @@ def caught(result: AuditResult, statistic: str) -> bool:
     return not check.passed and not result.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault: str) -> None:
     assert caught(run(fault, seed=1), FAULTS[fault])
@@ -299,6 +300,7 @@ def test_a_fault_of_automatic_clipping_is_caught() -> None:
     assert all(name.endswith("automatic clipping") for name in failed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_seeds", [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.exhaustive)]
 )
@@ -308,6 +310,7 @@ def test_the_right_engine_passes_whatever_the_seed(num_seeds: int) -> None:
         assert result.passed, [check for check in result.checks if not check.passed]
 
 
+@pytest.mark.slow
 def test_the_engine_that_trains_passes_with_its_own_entropy() -> None:
     result = audit()
     assert result.passed

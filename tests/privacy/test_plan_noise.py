@@ -1,5 +1,7 @@
 """The one number that sites train with and the coordinator holds them to."""
 
+import pytest
+
 from crafts_core.plan import Plan
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.plan_noise import (
@@ -28,6 +30,7 @@ def test_a_plan_without_privacy_asks_for_none() -> None:
     assert plan_noise_multiplier(Plan.parse(without_privacy(plan_values(HASH)))) == 0.0
 
 
+@pytest.mark.slow
 def test_releases_are_paid_from_the_same_target() -> None:
     values = plan_values(HASH)
     told = [

@@ -75,6 +75,7 @@ def run_rank(folder: Path, rank: int, count: int) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_ranks_are_one_device(tmp_path: Path) -> None:
     """The same weights on each, to the last bit, as one process gives; none waits for ever."""
     roots = os.pathsep.join(path for path in sys.path if path)
@@ -91,6 +92,7 @@ def test_ranks_are_one_device(tmp_path: Path) -> None:
     assert (first["failure"], second["failure"]) == ("RankError", "ValueError")
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="not all devices"):
         ProcessRanks(tmp_path / "meeting", 0, 2, timeout_s=1)

@@ -146,6 +146,7 @@ def test_what_is_altered_after_a_look_is_seen_at_the_next(
     assert browser.get(f"/{token}/runs/run").status_code == 503
 
 
+@pytest.mark.slow
 def test_ten_prompts_are_drawn_once_beside_the_foundation(
     browser: TestClient, home: CoordinatorHome, token: str, foundation
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_body_that_stops_is_given_up_and_asked_for_again(link, monkeypatch) ->
     holds(link[0], 0)
 
 
+@pytest.mark.slow
 def test_a_slow_body_is_waited_for(link, monkeypatch) -> None:
     """Longer than the pause that is allowed, and fast enough."""
     monkeypatch.setattr(fleet_gate, "_GRACE_S", 1.0)

@@ -6,6 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from crafts_client import doctor
 from crafts_client.budget import budget_of, left_for
 from crafts_client.offered_plans import judge
@@ -102,6 +104,7 @@ enrolment.Registrar = Registrar
 """
 
 
+@pytest.mark.slow
 def test_what_was_counted_once_is_shown_at_once(tmp_path: Path, foundation) -> None:
     """Of a charged cohort with a filter that counts: no accountant's library, and no torch."""
     coordinator = Coordinator(tmp_path, foundation)

@@ -67,6 +67,7 @@ def test_gradients_are_clipped_ones_of_the_plans_first_step(foundation) -> None:
     torch.testing.assert_close(first, wanted / wanted.norm(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_told_first_is_no_step(foundation) -> None:
     """Measured where training starts, also where it contrasts the study's captions."""
     values = plan_values(foundation.manifest.hash)

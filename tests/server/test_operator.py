@@ -235,6 +235,7 @@ def test_check_names_all_that_is_wrong_at_once(home, plan, tmp_path: Path) -> No
     assert len(problems) == 3
 
 
+@pytest.mark.slow
 def test_a_noise_that_nobody_can_compute_is_a_sentence(home, plan, foundation) -> None:
     rare = plan.privacy.model_copy(update={"sample_rate": 1e-9})
     problems = list(plan_problems(plan.model_copy(update={"privacy": rare}), foundation.path))
@@ -250,6 +251,7 @@ def test_a_plan_for_another_foundation_is_named(home, plan, foundation) -> None:
     assert problem.startswith("study.foundation: 0000000000000000 is not the foundation here")
 
 
+@pytest.mark.slow
 def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     words = ["plan", "new", path, "--name", "lung", "--epsilon", 8, "--rounds", 2]

@@ -42,6 +42,7 @@ def fix(registry: Registry, plan: Plan) -> None:
     Rosters(registry).fix(plan, record)
 
 
+@pytest.mark.slow
 def test_the_roster_names_every_site_its_number_and_its_key(registry: Registry) -> None:
     fix(registry, PLAN)
     roster = Rosters(registry).fixed(PLAN)

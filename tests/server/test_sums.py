@@ -205,6 +205,7 @@ def test_a_sum_that_cannot_come_from_the_mechanism_moves_nothing(tmp_path: Path)
         assert [site.site for site in receipt.sites] == ["aachen", "bern", "coimbra"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"diagnose_after": 1}, {}], ids=["after one", "by default"])
 def test_a_site_that_spoils_every_sum_is_found_by_halves(
     tmp_path: Path, keys: dict[str, int]

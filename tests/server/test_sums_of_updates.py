@@ -132,6 +132,7 @@ class Garbage(GarbageAtFirst):
     last = 100
 
 
+@pytest.mark.slow
 def test_a_sum_that_cannot_come_from_the_mechanism_moves_nothing(tmp_path: Path) -> None:
     chain, receipts = run(tmp_path / "home", updating_sites(kinds={1: Garbage}, rounds=1))
     for name, tensor in chain[-1].state().items():
@@ -140,6 +141,7 @@ def test_a_sum_that_cannot_come_from_the_mechanism_moves_nothing(tmp_path: Path)
         assert (receipt.step_scale, receipt.sums[0].is_plausible) == (0.0, False)
 
 
+@pytest.mark.slow
 def test_two_good_halves_are_one_weighted_sum(tmp_path: Path) -> None:
     """Each half has weights and a grid of its own, and counts as its patients say."""
     sites = quiet(
@@ -156,6 +158,7 @@ def test_two_good_halves_are_one_weighted_sum(tmp_path: Path) -> None:
         assert torch.allclose(tensor, expected[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_site_that_spoils_every_sum_is_found_by_halves(tmp_path: Path) -> None:
     sites = updating_sites(8, {5: Garbage}, rounds=6, diagnose_after=1)
     _, receipts = run(tmp_path / "home", sites)
@@ -186,6 +189,7 @@ def test_a_sum_that_is_little_but_one_update_is_announced_to_nobody(tmp_path: Pa
     assert {number for site in sites.values() for number, _, _ in site.sent} == {1}
 
 
+@pytest.mark.slow
 def test_halves_of_which_one_site_is_most_are_not_announced(tmp_path: Path) -> None:
     """While a bad site is looked for all stay together; no half is left to itself."""
     sites = updating_sites(8, {5: Garbage}, rule="by_patients", rounds=3, diagnose_after=1)
