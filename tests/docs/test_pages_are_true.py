@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,16 @@ def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
     assert not refused
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_packages_own_page_leads_nowhere_into_the_repository() -> None:
+    """It is shown by package indexes and `pip show`, where there is none."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = project["readme"]["text"]
+    assert all(link.startswith("https://") for link in LINK.findall(text))
+    assert {name for name in PROGRAMS if f"`{name}`" in text} == PROGRAMS.keys()
+    named = set(re.findall(r"`([a-z-]+)`", text))
+    assert named & project["optional-dependencies"].keys() >= {"client", "server", "simulations"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
