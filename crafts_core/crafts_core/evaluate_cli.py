@@ -189,11 +189,11 @@ def compare(
         )
         bench = _bench(real, subjects, settings)
         measured = {str(path): bench.fidelity(path, progress) for path in subjects}
+        if as_json:
+            values = {path: each.model_dump(mode="json") for path, each in measured.items()}
+            say(json.dumps(values))
+            return
         floors = bench.evaluator.yardstick.floors()
-    if as_json:
-        values = {path: fidelity.model_dump(mode="json") for path, fidelity in measured.items()}
-        say(json.dumps(values))
-        return
     rows: list[tuple[str, Distances]] = [("real tiles of other patients", floors)]
     ranked = sorted(measured.items(), key=lambda item: item[1].structure)
     rows += [(f"{path}  ({fidelity.encoder})", fidelity) for path, fidelity in ranked]
