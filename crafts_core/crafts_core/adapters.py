@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Self
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from crafts_core.control_net import (
     build_control_net,
@@ -181,20 +180,22 @@ class Adapter:
     def _ready(self, network: nn.Module) -> Callable[..., Any]:
         return self._compiled[network] if self._is_compiled else network
 
-    def predict_with(
-        self, state: Mapping[str, Tensor], noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
-    ) -> Tensor:
-        """The denoiser with other adapter weights; this adapter's own stay as they are.
+    def denoiser_with(self, state: Mapping[str, Tensor]) -> UNet2DConditionModel:
+        """The denoiser with other adapter weights, frozen; this adapter's own stay as they are.
 
-        The base weights are shared, so theta1 costs no second model.
+        What the state does not hold is shared, so theta1 costs no second model.
         """
-        weights = {
-            self._paths[name]: tensor.to(self._parameters[name])
-            for name, tensor in generator_state(state).items()
+        own = generator_state(state)
+        changed = {self._paths[name]: tensor for name, tensor in own.items()}
+        named = dict(self.unet.named_parameters())
+        memo = {
+            id(parameter): nn.Parameter(changed[path].to(parameter, copy=True), requires_grad=False)
+            if path in changed
+            else parameter
+            for path, parameter in named.items()
         }
-        output = functional_call(self.unet, weights, (noisy_BCHW, timesteps_B, text_BLD))
-        prediction: Tensor = output.sample
-        return prediction
+        memo |= {id(buffer): buffer for buffer in self.unet.buffers()}
+        return copy.deepcopy(self.unet, memo)
 
     def state(self) -> State:
         """Float32 copies of all factors on the CPU."""

@@ -123,12 +123,27 @@ def test_full_adapter_trains_every_weight_under_its_own_name(foundation: Foundat
     torch.testing.assert_close(adapter.predict(*inputs(foundation)), expected)
 
 
-def test_predicting_with_other_weights_leaves_the_own(foundation: Foundation) -> None:
-    own, other = random_state(foundation, seed=1), random_state(foundation, seed=2)
-    adapter = attached(foundation, own)
-    got = adapter.predict_with(other, *inputs(foundation))
-    torch.testing.assert_close(got, attached(foundation, other).predict(*inputs(foundation)))
+@pytest.mark.parametrize("config", [LORA, FULL], ids=["lora", "full"])
+def test_a_denoiser_with_other_weights_leaves_the_own(foundation: Foundation, config) -> None:
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
+    own = adapter.state()
+    other = {name: tensor + 0.1 for name, tensor in own.items()}
+    denoiser = adapter.denoiser_with(other)
     assert all(torch.equal(tensor, own[name]) for name, tensor in adapter.state().items())
+    found = denoiser(*inputs(foundation)).sample
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+    adapter.load_state(other)
+    torch.testing.assert_close(found, adapter.predict(*inputs(foundation)))
+    adapter.load_state(own)
+    assert torch.equal(denoiser(*inputs(foundation)).sample, found), "it shares what trains"
+
+
+def test_a_denoiser_with_other_weights_costs_no_second_model(foundation: Foundation) -> None:
+    adapter = attached(foundation, random_state(foundation))
+    denoiser = adapter.denoiser_with(adapter.state())
+    shared = {parameter.data_ptr() for parameter in adapter.unet.parameters()}
+    own = [each for each in denoiser.parameters() if each.data_ptr() not in shared]
+    assert sum(map(torch.numel, own)) == sum(map(torch.numel, adapter.state().values()))
 
 
 def test_states_are_copies(foundation: Foundation) -> None:

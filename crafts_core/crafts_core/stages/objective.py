@@ -26,7 +26,7 @@ from crafts_core.stages.alignment import (
 from crafts_core.stages.batch import Draws, TileBatch, draw
 from crafts_core.stages.pretraining import pretraining_loss
 from crafts_core.stages.schedule import NoiseSchedule
-from crafts_core.state import AdapterError, State
+from crafts_core.state import AdapterError
 
 LossPerTile = Callable[[TileBatch, Draws], Tensor]
 
@@ -59,8 +59,13 @@ class Objective:
         stage_start: Mapping[str, Tensor] | None = None,
         class_anchors_KD: Tensor | None = None,
     ) -> None:
-        if stage.lambda_drift > 0 and stage_start is None:
-            raise AdapterError("lambda_drift needs the adapter weights that the stage began with")
+        self._start_unet = None
+        if stage.lambda_drift > 0:
+            if stage_start is None:
+                raise AdapterError(
+                    "lambda_drift needs the adapter weights that the stage began with"
+                )
+            self._start_unet = adapter.denoiser_with(stage_start)
         if stage.alignment_loss == "contrast" and class_anchors_KD is None:
             raise AdapterError("the contrast needs an anchor for each of the study's captions")
         self._class_anchors_KD = class_anchors_KD if stage.alignment_loss == "contrast" else None
@@ -68,9 +73,6 @@ class Objective:
         self._adapter = adapter
         self._stage = stage
         self._schedule = NoiseSchedule.of(foundation.generator)
-        self._stage_start: State = {
-            name: tensor.to(foundation.device) for name, tensor in (stage_start or {}).items()
-        }
 
     def draw(self, batch: TileBatch, generator: torch.Generator) -> Draws:
         """The draws this stage trains with: uniform timesteps, its caption dropout."""
@@ -102,11 +104,9 @@ class Objective:
         if stage.lambda_align > 0:
             denoised_BCHW = schedule.denoised(noisy_BCHW, prediction_BCHW, timesteps_B)
             loss_B = loss_B + stage.lambda_align * self._alignment(denoised_BCHW, batch, draws)
-        if stage.lambda_drift > 0:
+        if self._start_unet is not None:
             with torch.no_grad():
-                start_BCHW = self._adapter.predict_with(
-                    self._stage_start, noisy_BCHW, timesteps_B, text_BLD
-                )
+                start_BCHW: Tensor = self._start_unet(noisy_BCHW, timesteps_B, text_BLD).sample
             term_B = drift_term(
                 prediction_BCHW,
                 start_BCHW,
