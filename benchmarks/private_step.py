@@ -49,6 +49,7 @@ from rich.table import Table
 from scipy.stats import binom
 from torch import Tensor, nn
 
+from crafts_core.threads import side_by_side
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.noise import GridNoise
@@ -58,7 +59,7 @@ from crafts_privacy.patient_sgd import PatientSGD
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 BOUND, NOISE = 1e-3, 1.0
 """Low enough that patients are clipped."""
-GROUP_ROWS = {"cpu": 16, "cuda": 32}
+GROUP_ROWS = {"cpu": 8, "cuda": 32}
 """Tiles that fill a pass, as crafts_client.speed has it."""
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS = {"lora": ATTENTION, "lora-conv": [*ATTENTION, "conv1", "conv2"]}
@@ -239,7 +240,7 @@ def private_step(work: Workload) -> Step:
 
 
 def private_step_in_groups(work: Workload) -> Step:
-    """As many patients to a backward pass as fill it."""
+    """As many patients to a backward pass as fill it; on a CPU a core for each pass at a time."""
     optimizer, patients = _private_sgd(work), work.setting.patients
     tiles = work.setting.tiles
     gradients = GroupGradients(
@@ -248,7 +249,13 @@ def private_step_in_groups(work: Workload) -> Step:
         num_patients=work.setting.group_size,
         num_tiles=tiles,
     ).__enter__()
-    return lambda: optimizer.step_in_groups(patients, work.group_loss, gradients)
+    on_gpu = work.setting.device.startswith("cuda")
+
+    def step() -> None:
+        with side_by_side(1 if on_gpu else torch.get_num_threads()) as run:
+            optimizer.step_in_groups(patients, work.group_loss, gradients, run)
+
+    return step
 
 
 def _private_sgd(work: Workload) -> PatientSGD:

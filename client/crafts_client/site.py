@@ -142,6 +142,7 @@ class Site:
         take_place(home, self._ledger)
         cache = LatentCache.open(store, foundation.manifest.hash)
         self._patients = PatientTiles(store, cache, foundation)
+        self._speed = Speed.of(home.config)  # before any round has changed the number of threads
         self._trainer: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
         self._workers: DeviceWorkers | None = None
         check_devices(home)
@@ -489,7 +490,7 @@ class Site:
                 self._patients,
                 parts=plan.parts,
                 randomness=self._randomness,
-                speed=Speed.of(self._home.config),
+                speed=self._speed,
                 ranks=self._workers.ranks if self._workers else None,
                 after_step=self._news.stepped,
             )

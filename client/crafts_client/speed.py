@@ -7,8 +7,13 @@ the trainer believes no shortcut before it has compared gradients of public tile
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from crafts_client.home import SiteConfig
 from crafts_core.adapters import Adapter
+
+_MOST_SIDE_BY_SIDE = 8
+"""Python runs one thread at a time, for about a tenth of a pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,19 +22,24 @@ class Speed:
 
     microbatch_tiles: int
     """Tiles times draws in one backward pass."""
-    group_rows: int = 16
-    """Tiles times draws that keep the device busy; below it several patients share a backward
-    pass. 16 on a CPU, 32 on a GPU (benchmarks/private_step.py)."""
+    group_rows: int = 8
+    """Tiles times draws that a pass is worth running for; whoever has no more shares a backward
+    pass with others. 8 on a CPU's core, 32 on a GPU (benchmarks/private_step.py); 0 trains patients
+    one by one."""
+    cores: int = 1
+    """Of a CPU, for a pass each at the same time. Their number changes no result."""
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False
     compile: bool = False
 
     @classmethod
     def of(cls, config: SiteConfig) -> "Speed":
-        """What ``site.toml`` asks for."""
+        """What ``site.toml`` asks for, on as many cores as torch has threads now."""
+        on_gpu = config.device.startswith("cuda")
         return cls(
             microbatch_tiles=config.microbatch_tiles,
-            group_rows=32 if config.device.startswith("cuda") else 16,
+            group_rows=32 if on_gpu else 8,
+            cores=1 if on_gpu else torch.get_num_threads(),
             precision=config.precision,
             checkpointing=config.checkpointing,
             compile=config.compile,
@@ -57,7 +67,16 @@ class Speed:
         )
 
     def group_size(self, rows: int) -> int:
-        """Patients to a backward pass, where each fills ``rows`` of it."""
+        """Patients to a backward pass, where each fills ``rows`` of it; 0 trains one by one."""
         if self.compile:
-            return 1  # compiled code runs no hooks
-        return max(1, min(self.group_rows, self.microbatch_tiles) // rows)
+            return 0  # compiled code runs no hooks
+        return min(self.group_rows, self.microbatch_tiles) // rows
+
+    @property
+    def side_by_side(self) -> int:
+        """Passes that run at a time; one where a shortcut may not be for several threads."""
+        return 1 if self.changes_the_passes else min(self.cores, _MOST_SIDE_BY_SIDE)
+
+    def at_a_time(self, rows: int) -> int:
+        """Patients whose gradients are computed at the same time."""
+        return self.group_size(rows) * self.side_by_side or 1

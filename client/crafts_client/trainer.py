@@ -9,7 +9,9 @@ import copy
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +43,7 @@ from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_core.stages.public_batch import probe_batch
 from crafts_core.state import State, add_delta, factor_names
+from crafts_core.threads import Map, side_by_side
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.gradients import FlatGradient, GroupGradients
 from crafts_privacy.held_sum import HeldStep, HeldSum
@@ -360,7 +363,7 @@ class Trainer:
         batch = self._probe(1, task).select(torch.zeros(rows, dtype=torch.int64))
         batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
         drawn = (batch, _public_draws(objective, batch))
-        group_size = self._group_size(speed, rows, task.factor)
+        at_a_time = speed.at_a_time(rows)
 
         def run(num_passes: int) -> None:
             self._take_steps(
@@ -369,13 +372,13 @@ class Trainer:
                 objective,
                 speed,
                 num_steps=1,
-                num_patients=num_passes * group_size,
+                num_patients=num_passes * at_a_time,
                 drawn=lambda _: drawn,
             )
             if self._foundation.device.type == "cuda":
                 torch.cuda.synchronize(self._foundation.device)
 
-        return PublicStep(run=run, group_size=group_size)
+        return PublicStep(run=run, group_size=at_a_time)
 
     def _take_steps(
         self,
@@ -391,8 +394,7 @@ class Trainer:
     ) -> None:
         """Private steps on a cohort: as many patients to a pass as ``speed`` says."""
         rows = _rows_of(task)
-        group_size = self._group_size(speed, rows, task.factor)
-        if group_size == 1:
+        if not speed.group_size(rows):
             for number in range(num_steps):
                 optimizer.step(
                     num_patients, lambda patient: _parts(objective, drawn(patient), speed, rows)
@@ -401,14 +403,16 @@ class Trainer:
             return
         filler = self._filler(objective, task, rows)
 
+        reading = threading.Lock()  # a store is read by one pass at a time
+
         def group_loss(places: Sequence[int | None]) -> Tensor:
-            group = [filler if place is None else drawn(place) for place in places]
+            with reading:
+                group = [filler if place is None else drawn(place) for place in places]
             return _joined(objective, group, filler)
 
-        parameters = list(self._adapter.trainable(task.factor).values())
-        with self._groups(parameters, group_size, rows) as gradients:
+        with self._passes(task, speed, rows) as (gradients, run):
             for number in range(num_steps):
-                optimizer.step_in_groups(num_patients, group_loss, gradients)
+                optimizer.step_in_groups(num_patients, group_loss, gradients, run)
                 after_step(number + 1)
 
     def _objective(self, task: TrainingTask) -> Objective:
@@ -436,32 +440,33 @@ class Trainer:
         if key not in self._trusted:
             self._trusted[key] = self._believed(task, objective, rows)
         speed = self._trusted[key]
-        if self._group_size(speed, rows, task.factor) > 1:
+        if speed.at_a_time(rows) > 1:
             shift = next(self._shifts)
             if not self._patients_are_isolated(speed, task, objective, rows, [shift]):
                 _LOG.warning(
                     "patients who share a backward pass are not isolated to the last bit with this "
                     "round's adapter; training them one by one"
                 )
-                speed = replace(speed, group_rows=1)
+                speed = replace(speed, group_rows=0)
         speed.apply(self._adapter)
         return speed
 
     def _believed(self, task: TrainingTask, objective: Objective, rows: int) -> Speed:
         """What of the site's shortcuts holds before the first round."""
         speed = self._speed
-        group_size = self._group_size(speed, rows, task.factor)
-        if group_size == 1 and not speed.changes_the_passes:
+        if task.factor == "all":  # a row for each patient would be a copy of all weights
+            speed = replace(speed, group_rows=0)
+        if not speed.group_size(rows) and not speed.changes_the_passes:
             return speed
-        error = self._error_of(speed, group_size, task, objective, rows)
+        error = self._error_of(speed, task, objective, rows)
         if not error <= speed.tolerance:
             _LOG.warning(
                 "gradients of public tiles are off by %.0e of their length with the shortcuts of "
                 "site.toml; training without them",
                 error,
             )
-            return Speed(microbatch_tiles=speed.microbatch_tiles, group_rows=1)
-        if group_size > 1:
+            return Speed(microbatch_tiles=speed.microbatch_tiles, group_rows=0)
+        if speed.at_a_time(rows) > 1:
             self._adapter.load_state(_moved(task, _WILD))
             is_isolated = self._patients_are_isolated(speed, task, objective, rows, _SHIFTS)
             self._adapter.load_state(_awake(task))
@@ -470,7 +475,7 @@ class Trainer:
                     "patients who share a backward pass are not isolated to the last bit on this "
                     "device; training them one by one, which may take longer"
                 )
-                return replace(speed, group_rows=1)
+                return replace(speed, group_rows=0)
         return speed
 
     def _patients_are_isolated(
@@ -482,18 +487,17 @@ class Trainer:
         shifts: Sequence[int],
     ) -> bool:
         """Of public patients, with the weights that the adapter holds now."""
-        parameters = list(self._adapter.trainable(task.factor).values())
-        group_size = self._group_size(speed, rows, task.factor)
         filler = self._filler(objective, task, rows)
         cohort = [
-            self._public_patient(objective, task, rows, seed=index) for index in range(group_size)
+            self._public_patient(objective, task, rows, seed=index)
+            for index in range(speed.at_a_time(rows))
         ]
         strangers = [filler, *(_spoilt(filler, value) for value in (torch.nan, 0.0, 1e4))]
         strangers = strangers[shifts[0] % 4 :] + strangers[: shifts[0] % 4]
         speed.apply(self._adapter)
-        with self._groups(parameters, group_size, rows) as gradients:
+        with self._passes(task, speed, rows) as (gradients, run):
             isolated = is_isolated(
-                lambda group: gradients.compute(_joined(objective, group, filler)),
+                lambda group: _gradients(gradients, run, objective, group),
                 cohort,
                 strangers,
                 shifts,
@@ -501,14 +505,12 @@ class Trainer:
         self._adapter.run_with()
         return isolated
 
-    def _error_of(
-        self, speed: Speed, group_size: int, task: TrainingTask, objective: Objective, rows: int
-    ) -> float:
+    def _error_of(self, speed: Speed, task: TrainingTask, objective: Objective, rows: int) -> float:
         """Of the gradients of two public patients with as many tiles as ours have."""
         parameters = list(self._adapter.trainable(task.factor).values())
         cohort = [
             self._public_patient(objective, task, rows, seed=index)
-            for index in range(max(group_size, 2))
+            for index in range(max(speed.at_a_time(rows), 2))
         ]
         one, whole = FlatGradient(parameters), Speed(microbatch_tiles=speed.microbatch_tiles)
 
@@ -519,22 +521,29 @@ class Trainer:
 
         exact_PD = one_by_one(whole)
         speed.apply(self._adapter)
-        if group_size == 1:
+        if not speed.group_size(rows):
             found_PD = one_by_one(speed)
         else:
-            with self._groups(parameters, group_size, rows) as gradients:
-                found_PD = gradients.compute(_joined(objective, cohort, cohort[0]))
+            with self._passes(task, speed, rows) as (gradients, run):
+                found_PD = _gradients(gradients, run, objective, cohort)
         one.release()
         self._adapter.run_with()
         length = exact_PD.norm().clamp(min=torch.finfo(torch.float32).tiny)
         return float((found_PD - exact_PD).norm() / length)
 
-    def _groups(
-        self, parameters: Sequence[nn.Parameter], group_size: int, rows: int
-    ) -> GroupGradients:
-        return GroupGradients(
-            self._adapter.network, parameters, num_patients=group_size, num_tiles=rows
-        )
+    @contextmanager
+    def _passes(
+        self, task: TrainingTask, speed: Speed, rows: int
+    ) -> Iterator[tuple[GroupGradients, Map]]:
+        """Passes of one shape, and what runs as many at a time as ``speed`` says."""
+        parameters = list(self._adapter.trainable(task.factor).values())
+        size = speed.group_size(rows)
+        network = self._adapter.network
+        with (
+            GroupGradients(network, parameters, num_patients=size, num_tiles=rows) as gradients,
+            side_by_side(speed.side_by_side) as run,
+        ):
+            yield gradients, run
 
     def _public_patient(
         self, objective: Objective, task: TrainingTask, rows: int, *, seed: int
@@ -555,10 +564,6 @@ class Trainer:
             modality, captions = wanted
             known[wanted] = probe_batch(self._foundation, modality=modality, captions=captions)
         return known[wanted].select(torch.arange(num_tiles))
-
-    def _group_size(self, speed: Speed, rows: int, factor: Factor) -> int:
-        """One for full weights: a row for each patient would be a copy of all of them."""
-        return 1 if factor == "all" else speed.group_size(rows)
 
     def _drawn(
         self,
@@ -635,6 +640,19 @@ def _joined(objective: Objective, group: Sequence[Drawn], filler: Drawn) -> Tens
     batch = TileBatch.cat([batch for batch, _ in filled])
     draws = Draws.cat([draws for _, draws in filled])
     return batch.weight_B * objective.loss_per_tile(batch, draws)
+
+
+def _gradients(
+    gradients: GroupGradients, run: Map, objective: Objective, patients: Sequence[Drawn]
+) -> Tensor:
+    """Of patients who have as many rows as their places, enough for whole passes."""
+    size = gradients.num_patients
+
+    def one_pass(group: Sequence[Drawn]) -> Tensor:
+        return gradients.compute(_joined(objective, group, group[0]))
+
+    groups = [patients[start : start + size] for start in range(0, len(patients), size)]
+    return torch.cat(list(run(one_pass, groups)))
 
 
 def _filled(drawn: Drawn, filler: Drawn) -> Drawn:

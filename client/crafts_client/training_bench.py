@@ -124,8 +124,8 @@ class Bench:
         self._foundation, self._parts, self._own = foundation, parts, own
         self._start = initial_state(foundation, _ADAPTER, 0, parts)
         self.declared = 3 * len(patients.names) + 1
-        self.ways = {"one by one": replace(speed, group_rows=1)}
-        if speed.group_size(TILES_EACH) > 1:
+        self.ways = {"one by one": replace(speed, group_rows=0)}
+        if speed.group_size(TILES_EACH):
             self.ways["in groups"] = speed
         self._trainers = {name: self._trainer(way) for name, way in self.ways.items()}
 

@@ -1,19 +1,68 @@
-"""How many threads torch works with, chosen by measurement.
+"""How a processor's cores work together.
 
 Threads that share a small tensor wait for each other many times in a step. Where other programs
-keep the cores busy, each wait lasts until the scheduler comes round again, and one thread alone is
-done sooner; where cores are two halves of one, it is not much later even on a quiet machine.
+keep the cores busy, each wait lasts until the scheduler comes round again. So work that falls into
+parts is done side by side, a part to a thread (``side_by_side``); for the rest one thread alone may
+be done sooner, which is measured (``quickest_threads``): where cores are two halves of one, it is
+not much later even on a quiet machine.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _ROUNDS = 4
 _ROWS, _CHANNELS, _SIZE = 8, 64, 16
+
+
+class Map(Protocol):
+    """``map`` of one iterable, and what does the same in another way."""
+
+    def __call__(
+        self, call: Callable[[Item], Result], items: Iterable[Item], /
+    ) -> Iterator[Result]:
+        """The results in the order of the items."""
+
+
+@contextmanager
+def side_by_side(num_calls: int) -> Iterator[Map]:
+    """A ``map`` that makes so many calls at a time, each with its share of torch's threads.
+
+    Who works on parts of their own waits for the others once, at the end of a turn. The calls share
+    the process: each must leave alone what another one reads. Once torch has no more threads than
+    calls are made, each call has one, and what it computes does not depend on how many there are.
+
+    Args:
+        num_calls: At a time; one is made where the caller is, on all of torch's threads.
+    """
+    if num_calls == 1:
+        yield map
+        return
+    most = torch.get_num_threads()
+    share = max(1, most // num_calls)
+    torch.set_num_threads(share)
+    # Each thread has a number of its own for some of torch's libraries.
+    pool = ThreadPoolExecutor(num_calls, initializer=torch.set_num_threads, initargs=(share,))
+
+    def in_turns(call: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
+        left = iter(items)
+        while turn := list(itertools.islice(left, num_calls)):
+            yield from pool.map(call, turn)
+
+    try:
+        yield in_turns
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(most)
 
 
 @contextmanager

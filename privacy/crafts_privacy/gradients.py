@@ -5,6 +5,7 @@ place and no copy is made; other dtypes are collected after each backward pass, 
 in float32. Letters: D all coordinates of all parameters.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -86,7 +87,8 @@ class GroupGradients:
     how many patients are left for a step's last pass depends on who was drawn.
     ``crafts_privacy.isolation`` checks that nothing else in a pass matters.
 
-    Only while the context is open. Right where no layer mixes tiles, which
+    Only while the context is open, from as many threads as there are: a pass belongs to the thread
+    that runs its forward and calls ``compute``. Right where no layer mixes tiles, which
     ``crafts_core.stages.objective.assert_per_tile`` checks.
     """
 
@@ -133,7 +135,7 @@ class GroupGradients:
         ]
         self._root = torch.zeros((), device=parameters[0].device, requires_grad=True)
         self._handles: list[RemovableHandle] = []
-        self._rows_of: Mapping[int, Tensor] = {}
+        self._own = _OfThread()
 
     def __enter__(self) -> Self:
         # Else autograd keeps every layer's input a second time, for gradients nobody asks for.
@@ -152,7 +154,7 @@ class GroupGradients:
         # In the output's type, which is what the layer computed with under autocast.
         input_B = inputs[0].detach().to(output.dtype)
         tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-            output, input_B, self._root, partial(self._add, layer)
+            output, input_B, self._root, partial(self._add, layer, self._own.rows_of)
         )
         return tapped
 
@@ -171,18 +173,27 @@ class GroupGradients:
         size = sum(parameter.numel() for parameter in self._parameters)
         grad_PD = torch.zeros(self.num_patients, size, device=self._parameters[0].device)
         rows = _rows_of(grad_PD, self._parameters)
-        self._rows_of = dict(zip(map(id, self._parameters), rows, strict=True))
+        rows_of = self._own.rows_of
+        rows_of.update(zip(map(id, self._parameters), rows, strict=True))
         try:
             torch.autograd.grad([loss_B.sum()], [self._root], allow_unused=True)
         finally:
-            self._rows_of = {}
+            rows_of.clear()
         return grad_PD
 
-    def _add(self, layer: nn.Module, input_B: Tensor, backprop_B: Tensor) -> None:
+    def _add(
+        self,
+        layer: nn.Module,
+        rows_of: Mapping[int, Tensor],
+        input_B: Tensor,
+        backprop_B: Tensor,
+    ) -> None:
         """One call's share of the rows of its layer's parameters."""
+        if not rows_of:
+            raise RuntimeError("a pass goes backward in another thread than its forward ran in")
         self._check_shape(len(input_B))
         self._check_shape(len(backprop_B))
-        _add_by_patient(layer, input_B.float(), backprop_B.float(), self.num_tiles, self._rows_of)
+        _add_by_patient(layer, input_B.float(), backprop_B.float(), self.num_tiles, rows_of)
 
     def _check_shape(self, num_rows: int) -> None:
         expected = self.num_patients * self.num_tiles
@@ -191,6 +202,13 @@ class GroupGradients:
                 f"expected {expected} rows in every pass, in losses and layers, got {num_rows}; "
                 "train patient by patient"
             )
+
+
+class _OfThread(threading.local):
+    """What a thread's own pass writes into: parameter (by ``id``) to its rows."""
+
+    def __init__(self) -> None:
+        self.rows_of: dict[int, Tensor] = {}
 
 
 class _Tap(torch.autograd.Function):

@@ -8,6 +8,7 @@ Guarantee: each step is the Poisson-subsampled Gaussian mechanism over patients 
 accountant needs. Everything after the noise (divisor, momentum, update) is post-processing.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from crafts_core.threads import Map
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.clipping import GRID_BITS, add_float64_, clip_, grid_step, to_grid_
 from crafts_privacy.gradients import FlatGradient, GroupGradients, views_of
@@ -108,19 +110,27 @@ class PatientSum(ABC):
         self._noisy_step(num_patients, one_by_one)
 
     def step_in_groups(
-        self, num_patients: int, group_loss: GroupLoss, gradients: GroupGradients
+        self,
+        num_patients: int,
+        group_loss: GroupLoss,
+        gradients: GroupGradients,
+        run: Map = map,
     ) -> None:
         """The same step, several patients to a backward pass: faster where each has few tiles.
 
-        Every pass has the shape of ``gradients``, whoever and however many were drawn.
+        Every pass has the shape of ``gradients``, whoever and however many were drawn. ``run`` may
+        run passes side by side; sums are of integers, so their order changes nothing.
         """
         size = gradients.num_patients
 
         def by_group(drawn: Sequence[int]) -> Iterator[Tensor]:
-            for start in range(0, len(drawn), size):
-                group = drawn[start : start + size]
+            groups = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+
+            def one_pass(group: Sequence[int]) -> Tensor:
                 places = [*group, *[None] * (size - len(group))]
-                yield from gradients.compute(group_loss(places))[: len(group)]
+                return gradients.compute(group_loss(places))[: len(group)]
+
+            return itertools.chain.from_iterable(run(one_pass, groups))
 
         self._noisy_step(num_patients, by_group)
 

@@ -238,8 +238,8 @@ def test_in_a_control_round_no_time_tells_how_many_have_a_mask(
     """All are drawn; nobody or everybody has one."""
     times = []
     for num_steered in (0, PATIENTS):
-        # A patient to a pass: where several share one, places without a mask are filled.
-        home = make_home(num_steered=num_steered, microbatch_tiles=4)
+        # Patients one by one: in a pass of fixed shape rows without a mask are filled.
+        home = make_home(num_steered=num_steered, microbatch_tiles=3)
         times += seconds_of_rounds(home, foundation, coordinator, clock, [PATIENTS], control=True)
     assert spread(times) < 1e-6
     assert clock.slept[1] > clock.slept[3] > 0, "training itself took longer with masks"

@@ -42,7 +42,9 @@ def store(tmp_path_factory, foundation: Foundation) -> TileStore:
 class Cohorts:
     """The same trainer on a cohort and on its neighbours."""
 
-    def __init__(self, foundation: Foundation, store: TileStore, *, seed: int = 0) -> None:
+    def __init__(
+        self, foundation: Foundation, store: TileStore, *, seed: int = 0, cores: int = 2
+    ) -> None:
         values = plan_values(foundation.manifest.hash)
         values["privacy"] |= {"max_grad_norm": C, "tiles_per_patient": 4}
         self.plan = Plan.parse(values)
@@ -62,7 +64,7 @@ class Cohorts:
         self._patients = PatientTiles(
             store, LatentCache.open(store, foundation.manifest.hash), foundation
         )
-        self._foundation, self._seed = foundation, seed
+        self._foundation, self._seed, self._cores = foundation, seed, cores
         self._trainers: dict[int, tuple[Trainer, RecordedSums]] = {}
 
     def sum_of(self, state: State, *, group: int, without: int | None = None, **task: object):
@@ -93,7 +95,9 @@ class Cohorts:
                 randomness=Randomness(
                     noise=noise, sampler=FixedSampler(), generator=partial(draws_of, self._seed)
                 ),
-                speed=Speed(microbatch_tiles=rows * group, group_rows=rows * group),
+                speed=Speed(
+                    microbatch_tiles=rows * group, group_rows=rows * group, cores=self._cores
+                ),
             )
             # An honest adapter in the first round, so that sharing a pass is believed in.
             trainer.train(replace(self._task, state=self.start))
@@ -170,6 +174,27 @@ def test_a_pass_that_minds_its_company_is_found_and_not_used(
     assert cohorts.most_moved(cohorts.start, group=5, patients=range(2)) <= 1.0
     assert "not isolated to the last bit with this round's adapter" in caplog.text
     assert torch.allclose(cohorts.sum_of(cohorts.start, group=5), honest, rtol=1e-3, atol=1e3)
+
+
+@pytest.mark.slow
+def test_passes_that_mind_each_other_are_found_and_not_used(
+    foundation, store, monkeypatch, caplog
+) -> None:
+    """One patient to a pass, and two passes at a time."""
+    honest = Cohorts(foundation, store, cores=1)
+    wanted = honest.sum_of(honest.start, group=1)
+    pass_alone, num_empty = GroupGradients.compute, [0]
+
+    def minding(self, loss_B: Tensor) -> Tensor:
+        grad_PD = pass_alone(self, loss_B) * (1 + 1e-3 * num_empty[0])
+        num_empty[0] += int((loss_B == 0).sum())
+        return grad_PD
+
+    monkeypatch.setattr(GroupGradients, "compute", minding)
+    cohorts = Cohorts(foundation, store, cores=2)
+    found = cohorts.sum_of(cohorts.start, group=1)
+    assert "not isolated to the last bit" in caplog.text
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e3)
 
 
 @pytest.mark.parametrize("std", [0.0, 5.0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from crafts_client.answer_times import PublicStep
 from crafts_client.errors import TrainingError
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
@@ -166,6 +167,35 @@ def test_several_patients_in_one_pass_are_the_loop(
     for name in deltas[0]:
         assert deltas[0][name].norm() > 0
         torch.testing.assert_close(deltas[0][name], deltas[1][name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_round_is_the_same_to_the_last_bit_on_any_number_of_cores(
+    foundation, open_plan, patients, stage: int, caplog
+) -> None:
+    """Stage 1 looks at the denoiser of its beginning as well, from every pass."""
+    values = open_plan.model_dump(mode="json")
+    values["stage"][1]["lambda_drift"] = 0.5
+    plan = Plan.parse(values)
+    task = task_of(foundation, plan, stage=stage)
+    alone, together = (
+        trainer_of(foundation, plan, patients, speed=Speed(microbatch_tiles=64, cores=cores))
+        for cores in (1, 3)
+    )
+    steps: list[PublicStep] = []
+    wanted, found = alone.train(task, steps.append), together.train(task, steps.append)
+    assert global_norm(wanted) > 0
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert [step.group_size for step in steps] == [1, 3]
+    assert not caplog.records, "some passes were not believed in"
+
+
+def test_a_shortcut_that_threads_may_not_share_runs_one_pass_at_a_time() -> None:
+    speed = Speed(microbatch_tiles=64, cores=4)
+    assert (speed.side_by_side, speed.at_a_time(4)) == (4, 8)
+    for name, value in {"checkpointing": True, "compile": True, "precision": "bfloat16"}.items():
+        assert replace(speed, **{name: value}).side_by_side == 1
+    assert replace(speed, group_rows=0).at_a_time(4) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 24], ids=["one by one", "in groups"])

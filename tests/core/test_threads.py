@@ -1,12 +1,13 @@
-"""The number of threads follows what a step takes, and is put back."""
+"""How many threads there are follows what is to be done, and is put back."""
 
+import threading
 import time
 
 import pytest
 import torch
 
 from crafts_core import threads
-from crafts_core.threads import quickest_threads
+from crafts_core.threads import quickest_threads, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,41 @@ def test_the_step_that_is_timed_keeps_nothing() -> None:
         threads._small_step()()
     with quickest_threads() as chosen:
         assert chosen in (1, 2)
+
+
+def test_calls_run_side_by_side_on_one_thread_each_and_keep_their_order() -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def call(number: int) -> tuple[int, int]:
+        together.wait()  # for ever, were one made after the other
+        return number, torch.get_num_threads()
+
+    with side_by_side(2) as run:
+        assert list(run(call, range(6))) == [(number, 1) for number in range(6)]
+        assert list(run(call, [])) == []
+    assert torch.get_num_threads() == 2
+
+
+def test_the_last_turn_may_be_smaller() -> None:
+    with side_by_side(2) as run:
+        assert list(run(abs, iter([-1, -2, -3]))) == [1, 2, 3]
+
+
+def test_one_call_at_a_time_is_made_where_the_caller_is_on_all_threads() -> None:
+    with side_by_side(1) as run:
+        (found,) = run(lambda _: (threading.current_thread(), torch.get_num_threads()), [0])
+    assert found == (threading.current_thread(), 2)
+
+
+def test_an_error_of_one_call_is_the_callers_and_ends_the_rest() -> None:
+    made = []
+
+    def call(number: int) -> None:
+        made.append(number)
+        if number == 1:
+            raise KeyError(number)
+
+    with pytest.raises(KeyError, match="1"), side_by_side(2) as run:
+        list(run(call, range(9)))
+    assert sorted(made) == [0, 1]
+    assert torch.get_num_threads() == 2

@@ -4,7 +4,9 @@ On the layers that diffusion models are made of: a UNet in full, LoRA on attenti
 a ControlNet, with checkpointing and in bfloat16, for patients with as many tiles and with fewer.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -199,3 +201,31 @@ def test_a_pass_of_another_shape_is_refused() -> None:
         losses = layer(torch.randn(4, 3)).sum(1)
         with pytest.raises(RuntimeError, match="expected 6 rows in every pass"):
             gradients.compute(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_side_by_side_are_the_same_to_the_last_bit(kind: str) -> None:
+    """All are forward before any goes backward, and the first ones end while others run."""
+    model, groups = Denoiser(kind), [[1, 2], [3, 4], [5, 6]]
+    together = threading.Barrier(len(groups), timeout=60)
+
+    def one_pass(tiles: Sequence[int]) -> Tensor:
+        losses = model.losses(tiles)
+        together.wait()
+        return gradients.compute(losses)
+
+    with in_groups(model, 2, 1) as gradients:
+        expected = [gradients.compute(model.losses(tiles)) for tiles in groups]
+        with ThreadPoolExecutor(len(groups)) as pool:
+            found = list(pool.map(one_pass, groups))
+    for row, wanted in zip(found, expected, strict=True):
+        assert torch.equal(row, wanted)
+
+
+def test_a_pass_that_another_thread_began_is_refused() -> None:
+    """It would fill the rows of whatever that thread runs now, or none."""
+    layer = nn.Linear(3, 3)
+    with in_groups(layer, 2, 1) as gradients, ThreadPoolExecutor(1) as other:
+        losses = layer(torch.randn(2, 3)).sum(1)
+        with pytest.raises(RuntimeError, match="in another thread than its forward"):
+            other.submit(gradients.compute, losses).result()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from crafts_core.threads import side_by_side
 from crafts_privacy.clipping import CLIP_MARGIN
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.mechanism import Mechanism
@@ -321,6 +322,19 @@ def test_a_group_in_one_pass_equals_the_naive_reference(group_size: int) -> None
     assert torch.allclose(before - flat(model), naive_clipped_sum(drawn), atol=4e-6)
     assert sgd.event().steps == 1
     assert not any(layer.training for layer in model.modules())
+
+
+@pytest.mark.parametrize("num_calls", [1, 2, 3])
+def test_groups_side_by_side_are_the_same_step_to_the_last_bit(num_calls: int) -> None:
+    weights = []
+    for number in (1, num_calls):
+        model = make_model()
+        sgd = optimizer(model, sampler=FixedSampler([0, 1, 2, 4, 5]), noise=NoNoise())
+        with groups_of(model, 2) as gradients, side_by_side(number) as run:
+            sgd.step_in_groups(NUM_PATIENTS, group_loss(model), gradients, run)
+        weights.append(flat(model))
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], flat(make_model()))
 
 
 def test_every_pass_has_as_many_places_whoever_was_drawn() -> None:
