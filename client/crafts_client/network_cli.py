@@ -220,7 +220,15 @@ def _next_step(offered: list[dict[str, Any]]) -> str:
 
 
 @plan_app.command("show")
-def plan_show(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson = False) -> None:
+def plan_show(
+    plan_hash: PlanHash,
+    home: Home = Path("site"),
+    is_timed: Annotated[
+        bool,
+        typer.Option("--time", help="Say how long rounds take here, by steps on public tiles."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """What a plan asks of this site's patients, in words, and then all of it as JSON.
 
     With --json stdout is the plan and nothing else; the words are on stderr.
@@ -231,7 +239,12 @@ def plan_show(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson = 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         plan, offered = offered_plan(site, plan_hash)
-        words = list(plan_words(site, plan, offered))
+        seconds = None
+        if is_timed and not offered.refused:
+            from crafts_client.round_time import seconds_of_rounds
+
+            seconds = seconds_of_rounds(site, plan)
+        words = list(plan_words(site, plan, offered, seconds))
     say(*words, err=as_json)
     say(*json.dumps(plan.model_dump(mode="json"), indent=1).split("\n"))
 

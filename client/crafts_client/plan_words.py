@@ -1,6 +1,6 @@
 """What a plan asks of this site's patients, in words that a person can decide by."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from crafts_client.home import SiteHome
 from crafts_client.offered_plans import OfferedPlan
@@ -16,8 +16,16 @@ _ALL_LEAVES = (
 )
 
 
-def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
-    """One sentence or two a line; what is refused comes last."""
+def plan_words(
+    site: SiteHome,
+    plan: Plan,
+    offered: OfferedPlan,
+    seconds: Mapping[str, float] | None = None,
+) -> Iterator[str]:
+    """One sentence or two a line; what is refused comes last.
+
+    ``seconds`` are of a round of each stage, where they were timed here.
+    """
     stages = ", then ".join(
         f"{each.rounds} rounds of {each.local_steps} steps of {each.modality or each.name}"
         for each in plan.trained
@@ -30,7 +38,7 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
         yield "It promises patients nothing: it trains without privacy."
     else:
         yield from _promise(site, plan, offered)
-    yield _time(site, plan)
+    yield from [_time(site, plan)] if seconds is None else _timed(plan, seconds)
     yield from (f"Refused: {line}." for line in offered.refused)
     if not offered.refused:
         approved = plan.hash in site.approvals.all()
@@ -95,11 +103,23 @@ def _time(site: SiteHome, plan: Plan) -> str:
     seconds = seconds_per_step(() if ledger is None else ledger.entries())
     if seconds is None:
         return (
-            "How long a round takes here is known once a first one ran; crafts-client join says "
-            "when its answer leaves as soon as the round begins."
+            "How long a round takes here is known once a first one ran; plan show --time times "
+            "it on public tiles before."
         )
     longest = max(stage.local_steps for stage in plan.trained) * seconds / 60
     return f"A round takes about {longest:.2g} minutes here if its steps are as earlier ones were."
+
+
+def _timed(plan: Plan, seconds: Mapping[str, float]) -> Iterator[str]:
+    """Of public tiles, just now."""
+    each = ", ".join(f"{taken / 60:.2g} minutes of {name}" for name, taken in seconds.items())
+    yield f"A round takes here, as busy as this machine is now: {each}. Its answer leaves then."
+    waits_s = plan.aggregation.deadline_s
+    if max(seconds.values()) > waits_s:
+        yield (
+            f"The coordinator waits {waits_s / 60:.2g} minutes for an answer: this site's would be "
+            "late and charged all the same; ask for a longer deadline_s or fewer local_steps."
+        )
 
 
 def seconds_per_step(entries: Sequence[LedgerEntry]) -> float | None:

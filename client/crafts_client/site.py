@@ -22,13 +22,11 @@ left open is charged anew. When an answer leaves tells nothing either: ``answer_
 
 import logging
 import math
-from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from crafts_client import stage_start, unusable
 from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longest_round_s
@@ -368,14 +366,12 @@ class Site:
         config = self._home.config
         every_s = config.answer_every_s
         if every_s == "auto":
-            names = factor_names(task.state, task.factor)
             every_s = longest_round_s(
                 Pace.of(step, self._clock.now),
                 config,
                 task.stage,
                 sample_rate=task.mechanism.sample_rate,
-                # Sealed; then kept for an attack of the site's own, with all that it answered.
-                num_bytes=4 * (2 * _num_numbers(task.state, names) + _num_numbers(task.state)),
+                num_bytes=task.num_bytes,
             )
         if every_s > plan.aggregation.deadline_s:
             log.warning(_too_late(every_s, plan))
@@ -563,10 +559,6 @@ def _too_late(every_s: float, plan: Plan) -> str:
         f"{plan.aggregation.deadline_s:.0f} s; ask the coordinator for a longer deadline_s or "
         "fewer local_steps"
     )
-
-
-def _num_numbers(state: Mapping[str, Tensor], names: Collection[str] | None = None) -> int:
-    return sum(state[name].numel() for name in (state if names is None else names))
 
 
 def _as_wire(delta: State, plan: Plan) -> State:

@@ -124,6 +124,13 @@ class TrainingTask:
     captions: tuple[str, ...] = ()
     """The study's classes, of a stage that needs them."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of a round's files: sealed, then kept for an attack of the site's own with all it got."""
+        size_of = {name: tensor.numel() for name, tensor in self.state.items()}
+        names = factor_names(self.state, self.factor)
+        return 4 * (2 * sum(size_of[name] for name in names) + sum(size_of.values()))
+
 
 class _AllPublic:
     """The sampler of steps on public patients: all of them."""
@@ -248,6 +255,10 @@ class Trainer:
         )
         self._step_on_patients(step, task, take_steps)
         return step.take()
+
+    def time(self, task: TrainingTask, before_draws: Callable[[PublicStep], None]) -> None:
+        """What comes before a round's first draw, and no more: ``before_draws`` as in ``train``."""
+        self._prepare(task, before_draws)
 
     def _prepare(
         self, task: TrainingTask, before_draws: Callable[[PublicStep], None] | None

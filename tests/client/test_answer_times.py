@@ -17,6 +17,7 @@ from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from crafts_client import round_time
 from crafts_client.answer_times import (
     COHORT_SLACK,
     OVERRUN,
@@ -30,9 +31,11 @@ from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.errors import TrainingError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.network_cli import join
+from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
+from crafts_client.site_ledger import existing_ledger
 from crafts_client.trainer import Randomness, entropy_generator
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import Objective
@@ -256,6 +259,27 @@ def test_the_time_follows_the_declared_size_and_not_the_true_one(
     assert spread(times) < 1e-6
     larger = make_home(declared_patients=2 * DECLARED)
     assert seconds_of_rounds(larger, foundation, coordinator, clock, [5])[0] > 1.3 * times[0]
+
+
+@pytest.mark.slow
+def test_what_a_round_will_take_is_known_before_any_patient_is_drawn(
+    make_home, foundation, coordinator, clock, monkeypatch
+) -> None:
+    home, plan = make_home(), plan_of(coordinator, foundation)
+    with monkeypatch.context() as nobody:
+        nobody.setattr(PatientTiles, "batch", pytest.fail)
+        told = round_time.seconds_of_rounds(home, plan, clock.clock.now)
+    assert existing_ledger(home) is None, "nothing was charged"
+    waits: list[float] = []
+    monkeypatch.setattr(Departure, "begin", lambda _, every_s: waits.append(every_s))
+    seconds_of_rounds(home, foundation, coordinator, clock, [3])
+    assert told == {"pretraining": pytest.approx(waits[-1])}
+
+
+def test_a_site_that_fixes_its_time_says_so_and_times_nothing(make_home, coordinator) -> None:
+    plan = coordinator.plan()
+    fixed = round_time.seconds_of_rounds(make_home(answer_every_s=90.0), plan)
+    assert fixed == {"pretraining": 90.0, "alignment": 90.0}
 
 
 def test_a_release_is_committed_and_witnessed_after_it_waited(

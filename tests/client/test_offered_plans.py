@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from crafts_client import enrolment
+from crafts_client import enrolment, round_time
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
@@ -247,6 +247,20 @@ def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> N
         f"Next: crafts-client plan approve {plan.hash[:16]}",
     ):
         assert said in words, said
+
+
+@pytest.mark.parametrize("waits_s", [3600.0, 60.0])
+def test_a_plan_is_shown_with_what_a_round_will_take_here(
+    home, coordinator, offer, monkeypatch, waits_s: float
+) -> None:
+    aggregation = coordinator.plan().aggregation.model_dump() | {"deadline_s": waits_s}
+    plan = coordinator.plan(aggregation=aggregation)
+    offer(signed(coordinator, plan))
+    seconds = {"pretraining": 90.0, "alignment": 120.0}
+    monkeypatch.setattr(round_time, "seconds_of_rounds", lambda home, plan: seconds)
+    words = run("plan", "show", plan.hash[:16], "--time", "--home", home.path).stdout
+    assert "1.5 minutes of pretraining, 2 minutes of alignment. Its answer leaves then" in words
+    assert ("waits 1 minutes for an answer: this site's would be late" in words) is (waits_s == 60)
 
 
 def test_a_list_of_plans_ends_with_what_to_do_next(home, coordinator, offer) -> None:
