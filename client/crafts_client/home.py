@@ -70,7 +70,7 @@ class SiteConfig(BaseModel):
     tile_store: Annotated[str, Field(min_length=1)]
     """A folder, relative to the home."""
     microbatch_tiles: Annotated[int, Field(ge=1)]
-    """Tiles times draws in one backward pass. Memory and speed only."""
+    """Tiles times draws in all backward passes that run at a time. Memory and speed only."""
     exact_noise: bool = False
     """Draw the noise of privacy by OpenDP's exact discrete Gaussian instead of the grid's."""
     precision: Literal["float32", "bfloat16"] = "float32"

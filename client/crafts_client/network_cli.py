@@ -1,6 +1,7 @@
 """The commands of ``crafts-client`` that talk to the coordinator, or get ready for it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from crafts_core.command_line import (
     say,
     say_done,
 )
+from crafts_core.errors import CraftsError
+from crafts_core.plan import Plan
 
 network_app = typer.Typer()
 plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
@@ -239,14 +242,25 @@ def plan_show(
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         plan, offered = offered_plan(site, plan_hash)
-        seconds = None
+        words = list(plan_words(site, plan, offered))
         if is_timed and not offered.refused:
-            from crafts_client.round_time import seconds_of_rounds
-
-            seconds = seconds_of_rounds(site, plan)
-        words = list(plan_words(site, plan, offered, seconds))
+            words += _time_here(site, plan)
     say(*words, err=as_json)
     say(*json.dumps(plan.model_dump(mode="json"), indent=1).split("\n"))
+
+
+def _time_here(site: SiteHome, plan: Plan) -> Iterator[str]:
+    """In words; that it could not be timed hides nothing else of the plan."""
+    from crafts_client.plan_words import timed_words
+    from crafts_client.round_time import time_rounds
+
+    try:
+        rounds = time_rounds(site, plan)
+    except CraftsError as error:
+        yield f"How long a round takes here was not timed: {error}."
+        return
+    named = [(each.stage.modality or each.stage.name, each.seconds) for each in rounds]
+    yield from timed_words(plan, named, site.config.answer_every_s)
 
 
 @plan_app.command("approve")

@@ -1,6 +1,8 @@
 """What a plan asks of this site's patients, in words that a person can decide by."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from crafts_client.home import SiteHome
 from crafts_client.offered_plans import OfferedPlan
@@ -16,16 +18,8 @@ _ALL_LEAVES = (
 )
 
 
-def plan_words(
-    site: SiteHome,
-    plan: Plan,
-    offered: OfferedPlan,
-    seconds: Mapping[str, float] | None = None,
-) -> Iterator[str]:
-    """One sentence or two a line; what is refused comes last.
-
-    ``seconds`` are of a round of each stage, where they were timed here.
-    """
+def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
+    """One sentence or two a line; what is refused comes last."""
     stages = ", then ".join(
         f"{each.rounds} rounds of {each.local_steps} steps of {each.modality or each.name}"
         for each in plan.trained
@@ -38,7 +32,7 @@ def plan_words(
         yield "It promises patients nothing: it trains without privacy."
     else:
         yield from _promise(site, plan, offered)
-    yield from [_time(site, plan)] if seconds is None else _timed(plan, seconds)
+    yield _time(site, plan)
     yield from (f"Refused: {line}." for line in offered.refused)
     if not offered.refused:
         approved = plan.hash in site.approvals.all()
@@ -110,15 +104,31 @@ def _time(site: SiteHome, plan: Plan) -> str:
     return f"A round takes about {longest:.2g} minutes here if its steps are as earlier ones were."
 
 
-def _timed(plan: Plan, seconds: Mapping[str, float]) -> Iterator[str]:
-    """Of public tiles, just now."""
-    each = ", ".join(f"{taken / 60:.2g} minutes of {name}" for name, taken in seconds.items())
-    yield f"A round takes here, as busy as this machine is now: {each}. Its answer leaves then."
-    waits_s = plan.aggregation.deadline_s
-    if max(seconds.values()) > waits_s:
+def timed_words(
+    plan: Plan, rounds: Iterable[tuple[str, float]], answer_every_s: float | Literal["auto"]
+) -> Iterator[str]:
+    """How long rounds take here: seconds of each stage, as ``round_time`` gives them.
+
+    Args:
+        plan: Whose rounds they are.
+        rounds: What a stage is called, and at most how long one of its rounds takes.
+        answer_every_s: Of ``site.toml``.
+    """
+    rounds = list(rounds)
+    each = ", ".join(f"{taken / 60:.2g} minutes of {name}" for name, taken in rounds)
+    yield f"A round takes here, as busy as this machine is now, at most: {each}."
+    waits_s, leaves_s = plan.aggregation.deadline_s, max(taken for _, taken in rounds)
+    if answer_every_s == "auto":
+        yield "Its answer leaves then, whoever was drawn."
+    elif answer_every_s:
+        leaves_s = answer_every_s * math.ceil(leaves_s / answer_every_s)
+        minutes = leaves_s / 60
+        yield f"Its answer leaves after {minutes:.2g} minutes, by answer_every_s in site.toml."
+    if leaves_s > waits_s:
         yield (
-            f"The coordinator waits {waits_s / 60:.2g} minutes for an answer: this site's would be "
-            "late and charged all the same; ask for a longer deadline_s or fewer local_steps."
+            f"The coordinator waits {waits_s / 60:.2g} minutes for an answer: one of this site "
+            "could come too late, and a round that was trained is charged. Ask for a longer "
+            "deadline_s or fewer local_steps."
         )
 
 

@@ -5,55 +5,67 @@ Nobody is drawn, nothing is charged or written, and no coordinator is asked.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
 from crafts_client.answer_times import Pace, PublicStep, flush_subnormals, longest_round_s
+from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
+from crafts_client.running import is_running
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
 from crafts_core.foundation import load
-from crafts_core.plan import Plan
+from crafts_core.plan import Factor, Plan, StageConfig
 from crafts_core.starting_point import initial_state
 from crafts_core.threads import quickest_threads
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 
 
-def seconds_of_rounds(
-    home: SiteHome, plan: Plan, now: Callable[[], float] = time.monotonic
-) -> dict[str, float]:
-    """From a round's first draw to when its answer leaves, for each stage that trains.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTime:
+    """Of a stage that trains."""
 
-    Timed on this machine as busy as it is now, on the first of the site's devices.
+    stage: StageConfig
+    seconds: float
+    """From a round's first draw to its sealed answer, at most; of the slowest factor."""
+
+
+def time_rounds(
+    home: SiteHome, plan: Plan, now: Callable[[], float] = time.monotonic
+) -> tuple[RoundTime, ...]:
+    """Time each stage that trains, on this machine as busy as it is now, on the first device.
 
     Raises:
-        CraftsError: the home has no tiles, or the plan does not fit its foundation or size.
+        HomeError: the home trains another foundation, or a round may be running, which it would
+            slow down.
+        CraftsError: the home has no tiles, or the plan does not fit it.
     """
-    config = home.config
-    if config.answer_every_s != "auto" and config.answer_every_s > 0:
-        return {stage.name: config.answer_every_s for stage in plan.trained}
+    if is_running(home):
+        raise HomeError("crafts-client join runs here, and its round would be late")
     flush_subnormals()
-    foundation = load(home.foundation_path, device=config.device)
+    foundation = load(home.foundation_path, device=home.config.device)
+    if foundation.manifest.hash != plan.study.foundation:
+        raise HomeError("the plan is for another foundation than this home's")
     store = TileStore.open(home.tile_store_path, check_shards=False)
-    # What the weights are changes no time, and the directions of a real start take a while.
-    adapter = plan.adapter.model_copy(update={"first_factor": "random"})
-    state = initial_state(foundation, adapter, plan.study.seed, plan.parts)
     trainer = Trainer(
         foundation,
         plan.adapter,
         PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation),
         parts=plan.parts,
-        randomness=Randomness.from_os(exact_noise=config.exact_noise),
-        speed=Speed.of(config),
+        randomness=Randomness.from_os(exact_noise=home.config.exact_noise),
+        speed=Speed.of(home.config),
     )
-    seconds: dict[str, float] = {}
+    # What the weights are changes no time, and the directions of a real start take a while.
+    adapter = plan.adapter.model_copy(update={"first_factor": "random"})
+    state = initial_state(foundation, adapter, plan.study.seed, plan.parts)
+    seconds: dict[tuple[int, Factor], float] = {}
     for planned in plan.rounds():
-        stage = planned.stage
-        if stage not in plan.trained or stage.name in seconds:
+        stage, key = planned.stage, (planned.stage_index, planned.factor)
+        if stage not in plan.trained or key in seconds:
             continue
-        mechanism = mechanism_of(plan, stage, declared_patients=config.declared_patients)
+        mechanism = mechanism_of(plan, stage, declared_patients=home.config.declared_patients)
         task = TrainingTask(
             stage=stage,
             factor=planned.factor,
@@ -62,18 +74,32 @@ def seconds_of_rounds(
             charged=mechanism.event(stage.local_steps),
             state=state,
             stage_start=state,
+            sum_grid_bits=plan.privacy.sum_grid_bits,
             captions=plan.captions_of(stage),
         )
-
-        def timed(step: PublicStep, task: TrainingTask = task) -> None:
-            seconds[task.stage.name] = longest_round_s(
-                Pace.of(step, now),
-                config,
-                task.stage,
-                sample_rate=task.mechanism.sample_rate,
-                num_bytes=task.num_bytes,
-            )
-
         with quickest_threads():
-            trainer.time(replace(task, sum_grid_bits=plan.privacy.sum_grid_bits), timed)
-    return seconds
+            seconds[key] = _seconds(trainer, task, home, now)
+    return tuple(
+        RoundTime(stage=stage, seconds=max(of.values()))
+        for index, stage in enumerate(plan.stage)
+        if (of := {key: taken for key, taken in seconds.items() if key[0] == index})
+    )
+
+
+def _seconds(
+    trainer: Trainer, task: TrainingTask, home: SiteHome, now: Callable[[], float]
+) -> float:
+    taken: list[float] = []
+
+    def timed(step: PublicStep) -> None:
+        longest_s = longest_round_s(
+            Pace.of(step, now),
+            home.config,
+            task.stage,
+            sample_rate=task.mechanism.sample_rate,
+            num_bytes=task.num_bytes,
+        )
+        taken.append(longest_s)
+
+    trainer.time(task, timed)
+    return taken[0]

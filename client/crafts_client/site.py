@@ -123,7 +123,7 @@ class Site:
         self._clock = clock or Clock()
         self._news = news or RoundNews()
         self._departure = Departure(self._clock)
-        self._too_slow: dict[tuple[str, str], tuple[float, float]] = {}
+        self._too_slow: dict[tuple[str, StageConfig], tuple[float, float]] = {}
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
         self._sums = SiteSums(self._outbox, type(self._randomness.noise).__name__)
@@ -375,7 +375,7 @@ class Site:
             )
         if every_s > plan.aggregation.deadline_s:
             log.warning(_too_late(every_s, plan))
-            self._too_slow[plan.hash, task.stage.name] = every_s, self._clock.now()
+            self._too_slow[plan.hash, task.stage] = every_s, self._clock.now()
         self._departure.begin(every_s)
         self._news.began(every_s)
 
@@ -390,7 +390,7 @@ class Site:
         """
         every_s = self._home.config.answer_every_s
         if every_s == "auto":
-            every_s, timed_s = self._too_slow.get((plan.hash, stage.name), (0.0, 0.0))
+            every_s, timed_s = self._too_slow.get((plan.hash, stage), (0.0, 0.0))
             if self._clock.now() - timed_s > _PACE_COUNTS_S:
                 return
         if every_s > plan.aggregation.deadline_s:

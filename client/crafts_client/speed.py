@@ -21,25 +21,29 @@ class Speed:
     """How a site trains: memory and time only."""
 
     microbatch_tiles: int
-    """Tiles times draws in one backward pass."""
+    """Tiles times draws in all backward passes that run at a time."""
     group_rows: int = 8
     """Tiles times draws that a pass is worth running for; whoever has no more shares a backward
-    pass with others. 8 on a CPU's core, 32 on a GPU (benchmarks/private_step.py); 0 trains patients
-    one by one."""
+    pass with others. 8 on a CPU's core (16 are a few per cent quicker and fill twice as many rows in
+    vain), 32 on a GPU (benchmarks/private_step.py); 0 trains patients one by one."""
     cores: int = 1
-    """Of a CPU, for a pass each at the same time. Their number changes no result."""
+    """Of a CPU, for a pass each at the same time. How many of them run changes no result."""
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False
     compile: bool = False
 
     @classmethod
     def of(cls, config: SiteConfig) -> "Speed":
-        """What ``site.toml`` asks for, on as many cores as torch has threads now."""
-        on_gpu = config.device.startswith("cuda")
+        """What ``site.toml`` asks for, the same on each device: they take every step together.
+
+        Processes on one CPU share the threads that torch has now.
+        """
+        devices = (config.device, *config.more_devices)
+        all_on_cpu = not any(device.startswith("cuda") for device in devices)
         return cls(
             microbatch_tiles=config.microbatch_tiles,
-            group_rows=32 if on_gpu else 8,
-            cores=1 if on_gpu else torch.get_num_threads(),
+            group_rows=32 if config.device.startswith("cuda") else 8,
+            cores=max(1, torch.get_num_threads() // len(devices)) if all_on_cpu else 1,
             precision=config.precision,
             checkpointing=config.checkpointing,
             compile=config.compile,
@@ -72,11 +76,17 @@ class Speed:
             return 0  # compiled code runs no hooks
         return min(self.group_rows, self.microbatch_tiles) // rows
 
-    @property
-    def side_by_side(self) -> int:
-        """Passes that run at a time; one where a shortcut may not be for several threads."""
-        return 1 if self.changes_the_passes else min(self.cores, _MOST_SIDE_BY_SIDE)
+    def side_by_side(self, rows: int) -> int:
+        """Passes that run at a time: as many as cores, and as memory has room for.
+
+        ``microbatch_tiles`` bounds the rows of all that run together. A shortcut may not be for
+        several threads: then it is one.
+        """
+        size = self.group_size(rows)
+        if not size or self.changes_the_passes:
+            return 1
+        return max(1, min(self.cores, _MOST_SIDE_BY_SIDE, self.microbatch_tiles // (size * rows)))
 
     def at_a_time(self, rows: int) -> int:
         """Patients whose gradients are computed at the same time."""
-        return self.group_size(rows) * self.side_by_side or 1
+        return max(1, self.group_size(rows) * self.side_by_side(rows))

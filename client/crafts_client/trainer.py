@@ -459,6 +459,10 @@ class Trainer:
                     "round's adapter; training them one by one"
                 )
                 speed = replace(speed, group_rows=0)
+        # The time of a round is bounded by what the first device takes for so many patients.
+        own, ranks = speed.at_a_time(rows), self._ranks or Alone()
+        if not ranks.least(own) == own == -ranks.least(-own):
+            speed = replace(speed, group_rows=0)
         speed.apply(self._adapter)
         return speed
 
@@ -512,6 +516,7 @@ class Trainer:
                 cohort,
                 strangers,
                 shifts,
+                in_one_pass=gradients.num_patients,
             )
         self._adapter.run_with()
         return isolated
@@ -552,7 +557,7 @@ class Trainer:
         network = self._adapter.network
         with (
             GroupGradients(network, parameters, num_patients=size, num_tiles=rows) as gradients,
-            side_by_side(speed.side_by_side) as run,
+            side_by_side(speed.side_by_side(rows)) as run,
         ):
             yield gradients, run
 

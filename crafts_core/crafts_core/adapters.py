@@ -184,10 +184,16 @@ class Adapter:
         """The denoiser with other adapter weights, frozen; this adapter's own stay as they are.
 
         What the state does not hold is shared, so theta1 costs no second model.
+
+        Raises:
+            AdapterError: a tensor has another shape.
         """
         own = generator_state(state)
         changed = {self._paths[name]: tensor for name, tensor in own.items()}
         named = dict(self.unet.named_parameters())
+        for path, tensor in changed.items():
+            if tensor.shape != named[path].shape:
+                raise AdapterError(f"{path} has shape {tuple(tensor.shape)}, not the adapter's")
         memo = {
             id(parameter): nn.Parameter(changed[path].to(parameter, copy=True), requires_grad=False)
             if path in changed

@@ -35,11 +35,11 @@ class Map(Protocol):
 
 @contextmanager
 def side_by_side(num_calls: int) -> Iterator[Map]:
-    """A ``map`` that makes so many calls at a time, each with its share of torch's threads.
+    """A ``map`` that makes so many calls at a time, each on one of torch's threads.
 
     Who works on parts of their own waits for the others once, at the end of a turn. The calls share
-    the process: each must leave alone what another one reads. Once torch has no more threads than
-    calls are made, each call has one, and what it computes does not depend on how many there are.
+    the process: each must leave alone what another one reads. What a call computes does not depend
+    on how many are made: sums are rounded otherwise on more threads, and each has one.
 
     Args:
         num_calls: At a time; one is made where the caller is, on all of torch's threads.
@@ -48,10 +48,9 @@ def side_by_side(num_calls: int) -> Iterator[Map]:
         yield map
         return
     most = torch.get_num_threads()
-    share = max(1, most // num_calls)
-    torch.set_num_threads(share)
+    torch.set_num_threads(1)
     # Each thread has a number of its own for some of torch's libraries.
-    pool = ThreadPoolExecutor(num_calls, initializer=torch.set_num_threads, initargs=(share,))
+    pool = ThreadPoolExecutor(num_calls, initializer=torch.set_num_threads, initargs=(1,))
 
     def in_turns(call: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
         left = iter(items)
@@ -59,9 +58,9 @@ def side_by_side(num_calls: int) -> Iterator[Map]:
             yield from pool.map(call, turn)
 
     try:
-        yield in_turns
+        with pool:
+            yield in_turns
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(most)
 
 

@@ -22,17 +22,21 @@ def is_isolated(
     patients: Sequence[Patient],
     strangers: Sequence[Patient],
     shifts: Iterable[int],
+    *,
+    in_one_pass: int,
 ) -> bool:
     """Whether a patient's gradient is the same in other places and other company.
 
-    Every second patient of one pass runs again, each in a place ``shift`` further on, with
-    strangers in between; over four shifts in a row all patients do, in even and in odd places.
+    Every second patient runs again, each in a place ``shift`` further on, with strangers in
+    between; over four shifts in a row all patients do, in even and in odd places. Where several
+    passes run at a time, the first one also runs alone, as a step's last may.
 
     Args:
-        gradients_of: The patients of one pass to their gradients, one row for each.
-        patients: As many as a pass has places. Public.
+        gradients_of: Patients of whole passes to their gradients, one row for each.
+        patients: As many as passes that run at a time have places. Public.
         strangers: Who else may come, in turn: nobody (a filled place), zeros, what is not finite.
-        shifts: One pass for each, after the first.
+        shifts: Once all these passes for each, after the first time.
+        in_one_pass: Patients.
 
     Returns:
         Whether every row was equal, bit for bit, NaN equal to NaN.
@@ -40,6 +44,10 @@ def is_isolated(
     count = len(patients)
     company = itertools.cycle(strangers)
     expected_PD = gradients_of(patients).clone()
+    if in_one_pass < count and not _same(
+        gradients_of(patients[:in_one_pass]), expected_PD[:in_one_pass]
+    ):
+        return False
     for shift in shifts:
         stays = [(index + shift // 2) % 2 == 0 for index in range(count)]
         some = [

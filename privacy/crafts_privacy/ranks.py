@@ -28,11 +28,22 @@ class Ranks(Protocol):
             RankError: a rank says that it failed, or is gone.
         """
 
+    def least(self, number: int) -> int:
+        """Of what all ranks say. Every rank calls it as often as the others.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+
 
 class Alone:
     """One process, one device."""
 
     rank, count = 0, 1
+
+    def least(self, number: int) -> int:
+        """See :class:`Ranks`."""
+        return number
 
     def sum_(self, sum_D: Tensor, *, failed: bool) -> None:
         """See :class:`Ranks`; the failure is on its way already."""
@@ -79,6 +90,15 @@ class ProcessRanks:
             raise RankError("a device of this site is gone; see the log") from error
         if num_failed and not failed:
             raise RankError("another device of this site failed; see the log")
+
+    def least(self, number: int) -> int:
+        """See :class:`Ranks`."""
+        least = torch.tensor(number)
+        try:
+            distributed.all_reduce(least, distributed.ReduceOp.MIN)
+        except RuntimeError as error:
+            raise RankError("a device of this site is gone; see the log") from error
+        return int(least)
 
     def close(self) -> None:
         """Leave."""

@@ -28,11 +28,12 @@ from crafts_client.answer_times import (
     most_passes,
 )
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.errors import TrainingError
+from crafts_client.errors import HomeError, TrainingError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.network_cli import join
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError
+from crafts_client.running import the_only_one
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.site_ledger import existing_ledger
@@ -268,18 +269,36 @@ def test_what_a_round_will_take_is_known_before_any_patient_is_drawn(
     home, plan = make_home(), plan_of(coordinator, foundation)
     with monkeypatch.context() as nobody:
         nobody.setattr(PatientTiles, "batch", pytest.fail)
-        told = round_time.seconds_of_rounds(home, plan, clock.clock.now)
+        (told,) = round_time.time_rounds(home, plan, clock.clock.now)
     assert existing_ledger(home) is None, "nothing was charged"
     waits: list[float] = []
     monkeypatch.setattr(Departure, "begin", lambda _, every_s: waits.append(every_s))
     seconds_of_rounds(home, foundation, coordinator, clock, [3])
-    assert told == {"pretraining": pytest.approx(waits[-1])}
+    assert told.seconds == pytest.approx(waits[-1])
 
 
-def test_a_site_that_fixes_its_time_says_so_and_times_nothing(make_home, coordinator) -> None:
-    plan = coordinator.plan()
-    fixed = round_time.seconds_of_rounds(make_home(answer_every_s=90.0), plan)
-    assert fixed == {"pretraining": 90.0, "alignment": 90.0}
+@pytest.mark.slow
+def test_every_stage_is_timed_and_by_its_slower_factor(
+    make_home, foundation, coordinator, clock
+) -> None:
+    """Two stages of one name are two, and the longer one is not forgotten."""
+    values = plan_values(foundation.manifest.hash)
+    short, middle = values["stage"]
+    long = short | {"local_steps": 9}
+    plan = coordinator.plan(stage=[short, middle, long], adapter=values["adapter"])
+    assert {each.factor for each in plan.rounds()} == {"first", "second"}
+    found = round_time.time_rounds(make_home(), plan, clock.clock.now)
+    assert [each.stage.local_steps for each in found] == [2, 2, 9]
+    assert found[2].seconds > 3 * found[0].seconds > 0
+
+
+def test_what_cannot_be_timed_is_told(make_home, coordinator) -> None:
+    home, plan = make_home(), coordinator.plan()
+    other = coordinator.plan(study=plan.study.model_dump() | {"foundation": "0" * 64})
+    with pytest.raises(HomeError, match="another foundation"):
+        round_time.time_rounds(home, other)
+    with the_only_one(home), pytest.raises(HomeError, match="join runs here"):
+        round_time.time_rounds(home, plan)
 
 
 def test_a_release_is_committed_and_witnessed_after_it_waited(

@@ -96,7 +96,9 @@ class Cohorts:
                     noise=noise, sampler=FixedSampler(), generator=partial(draws_of, self._seed)
                 ),
                 speed=Speed(
-                    microbatch_tiles=rows * group, group_rows=rows * group, cores=self._cores
+                    microbatch_tiles=rows * group * self._cores,
+                    group_rows=rows * group,
+                    cores=self._cores,
                 ),
             )
             # An honest adapter in the first round, so that sharing a pass is believed in.

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from crafts_client import enrolment, round_time
 from crafts_client.cli import app
+from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import mechanism_of
 from crafts_client.offered_plans import judge
 from crafts_client.plan_words import seconds_per_step
+from crafts_client.round_time import RoundTime
 from crafts_client.signed_plan import SignedPlan
 from crafts_client.site import Site
 from crafts_core.plan import Plan
@@ -249,18 +251,51 @@ def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> N
         assert said in words, said
 
 
-@pytest.mark.parametrize("waits_s", [3600.0, 60.0])
+@pytest.mark.parametrize(
+    ("waits_s", "every", "leaves"),
+    [
+        (3600.0, "auto", "then, whoever was drawn"),
+        (60.0, "auto", "then, whoever was drawn"),
+        (240.0, 150.0, "after 2.5 minutes, by answer_every_s"),
+        (170.0, 90.0, "after 3 minutes, by answer_every_s"),
+        (3600.0, 0.0, None),
+    ],
+)
 def test_a_plan_is_shown_with_what_a_round_will_take_here(
-    home, coordinator, offer, monkeypatch, waits_s: float
+    tmp_path, foundation, coordinator, offer, monkeypatch, waits_s: float, every, leaves
 ) -> None:
+    home = make_site_home(
+        tmp_path / "timed", foundation, coordinator.public_key, answer_every_s=every
+    )
     aggregation = coordinator.plan().aggregation.model_dump() | {"deadline_s": waits_s}
     plan = coordinator.plan(aggregation=aggregation)
     offer(signed(coordinator, plan))
-    seconds = {"pretraining": 90.0, "alignment": 120.0}
-    monkeypatch.setattr(round_time, "seconds_of_rounds", lambda home, plan: seconds)
+    taken = [
+        RoundTime(stage=stage, seconds=seconds)
+        for stage, seconds in zip(plan.stage, (90, 120), strict=True)
+    ]
+    monkeypatch.setattr(round_time, "time_rounds", lambda home, plan: taken)
     words = run("plan", "show", plan.hash[:16], "--time", "--home", home.path).stdout
-    assert "1.5 minutes of pretraining, 2 minutes of alignment. Its answer leaves then" in words
-    assert ("waits 1 minutes for an answer: this site's would be late" in words) is (waits_s == 60)
+    assert "at most: 1.5 minutes of pretraining, 2 minutes of alignment." in words
+    assert ("Its answer leaves" in words) is (leaves is not None)
+    assert leaves is None or f"Its answer leaves {leaves}" in words
+    assert ("for an answer: one of this site could come too late" in words) is (waits_s < 200)
+
+
+def test_a_plan_is_shown_where_its_rounds_cannot_be_timed(
+    home, coordinator, offer, monkeypatch
+) -> None:
+    plan = coordinator.plan()
+    offer(signed(coordinator, plan))
+
+    def nothing(home, plan):
+        raise HomeError("there are no tiles")
+
+    monkeypatch.setattr(round_time, "time_rounds", nothing)
+    shown = run("plan", "show", plan.hash[:16], "--time", "--home", home.path)
+    assert shown.exit_code == 0
+    assert "was not timed: there are no tiles." in shown.stdout
+    assert "asks for 2 rounds" in shown.stdout
 
 
 def test_a_list_of_plans_ends_with_what_to_do_next(home, coordinator, offer) -> None:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from crafts_client.answer_times import PublicStep
 from crafts_client.errors import TrainingError
+from crafts_client.home import SiteConfig
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
@@ -29,6 +30,7 @@ from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.noise import ExactNoise, GridNoise
+from crafts_privacy.ranks import Alone
 from crafts_privacy.sampling import PoissonSampler
 from crafts_simulations.small_study import DECLARED_PATIENTS, write_random_store
 from support.noise import FixedSampler, NoNoise, draws_of
@@ -192,10 +194,58 @@ def test_a_round_is_the_same_to_the_last_bit_on_any_number_of_cores(
 
 def test_a_shortcut_that_threads_may_not_share_runs_one_pass_at_a_time() -> None:
     speed = Speed(microbatch_tiles=64, cores=4)
-    assert (speed.side_by_side, speed.at_a_time(4)) == (4, 8)
+    assert (speed.side_by_side(4), speed.at_a_time(4)) == (4, 8)
     for name, value in {"checkpointing": True, "compile": True, "precision": "bfloat16"}.items():
-        assert replace(speed, **{name: value}).side_by_side == 1
+        assert replace(speed, **{name: value}).side_by_side(4) == 1
     assert replace(speed, group_rows=0).at_a_time(4) == 1
+
+
+@pytest.mark.parametrize(("most", "passes"), [(64, 8), (24, 3), (8, 1), (4, 1)])
+def test_all_passes_together_have_no_more_rows_than_a_site_allows(most: int, passes: int) -> None:
+    speed = Speed(microbatch_tiles=most, cores=16)
+    assert speed.side_by_side(4) == passes
+    assert speed.at_a_time(4) * 4 <= most
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "cores", "rows"),
+    [
+        ("cpu", (), 6, 8),
+        ("cpu", ("cpu", "cpu"), 2, 8),
+        ("cuda:0", (), 1, 32),
+        ("cuda:0", ("cuda:1",), 1, 32),
+        ("cpu", ("cuda:0",), 1, 8),
+    ],
+)
+def test_devices_that_step_together_train_alike(monkeypatch, device, more, cores, rows) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    config = SiteConfig(
+        *(), name="north", cohort="main", declared_patients=9, device=device, more_devices=more,
+        foundation="f", tile_store="tiles", microbatch_tiles=64,
+    )  # fmt: skip
+    speed = Speed.of(config)
+    assert (speed.cores, speed.group_rows) == (cores, rows)
+
+
+class OneAlone(Alone):
+    """Another rank, which trains patients one by one."""
+
+    def least(self, number: int) -> int:
+        return min(number, 1 if number > 0 else -1)
+
+
+def test_a_device_that_trains_one_by_one_makes_the_others_do_so(
+    foundation, open_plan, patients
+) -> None:
+    """The time of a round is bounded by what one device takes for so many patients."""
+    speed = Speed(microbatch_tiles=64, cores=2)
+    trainer = Trainer(
+        foundation, open_plan.adapter, patients,
+        randomness=seeded(), speed=speed, ranks=OneAlone(),
+    )  # fmt: skip
+    steps: list[PublicStep] = []
+    trainer.train(task_of(foundation, open_plan), steps.append)
+    assert [step.group_size for step in steps] == [1]
 
 
 @pytest.mark.parametrize("rows", [1, 24], ids=["one by one", "in groups"])
@@ -377,7 +427,9 @@ def test_shortcuts_are_compared_anew_where_a_pass_has_another_shape(
 def test_all_devices_take_the_timed_steps_together(foundation, plan, patients) -> None:
     """Else one is timed while the others are at their patients, as long as these are many."""
     sums: list[bool] = []
-    ranks = SimpleNamespace(rank=0, count=1, sum_=lambda _, failed: sums.append(failed))
+    ranks = SimpleNamespace(
+        rank=0, count=1, sum_=lambda _, failed: sums.append(failed), least=lambda number: number
+    )
     trainer = Trainer(
         foundation, plan.adapter, patients,
         randomness=seeded(), speed=Speed(microbatch_tiles=64), ranks=ranks,

@@ -87,3 +87,21 @@ def test_an_error_of_one_call_is_the_callers_and_ends_the_rest() -> None:
         list(run(call, range(9)))
     assert sorted(made) == [0, 1]
     assert torch.get_num_threads() == 2
+
+
+def test_each_of_few_calls_has_one_thread_of_many() -> None:
+    torch.set_num_threads(7)
+    with side_by_side(2) as run:
+        assert list(run(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+    assert torch.get_num_threads() == 7
+
+
+def test_what_is_too_small_is_zero_in_every_call_as_where_it_was_asked_for() -> None:
+    tiny = torch.full((64,), 1e-40)
+    assert torch.set_flush_denormal(True)
+    try:
+        with side_by_side(2) as run:
+            assert not any(run(lambda _: bool((tiny * 0.5).any()), range(4)))
+    finally:
+        torch.set_flush_denormal(False)
+    assert (tiny * 0.5).any()

@@ -39,13 +39,13 @@ COUPLED = {
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_who_minds_nobody_is_isolated(count: int) -> None:
-    assert is_isolated(alone, PATIENTS[:count], STRANGERS, SHIFTS)
+    assert is_isolated(alone, PATIENTS[:count], STRANGERS, SHIFTS, in_one_pass=count)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 @pytest.mark.parametrize("fault", COUPLED)
 def test_who_minds_place_or_company_is_not(fault: str, count: int) -> None:
-    assert not is_isolated(COUPLED[fault], PATIENTS[:count], STRANGERS, SHIFTS)
+    assert not is_isolated(COUPLED[fault], PATIENTS[:count], STRANGERS, SHIFTS, in_one_pass=count)
 
 
 def test_four_shifts_try_every_patient_in_even_and_odd_places() -> None:
@@ -55,10 +55,21 @@ def test_four_shifts_try_every_patient_in_even_and_odd_places() -> None:
         seen.update((int(p[0]), place % 2) for place, p in enumerate(group) if 0 < p[0] < 9)
         return alone(group)
 
-    is_isolated(noting, PATIENTS[:4], STRANGERS, SHIFTS)
+    is_isolated(noting, PATIENTS[:4], STRANGERS, SHIFTS, in_one_pass=4)
     assert seen == {(number, parity) for number in range(1, 5) for parity in (0, 1)}
 
 
 def test_what_is_not_finite_is_equal_to_itself() -> None:
     """A hostile adapter's gradients may be NaN for everybody; they become zero one by one."""
-    assert is_isolated(lambda group: alone(group) * torch.nan, PATIENTS, STRANGERS, SHIFTS)
+    nothing = adding(lambda rows, _: rows * torch.nan)
+    assert is_isolated(nothing, PATIENTS, STRANGERS, SHIFTS, in_one_pass=len(PATIENTS))
+
+
+def test_a_pass_that_rounds_otherwise_alone_is_found() -> None:
+    """A step's last turn may have fewer passes than run at a time."""
+
+    def by_company(group: Sequence[Tensor]) -> Tensor:
+        return alone(group) * (1 + 2**-23 * (len(group) > 2))
+
+    assert not is_isolated(by_company, PATIENTS[:4], STRANGERS, SHIFTS, in_one_pass=2)
+    assert is_isolated(by_company, PATIENTS[:4], STRANGERS, SHIFTS, in_one_pass=4)
