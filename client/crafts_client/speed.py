@@ -24,8 +24,8 @@ class Speed:
     """Tiles times draws in all backward passes that run at a time."""
     group_rows: int = 8
     """Tiles times draws that a pass is worth running for; whoever has no more shares a backward
-    pass with others. 8 on a CPU's core (16 are a few per cent quicker and fill twice as many rows in
-    vain), 32 on a GPU (benchmarks/private_step.py); 0 trains patients one by one."""
+    pass with others. 8 on a CPU's core (16 are a few per cent quicker, and twice as many are filled
+    in vain), 32 on a GPU (benchmarks/private_step.py); 0 trains patients one by one."""
     cores: int = 1
     """Of a CPU, for a pass each at the same time. How many of them run changes no result."""
     precision: Literal["float32", "bfloat16"] = "float32"
