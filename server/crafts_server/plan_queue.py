@@ -32,11 +32,13 @@ def stop_plan(home: CoordinatorHome, beginning: str) -> str:
     Raises:
         HomeError: none or several waiting plans begin like this.
     """
-    found = [path for path in queued_plans(home) if path.name.startswith(beginning)]
+    queued = queued_plans(home)
+    found = [path for path in queued if path.name.startswith(beginning)]
     if len(found) != 1:
+        waiting = ", ".join(path.name[:16] for path in queued) or "none waits"
         raise HomeError(
-            f"{len(found)} queued plans begin with {beginning!r}, expected one; "
-            "see crafts-server runs list"
+            f"{len(found)} queued plans begin with {beginning!r}, expected one: a plan is stopped "
+            f"by its hash, not by its run ({waiting})"
         )
     found[0].unlink(missing_ok=True)
     home.audit_log.write(Event.STOPPED, plan=found[0].name)

@@ -160,6 +160,8 @@ def test_stop_and_revoke_ask_first(home, plan) -> None:
     queue_plan(home, plan)
     run(home, "stop", plan.hash[:16], code=1, answer="n\n")
     assert len(queued_plans(home)) == 1
+    refused = run(home, "stop", "0123456789abcdef", "--yes", code=1)
+    assert f"by its hash, not by its run ({plan.hash[:16]})" in refused.stderr
     stopped = run(home, "stop", plan.hash[:16], "--yes", "--json")
     assert json.loads(stopped.stdout) == {"stopped": plan.hash}
     assert queued_plans(home) == []
