@@ -215,7 +215,10 @@ def test_passes_side_by_side_are_the_same_to_the_last_bit(kind: str) -> None:
     def one_pass(tiles: Sequence[int]) -> Tensor:
         losses = model.losses(tiles)
         losses.register_hook(wait)  # as it begins to go backward
-        return gradients.compute(losses)
+        try:
+            return gradients.compute(losses)
+        except RuntimeError as error:  # its rows are gone
+            raise AssertionError("passes met in one set of rows") from error
 
     with in_groups(model, 2, 1) as gradients:
         expected = [gradients.compute(model.losses(tiles)) for tiles in groups]
