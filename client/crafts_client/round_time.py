@@ -66,16 +66,8 @@ def time_rounds(
         if stage not in plan.trained or key in seconds:
             continue
         mechanism = mechanism_of(plan, stage, declared_patients=home.config.declared_patients)
-        task = TrainingTask(
-            stage=stage,
-            factor=planned.factor,
-            privacy=plan.privacy_of(stage),
-            mechanism=mechanism,
-            charged=mechanism.event(stage.local_steps),
-            state=state,
-            stage_start=state,
-            sum_grid_bits=plan.privacy.sum_grid_bits,
-            captions=plan.captions_of(stage),
+        task = TrainingTask.of_plan(
+            plan, stage, planned.factor, mechanism, state=state, stage_start=state
         )
         with quickest_threads():
             seconds[key] = _seconds(trainer, task, home, now)

@@ -258,17 +258,11 @@ class Site:
         trainer = self._trainer_for(plan)
         schema = trainer.schema() | release_schema(plan, self._foundation)
         state = _read_hashed(message, "adapter", schema, request.checkpoint_hash, policy)
-        task = TrainingTask(
-            stage=stage,
-            factor=request.factor,
-            privacy=plan.privacy_of(stage),
-            mechanism=mechanism,
-            charged=mechanism.event(stage.local_steps),
+        task = TrainingTask.of_plan(
+            *(plan, stage, request.factor, mechanism),
             state=state,
             stage_start=self._stage_start(message, stage, state),
             withdrawn=self._register.withdrawn,
-            sum_grid_bits=plan.privacy.sum_grid_bits,
-            captions=plan.captions_of(stage),
         )
         reservation = self._reserve(plan, request, task)
         try:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from crafts_core.plan import (
     Factor,
     Modality,
     Part,
+    Plan,
     PrivacyConfig,
     StageConfig,
 )
@@ -123,6 +125,32 @@ class TrainingTask:
     """Pseudonyms of patients who take no part any more."""
     captions: tuple[str, ...] = ()
     """The study's classes, of a stage that needs them."""
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: Plan,
+        stage: StageConfig,
+        factor: Factor,
+        mechanism: Mechanism,
+        *,
+        state: Mapping[str, Tensor],
+        stage_start: Mapping[str, Tensor] | None,
+        withdrawn: frozenset[str] = frozenset(),
+    ) -> Self:
+        """A round of one of the plan's stages."""
+        return cls(
+            stage=stage,
+            factor=factor,
+            privacy=plan.privacy_of(stage),
+            mechanism=mechanism,
+            charged=mechanism.event(stage.local_steps),
+            state=state,
+            stage_start=stage_start,
+            withdrawn=withdrawn,
+            sum_grid_bits=plan.privacy.sum_grid_bits,
+            captions=plan.captions_of(stage),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -461,7 +489,8 @@ class Trainer:
                 speed = replace(speed, group_rows=0)
         # The time of a round is bounded by what the first device takes for so many patients.
         own, ranks = speed.at_a_time(rows), self._ranks or Alone()
-        if not ranks.least(own) == own == -ranks.least(-own):
+        least, most = ranks.least(own), -ranks.least(-own)  # every rank asks both
+        if least != most:
             speed = replace(speed, group_rows=0)
         speed.apply(self._adapter)
         return speed

@@ -230,7 +230,11 @@ def test_devices_that_step_together_train_alike(monkeypatch, device, more, cores
 class OneAlone(Alone):
     """Another rank, which trains patients one by one."""
 
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
     def least(self, number: int) -> int:
+        self.asked.append(number)
         return min(number, 1 if number > 0 else -1)
 
 
@@ -238,14 +242,14 @@ def test_a_device_that_trains_one_by_one_makes_the_others_do_so(
     foundation, open_plan, patients
 ) -> None:
     """The time of a round is bounded by what one device takes for so many patients."""
-    speed = Speed(microbatch_tiles=64, cores=2)
+    speed, ranks = Speed(microbatch_tiles=64, cores=2), OneAlone()
     trainer = Trainer(
-        foundation, open_plan.adapter, patients,
-        randomness=seeded(), speed=speed, ranks=OneAlone(),
-    )  # fmt: skip
+        foundation, open_plan.adapter, patients, randomness=seeded(), speed=speed, ranks=ranks
+    )
     steps: list[PublicStep] = []
     trainer.train(task_of(foundation, open_plan), steps.append)
     assert [step.group_size for step in steps] == [1]
+    assert ranks.asked == [2, -2], "a rank that asks less often than the others leaves them waiting"
 
 
 @pytest.mark.parametrize("rows", [1, 24], ids=["one by one", "in groups"])

@@ -67,6 +67,7 @@ def run_rank(folder: Path, rank: int, count: int) -> None:
         # The patients of rank r are r, r + count, ...: the drawn ones, by their place there.
         own = None if drawn is None else [p // count for p in drawn if p % count == rank]
         found[name] = train(ranks, own)
+    found["least and most"] = [ranks.least(3 + rank), -ranks.least(-3 - rank)]
     try:
         train(ranks, None, failing=1)
     except (RankError, ValueError) as error:
@@ -88,6 +89,7 @@ def test_ranks_are_one_device(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     for name, drawn in CASES.items():
         assert first[name] == second[name] == train(Alone(), drawn)
+    assert first["least and most"] == second["least and most"] == [3, 4]
     # Patient 1 belongs to rank 1: it says what is wrong, and rank 0 stops with it.
     assert (first["failure"], second["failure"]) == ("RankError", "ValueError")
 
