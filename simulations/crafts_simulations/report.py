@@ -18,8 +18,8 @@ from crafts_core.durable import write_file
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import Leakage
-from crafts_core.evaluation.steering import Steering
-from crafts_core.evaluation.table import LABELS, cell, remarks, shown_columns
+from crafts_core.evaluation.steering import LOOKED, Steering
+from crafts_core.evaluation.table import LABELS, cell, class_table, remarks, shown_columns
 from crafts_core.pages import page_environment, uri_of_png
 from crafts_core.plan import Plan
 from crafts_server.receipts import RoundReceipt
@@ -170,9 +170,11 @@ class SamplePair:
     after: bytes
 
 
-def write_report(report: Report, pairs: Sequence[SamplePair], out: Path) -> None:
+def write_report(
+    report: Report, pairs: Sequence[SamplePair], out: Path, steered: Sequence[bytes] = ()
+) -> None:
     """Write ``report.json`` and ``report.html`` into ``out``; a torn file never appears."""
-    page = render_html(report, pairs)
+    page = render_html(report, pairs, steered)
     for name, text in (
         ("report.json", report.model_dump_json(indent=2) + "\n"),
         ("report.html", page),
@@ -180,8 +182,14 @@ def write_report(report: Report, pairs: Sequence[SamplePair], out: Path) -> None
         write_file(out / name, text)
 
 
-def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
-    """The page as one string: inline style, SVG and images; no script, no external resource."""
+def render_html(report: Report, pairs: Sequence[SamplePair], steered: Sequence[bytes] = ()) -> str:
+    """The page as one string: inline style, SVG and images; no script, no external resource.
+
+    Args:
+        report: What it tells.
+        pairs: What was drawn before and after, for each label.
+        steered: For each condition a PNG of what follows it, as ``steered_sheet`` draws it.
+    """
     environment = page_environment("crafts_simulations")
     environment.filters |= {"delta": delta_text, "times": delta_times_patients}
     return environment.get_template("report.html.j2").render(
@@ -189,12 +197,15 @@ def render_html(report: Report, pairs: Sequence[SamplePair]) -> str:
         evaluation=report.evaluation,
         columns=shown_columns(report.evaluation),
         cell=cell,
+        classes=class_table(report.evaluation),
         labels=LABELS,
         remarks=remarks(report.evaluation),
         headline=headline(report.evaluation),
         charts=charts_of(report),
         most_named=charts.MOST_NAMED,
         mean_weights=mean_weights(report),
+        looked=LOOKED,
+        steered=[uri_of_png(png) for png in steered],
         samples=[
             {
                 "label": pair.label,

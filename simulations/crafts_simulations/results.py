@@ -1,9 +1,11 @@
 """What a simulated study gave: measurement, accounts of the sites, sample images, report."""
 
+import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from crafts_core.durable import write_file
 from crafts_core.evaluation.baselines import PublicPart
 from crafts_core.evaluation.encoder import Images, load_encoder
 from crafts_core.evaluation.evaluate import Evaluator
+from crafts_core.evaluation.extras import NotMeasurableError
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.leakage import (
     Leakage,
@@ -24,11 +27,19 @@ from crafts_core.evaluation.leakage import (
     measure_leakage,
 )
 from crafts_core.evaluation.memorisation import FEWEST_PATIENTS
+from crafts_core.evaluation.nuclei_finder import NucleiFinder
 from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
-from crafts_core.evaluation.steering import Steering, measure_steering
+from crafts_core.evaluation.steering import (
+    Steering,
+    SteeringConfig,
+    measure_steering,
+    steered_sheet,
+    teach_finder,
+)
 from crafts_core.evaluation.table import markdown, remarks
 from crafts_core.export import CONTROLS, add_measurement
 from crafts_core.generator import Generator
+from crafts_core.plan import Modality
 from crafts_core.pretrained import read_part
 from crafts_core.provenance import Origin, Provenance, encode_png
 from crafts_core.sampling import contact_sheet, sample_images
@@ -48,7 +59,7 @@ from crafts_simulations.report import (
 from crafts_simulations.sites import COHORT, heldout_store
 from crafts_simulations.study import LocalStudy, StepProgress
 
-MAX_SAMPLE_LABELS = 10
+MAX_SAMPLE_LABELS, NUM_STEERED_SHOWN = 10, 8
 _STEERINGS = TypeAdapter(tuple[Steering, ...])
 _LIBRARIES = ("torch", "diffusers", "flwr", "dp-accounting", "opacus")
 
@@ -107,23 +118,43 @@ def attack(study: LocalStudy) -> Leakage | None:
 
 
 def steering(study: LocalStudy) -> tuple[Steering, ...]:
-    """How far the generator follows each condition, on held-out tiles, once."""
+    """How far the generator follows each condition, on held-out tiles, once, and a picture."""
     workspace = study.workspace
     if workspace.steering.exists():
         return _STEERINGS.validate_json(workspace.steering.read_bytes())
     generator = Generator.from_directory(workspace.generator, device=study.foundation.device)
-    measured = []
+    test = heldout_store(workspace)
+    measured: list[Steering] = []
     for modality in (part for part in study.plan.parts if part != "generator"):
+        study.progress(f"measuring {modality}", len(measured), len(measured) + 1)
         directory = workspace.generator / CONTROLS / modality
         network = read_part(ControlNetModel, directory, dtype=torch.float32)
-        network = network.to(study.foundation.device)
+        network = network.to(study.foundation.device).eval()
+        finder = _finder(study) if modality == "nuclei" else None
         try:
-            test = heldout_store(workspace)
-            measured.append(measure_steering(generator, network.eval(), test, modality))
+            measured.append(measure_steering(generator, network, test, modality, finder=finder))
         except ValueError as error:
             raise ScenarioError(f"{modality} cannot be measured: {error}") from error
+        few = SteeringConfig(max_tiles=NUM_STEERED_SHOWN)
+        sheet = steered_sheet(generator, network, test, modality, few)
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG")
+        write_file(_steered_picture(study, modality), buffer.getvalue())
     write_file(workspace.steering, _STEERINGS.dump_json(tuple(measured), indent=2))
     return tuple(measured)
+
+
+def _finder(study: LocalStudy) -> NucleiFinder | None:
+    """Taught by all sites' tiles, which only a simulation may pool."""
+    try:
+        return teach_finder(_training_stores(study))
+    except NotMeasurableError:  # the evaluation's own remarks say what to install
+        return None
+
+
+def _steered_picture(study: LocalStudy, modality: Modality) -> Path:
+    study.workspace.samples.mkdir(exist_ok=True)
+    return study.workspace.samples / f"steered-{modality}.png"
 
 
 def _all_tiles(store: TileStore) -> RealTiles:
@@ -175,7 +206,8 @@ def report(
         leakage=leakage,
         steering=steered,
     )
-    write_report(result, _samples(study), study.workspace.path)
+    steered_png = [_steered_picture(study, each.modality).read_bytes() for each in steered]
+    write_report(result, _samples(study), study.workspace.path, steered_png)
     return result
 
 

@@ -6,7 +6,14 @@ import pytest
 from crafts_core.evaluation.colour import colour_features, grey_structure
 from crafts_core.evaluation.encoder import Features, Images
 from crafts_core.evaluation.extras import NotMeasurableError
-from crafts_core.evaluation.judges import Judge, Sight, agreement, judged_classes
+from crafts_core.evaluation.judges import (
+    ClassShare,
+    Judge,
+    Sight,
+    agreement,
+    agreement_by_class,
+    judged_classes,
+)
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles
 
@@ -111,3 +118,26 @@ def test_a_class_of_one_patient_is_not_judged() -> None:
     assert judged_classes(training, held_out) == ("a",)
     with pytest.raises(NotMeasurableError, match="two classes"):
         Judge.train("shape", np.zeros((6, 2)), training.classes, ("a",))
+
+
+def test_the_mean_of_the_classes_is_the_agreement() -> None:
+    rng = np.random.default_rng(0)
+    labels = ["a"] * 30 + ["b"] * 9 + ["unknown"] * 4
+    right_N, patients = rng.random(43) < 0.5, np.array([f"p{row % 7}" for row in range(43)])
+    how = {"classes": ("a", "b", "c"), "patients": patients, "num_bootstrap": 50, "seed": 1}
+    shares = agreement_by_class(right_N, labels, **how)  # type: ignore[arg-type]
+    assert set(shares) == {"a", "b"}, "no image was asked for c"
+    mean = (right_N[:30].mean() + right_N[30:39].mean()) / 2
+    assert np.mean([found.share for found in shares.values()]) == pytest.approx(mean)
+    assert agreement(right_N, labels, **how)[0] == pytest.approx(mean)  # type: ignore[arg-type]
+    for found in shares.values():
+        assert found.interval is not None
+        assert found.interval.low <= found.share <= found.interval.high
+
+
+def test_a_class_of_one_patient_has_no_interval() -> None:
+    found = agreement_by_class(
+        np.array([True, False]), ["a", "a"], classes=("a",), patients=np.array(["p", "p"]),
+        num_bootstrap=20, seed=0,
+    )  # fmt: skip
+    assert found == {"a": ClassShare(0.5, None)}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
 
 from crafts_client.home import SiteHome
 from crafts_core.foundation import Foundation
@@ -78,6 +79,13 @@ def test_the_generator_is_steered_by_stock_diffusers(finished: Path, report: Rep
     StableDiffusionControlNetPipeline.from_pretrained(finished / "generator", controlnet=control)
     (steering,) = report.steering
     assert (steering.modality, steering.tiles) == ("nuclei", 16)
+    assert [row.where for row in steering.found] == [
+        "real", "reconstruction", "drawn", "without", "drawn_other"
+    ]  # fmt: skip
+    real, drawn = steering.found[0], steering.found[2]
+    assert real.dice > max(0.5, drawn.dice), "a real tile's own mask is found in it"
+    with Image.open(finished / "samples" / "steered-nuclei.png") as sheet:
+        assert sheet.size[0] > sheet.size[1] > 4 * 32
     assert "Use with a condition" in (finished / "generator" / "README.md").read_text()
     assert "Does it follow its condition?" in (finished / "report.html").read_text()
 

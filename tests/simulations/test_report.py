@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.examiner import Gate
 from crafts_core.evaluation.figures import Arm, Evaluation
+from crafts_core.evaluation.judges import ClassShare
 from crafts_core.evaluation.leakage import Attack, Leakage
 from crafts_core.evaluation.memorisation import Memorisation
 from crafts_core.evaluation.resampling import Interval
-from crafts_core.evaluation.table import cell, shown_columns
+from crafts_core.evaluation.steering import FoundIn, Steering
+from crafts_core.evaluation.table import cell, class_table, plain_text, shown_columns
 from crafts_core.plan import Plan
 from crafts_simulations.report import (
     Report,
@@ -218,6 +220,8 @@ def test_an_unknown_field_is_no_report() -> None:
         Leakage,
         Attack,
         Memorisation,
+        Steering,
+        FoundIn,
     ],
 )
 def test_every_field_is_documented(model: type) -> None:
@@ -253,6 +257,43 @@ def test_names_cannot_inject_markup(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "one &lt;generator&gt;" in page
     assert "<east>" not in page
+
+
+def test_the_shape_judge_is_told_class_by_class(tmp_path: Path) -> None:
+    """Of the rows that were judged alone; a class without images is empty."""
+    shares = {"lung": ClassShare(0.41, Interval(0.3, 0.5)), "colon": ClassShare(0.62, None)}
+    arms = (_arm("real", shape_by_class=shares), _arm("foundation"),
+            _arm("generator", shape_by_class={"lung": ClassShare(0.27, None)}))  # fmt: skip
+    evaluation = _evaluation(arms=arms)
+    assert class_table(evaluation) == [
+        ["", "real tiles of other patients", "shared generator"],
+        ["colon", "0.620", ""],
+        ["lung", "0.410 (0.300 to 0.500)", "0.270"],
+    ]
+    assert "shape judge: lung" in plain_text(evaluation)
+    assert class_table(_evaluation()) == []
+    write_report(_report(evaluation=evaluation), _pairs(), tmp_path)
+    assert "Class by class" in (tmp_path / "report.html").read_text()
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()) == _report(
+        evaluation=evaluation
+    )
+
+
+def test_a_condition_is_told_nucleus_by_nucleus(tmp_path: Path) -> None:
+    between = Interval(0.4, 0.6)
+    found = FoundIn(
+        where="drawn", dice=0.513, dice_interval=between, found_again=0.417,
+        found_again_interval=between, count_error=0.237, count_error_interval=None,
+    )  # fmt: skip
+    steering = Steering(
+        modality="nuclei", tiles=8, loss_own=0.1, loss_other=0.2, share_easier_with_own=0.9,
+        found=(found,),
+    )  # fmt: skip
+    write_report(_report(steering=(steering,)), _pairs(), tmp_path, [_pairs()[0].before])
+    page = (tmp_path / "report.html").read_text()
+    for told in ("drawn from its mask", "0.51 (0.40 to 0.60)", "0.42 (0.40 to 0.60)", "0.24"):
+        assert told in page
+    assert "what is drawn from these" in page
 
 
 def test_the_headline_tells_colour_and_structure_apart() -> None:

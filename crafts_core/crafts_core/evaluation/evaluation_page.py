@@ -23,6 +23,7 @@ from crafts_core.evaluation.show import Show
 from crafts_core.evaluation.table import (
     LABELS,
     cell,
+    class_table,
     match,
     match_cell,
     remarks,
@@ -144,6 +145,7 @@ def render(evaluation: Comparison, pictures: Pictures, *, subject: str, real: st
             plots=_plots(evaluation),
             columns=shown_columns(evaluation),
             cell=cell,
+            classes=class_table(evaluation),
             matches=shown_matches(evaluation),
             match_cell=match_cell,
             labels=LABELS,

@@ -31,6 +31,7 @@ def scikit_learn(figure: str) -> ModuleType:
     """
     module = optional("sklearn", figure)
     for part in (
+        "ensemble",
         "linear_model",
         "model_selection",
         "pipeline",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from crafts_core.evaluation.alignment import Alignment
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.examiner import Gate
+from crafts_core.evaluation.judges import ClassShare
 from crafts_core.evaluation.memorisation import Memorisation
 from crafts_core.evaluation.resampling import Interval
 
@@ -66,6 +67,8 @@ class Arm(Distances):
     shape_agreement: float | None = None
     """Share of images in which a judge that sees no colour finds their class; mean of classes."""
     shape_agreement_interval: Interval | None = None
+    shape_by_class: dict[str, ClassShare] = {}
+    """The shares that ``shape_agreement`` is the mean of, by class."""
     colour_agreement: float | None = None
     """The same by a judge that sees only colour."""
     colour_agreement_interval: Interval | None = None

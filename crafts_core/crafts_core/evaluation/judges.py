@@ -11,7 +11,7 @@ Letters: N images, D features, K classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from crafts_core.evaluation.encoder import Features
 from crafts_core.evaluation.extras import NotMeasurableError, scikit_learn
 from crafts_core.evaluation.real_tiles import RealTiles
-from crafts_core.evaluation.resampling import Interval, Vector, interval_of, repeats
+from crafts_core.evaluation.resampling import Interval, Vector, interval_of, mean_interval, repeats
 
 Sight = Literal["shape", "colour"]
 """What a judge goes by."""
@@ -99,6 +99,36 @@ class Judge:
         """Whether each image is taken for what its label says."""
         found: Verdicts = self.model.predict(features_ND) == np.asarray(labels)
         return found
+
+
+class ClassShare(NamedTuple):
+    """Share of one class's images in which it is found."""
+
+    share: float
+    interval: Interval | None
+    """None where all images are of one patient's captions."""
+
+
+def agreement_by_class(
+    is_right_N: Verdicts,
+    labels: Sequence[str],
+    *,
+    classes: Sequence[str],
+    patients: npt.NDArray[np.str_],
+    num_bootstrap: int,
+    seed: int,
+) -> dict[str, ClassShare]:
+    """What ``agreement`` is the mean of: the same arguments. A class without images is left out."""
+    label_N, patient_N = np.asarray(labels), np.unique(patients, return_inverse=True)[1]
+    found = {}
+    for name in classes:
+        rows = np.flatnonzero(label_N == name)
+        if len(rows):
+            interval = mean_interval(
+                is_right_N[rows], patient_N[rows], num_bootstrap=num_bootstrap, seed=seed
+            )
+            found[name] = ClassShare(float(is_right_N[rows].mean()), interval)
+    return found
 
 
 def agreement(

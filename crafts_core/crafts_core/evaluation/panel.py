@@ -16,7 +16,13 @@ from crafts_core.evaluation.encoder import Features, Images
 from crafts_core.evaluation.examiner import Examiner, Gate
 from crafts_core.evaluation.extras import NotMeasurableError
 from crafts_core.evaluation.fidelity import Reference
-from crafts_core.evaluation.judges import Judge, Sight, agreement, judged_classes
+from crafts_core.evaluation.judges import (
+    Judge,
+    Sight,
+    agreement,
+    agreement_by_class,
+    judged_classes,
+)
 from crafts_core.evaluation.neighbours import coverage_intervals, measure_coverage
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.evaluation.resampling import Rows, halves
@@ -121,19 +127,20 @@ class Panel:
     def _agreement(
         self, sight: Sight, judge: Judge, arm: ArmImages, seen_ND: Features
     ) -> dict[str, Any]:
-        told = self._tried(
-            lambda: agreement(
-                judge.verdicts(seen_ND, arm.classes),
-                arm.classes,
-                classes=self.classes,
-                patients=arm.patients,
-                num_bootstrap=self._num_bootstrap,
-                seed=self._seed,
-            )
-        )
+        verdict_N = judge.verdicts(seen_ND, arm.classes)
+        how: dict[str, Any] = {
+            "classes": self.classes,
+            "patients": arm.patients,
+            "num_bootstrap": self._num_bootstrap,
+            "seed": self._seed,
+        }
+        told = self._tried(lambda: agreement(verdict_N, arm.classes, **how))
         if told is None:
             return {}
-        return {f"{sight}_agreement": told[0], f"{sight}_agreement_interval": told[1]}
+        found = {f"{sight}_agreement": told[0], f"{sight}_agreement_interval": told[1]}
+        if sight == "shape":
+            found["shape_by_class"] = agreement_by_class(verdict_N, arm.classes, **how)
+        return found
 
     def _coverage(self, arm: ArmImages, features_ND: Features) -> dict[str, Any]:
         """Images of one half of the patients among real tiles of the other half, in every row."""

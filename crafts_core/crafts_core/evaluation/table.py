@@ -84,6 +84,21 @@ def shown_matches(evaluation: Comparison) -> list[tuple[str, str]]:
     ]
 
 
+def class_cell(arm: Arm, field: str) -> str:
+    """In how many images of a class (``field``) the shape judge finds it."""
+    found = arm.shape_by_class.get(field)
+    return "" if found is None else _with_interval(found.share, found.interval)
+
+
+def class_table(evaluation: Comparison) -> list[list[str]]:
+    """The shape judge class by class, header first; empty where there was nothing to judge."""
+    arms = [arm for arm in evaluation.arms if arm.shape_by_class]
+    if not arms:
+        return []
+    rows = [[name, *(class_cell(arm, name) for arm in arms)] for name in evaluation.judged_classes]
+    return [["", *(LABELS[arm.name] for arm in arms)], *rows]
+
+
 def shown_columns(evaluation: Comparison) -> list[tuple[str, str]]:
     """Those that at least one row has."""
     return [
@@ -112,6 +127,8 @@ def plain_text(evaluation: Comparison) -> list[str]:
     """The whole comparison for a terminal of 80 columns: a paragraph for each figure."""
     figures = [(heading, field, cell) for heading, field in shown_columns(evaluation)]
     figures += [(heading, field, match_cell) for heading, field in shown_matches(evaluation)]
+    classes = evaluation.judged_classes if class_table(evaluation) else ()
+    figures += [(f"shape judge: {name}", name, class_cell) for name in classes]
     lines = []
     for heading, field, told in figures:
         lines.append(heading)
