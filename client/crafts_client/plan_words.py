@@ -57,7 +57,13 @@ def _release(plan: Plan, stage: StageConfig) -> str:
             f"with noise of {stage.noise_multiplier:g} times what one patient adds, epsilon "
             f"{alone:.2f} of the plan's if it stood alone"
         )
-    return f"Before training, once, over all patients: {what}; {cost}."
+    whose = "all hospitals' patients in one sum" if _is_shared(plan) else "all patients"
+    return f"Before training, once, over {whose}: {what}; {cost}."
+
+
+def _is_shared(plan: Plan) -> bool:
+    """Whether others add a part of the noise that this site's patients are promised."""
+    return plan.privacy.trust == "distributed"
 
 
 def _retrieval(plan: Plan, stage: StageConfig) -> str:
@@ -87,7 +93,16 @@ def _promise(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str]:
         f"How: each step draws every patient with chance {privacy.sample_rate:g} (about "
         f"{privacy.sample_rate * declared:.3g} of {declared}), takes at most "
         f"{privacy.tiles_per_patient} tiles of each, cuts what one patient adds to length "
-        f"{privacy.max_grad_norm:g}, and adds noise of {offered.noise_multiplier:.3g} times that."
+        f"{privacy.max_grad_norm:g}, and adds {_whose_noise(plan, offered.noise_multiplier)}."
+    )
+
+
+def _whose_noise(plan: Plan, noise_multiplier: float) -> str:
+    if not _is_shared(plan):
+        return f"noise of {noise_multiplier:.3g} times that"
+    return (
+        f"its share of noise: all members of a sum but {plan.privacy.colluding_sites} add "
+        f"{noise_multiplier:.3g} times that together, and the promise holds against no more"
     )
 
 

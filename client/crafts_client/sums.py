@@ -306,8 +306,9 @@ def check_weight(plan: Plan, roster: Roster, site: str) -> None:
     """
     if plan.privacy.trust == "site":
         noise = plan_noise_multiplier(plan)
-        for stage in plan.stage:
-            grid_of(plan, stage, roster.patients, site=site, noise_multiplier=noise)
+        for stage in plan.asked:
+            of_stage = stage.noise_multiplier or noise
+            grid_of(plan, stage, roster.patients, site=site, noise_multiplier=of_stage)
 
 
 def check_answers(sealed: Release, announcement: Announcement) -> None:

@@ -417,11 +417,6 @@ class Plan(_Section):
                 "stages anchors and colour need noise_multiplier under mechanism patient_dp, and "
                 "have none otherwise"
             )
-        if self.releases and self.aggregation.secure_aggregation:
-            raise ValueError(
-                "stages anchors and colour are told by each site alone; take them out, or set "
-                "secure_aggregation = false"
-            )
         return self
 
     @model_validator(mode="after")
@@ -560,6 +555,11 @@ class Plan(_Section):
         )
 
     @property
+    def asked(self) -> tuple[StageConfig, ...]:
+        """The stages whose rounds ask sites for something."""
+        return tuple(stage for stage in self.stage if not stage.is_retrieval)
+
+    @property
     def num_first_rounds(self) -> int:
         """Rounds before sites train."""
         return len(self.stage) - len(self.trained)
@@ -574,6 +574,12 @@ class Plan(_Section):
             return self.privacy
         fixed = {"sample_rate": 1.0, "max_grad_norm": 1.0, "clipping": "flat"}
         return self.privacy.model_copy(update=fixed)
+
+    def aggregation_of(self, stage: StageConfig) -> AggregationConfig:
+        """How the sites of a stage's rounds count: in a release by their patients, always."""
+        if not stage.is_release:
+            return self.aggregation
+        return self.aggregation.model_copy(update={"rule": "by_patients"})
 
     def captions_of(self, stage: StageConfig) -> tuple[str, ...]:
         """The study's captions, where a stage tells tiles apart by them."""

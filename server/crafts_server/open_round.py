@@ -11,10 +11,16 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from crafts_core.exchange import RoundRequest, state_hash
-from crafts_core.plan import RoundOfPlan
+from crafts_core.plan import PrivacyConfig, RoundOfPlan
 from crafts_core.retrieval_record import Retrieval
 from crafts_core.state import State, factor_names
-from crafts_server.aggregation import PublicProbe, RoundState, ServerStep
+from crafts_server.aggregation import (
+    AggregationRule,
+    ByPatients,
+    PublicProbe,
+    RoundState,
+    ServerStep,
+)
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Collection, Phase, Replies, SiteDirectory
 from crafts_server.messages import as_travelled, encode, request_message
@@ -118,6 +124,21 @@ class OpenRound:
         """
         self.sites.bind(node_id, site)
         self.sites.holders[node_id] = self.request.stage_start_hash
+
+    @property
+    def privacy(self) -> PrivacyConfig:
+        """Sampling and clipping of the round."""
+        return self.study.plan.privacy_of(self.planned.stage)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """What the plan asks of the round, be it of a site alone or of a whole sum."""
+        return self.planned.stage.noise_multiplier or self.study.noise_multiplier
+
+    @property
+    def rule(self) -> AggregationRule:
+        """What is made of the round: a release is summed over patients, and no step of training."""
+        return ByPatients() if self.planned.stage.is_release else self.study.rule
 
     def rule_state(self, kept: State) -> State:
         """What the rule goes on with, of what it kept in the round before."""

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 from flwr.app import Message
 
-from crafts_core.state import release_name
-from crafts_server.aggregation import Aggregate, ByPatients, SiteUpdate, aggregate
+from crafts_server.aggregation import Aggregate, SiteUpdate, aggregate
 from crafts_server.collection import Replies
 from crafts_server.errors import AggregationError
 from crafts_server.messages import read_reply
 from crafts_server.open_round import OpenRound, Outcome
-from crafts_server.receipts import ReleaseReceipt, SiteReceipt
+from crafts_server.receipts import SiteReceipt
+from crafts_server.release_reading import read_release
 from crafts_server.spool import UpdateSpool
 from crafts_server.verification import Expectation, verify_update
 
@@ -31,20 +30,20 @@ def plain_round(opened: OpenRound) -> Outcome:
     if replies.num_accepted < config.min_sites:
         raise AggregationError(_too_few(opened, phase, replies))
     probe = study.probe_of_round(opened.planned.round)
-    is_release = opened.planned.stage.is_release
     result = aggregate(
-        ByPatients() if is_release else study.rule,
+        opened.rule,
         opened.begin(probe, opened.rule_state(opened.parent.server_state())),
         list(phase.updates.values()),
         probe,
         max_weight_per_share=config.max_weight_per_share,
     )
     spool.remove()
-    if is_release:
-        result, release = _with_release(opened, result, phase.updates.values())
+    step, release = result.step, None
+    if opened.planned.stage.is_release:
+        step, release = read_release(opened, step, _noise_std(result, phase.updates.values()))
     return Outcome(
-        step=result.step,
-        release=release if is_release else None,
+        step=step,
+        release=release,
         margin_before=result.margin_before,
         sites=tuple(_site_receipt(phase.updates[site], result) for site in sorted(phase.updates)),
         replies=replies,
@@ -72,9 +71,9 @@ class DeltaPhase:
         expected = Expectation(
             request=opened.request,
             stage=stage,
-            privacy=study.plan.privacy_of(stage),
+            privacy=opened.privacy,
             schema=opened.schema,
-            noise_multiplier=stage.noise_multiplier or study.noise_multiplier,
+            noise_multiplier=opened.noise_multiplier,
             patients=study.agreed_patients(),
         )
         variance = verify_update(reply, delta, expected)
@@ -86,21 +85,11 @@ class DeltaPhase:
         )
 
 
-def _with_release(
-    opened: OpenRound, result: Aggregate, updates: Iterable[SiteUpdate]
-) -> tuple[Aggregate, ReleaseReceipt]:
-    """The aggregate with what the sites' mean says in its place."""
-    variances = [result.weights[each.site] ** 2 * each.noise_variance for each in updates]
-    factor, state = opened.planned.factor, result.step.state
-    name = release_name(factor)
-    told = opened.study.decode(factor, state[name], math.sqrt(math.fsum(variances)))
-    receipt = ReleaseReceipt(
-        values=tuple(map(tuple, told.values.tolist())),
-        signal=told.signal,
-        is_public=told.is_public,
+def _noise_std(result: Aggregate, updates: Iterable[SiteUpdate]) -> float:
+    """Of each number of the aggregate."""
+    return math.sqrt(
+        math.fsum(result.weights[each.site] ** 2 * each.noise_variance for each in updates)
     )
-    step = replace(result.step, state=state | {name: told.values})
-    return replace(result, step=step), receipt
 
 
 def _too_few(opened: OpenRound, phase: DeltaPhase, replies: Replies) -> str:

@@ -137,17 +137,20 @@ def _wraps(plan: Plan, roster: Roster) -> Iterator[str]:
     from crafts_privacy.secure_aggregation.fixed_point import largest_grid_bits
     from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE
 
-    privacy = plan.privacy
-    assert privacy.sum_grid_bits is not None
-    most = MOST_OWN_NOISE * plan_noise_multiplier(plan)
-    largest = largest_grid_bits(
-        expected_patients=privacy.sample_rate * sum(roster.patients.values()),
-        total_noise_multiplier=most * len(roster.sites) ** 0.5,
+    bits, noise = plan.privacy.sum_grid_bits, plan_noise_multiplier(plan)
+    assert bits is not None
+    patients, most = sum(roster.patients.values()), MOST_OWN_NOISE * len(roster.sites) ** 0.5
+    largest = min(
+        largest_grid_bits(
+            expected_patients=plan.privacy_of(stage).sample_rate * patients,
+            total_noise_multiplier=most * (stage.noise_multiplier or noise),
+        )
+        for stage in plan.asked
     )
-    if privacy.sum_grid_bits > largest:
+    if bits > largest:
         yield (
             f"sums over {len(roster.sites)} sites need sum_grid_bits of {largest} or less, the "
-            f"plan has {privacy.sum_grid_bits}; set it to {largest}"
+            f"plan has {bits}; set it to {largest}"
         )
 
 
@@ -161,7 +164,10 @@ def _weights(plan: Plan, roster: Roster) -> Iterator[str]:
 
     noise = plan_noise_multiplier(plan)
     grids = (
-        UpdateGrid.of(plan, stage, roster.patients, noise_multiplier=noise) for stage in plan.stage
+        UpdateGrid.of(
+            plan, stage, roster.patients, noise_multiplier=stage.noise_multiplier or noise
+        )
+        for stage in plan.asked
     )
     heavy = {(grid.heaviest, grid.weights[grid.heaviest]) for grid in grids if grid.heaviest}
     for site, weight in sorted(heavy):
@@ -169,4 +175,5 @@ def _weights(plan: Plan, roster: Roster) -> Iterator[str]:
             f"{site} would be {weight:.2f} of the plan's sums, and adds to none of "
             f'which it is more than {MOST_WEIGHT:g}; set rule = "alignment_regularized" with '
             'max_weight 0.6 or less, or "uniform"'
+            + (", and take stages anchors and colour out" if plan.releases else "")
         )

@@ -52,7 +52,7 @@ class ReadyPhase:
             verify_ready(
                 ready,
                 self._roster,
-                noise_multiplier=self._opened.study.noise_multiplier,
+                noise_multiplier=self._opened.noise_multiplier,
                 tolerance=NOISE_TOLERANCE / 2,
             )
         except MembersError as error:
@@ -175,17 +175,17 @@ class MaskedPhase:
                 )
         if reply.site in part.noise_multipliers:
             raise UpdateRefusedError(f"{reply.site} has delivered before")
-        study = self._opened.study
-        share = share_of(study.plan.privacy, study.noise_multiplier, len(part.members))
+        noise = self._opened.noise_multiplier
+        share = share_of(self._opened.privacy, noise, len(part.members))
         if not share * LEAST_NOISE <= reply.own_noise_multiplier:
             raise UpdateRefusedError(
                 f"own_noise_multiplier: expected at least this member's share of {share:g}, got "
                 f"{reply.own_noise_multiplier:g}"
             )
-        if reply.own_noise_multiplier > study.noise_multiplier * MOST_OWN_NOISE:
+        if reply.own_noise_multiplier > noise * MOST_OWN_NOISE:
             raise UpdateRefusedError(
                 f"own_noise_multiplier: expected at most {MOST_OWN_NOISE:g} times the plan's "
-                f"{study.noise_multiplier:g}, got {reply.own_noise_multiplier:g}"
+                f"{noise:g}, got {reply.own_noise_multiplier:g}"
             )
 
     def _part(self, site: str | None) -> SumOfPart | None:

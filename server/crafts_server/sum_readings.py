@@ -52,6 +52,10 @@ class SumReading(Protocol):
         """Each member of all of them, by name."""
         ...
 
+    def noise_std(self, parts: Sequence[SumOfPart]) -> float:
+        """Of each number of the step that they make together, before the rule."""
+        ...
+
 
 def reading_of(opened: OpenRound) -> SumReading:
     """As the plan's trust says."""
@@ -68,7 +72,7 @@ class OverPatients:
 
     def __init__(self, opened: OpenRound) -> None:
         self._opened = opened
-        self._privacy = opened.study.plan.privacy
+        self._privacy = opened.privacy
 
     def norm(self, part: SumOfPart) -> float:
         """See :class:`SumReading`."""
@@ -89,7 +93,7 @@ class OverPatients:
             opened.planned.stage,
             {name.split(".", 1)[1]: kept[name] for name in kept if name.startswith(f"{factor}.")},
         )
-        step = opened.study.rule.move(start, descent.delta, probe)
+        step = opened.rule.move(start, descent.delta, probe)
         moved = {f"{factor}.{name}": tensor for name, tensor in descent.optimizer_state.items()}
         return replace(step, server_state=joined(step.server_state, kept | moved))
 
@@ -105,6 +109,10 @@ class OverPatients:
             share, variance = number / total, (stage.learning_rate * deviation) ** 2
             found[site] = Counted(weight=share, max_weight=share, noise_variance=variance)
         return found
+
+    def noise_std(self, parts: Sequence[SumOfPart]) -> float:
+        """See :class:`SumReading`. A member's noise is in the sum as it is."""
+        return math.sqrt(math.fsum(each.noise_variance for each in self.counted(parts).values()))
 
 
 class OfUpdates:
@@ -140,7 +148,7 @@ class OfUpdates:
             name: part_D.reshape(schema[name].shape)
             for name, part_D in zip(names, flat, strict=True)
         }
-        return self._opened.study.rule.move(start, delta, probe)
+        return self._opened.rule.move(start, delta, probe)
 
     def counted(self, parts: Sequence[SumOfPart]) -> dict[str, Counted]:
         """See :class:`SumReading`."""
@@ -156,6 +164,11 @@ class OfUpdates:
             )
             for site in grid.weights
         }
+
+    def noise_std(self, parts: Sequence[SumOfPart]) -> float:
+        """See :class:`SumReading`."""
+        counted = self.counted(parts).values()
+        return math.sqrt(math.fsum(each.weight**2 * each.noise_variance for each in counted))
 
     def _sum_of(self, part: SumOfPart) -> Tensor:
         return self._grid([part]).opened(part.total_D)

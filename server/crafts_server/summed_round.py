@@ -8,6 +8,7 @@ What a sum means depends on the plan's trust (``sum_readings``); the plan's rule
 with momentum, public alignment and acceptance.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from crafts_privacy.secure_aggregation.shares import total_noise_multiplier
@@ -15,6 +16,7 @@ from crafts_server.aggregation import RoundState, ServerStep
 from crafts_server.collection import Replies
 from crafts_server.open_round import OpenRound, Outcome
 from crafts_server.receipts import SiteReceipt, SumReceipt
+from crafts_server.release_reading import read_release
 from crafts_server.sum_phases import SumOfPart
 from crafts_server.sum_readings import (
     SumReading,
@@ -41,9 +43,12 @@ def summed_round(opened: OpenRound) -> Outcome:
     good = [part for part, told in zip(collected.parts, sums, strict=True) if told.is_plausible]
     probe = opened.study.probe_of_round(opened.planned.round)
     start = opened.begin(probe, rule_state(opened))
-    step = reading.step(good, start, probe) if good else _no_step(opened, start)
+    step, release = reading.step(good, start, probe) if good else _no_step(opened, start), None
+    if opened.planned.stage.is_release:  # of no sum: public data stands in for what it would say
+        step, release = read_release(opened, step, reading.noise_std(good) if good else math.inf)
     return Outcome(
         step=step,
+        release=release,
         margin_before=start.margin,
         sites=tuple(_site_receipts(opened, reading, good or complete)),
         replies=_replies(collected, complete),
@@ -84,7 +89,7 @@ def _site_receipts(
     opened: OpenRound, reading: SumReading, parts: Sequence[SumOfPart]
 ) -> Iterator[SiteReceipt]:
     """Each member by name."""
-    privacy, stage = opened.study.plan.privacy, opened.planned.stage
+    privacy, stage = opened.privacy, opened.planned.stage
     noise = {site: own for part in parts for site, own in part.noise_multipliers.items()}
     counted = reading.counted(parts)
     for site, patients in patients_of(parts).items():

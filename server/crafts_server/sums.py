@@ -139,7 +139,7 @@ class SumCollection:
         if study.plan.privacy.trust != "site":
             return None
         patients = {site: self._roster.patients[site] for site in members}
-        noise, stage = study.noise_multiplier, self._opened.planned.stage
+        noise, stage = self._opened.noise_multiplier, self._opened.planned.stage
         return UpdateGrid.of(study.plan, stage, patients, noise_multiplier=noise).heaviest
 
     def _note(self, attempt: int, phase: MaskedPhase, replies: Replies) -> bool:

@@ -45,6 +45,7 @@ from crafts_privacy.ledger import EntryKind
 from crafts_privacy.sampling import PoissonSampler
 from support.noise import NoNoise
 from support.sites import Coordinator, make_site_home, plan_values
+from support.sum_study import distributed_values, summing_home
 
 CAPTIONS = ("tissue with glands", "tissue with sheets", "tissue with spindle cells")
 DECLARED, LAST = 10, 4
@@ -346,6 +347,19 @@ def test_a_person_reads_what_leaves_before_training_and_what_it_costs(
     assert "mean embedding of the tiles of each of 3 captions" in text
     alone = epsilon([PrivacyEvent(noise_multiplier=4.0, sample_rate=1.0, steps=1)], 1e-3)
     assert f"epsilon {alone:.2f} of the plan's if it stood alone" in text
+
+
+def test_a_person_reads_who_adds_the_noise(
+    tmp_path: Path, foundation: Foundation, coordinator: Coordinator
+) -> None:
+    home = summing_home(tmp_path / "summing", foundation, coordinator, allowed_stages=ALL_STAGES)
+    values = distributed_values(foundation.manifest.hash)
+    study: dict[str, object] = {**values["study"], "captions": CAPTIONS}  # type: ignore[dict-item]
+    told = [{"name": "anchors", "noise_multiplier": 8.0}, *values["stage"]]  # type: ignore[misc]
+    plan = Plan.parse(values | {"study": study, "stage": told})
+    text = " ".join(plan_words(home, plan, judged(home, coordinator, plan)))
+    assert "over all hospitals' patients in one sum: the mean embedding" in text
+    assert "its share of noise: all members of a sum but 1 add" in text
 
 
 def test_what_is_left_counts_releases_that_are_still_to_come(

@@ -103,6 +103,22 @@ def test_a_plan_whose_sums_could_wrap_is_refused_with_the_grid_that_fits(
     assert not sum_fits(20, expected_patients=90, total_noise_multiplier=noise)
 
 
+def test_everybody_is_in_a_release_and_its_sum_must_fit_too(registry: Registry) -> None:
+    CohortSizes(registry).agree("dresden", 900)
+    Rosters(registry).publish("dresden", key_of(4))
+    values = PLAN.model_dump(mode="json")
+    values["privacy"] |= {"sum_grid_bits": 20, "sample_rate": 0.1}
+    fix(registry, Plan.parse(values))
+    values["study"]["captions"] = ["H&E, normal colon", "H&E, normal lung"]
+    values["stage"] = [{"name": "anchors", "noise_multiplier": 4.0}, *values["stage"]]
+    with pytest.raises(HomeError, match=r"sum_grid_bits of 18 or less.*set it to 18"):
+        fix(registry, Plan.parse(values))
+    patients = 900 + sum(SITES.values())
+    noise = 4.0 * 4.0 * math.sqrt(4)
+    assert sum_fits(18, expected_patients=patients, total_noise_multiplier=noise)
+    assert not sum_fits(19, expected_patients=patients, total_noise_multiplier=noise)
+
+
 def test_a_plan_of_updates_in_whose_sums_one_site_is_most_is_not_signed(
     registry: Registry,
 ) -> None:

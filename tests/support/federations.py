@@ -65,7 +65,7 @@ class Federation:
                     self.coordinator.public_key,
                     *([also_signs] if also_signs else []),
                 ),
-                allowed_stages=("pretraining", "alignment", "control"),
+                allowed_stages=("anchors", "colour", "pretraining", "alignment", "control"),
                 **home,  # type: ignore[arg-type]
             )
             for number in range(1, num_sites + 1)

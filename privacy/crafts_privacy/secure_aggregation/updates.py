@@ -79,7 +79,7 @@ class UpdateGrid:
             patients: What each member declares, by site.
             noise_multiplier: Of every member's update, as they announced it.
         """
-        privacy, sites = plan.privacy, sorted(patients)
+        privacy, sites = plan.privacy_of(stage), sorted(patients)
         members = [
             _Member(
                 noise_multiplier=noise_multiplier,
@@ -91,7 +91,7 @@ class UpdateGrid:
             for site in sites
         ]
         agreed = agreed_weights(
-            plan.aggregation,
+            plan.aggregation_of(stage),
             [member.declared_patients for member in members],
             [noise_variance(member, stage) for member in members],
         )
