@@ -144,14 +144,18 @@ class TestFile:
     def test_the_experiment_on_alignment_differs_in_its_stages_alone(self) -> None:
         sweep, runs = load_sweep(BENCHMARKS / "alignment.toml")
         assert [name for name, _ in runs][: len(sweep.arms)] == [arm.name for arm in sweep.arms]
-        own = [found for (_, seed), found in runs.items() if seed == 5]
+        own = [found for (_, seed), found in runs.items() if seed == 7]
         assert len({each.model_copy(update={"stage": ()}).model_dump_json() for each in own}) == 1
         assert own[0].privacy.target_epsilon == 8.0
         trained = {
-            sum(stage.rounds for stage in found.stage if not stage.is_release)
+            sum(
+                stage.rounds
+                for stage in found.stage
+                if not stage.is_release and not stage.is_retrieval
+            )
             for found in runs.values()
         }
-        assert trained == {14}
+        assert trained == {12}
 
     def test_without_privacy_there_is_no_epsilon(self, base: Scenario) -> None:
         arm = parse(TWO_ARMS + '[[arm]]\nname = "bare"\nprivate = false\n').arms[2]
