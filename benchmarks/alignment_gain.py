@@ -174,7 +174,7 @@ def measure(foundation: Foundation, wanted: argparse.Namespace, seed: int) -> li
         save_file(initial_state(foundation, plan.adapter, 7, public_work=work), start)
     state = load_file(start)
     sites = hospitals(foundation, wanted, seed, plan.privacy.sample_rate)
-    unet = load(embedded_path()).generator.unet
+    unet = load(embedded_path()).generator.denoiser
     adapter = Adapter.attach(unet, plan.adapter)
     probe = FoundationProbe(foundation, plan.adapter, seed=seed, size=ProbeSize())._margin_probe
     rows = []

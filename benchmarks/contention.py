@@ -50,7 +50,7 @@ from crafts_privacy.patient_sgd import PatientSGD
 PATIENTS, TILES = 4, 4
 torch.set_num_threads(1 if "ONE" in os.environ else int(sys.argv[1]))
 num_passes = torch.get_num_threads() if "SIDE_BY_SIDE" in os.environ else 1
-unet = load(embedded_path()).generator.unet
+unet = load(embedded_path()).generator.denoiser
 config = AdapterConfig(kind="lora", rank=4, targets=("to_v", "conv1"), first_factor="random")
 adapter = Adapter.attach(unet, config)
 parameters = adapter.trainable("second")

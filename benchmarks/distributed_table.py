@@ -57,7 +57,7 @@ from crafts_client.ingest import TableColumns
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Randomness, Trainer, TrainingTask
-from crafts_core.adapters import Adapter, merged_unet
+from crafts_core.adapters import Adapter, merged_denoiser
 from crafts_core.durable import append_line
 from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.evaluate import Evaluator, RealTiles
@@ -295,7 +295,7 @@ class Bench:
     @torch.no_grad()
     def losses(self, state: State, *, most_patients: int) -> dict[str, float]:
         """Mean held-out denoising loss of each class and of all, over fixed draws."""
-        unet = copy.deepcopy(self.foundation.generator.unet)
+        unet = copy.deepcopy(self.foundation.generator.denoiser)
         adapter = Adapter.attach(unet, self.plan.adapter, self.plan.parts)
         adapter.load_state(state)  # what was attached is random
         objective = Objective(self.foundation, adapter, self.plan.stage[0])
@@ -335,8 +335,8 @@ class Bench:
 
     def distances(self, state: State) -> dict[str, float]:
         """The evaluator's, of generated images to the held-out tiles."""
-        unet = merged_unet(self.foundation.generator.unet, self.plan.adapter, state)
-        found = self.evaluator.fidelity(replace(self.foundation.generator, unet=unet))
+        unet = merged_denoiser(self.foundation.generator.denoiser, self.plan.adapter, state)
+        found = self.evaluator.fidelity(replace(self.foundation.generator, denoiser=unet))
         return {"colour": found.colour, "structure": found.structure}
 
 

@@ -156,17 +156,17 @@ class Denoiser(nn.Module):
         super().__init__()
         shape = SHAPES[setting.model]
         unet = UNet2DConditionModel(sample_size=shape.latent_px, **shape.unet)
-        self.unet = unet.requires_grad_(False)
+        self.denoiser = unet.requires_grad_(False)
         self.control: ControlNetModel | None = None
         if setting.kind == "full":
-            self.unet.requires_grad_(True)
+            self.denoiser.requires_grad_(True)
         elif setting.kind == "controlnet":
             self.control = ControlNetModel.from_unet(
-                self.unet, conditioning_embedding_out_channels=shape.condition_channels
+                self.denoiser, conditioning_embedding_out_channels=shape.condition_channels
             ).requires_grad_(True)
         else:
             lora = LoraConfig(r=setting.rank, target_modules=TARGETS[setting.kind])
-            self.unet.add_adapter(lora)
+            self.denoiser.add_adapter(lora)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The prediction for each tile; the mask steers where there is a ControlNet."""
@@ -177,7 +177,7 @@ class Denoiser(nn.Module):
                 "down_block_additional_residuals": steered.down_block_res_samples,
                 "mid_block_additional_residual": steered.mid_block_res_sample,
             }
-        output: Tensor = self.unet(noisy, timesteps, text, **residuals).sample
+        output: Tensor = self.denoiser(noisy, timesteps, text, **residuals).sample
         return output
 
 

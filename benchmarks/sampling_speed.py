@@ -68,7 +68,7 @@ def stock_pipeline(generator: Generator, scheduler: Any) -> Any:
         vae=generator.vae,
         text_encoder=generator.text_encoder,
         tokenizer=generator.tokenizer,
-        unet=generator.unet,
+        unet=generator.denoiser,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

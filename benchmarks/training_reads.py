@@ -75,7 +75,7 @@ def _step(
 ) -> tuple[float, float]:
     """Seconds of waiting for tiles and of the whole step."""
     generator = torch.Generator().manual_seed(seed)
-    unet = foundation.generator.unet
+    unet = foundation.generator.denoiser
     parameters = [p.requires_grad_() for name, p in unet.named_parameters() if ".attn" in name]
     wait_s, started = 0.0, time.perf_counter()
     for patient in chosen:

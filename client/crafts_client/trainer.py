@@ -200,7 +200,7 @@ class Trainer:
         """
         self._foundation = foundation
         self._adapter = Adapter.attach(
-            copy.deepcopy(foundation.generator.unet),
+            copy.deepcopy(foundation.generator.denoiser),
             config,
             parts,
             num_halvings=num_halvings_of(foundation.generator),

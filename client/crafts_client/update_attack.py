@@ -82,7 +82,7 @@ def _scores(
     """One round's share of everybody's score (P,)."""
     plan = update.plan
     adapter = Adapter.attach(
-        copy.deepcopy(foundation.generator.unet),
+        copy.deepcopy(foundation.generator.denoiser),
         plan.adapter,
         plan.parts,
         num_halvings=num_halvings_of(foundation.generator),

@@ -1,8 +1,8 @@
-"""The weights that travel: how they sit in the UNet, and how they go in and out.
+"""The weights that travel: how they sit in the denoiser, and how they go in and out.
 
 ``lora_layers`` says what the two factors of a layer are; their names on the wire are those of the
-UNet's modules. ``kind = "full"`` trains every UNet weight under its own name. A plan with a control
-stage has a ControlNet beside the UNet (``control_net``).
+denoiser's modules. ``kind = "full"`` trains each of its weights under its own name. A plan with a
+control stage has a ControlNet beside it (``control_net``).
 
 Shape letters: O outputs, I inputs (times kernel for a convolution), R rank, S stacked updates.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from crafts_core.control_net import (
@@ -22,6 +22,7 @@ from crafts_core.control_net import (
     own_parameters,
     steering,
 )
+from crafts_core.denoisers import Denoiser, predict
 from crafts_core.exchange import ExchangeError, check_tensors
 from crafts_core.foundation import Foundation
 from crafts_core.lora_layers import (
@@ -57,15 +58,15 @@ class Condition(NamedTuple):
 
 
 class Adapter:
-    """An adapter attached to one UNet, which it owns from then on.
+    """An adapter attached to one denoiser, which it owns from then on.
 
-    Attaching changes the UNet in place: hand in ``copy.deepcopy(foundation.generator.unet)`` when
-    the foundation serves more than one run, or ``detach`` afterwards.
+    Attaching changes it in place: hand in ``copy.deepcopy(foundation.generator.denoiser)``
+    when the foundation serves more than one run, or ``detach`` afterwards.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: Denoiser,
         parameters: Mapping[str, str],
         controls: Mapping[Modality, ControlNetModel] | None = None,
         control_parameters: Mapping[str, nn.Parameter] | None = None,
@@ -73,25 +74,25 @@ class Adapter:
         """Wrap prepared networks.
 
         Args:
-            unet: The denoiser.
-            parameters: Wire name to parameter name in ``unet``.
+            denoiser: The denoiser.
+            parameters: Wire name to parameter name in ``denoiser``.
             controls: ControlNets by what steers them.
             control_parameters: Their parameters by wire name.
         """
-        self.unet = unet
+        self.denoiser = denoiser
         self._controls = dict(controls or {})
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         self._is_compiled = False
         self._half = False
         self._paths = dict(parameters)
-        named = dict(unet.named_parameters())
+        named = dict(denoiser.named_parameters())
         self._parameters = {name: named[path] for name, path in self._paths.items()}
         self._parameters |= control_parameters or {}
 
     @classmethod
     def attach(
         cls,
-        unet: UNet2DConditionModel,
+        denoiser: Denoiser,
         config: AdapterConfig,
         parts: Sequence[Part] = GENERATOR_ONLY,
         *,
@@ -100,7 +101,7 @@ class Adapter:
         """Put factors beside the targets, or open every weight, as the plan says.
 
         Args:
-            unet: The foundation's.
+            denoiser: The foundation's.
             config: The plan's adapter section.
             parts: What there is beside it: ``Plan.parts``.
             num_halvings: Of an image to a latent; ControlNets need it.
@@ -108,26 +109,26 @@ class Adapter:
         Raises:
             AdapterError: a target matches no Linear or Conv2d layer, or the rank is too high.
         """
-        unet.requires_grad_(False)
+        denoiser.requires_grad_(False)
         controls: dict[Modality, ControlNetModel] = {}
         control_parameters: dict[str, nn.Parameter] = {}
         # First, while the encoder is still the foundation's own.
         for modality in (part for part in MODALITIES if part in parts):
-            network = build_control_net(unet, modality, num_halvings=num_halvings)
+            network = build_control_net(denoiser, modality, num_halvings=num_halvings)
             controls[modality] = network
             control_parameters |= _open_control(network, modality, config)
         if "generator" not in parts:
             paths = {}
         elif config.kind == "full":
-            paths = {name: name for name, _ in unet.named_parameters()}
+            paths = {name: name for name, _ in denoiser.named_parameters()}
         else:
-            paths = add_factors(unet, list(target_layers(unet, config)), config.rank)
-        return cls(unet, paths, controls, control_parameters)
+            paths = add_factors(denoiser, list(target_layers(denoiser, config)), config.rank)
+        return cls(denoiser, paths, controls, control_parameters)
 
     @property
     def network(self) -> nn.Module:
         """Everything that a prediction runs through."""
-        return nn.ModuleList([self.unet, *self._controls.values()])
+        return nn.ModuleList([self.denoiser, *self._controls.values()])
 
     def trainable(self, factor: Factor) -> dict[str, nn.Parameter]:
         """The parameters of ``factor``; exactly these require gradients afterwards.
@@ -152,7 +153,7 @@ class Adapter:
             compiled: By ``torch.compile``; forward hooks on the networks' layers do not fire then.
         """
         self._half, self._is_compiled = half, compiled
-        for network in (self.unet, *self._controls.values()):
+        for network in (self.denoiser, *self._controls.values()):
             if checkpointing:
                 network.enable_gradient_checkpointing()
             else:
@@ -168,19 +169,26 @@ class Adapter:
         condition: Condition | None = None,
     ) -> Tensor:
         """The denoiser with this adapter: noise or velocity, as the foundation predicts."""
-        denoise = self._ready(self.unet)
         with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self._half):
             residuals: dict[str, Any] = {}
             if condition is not None:
                 steer = self._ready(self._controls[condition.modality])
                 residuals = steering(steer, noisy_BCHW, timesteps_B, text_BLD, condition.image_BCHW)
-            prediction: Tensor = denoise(noisy_BCHW, timesteps_B, text_BLD, **residuals).sample
+            through = self._ready(self.denoiser)
+            prediction = predict(
+                self.denoiser,
+                noisy_BCHW,
+                timesteps_B,
+                text_BLD,
+                through=through,
+                steering=residuals,
+            )
         return prediction.float() if self._half else prediction
 
     def _ready(self, network: nn.Module) -> Callable[..., Any]:
         return self._compiled[network] if self._is_compiled else network
 
-    def denoiser_with(self, state: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    def denoiser_with(self, state: Mapping[str, Tensor]) -> Denoiser:
         """The denoiser with other adapter weights, frozen; this adapter's own stay as they are.
 
         What the state does not hold is shared, so theta1 costs no second model.
@@ -190,7 +198,7 @@ class Adapter:
         """
         own = generator_state(state)
         changed = {self._paths[name]: tensor for name, tensor in own.items()}
-        named = dict(self.unet.named_parameters())
+        named = dict(self.denoiser.named_parameters())
         for path, tensor in changed.items():
             if tensor.shape != named[path].shape:
                 raise AdapterError(f"{path} has shape {tuple(tensor.shape)}, not the adapter's")
@@ -200,8 +208,8 @@ class Adapter:
             else parameter
             for path, parameter in named.items()
         }
-        memo |= {id(buffer): buffer for buffer in self.unet.buffers()}
-        return copy.deepcopy(self.unet, memo)
+        memo |= {id(buffer): buffer for buffer in self.denoiser.buffers()}
+        return copy.deepcopy(self.denoiser, memo)
 
     def state(self) -> State:
         """Float32 copies of all factors on the CPU."""
@@ -221,18 +229,18 @@ class Adapter:
         for name, parameter in self._parameters.items():
             parameter.copy_(state[name])
 
-    def merged(self) -> UNet2DConditionModel:
-        """A plain UNet with the adapter added into its weights. This adapter is untouched."""
-        return with_factors_merged(self.unet)
+    def merged(self) -> Denoiser:
+        """A plain denoiser with the adapter added into its weights. This adapter is untouched."""
+        return with_factors_merged(self.denoiser)
 
     def merged_control(self, modality: Modality) -> ControlNetModel:
         """A plain ControlNet with its factors added into its weights."""
         return with_factors_merged(self._controls[modality])
 
-    def detach(self) -> UNet2DConditionModel:
-        """Take the factors out again. The UNet computes what it did before ``attach``."""
+    def detach(self) -> Denoiser:
+        """Take the factors out again. It computes what it did before ``attach``."""
         self._parameters, self._paths, self._controls = {}, {}, {}
-        return without_factors(self.unet)
+        return without_factors(self.denoiser)
 
 
 def _open_control(
@@ -247,24 +255,22 @@ def _open_control(
     return {prefix + name: parameter for name, parameter in chosen.items()}
 
 
-def target_layers(
-    unet: UNet2DConditionModel, config: AdapterConfig
-) -> dict[str, nn.Linear | nn.Conv2d]:
+def target_layers(denoiser: Denoiser, config: AdapterConfig) -> dict[str, nn.Linear | nn.Conv2d]:
     """Name -> layer for every layer of the denoiser that gets factors.
 
     Raises:
         AdapterError: a target matches nothing, or the rank is larger than a layer allows.
     """
-    return matching_layers(unet, config.targets, config.rank)
+    return matching_layers(denoiser, config.targets, config.rank)
 
 
-def merged_unet(
-    unet: UNet2DConditionModel, config: AdapterConfig, state: Mapping[str, Tensor]
-) -> UNet2DConditionModel:
-    """A plain copy of ``unet`` with the denoiser's part of ``state`` added into its weights."""
+def merged_denoiser(
+    denoiser: Denoiser, config: AdapterConfig, state: Mapping[str, Tensor]
+) -> Denoiser:
+    """A plain copy of ``denoiser`` with the denoiser's part of ``state`` added into its weights."""
     own = generator_state(state)
     parts = GENERATOR_ONLY if own else ()
-    adapter = Adapter.attach(copy.deepcopy(unet), config, parts)
+    adapter = Adapter.attach(copy.deepcopy(denoiser), config, parts)
     adapter.load_state(own)
     return adapter.merged()
 
@@ -274,7 +280,7 @@ def merged_control_net(
 ) -> ControlNetModel:
     """A plain ControlNet with its part of ``state``, factors added into its weights."""
     adapter = Adapter.attach(
-        copy.deepcopy(foundation.generator.unet),
+        copy.deepcopy(foundation.generator.denoiser),
         config,
         (modality,),
         num_halvings=num_halvings_of(foundation.generator),

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from crafts_core.pretrained import read_part, readable
 from crafts_core.quiet import quiet_transformers
@@ -135,7 +135,7 @@ def pearson(p_BK: Tensor, q_BK: Tensor) -> Tensor:
     return functional.cosine_similarity(p_BK, q_BK, dim=1, eps=1e-8)
 
 
-def check_vocabulary(tokenizer: CLIPTokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Every token must have an embedding: else some captions, and no others, would be errors.
 
     Raises:
@@ -146,7 +146,7 @@ def check_vocabulary(tokenizer: CLIPTokenizer, vocab_size: int) -> None:
         raise ValueError(f"the tokenizer has token {largest}, its text tower {vocab_size} tokens")
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_tokens: int) -> Tensor:
     """Token ids (B, L), padded and cut to what both tokenizer and text tower can take."""
     encoded = tokenizer(
         captions,

@@ -47,7 +47,7 @@ class AlignmentProbe:
         if num_draws < 1:
             raise ValueError(f"expected num_draws >= 1, got {num_draws}")
         self._foundation = foundation
-        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config, parts)
+        self._adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), config, parts)
         self._schedule = NoiseSchedule.of(foundation.generator)
         probe = foundation.probe
         generator = torch.Generator().manual_seed(seed)

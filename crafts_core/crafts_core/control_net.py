@@ -23,6 +23,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from crafts_core.denoisers import kind_of
 from crafts_core.generator import Generator
 from crafts_core.lora_layers import matching_layers
 from crafts_core.plan import MODALITIES, AdapterConfig, Modality
@@ -47,7 +48,12 @@ def build_control_net(
         unet: Without factors.
         modality: How many channels its condition has.
         num_halvings: How often a condition at image resolution is halved to the latents' size.
+
+    Raises:
+        AdapterError: it is no UNet.
     """
+    if not kind_of(unet).takes_control:
+        raise AdapterError("stage control needs a foundation with a UNet")
     # No wider than what it ends in: every number of it gets its share of the noise.
     widest = int(unet.config.block_out_channels[0])
     every = (*_STEM_CHANNELS, *[_STEM_CHANNELS[-1]] * num_halvings)[: num_halvings + 1]

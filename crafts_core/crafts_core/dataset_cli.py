@@ -65,7 +65,7 @@ def dataset(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
-    compile_unet: Compile = False,
+    compile_denoiser: Compile = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw a data set with labels, captions, splits, a card, and a manifest of hashes.
@@ -93,7 +93,7 @@ def dataset(
         )
         checked_number(len(config.labels) * per_type)
         steered_by = [] if masks is None else list_masks(masks)
-        studio = open_studio(generator, device, dtype, compile_unet=compile_unet)
+        studio = open_studio(generator, device, dtype, compile_denoiser=compile_denoiser)
         made = draw_dataset(
             studio,
             out,

@@ -13,8 +13,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
-from crafts_core.adapters import merged_control_net, merged_unet
+from crafts_core.adapters import merged_control_net, merged_denoiser
 from crafts_core.durable import share_as_umask_says, write_file
 from crafts_core.foundation import Foundation
 from crafts_core.generator_record import (
@@ -49,7 +50,7 @@ def save_pipeline(
     record: GeneratorRecord | None = None,
     retrieval: Retrieval | None = None,
 ) -> None:
-    """Write the foundation with the adapter merged in, as a Stable Diffusion pipeline.
+    """Write the foundation with the adapter merged in, as a stock pipeline.
 
     ``DiffusionPipeline.from_pretrained(directory)`` loads it, and
     ``ControlNetModel.from_pretrained(directory / "controlnet" / modality)`` each ControlNet of the
@@ -69,26 +70,20 @@ def save_pipeline(
         AdapterError: the state does not fit.
     """
     generator = foundation.generator
-    unet = merged_unet(generator.unet, adapter, state)
+    denoiser = merged_denoiser(generator.denoiser, adapter, state)
     colours = None if record is None else record.colours
     staging = directory.with_name(directory.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
     with quiet_transformers():
         # Importing the pipeline class makes transformers talk about image processors.
-        from diffusers import StableDiffusionPipeline
-
-        pipeline = StableDiffusionPipeline(
-            vae=generator.vae if colours is None else with_colours(generator.vae, colours),
-            text_encoder=generator.text_encoder,
-            tokenizer=generator.tokenizer,
-            unet=unet,
-            scheduler=generator.sampling_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+        pipeline = generator.stock_pipeline(
+            generator.sampling_scheduler(),
+            denoiser=denoiser,
+            vae=None if colours is None else with_colours(generator.vae, colours),
         )
         pipeline.save_pretrained(staging, safe_serialization=True)
-    _also_for_transformers_4(staging)
+    if isinstance(generator.tokenizer, CLIPTokenizer):
+        _also_for_transformers_4(staging)
     for modality in modalities_in(state):
         network = merged_control_net(foundation, adapter, state, modality)
         network.save_pretrained(staging / CONTROLS / modality, safe_serialization=True)
@@ -167,6 +162,11 @@ def model_card(
     """
     manifest = foundation.manifest
     named = ", ".join(sites) if sites else "not named"
+    is_clip = isinstance(foundation.generator.tokenizer, CLIPTokenizer)
+    more = (
+        f"{_TRIED if is_clip else ''}{_steering(modalities)}{_public_tiles(retrieval)}"
+        f"{_TOLD_COLOURS if has_told_colours else ''}"
+    )
     text = f"""# {study}: a shared generator of synthetic histology tiles
 
 Trained across hospitals in {rounds} rounds; slides never left a site. Follows our reading of the
@@ -186,9 +186,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/directory")
 image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.0).images[0]
 ```
-Loads with diffusers 0.35 to 0.42 and transformers 4.57 to 5: tried with diffusers 0.35.2 and
-transformers 4.57.3, where the same prompts gave the same conditioning.
-{_steering(modalities)}{_public_tiles(retrieval)}{_TOLD_COLOURS if has_told_colours else ""}
+{more}
 ## Intended use
 Research and teaching. Every image is synthetic: none shows a patient, and none may be used for
 diagnosis. Mark images as synthetic wherever you pass them on.
@@ -196,6 +194,9 @@ diagnosis. Mark images as synthetic wherever you pass them on.
     return str(ModelCard(f"---\n{_hub_facts(manifest.licence).to_yaml()}\n---\n{text}"))
 
 
+_TRIED = """Loads with diffusers 0.35 to 0.42 and transformers 4.57 to 5: tried with diffusers
+0.35.2 and transformers 4.57.3, where the same prompts gave the same conditioning.
+"""
 _TOLD_COLOURS = """
 ## Colours
 Training left it in colours of its own. The decoder's last layer carries them onto those that the

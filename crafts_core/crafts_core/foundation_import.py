@@ -13,21 +13,22 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from crafts_core.aligner import Aligner, LatentAligner, pearson, profile
+from crafts_core.denoisers import DenoiserKind, kind_in
 from crafts_core.foundation_manifest import (
     FoundationError,
     FoundationManifest,
     embedded_path,
     write_manifest,
 )
-from crafts_core.generator import Generator
-from crafts_core.pretrained import check_parts_fit, pipeline_kind, read_part, readable
+from crafts_core.generator import Generator, check_parts_fit
+from crafts_core.pretrained import pipeline_kind, read_part, readable
 from crafts_core.probe import Probe, correlation_range, load_probe, save_probe
 from crafts_core.quiet import quiet_transformers
 
@@ -46,10 +47,11 @@ def import_diffusers(
     seed: int = 0,
     fit_steps: int = 300,
 ) -> FoundationManifest:
-    """Import a Stable Diffusion 1.5/2.1 class directory.
+    """Import a Stable Diffusion 1.5/2.1 or PixArt class directory.
 
     Args:
-        directory: Local diffusers layout (``unet/ vae/ text_encoder/ tokenizer/ scheduler/``).
+        directory: Local diffusers layout (``unet/`` or ``transformer/``, ``vae/ text_encoder/
+            tokenizer/ scheduler/``).
         aligner: Local CLIP layout (``config.json``, ``model.safetensors``, tokenizer files).
         out: Foundation directory to write; must not exist.
         name: Name of the foundation.
@@ -68,15 +70,17 @@ def import_diffusers(
         raise FoundationError("an imported foundation needs an aligner; pass a CLIP-layout DIR")
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or name another directory")
-    if not (directory / "unet").is_dir() and (kind := pipeline_kind(directory)):
+    kind = kind_in(directory)
+    if kind is None:
         raise FoundationError(
-            f"{directory} is a {kind}; expected Stable Diffusion 1.5 or 2.1 class (unet/)"
+            f"{directory} is {_named(directory)}; expected Stable Diffusion 1.5 or 2.1 (unet/) or "
+            "PixArt (transformer/)"
         )
     staging = out.with_name(out.name + ".importing")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with quiet_transformers():
-            _copy_generator(directory, staging)
+            _copy_generator(directory, staging, kind)
             _copy_aligner(aligner, staging / "aligner")
         manifest = _complete(
             staging,
@@ -96,21 +100,25 @@ def import_diffusers(
     return manifest
 
 
-def _copy_generator(source: Path, target: Path) -> None:
+def _copy_generator(source: Path, target: Path, kind: DenoiserKind) -> None:
     """Read each part with its own class, whatever its config names, and write it anew."""
-    with readable(source / "unet"):
-        unet_config = json.loads((source / "unet" / "config.json").read_text(encoding="utf-8"))
-        found = unet_config.get("_class_name")
-    if found != "UNet2DConditionModel":
-        raise FoundationError(f"unet: expected a UNet2DConditionModel, got {found}")
-    unet = read_part(UNet2DConditionModel, source / "unet", dtype=torch.float32)
+    network_class = kind.network_class
+    with readable(source / kind.folder):
+        config = json.loads((source / kind.folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("_class_name")
+    if found != network_class.__name__:
+        raise FoundationError(f"{kind.folder}: expected a {network_class.__name__}, got {found}")
+    denoiser = read_part(network_class, source / kind.folder, dtype=torch.float32)
     vae = read_part(AutoencoderKL, source / "vae", dtype=torch.float32)
-    text_encoder = read_part(CLIPTextModel, source / "text_encoder", dtype="auto")
-    check_parts_fit(unet, vae, text_encoder)
-    unet.save_pretrained(target / "unet")
+    text_encoder = read_part(kind.text_class, source / "text_encoder", dtype="auto")
+    check_parts_fit(denoiser, vae, text_encoder)
+    denoiser.save_pretrained(target / kind.folder)
     vae.save_pretrained(target / "vae")
     text_encoder.save_pretrained(target / "text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
+    with readable(source / "tokenizer"):
+        tokenizer = kind.tokenizer_class.from_pretrained(
+            source / "tokenizer", local_files_only=True
+        )
     tokenizer.save_pretrained(target / "tokenizer")
     # Latents have no bounds; the scheduler's own default would clip them.
     scheduler = DDPMScheduler.from_pretrained(
@@ -208,6 +216,11 @@ def _resized(probe: Probe, tile_px: int) -> Probe:
     return Probe(
         tiles_NCHW=tiles_NCHW.round().clamp(0, 255).to(torch.uint8), captions=probe.captions
     )
+
+
+def _named(directory: Path) -> str:
+    named = pipeline_kind(directory)
+    return f"a {named}" if named else "no diffusers directory"
 
 
 def _first_line(error: Exception) -> str:

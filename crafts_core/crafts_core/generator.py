@@ -6,16 +6,23 @@ Shape letters: B batch, C H W channels and latent (or image) pixels, L tokens, D
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from crafts_core.aligner import check_vocabulary, tokenize
+from crafts_core.aligner import check_vocabulary
+from crafts_core.denoisers import (
+    Denoiser,
+    DenoiserKind,
+    TextEncoder,
+    Tokenizer,
+    kind_in,
+    kind_of,
+)
 from crafts_core.foundation_manifest import FoundationError
-from crafts_core.pretrained import check_parts_fit, pipeline_kind, read_part, readable
+from crafts_core.pretrained import pipeline_kind, read_part, readable
 from crafts_core.quiet import quiet_transformers
 from crafts_core.unread_text import unread_tails
 
@@ -25,12 +32,12 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generator:
-    """UNet, VAE, text encoder, tokenizer and noise schedule. All weights frozen."""
+    """Denoiser, VAE, text encoder, tokenizer and noise schedule. All weights frozen."""
 
-    unet: UNet2DConditionModel
+    denoiser: Denoiser
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
     scheduler: DDPMScheduler
 
     @classmethod
@@ -41,7 +48,9 @@ class Generator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Load a diffusers layout (``unet/ vae/ text_encoder/ tokenizer/ scheduler/``).
+        """Load a diffusers layout.
+
+        That is ``unet/`` or ``transformer/``, ``vae/ text_encoder/ tokenizer/ scheduler/``.
 
         Half-precision files are widened to float32: norms and noise are computed there. Who only
         draws may ask for another ``dtype``.
@@ -50,24 +59,27 @@ class Generator:
             FoundationError: a part is missing, damaged or of another kind, or the denoiser predicts
                 something that the losses do not know.
         """
-        if not (path / "unet").is_dir():
-            kind = pipeline_kind(path)
+        kind = kind_in(path)
+        if kind is None:
+            named = pipeline_kind(path)
             raise FoundationError(
-                f"{path} is no generator that can be read here: expected unet/, vae/, "
-                f"text_encoder/, tokenizer/ and scheduler/, as Stable Diffusion has"
-                + (f"; this is a {kind}" if kind else "")
+                f"{path} is no generator that can be read here: expected unet/ (or transformer/), "
+                "vae/, text_encoder/, tokenizer/ and scheduler/, as Stable Diffusion (or PixArt) "
+                "has" + (f"; this is a {named}" if named else "")
             )
-        unet = read_part(UNet2DConditionModel, path / "unet", dtype=dtype)
+        denoiser = read_part(kind.network_class, path / kind.folder, dtype=dtype)
         vae = read_part(AutoencoderKL, path / "vae", dtype=dtype)
-        text_encoder = read_part(CLIPTextModel, path / "text_encoder", dtype=dtype)
-        check_parts_fit(unet, vae, text_encoder)
+        text_encoder = read_part(kind.text_class, path / "text_encoder", dtype=dtype)
+        check_parts_fit(denoiser, vae, text_encoder)
         with readable(path / "tokenizer"), quiet_transformers():
-            tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+            tokenizer = kind.tokenizer_class.from_pretrained(
+                path / "tokenizer", local_files_only=True
+            )
             check_vocabulary(tokenizer, int(text_encoder.config.vocab_size))
         with readable(path / "scheduler"):
             scheduler = DDPMScheduler.from_pretrained(path / "scheduler", local_files_only=True)
         generator = cls(
-            unet=unet.to(device).eval().requires_grad_(False),
+            denoiser=denoiser.to(device).eval().requires_grad_(False),
             vae=vae.to(device).eval().requires_grad_(False),
             text_encoder=text_encoder.to(device).eval().requires_grad_(False),
             tokenizer=tokenizer,
@@ -81,13 +93,18 @@ class Generator:
         return generator
 
     @property
+    def kind(self) -> DenoiserKind:
+        """What depends on the denoiser's architecture."""
+        return kind_of(self.denoiser)
+
+    @property
     def device(self) -> torch.device:
-        device: torch.device = self.unet.device
+        device: torch.device = self.denoiser.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.unet.dtype
+        dtype: torch.dtype = self.denoiser.dtype
         return dtype
 
     @property
@@ -106,15 +123,15 @@ class Generator:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the UNet's own size."""
-        config = self.unet.config
+        """(C, H, W) of one latent at the denoiser's own size."""
+        config = self.denoiser.config
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)
 
     @property
     def tile_px(self) -> int:
         """Side of an image, in pixels."""
         num_halvings = len(self.vae.config.block_out_channels) - 1
-        return int(self.unet.config.sample_size) << num_halvings
+        return int(self.denoiser.config.sample_size) << num_halvings
 
     @torch.no_grad()
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
@@ -133,21 +150,44 @@ class Generator:
 
     def unread(self, captions: Sequence[str]) -> list[str]:
         """The end of each caption that the text encoder does not read; empty where it reads all."""
-        most = int(self.text_encoder.config.max_position_embeddings)
-        return unread_tails(self.tokenizer, captions, most)
+        return unread_tails(self.tokenizer, captions, self.kind.most_tokens(self.text_encoder))
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Tensor:
-        """Hidden states (B, L, D) that condition the UNet. ``""`` is the empty prompt."""
-        max_tokens = int(self.text_encoder.config.max_position_embeddings)
-        ids_BL = tokenize(self.tokenizer, captions, max_tokens).to(self.device)
-        hidden_BLD: Tensor = self.text_encoder(input_ids=ids_BL).last_hidden_state
-        return hidden_BLD
+        """What the denoiser reads of captions, (B, L, D). ``""`` is the empty prompt."""
+        return self.kind.encode(self.text_encoder, self.tokenizer, captions)
 
     def sampling_scheduler(self) -> DDIMScheduler:
         """A fresh DDIM scheduler on the same noise schedule; latents are never clipped."""
         return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
 
+    def stock_pipeline(
+        self,
+        scheduler: Any,
+        *,
+        denoiser: Denoiser | None = None,
+        vae: AutoencoderKL | None = None,
+        control: ControlNetModel | None = None,
+    ) -> Any:
+        """The pipeline of diffusers that draws with these parts, or with others in their place."""
+        parts = {
+            "vae": self.vae if vae is None else vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "scheduler": scheduler,
+        }
+        return self.kind.pipeline(self.denoiser if denoiser is None else denoiser, parts, control)
+
     def _latent_scale(self) -> tuple[float, float]:
         config = self.vae.config
         return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+
+
+def check_parts_fit(denoiser: Denoiser, vae: AutoencoderKL, text_encoder: TextEncoder) -> None:
+    """The denoiser takes and gives the VAE's latents, and the text encoder's words alone.
+
+    Raises:
+        FoundationError: what it is instead.
+    """
+    channels, width = int(vae.config.latent_channels), int(text_encoder.config.hidden_size)
+    kind_of(denoiser).check(denoiser, channels, width)

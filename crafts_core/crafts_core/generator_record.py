@@ -19,7 +19,7 @@ from crafts_core.provenance import Origin
 from crafts_core.vocabulary import Prompt, prompt_bank
 
 RECORD_NAME, PROMPT_BANK_NAME = "generator.json", "prompt_bank.json"
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
+_PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

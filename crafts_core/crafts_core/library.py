@@ -64,7 +64,7 @@ class Generator:
         *,
         device: str = "cpu",
         dtype: DtypeName = "auto",
-        compile_unet: bool = False,
+        compile_denoiser: bool = False,
     ) -> Self:
         """Open an exported generator or a foundation.
 
@@ -72,12 +72,14 @@ class Generator:
             path: Its directory.
             device: As torch names it.
             dtype: ``auto`` is bfloat16 on a GPU that has it, float32 elsewhere.
-            compile_unet: Compile the denoiser at the first batch: for long runs on a GPU.
+            compile_denoiser: Compile the denoiser at the first batch: for long runs on a GPU.
 
         Raises:
             CraftsError: there is no such device, or the generator cannot be read.
         """
-        studio = Studio.open(Path(path), device=device, dtype=dtype, compile_unet=compile_unet)
+        studio = Studio.open(
+            Path(path), device=device, dtype=dtype, compile_denoiser=compile_denoiser
+        )
         return cls(studio)
 
     @property

@@ -12,7 +12,8 @@ from pathlib import Path
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.plan import Plan
 
-_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+_FOLDERS = ("unet", "transformer")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODER = ("conv_in", "time_embedding.", "down_blocks.", "mid_block.")
 """What a ControlNet copies of the denoiser."""
 _MOST_HEADER_BYTES = 100 << 20
@@ -47,10 +48,13 @@ def target_problems(plan: Plan, foundation: Path) -> Iterator[str]:
     Raises:
         FoundationError: its weights cannot be read.
     """
-    adapter, layers = plan.adapter, _layers(foundation / _WEIGHTS)
+    adapter, layers = plan.adapter, _layers(foundation)
     if plan.gives_lora:
         yield from _problems("targets", adapter.targets, adapter.rank, layers)
-    if any(stage.modality is not None for stage in plan.stage):
+    is_steered = any(stage.modality is not None for stage in plan.stage)
+    if is_steered and not (foundation / "unet").is_dir():
+        yield "stage control needs a foundation with a UNet: no ControlNet steers a transformer"
+    elif is_steered:
         encoder = {name: size for name, size in layers.items() if name.startswith(_ENCODER)}
         yield from _problems("control_targets", adapter.control_targets, adapter.rank, encoder)
 
@@ -61,7 +65,7 @@ def suggested_adapter(foundation: Path) -> dict[str, object]:
     Raises:
         FoundationError: the foundation's weights cannot be read.
     """
-    if set(SUGGESTED) <= _layers(foundation / _WEIGHTS).keys():
+    if set(SUGGESTED) <= _layers(foundation).keys():
         return {"kind": "lora", "targets": list(SUGGESTED), "schedule": "second_only"}
     return {"kind": "lora"}
 
@@ -78,8 +82,10 @@ def _problems(key: str, targets: Sequence[str], rank: int, layers: Layers) -> It
             yield f"adapter.rank: {rank} is more than the {layers[narrow[0]]} inputs of {narrow[0]}"
 
 
-def _layers(weights: Path) -> Layers:
+def _layers(foundation: Path) -> Layers:
     """Weights of two dimensions are of a Linear, of four of a Conv2d; norms have one."""
+    folders = [foundation / name for name in _FOLDERS if (foundation / name).is_dir()]
+    weights = (folders or [foundation / _FOLDERS[0]])[0] / _WEIGHTS
     try:
         with weights.open("rb") as file:
             num_bytes = int.from_bytes(file.read(8), "little")

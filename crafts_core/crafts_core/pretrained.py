@@ -107,8 +107,11 @@ def readable(directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError),
+        ImportError,  # a tokenizer may need a library of its own
+    ) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FoundationError(f"{directory} cannot be read ({line}); is the copy whole?") from error
 
 
@@ -119,33 +122,6 @@ def pipeline_kind(directory: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return kind if isinstance(kind, str) else None
-
-
-def check_parts_fit(unet: Any, vae: Any, text_encoder: Any) -> None:
-    """The denoiser takes and gives the VAE's latents, and the text encoder's words alone.
-
-    Raises:
-        FoundationError: what it is instead.
-    """
-    config, channels = unet.config, int(vae.config.latent_channels)
-    if not config.in_channels == config.out_channels == channels:
-        raise FoundationError(
-            f"unet: expected latents of {channels} channels in and out, as the VAE has, got "
-            f"{config.in_channels} in and {config.out_channels} out (inpainting and depth weights "
-            "take more; use the plain text-to-image ones)"
-        )
-    width = int(text_encoder.config.hidden_size)
-    added = [
-        name
-        for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
-        if getattr(config, name, None) is not None
-    ]
-    if config.cross_attention_dim != width or added:
-        raise FoundationError(
-            f"unet: expected cross attention of width {width} and no added conditions, got "
-            f"{config.cross_attention_dim} and {', '.join(added) or 'none'} "
-            "(Stable Diffusion 1.5 or 2.1 class is what fits)"
-        )
 
 
 def _variant_of(directory: Path) -> str | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from crafts_core.denoisers import predict
 from crafts_core.foundation import Foundation
 from crafts_core.stages.batch import TileBatch, draw
 from crafts_core.stages.pretraining import pretraining_loss
@@ -46,7 +47,7 @@ def public_update(
     seed: int,
     config: PublicUpdateConfig | None = None,
 ) -> dict[str, Tensor]:
-    """Stacked weight updates (S * O, I) of some UNet modules under L1 on the probe.
+    """Stacked weight updates (S * O, I) of some of the denoiser's modules under L1 on the probe.
 
     Args:
         foundation: Where the probe and the weights come from; it stays unchanged.
@@ -56,8 +57,8 @@ def public_update(
     """
     config = config or PublicUpdateConfig()
     generator = torch.Generator().manual_seed(seed)
-    unet = copy.deepcopy(foundation.generator.unet).requires_grad_(False)
-    weights = {name: unet.get_submodule(name).weight.requires_grad_(True) for name in modules}
+    denoiser = copy.deepcopy(foundation.generator.denoiser).requires_grad_(False)
+    weights = {name: denoiser.get_submodule(name).weight.requires_grad_(True) for name in modules}
     schedule = NoiseSchedule.of(foundation.generator)
     updates: dict[str, list[Tensor]] = {name: [] for name in modules}
     for shift in range(config.num_shifts):
@@ -70,7 +71,7 @@ def public_update(
                 generator=generator,
             )
             noisy = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, draws.timesteps_B)
-            prediction = unet(noisy, draws.timesteps_B, batch.text_BLD).sample
+            prediction = predict(denoiser, noisy, draws.timesteps_B, batch.text_BLD)
             loss_B = pretraining_loss(
                 prediction, batch, draws, schedule=schedule, min_snr_gamma=MIN_SNR_GAMMA
             )
@@ -103,8 +104,8 @@ def influence(
     """
     config = config or PublicUpdateConfig()
     generator = torch.Generator().manual_seed(seed)
-    unet = copy.deepcopy(foundation.generator.unet).requires_grad_(False)
-    weights = {name: unet.get_submodule(name).weight.requires_grad_(True) for name in first}
+    denoiser = copy.deepcopy(foundation.generator.denoiser).requires_grad_(False)
+    weights = {name: denoiser.get_submodule(name).weight.requires_grad_(True) for name in first}
     schedule = NoiseSchedule.of(foundation.generator)
     totals = {name: torch.zeros(len(rows)) for name, rows in first.items()}
     num_projections = 0
@@ -122,7 +123,7 @@ def influence(
                 generator=generator,
             )
             noisy = schedule.noisy(batch.latents_BCHW, draws.noise_BCHW, draws.timesteps_B)
-            prediction = unet(noisy, draws.timesteps_B, batch.text_BLD).sample
+            prediction = predict(denoiser, noisy, draws.timesteps_B, batch.text_BLD)
             white = torch.randn(prediction.shape, generator=generator).to(prediction)
             projected = (prediction * white).sum() / prediction.numel() ** 0.5
             slopes = torch.autograd.grad(projected, list(weights.values()))

@@ -167,7 +167,7 @@ def trained_on(
     if not len(picked):
         return dict(state)
     (planned,) = (each for each in plan.rounds() if each.stage.is_retrieval)
-    unet = copy.deepcopy(foundation.generator.unet)
+    unet = copy.deepcopy(foundation.generator.denoiser)
     adapter = Adapter.attach(unet, plan.adapter, GENERATOR_ONLY)
     adapter.load_state(generator_state(state))
     parameters = adapter.trainable(planned.factor)

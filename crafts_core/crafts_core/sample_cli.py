@@ -94,7 +94,7 @@ def sample(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
-    compile_unet: Compile = False,
+    compile_denoiser: Compile = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw images from captions. Every PNG says in its metadata that it is synthetic.
@@ -119,7 +119,7 @@ def sample(
         if prompts is not None:
             requests += read_requests(prompts, count=num)
         num_images(requests)
-        studio = open_studio(generator_dir, device, dtype, compile_unet=compile_unet)
+        studio = open_studio(generator_dir, device, dtype, compile_denoiser=compile_denoiser)
         files = _draw(
             studio, requests, config, out=out, seed=seed, batch_size=batch_size, columns=num
         )
@@ -137,12 +137,12 @@ def checked_config(scheduler: SchedulerName, steps: int, guidance: float) -> Sam
 
 
 def open_studio(
-    generator_dir: Path, device: str, dtype: DtypeName, *, compile_unet: bool
+    generator_dir: Path, device: str, dtype: DtypeName, *, compile_denoiser: bool
 ) -> "Studio":
     """Load a generator. Torch and diffusers take seconds to import; ``--help`` should not."""
     from crafts_core.studio import Studio
 
-    return Studio.open(generator_dir, device=device, dtype=dtype, compile_unet=compile_unet)
+    return Studio.open(generator_dir, device=device, dtype=dtype, compile_denoiser=compile_denoiser)
 
 
 def tell(studio: "Studio", requests: list[ImageRequest], config: SamplerConfig) -> None:

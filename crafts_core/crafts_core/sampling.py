@@ -68,7 +68,7 @@ class Sampler:
         generator: Whose weights draw.
         config: How.
         control: A ControlNet that steers every image.
-        compile_unet: Compile the denoiser at the first batch; minutes once, for long runs on a GPU.
+        compile_denoiser: Compile it at the first batch; minutes once, for long runs on a GPU.
     """
 
     def __init__(
@@ -77,17 +77,17 @@ class Sampler:
         config: SamplerConfig,
         *,
         control: ControlNetModel | None = None,
-        compile_unet: bool = False,
+        compile_denoiser: bool = False,
     ) -> None:
         self._generator = generator
         self._config = config
         self._is_steered = control is not None
         self._pipeline = _stock_pipeline(generator, config.scheduler, control)
         if generator.device.type == "cuda":
-            for part in (generator.unet, generator.vae):
+            for part in (generator.denoiser, generator.vae):
                 part.to(memory_format=torch.channels_last)
-        if compile_unet:
-            self._pipeline.unet.compile()
+        if compile_denoiser:
+            generator.denoiser.compile()
         self._hidden_LD: dict[str, Tensor] = {}
 
     def draw(self, drawings: Sequence[Drawing], conditions_BCHW: Tensor | None = None) -> Images:
@@ -137,12 +137,11 @@ class Sampler:
             raise ValueError(f"expected {expected} conditions, got {num_conditions}")
         steering = {} if conditions_BCHW is None else {"image": conditions_BCHW.to(noise_BCHW)}
         latents_BCHW: Tensor = self._pipeline(
-            prompt_embeds=text_BLD,
-            negative_prompt_embeds=negative_BLD,
             latents=noise_BCHW,
             num_inference_steps=self._config.num_inference_steps,
             guidance_scale=self._config.guidance_scale,
             output_type="latent",
+            **self._generator.kind.arguments(text_BLD, negative_BLD),
             **steering,
         ).images
         return latents_BCHW
@@ -232,24 +231,9 @@ def _stock_pipeline(
 ) -> Any:
     with quiet_transformers():
         # Importing a pipeline class makes transformers talk about image processors.
-        from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
-
-        pipeline_class: Any = StableDiffusionPipeline
-        added: dict[str, Any] = {}
-        if control is not None:
-            pipeline_class, added = StableDiffusionControlNetPipeline, {"controlnet": control}
-        pipeline = pipeline_class(
-            vae=generator.vae,
-            text_encoder=generator.text_encoder,
-            tokenizer=generator.tokenizer,
-            unet=generator.unet,
-            scheduler=_CLASSES[scheduler].from_config(
-                generator.scheduler.config, clip_sample=False
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **added,
+        pipeline = generator.stock_pipeline(
+            _CLASSES[scheduler].from_config(generator.scheduler.config, clip_sample=False),
+            control=control,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

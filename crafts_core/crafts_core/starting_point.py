@@ -44,12 +44,12 @@ def initial_state(
     influence yet that could be made equal. Everything follows from public files and the seed.
 
     Raises:
-        AdapterError: the config does not fit the foundation's UNet.
+        AdapterError: the config does not fit the foundation's denoiser.
     """
-    unet, state = foundation.generator.unet, {}
+    denoiser, state = foundation.generator.denoiser, {}
     controls = {
         modality: build_control_net(
-            unet, modality, num_halvings=num_halvings_of(foundation.generator)
+            denoiser, modality, num_halvings=num_halvings_of(foundation.generator)
         )
         for modality in MODALITIES
         if modality in parts
@@ -57,10 +57,10 @@ def initial_state(
     if "generator" in parts and config.kind == "full":
         state = {
             name: weight.detach().to("cpu", torch.float32, copy=True)
-            for name, weight in unet.named_parameters()
+            for name, weight in denoiser.named_parameters()
         }
     elif "generator" in parts:
-        layers = target_layers(unet, config)
+        layers = target_layers(denoiser, config)
         first = _directions(foundation, config, layers, seed, public_work)
         if config.first_factor == "public":
             first = _with_equal_influence(foundation, first, seed, public_work)

@@ -41,17 +41,22 @@ class Studio:
         directory: The generator's.
         generator: As loaded.
         origin: What its images say of it.
-        compile_unet: Compile the denoiser at the first batch.
+        compile_denoiser: Compile the denoiser at the first batch.
     """
 
     def __init__(
-        self, directory: Path, generator: Generator, origin: Origin, *, compile_unet: bool = False
+        self,
+        directory: Path,
+        generator: Generator,
+        origin: Origin,
+        *,
+        compile_denoiser: bool = False,
     ) -> None:
         self.directory = directory
         self.generator = generator
         self.origin = origin
         self.trained_on = tuple(prompt.text for prompt in trained_prompts(directory))
-        self._compile_unet = compile_unet
+        self._compile_denoiser = compile_denoiser
         self._samplers: dict[tuple[SamplerConfig, Modality | None], Sampler] = {}
         self._conditions: OrderedDict[tuple[Modality, Path], Bytes] = OrderedDict()
 
@@ -62,7 +67,7 @@ class Studio:
         *,
         device: str = "cpu",
         dtype: DtypeName = "auto",
-        compile_unet: bool = False,
+        compile_denoiser: bool = False,
     ) -> Self:
         """Load a generator or foundation.
 
@@ -70,7 +75,7 @@ class Studio:
             directory: A diffusers directory.
             device: As torch names it.
             dtype: ``auto`` is bfloat16 on a GPU that has it, float32 elsewhere.
-            compile_unet: Takes minutes at the first batch and pays on a GPU, for long runs.
+            compile_denoiser: Takes minutes at the first batch and pays on a GPU, for long runs.
 
         Raises:
             CraftsError: there is no such device, the numbers do not go with it, or the generator
@@ -80,7 +85,7 @@ class Studio:
         generator = Generator.from_directory(
             directory, device=opened_device, dtype=_dtype_on(opened_device, dtype)
         )
-        return cls(directory, generator, read_origin(directory), compile_unet=compile_unet)
+        return cls(directory, generator, read_origin(directory), compile_denoiser=compile_denoiser)
 
     def provenance(self, config: SamplerConfig) -> Provenance:
         """What all images drawn so have in common."""
@@ -182,7 +187,7 @@ class Studio:
                 self.generator,
                 config,
                 control=None if control is None else self._control_net(control),
-                compile_unet=self._compile_unet,
+                compile_denoiser=self._compile_denoiser,
             )
         return self._samplers[key]
 

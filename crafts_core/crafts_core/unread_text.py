@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from crafts_core.quiet import quiet_transformers
 
 
-def unread_tails(tokenizer: CLIPTokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
+def unread_tails(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
+) -> list[str]:
     """The end of each text that ``tokenize`` cuts off; empty where all of it is read."""
     if not texts:
         return []
-    most = min(max_tokens, int(tokenizer.model_max_length)) - 2  # start and end are tokens, too
+    most = (
+        min(max_tokens, int(tokenizer.model_max_length)) - tokenizer.num_special_tokens_to_add()
+    )  # what begins and ends
     with quiet_transformers():
         places = tokenizer(
             list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True

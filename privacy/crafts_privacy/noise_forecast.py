@@ -190,7 +190,9 @@ def _gradients(
     With the factor and the weights of the ``planned`` round and the same draws, whatever the
     stage's loss.
     """
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter, ("generator",))
+    adapter = Adapter.attach(
+        copy.deepcopy(foundation.generator.denoiser), plan.adapter, ("generator",)
+    )
     adapter.load_state(start)
     captions = plan.captions_of(stage)
     objective = Objective(

@@ -315,7 +315,9 @@ def foundation_build(
 @foundation_app.command("import")
 def foundation_import(
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
-    diffusers: Annotated[Path, typer.Option(help="Local Stable Diffusion 1.5/2.1 directory.")],
+    diffusers: Annotated[
+        Path, typer.Option(help="Local Stable Diffusion 1.5/2.1 or PixArt directory.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the foundation.")],
     licence: Annotated[str, typer.Option(help="Licence of the weights.")],
     aligner: Annotated[
@@ -655,11 +657,13 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
         )
     out.mkdir(parents=True, exist_ok=True)
     generator = out / "generator"
-    lora = out / ADAPTER_FILE if plan.gives_lora else None
+    foundation = load(home.foundation_path)
+    has_lora = plan.gives_lora and foundation.generator.kind.reads_lora
+    lora = out / ADAPTER_FILE if has_lora else None
     export_generator(
         chain,
         plan=plan,
-        foundation=load(home.foundation_path),
+        foundation=foundation,
         directory=generator,
         lora=lora,
         num_sites=len(sites),

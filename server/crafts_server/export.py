@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import merged_unet
+from crafts_core.adapters import merged_denoiser
 from crafts_core.delta_text import delta_text
 from crafts_core.export import model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation
@@ -94,10 +94,10 @@ def _told_colours(
     told = next((each.release for each in receipts if each.stage == "colour"), None)
     if told is None or told.is_public[0]:
         return None
-    unet = merged_unet(foundation.generator.unet, plan.adapter, state)
+    unet = merged_denoiser(foundation.generator.denoiser, plan.adapter, state)
     captions = plan.study.captions or [prompt.text for prompt in foundation.prompt_bank]
     return find_colours(
-        replace(foundation.generator, unet=unet),
+        replace(foundation.generator, denoiser=unet),
         state[COLOUR][0, 1:].double().numpy(),
         captions,
         seed=plan.study.seed,

@@ -71,7 +71,7 @@ def draw_samples(home: CoordinatorHome, run_id: str, plan: Plan, *, device: str)
         FoundationError: the foundation here is another than the plan's.
         StorageError: the disk refuses.
     """
-    from crafts_core.adapters import merged_unet  # torch takes seconds; pages need none
+    from crafts_core.adapters import merged_denoiser  # torch takes seconds; pages need none
     from crafts_core.foundation import load
     from crafts_server.export import shared_state
 
@@ -95,8 +95,8 @@ def draw_samples(home: CoordinatorHome, run_id: str, plan: Plan, *, device: str)
         generator = foundation.generator
         if name == chain[-1].hash:
             state = shared_state(chain, plan)
-            unet = merged_unet(generator.unet, plan.adapter, state)
-            generator = replace(generator, unet=unet)
+            unet = merged_denoiser(generator.denoiser, plan.adapter, state)
+            generator = replace(generator, denoiser=unet)
         _write(folder, _drawn(generator, foundation, plan, name))
     return chain[-1].round
 

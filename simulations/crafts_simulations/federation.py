@@ -128,7 +128,8 @@ def _turns(study: LocalStudy, on_turn: Callable[[str], None]) -> Iterator[Turns]
 
 def export(study: LocalStudy, chain: Sequence[Checkpoint]) -> None:
     """``generator/`` and, for LoRA, ``adapter.safetensors``."""
-    workspace, is_lora = study.workspace, study.plan.gives_lora
+    workspace = study.workspace
+    is_lora = study.plan.gives_lora and study.foundation.generator.kind.reads_lora
     if workspace.generator.is_dir() and (workspace.adapter.exists() or not is_lora):
         return
     study.progress("writing the generator", 0, 1)

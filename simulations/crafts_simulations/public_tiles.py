@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from crafts_client.home import SiteHome
-from crafts_core.adapters import merged_unet
+from crafts_core.adapters import merged_denoiser
 from crafts_core.evaluation.baselines import PublicPart
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import OverlapError
@@ -73,7 +73,7 @@ def public_part(
     if retrieval is None or not retrieval.num_tiles:
         return None
     foundation, state = study.foundation.generator, chain[first].state()
-    unet = merged_unet(foundation.unet, study.plan.adapter, state)
+    unet = merged_denoiser(foundation.denoiser, study.plan.adapter, state)
     return PublicPart(
-        picked=picked_tiles(pool, retrieval), generator=replace(foundation, unet=unet)
+        picked=picked_tiles(pool, retrieval), generator=replace(foundation, denoiser=unet)
     )

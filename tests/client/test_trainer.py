@@ -98,7 +98,7 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
     task = task_of(foundation, open_plan)
     delta = trainer_of(foundation, open_plan, patients, microbatch_tiles=2).train(task)
 
-    unet = copy.deepcopy(foundation.generator.unet)
+    unet = copy.deepcopy(foundation.generator.denoiser)
     adapter = Adapter.attach(unet, open_plan.adapter)
     adapter.load_state(task.state)
     weights = adapter.trainable("second")
@@ -496,7 +496,7 @@ def test_all_weights_train_privately(foundation, patients) -> None:
     task = task_of(foundation, plan, factor="all", mechanism=mechanism)
     quiet = trainer_of(foundation, plan, patients, noise=NoNoise(), sampler=FixedSampler([2]))
     delta = quiet.train(task)
-    assert delta.keys() == dict(foundation.generator.unet.named_parameters()).keys()
+    assert delta.keys() == dict(foundation.generator.denoiser.named_parameters()).keys()
     most = plan.stage[0].learning_rate * plan.stage[0].local_steps * 0.05
     assert 0.3 * most < global_norm(delta) * mechanism.expected_patients <= 1.0001 * most
     assert global_norm(trainer_of(foundation, plan, patients).train(task)) > 10 * global_norm(delta)

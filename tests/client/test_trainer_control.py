@@ -93,7 +93,7 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
     state, stage = moved(foundation, open_plan), open_plan.stage[0]
     delta = train(foundation, open_plan, patients, state=state)
 
-    unet = copy.deepcopy(foundation.generator.unet)
+    unet = copy.deepcopy(foundation.generator.denoiser)
     adapter = Adapter.attach(unet, open_plan.adapter, open_plan.parts, num_halvings=2)
     adapter.load_state(state)
     weights = adapter.trainable("nuclei")

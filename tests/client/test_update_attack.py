@@ -16,7 +16,7 @@ from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.trainer import Randomness
 from crafts_client.update_attack import attack_updates
-from crafts_core.adapters import merged_unet
+from crafts_core.adapters import merged_denoiser
 from crafts_core.evaluation.leakage import Attack, LeakageConfig, measure_leakage
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
@@ -139,9 +139,9 @@ def test_without_noise_the_updates_tell_members_and_the_generator_hardly_does(
         RealTiles.read(store, np.arange(store.num_tiles))
         for store in (TileStore.open(home.tile_store_path), others)
     )
-    unet = merged_unet(foundation.generator.unet, plan.adapter, state)
+    unet = merged_denoiser(foundation.generator.denoiser, plan.adapter, state)
     generator = foundation.generator
-    published = replace(generator, unet=unet)
+    published = replace(generator, denoiser=unet)
     final = measure_leakage(published, generator, members, strangers, CONFIG)
     assert max(attack.auc for attack in final.attacks) < found.auc - 0.15
     assert min(attack.p_value for attack in final.attacks) > 0.01

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.adapters import Adapter, merged_unet, target_layers
+from crafts_core.adapters import Adapter, merged_denoiser, target_layers
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
 from crafts_core.public_update import (
@@ -36,7 +36,7 @@ def random_state(foundation: Foundation, *, seed: int = 0) -> dict[str, Tensor]:
 
 
 def attached(foundation: Foundation, state: dict[str, Tensor] | None = None) -> Adapter:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), LORA)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), LORA)
     if state is not None:
         adapter.load_state(state)
     return adapter
@@ -51,24 +51,24 @@ def inputs(foundation: Foundation) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_adapter_with_zero_second_factor_changes_nothing(foundation: Foundation) -> None:
     state = initial_state(foundation, LORA, 0, public_work=FAST)
-    expected = foundation.generator.unet(*inputs(foundation)).sample
+    expected = foundation.generator.denoiser(*inputs(foundation)).sample
     got = attached(foundation, state).predict(*inputs(foundation))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_merged_weights_are_base_plus_product(foundation: Foundation) -> None:
     state = random_state(foundation)
-    merged = merged_unet(foundation.generator.unet, LORA, state)
-    for name, layer in target_layers(foundation.generator.unet, LORA).items():
+    merged = merged_denoiser(foundation.generator.denoiser, LORA, state)
+    for name, layer in target_layers(foundation.generator.denoiser, LORA).items():
         first, second = state[f"{name}.first"], state[f"{name}.second"]
         product = (second.flatten(1) @ first.flatten(1)).reshape(layer.weight.shape)
         torch.testing.assert_close(merged.get_submodule(name).weight, layer.weight + product)
 
 
-def test_merged_unet_predicts_what_the_adapter_predicts(foundation: Foundation) -> None:
+def test_merged_denoiser_predicts_what_the_adapter_predicts(foundation: Foundation) -> None:
     adapter = attached(foundation, random_state(foundation))
     expected = adapter.predict(*inputs(foundation))
-    plain = foundation.generator.unet(*inputs(foundation)).sample
+    plain = foundation.generator.denoiser(*inputs(foundation)).sample
     assert not torch.allclose(expected, plain, atol=1e-3)
     torch.testing.assert_close(adapter.merged()(*inputs(foundation)).sample, expected)
     torch.testing.assert_close(adapter.predict(*inputs(foundation)), expected)
@@ -76,7 +76,7 @@ def test_merged_unet_predicts_what_the_adapter_predicts(foundation: Foundation) 
 
 def test_detached_unet_is_the_foundations_again(foundation: Foundation) -> None:
     unet = attached(foundation, random_state(foundation)).detach()
-    expected = foundation.generator.unet.state_dict()
+    expected = foundation.generator.denoiser.state_dict()
     assert unet.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in unet.state_dict().items())
 
@@ -100,7 +100,7 @@ def test_exactly_the_asked_factor_trains(
     chosen = adapter.trainable("both")
     chosen = adapter.trainable(factor)
     assert {name.rpartition(".")[2] for name in chosen} == endings
-    opened = {id(weight) for weight in adapter.unet.parameters() if weight.requires_grad}
+    opened = {id(weight) for weight in adapter.denoiser.parameters() if weight.requires_grad}
     assert opened == {id(weight) for weight in chosen.values()}
 
 
@@ -116,16 +116,16 @@ def test_training_moves_the_chosen_factor_only(foundation: Foundation) -> None:
 
 
 def test_full_adapter_trains_every_weight_under_its_own_name(foundation: Foundation) -> None:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), FULL)
-    assert adapter.trainable("all").keys() == dict(adapter.unet.named_parameters()).keys()
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), FULL)
+    assert adapter.trainable("all").keys() == dict(adapter.denoiser.named_parameters()).keys()
     adapter.load_state(initial_state(foundation, FULL, 0))
-    expected = foundation.generator.unet(*inputs(foundation)).sample
+    expected = foundation.generator.denoiser(*inputs(foundation)).sample
     torch.testing.assert_close(adapter.predict(*inputs(foundation)), expected)
 
 
 @pytest.mark.parametrize("config", [LORA, FULL], ids=["lora", "full"])
 def test_a_denoiser_with_other_weights_leaves_the_own(foundation: Foundation, config) -> None:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), config)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), config)
     own = adapter.state()
     other = {name: tensor + 0.1 for name, tensor in own.items()}
     denoiser = adapter.denoiser_with(other)
@@ -141,7 +141,7 @@ def test_a_denoiser_with_other_weights_leaves_the_own(foundation: Foundation, co
 def test_a_denoiser_with_other_weights_costs_no_second_model(foundation: Foundation) -> None:
     adapter = attached(foundation, random_state(foundation))
     denoiser = adapter.denoiser_with(adapter.state())
-    shared = {parameter.data_ptr() for parameter in adapter.unet.parameters()}
+    shared = {parameter.data_ptr() for parameter in adapter.denoiser.parameters()}
     own = [each for each in denoiser.parameters() if each.data_ptr() not in shared]
     assert sum(map(torch.numel, own)) == sum(map(torch.numel, adapter.state().values()))
 
@@ -155,13 +155,13 @@ def test_states_are_copies(foundation: Foundation) -> None:
 
 
 def test_one_unet_copy_per_run_leaves_the_foundation_untouched(foundation: Foundation) -> None:
-    before = copy.deepcopy(foundation.generator.unet.state_dict())
+    before = copy.deepcopy(foundation.generator.denoiser.state_dict())
     initial_state(foundation, LORA, 0, public_work=FAST)
     attached(foundation, random_state(foundation))
-    after = foundation.generator.unet.state_dict()
+    after = foundation.generator.denoiser.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(weight.requires_grad for weight in foundation.generator.unet.parameters())
+    assert not any(weight.requires_grad for weight in foundation.generator.denoiser.parameters())
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "nan"])
@@ -183,18 +183,18 @@ def test_state_that_does_not_fit_is_refused(foundation: Foundation, damage: str)
 def test_target_that_matches_nothing_is_named(foundation: Foundation) -> None:
     config = LORA.model_copy(update={"targets": ("to_q", "to_nothing")})
     with pytest.raises(AdapterError, match="'to_nothing' matches no Linear or Conv2d"):
-        target_layers(foundation.generator.unet, config)
+        target_layers(foundation.generator.denoiser, config)
 
 
 def test_rank_above_a_layers_inputs_is_refused(foundation: Foundation) -> None:
     config = AdapterConfig(kind="lora", rank=64, targets=("conv_in",))
     with pytest.raises(AdapterError, match="rank 64 is more than the 36 inputs of conv_in"):
-        target_layers(foundation.generator.unet, config)
+        target_layers(foundation.generator.denoiser, config)
 
 
 def test_suffix_matches_whole_name_parts(foundation: Foundation) -> None:
     config = AdapterConfig(kind="lora", rank=1, targets=("conv",))
-    names = target_layers(foundation.generator.unet, config)
+    names = target_layers(foundation.generator.denoiser, config)
     assert names
     assert all(name.split(".")[-1] == "conv" for name in names)
 
@@ -202,7 +202,7 @@ def test_suffix_matches_whole_name_parts(foundation: Foundation) -> None:
 def test_asking_lora_for_all_or_full_for_a_factor_is_refused(foundation: Foundation) -> None:
     with pytest.raises(AdapterError, match="has no factor 'all'"):
         attached(foundation).trainable("all")
-    full = Adapter.attach(copy.deepcopy(foundation.generator.unet), FULL)
+    full = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), FULL)
     with pytest.raises(AdapterError, match="has no factor 'second'"):
         full.trainable("second")
 
@@ -228,7 +228,7 @@ def test_public_first_factor_keeps_what_the_best_of_its_rank_keeps(
     foundation: Foundation,
 ) -> None:
     state = initial_state(foundation, LORA, 5, public_work=FAST)
-    layers = list(target_layers(foundation.generator.unet, LORA))
+    layers = list(target_layers(foundation.generator.denoiser, LORA))
     for name, update in public_update(foundation, layers, seed=5, config=FAST).items():
         rows = torch.nn.functional.normalize(state[f"{name}.first"].flatten(1), dim=1)
         kept = (update @ rows.T).square().sum()
@@ -244,7 +244,7 @@ def test_influence_is_the_mean_square_of_the_jacobian(foundation: Foundation) ->
     rows = {"conv_out": torch.randn(2, 144, generator=generator)}
     estimated = influence(foundation, rows, seed=4, config=config)["conv_out"]
 
-    unet = copy.deepcopy(foundation.generator.unet)
+    unet = copy.deepcopy(foundation.generator.denoiser)
     schedule = NoiseSchedule.of(foundation.generator)
     tile = foundation.generator.encode_images(foundation.probe.tiles_NCHW[:1] / 127.5 - 1.0)
     text = foundation.generator.encode_captions(list(foundation.probe.captions[:1]))
@@ -313,8 +313,8 @@ def test_averaging_one_factor_averages_the_weights(foundation: Foundation) -> No
     one = random_state(foundation, seed=1)
     two = {**one, **{n: 3 * one[n] + 1 for n in factor_names(one, "second")}}
     mean = add_delta(one, {n: two[n] - one[n] for n in factor_names(one, "second")}, 0.5)
-    unet = foundation.generator.unet
-    merged = [merged_unet(unet, LORA, state).state_dict() for state in (one, two, mean)]
+    unet = foundation.generator.denoiser
+    merged = [merged_denoiser(unet, LORA, state).state_dict() for state in (one, two, mean)]
     for name, tensor in merged[2].items():
         torch.testing.assert_close(tensor, (merged[0][name] + merged[1][name]) / 2)
 

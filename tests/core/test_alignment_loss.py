@@ -49,7 +49,7 @@ def random_state(foundation: Foundation, seed: int) -> dict[str, Tensor]:
 def prepared(
     foundation: Foundation, stage: StageConfig = STAGE
 ) -> tuple[Objective, Adapter, TileBatch, Draws]:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), CONFIG)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), CONFIG)
     adapter.load_state(random_state(foundation, 1))
     objective = Objective(foundation, adapter, stage, random_state(foundation, 2))
     batch = random_batch(foundation, 4)
@@ -65,7 +65,7 @@ def slow_addition(
     signal, level = alpha**0.5, (1 - alpha) ** 0.5
     noisy = signal * batch.latents_BCHW[row] + level * draws.noise_BCHW[row]
     text = batch.null_text_LD if draws.drop_caption_B[row] else batch.text_BLD[row]
-    start = Adapter.attach(copy.deepcopy(wide.generator.unet), CONFIG)
+    start = Adapter.attach(copy.deepcopy(wide.generator.denoiser), CONFIG)
     start.load_state(random_state(wide, 2))
     inputs = (noisy[None], draws.timesteps_B[row : row + 1], text[None])
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_alignment_is_not_asked_of_pure_noise() -> None:
 
 
 def test_stage_without_its_start_is_refused(foundation: Foundation) -> None:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), CONFIG)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), CONFIG)
     with pytest.raises(AdapterError, match="stage began with"):
         Objective(foundation, adapter, STAGE)
 

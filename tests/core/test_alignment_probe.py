@@ -42,11 +42,11 @@ def test_margin_follows_from_seed_and_state(foundation: Foundation, probe: Align
 
 
 def test_denoiser_that_ignores_its_text_has_margin_zero(foundation: Foundation) -> None:
-    deaf = copy.deepcopy(foundation.generator.unet)
+    deaf = copy.deepcopy(foundation.generator.denoiser)
     for name, module in deaf.named_modules():
         if name.endswith("attn2.to_out.0"):
             module.weight.zero_()
-    generator = replace(foundation.generator, unet=deaf)
+    generator = replace(foundation.generator, denoiser=deaf)
     probe = AlignmentProbe(replace(foundation, generator=generator), CONFIG, seed=0)
     assert probe.margin(random_state(foundation)) == pytest.approx(0.0, abs=1e-6)
 
@@ -89,13 +89,13 @@ def test_step_against_the_gradient_improves_alignment(
 
 
 def test_probe_leaves_the_foundation_untouched(foundation: Foundation) -> None:
-    before = copy.deepcopy(foundation.generator.unet.state_dict())
+    before = copy.deepcopy(foundation.generator.denoiser.state_dict())
     AlignmentProbe(foundation, CONFIG, seed=0, num_draws=1).gradient(
         random_state(foundation), "second"
     )
-    after = foundation.generator.unet.state_dict()
+    after = foundation.generator.denoiser.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(weight.requires_grad for weight in foundation.generator.unet.parameters())
+    assert not any(weight.requires_grad for weight in foundation.generator.denoiser.parameters())
 
 
 def test_no_draws_is_refused(foundation: Foundation) -> None:

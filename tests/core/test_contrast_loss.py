@@ -40,7 +40,7 @@ def wide(foundation: Foundation) -> Foundation:
 
 def prepared(foundation: Foundation, stage: StageConfig = STAGE) -> Case:
     generator = torch.Generator().manual_seed(1)
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), CONFIG)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), CONFIG)
     start = initial_state(foundation, CONFIG, 0)
     adapter.load_state(
         {name: 0.2 * torch.randn(each.shape, generator=generator) for name, each in start.items()}

@@ -40,7 +40,7 @@ LABELS = np.kron(np.arange(16, dtype=np.uint16).reshape(4, 4), np.tri(8, dtype=n
 
 
 def attached(foundation: Foundation, parts=BOTH, config: AdapterConfig = CONFIG) -> Adapter:
-    unet = copy.deepcopy(foundation.generator.unet)
+    unet = copy.deepcopy(foundation.generator.denoiser)
     return Adapter.attach(unet, config, parts, num_halvings=2)
 
 
@@ -76,7 +76,7 @@ def test_at_the_start_nothing_changes(foundation, start, inputs) -> None:
     adapter = attached(foundation)
     adapter.load_state(start)
     steered = adapter.predict(*inputs, Condition("nuclei", conditions()))
-    torch.testing.assert_close(steered, foundation.generator.unet(*inputs).sample)
+    torch.testing.assert_close(steered, foundation.generator.denoiser(*inputs).sample)
 
 
 def test_a_trained_condition_changes_the_prediction(foundation, start, inputs) -> None:
@@ -322,7 +322,7 @@ def test_the_exported_control_net_is_the_trained_one(foundation, start, exported
     control = ControlNetModel.from_pretrained(exported / "controlnet" / "nuclei")
     generator = Generator.from_directory(exported)
     steered = control(*inputs, conditions())
-    found = generator.unet(
+    found = generator.denoiser(
         *inputs,
         down_block_additional_residuals=steered.down_block_res_samples,
         mid_block_additional_residual=steered.mid_block_res_sample,

@@ -53,7 +53,7 @@ def test_a_tile_is_easier_with_its_own_mask_than_with_anothers() -> None:
     foundation = load(embedded_path())
     tiles = drawn_tiles(foundation, TRAINED + HELD_OUT)
     adapter = Adapter.attach(
-        copy.deepcopy(foundation.generator.unet), CONFIG, ("nuclei",),
+        copy.deepcopy(foundation.generator.denoiser), CONFIG, ("nuclei",),
         num_halvings=num_halvings_of(foundation.generator),
     )  # fmt: skip
     adapter.load_state(initial_state(foundation, CONFIG, 0, ("nuclei",)))

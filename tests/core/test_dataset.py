@@ -68,7 +68,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     path = write_tiny_pipeline(tmp_path_factory.mktemp("generator") / "tiny", seed=3)
     opened = Studio.open(path)
     network: ControlNetModel = build_control_net(
-        opened.generator.unet, "nuclei", num_halvings=num_halvings_of(opened.generator)
+        opened.generator.denoiser, "nuclei", num_halvings=num_halvings_of(opened.generator)
     )
     randomise(network, torch.Generator().manual_seed(0))
     network.save_pretrained(path / "controlnet" / "nuclei")

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crafts_core.adapters import merged_unet
+from crafts_core.adapters import merged_denoiser
 from crafts_core.errors import CraftsError
 from crafts_core.export import hub_licence, model_card, save_lora, save_pipeline
 from crafts_core.foundation import Foundation, embedded_path
@@ -136,9 +136,9 @@ def test_text_encoder_and_tokenizer_are_there_for_older_libraries(
 def test_exported_unet_is_the_merged_one(
     foundation: Foundation, state: dict[str, Tensor], exported: Path
 ) -> None:
-    expected = merged_unet(foundation.generator.unet, CONFIG, state)
-    unet = Generator.from_directory(exported).unet
-    assert unet.state_dict().keys() == foundation.generator.unet.state_dict().keys()
+    expected = merged_denoiser(foundation.generator.denoiser, CONFIG, state)
+    unet = Generator.from_directory(exported).denoiser
+    assert unet.state_dict().keys() == foundation.generator.denoiser.state_dict().keys()
     torch.testing.assert_close(unet(*inputs()).sample, expected(*inputs()).sample)
 
 
@@ -149,7 +149,7 @@ def test_lora_file_gives_stock_diffusers_the_same_prediction(
     pipeline = DiffusionPipeline.from_pretrained(foundation.path)
     before = pipeline.unet(*inputs()).sample
     pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
-    expected = merged_unet(foundation.generator.unet, CONFIG, state)(*inputs()).sample
+    expected = merged_denoiser(foundation.generator.denoiser, CONFIG, state)(*inputs()).sample
     torch.testing.assert_close(pipeline.unet(*inputs()).sample, expected)
     assert not torch.allclose(before, expected, atol=1e-3)
 
@@ -183,7 +183,7 @@ def test_full_weights_export_as_a_pipeline(foundation: Foundation, tmp_path: Pat
     state = initial_state(foundation, config, 0)
     state = {name: tensor * 1.01 for name, tensor in state.items()}
     save_pipeline(tmp_path / "generator", foundation, adapter=config, state=state, card="")
-    unet = Generator.from_directory(tmp_path / "generator").unet
+    unet = Generator.from_directory(tmp_path / "generator").denoiser
     torch.testing.assert_close(dict(unet.named_parameters()), state)
 
 

@@ -43,7 +43,7 @@ def test_shapes_of_the_loaded_foundation(foundation: Foundation) -> None:
 
 def test_no_weight_of_a_foundation_requires_a_gradient(foundation: Foundation) -> None:
     parts = (
-        foundation.generator.unet,
+        foundation.generator.denoiser,
         foundation.generator.vae,
         foundation.generator.text_encoder,
         foundation.aligner.model,

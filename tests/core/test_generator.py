@@ -66,5 +66,5 @@ def test_half_precision_files_are_widened(foundation: Foundation, tmp_path: Path
     pipeline = StableDiffusionPipeline.from_pretrained(foundation.path, safety_checker=None)
     pipeline.to(torch.float16).save_pretrained(tmp_path / "half")
     generator = Generator.from_directory(tmp_path / "half")
-    parts = (generator.unet, generator.vae, generator.text_encoder)
+    parts = (generator.denoiser, generator.vae, generator.text_encoder)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}

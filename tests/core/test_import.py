@@ -62,7 +62,7 @@ def test_imported_weights_are_the_sources(
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(source / "unet")
-    for name, tensor in loaded.generator.unet.state_dict().items():
+    for name, tensor in loaded.generator.denoiser.state_dict().items():
         assert torch.equal(tensor, unet.state_dict()[name])
 
 
@@ -253,9 +253,9 @@ def test_a_pointer_in_place_of_weights_is_named(
 def test_another_kind_of_pipeline_is_named(
     foundation: Foundation, source: Path, clip: Path, tmp_path: Path
 ) -> None:
-    shutil.move(source / "unet", source / "transformer")
-    (source / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
-    with pytest.raises(FoundationError, match="is a PixArtAlphaPipeline; expected Stable Diff"):
+    shutil.move(source / "unet", source / "prior")
+    (source / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(FoundationError, match="is a KandinskyPipeline; expected Stable Diff"):
         run(foundation, source, clip, tmp_path / "out")
 
 

@@ -52,7 +52,7 @@ def tissue(seed: int, side: int, *, patients: int = 16) -> RealTiles:
 
 def overfitted(generator: Generator, tiles: RealTiles, *, steps: int) -> Generator:
     """Plain training of all weights, on the same few tiles again and again."""
-    unet = copy.deepcopy(generator.unet).requires_grad_(True)
+    unet = copy.deepcopy(generator.denoiser).requires_grad_(True)
     schedule = NoiseSchedule.of(generator)
     images = torch.from_numpy(tiles.images_NHWC).permute(0, 3, 1, 2) / 127.5 - 1.0
     latents = generator.encode_images(images)
@@ -67,7 +67,7 @@ def overfitted(generator: Generator, tiles: RealTiles, *, steps: int) -> Generat
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return replace(generator, unet=unet.requires_grad_(False))
+    return replace(generator, denoiser=unet.requires_grad_(False))
 
 
 def test_an_untrained_generator_leaks_nothing(foundation: Foundation) -> None:
@@ -104,13 +104,13 @@ def test_scores_are_their_definitions(foundation: Foundation) -> None:
         time = round(float(share) * 999)
         noise = torch.randn(latents.shape, generator=source)
         signal, level = alphas[time].sqrt(), (1 - alphas[time]).sqrt()
-        output = generator.unet(signal * latents + level * noise, time, text).sample
+        output = generator.denoiser(signal * latents + level * noise, time, text).sample
         errors.append((output - (signal * noise - level * latents)).square().mean())
     found = denoising_error(generator, latents, text, seed=9)
     assert float(found) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
 
     def epsilon(noisy: torch.Tensor, time: int) -> torch.Tensor:
-        output = generator.unet(noisy, time, text).sample
+        output = generator.denoiser(noisy, time, text).sample
         return (1 - alphas[time]).sqrt() * noisy + alphas[time].sqrt() * output
 
     start, time = epsilon(latents, 0), round(0.2 * 999)

@@ -16,7 +16,7 @@ from support.sites import control_values, plan_values
 
 
 def attaches(plan: Plan, foundation: Foundation) -> bool:
-    unet = copy.deepcopy(foundation.generator.unet)
+    unet = copy.deepcopy(foundation.generator.denoiser)
     halvings = num_halvings_of(foundation.generator)
     try:
         Adapter.attach(unet, plan.adapter, plan.parts, num_halvings=halvings)

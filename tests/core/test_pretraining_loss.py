@@ -32,12 +32,12 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def objective_of(foundation: Foundation) -> Objective:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), CONFIG)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), CONFIG)
     return Objective(foundation, adapter, STAGE)
 
 
 def objective_and_adapter(foundation: Foundation) -> tuple[Objective, Adapter]:
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), CONFIG)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), CONFIG)
     return Objective(foundation, adapter, STAGE), adapter
 
 
@@ -51,7 +51,7 @@ def slow_loss(
     text = batch["null"] if draws.drop_caption_B[row] else batch["text"][row]
     noisy = signal * clean + level * noise
     with torch.no_grad():
-        prediction = adapter.unet(noisy[None], draws.timesteps_B[row], text[None]).sample[0]
+        prediction = adapter.denoiser(noisy[None], draws.timesteps_B[row], text[None]).sample[0]
     snr = alpha / (1 - alpha)
     velocity = foundation.generator.prediction_type == "v_prediction"
     weight = min(snr, GAMMA) / (snr + 1) if velocity else min(snr, GAMMA) / snr

@@ -239,7 +239,7 @@ def test_public_steps_lower_the_loss_on_what_was_picked(
     picked = some_tiles(pool)
 
     def loss(of: State) -> float:
-        adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter)
+        adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), plan.adapter)
         adapter.load_state(generator_state(of))
         stage = next(each for each in plan.stage if each.is_retrieval)
         loss_of = _loss_of(picked, foundation, Objective(foundation, adapter, stage))

@@ -16,7 +16,9 @@ from support.salts import SALTS, write_salted
 def test_two_salts_give_the_same_figures(tmp_path: Path) -> None:
     """Of some of the tiles, so that which are drawn and whose is the other one matters."""
     generator = tiny_foundation(tmp_path / "f", seed=1).generator
-    network = build_control_net(generator.unet, "nuclei", num_halvings=num_halvings_of(generator))
+    network = build_control_net(
+        generator.denoiser, "nuclei", num_halvings=num_halvings_of(generator)
+    )
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in network.parameters():

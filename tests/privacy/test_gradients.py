@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.unet = UNet2DConditionModel(
+        self.denoiser = UNet2DConditionModel(
             sample_size=SIZE, in_channels=2, out_channels=2, block_out_channels=(8, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
@@ -35,14 +35,14 @@ class Denoiser(nn.Module):
         self.control: ControlNetModel | None = None
         if kind == "controlnet":
             self.control = ControlNetModel.from_unet(
-                self.unet, conditioning_embedding_out_channels=(4, 8, 8)
+                self.denoiser, conditioning_embedding_out_channels=(4, 8, 8)
             ).requires_grad_(True)
             for parameter in self.control.controlnet_down_blocks.parameters():
                 nn.init.normal_(parameter, std=0.1)  # zero outputs would hide all other gradients
         elif kind != "full":
             targets = ATTENTION if kind == "lora" else [*ATTENTION, "conv1", "conv_shortcut"]
             lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-            self.unet.add_adapter(lora)
+            self.denoiser.add_adapter(lora)
 
     def losses(self, tiles: Sequence[int]) -> Tensor:
         """Per tile; a tile is the seed of its inputs."""
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
                 "down_block_additional_residuals": steered.down_block_res_samples,
                 "mid_block_additional_residual": steered.mid_block_res_sample,
             }
-        output = self.unet(noisy, times, text, **extra).sample
+        output = self.denoiser(noisy, times, text, **extra).sample
         return (output.float() - target).square().mean((1, 2, 3))
 
     def trained(self) -> list[nn.Parameter]:
@@ -128,7 +128,7 @@ def test_a_patients_gradient_is_autograds(path, kind, patients, checkpointing: b
     model = Denoiser(kind)
     wanted = reference(model, patients)
     if checkpointing:
-        part = model.control or model.unet
+        part = model.control or model.denoiser
         part.enable_gradient_checkpointing()
     assert relative_error(path(model, patients, torch.float32), wanted) < 1e-4
 

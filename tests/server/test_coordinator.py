@@ -11,7 +11,7 @@ import torch
 from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
-from crafts_core.adapters import merged_unet
+from crafts_core.adapters import merged_denoiser
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
@@ -380,11 +380,11 @@ def test_the_exported_generator_is_the_average_that_the_plan_asks_for(
         chain, plan=plan, foundation=foundation, directory=tmp_path / "out", lora=None, num_sites=2
     )
 
-    unet = foundation.generator.unet
-    expected = merged_unet(unet, plan.adapter, averaged(chain, decay=0.5)).state_dict()
-    exported = Generator.from_directory(tmp_path / "out").unet.state_dict()
+    unet = foundation.generator.denoiser
+    expected = merged_denoiser(unet, plan.adapter, averaged(chain, decay=0.5)).state_dict()
+    exported = Generator.from_directory(tmp_path / "out").denoiser.state_dict()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-    last = merged_unet(unet, plan.adapter, chain[-1].state()).state_dict()
+    last = merged_denoiser(unet, plan.adapter, chain[-1].state()).state_dict()
     assert any(not torch.equal(exported[name], last[name]) for name in last)
 
 

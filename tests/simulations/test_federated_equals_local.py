@@ -88,7 +88,7 @@ def _train_locally(foundation, plan: Plan, home) -> dict[str, torch.Tensor]:
     store = TileStore.open(home.tile_store_path)
     cache = LatentCache.open(store, foundation.manifest.hash)
     patients = PatientTiles(store, cache, foundation)
-    adapter = Adapter.attach(copy.deepcopy(foundation.generator.unet), plan.adapter)
+    adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), plan.adapter)
     adapter.load_state(initial_state(foundation, plan.adapter, plan.study.seed))
     for planned in plan.rounds():
         if planned.starts_stage:

@@ -35,10 +35,10 @@ def random_batch(foundation: Foundation, num_tiles: int, *, seed: int = 0) -> Ti
 
 def widened(foundation: Foundation) -> Foundation:
     """The same foundation with denoiser, latent aligner and anchors in float64."""
-    unet = copy.deepcopy(foundation.generator.unet).double()
+    unet = copy.deepcopy(foundation.generator.denoiser).double()
     return replace(
         foundation,
-        generator=replace(foundation.generator, unet=unet),
+        generator=replace(foundation.generator, denoiser=unet),
         latent_aligner=copy.deepcopy(foundation.latent_aligner).double(),
         anchors_KD=foundation.anchors_KD.double(),
         null_text_LD=foundation.null_text_LD.double(),

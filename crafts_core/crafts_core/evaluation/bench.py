@@ -211,7 +211,10 @@ def is_store(path: Path) -> bool:
 
 def _is_generator(path: Path) -> bool:
     """Raises CraftsError where it is neither a generator nor a folder of images."""
-    if (path / "unet").is_dir() or (path / "model_index.json").is_file():
+    if (
+        any((path / each).is_dir() for each in ("unet", "transformer"))
+        or (path / "model_index.json").is_file()
+    ):
         return True
     if not is_image_folder(path):
         raise CraftsError(f"{path} is no generator and holds no images")

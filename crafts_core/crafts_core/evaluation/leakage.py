@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 from torch import Tensor
 
+from crafts_core.denoisers import predict
 from crafts_core.evaluation.memorisation import (
     FEWEST_PATIENTS,
     Memorisation,
@@ -183,7 +184,7 @@ def denoising_error(
         times_B = _times(float(share), schedule, latents_BCHW)
         noise_BCHW = torch.randn(latents_BCHW.shape, generator=source).to(latents_BCHW)
         noisy_BCHW = schedule.noisy(latents_BCHW, noise_BCHW, times_B)
-        output_BCHW = generator.unet(noisy_BCHW, times_B, text_BLD).sample
+        output_BCHW = predict(generator.denoiser, noisy_BCHW, times_B, text_BLD)
         target_BCHW = schedule.target(latents_BCHW, noise_BCHW, times_B)
         errors.append((output_BCHW - target_BCHW).square().mean((1, 2, 3)))
     return torch.stack(errors).mean(0)
@@ -194,7 +195,7 @@ def proximal_error(generator: Generator, latents_BCHW: Tensor, text_BLD: Tensor)
     schedule = NoiseSchedule.of(generator)
 
     def noise_at(noisy_BCHW: Tensor, times_B: Tensor) -> Tensor:
-        output_BCHW = generator.unet(noisy_BCHW, times_B, text_BLD).sample
+        output_BCHW = predict(generator.denoiser, noisy_BCHW, times_B, text_BLD)
         return schedule.noise_in(noisy_BCHW, output_BCHW, times_B)
 
     start_BCHW = noise_at(latents_BCHW, _times(0.0, schedule, latents_BCHW))

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from crafts_core.control_net import steering
+from crafts_core.denoisers import predict
 from crafts_core.evaluation.baselines import reconstruct
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.nuclei_finder import Found, NucleiFinder
@@ -261,7 +262,9 @@ def _losses(
         noisy = schedule.noisy(tiles.latents_BCHW, draws.noise_BCHW, draws.timesteps_B)
         assert tiles.condition_BCHW is not None
         added = steering(network, noisy, draws.timesteps_B, tiles.text_BLD, tiles.condition_BCHW)
-        predicted = generator.unet(noisy, draws.timesteps_B, tiles.text_BLD, **added).sample
+        predicted = predict(
+            generator.denoiser, noisy, draws.timesteps_B, tiles.text_BLD, steering=added
+        )
         loss_B = pretraining_loss(
             predicted, tiles, draws, schedule=schedule, min_snr_gamma=_MIN_SNR_GAMMA
         )

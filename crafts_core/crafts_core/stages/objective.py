@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crafts_core.adapters import Adapter, Condition
+from crafts_core.denoisers import predict
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.plan import StageConfig
@@ -59,13 +60,13 @@ class Objective:
         stage_start: Mapping[str, Tensor] | None = None,
         class_anchors_KD: Tensor | None = None,
     ) -> None:
-        self._start_unet = None
+        self._start = None
         if stage.lambda_drift > 0:
             if stage_start is None:
                 raise AdapterError(
                     "lambda_drift needs the adapter weights that the stage began with"
                 )
-            self._start_unet = adapter.denoiser_with(stage_start)
+            self._start = adapter.denoiser_with(stage_start)
         if stage.alignment_loss == "contrast" and class_anchors_KD is None:
             raise AdapterError("the contrast needs an anchor for each of the study's captions")
         self._class_anchors_KD = class_anchors_KD if stage.alignment_loss == "contrast" else None
@@ -104,9 +105,9 @@ class Objective:
         if stage.lambda_align > 0:
             denoised_BCHW = schedule.denoised(noisy_BCHW, prediction_BCHW, timesteps_B)
             loss_B = loss_B + stage.lambda_align * self._alignment(denoised_BCHW, batch, draws)
-        if self._start_unet is not None:
+        if self._start is not None:
             with torch.no_grad():
-                start_BCHW: Tensor = self._start_unet(noisy_BCHW, timesteps_B, text_BLD).sample
+                start_BCHW = predict(self._start, noisy_BCHW, timesteps_B, text_BLD)
             term_B = drift_term(
                 prediction_BCHW,
                 start_BCHW,

@@ -1,0 +1,181 @@
+"""The networks that take noise out of a latent, and what each needs beside it.
+
+One seam: all that depends on the denoiser's kind stands here. A diffusers directory says the kind
+by the name of a folder:
+
+* ``unet/``: Stable Diffusion 1.5 and 2.1 (``UNet2DConditionModel``), words from CLIP's text tower.
+
+What a denoiser reads of a caption is one tensor (B, L, D), made by ``encode`` and read by
+``predict`` of the same kind, and opaque to everybody between them.
+
+Shape letters: B batch, C H W latent, L tokens, D text.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from crafts_core.aligner import tokenize
+from crafts_core.foundation_manifest import FoundationError
+
+Denoiser: TypeAlias = UNet2DConditionModel
+TextEncoder: TypeAlias = CLIPTextModel
+Tokenizer: TypeAlias = CLIPTokenizer
+
+
+class DenoiserKind(Protocol):
+    """What differs between kinds."""
+
+    folder: str
+    """Of the denoiser in a diffusers directory."""
+    network_class: Any
+    text_class: Any
+    tokenizer_class: Any
+    takes_control: bool
+    """Whether a ControlNet can steer it."""
+    reads_lora: bool
+    """Whether its pipeline loads a LoRA file."""
+
+    def check(self, network: Any, channels: int, text_width: int) -> None:
+        """The denoiser takes and gives the VAE's latents, and the text encoder's words alone.
+
+        Raises:
+            FoundationError: what it is instead.
+        """
+        ...
+
+    def most_tokens(self, text_encoder: Any) -> int:
+        """Of a caption, with those that begin and end it."""
+        ...
+
+    def encode(self, text_encoder: Any, tokenizer: Any, captions: list[str]) -> Tensor:
+        """What ``predict`` reads of captions, (B, L, D)."""
+        ...
+
+    def predict(
+        self,
+        network: Any,
+        noisy_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        *,
+        through: Callable[..., Any] | None = None,
+        steering: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Noise or velocity, as the noise schedule says; ``through`` is a compiled ``network``."""
+        ...
+
+    def pipeline(
+        self, network: Any, parts: dict[str, Any], control: ControlNetModel | None = None
+    ) -> Any:
+        """Its stock pipeline; ``parts`` are VAE, text encoder, tokenizer and scheduler."""
+        ...
+
+    def arguments(self, text_BLD: Tensor, negative_BLD: Tensor) -> dict[str, Any]:
+        """What the pipeline is called with for these words."""
+        ...
+
+
+class UNetKind:
+    """Stable Diffusion's."""
+
+    folder = "unet"
+    network_class = UNet2DConditionModel
+    text_class = CLIPTextModel
+    tokenizer_class = CLIPTokenizer
+    takes_control = True
+    reads_lora = True
+
+    def check(self, network: Any, channels: int, text_width: int) -> None:
+        """See :class:`DenoiserKind`."""
+        config = network.config
+        if not config.in_channels == config.out_channels == channels:
+            raise FoundationError(
+                f"unet: expected latents of {channels} channels in and out, as the VAE has, got "
+                f"{config.in_channels} in and {config.out_channels} out (inpainting and depth "
+                "weights take more; use the plain text-to-image ones)"
+            )
+        added = [
+            name
+            for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+            if getattr(config, name, None) is not None
+        ]
+        if config.cross_attention_dim != text_width or added:
+            raise FoundationError(
+                f"unet: expected cross attention of width {text_width} and no added conditions, "
+                f"got {config.cross_attention_dim} and {', '.join(added) or 'none'} "
+                "(Stable Diffusion 1.5 or 2.1 class is what fits)"
+            )
+
+    def most_tokens(self, text_encoder: Any) -> int:
+        """See :class:`DenoiserKind`."""
+        return int(text_encoder.config.max_position_embeddings)
+
+    def encode(self, text_encoder: Any, tokenizer: Any, captions: list[str]) -> Tensor:
+        """See :class:`DenoiserKind`."""
+        ids_BL = tokenize(tokenizer, captions, self.most_tokens(text_encoder))
+        hidden_BLD: Tensor = text_encoder(
+            input_ids=ids_BL.to(text_encoder.device)
+        ).last_hidden_state
+        return hidden_BLD
+
+    def predict(
+        self,
+        network: Any,
+        noisy_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        *,
+        through: Callable[..., Any] | None = None,
+        steering: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """See :class:`DenoiserKind`."""
+        found: Tensor = (through or network)(
+            noisy_BCHW, timesteps_B, text_BLD, **(steering or {})
+        ).sample
+        return found
+
+    def pipeline(
+        self, network: Any, parts: dict[str, Any], control: ControlNetModel | None = None
+    ) -> Any:
+        """See :class:`DenoiserKind`."""
+        from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
+
+        unchecked: dict[str, Any] = {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+        if control is None:
+            return StableDiffusionPipeline(unet=network, **parts, **unchecked)
+        return StableDiffusionControlNetPipeline(
+            unet=network, controlnet=control, **parts, **unchecked
+        )
+
+    def arguments(self, text_BLD: Tensor, negative_BLD: Tensor) -> dict[str, Any]:
+        """See :class:`DenoiserKind`."""
+        return {"prompt_embeds": text_BLD, "negative_prompt_embeds": negative_BLD}
+
+
+KINDS: tuple[DenoiserKind, ...] = (UNetKind(),)
+
+
+def kind_of(network: nn.Module) -> DenoiserKind:
+    """The kind of a loaded denoiser."""
+    return next(kind for kind in KINDS if isinstance(network, kind.network_class))
+
+
+def kind_in(directory: Path) -> DenoiserKind | None:
+    """The kind whose folder a diffusers directory has, if it has one."""
+    return next((kind for kind in KINDS if (directory / kind.folder).is_dir()), None)
+
+
+def predict(
+    network: Denoiser, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor, **how: Any
+) -> Tensor:
+    """What a denoiser of any kind says; see ``DenoiserKind.predict``."""
+    return kind_of(network).predict(network, noisy_BCHW, timesteps_B, text_BLD, **how)
