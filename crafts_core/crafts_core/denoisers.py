@@ -3,10 +3,13 @@
 One seam: all that depends on the denoiser's kind stands here. A diffusers directory says the kind
 by the name of a folder:
 
-* ``unet/``: Stable Diffusion 1.5 and 2.1 (``UNet2DConditionModel``), words from CLIP's text tower.
+* ``unet/``: Stable Diffusion 1.5 and 2.1 (``UNet2DConditionModel``), words from CLIP's text tower;
+* ``transformer/``: PixArt-alpha and PixArt-sigma (``PixArtTransformer2DModel``), words from a T5
+  encoder. What it says of the noise's variance is left aside, as its own pipeline does.
 
 What a denoiser reads of a caption is one tensor (B, L, D), made by ``encode`` and read by
-``predict`` of the same kind, and opaque to everybody between them.
+``predict`` of the same kind, and opaque to everybody between them. T5 pads captions with tokens
+that must not be looked at: its last column is 1 where a token counts.
 
 Shape letters: B batch, C H W latent, L tokens, D text.
 """
@@ -15,16 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from diffusers import ControlNetModel, UNet2DConditionModel
+import torch
+from diffusers import ControlNetModel, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from crafts_core.aligner import tokenize
 from crafts_core.foundation_manifest import FoundationError
 
-Denoiser: TypeAlias = UNet2DConditionModel
-TextEncoder: TypeAlias = CLIPTextModel
-Tokenizer: TypeAlias = CLIPTokenizer
+Denoiser: TypeAlias = UNet2DConditionModel | PixArtTransformer2DModel
+TextEncoder: TypeAlias = CLIPTextModel | T5EncoderModel
+Tokenizer: TypeAlias = CLIPTokenizer | T5Tokenizer
+_PIXART_TOKENS = 120
+"""As many as PixArt's pipeline reads of a prompt."""
 
 
 class DenoiserKind(Protocol):
@@ -161,7 +167,88 @@ class UNetKind:
         return {"prompt_embeds": text_BLD, "negative_prompt_embeds": negative_BLD}
 
 
-KINDS: tuple[DenoiserKind, ...] = (UNetKind(),)
+class PixArtKind:
+    """PixArt's. Chen et al., arXiv 2310.00426 and 2403.04692."""
+
+    folder = "transformer"
+    network_class = PixArtTransformer2DModel
+    text_class = T5EncoderModel
+    tokenizer_class = T5Tokenizer
+    takes_control = False
+    reads_lora = False
+
+    def check(self, network: Any, channels: int, text_width: int) -> None:
+        """See :class:`DenoiserKind`."""
+        config = network.config
+        if config.in_channels != channels or network.out_channels not in (channels, 2 * channels):
+            raise FoundationError(
+                f"transformer: expected latents of {channels} channels in, as the VAE has, and "
+                f"once or twice as many out, got {config.in_channels} and {network.out_channels}"
+            )
+        if config.caption_channels != text_width:
+            raise FoundationError(
+                f"transformer: expected captions of width {text_width}, as the text encoder has, "
+                f"got {config.caption_channels}"
+            )
+
+    def most_tokens(self, text_encoder: Any) -> int:  # noqa: ARG002
+        """See :class:`DenoiserKind`. T5 has relative positions, hence no limit of its own."""
+        return _PIXART_TOKENS
+
+    def encode(self, text_encoder: Any, tokenizer: Any, captions: list[str]) -> Tensor:
+        """See :class:`DenoiserKind`."""
+        ids_BL = tokenize(tokenizer, captions, _PIXART_TOKENS).to(text_encoder.device)
+        counts_BL = ids_BL != tokenizer.pad_token_id
+        hidden_BLD: Tensor = text_encoder(
+            input_ids=ids_BL, attention_mask=counts_BL.long()
+        ).last_hidden_state
+        return torch.cat([hidden_BLD, counts_BL[..., None].to(hidden_BLD)], dim=-1)
+
+    def predict(
+        self,
+        network: Any,
+        noisy_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        *,
+        through: Callable[..., Any] | None = None,
+        steering: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """See :class:`DenoiserKind`."""
+        if steering:
+            raise ValueError("no ControlNet steers a PixArt transformer")
+        found: Tensor = (through or network)(
+            noisy_BCHW,
+            encoder_hidden_states=text_BLD[..., :-1],
+            encoder_attention_mask=text_BLD[..., -1],
+            timestep=timesteps_B,
+            added_cond_kwargs=_size_of(network, noisy_BCHW),
+        ).sample
+        return found[:, : noisy_BCHW.shape[1]]
+
+    def pipeline(
+        self, network: Any, parts: dict[str, Any], control: ControlNetModel | None = None
+    ) -> Any:
+        """See :class:`DenoiserKind`."""
+        from diffusers import PixArtAlphaPipeline
+
+        if control is not None:
+            raise ValueError("no ControlNet steers a PixArt transformer")
+        return PixArtAlphaPipeline(transformer=network, **parts)
+
+    def arguments(self, text_BLD: Tensor, negative_BLD: Tensor) -> dict[str, Any]:
+        """See :class:`DenoiserKind`."""
+        return {
+            "prompt_embeds": text_BLD[..., :-1],
+            "prompt_attention_mask": text_BLD[..., -1],
+            "negative_prompt": None,
+            "negative_prompt_embeds": negative_BLD[..., :-1],
+            "negative_prompt_attention_mask": negative_BLD[..., -1],
+            "use_resolution_binning": False,
+        }
+
+
+KINDS: tuple[DenoiserKind, ...] = (UNetKind(), PixArtKind())
 
 
 def kind_of(network: nn.Module) -> DenoiserKind:
@@ -179,3 +266,15 @@ def predict(
 ) -> Tensor:
     """What a denoiser of any kind says; see ``DenoiserKind.predict``."""
     return kind_of(network).predict(network, noisy_BCHW, timesteps_B, text_BLD, **how)
+
+
+def _size_of(network: Any, noisy_BCHW: Tensor) -> dict[str, Tensor | None]:
+    """The large PixArt-alpha is told the image's size; here it is always its own, and square."""
+    if not network.use_additional_conditions:
+        return {"resolution": None, "aspect_ratio": None}
+    side_px = 8.0 * noisy_BCHW.shape[-1]  # every VAE that it was trained with halves three times
+    rows = len(noisy_BCHW)
+    return {
+        "resolution": noisy_BCHW.new_full((rows, 2), side_px),
+        "aspect_ratio": noisy_BCHW.new_ones(rows, 1),
+    }

@@ -5,11 +5,27 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from crafts_core.aligner import LatentAligner
 from crafts_core.foundation import Foundation, Probe, load, save_probe, write_manifest
@@ -21,17 +37,32 @@ TEXT_WIDTH, EMBEDDING_DIM, MAX_TOKENS = 32, 16, 16
 
 
 def tiny_foundation(
-    path: Path, seed: int = 0, *, tile_px: int = 32, prediction_type: str = "v_prediction"
+    path: Path,
+    seed: int = 0,
+    *,
+    tile_px: int = 32,
+    prediction_type: str = "v_prediction",
+    pixart: bool = False,
 ) -> Foundation:
     """Write a tiny foundation to ``path`` and load it."""
-    return load(write_tiny_foundation(path, seed, tile_px=tile_px, prediction_type=prediction_type))
+    return load(
+        write_tiny_foundation(
+            path, seed, tile_px=tile_px, prediction_type=prediction_type, pixart=pixart
+        )
+    )
 
 
 def write_tiny_foundation(
-    path: Path, seed: int = 0, *, tile_px: int = 32, prediction_type: str = "v_prediction"
+    path: Path,
+    seed: int = 0,
+    *,
+    tile_px: int = 32,
+    prediction_type: str = "v_prediction",
+    pixart: bool = False,
 ) -> Path:
     """Write ``foundation.json`` and everything it lists. Latents are (4, tile_px/4, tile_px/4)."""
-    write_tiny_pipeline(path, seed, latent_px=tile_px // 4, prediction_type=prediction_type)
+    write = write_tiny_pixart if pixart else write_tiny_pipeline
+    write(path, seed, latent_px=tile_px // 4, prediction_type=prediction_type)
     write_tiny_aligner(path / "aligner", seed, image_px=tile_px)
     generator = torch.Generator().manual_seed(seed + 100)
     head = LatentAligner(in_channels=4, width=8, embedding_dim=EMBEDDING_DIM)
@@ -67,15 +98,7 @@ def write_tiny_pipeline(
     generator = torch.Generator().manual_seed(seed)
     tokenizer = tiny_tokenizer()
     text_encoder = CLIPTextModel(_text_config(tokenizer))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=latent_px * 4,
-    )
+    vae = _tiny_vae(latent_px)
     unet = UNet2DConditionModel(
         sample_size=latent_px,
         in_channels=4,
@@ -88,7 +111,76 @@ def write_tiny_pipeline(
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    scheduler = DDPMScheduler(
+    for module in (text_encoder, vae, unet):
+        randomise(module, generator)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=_tiny_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def write_tiny_pixart(
+    path: Path, seed: int = 0, *, latent_px: int = 8, prediction_type: str = "epsilon"
+) -> Path:
+    """A stock PixArt directory with random weights, which says the noise's variance, too."""
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = tiny_t5_tokenizer()
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+    vae = _tiny_vae(latent_px)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=latent_px,
+        caption_channels=24,
+    )
+    for module in (text_encoder, vae, transformer):
+        randomise(module, generator)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=_tiny_scheduler(prediction_type),
+    )
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """One token a letter."""
+    letters = sorted({letter for word in (*WORDS, "H&E,0123456789") for letter in word})
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("\u2581", -2.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -3.0) for letter in letters)], extra_ids=0)
+
+
+def _tiny_vae(latent_px: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=latent_px * 4,
+    )
+
+
+def _tiny_scheduler(prediction_type: str) -> DDPMScheduler:
+    return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -98,20 +190,6 @@ def write_tiny_pipeline(
         steps_offset=1,
         clip_sample=False,
     )
-    for module in (text_encoder, vae, unet):
-        randomise(module, generator)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(path, safe_serialization=True)
-    return path
 
 
 def write_tiny_aligner(path: Path, seed: int = 0, *, image_px: int = 32) -> Path:
