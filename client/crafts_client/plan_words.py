@@ -58,7 +58,8 @@ def _release(plan: Plan, stage: StageConfig) -> str:
             f"{alone:.2f} of the plan's if it stood alone"
         )
     whose = "all hospitals' patients in one sum" if _is_shared(plan) else "all patients"
-    return f"Before training, once, over {whose}: {what}; {cost}."
+    often = "once" if plan.release_attempts == 1 else "once, and once more if the sum stays closed"
+    return f"Before training, {often}, over {whose}: {what}; {cost}."
 
 
 def _is_shared(plan: Plan) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from crafts_client.agreed_patients import fetch_roster
 from crafts_client.home import SiteHome
-from crafts_client.mechanism import mechanism_of
+from crafts_client.mechanism import mechanisms_of
 from crafts_client.policy import Asked, PolicyError, Rule, trust_is_allowed
 from crafts_client.roster_rules import check_roster, unpinned
 from crafts_client.site_key import site_key
@@ -81,13 +81,19 @@ def shown_roster(home: SiteHome, plan: Plan) -> ShownRoster:
 def _epsilon_alone(home: SiteHome, plan: Plan, roster: Roster) -> float | None:
     if plan.privacy.trust != "distributed":
         return None
-    mechanism = mechanism_of(plan, declared_patients=home.config.declared_patients)
-    alone = accounting.PrivacyEvent(
-        noise_multiplier=least_share(plan, home.policy, mechanism, roster),
-        sample_rate=mechanism.sample_rate,
-        steps=plan.charged_steps,
-    )
-    return accounting.epsilon([alone], home.policy.max_delta)
+    training, *releases = mechanisms_of(plan, declared_patients=home.config.declared_patients)
+    charged = [(training, plan.charged_steps)] + [
+        (each, plan.release_attempts) for each in releases
+    ]
+    alone = [
+        accounting.PrivacyEvent(
+            noise_multiplier=least_share(plan, home.policy, mechanism, roster),
+            sample_rate=mechanism.sample_rate,
+            steps=steps,
+        )
+        for mechanism, steps in charged
+    ]
+    return accounting.epsilon(alone, home.policy.max_delta)
 
 
 def _lines(home: SiteHome, roster: Roster) -> Iterator[RosterLine]:

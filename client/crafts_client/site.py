@@ -402,12 +402,15 @@ class Site:
         limit = limit_of(plan, lifetime)
         if limit.max_epsilon == math.inf:  # without noise; the policy has allowed it by name
             lifetime = replace(lifetime, max_epsilon=math.inf)
-        share = unused = None
+        share = unused = most_of_stage = None
+        runs = self._home.approvals.runs_of(plan.hash)
         if plan.aggregation.secure_aggregation:
             roster = self._roster(plan)
             check_weight(plan, roster, self._home.config.name)
             if plan.privacy.trust == "distributed":
                 share = least_share(plan, self._home.policy, task.mechanism, roster)
+            if task.stage.is_release:
+                most_of_stage = runs * plan.release_attempts
             # First: from here on no announcement finds the sum whose charge is carried or closed.
             given_up = self._sums.give_up(request, task.charged)
             if given_up.spent is not None:
@@ -427,7 +430,8 @@ class Site:
                 attempt=request.attempt,
                 alone=alone_limit(self._home.policy, share),
                 unused=unused,
-                promised=promised_releases(plan, self._home.approvals.runs_of(plan.hash)),
+                promised=promised_releases(plan, runs),
+                most_of_stage=most_of_stage,
             )
         finally:
             # Not carried: too often already, or what is asked for was refused, or is open itself.

@@ -293,7 +293,8 @@ def grid_of(
             Rule.MEMBERS,
             f"of a sum over {', '.join(sorted(patients))} this site would be "
             f"{grid.weights[site]:.2f}, at most {MOST_WEIGHT:g} is hidden by the others; ask for a "
-            'plan with rule = "alignment_regularized" and its max_weight, or "uniform"',
+            'plan with rule = "alignment_regularized" and its max_weight, or "uniform"'
+            + (", and without stages anchors and colour" if stage.is_release else ""),
         )
     return grid
 

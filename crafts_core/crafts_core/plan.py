@@ -548,6 +548,15 @@ class Plan(_Section):
         return tuple(stage for stage in self.stage if stage.is_release)
 
     @property
+    def release_attempts(self) -> int:
+        """How often each release may be asked for in a run, all of it charged to the target.
+
+        No plan's to choose: were it open, whoever saw one sum of a release could pick between
+        another and further steps of training.
+        """
+        return 2 if self.aggregation.secure_aggregation else 1
+
+    @property
     def trained(self) -> tuple[StageConfig, ...]:
         """The stages in which sites train; all others come before them, a round each."""
         return tuple(

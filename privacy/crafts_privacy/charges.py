@@ -16,6 +16,7 @@ from crafts_privacy.errors import (
     FiltersChangedError,
     LedgerError,
     LedgerTamperedError,
+    StageSpentError,
 )
 from crafts_privacy.ledger_rows import RESTORE, EntryKind, LedgerEntry, Share
 from crafts_privacy.lifetime import AloneLimit, Lifetime, PlanCharges, Terms, with_charge
@@ -97,6 +98,18 @@ def charged_to(entries: Sequence[LedgerEntry], cohort: str) -> list[LedgerEntry]
     return [
         entry for entry in entries if entry.kind is EntryKind.RESERVED and entry.cohort == cohort
     ]
+
+
+def check_stage(charged: Sequence[LedgerEntry], wanted: Reservation, most: int) -> None:
+    """A stage of a plan is charged at most so often.
+
+    Raises:
+        StageSpentError: it was.
+    """
+    asked = (wanted.plan_hash, wanted.stage)
+    times = sum((entry.plan_hash, entry.stage) == asked for entry in charged)
+    if times >= most:
+        raise StageSpentError(plan_hash=wanted.plan_hash, stage=wanted.stage, times=times)
 
 
 def terms_of(entry: LedgerEntry) -> Terms | None:

@@ -4,6 +4,7 @@ CraftsError
 └── PrivacyError
     ├── BudgetExceededError      the site: less training, or a policy that allows more
     │   ├── PlanBudgetExceededError  the coordinator: the plan has had what it was approved for
+    │   │   └── StageSpentError          the coordinator: a release was asked for too often
     │   └── AloneBudgetExceededError  the site: less in sums, or a policy that trusts others more
     ├── CalibrationError         the coordinator: a target that no noise reaches
     ├── RankError                the site: one of its devices failed or is gone
@@ -40,6 +41,17 @@ class PlanBudgetExceededError(BudgetExceededError):
             f"plan {plan_hash[:16]}: epsilon over all of its runs would reach {epsilon:.3f}, above "
             f"its target {max_epsilon:.3f}; what is lost to crashes and given up runs counts, so "
             "ask the coordinator for a new plan for the rest",
+        )
+
+
+class StageSpentError(PlanBudgetExceededError):
+    """A plan's release was charged as often as it may be."""
+
+    def __init__(self, *, plan_hash: str, stage: str, times: int) -> None:
+        Exception.__init__(
+            self,
+            f"plan {plan_hash[:16]}: stage {stage} was charged {times} times, as often as it may "
+            "be; the study goes on with public data in its place, or under a new plan",
         )
 
 

@@ -32,6 +32,7 @@ from crafts_privacy.charges import (
     check_alone,
     check_filters,
     check_share,
+    check_stage,
     check_unused,
     entry_about,
     events_alone,
@@ -139,6 +140,7 @@ class Ledger:
         alone: AloneLimit | None = None,
         unused: Reservation | None = None,
         promised: Sequence[PrivacyEvent] = (),
+        most_of_stage: int | None = None,
     ) -> Reservation:
         """Charge ``event`` to the cohort before any of it runs.
 
@@ -154,7 +156,8 @@ class Ledger:
 
         ``promised`` are events that the plan may charge once more beside steps of training, charged
         or not: its own limit keeps room for them. Which of two kinds comes next is then no choice
-        that could be made by what was seen (``lifetime``).
+        that could be made by what was seen (``lifetime``). For that the plan may charge a ``stage``
+        of such events no more than ``most_of_stage`` times, over all of its runs.
 
         A calibrated plan fits its own limit exactly, because ``accounting.merge`` gives the same
         composition that the calibration verified; no slack is needed and none is given.
@@ -163,7 +166,8 @@ class Ledger:
             BudgetExceededError: none of the declared filters admits it after everything that the
                 cohort was charged; nothing is recorded.
             PlanBudgetExceededError: what the cohort was charged under this plan, in any run, with
-                this, passes the plan's limit; nothing is recorded.
+                this, passes the plan's limit, or its stage was charged as often as it may be;
+                nothing is recorded.
             AloneBudgetExceededError: the same with the noise that the site itself added, this event
                 with its smallest share or all of it among them, also where it costs nothing more;
                 nothing is recorded.
@@ -194,6 +198,8 @@ class Ledger:
                 if times_carried(transaction.entries, carried) >= MAX_CARRIED:
                     carried = None
             new = [] if held or carried else [event]
+            if new and most_of_stage is not None:
+                check_stage(charged, reservation, most_of_stage)
             after = with_charge(plans_of(charged), plan_hash, plan_limit, *new)
             state = lifetime.state(after)
             if not state.holds:

@@ -14,9 +14,9 @@ what was charged and of what is asked for. A policy declares one of these, or se
     distributions count: its noise and sampling are fixed by its hash, the coordinator chooses only
     what they are applied to and when to stop, and the target covers all the steps that the ledger
     ever allows, so a plan is one interactive mechanism of its (target epsilon, delta). A plan that
-    releases something before training has steps of two kinds; the ledger keeps room for all the
-    releases of the runs that a person allowed, or the next kind could be picked as the next plan
-    could. (Software
+    releases something before training has steps of two kinds; the ledger keeps room for as many
+    of each release as it may ever charge (one in each run that a person allowed, two where sums
+    over sites may stay closed), or the next kind could be picked as the next plan could. (Software
     that calibrates otherwise changes the noise of a plan under way; when that is installed is no
     choice of whoever sees releases.)
 ``renyi:ORDER``

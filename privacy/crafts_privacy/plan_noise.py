@@ -41,8 +41,8 @@ def stage_noise_multiplier(plan: Plan, stage: StageConfig) -> float:
 
 
 def release_events(plan: Plan) -> tuple[PrivacyEvent, ...]:
-    """What a plan charges before training."""
-    return tuple(
+    """What a plan may charge before training: each release as often as it may be asked for."""
+    return plan.release_attempts * tuple(
         PrivacyEvent(
             noise_multiplier=stage.noise_multiplier or 0.0,
             sample_rate=plan.privacy_of(stage).sample_rate,

@@ -87,6 +87,14 @@ class Attempts:
             row_of = session.get_one(AttemptRow, (self._run_id, round_number, attempt))
             row_of.void = void
 
+    def num_void(self, round_number: int) -> int:
+        """How many attempts at a round could not be read."""
+        query = select(func.count()).where(
+            AttemptRow.run_id == self._run_id, AttemptRow.round == round_number, AttemptRow.void
+        )
+        with self._registry.session() as session:
+            return session.scalar(query) or 0
+
     def under_way(self, round_number: int) -> Announced | None:
         """The newest attempt at a round, if its members may have been told and it is not void."""
         query = (

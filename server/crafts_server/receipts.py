@@ -152,9 +152,15 @@ class RoundReceipt(_Record):
     state_hash: Sha256
     """Identity of the new global adapter."""
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether it is a release of which no sum could be read, so that all of it is public."""
+        return self.release is not None and not self.sites
+
     @model_validator(mode="after")
     def _somebody_trained(self) -> Self:
-        if bool(self.sites) == (self.retrieval is not None):
+        is_alone = self.retrieval is not None
+        if (is_alone and self.sites) or not (is_alone or self.sites or self.stands_in):
             raise ValueError("expected sites, or what the coordinator picked alone")
         return self
 

@@ -140,13 +140,17 @@ def _wraps(plan: Plan, roster: Roster) -> Iterator[str]:
     bits, noise = plan.privacy.sum_grid_bits, plan_noise_multiplier(plan)
     assert bits is not None
     patients, most = sum(roster.patients.values()), MOST_OWN_NOISE * len(roster.sites) ** 0.5
-    largest = min(
-        largest_grid_bits(
-            expected_patients=plan.privacy_of(stage).sample_rate * patients,
-            total_noise_multiplier=most * (stage.noise_multiplier or noise),
+    try:
+        largest = min(
+            largest_grid_bits(
+                expected_patients=plan.privacy_of(stage).sample_rate * patients,
+                total_noise_multiplier=most * (stage.noise_multiplier or noise),
+            )
+            for stage in plan.asked
         )
-        for stage in plan.asked
-    )
+    except ValueError as error:
+        yield str(error)
+        return
     if bits > largest:
         yield (
             f"sums over {len(roster.sites)} sites need sum_grid_bits of {largest} or less, the "

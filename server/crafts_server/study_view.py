@@ -168,5 +168,5 @@ def _newest_receipt(home: CoordinatorHome, runs: Sequence[RunSummary]) -> RoundR
     going = [run for run in with_rounds if run.status is RunStatus.RUNNING]
     for run in (going or with_rounds)[:1]:
         receipts = (each.receipt() for each in reversed(home.checkpoints(run.run_id).chain()[1:]))
-        return next((receipt for receipt in receipts if receipt.sites), None)
+        return next((each for each in receipts if each.sites or each.sums), None)
     return None

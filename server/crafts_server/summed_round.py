@@ -88,7 +88,9 @@ def _sum_receipt(part: SumOfPart, reading: SumReading) -> SumReceipt:
 def _site_receipts(
     opened: OpenRound, reading: SumReading, parts: Sequence[SumOfPart]
 ) -> Iterator[SiteReceipt]:
-    """Each member by name."""
+    """Each member by name; of no sum nobody."""
+    if not parts:
+        return
     privacy, stage = opened.privacy, opened.planned.stage
     noise = {site: own for part in parts for site, own in part.noise_multipliers.items()}
     counted = reading.counted(parts)

@@ -120,12 +120,13 @@ def attack(study: LocalStudy) -> Leakage | None:
 def steering(study: LocalStudy) -> tuple[Steering, ...]:
     """How far the generator follows each condition, on held-out tiles, once, and a picture."""
     workspace = study.workspace
-    if workspace.steering.exists():
+    pictures = [_steered_picture(study, part) for part in _controls(study)]
+    if workspace.steering.exists() and all(each.is_file() for each in pictures):
         return _STEERINGS.validate_json(workspace.steering.read_bytes())
     generator = Generator.from_directory(workspace.generator, device=study.foundation.device)
     test = heldout_store(workspace)
     measured: list[Steering] = []
-    for modality in (part for part in study.plan.parts if part != "generator"):
+    for modality in _controls(study):
         study.progress(f"measuring {modality}", len(measured), len(measured) + 1)
         directory = workspace.generator / CONTROLS / modality
         network = read_part(ControlNetModel, directory, dtype=torch.float32)
@@ -150,6 +151,10 @@ def _finder(study: LocalStudy) -> NucleiFinder | None:
         return teach_finder(_training_stores(study))
     except NotMeasurableError:  # the evaluation's own remarks say what to install
         return None
+
+
+def _controls(study: LocalStudy) -> list[Modality]:
+    return [part for part in study.plan.parts if part != "generator"]
 
 
 def _steered_picture(study: LocalStudy, modality: Modality) -> Path:

@@ -18,7 +18,7 @@ from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy import accounting, signing
 from support.sites import Coordinator
-from support.sum_study import SumStudy, summing_home, values_of_updates
+from support.sum_study import STAGES, SumStudy, summing_home, telling_plan, values_of_updates
 from support.sums import SumSite
 
 
@@ -83,6 +83,23 @@ def test_a_roster_is_shown_with_keys_phrase_and_what_is_left_alone(home, study, 
     text = run("roster", "show", plan, "--home", home.path).stdout
     assert roster.phrase in text
     assert "not approved here yet" in text
+
+
+def test_what_is_left_alone_counts_releases_as_often_as_they_may_be_asked_for(
+    tmp_path, foundation, coordinator, study, far_side
+) -> None:
+    home = summing_home(tmp_path / "telling", foundation, coordinator, allowed_stages=STAGES)
+    plan = telling_plan(foundation)
+    telling = SumStudy(coordinator, foundation, home, plan)
+    study.plan, study.state = plan, telling.state
+    far_side(telling.roster())
+    shown = json.loads(run("roster", "show", plan.hash[:16], "--home", home.path, "--json").stdout)
+    training = mechanism_of(plan, declared_patients=20).event(plan.charged_steps)
+    alone = [
+        replace(training, noise_multiplier=training.noise_multiplier / 2**0.5),
+        accounting.PrivacyEvent(noise_multiplier=16.0 / 2**0.5, sample_rate=1.0, steps=2),
+    ]
+    assert shown["epsilon_alone"] == pytest.approx(accounting.epsilon(alone, 5e-3))
 
 
 def test_a_person_approves_and_takes_back(home, study, far_side) -> None:

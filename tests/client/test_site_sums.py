@@ -12,6 +12,7 @@ from flwr.app import Context, Error, RecordDict
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.errors import NotReadyError, TrainingError, WitnessError
 from crafts_client.home import SiteHome
+from crafts_client.mechanism import mechanism_of, promised_releases
 from crafts_client.outbox import Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
@@ -24,7 +25,7 @@ from crafts_core.exchange import MaskedReply, ReadyReply
 from crafts_core.plan import Plan
 from crafts_core.state import State
 from crafts_privacy import accounting, signing
-from crafts_privacy.errors import AloneBudgetExceededError
+from crafts_privacy.errors import AloneBudgetExceededError, StageSpentError
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import Ledger, Share
 from crafts_privacy.noise import GridNoise
@@ -37,11 +38,13 @@ from support.clocks import ManualClock
 from support.noise import FixedSampler, RecordedSums
 from support.sites import Coordinator, flower_message
 from support.sum_study import (
+    STAGES,
     SumStudy,
     distributed_values,
     kinds,
     set_policy,
     summing_home,
+    telling_plan,
     values_of_updates,
 )
 from support.sums import SumSite
@@ -448,6 +451,26 @@ def test_an_answer_that_was_hidden_is_charged_and_the_next_attempt_again(home, s
     assert (words(first) == words(second)).mean() < 0.01
     with pytest.raises(PolicyError, match="replay"):
         study.ready(site, attempt=1)
+
+
+def test_a_release_is_told_twice_at_most_and_both_are_in_the_target(
+    tmp_path: Path, foundation, coordinator: Coordinator
+) -> None:
+    """Or whoever saw the first could choose between another and further steps of training."""
+    home = summing_home(tmp_path / "telling", foundation, coordinator, allowed_stages=STAGES)
+    plan = telling_plan(foundation)
+    study, site = SumStudy(coordinator, foundation, home, plan), Site(home, foundation)
+    for attempt in (1, 2):
+        study.add(site, attempt=attempt)
+    for attempt in (3, 4):
+        with pytest.raises(StageSpentError, match="stage colour was charged 2 times"):
+            study.ready(site, attempt=attempt)
+    events = Ledger(home.ledger_path).events("main")
+    assert [event.noise_multiplier for event in events] == [16.0, 16.0]
+    training = mechanism_of(plan, declared_patients=20).event(plan.charged_steps)
+    spent = accounting.epsilon([*events, training], 1e-3)
+    assert 0.98 * 1.0 < spent <= 1.0, "training's noise is made for what two of them leave"
+    assert promised_releases(plan, 1) == tuple(events)
 
 
 def test_a_process_that_died_holds_no_sum_and_its_charge_is_for_its_request(

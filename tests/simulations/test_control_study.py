@@ -80,9 +80,10 @@ def test_the_generator_is_steered_by_stock_diffusers(finished: Path, report: Rep
     (steering,) = report.steering
     assert (steering.modality, steering.tiles) == ("nuclei", 16)
     assert [row.where for row in steering.found] == [
+        "mask",
         "real", "reconstruction", "drawn", "without", "drawn_other"
     ]  # fmt: skip
-    real, drawn = steering.found[0], steering.found[2]
+    real, drawn = steering.found[1], steering.found[3]
     assert real.dice > max(0.5, drawn.dice), "a real tile's own mask is found in it"
     with Image.open(finished / "samples" / "steered-nuclei.png") as sheet:
         assert sheet.size[0] > sheet.size[1] > 4 * 32

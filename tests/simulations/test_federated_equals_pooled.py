@@ -13,7 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crafts_client.errors import NotReadyError
+from crafts_client.messages import AnnouncementMessage
+from crafts_client.outbox import Release
 from crafts_client.patients import PatientTiles
+from crafts_client.site import Site
 from crafts_client.trainer import Speed, Trainer, TrainingTask
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
@@ -23,6 +27,8 @@ from crafts_core.starting_point import initial_state
 from crafts_core.state import State, release_name
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
+from crafts_privacy import accounting
+from crafts_privacy.ledger import Ledger
 from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import Optimizer, optimizer_of
 from crafts_privacy.patient_sgd import PatientSGD
@@ -303,6 +309,43 @@ def test_of_a_release_that_nobody_can_use_public_data_stands_in(tmp_path: Path) 
         assert torch.isfinite(checkpoint.state()[release_name(name)]).all()
     text_KD = foundation.aligner.embed_captions(list(CAPTIONS))
     assert torch.allclose(chain[1].state()[release_name("anchors")], text_KD, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_release_that_stays_closed_gives_way_to_public_data_and_the_study_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One site never delivers colour: two attempts, all charged, and no third is asked for."""
+    foundation = tiny_foundation(tmp_path / "foundation")
+    told: dict[str, object] = {"name": "colour", "noise_multiplier": 0.3}
+    plan = plan_of(foundation, 3, [told, stage_of("pretraining", "sgd")], 150.0)
+    federation = Federation(
+        *(tmp_path, foundation, 3),
+        max_epsilon=300.0,
+        allowed_trust=("distributed",),
+        max_epsilon_alone=1e6,
+    )
+    add, asked = Site.add_to_sum, []
+
+    def silent(site: Site, message: AnnouncementMessage) -> Release:
+        release = add(site, message)
+        if message.request.round == 1 and release.reply.site == "site-02":
+            asked.append(message.request.attempt)
+            raise NotReadyError("lost on the way")
+        return release
+
+    monkeypatch.setattr(Site, "add_to_sum", silent)
+    chain = federation.run(plan)
+    assert asked == [1, 2]
+    receipt = chain[1].receipt()
+    assert receipt.release is not None
+    assert receipt.release.is_public == (True,)
+    assert [each.missing for each in receipt.sums] == [("site-02",)] * 2
+    assert (receipt.sites, len(chain)) == ((), 1 + plan.num_rounds)
+    for home in federation.homes:
+        events = Ledger(home.ledger_path).events("main")
+        assert [event.noise_multiplier for event in events[:2]] == [0.3, 0.3]
+        assert accounting.epsilon(events, 1e-3) <= 150.0
 
 
 @pytest.mark.exhaustive

@@ -15,11 +15,12 @@ from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, ReadyReply, RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
+from crafts_core.releases import release_schema
 from crafts_core.roster import Roster
 from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_privacy.ledger import Ledger
-from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_privacy.plan_noise import stage_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import add_masks_, add_up_
 from crafts_privacy.secure_aggregation.members import announce, verify_members
@@ -44,6 +45,16 @@ def distributed_values(foundation_hash: str, **stage: object) -> dict[str, objec
     }
     values["aggregation"] |= {"min_sites": 3, "secure_aggregation": True}  # type: ignore[operator]
     return values
+
+
+STAGES = ("anchors", "colour", "pretraining", "alignment")
+
+
+def telling_plan(foundation: Foundation, *, noise_multiplier: float = 16.0) -> Plan:
+    """``distributed_values`` after a release of colour."""
+    values = distributed_values(foundation.manifest.hash)
+    told = {"name": "colour", "noise_multiplier": noise_multiplier}
+    return Plan.parse(values | {"stage": [told, *values["stage"]]})  # type: ignore[misc]
 
 
 def values_of_updates(foundation_hash: str, **stage: object) -> dict[str, object]:
@@ -79,10 +90,10 @@ class SumStudy:
         home: SiteHome,
         plan: Plan | None = None,
     ) -> None:
-        """The roster is approved, unless a test takes that back."""
+        """The roster is approved, unless a test takes that back. Peers join in the first stage."""
         self.coordinator, self.home = coordinator, home
         self.plan = plan or Plan.parse(distributed_values(foundation.manifest.hash))
-        self.state = coordinator.start(self.plan)
+        self.state = coordinator.start(self.plan) | release_schema(self.plan, foundation)
         self.identity = site_key(home, None)
         home.roster_approvals.approve(self.roster())
 
@@ -110,7 +121,7 @@ class SumStudy:
             number,
             declared_patients=30 + number,
             request=request_hash,
-            noise_multiplier=plan_noise_multiplier(self.plan),
+            noise_multiplier=stage_noise_multiplier(self.plan, self.plan.stage[0]),
         )
 
     def request(

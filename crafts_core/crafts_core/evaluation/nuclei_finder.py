@@ -6,11 +6,11 @@ tile, so that no stain is an advantage; gradient-boosted trees learn from real t
 whether it lies in a nucleus. One finder looks at the tiles of every arm, the real ones included:
 what it makes of those is the most that anybody can have.
 
-Letters: N tiles, H W pixels, P pixels in one row, F features, C centres.
+Letters: N tiles, H W pixels, P pixels in one row, F features, C channels of a condition or centres.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,8 @@ the radius of a nucleus."""
 _SMALLEST_PX = 6
 """What is found of fewer pixels is no nucleus."""
 _FIGURES = ("dice", "found_again", "count_error")
-_PEAK_PX = 5
-"""Side of the window in which one pixel is the deepest of its nucleus."""
+_SMOOTH_PX, _PEAK_PX = 1.5, 7
+"""How far depths are smoothed, and the side of the window in which one is a nucleus's deepest."""
 
 
 class Found(BaseModel):
@@ -65,11 +65,9 @@ class NucleiFinder:
         """Learn from real tiles whose nuclei are marked.
 
         Raises:
-            ValueError: no pixel, or every pixel, lies in a nucleus.
+            ValueError: no pixel that is looked at, or every one, lies in a nucleus.
             NotMeasurableError: scikit-learn is not installed.
         """
-        if foreground_NHW.all() or not foreground_NHW.any():
-            raise ValueError("expected tiles with nuclei and with something else")
         learn = scikit_learn("nuclei found again")
         rng = np.random.default_rng(seed)
         rows, marks = [], []
@@ -77,8 +75,11 @@ class NucleiFinder:
             some = rng.choice(inside_HW.size, min(_PIXELS_A_TILE, inside_HW.size), replace=False)
             rows.append(pixel_features(image_HWC)[some])
             marks.append(inside_HW.ravel()[some])
+        mark_P = np.concatenate(marks)
+        if mark_P.all() or not mark_P.any():
+            raise ValueError("expected tiles with nuclei and with something else")
         model = learn.ensemble.HistGradientBoostingClassifier(random_state=seed)
-        return cls(model.fit(np.concatenate(rows), np.concatenate(marks)))
+        return cls(model.fit(np.concatenate(rows), mark_P))
 
     def nuclei(self, image_HWC: Images) -> Mask:
         """Where it sees nuclei, (H, W)."""
@@ -91,43 +92,46 @@ class NucleiFinder:
         inside_HW: Mask = keeps[pieces_HW]
         return inside_HW
 
-    def compare(
-        self,
-        images_NHWC: Images,
-        condition_NCHW: Floats,
-        patient_N: Patients,
-        *,
-        num_bootstrap: int = 500,
-        seed: int = 0,
-    ) -> Found:
-        """What is found in each image, against a condition of nuclei (foreground, ., distance).
+    def see(self, images_NHWC: Images) -> Mask:
+        """Where it sees nuclei in each, (N, H, W)."""
+        return np.stack([self.nuclei(image_HWC) for image_HWC in images_NHWC])
 
-        Masks without a nucleus do not count.
 
-        Raises:
-            ValueError: no mask has a nucleus.
-        """
-        own = [centres_of_condition(each_CHW[2]) for each_CHW in condition_NCHW]
-        rows = [row for row, centres_C in enumerate(own) if len(centres_C)]
-        if not rows:
-            raise ValueError("no mask has a nucleus")
-        mean_count = sum(len(own[row]) for row in rows) / len(rows)
-        told = []
-        for row in rows:
-            inside_HW, own_C = condition_NCHW[row, 0] > 0.5, own[row]
-            seen_HW = self.nuclei(images_NHWC[row])
-            seen_C = centres_of_foreground(seen_HW)
-            both = int((seen_HW & inside_HW).sum())
-            dice = 2 * both / (int(seen_HW.sum()) + int(inside_HW.sum()))
-            f1 = 2 * num_matched(own_C, seen_C) / (len(own_C) + len(seen_C))
-            told.append((dice, f1, abs(len(seen_C) - len(own_C)) / mean_count))
-        values: dict[str, Any] = {}
-        for name, value_N in zip(_FIGURES, np.transpose(told), strict=True):
-            values[name] = float(value_N.mean())
-            values[f"{name}_interval"] = mean_interval(
-                value_N, patient_N[rows], num_bootstrap=num_bootstrap, seed=seed
-            )
-        return Found(**values)
+def compared(
+    seen_NHW: Mask,
+    condition_NCHW: Floats,
+    patient_N: Patients,
+    *,
+    num_bootstrap: int = 500,
+    seed: int = 0,
+) -> Found:
+    """Nuclei that are seen in images, against their conditions of nuclei.
+
+    Masks without a nucleus do not count.
+
+    Raises:
+        ValueError: no mask has a nucleus.
+    """
+    own = [centres_of_condition(each_CHW) for each_CHW in condition_NCHW]
+    rows = [row for row, centres_C in enumerate(own) if len(centres_C)]
+    if not rows:
+        raise ValueError("no mask has a nucleus")
+    mean_count = sum(len(own[row]) for row in rows) / len(rows)
+    told = []
+    for row in rows:
+        seen_HW, inside_HW, own_C = seen_NHW[row], condition_NCHW[row, 0] > 0.5, own[row]
+        seen_C = centres_of_foreground(seen_HW)
+        both = int((seen_HW & inside_HW).sum())
+        dice = 2 * both / (int(seen_HW.sum()) + int(inside_HW.sum()))
+        f1 = 2 * num_matched(own_C, seen_C) / (len(own_C) + len(seen_C))
+        told.append((dice, f1, abs(len(seen_C) - len(own_C)) / mean_count))
+    values: dict[str, Any] = {}
+    for name, value_N in zip(_FIGURES, np.transpose(told), strict=True):
+        values[name] = float(value_N.mean())
+        values[f"{name}_interval"] = mean_interval(
+            value_N, patient_N[rows], num_bootstrap=num_bootstrap, seed=seed
+        )
+    return Found(**values)
 
 
 def pixel_features(image_HWC: Images) -> Floats:
@@ -147,14 +151,24 @@ def pixel_features(image_HWC: Images) -> Floats:
 
 def centres_of_foreground(inside_HW: Mask) -> Floats:
     """(C, 2): the deepest places of a mask, which is one of each nucleus though they touch."""
-    deep_HW = ndimage.gaussian_filter(ndimage.distance_transform_edt(inside_HW), 1.0)
+    deep_HW = ndimage.gaussian_filter(ndimage.distance_transform_edt(inside_HW), _SMOOTH_PX)
     highest_HW = ndimage.maximum_filter(deep_HW, _PEAK_PX)
-    return _middles(inside_HW & (deep_HW == highest_HW))
+    return _middles(inside_HW & (deep_HW == highest_HW), touching=8)
 
 
-def centres_of_condition(distance_HW: Floats) -> Floats:
-    """(C, 2): where the distance of a condition has its maximum, 1, once in each nucleus."""
-    return _middles(distance_HW >= 1.0)
+def centres_of_condition(condition_CHW: Floats) -> Floats:
+    """(N, 2): the middle of each nucleus of a condition (foreground, boundary, distance).
+
+    Its inside is what is left without the boundary, which parts nuclei that touch; of one that is
+    all boundary nothing is left, and its foreground stands for it.
+    """
+    inside_HW = condition_CHW[0] > 0.5
+    core_HW = inside_HW & (condition_CHW[1] < 0.5)
+    pieces_HW, count = ndimage.label(inside_HW, structure=np.ones((3, 3)))
+    has_core = np.zeros(count + 1, dtype=bool)
+    has_core[np.unique(pieces_HW[core_HW])] = True
+    without_HW = inside_HW & ~has_core[pieces_HW]
+    return np.concatenate([_middles(core_HW, touching=4), _middles(without_HW, touching=8)])
 
 
 def num_matched(first_C: Floats, second_C: Floats, most_px: float = _MATCHED_PX) -> int:
@@ -166,9 +180,10 @@ def num_matched(first_C: Floats, second_C: Floats, most_px: float = _MATCHED_PX)
     return int(near[rows, columns].sum())
 
 
-def _middles(marked_HW: Mask) -> Floats:
-    """Of each piece of marked pixels, which touch by edge or corner."""
-    pieces_HW, count = ndimage.label(marked_HW, structure=np.ones((3, 3)))
+def _middles(marked_HW: Mask, *, touching: Literal[4, 8]) -> Floats:
+    """Of each piece of marked pixels, which hang together by so many neighbours."""
+    structure = ndimage.generate_binary_structure(2, 1 if touching == 4 else 2)
+    pieces_HW, count = ndimage.label(marked_HW, structure=structure)
     places = ndimage.center_of_mass(marked_HW, pieces_HW, range(1, count + 1))
     middles_C: Floats = np.asarray(places, dtype=np.float32).reshape(-1, 2)
     return middles_C

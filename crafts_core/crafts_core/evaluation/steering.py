@@ -26,7 +26,7 @@ from crafts_core.control_net import steering
 from crafts_core.denoisers import predict
 from crafts_core.evaluation.baselines import reconstruct
 from crafts_core.evaluation.encoder import Images
-from crafts_core.evaluation.nuclei_finder import Found, NucleiFinder
+from crafts_core.evaluation.nuclei_finder import Found, Mask, NucleiFinder, compared
 from crafts_core.evaluation.real_tiles import rows_in_order_of_content
 from crafts_core.generator import Generator
 from crafts_core.plan import Modality
@@ -40,12 +40,13 @@ from crafts_core.tiles.store import TileStore
 
 _MIN_SNR_GAMMA = 5.0
 _CHUNK = 32
-_FEWEST_TAUGHT = 16
+_FEWEST_TAUGHT, _MOST_TAUGHT = 16, 500
 """Tiles with masks, for somebody to learn what a nucleus looks like."""
 
 
-Looked = Literal["real", "reconstruction", "drawn", "without", "drawn_other"]
+Looked = Literal["mask", "real", "reconstruction", "drawn", "without", "drawn_other"]
 LOOKED: dict[Looked, str] = {
+    "mask": "the mask, its nuclei not told apart",
     "real": "the real tile",
     "reconstruction": "the real tile through the VAE",
     "drawn": "drawn from its mask",
@@ -118,17 +119,21 @@ class SteeredTiles:
 
 
 def teach_finder(stores: Sequence[TileStore], *, seed: int = 0) -> NucleiFinder | None:
-    """A finder of nuclei, taught by tiles that have masks; None where too few have.
+    """A finder of nuclei, taught by tiles that have masks; None where these teach nothing.
 
     Raises:
         NotMeasurableError: scikit-learn is not installed.
     """
-    taught = [SteeredTiles.read(store, "nuclei", seed=seed) for store in stores]
+    most = -(-_MOST_TAUGHT // max(1, len(stores)))
+    taught = [SteeredTiles.read(store, "nuclei", max_tiles=most, seed=seed) for store in stores]
     images_NHWC = np.concatenate([tiles.images_NHWC for tiles in taught])
     inside_NHW = np.concatenate([tiles.condition_NCHW[:, 0] for tiles in taught]) > 0.5
     if len(images_NHWC) < _FEWEST_TAUGHT:
         return None
-    return NucleiFinder.teach(images_NHWC, inside_NHW, seed=seed)
+    try:
+        return NucleiFinder.teach(images_NHWC, inside_NHW, seed=seed)
+    except ValueError:  # no pixel, or every pixel, is of a nucleus
+        return None
 
 
 def measure_steering(
@@ -174,7 +179,7 @@ def measure_steering(
             "drawn_other": _mean_r(drawn_NHWC, foreground_NHW[other_N]),
             "real_own": _mean_r(tiles.images_NHWC, foreground_NHW),
         }
-        if finder is not None:
+        if finder is not None and foreground_NHW.any():
             looked: dict[Looked, Images] = {
                 "real": tiles.images_NHWC,
                 "reconstruction": reconstruct(generator, tiles.images_NHWC),
@@ -182,12 +187,14 @@ def measure_steering(
                 "without": _drawn(generator, None, tiles.captions, own, config),
                 "drawn_other": _drawn(generator, network, tiles.captions, own[other_N], config),
             }
+            seen: dict[Looked, Mask] = {"mask": foreground_NHW > 0.5}
+            seen |= {where: finder.see(images_NHWC) for where, images_NHWC in looked.items()}
             drawing["found"] = tuple(
                 FoundIn(
                     where=where,
-                    **dict(finder.compare(images_NHWC, own_NCHW, tiles.patient_N)),
+                    **dict(compared(seen_NHW, own_NCHW, tiles.patient_N)),
                 )
-                for where, images_NHWC in looked.items()
+                for where, seen_NHW in seen.items()
             )
     return Steering(
         modality=modality,

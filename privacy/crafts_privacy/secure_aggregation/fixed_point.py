@@ -66,6 +66,7 @@ def largest_grid_bits(*, expected_patients: float, total_noise_multiplier: float
         ):
             return grid_bits
     raise ValueError(
-        f"sums over {expected_patients:.0f} expected patients do not fit into 32 bits; lower the "
-        "sample rate"
+        f"sums over {expected_patients:.0f} expected patients with noise of "
+        f"{total_noise_multiplier:.0f} do not fit into 32 bits; lower the sample rate or the "
+        "noise, take stages anchors and colour out, or take fewer sites"
     )
