@@ -1,7 +1,8 @@
 """Every way to a patient's gradient against autograd on that patient alone.
 
 On the layers that diffusion models are made of: a UNet in full, LoRA on attention and convolutions,
-a ControlNet, with checkpointing and in bfloat16, for patients with as many tiles and with fewer.
+a ControlNet, LoRA on a transformer, with checkpointing and in bfloat16, for patients with as many
+tiles and with fewer.
 """
 
 import threading
@@ -11,27 +12,42 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
-from peft import LoraConfig
+from diffusers import ControlNetModel, PixArtTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from crafts_core.denoisers import predict
 from crafts_privacy.gradients import FlatGradient, GroupGradients
 
 SIZE, TEXT = 8, 16
-KINDS = ["lora", "lora-conv", "full", "controlnet"]
+KINDS = ["lora", "lora-conv", "full", "controlnet", "pixart"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE, in_channels=2, out_channels=2, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
+        cross_attention_dim=TEXT, attention_head_dim=8, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def _transformer() -> PixArtTransformer2DModel:
+    """Its text has one column more, which says which tokens count."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=2, out_channels=4, num_layers=2,
+        cross_attention_dim=8, sample_size=SIZE, caption_channels=TEXT - 1,
+    )  # fmt: skip
 
 
 class Denoiser(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.denoiser = UNet2DConditionModel(
-            sample_size=SIZE, in_channels=2, out_channels=2, block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
-            cross_attention_dim=TEXT, attention_head_dim=8, norm_num_groups=4,
-        ).requires_grad_(kind == "full")  # fmt: skip
+        self.denoiser = (_transformer() if kind == "pixart" else _unet()).requires_grad_(
+            kind == "full"
+        )
         self.control: ControlNetModel | None = None
         if kind == "controlnet":
             self.control = ControlNetModel.from_unet(
@@ -40,9 +56,10 @@ class Denoiser(nn.Module):
             for parameter in self.control.controlnet_down_blocks.parameters():
                 nn.init.normal_(parameter, std=0.1)  # zero outputs would hide all other gradients
         elif kind != "full":
-            targets = ATTENTION if kind == "lora" else [*ATTENTION, "conv1", "conv_shortcut"]
+            convolutions = ["conv1", "conv_shortcut"] if kind == "lora-conv" else []
+            targets = [*ATTENTION, *convolutions, *(["proj_out"] if kind == "pixart" else [])]
             lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-            self.denoiser.add_adapter(lora)
+            inject_adapter_in_model(lora, self.denoiser)
 
     def losses(self, tiles: Sequence[int]) -> Tensor:
         """Per tile; a tile is the seed of its inputs."""
@@ -50,6 +67,8 @@ class Denoiser(nn.Module):
         noisy, target = (torch.stack([torch.randn(2, SIZE, SIZE, generator=g) for g in made])
                          for _ in range(2))  # fmt: skip
         text = torch.stack([torch.randn(3, TEXT, generator=g) for g in made])
+        if isinstance(self.denoiser, PixArtTransformer2DModel):
+            text[..., -1] = 1.0
         times = torch.cat([torch.randint(1000, (1,), generator=g) for g in made])
         extra = {}
         if self.control is not None:
@@ -59,7 +78,7 @@ class Denoiser(nn.Module):
                 "down_block_additional_residuals": steered.down_block_res_samples,
                 "mid_block_additional_residual": steered.mid_block_res_sample,
             }
-        output = self.denoiser(noisy, times, text, **extra).sample
+        output = predict(self.denoiser, noisy, times, text, steering=extra)
         return (output.float() - target).square().mean((1, 2, 3))
 
     def trained(self) -> list[nn.Parameter]:
