@@ -56,6 +56,7 @@ def _release(plan: Plan, stage: StageConfig) -> str:
         cost = (
             f"with noise of {stage.noise_multiplier:g} times what one patient adds, epsilon "
             f"{alone:.2f} of the plan's if it stood alone"
+            + (", each time" if plan.release_attempts > 1 else "")
         )
     whose = "all hospitals' patients in one sum" if _is_shared(plan) else "all patients"
     often = "once" if plan.release_attempts == 1 else "once, and once more if the sum stays closed"

@@ -18,7 +18,7 @@ from crafts_client.errors import (
 )
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.site import StageStartMissingError
-from crafts_core.exchange import ExchangeError
+from crafts_core.exchange import TOLD_OUT, ExchangeError
 from crafts_core.foundation import FoundationError
 from crafts_core.plan import PlanError
 from crafts_core.stages.objective import BatchCoupledLossError
@@ -32,6 +32,7 @@ from crafts_privacy.errors import (
     LedgerPlaceError,
     PlanBudgetExceededError,
     RankError,
+    StageSpentError,
 )
 from crafts_privacy.secure_aggregation.members import MembersError
 
@@ -53,6 +54,7 @@ OF_ERROR: tuple[tuple[type[Exception], Refusal], ...] = (
     (StageStartMissingError, STAGE_START_MISSING),
     (ExchangeError, Refusal(101, "the message is not what the plan says it should be")),
     (PlanError, Refusal(102, "the plan cannot be read")),
+    (StageSpentError, Refusal(153, TOLD_OUT)),
     (PlanBudgetExceededError, Refusal(117, "the plan has spent its own target epsilon here")),
     (
         AloneBudgetExceededError,

@@ -412,7 +412,7 @@ class Site:
             if task.stage.is_release:
                 most_of_stage = runs * plan.release_attempts
             # First: from here on no announcement finds the sum whose charge is carried or closed.
-            given_up = self._sums.give_up(request, task.charged)
+            given_up = self._sums.give_up(request, task.charged, task.stage.name)
             if given_up.spent is not None:
                 self._close_round(given_up.spent)
             unused = given_up.unused

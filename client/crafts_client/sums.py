@@ -31,7 +31,7 @@ from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import Policy, PolicyError, Rule
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
-from crafts_core.plan import Plan, StageConfig
+from crafts_core.plan import RELEASES, Plan, StageConfig
 from crafts_core.roster import Roster
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.held_sum import HeldSum
@@ -166,8 +166,10 @@ class SiteSums:
         """The last word left at a time that no patient decided."""
         self._is_in_time = True
 
-    def give_up(self, request: RoundRequest, event: PrivacyEvent) -> GivenUp:
+    def give_up(self, request: RoundRequest, event: PrivacyEvent, stage: str) -> GivenUp:
         """Forget the sum, as ``request`` asks for another of ``event``; what becomes of its charge.
+
+        What was charged for a release pays for that alone, or of another one more could be told.
 
         Only of a sum that was whole is anything known here: of a round that failed, or of a process
         that died in one, nobody knows what its end has told, and its charge stays where it is.
@@ -180,7 +182,8 @@ class SiteSums:
         if not self._is_in_time or charge.request_hash == request.hash:
             return GivenUp(spent=charge)
         wanted = (request.plan_hash, request.run_id, event)
-        if (charge.plan_hash, charge.run_id, charge.event) != wanted:
+        is_of_release = charge.stage != stage and {charge.stage, stage} & set(RELEASES)
+        if (charge.plan_hash, charge.run_id, charge.event) != wanted or is_of_release:
             return GivenUp(spent=charge)
         return GivenUp(unused=charge)
 

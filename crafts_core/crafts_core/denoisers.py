@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from diffusers import ControlNetModel, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -31,6 +31,8 @@ TextEncoder: TypeAlias = CLIPTextModel | T5EncoderModel
 Tokenizer: TypeAlias = CLIPTokenizer | T5Tokenizer
 _PIXART_TOKENS = 120
 """As many as PixArt's pipeline reads of a prompt."""
+_TOLD_SIZE, _HALVINGS = 128, 3
+"""Latents whose size PixArt is told, in pixels, and how often its VAE halves an image."""
 
 
 class DenoiserKind(Protocol):
@@ -46,7 +48,12 @@ class DenoiserKind(Protocol):
     reads_lora: bool
     """Whether its pipeline loads a LoRA file."""
 
-    def check(self, network: Any, channels: int, text_width: int) -> None:
+    fewest_steps: int
+    """That its pipeline draws in."""
+    card_arguments: str
+    """What its pipeline has to be called with beside prompt, steps and guidance."""
+
+    def check(self, network: Any, vae: AutoencoderKL, text_width: int) -> None:
         """The denoiser takes and gives the VAE's latents, and the text encoder's words alone.
 
         Raises:
@@ -95,10 +102,12 @@ class UNetKind:
     tokenizer_class = CLIPTokenizer
     takes_control = True
     reads_lora = True
+    fewest_steps = 1
+    card_arguments = ""
 
-    def check(self, network: Any, channels: int, text_width: int) -> None:
+    def check(self, network: Any, vae: AutoencoderKL, text_width: int) -> None:
         """See :class:`DenoiserKind`."""
-        config = network.config
+        config, channels = network.config, int(vae.config.latent_channels)
         if not config.in_channels == config.out_channels == channels:
             raise FoundationError(
                 f"unet: expected latents of {channels} channels in and out, as the VAE has, got "
@@ -176,14 +185,24 @@ class PixArtKind:
     tokenizer_class = T5Tokenizer
     takes_control = False
     reads_lora = False
+    fewest_steps = 2
+    card_arguments = ", clean_caption=False, use_resolution_binning=False"
 
-    def check(self, network: Any, channels: int, text_width: int) -> None:
+    def check(self, network: Any, vae: AutoencoderKL, text_width: int) -> None:
         """See :class:`DenoiserKind`."""
-        config = network.config
-        if config.in_channels != channels or network.out_channels not in (channels, 2 * channels):
+        config, channels = network.config, int(vae.config.latent_channels)
+        if config.in_channels != channels or config.out_channels not in (channels, 2 * channels):
             raise FoundationError(
                 f"transformer: expected latents of {channels} channels in, as the VAE has, and "
-                f"once or twice as many out, got {config.in_channels} and {network.out_channels}"
+                f"once or twice as many out, got {config.in_channels} and {config.out_channels}"
+            )
+        is_large, factor = config.sample_size == _TOLD_SIZE, len(vae.config.block_out_channels) - 1
+        if network.use_additional_conditions != is_large or (is_large and factor != _HALVINGS):
+            raise FoundationError(
+                f"transformer: its pipeline tells the size of latents of {_TOLD_SIZE}, of a VAE "
+                f"that halves {_HALVINGS} times, and of no others; got latents of "
+                f"{config.sample_size}, {factor} halvings, use_additional_conditions "
+                f"{network.use_additional_conditions}"
             )
         if config.caption_channels != text_width:
             raise FoundationError(
@@ -197,7 +216,9 @@ class PixArtKind:
 
     def encode(self, text_encoder: Any, tokenizer: Any, captions: list[str]) -> Tensor:
         """See :class:`DenoiserKind`."""
-        ids_BL = tokenize(tokenizer, captions, _PIXART_TOKENS).to(text_encoder.device)
+        # As its pipeline prepares a prompt, and as it was trained.
+        small = [caption.lower().strip() for caption in captions]
+        ids_BL = tokenize(tokenizer, small, _PIXART_TOKENS).to(text_encoder.device)
         counts_BL = ids_BL != tokenizer.pad_token_id
         hidden_BLD: Tensor = text_encoder(
             input_ids=ids_BL, attention_mask=counts_BL.long()
@@ -272,7 +293,7 @@ def _size_of(network: Any, noisy_BCHW: Tensor) -> dict[str, Tensor | None]:
     """The large PixArt-alpha is told the image's size; here it is always its own, and square."""
     if not network.use_additional_conditions:
         return {"resolution": None, "aspect_ratio": None}
-    side_px = 8.0 * noisy_BCHW.shape[-1]  # every VAE that it was trained with halves three times
+    side_px = float(noisy_BCHW.shape[-1] << _HALVINGS)
     rows = len(noisy_BCHW)
     return {
         "resolution": noisy_BCHW.new_full((rows, 2), side_px),

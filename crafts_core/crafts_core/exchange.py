@@ -31,6 +31,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
+TOLD_OUT = "the site has told this release as often as it may"
+"""A site's refusal of a release: its coordinator goes on with public data then."""
+
+
 class ExchangeError(CraftsError):
     """A peer sent something that is not what the plan says it should be."""
 

@@ -162,6 +162,10 @@ def model_card(
     """
     manifest = foundation.manifest
     named = ", ".join(sites) if sites else "not named"
+    call = (
+        'image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.0'
+        f"{foundation.generator.kind.card_arguments}).images[0]"
+    )
     is_clip = isinstance(foundation.generator.tokenizer, CLIPTokenizer)
     more = (
         f"{_TRIED if is_clip else ''}{_steering(modalities)}{_public_tiles(retrieval)}"
@@ -184,7 +188,7 @@ CRAFTS abstract (arXiv 2512.13164); it is not the authors' model.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/directory")
-image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.0).images[0]
+{call}
 ```
 {more}
 ## Intended use

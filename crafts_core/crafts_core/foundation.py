@@ -84,7 +84,7 @@ def load(directory: Path, *, device: torch.device | str = "cpu") -> Foundation:
     if tuple(manifest.latent_shape) != generator.latent_shape:
         raise FoundationError(
             f"foundation {directory}: manifest says latents {manifest.latent_shape}, "
-            f"the UNet takes {generator.latent_shape}"
+            f"the denoiser takes {generator.latent_shape}"
         )
     prompt_bank = load_prompt_bank(directory)
     return Foundation(

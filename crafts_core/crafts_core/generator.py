@@ -189,5 +189,4 @@ def check_parts_fit(denoiser: Denoiser, vae: AutoencoderKL, text_encoder: TextEn
     Raises:
         FoundationError: what it is instead.
     """
-    channels, width = int(vae.config.latent_channels), int(text_encoder.config.hidden_size)
-    kind_of(denoiser).check(denoiser, channels, width)
+    kind_of(denoiser).check(denoiser, vae, int(text_encoder.config.hidden_size))

@@ -88,4 +88,4 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _kind(model: nn.Module) -> str:
-    return "ControlNet" if type(model).__name__ == "ControlNetModel" else "UNet"
+    return "ControlNet" if type(model).__name__ == "ControlNetModel" else "denoiser"

@@ -82,6 +82,9 @@ class Sampler:
         self._generator = generator
         self._config = config
         self._is_steered = control is not None
+        fewest = generator.kind.fewest_steps
+        if config.num_inference_steps < fewest:
+            raise SamplingError(f"this generator's pipeline draws in {fewest} steps or more")
         self._pipeline = _stock_pipeline(generator, config.scheduler, control)
         if generator.device.type == "cuda":
             for part in (generator.denoiser, generator.vae):

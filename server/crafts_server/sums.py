@@ -7,9 +7,10 @@ with fresh samples, noise and keys. Who is late to be ready is no member, and co
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from crafts_core.exchange import Announcement, RoundRequest
+from crafts_core.exchange import TOLD_OUT, Announcement, RoundRequest
 from crafts_privacy.secure_aggregation.members import announce
 from crafts_privacy.secure_aggregation.updates import MOST_WEIGHT, UpdateGrid
 from crafts_server.attempts import Attempts, unreliable
@@ -36,6 +37,10 @@ class Collected:
     refused: list[Refusal] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
     num_asked: int = 0
+
+
+class _ToldOutError(Exception):
+    """Too few sites may still be asked for a release."""
 
 
 class SumCollection:
@@ -66,10 +71,11 @@ class SumCollection:
         if is_release:
             plan = self._opened.study.plan
             most = max(0, plan.release_attempts - self._attempts.num_void(self._number))
-        for _ in range(most):
-            if self._attempt():
-                return self._collected
-            self._collected.left_out = self._who_is_left_out()
+        with suppress(_ToldOutError):
+            for _ in range(most):
+                if self._attempt():
+                    return self._collected
+                self._collected.left_out = self._who_is_left_out()
         if is_release:
             log.warning("no sum of release round=%d: public data stand in", self._number)
             return self._collected
@@ -117,6 +123,8 @@ class SumCollection:
         collected.refused += replies.refused
         collected.missing |= set(replies.missing)
         if len(phase.ready) < self._config.min_sites:
+            if any(TOLD_OUT in each.reason for each in replies.refused):
+                raise _ToldOutError
             raise AggregationError(
                 f"round {self._number}: {len(phase.ready)} sites are ready, expected at least "
                 f"{self._config.min_sites}. {self._who()}. Committed rounds are kept; run again "

@@ -15,7 +15,7 @@ from crafts_core.generator import Generator, check_parts_fit
 from crafts_core.plan import AdapterConfig, Plan
 from crafts_core.plan_targets import target_problems
 from crafts_core.public_update import PublicUpdateConfig
-from crafts_core.sampling import initial_noise, sample_images
+from crafts_core.sampling import SamplingError, initial_noise, sample_images
 from crafts_core.starting_point import initial_state
 from crafts_core.state import AdapterError
 from support.foundations import (
@@ -26,7 +26,7 @@ from support.foundations import (
 )
 from support.sites import control_values
 
-PROMPTS = ["lung tissue with glands", "", "colon carcinoma"]
+PROMPTS = ["H&E, Lung tissue with glands ", "", "colon carcinoma"]
 LORA = AdapterConfig(kind="lora", rank=2, targets=("to_q", "to_v"))
 
 
@@ -48,7 +48,8 @@ def test_words_reach_it_and_padding_does_not(foundation: Foundation) -> None:
     found_BCHW = predict(generator.denoiser, noisy_BCHW, times_B, text_BLD)
     assert found_BCHW.shape == noisy_BCHW.shape
     for row, prompt in enumerate(PROMPTS):
-        ids_BL = generator.tokenizer([prompt], return_tensors="pt").input_ids
+        small = prompt.lower().strip()  # as its pipeline prepares it
+        ids_BL = generator.tokenizer([small], return_tensors="pt").input_ids
         hidden_BLD = generator.text_encoder(input_ids=ids_BL).last_hidden_state
         expected = generator.denoiser(
             noisy_BCHW[row : row + 1],
@@ -131,6 +132,29 @@ def test_parts_of_two_kinds_are_refused(foundation: Foundation, tmp_path: Path) 
     wide.register_to_config(latent_channels=8)
     with pytest.raises(FoundationError, match="latents of 8 channels in"):
         check_parts_fit(pixart.denoiser, wide, pixart.text_encoder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"out_channels": None}, "once or twice as many out, got 4 and None"),
+        ({"use_additional_conditions": True}, "tells the size of latents of 128"),
+        ({"sample_size": 128}, "2 halvings, use_additional_conditions True"),
+    ],
+)
+def test_what_its_pipeline_could_not_draw_with_is_refused(
+    foundation: Foundation, changes: dict, what: str
+) -> None:
+    generator = foundation.generator
+    config = dict(generator.denoiser.config) | changes
+    other = type(generator.denoiser).from_config(config)
+    with pytest.raises(FoundationError, match=what):
+        check_parts_fit(other, generator.vae, generator.text_encoder)
+
+
+def test_one_step_is_refused_where_its_pipeline_fails(foundation: Foundation) -> None:
+    with pytest.raises(SamplingError, match="draws in 2 steps or more"):
+        sample_images(foundation.generator, PROMPTS, num_inference_steps=1)
 
 
 def test_no_control_net_steers_it_and_a_plan_learns_so_before_it_is_signed(

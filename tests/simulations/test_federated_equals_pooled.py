@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crafts_client.errors import NotReadyError
-from crafts_client.messages import AnnouncementMessage
+from crafts_client.messages import AnnouncementMessage, RoundMessage
 from crafts_client.outbox import Release
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
@@ -28,6 +28,7 @@ from crafts_core.state import State, release_name
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import accounting
+from crafts_privacy.errors import StageSpentError
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import Optimizer, optimizer_of
@@ -346,6 +347,35 @@ def test_a_release_that_stays_closed_gives_way_to_public_data_and_the_study_goes
         events = Ledger(home.ledger_path).events("main")
         assert [event.noise_multiplier for event in events[:2]] == [0.3, 0.3]
         assert accounting.epsilon(events, 1e-3) <= 150.0
+
+
+@pytest.mark.slow
+def test_a_site_that_may_tell_no_more_does_not_hold_the_study_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was charged for attempts that the coordinator never announced."""
+    foundation = tiny_foundation(tmp_path / "foundation")
+    told: dict[str, object] = {"name": "colour", "noise_multiplier": 0.3}
+    plan = plan_of(foundation, 3, [told, stage_of("pretraining", "sgd")], 150.0)
+    federation = Federation(
+        *(tmp_path, foundation, 3),
+        max_epsilon=300.0,
+        allowed_trust=("distributed",),
+        max_epsilon_alone=1e6,
+    )
+    answer = Site.answer
+
+    def spent(site: Site, message: RoundMessage) -> object:
+        if message.request.round == 1 and site._home.config.name == "site-02":
+            raise StageSpentError(plan_hash=plan.hash, stage="colour", times=2)
+        return answer(site, message)
+
+    monkeypatch.setattr(Site, "answer", spent)
+    chain = federation.run(plan)
+    release = chain[1].receipt().release
+    assert release is not None
+    assert release.is_public == (True,)
+    assert len(chain) == 1 + plan.num_rounds
 
 
 @pytest.mark.exhaustive
