@@ -240,6 +240,27 @@ def test_a_site_that_was_left_out_pays_once(patient) -> None:
     assert kinds(home) == ["reserved", *["carried"] * 4, "committed"]
 
 
+def test_what_was_charged_for_a_release_pays_for_no_other(
+    tmp_path: Path, foundation, coordinator: Coordinator, clock
+) -> None:
+    """Though it costs the same: with a carried charge colour could be told three times."""
+    home = summing_home(
+        *(tmp_path / "telling", foundation, coordinator),
+        allowed_stages=STAGES,
+        answer_every_s=60.0,
+    )
+    values = telling_plan(foundation).model_dump(mode="json")
+    values["study"]["captions"] = ["tissue with glands", "tissue with sheets"]
+    values["stage"] = [{"name": "anchors", "noise_multiplier": 16.0}, *values["stage"]]
+    study = SumStudy(coordinator, foundation, home, Plan.parse(values))
+    site = Site(home, foundation, clock=clock.clock)
+    study.ready(site, 1)
+    study.ready(site, 1, attempt=2)
+    assert kinds(home) == ["reserved", "carried"], "anchors again"
+    study.ready(site, 2)
+    assert kinds(home) == ["reserved", "carried", "committed", "reserved"]
+
+
 def test_a_word_that_was_late_is_paid_for(patient, clock, monkeypatch) -> None:
     """By whole multiples of its time, which tells how many were drawn; then all is well again."""
     home, site, study = patient
