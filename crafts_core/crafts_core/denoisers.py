@@ -47,7 +47,6 @@ class DenoiserKind(Protocol):
     """Whether a ControlNet can steer it."""
     reads_lora: bool
     """Whether its pipeline loads a LoRA file."""
-
     fewest_steps: int
     """That its pipeline draws in."""
     card_arguments: str

@@ -18,6 +18,8 @@ from crafts_core.errors import CraftsError
 from crafts_core.plan import describe_first_error
 
 MANIFEST_NAME = "foundation.json"
+DENOISER_FOLDERS = ("unet", "transformer")
+"""Of a diffusers directory, one for each kind in ``denoisers``; to ask needs no torch."""
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".md"})
 """Weights travel as safetensors; everything else is text. Pickled weights can run code."""
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})

@@ -13,13 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
-from crafts_core.foundation_manifest import MANIFEST_NAME, read_manifest, sha256_of
+from crafts_core.foundation_manifest import (
+    DENOISER_FOLDERS,
+    MANIFEST_NAME,
+    read_manifest,
+    sha256_of,
+)
 from crafts_core.plan import describe_first_error
 from crafts_core.provenance import Origin
 from crafts_core.vocabulary import Prompt, prompt_bank
 
 RECORD_NAME, PROMPT_BANK_NAME = "generator.json", "prompt_bank.json"
-_PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
+_PARTS = (*DENOISER_FOLDERS, "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from crafts_core.foundation_manifest import FoundationError
+from crafts_core.foundation_manifest import DENOISER_FOLDERS, FoundationError
 from crafts_core.plan import Plan
 
-_FOLDERS = ("unet", "transformer")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENCODER = ("conv_in", "time_embedding.", "down_blocks.", "mid_block.")
 """What a ControlNet copies of the denoiser."""
@@ -84,8 +83,8 @@ def _problems(key: str, targets: Sequence[str], rank: int, layers: Layers) -> It
 
 def _layers(foundation: Path) -> Layers:
     """Weights of two dimensions are of a Linear, of four of a Conv2d; norms have one."""
-    folders = [foundation / name for name in _FOLDERS if (foundation / name).is_dir()]
-    weights = (folders or [foundation / _FOLDERS[0]])[0] / _WEIGHTS
+    folders = [name for name in DENOISER_FOLDERS if (foundation / name).is_dir()]
+    weights = foundation / (*folders, *DENOISER_FOLDERS)[0] / _WEIGHTS
     try:
         with weights.open("rb") as file:
             num_bytes = int.from_bytes(file.read(8), "little")

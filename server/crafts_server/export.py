@@ -94,10 +94,10 @@ def _told_colours(
     told = next((each.release for each in receipts if each.stage == "colour"), None)
     if told is None or told.is_public[0]:
         return None
-    unet = merged_denoiser(foundation.generator.denoiser, plan.adapter, state)
+    denoiser = merged_denoiser(foundation.generator.denoiser, plan.adapter, state)
     captions = plan.study.captions or [prompt.text for prompt in foundation.prompt_bank]
     return find_colours(
-        replace(foundation.generator, denoiser=unet),
+        replace(foundation.generator, denoiser=denoiser),
         state[COLOUR][0, 1:].double().numpy(),
         captions,
         seed=plan.study.seed,

@@ -95,8 +95,8 @@ def draw_samples(home: CoordinatorHome, run_id: str, plan: Plan, *, device: str)
         generator = foundation.generator
         if name == chain[-1].hash:
             state = shared_state(chain, plan)
-            unet = merged_denoiser(generator.denoiser, plan.adapter, state)
-            generator = replace(generator, denoiser=unet)
+            denoiser = merged_denoiser(generator.denoiser, plan.adapter, state)
+            generator = replace(generator, denoiser=denoiser)
         _write(folder, _drawn(generator, foundation, plan, name))
     return chain[-1].round
 

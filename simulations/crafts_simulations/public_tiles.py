@@ -73,7 +73,7 @@ def public_part(
     if retrieval is None or not retrieval.num_tiles:
         return None
     foundation, state = study.foundation.generator, chain[first].state()
-    unet = merged_denoiser(foundation.denoiser, study.plan.adapter, state)
+    denoiser = merged_denoiser(foundation.denoiser, study.plan.adapter, state)
     return PublicPart(
-        picked=picked_tiles(pool, retrieval), generator=replace(foundation, denoiser=unet)
+        picked=picked_tiles(pool, retrieval), generator=replace(foundation, denoiser=denoiser)
     )

@@ -9,8 +9,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PixArtAlphaPipeline
 
 from crafts_core.adapters import Adapter, merged_denoiser
-from crafts_core.denoisers import PixArtKind, kind_in, kind_of, predict
+from crafts_core.denoisers import KINDS, PixArtKind, kind_in, kind_of, predict
 from crafts_core.foundation import Foundation, FoundationError, import_diffusers, load
+from crafts_core.foundation_manifest import DENOISER_FOLDERS
 from crafts_core.generator import Generator, check_parts_fit
 from crafts_core.plan import AdapterConfig, Plan
 from crafts_core.plan_targets import target_problems
@@ -121,6 +122,11 @@ def test_a_stock_directory_becomes_a_foundation(tmp_path: Path) -> None:
     for name, tensor in stock.transformer.state_dict().items():
         assert torch.equal(imported.denoiser.state_dict()[name], tensor), name
     assert imported.unread(["lung " * 200]) != [""], "what its pipeline cuts is told"
+
+
+def test_every_kind_has_its_folder() -> None:
+    """Who only asks for the folder knows them without torch."""
+    assert tuple(kind.folder for kind in KINDS) == DENOISER_FOLDERS
 
 
 def test_parts_of_two_kinds_are_refused(foundation: Foundation, tmp_path: Path) -> None:

@@ -277,6 +277,20 @@ def test_releases_equal_pooled_ones(tmp_path: Path) -> None:
     check(tmp_path, 3, stages, target_epsilon=150.0)
 
 
+def telling(tmp_path: Path, *names: str) -> tuple[Federation, Plan]:
+    """Three sites that tell first, with little noise, so that nine patients can be seen."""
+    foundation = tiny_foundation(tmp_path / "foundation")
+    told: list[dict[str, object]] = [{"name": name, "noise_multiplier": 0.3} for name in names]
+    plan = plan_of(foundation, 3, [*told, stage_of("pretraining", "sgd")], 150.0)
+    federation = Federation(
+        *(tmp_path, foundation, 3),
+        max_epsilon=300.0,
+        allowed_trust=("distributed",),
+        max_epsilon_alone=1e6,
+    )
+    return federation, plan
+
+
 class Flooding(Noted):
     """Far more than its share: the sum is longer than its members declare."""
 
@@ -286,17 +300,7 @@ class Flooding(Noted):
 
 @pytest.mark.slow
 def test_of_a_release_that_nobody_can_use_public_data_stands_in(tmp_path: Path) -> None:
-    foundation = tiny_foundation(tmp_path / "foundation")
-    told: list[dict[str, object]] = [
-        {"name": name, "noise_multiplier": 0.3} for name in ("anchors", "colour")
-    ]
-    plan = plan_of(foundation, 3, [*told, stage_of("pretraining", "sgd")], 150.0)
-    federation = Federation(
-        *(tmp_path, foundation, 3),
-        max_epsilon=300.0,
-        allowed_trust=("distributed",),
-        max_epsilon_alone=1e6,
-    )
+    federation, plan = telling(tmp_path, "anchors", "colour")
     federation.noise["site-02"] = Flooding(7)
     chain = federation.run(plan)
     for checkpoint, name in zip(chain[1:3], ("anchors", "colour"), strict=True):
@@ -308,7 +312,7 @@ def test_of_a_release_that_nobody_can_use_public_data_stands_in(tmp_path: Path) 
         assert total.highest is not None
         assert total.norm > total.highest
         assert torch.isfinite(checkpoint.state()[release_name(name)]).all()
-    text_KD = foundation.aligner.embed_captions(list(CAPTIONS))
+    text_KD = federation.foundation.aligner.embed_captions(list(CAPTIONS))
     assert torch.allclose(chain[1].state()[release_name("anchors")], text_KD, atol=1e-6)
 
 
@@ -317,15 +321,7 @@ def test_a_release_that_stays_closed_gives_way_to_public_data_and_the_study_goes
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One site never delivers colour: two attempts, all charged, and no third is asked for."""
-    foundation = tiny_foundation(tmp_path / "foundation")
-    told: dict[str, object] = {"name": "colour", "noise_multiplier": 0.3}
-    plan = plan_of(foundation, 3, [told, stage_of("pretraining", "sgd")], 150.0)
-    federation = Federation(
-        *(tmp_path, foundation, 3),
-        max_epsilon=300.0,
-        allowed_trust=("distributed",),
-        max_epsilon_alone=1e6,
-    )
+    federation, plan = telling(tmp_path, "colour")
     add, asked = Site.add_to_sum, []
 
     def silent(site: Site, message: AnnouncementMessage) -> Release:
@@ -354,15 +350,7 @@ def test_a_site_that_may_tell_no_more_does_not_hold_the_study_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was charged for attempts that the coordinator never announced."""
-    foundation = tiny_foundation(tmp_path / "foundation")
-    told: dict[str, object] = {"name": "colour", "noise_multiplier": 0.3}
-    plan = plan_of(foundation, 3, [told, stage_of("pretraining", "sgd")], 150.0)
-    federation = Federation(
-        *(tmp_path, foundation, 3),
-        max_epsilon=300.0,
-        allowed_trust=("distributed",),
-        max_epsilon_alone=1e6,
-    )
+    federation, plan = telling(tmp_path, "colour")
     answer = Site.answer
 
     def spent(site: Site, message: RoundMessage) -> object:

@@ -25,6 +25,7 @@ from crafts_core.evaluation.real_tiles import (
     rows_by_content,
 )
 from crafts_core.foundation import Foundation, embedded_path, load
+from crafts_core.foundation_manifest import DENOISER_FOLDERS
 from crafts_core.generator import Generator
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
@@ -212,7 +213,7 @@ def is_store(path: Path) -> bool:
 def _is_generator(path: Path) -> bool:
     """Raises CraftsError where it is neither a generator nor a folder of images."""
     if (
-        any((path / each).is_dir() for each in ("unet", "transformer"))
+        any((path / each).is_dir() for each in DENOISER_FOLDERS)
         or (path / "model_index.json").is_file()
     ):
         return True

@@ -6,7 +6,7 @@ tile, so that no stain is an advantage; gradient-boosted trees learn from real t
 whether it lies in a nucleus. One finder looks at the tiles of every arm, the real ones included:
 what it makes of those is the most that anybody can have.
 
-Letters: N tiles, H W pixels, P pixels in one row, F features, C channels of a condition or centres.
+Letters: N tiles, C centres (or channels), H W pixels, P pixels in one row, F features.
 """
 
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ def centres_of_foreground(inside_HW: Mask) -> Floats:
 
 
 def centres_of_condition(condition_CHW: Floats) -> Floats:
-    """(N, 2): the middle of each nucleus of a condition (foreground, boundary, distance).
+    """(C, 2): the middle of each nucleus of a condition (foreground, boundary, distance).
 
     Its inside is what is left without the boundary, which parts nuclei that touch; of one that is
     all boundary nothing is left, and its foreground stands for it.
