@@ -44,6 +44,7 @@ is trained of the ControlNet of a modality; or what a release tells."""
 _ONE_STEP = {"rounds": 1, "local_steps": 1, "learning_rate": 1.0}
 """A release as a step of training: from zero down a loss that is linear, to the sites' mean."""
 _OF_RETRIEVAL = ("tiles_per_caption", "public_steps")
+_KEYS_OF_RETRIEVAL = ("learning_rate", *_OF_RETRIEVAL, "lambda_align")
 MAX_STEPS = 100_000
 """Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
 _MOST_SHOWN = 300
@@ -149,10 +150,11 @@ class StageConfig(_Section):
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Part of captions left empty. In stage control 0.5 unless the plan says otherwise."""
     lambda_align: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the alignment loss; stage alignment only."""
+    """Weight of the alignment loss; stages alignment and retrieval only."""
     alignment_loss: Literal["correlation", "contrast"] = "correlation"
     """Of stage alignment: correlation of profiles over the prompt bank, or which of the study's
-    captions a tile is nearest to, by released anchors or else by their text."""
+    captions a tile is nearest to, by released anchors or else by their text. Of retrieval always
+    the contrast."""
     lambda_drift: Annotated[float, Field(ge=0)] = 0.0
     """Weight of staying near the stage's start; stage alignment only."""
 
@@ -164,7 +166,8 @@ class StageConfig(_Section):
         if isinstance(values, dict) and values.get("name") in RELEASES:
             return {**_ONE_STEP, **values}
         if isinstance(values, dict) and values.get("name") == "retrieval":
-            return {"rounds": 1, "local_steps": 1, **values}
+            aligned = {"alignment_loss": "contrast"} if values.get("lambda_align") else {}
+            return {"rounds": 1, "local_steps": 1, **aligned, **values}
         return values
 
     @model_validator(mode="after")
@@ -180,11 +183,12 @@ class StageConfig(_Section):
 
     @model_validator(mode="after")
     def _retrieval_asks_no_site(self) -> Self:
-        if self.is_retrieval and self._differs_but_for("learning_rate", *_OF_RETRIEVAL):
-            raise ValueError(
-                "stage retrieval takes learning_rate, tiles_per_caption, public_steps and no other "
-                "key"
-            )
+        aligned = {"alignment_loss"} if self.alignment_loss == "contrast" else set()
+        if self.is_retrieval and self._differs_but_for(*_KEYS_OF_RETRIEVAL, *aligned):
+            names = ", ".join(_KEYS_OF_RETRIEVAL)
+            raise ValueError(f"stage retrieval takes {names} and no other key")
+        if self.is_retrieval and self.lambda_align and not aligned:
+            raise ValueError('stage retrieval aligns by alignment_loss = "contrast" alone')
         if not self.is_retrieval and self._differs(*_OF_RETRIEVAL):
             raise ValueError("tiles_per_caption and public_steps belong to stage retrieval only")
         return self
@@ -200,11 +204,13 @@ class StageConfig(_Section):
 
     @model_validator(mode="after")
     def _terms_belong_to_their_stage(self) -> Self:
-        if self.name != "alignment" and (self.lambda_align or self.lambda_drift):
-            raise ValueError("lambda_align and lambda_drift belong to stage alignment only")
+        if self.lambda_align and self.name not in ("alignment", "retrieval"):
+            raise ValueError("lambda_align belongs to stages alignment and retrieval only")
+        if self.lambda_drift and self.name != "alignment":
+            raise ValueError("lambda_drift belongs to stage alignment only")
         if self.alignment_loss == "contrast" and not self.lambda_align:
             raise ValueError(
-                'alignment_loss = "contrast" belongs to stage alignment with lambda_align above 0'
+                'alignment_loss = "contrast" belongs to stages with lambda_align above 0'
             )
         if (self.name == "control") != (self.modality is not None):
             raise ValueError(
@@ -219,8 +225,9 @@ class StageConfig(_Section):
         if self.is_release:
             return {key: values[key] for key in values if key in ("name", "noise_multiplier")}
         if self.is_retrieval:
-            named = ("name", "learning_rate", *_OF_RETRIEVAL)
-            return {key: values[key] for key in values if key in named}
+            unused = set(values) - {"name", *_KEYS_OF_RETRIEVAL}
+            unused |= set() if self.lambda_align else {"lambda_align"}
+            return {key: value for key, value in values.items() if key not in unused}
         unused = {"noise_multiplier", *_OF_RETRIEVAL}
         unused |= {"alignment_loss"} if self.alignment_loss == "correlation" else set()
         return {key: value for key, value in values.items() if key not in unused}

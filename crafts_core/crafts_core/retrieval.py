@@ -28,7 +28,7 @@ from crafts_core.foundation import Foundation
 from crafts_core.foundation_build.training import Recipe, Rows, train
 from crafts_core.plan import GENERATOR_ONLY, Plan
 from crafts_core.public_pool import PublicPool
-from crafts_core.releases import ANCHORS, COLOUR
+from crafts_core.releases import ANCHORS, COLOUR, class_anchors
 from crafts_core.retrieval_record import Retrieval
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective
@@ -171,9 +171,16 @@ def trained_on(
     adapter = Adapter.attach(unet, plan.adapter, GENERATOR_ONLY)
     adapter.load_state(generator_state(state))
     parameters = adapter.trainable(planned.factor)
+    captions = plan.study.captions
+    objective = Objective(
+        foundation,
+        adapter,
+        planned.stage,
+        class_anchors_KD=class_anchors(foundation, captions, state),
+    )
     train(
         nn.ParameterList(parameters.values()),
-        _loss_of(picked, foundation, Objective(foundation, adapter, planned.stage)),
+        _loss_of(picked, foundation, captions, objective),
         len(picked),
         Recipe(
             name="public tiles",
@@ -191,11 +198,10 @@ def trained_on(
 
 
 def _loss_of(
-    picked: RealTiles, foundation: Foundation, objective: Objective
+    picked: RealTiles, foundation: Foundation, captions: Sequence[str], objective: Objective
 ) -> Callable[[Rows, np.random.Generator], Tensor]:
-    """The stage's loss of some tiles, encoded once."""
-    captions = sorted(set(picked.captions))
-    text_KLD = foundation.generator.encode_captions(captions)
+    """The stage's loss of some tiles of these captions, encoded once."""
+    text_KLD = foundation.generator.encode_captions(list(captions))
     caption_M = torch.tensor([captions.index(caption) for caption in picked.captions])
     latents_MCHW = torch.cat(
         [
@@ -210,6 +216,7 @@ def _loss_of(
             text_BLD=text_KLD[caption_M[rows]],
             null_text_LD=foundation.null_text_LD,
             weight_B=torch.full((len(rows),), 1 / len(rows), device=foundation.device),
+            class_B=caption_M[rows].to(foundation.device),
         )
         source = torch.Generator().manual_seed(int(rng.integers(2**63)))
         return batch.mean(objective.loss_per_tile(batch, objective.draw(batch, source)))

@@ -168,7 +168,7 @@ def _alignment_share(
     plan: Plan, planned: RoundOfPlan, foundation: Foundation, start: State
 ) -> float | None:
     """Mean over public patients of how much of the gradient is the alignment's, by its length."""
-    aligning = next((stage for stage in plan.stage if stage.lambda_align > 0), None)
+    aligning = next((stage for stage in plan.trained if stage.lambda_align > 0), None)
     if aligning is None:
         return None
     off = {"lambda_align": 0.0, "alignment_loss": "correlation"}

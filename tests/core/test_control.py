@@ -258,7 +258,7 @@ def test_control_drops_half_of_the_captions_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"lambda_align": 0.1}, "alignment only"),
+        ({"lambda_align": 0.1}, "alignment and retrieval only"),
         ({"lambda_drift": 0.1}, "alignment only"),
         ({"modality": None}, "needs modality"),
         ({"modality": "x-ray"}, "nuclei"),

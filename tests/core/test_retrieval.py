@@ -28,6 +28,7 @@ from crafts_core.retrieval import (
 )
 from crafts_core.retrieval_record import Retrieval
 from crafts_core.stages.objective import Objective
+from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.starting_point import initial_state
 from crafts_core.state import FIRST, SECOND, State, generator_state
 from crafts_core.study.lookalikes import alike_to, thumbnails_of
@@ -242,12 +243,51 @@ def test_public_steps_lower_the_loss_on_what_was_picked(
         adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), plan.adapter)
         adapter.load_state(generator_state(of))
         stage = next(each for each in plan.stage if each.is_retrieval)
-        loss_of = _loss_of(picked, foundation, Objective(foundation, adapter, stage))
+        loss_of = _loss_of(picked, foundation, CAPTIONS, Objective(foundation, adapter, stage))
         rng = np.random.default_rng(5)
         with torch.no_grad():
             return float(np.mean([float(loss_of(np.arange(6), rng)) for _ in range(8)]))
 
     assert loss(trained_on(picked, foundation, plan, state, tmp_path / "s")) < 0.97 * loss(state)
+
+
+def test_with_alignment_picked_tiles_are_drawn_nearer_to_what_was_told_of_their_caption(
+    pool: PublicPool, foundation, state: State, tmp_path: Path
+) -> None:
+    """By the contrast with the anchors told, each tile's written out; the text plays no part."""
+    picked = some_tiles(pool)
+    anchors_KD = functional.normalize(state[ANCHORS], dim=1)
+    steps = {"public_steps": 30, "learning_rate": 0.05}
+
+    def contrast(of: State) -> float:
+        adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), plan.adapter)
+        adapter.load_state(generator_state(of))
+        schedule, generator = NoiseSchedule.of(foundation.generator), foundation.generator
+        tiles = torch.from_numpy(picked.images_NHWC).permute(0, 3, 1, 2) / 127.5 - 1.0
+        latents, text = generator.encode_images(tiles), generator.encode_captions(picked.captions)
+        source, marks = torch.Generator().manual_seed(3), []
+        for _ in range(8):
+            noise = torch.randn(latents.shape, generator=source)
+            when = torch.randint(schedule.num_timesteps, (len(latents),), generator=source)
+            noisy = schedule.noisy(latents, noise, when)
+            with torch.no_grad():
+                seen = schedule.denoised(noisy, adapter.predict(noisy, when, text), when)
+                likeness = foundation.latent_aligner(seen) @ anchors_KD.T / 0.2
+            for row, caption in enumerate(picked.captions):
+                own = likeness[row, CAPTIONS.index(caption)]
+                kept = float(schedule.alphas_cumprod_T[when[row]])
+                marks.append(kept * float(likeness[row].logsumexp(0) - own))
+        return float(np.mean(marks))
+
+    found = []
+    for weight in (0.0, 20.0):
+        stage = steps | ({"lambda_align": weight} if weight else {})
+        plan = Plan.parse(retrieval_values(foundation.manifest.hash, **stage))
+        found.append(contrast(trained_on(picked, foundation, plan, state, tmp_path / f"{weight}")))
+    assert found[1] < found[0] - 0.02, found
+    other = dict(state) | {ANCHORS: state[ANCHORS].flip(0)}
+    turned = trained_on(picked, foundation, plan, other, tmp_path / "turned")
+    assert contrast(turned) > found[1] + 0.02, "which anchor is whose decides"
 
 
 def test_retrieved_tiles_stand_where_their_caption_was_asked() -> None:
@@ -315,6 +355,21 @@ def test_retrieval_takes_its_own_keys_alone(key: str) -> None:
     value = {"optimizer": "adam", "caption_dropout": 0.5}.get(key, 2)
     with pytest.raises(PlanError, match="takes learning_rate, tiles_per_caption, public_steps"):
         Plan.parse(retrieval_values("a" * 64, **{key: value}))
+
+
+def test_it_aligns_by_the_contrast_and_a_plan_that_does_not_is_the_plan_it_was() -> None:
+    aligned = Plan.parse(retrieval_values("a" * 64, lambda_align=0.1))
+    (stage,) = (each for each in aligned.stage if each.is_retrieval)
+    assert stage.alignment_loss == "contrast"
+    assert Plan.parse(aligned.model_dump(mode="json")) == aligned
+    plain, zero = (
+        Plan.parse(retrieval_values("a" * 64, **keys)) for keys in ({}, {"lambda_align": 0.0})
+    )
+    assert plain.hash == zero.hash != aligned.hash
+    assert "lambda_align" not in plain.model_dump(mode="json")["stage"][2]
+    for keys in ({"lambda_align": 0.1, "alignment_loss": "correlation"}, {"lambda_drift": 1.0}):
+        with pytest.raises(PlanError, match="retrieval"):
+            Plan.parse(retrieval_values("a" * 64, **keys))
 
 
 def test_its_keys_are_no_other_stages_and_a_pool_is_needed() -> None:
