@@ -44,6 +44,8 @@ from support.sites import (
 )
 from support.wire import as_record, from_record
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def home(tmp_path: Path, foundation, coordinator):
@@ -157,7 +159,6 @@ def test_a_policy_that_is_tightened_holds_for_a_running_site(home, hospital, coo
     hospital.answer(second)
 
 
-@pytest.mark.slow
 def test_gradients_that_are_not_finite_are_counted_at_home_and_nowhere_else(
     home, hospital, coordinator, monkeypatch, caplog
 ) -> None:
@@ -234,7 +235,6 @@ def test_a_reply_says_nothing_but_the_closed_record(home, foundation, coordinato
     assert set(reply["reply"]) == set(RoundReply.model_fields)
 
 
-@pytest.mark.slow
 def test_every_round_of_a_plan_ends_at_its_target(hospital, home, coordinator) -> None:
     plan = coordinator.plan()
     state = stage_start = coordinator.start(plan)
@@ -368,7 +368,6 @@ def test_an_answered_round_is_refused_from_another_checkpoint(
     assert reply.error == error_of(Rule.REPLAY)
 
 
-@pytest.mark.slow
 def test_the_lifetime_budget_holds_over_studies(
     tmp_path, foundation, coordinator, monkeypatch
 ) -> None:
@@ -392,7 +391,6 @@ def test_the_lifetime_budget_holds_over_studies(
     assert read == [], "refused before anybody is read"
 
 
-@pytest.mark.slow
 def test_a_plan_is_held_to_its_target_at_its_own_delta(tmp_path, foundation, coordinator) -> None:
     """At the policy's larger delta the same rounds look cheaper, and one more would fit."""
     home = make_site_home(tmp_path / "site", foundation, coordinator.public_key, max_delta=9e-3)
@@ -408,7 +406,6 @@ def test_a_plan_is_held_to_its_target_at_its_own_delta(tmp_path, foundation, coo
         hospital.answer(coordinator.message(plan, state, request=request))
 
 
-@pytest.mark.slow
 def test_however_a_coordinator_names_its_runs_a_plan_stays_within_its_target(
     tmp_path, foundation, coordinator
 ) -> None:
@@ -578,7 +575,6 @@ class TestStageStart:
         request = coordinator.request(plan, later, number=2, stage_start=start)
         return plan, start, later, request
 
-    @pytest.mark.slow
     def test_it_is_asked_for_where_the_site_lacks_it(
         self, home, foundation, coordinator, aligned
     ) -> None:
@@ -589,7 +585,6 @@ class TestStageStart:
         content = coordinator.content(plan, later, request, stage_start=start)
         assert ask(home, foundation, content).has_content()
 
-    @pytest.mark.slow
     def test_it_is_remembered_from_the_stages_first_round(
         self, home, foundation, coordinator, aligned
     ) -> None:
@@ -651,7 +646,6 @@ class TestHostileMessages:
         content = coordinator.content(plan, state, request)
         assert self.refused(home, foundation, content) == error_of(rule)
 
-    @pytest.mark.slow
     def test_with_another_adapter_than_it_names(
         self, home, foundation, coordinator, plan, state
     ) -> None:

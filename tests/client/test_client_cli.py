@@ -32,6 +32,8 @@ from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_simulations.small_study import write_random_store
 from support.sites import make_site_home, plan_values, write_plan
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -46,7 +48,6 @@ def options(command) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts}
 
 
-@pytest.mark.slow
 def test_a_new_site_takes_where_the_embedded_foundation_starts(tmp_path: Path) -> None:
     """Its limit once was under that of a plan that nobody had changed, and each round failed."""
     run("init", "--name", "north", "--patients", 100, "--home", tmp_path / "site")
@@ -215,7 +216,6 @@ def test_policy_show_prints_every_limit(home) -> None:
     assert shown == home.policy.model_dump(mode="json")
 
 
-@pytest.mark.slow
 def test_the_budget_falls_with_a_round(home, foundation, coordinator) -> None:
     def told() -> dict:
         return json.loads(run("budget", "--home", home.path, "--json").stdout)
@@ -256,7 +256,6 @@ def test_the_budget_is_told_in_steps_of_a_plan(tmp_path, home, foundation) -> No
     assert epsilon([more], privacy["delta"]) > privacy["target_epsilon"]
 
 
-@pytest.mark.slow
 def test_the_budget_is_told_in_further_plans(tmp_path, foundation, coordinator) -> None:
     home = make_site_home(
         *(tmp_path / "site", foundation, coordinator.public_key), max_epsilon=30.0, max_delta=4e-3
@@ -285,7 +284,6 @@ def test_a_policy_with_other_filters_than_it_began_with_tells_no_budget(
     assert "first, policy.toml now declares ['renyi:3']; set it back" in told.stderr
 
 
-@pytest.mark.slow
 def test_a_patient_at_two_sites_spends_both(tmp_path, home, foundation, coordinator) -> None:
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
@@ -312,7 +310,6 @@ def test_a_patient_at_two_sites_spends_both(tmp_path, home, foundation, coordina
     assert "no exported ledger" in run(*also).stderr
 
 
-@pytest.mark.slow
 def test_a_patient_who_withdraws_is_read_no_more(
     tmp_path, home, foundation, coordinator, monkeypatch
 ) -> None:
@@ -340,7 +337,6 @@ def test_a_patient_who_withdraws_is_read_no_more(
     assert Ledger(home.ledger_path).events("main")[:1] == spent
 
 
-@pytest.mark.slow
 def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> None:
     write_random_store(home.tile_store_path.with_name("more"), foundation, num_patients=8, seed=2)
     write_random_store(home.tile_store_path.with_name("others"), foundation, num_patients=8, seed=3)
@@ -360,7 +356,6 @@ def test_an_attack_leaves_its_answer_at_the_site(tmp_path, home, foundation) -> 
     assert home.leakage_path.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.slow
 def test_an_attack_looks_at_every_update_that_left(home, foundation, coordinator) -> None:
     write_random_store(home.tile_store_path.with_name("more"), foundation, num_patients=8, seed=2)
     write_random_store(home.tile_store_path.with_name("others"), foundation, num_patients=8, seed=3)
@@ -402,7 +397,6 @@ def test_the_ledger_is_shown_and_exported(tmp_path, home, foundation, coordinato
     assert [row["hash"] for row in rows] == [entry["hash"] for entry in entries]
 
 
-@pytest.mark.slow
 def test_the_audit_passes_engine_and_trainer_and_leaves_its_record(
     tmp_path, foundation, coordinator
 ) -> None:
@@ -446,7 +440,6 @@ def test_an_audit_that_fails_exits_one(home, monkeypatch) -> None:
     assert "FAILED  one-run bound" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("engine_only")
 def test_the_audit_draws_its_noise_where_training_does(home, monkeypatch) -> None:
     """A site with exact noise whose exact noise is broken."""
@@ -462,7 +455,6 @@ def test_the_audit_draws_its_noise_where_training_does(home, monkeypatch) -> Non
     assert json.loads(home.audit_path.read_text())["subject"]["noise"] == "ExactNoise"
 
 
-@pytest.mark.slow
 def test_an_audit_whose_trainer_fails_exits_one(home, monkeypatch) -> None:
     broken = TrainingCheck(
         stage="alignment", name="noise is fresh", question="is it?", passed=False, found="p = 0"
@@ -477,7 +469,6 @@ def test_an_audit_whose_trainer_fails_exits_one(home, monkeypatch) -> None:
     assert not json.loads(home.audit_path.read_text())["passed"]
 
 
-@pytest.mark.slow
 def test_ledger_verify_sees_an_edited_row(home, foundation, coordinator) -> None:
     plan = coordinator.plan()
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))

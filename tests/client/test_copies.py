@@ -21,6 +21,8 @@ from crafts_privacy.signed_head import SignedHead
 from support.asked_sites import Study
 from support.sites import make_site_home
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: object, text: str = ""):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
@@ -73,7 +75,6 @@ def test_a_site_that_was_open_before_it_became_a_copy_answers_no_more(
         running.answer(message)
 
 
-@pytest.mark.slow
 def test_a_person_can_move_a_ledger_and_vouches_for_it(home: Path, study: Study) -> None:
     moved = home.rename(home.with_name("elsewhere"))
     assert isinstance(study.ask(moved, 2), LedgerPlaceError)

@@ -29,6 +29,8 @@ from support.hostile import TEXT
 from support.served import served
 from support.sites import Coordinator, make_site_home
 
+pytestmark = pytest.mark.slow
+
 MARKUP = "<img src=x onerror=alert(1)>"
 HOSTILE = f"{MARKUP} {TEXT}".replace("\ud800", "")
 RELEASE = "ab" * 32
@@ -198,7 +200,6 @@ def test_a_look_keeps_nobody_from_taking_part(home: SiteHome) -> None:
         assert is_running(home)
 
 
-@pytest.mark.slow
 def test_no_page_waits_for_a_coordinator_that_hangs(home: SiteHome) -> None:
     def hangs(_: SiteHome) -> tuple[OfferedPlan, ...]:
         time.sleep(3)
@@ -215,7 +216,6 @@ def test_no_page_waits_for_a_coordinator_that_hangs(home: SiteHome) -> None:
     assert offered.look().at is not None
 
 
-@pytest.mark.slow
 @pytest.mark.network
 def test_a_browser_shows_it_on_a_telephone(home: SiteHome, coordinator, tmp_path: Path) -> None:
     """Nothing is wider than the window, the curve has its colour, and nothing was refused."""

@@ -29,6 +29,8 @@ from crafts_privacy.place import Place
 from support.asked_sites import Study
 from support.sites import make_site_home
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: object, text: str = ""):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
@@ -126,7 +128,6 @@ def test_who_vouches_that_nothing_was_spent_since_goes_on(home: Path, study: Stu
     assert "put back from a backup of" in run("ledger", "show", "--home", home).stdout
 
 
-@pytest.mark.slow
 def test_an_old_backup_needs_what_was_spent_since(home: Path, share: Path, study: Study) -> None:
     out = backup_of(home)
     assert isinstance(study.ask(home, 2), str)
@@ -278,7 +279,6 @@ def test_a_round_that_was_open_in_a_backup_stays_paid_for(
     assert events(home) == spent, "the export saw it answered: nobody asks for it again"
 
 
-@pytest.mark.slow
 def test_who_vouches_that_an_open_round_was_not_answered_pays_for_it_once(
     home: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +302,6 @@ def test_who_vouches_that_an_open_round_was_not_answered_pays_for_it_once(
     assert events(home) == 3
 
 
-@pytest.mark.slow
 def test_backups_of_a_site_at_work_are_whole(home: Path, study: Study) -> None:
     stop = threading.Event()
 
@@ -366,7 +365,6 @@ def killed_at(point: int, *words: object) -> bool:
     return done.returncode != 0
 
 
-@pytest.mark.slow
 def test_a_backup_that_was_killed_is_not_there(home: Path) -> None:
     out = home.with_name("b.tar")
     for point in (1, 2):
@@ -377,7 +375,6 @@ def test_a_backup_that_was_killed_is_not_there(home: Path) -> None:
     assert left == set()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("from_end", [0, 1, 3])
 def test_a_restore_that_was_killed_is_no_home(home: Path, from_end: int) -> None:
     """At the first sync, or with some files moved: never a home that pays."""
@@ -453,7 +450,6 @@ def test_a_register_that_was_lost_is_missed_after_a_backup_too(home: Path, study
     assert "patients were trained on here" in str(refused)
 
 
-@pytest.mark.slow
 def test_a_backup_from_before_the_first_round_goes_on_by_an_export(
     tmp_path: Path, foundation, study: Study
 ) -> None:

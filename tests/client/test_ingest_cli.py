@@ -24,6 +24,8 @@ from support.sites import make_site_home
 from support.slide_files import write_dicom_slide, write_tiled_tiff
 from support.slides import tissue_image, write_table, write_tissue_slide
 
+pytestmark = pytest.mark.slow
+
 NAME = "ZEBRA"
 """Stands wherever a hospital may have written a patient's name."""
 
@@ -200,7 +202,6 @@ def page_of(home: SiteHome) -> str:
     return (home.path / "ingest.html").read_text()
 
 
-@pytest.mark.slow
 def test_the_page_shows_the_store_and_not_only_the_newest_table(
     home: SiteHome, tmp_path: Path
 ) -> None:
@@ -389,7 +390,6 @@ def test_a_repaired_store_is_one_that_was_never_damaged(
     assert "nothing is damaged" in run("tiles", "check", "--repair", "--home", home.path).output
 
 
-@pytest.mark.slow
 def test_a_slide_is_dropped_by_its_content_and_the_patient_stays(
     home: SiteHome, tmp_path: Path
 ) -> None:

@@ -43,6 +43,8 @@ from support.slides import (
     write_tissue_slide,
 )
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = TilingOptions(tile_px=32, mpp=1.0)
 SALT = Salt(bytes(range(32)))
 needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared data beside repository")
@@ -111,7 +113,6 @@ def test_store_made_twice_is_the_same_to_the_byte(
     assert files_of(tmp_path / "again") == files_of(store.path)
 
 
-@pytest.mark.slow
 def test_store_does_not_depend_on_the_number_of_processes(
     site: Path, store: TileStore, tmp_path: Path
 ) -> None:

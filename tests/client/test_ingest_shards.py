@@ -34,6 +34,8 @@ from support.shard_jobs import SALT
 from support.sites import make_site_home
 from support.slides import write_table, write_tissue_slide
 
+pytestmark = pytest.mark.slow
+
 HALVES = (TableShard(1, 2), TableShard(2, 2))
 
 
@@ -138,7 +140,6 @@ def bytes_in(out: Path) -> int:
     return sum(path.stat().st_size for path in (out / "shards").glob("*.tar"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, 30))]
 )

@@ -25,6 +25,8 @@ from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 from support.charges import charge
 from support.sites import Coordinator, make_site_home
 
+pytestmark = pytest.mark.slow
+
 STAGE = {"rounds": 2, "local_steps": 2, "learning_rate": 0.05}
 
 
@@ -107,7 +109,6 @@ def test_the_noise_floor_is_told_before_anybody_approves(
     assert run("plan", "approve", plan.hash, "--home", home.path).exit_code == 1
 
 
-@pytest.mark.slow
 def test_the_budget_is_told_as_what_was_spent_leaves_it(tmp_path, foundation, coordinator) -> None:
     """A Rényi filter: all of one plan fits; of a second a part does, then nothing."""
     home = make_site_home(

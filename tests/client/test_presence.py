@@ -47,6 +47,8 @@ from crafts_core.tiles.records import decode_tile
 from support.noise import FixedSampler, NoNoise
 from support.sites import Coordinator, control_values, flower_message, make_site_home, plan_values
 
+pytestmark = pytest.mark.slow
+
 PATIENTS, DECLARED, TILES_EACH = 5, 8, 3
 LAST = PATIENTS - 1
 ALL_STAGES = ("pretraining", "alignment", "control")
@@ -157,7 +159,6 @@ class TestHostileFoundation:
         write_manifest(folder, name="hostile", **about)
         return load(folder)
 
-    @pytest.mark.slow
     def test_tells_nothing_of_the_patient_with_that_tile(self, tmp_path, hostile, tiles) -> None:
         coordinator = Coordinator(tmp_path, hostile)
         plan = one_step(plan_values(hostile.manifest.hash), coordinator)
@@ -282,7 +283,6 @@ def test_the_other_tiles_of_a_patient_keep_their_weights(home, foundation, monke
     assert (tiles.take_num_unusable(), tiles.take_num_unusable()) == (2, 0)
 
 
-@pytest.mark.slow
 def test_a_profile_beyond_all_numbers_counts_as_zero_in_company(
     tmp_path, home, foundation, coordinator
 ) -> None:

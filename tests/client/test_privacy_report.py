@@ -29,6 +29,8 @@ from support import charges
 from support.clocks import ManualClock
 from support.sites import Coordinator, make_site_home, plan_values
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -96,7 +98,6 @@ def test_a_round_is_reported_as_the_ledger_and_the_accountants_have_it(trained) 
     assert report.charged_and_not_sent == 0
 
 
-@pytest.mark.slow
 def test_the_command_writes_both_files_and_exits_zero_once_audited(
     trained, audit_record, tmp_path
 ) -> None:
@@ -132,7 +133,6 @@ def test_an_engine_that_was_never_audited_is_not_claimed(trained, tmp_path) -> N
     assert "<td>privacy officer</td>" not in page
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"), [({"passed": False}, "failed"), ({"code_sha256": "0"}, "other code")]
 )
@@ -153,7 +153,6 @@ def set_site(home: SiteHome, key: str, value: str) -> SiteHome:
     return SiteHome.open(home.path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
@@ -174,7 +173,6 @@ def test_an_audit_of_other_settings_carries_nothing(
     assert line == f"engine: the newest audit is of {says}; run crafts-client audit"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch", "cryptography", "opacus", "dp-accounting"])
 def test_an_upgraded_library_makes_the_audit_stale(
     trained, audit_record, monkeypatch, library: str
@@ -196,7 +194,6 @@ def test_an_upgraded_library_makes_the_audit_stale(
     assert finding.advice == "run crafts-client audit"
 
 
-@pytest.mark.slow
 def test_an_audit_of_fewer_stages_or_of_the_engine_alone_carries_nothing(
     trained, audit_record
 ) -> None:
@@ -241,7 +238,6 @@ def test_what_a_clock_tells_is_said_as_the_site_is_set(home, tmp_path, value, sa
     assert "nothing here closes" not in page
 
 
-@pytest.mark.slow
 def test_many_updates_are_one_row_for_each_plan_and_a_list_behind_it(
     home, coordinator, tmp_path
 ) -> None:
@@ -363,7 +359,6 @@ def test_more_than_the_policy_allows_is_named(trained) -> None:
     assert any("lifetime budget" in line for line in report.unsubstantiated)
 
 
-@pytest.mark.slow
 def test_a_delta_above_one_patients_share_is_named(trained) -> None:
     for patients, is_named in ((1000, False), (1001, True)):
         site = set_site(trained, "declared_patients", str(patients))
@@ -450,7 +445,6 @@ def test_the_page_shows_delta_rounded_up_and_times_the_declared_patients(
     assert "Delta times the 7 declared patients is 0.00105" in page.read_text()
 
 
-@pytest.mark.slow
 def test_with_several_plans_the_odds_are_those_of_the_limit(trained, tmp_path) -> None:
     """The curve of all steps together bounds nothing once plans were chosen along the way."""
     by_curve = privacy_report(trained).lifetime.max_true_positive_rate
@@ -468,7 +462,6 @@ def test_with_several_plans_the_odds_are_those_of_the_limit(trained, tmp_path) -
     assert "had all these plans been fixed beforehand" in page.read_text()
 
 
-@pytest.mark.slow
 def test_no_bound_is_promised_where_no_filter_holds(trained, tmp_path) -> None:
     file = trained.path / "policy.toml"
     file.write_text(file.read_text().replace("max_epsilon = 20.0", "max_epsilon = 0.5"))

@@ -19,6 +19,8 @@ from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
 from support.sites import make_site_home
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def home(tmp_path: Path, foundation, coordinator) -> SiteHome:
@@ -120,7 +122,6 @@ def test_the_doctor_makes_no_ledger(home) -> None:
     assert sorted(home.path.rglob("*")) == before
 
 
-@pytest.mark.slow
 def test_a_release_that_a_crash_left_uncommitted_is_named_until_the_site_starts(
     home, foundation, coordinator, monkeypatch
 ) -> None:

@@ -49,6 +49,8 @@ from support.sum_study import (
 )
 from support.sums import SumSite
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def home(tmp_path: Path, foundation, coordinator: Coordinator) -> SiteHome:
@@ -750,7 +752,6 @@ def test_a_sum_in_which_a_patient_is_who_withdrew_never_leaves(
     assert kinds(home) == ["reserved", "committed"] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trust", ["plain", "in sums"])
 def test_the_limit_alone_holds_for_updates_with_all_their_noise(
     home, foundation, site, study, coordinator, trust: str

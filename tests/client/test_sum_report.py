@@ -25,6 +25,8 @@ from support.clocks import ManualClock
 from support.sites import Coordinator, make_site_home
 from support.sum_study import SumStudy, summing_home
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reported(
@@ -131,7 +133,6 @@ def exported(home: SiteHome, path: Path) -> LedgerExport:
     return read_export(path, trusted=[head.fingerprint])
 
 
-@pytest.mark.slow
 def test_another_hospitals_ledger_of_the_same_sums_counts_as_one_sum(
     home, study, tmp_path: Path
 ) -> None:
@@ -162,7 +163,6 @@ def export_of(home: SiteHome, *charges: SumCharge, others: int = 0) -> LedgerExp
     return LedgerExport(head=head, charged=events, of_sums=charges)
 
 
-@pytest.mark.slow
 def test_a_charge_that_was_carried_counts_for_the_sum_that_it_paid_for(
     tmp_path: Path, foundation, coordinator
 ) -> None:
@@ -188,7 +188,6 @@ def test_a_charge_that_was_carried_counts_for_the_sum_that_it_paid_for(
     assert exported_here.of_sums == (theirs,), "and the other hospital is told so too"
 
 
-@pytest.mark.slow
 def test_members_that_calibrated_apart_share_the_weaker_noise(home, study) -> None:
     ledger = Ledger(home.ledger_path)
     event, *_ = ledger.events("main")
@@ -199,7 +198,6 @@ def test_members_that_calibrated_apart_share_the_weaker_noise(home, study) -> No
     assert found == accounting.epsilon_at_two_hospitals([*apart, plain], [weaker], 1e-3)
 
 
-@pytest.mark.slow
 def test_a_sum_of_two_other_hospitals_counts_as_one_too(home, study) -> None:
     """This site was no member of it: both of their charges are under one noise all the same."""
     ledger = Ledger(home.ledger_path)

@@ -36,6 +36,8 @@ from crafts_simulations.small_study import DECLARED_PATIENTS, write_random_store
 from support.noise import FixedSampler, NoNoise, draws_of
 from support.sites import plan_values, without_privacy
 
+pytestmark = pytest.mark.slow
+
 SEED = 11
 
 
@@ -126,7 +128,6 @@ def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patie
         torch.testing.assert_close(delta[name], expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patients) -> None:
     task = task_of(foundation, open_plan)
 
@@ -137,7 +138,6 @@ def test_the_size_of_a_microbatch_changes_nothing(foundation, open_plan, patient
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("factor", ["first", "second", "both"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_several_patients_in_one_pass_are_the_loop(

@@ -37,6 +37,8 @@ from support.fake_grid import FakeGrid, SiteFunction
 from support.studies import received, reply_with
 from support.summing_sites import summed_plan
 
+pytestmark = pytest.mark.slow
+
 NOW = Patience(poll_s=0.001, join_wait_s=0.0)
 SMALL = ProbeSize(margin_tiles=4, margin_draws=1, step_tiles=2, step_draws=1)
 RUNNER = CliRunner()

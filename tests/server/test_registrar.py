@@ -78,7 +78,7 @@ from support.proxy import FAR, Proxy
 from support.sites import make_site_home, plan_values
 from support.summing_sites import summed_plan
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.slow]
 PATIENTS = 7
 """What the site declares; it has six."""
 

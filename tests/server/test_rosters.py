@@ -17,6 +17,8 @@ from crafts_server.rosters import Rosters
 from support.studies import small_plan
 from support.summing_sites import plan_of_updates, summed_plan
 
+pytestmark = pytest.mark.slow
+
 SITES = {"aachen": 40, "bern": 60, "coimbra": 80}
 PLAN = summed_plan()
 
@@ -42,7 +44,6 @@ def fix(registry: Registry, plan: Plan) -> None:
     Rosters(registry).fix(plan, record)
 
 
-@pytest.mark.slow
 def test_the_roster_names_every_site_its_number_and_its_key(registry: Registry) -> None:
     fix(registry, PLAN)
     roster = Rosters(registry).fixed(PLAN)

@@ -25,6 +25,8 @@ from support.receipts import receipt
 from support.sites import plan_values
 from support.superlinks import admitted_nodes, new_key, openssh
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def service(tmp_path: Path, foundation) -> Iterator[Service]:

