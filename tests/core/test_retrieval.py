@@ -1,6 +1,7 @@
 """What is picked of a public pool, in which colours, and what training on it does; slow loops."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,10 +258,12 @@ def test_with_alignment_picked_tiles_are_drawn_nearer_to_what_was_told_of_their_
     """By the contrast with the anchors told, each tile's written out; the text plays no part."""
     picked = some_tiles(pool)
     anchors_KD = functional.normalize(state[ANCHORS], dim=1)
+    config = Plan.parse(retrieval_values(foundation.manifest.hash)).adapter
     steps = {"public_steps": 30, "learning_rate": 0.05}
 
-    def contrast(of: State) -> float:
-        adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), plan.adapter)
+    def contrast(of: State) -> np.ndarray:
+        """Of either caption's tiles."""
+        adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), config)
         adapter.load_state(generator_state(of))
         schedule, generator = NoiseSchedule.of(foundation.generator), foundation.generator
         tiles = torch.from_numpy(picked.images_NHWC).permute(0, 3, 1, 2) / 127.5 - 1.0
@@ -277,17 +280,18 @@ def test_with_alignment_picked_tiles_are_drawn_nearer_to_what_was_told_of_their_
                 own = likeness[row, CAPTIONS.index(caption)]
                 kept = float(schedule.alphas_cumprod_T[when[row]])
                 marks.append(kept * float(likeness[row].logsumexp(0) - own))
-        return float(np.mean(marks))
+        return np.reshape(marks, (-1, 2)).mean(axis=0)
 
-    found = []
-    for weight in (0.0, 20.0):
-        stage = steps | ({"lambda_align": weight} if weight else {})
+    def aligned(weight: float, tiles: RealTiles) -> np.ndarray:
+        stage = steps | {"lambda_align": weight}
         plan = Plan.parse(retrieval_values(foundation.manifest.hash, **stage))
-        found.append(contrast(trained_on(picked, foundation, plan, state, tmp_path / f"{weight}")))
-    assert found[1] < found[0] - 0.02, found
-    other = dict(state) | {ANCHORS: state[ANCHORS].flip(0)}
-    turned = trained_on(picked, foundation, plan, other, tmp_path / "turned")
-    assert contrast(turned) > found[1] + 0.02, "which anchor is whose decides"
+        name = tmp_path / f"{weight} {tiles.captions[0]}"
+        return contrast(trained_on(tiles, foundation, plan, state, name))
+
+    swapped = replace(picked, captions=[*picked.captions[1:], picked.captions[0]])
+    found = aligned(20.0, picked)
+    assert (found < aligned(0.0, picked) - 0.02).all()
+    assert (found < aligned(20.0, swapped) - 0.02).all(), "whose tile is whose decides"
 
 
 def test_retrieved_tiles_stand_where_their_caption_was_asked() -> None:
