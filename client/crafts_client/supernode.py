@@ -22,6 +22,7 @@ import httpx
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -60,6 +61,8 @@ _RETRY_S = 120.0
 """The SuperNode may be started again while a task is worked on."""
 _ANSWER_TOO_LATE = b"Failed to store object"
 """What a SuperNode says of an answer to a round that is over; it goes on."""
+_IGNORED = b"Ignoring message %s"
+"""What it says of a message whose run ended before all of it came."""
 _DIES_WITH_US = """
 import ctypes, os, signal, sys
 try:
@@ -131,12 +134,21 @@ class SuperNode:
 
     def _has_failed(self) -> bool:
         """Whether it wrote of an error: its connection ends then, and the rest lives on."""
+        return any(
+            (b"ERROR" in line and _ANSWER_TOO_LATE not in line) or b"Traceback" in line
+            for line in self._log()
+        )
+
+    def ignores(self, message_id: str) -> bool:
+        """Whether it will never have the whole of a message; its task is there all the same."""
+        ignored = _IGNORED % message_id.encode()
+        return any(ignored in line for line in self._log())
+
+    def _log(self) -> list[bytes]:
+        """Lines of the process that runs."""
         with self._log_path.open("rb") as file:
             file.seek(self._log_start)
-            return any(
-                (b"ERROR" in line and _ANSWER_TOO_LATE not in line) or b"Traceback" in line
-                for line in file
-            )
+            return file.readlines()
 
     def _answers(self) -> bool:
         """Whether it speaks; one that hangs may keep its port open."""
@@ -184,6 +196,10 @@ class SuperNode:
         }
 
 
+class LostTaskError(Exception):
+    """The SuperNode has a task whose message never comes."""
+
+
 class LoopbackClient(RuntimeHttpClient):
     """Speaks to the SuperNode beside us, whatever the environment says of proxies."""
 
@@ -193,6 +209,7 @@ class LoopbackClient(RuntimeHttpClient):
         interceptors: Sequence[ProtobufClientInterceptor],
         *,
         retry_s: float = 0.0,
+        ignores: Callable[[str], bool] = lambda _message_id: False,
     ) -> None:
         # In place of Flower's own, which gives httpx the environment to read: a proxy for http://
         # would be asked for loopback, and one that httpx cannot read ends in an error here.
@@ -206,14 +223,33 @@ class LoopbackClient(RuntimeHttpClient):
             max_time=retry_s,
         )
         self._client = httpx.Client(timeout=_RUNTIME_TIMEOUT_S, trust_env=False)
+        self._ignores = ignores
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802  # Flower's
+        """A part of a message. One that is not there yet is asked for again for hours.
+
+        Raises:
+            LostTaskError: it never will be there.
+        """
+        response = super().PullObject(request)
+        if not response.object_available and self._ignores(request.object_id):
+            raise LostTaskError
+        return response
 
 
 class Executor:
     """Takes the site's tasks one after the other; the ClientApp and its model stay warm."""
 
-    def __init__(self, port: int, secret: bytes, app: ClientApp) -> None:
+    def __init__(
+        self,
+        port: int,
+        secret: bytes,
+        app: ClientApp,
+        ignores: Callable[[str], bool] = lambda _message_id: False,
+    ) -> None:
         self._port = port
         self._app = app
+        self._ignores = ignores
         acquiring = SuperExecAuthHttpInterceptor(
             master_secret=secret, protected_methods=frozenset({_ACQUIRE})
         )
@@ -241,7 +277,7 @@ class Executor:
         if not token:
             return False
         working = [RuntimeTokenHttpInterceptor(token)]
-        client = LoopbackClient(self._port, working, retry_s=_RETRY_S)
+        client = LoopbackClient(self._port, working, retry_s=_RETRY_S, ignores=self._ignores)
         pulse = LoopbackClient(self._port, working)  # a beat is waited for at the end
         heartbeat = HeartbeatSender(lambda: _beat(pulse))
         heartbeat.start()
@@ -314,7 +350,7 @@ def join(
     """
     with the_only_one(home):
         node = SuperNode(home, record)
-        executor = Executor(node.port, node.secret, app)
+        executor = Executor(node.port, node.secret, app, node.ignores)
         # In a thread, because a task may take hours and the connection must last that long. The
         # thread stays to the end: the kernel ends the SuperNode with the thread that started it.
         over = threading.Event()

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.superlink.servicer.fleet import fleet_handlers
 
 from crafts_client import supernode
 from crafts_client.coordinator_record import CoordinatorRecord
@@ -170,6 +172,39 @@ def test_what_a_coordinator_sends_is_never_run(link, joined, home, tmp_path, mon
     with pytest.raises(HomeError, match="another crafts-client join"):
         supernode.join(home, None, None, threading.Event(), lambda: None)
     assert (home.path / "keys" / "executor.secret").stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_message_whose_run_ends_while_it_is_fetched_is_not_waited_for(
+    link, joined, monkeypatch, caplog
+) -> None:
+    """As when a coordinator is killed in a round: Flower keeps the task, without its message."""
+    ended = threading.Event()
+    with link.grid() as first:
+        run_id = first.run.run_id
+        check_abort = fleet_handlers.check_abort
+
+        def over(asked_for: int, *words: object) -> str | None:
+            """Finished, for whoever fetches a part of the first run's message."""
+            if asked_for == run_id and sys._getframe(1).f_code.co_name == "pull_object":
+                ended.set()
+                return "Run is finished."
+            return check_abort(asked_for, *words)
+
+        monkeypatch.setattr(fleet_handlers, "check_abort", over)
+        deadline = time.monotonic() + PATIENCE_S
+        while not (nodes := list(first.get_node_ids())):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        content = RecordDict({"request": ConfigRecord({"please": 1})})
+        first.push_messages([Message(content, dst_node_id=nodes[0], message_type="train")])
+        assert ended.wait(PATIENCE_S)
+    monkeypatch.undo()
+    with link.grid() as second:
+        assert ask(second).content["reply"]["fine"] is True
+    assert "a task was lost on the way: LostTaskError" in caplog.text
+    assert len(joined) == 1
 
 
 @pytest.mark.slow
