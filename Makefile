@@ -32,10 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)
 	$(BIN)/crafts-sim run quickstart --out $(RUNS)/quickstart
 
-test: $(STAMP)  ## The whole suite (about twelve minutes on two cores)
+test: $(STAMP)  ## The whole suite (about thirteen minutes on two cores)
 	$(PYTEST) -m "not exhaustive"
 
-test-fast: $(STAMP)  ## Without the slow tests
+test-fast: $(STAMP)  ## Without the slow tests (two minutes)
 	$(PYTEST) -m "not slow and not exhaustive"
 
 test-exhaustive: $(STAMP)  ## What is repeated more often than the suite has time for
