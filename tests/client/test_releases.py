@@ -395,11 +395,11 @@ def test_a_request_for_a_release_names_it(coordinator: Coordinator, plan: Plan) 
     assert RoundRequest.from_scalars(request.to_scalars()).factor == "anchors"
 
 
-def with_retrieval(plan: Plan) -> Plan:
+def with_retrieval(plan: Plan, **keys: float) -> Plan:
     """The same with public steps between what is told and what is trained."""
     values = plan.model_dump(mode="json")
     values["study"]["pool"] = "b" * 64
-    picks = {"name": "retrieval", "learning_rate": 0.01, "public_steps": 50_000}
+    picks = {"name": "retrieval", "learning_rate": 0.01, "public_steps": 50_000} | keys
     values["stage"].insert(len(plan.releases), picks)
     return Plan.parse(values)
 
@@ -427,4 +427,7 @@ def test_a_person_reads_that_public_tiles_cost_nothing(
     text = " ".join(plan_words(home, public, offered))
     assert "asks for 2 rounds of 2 steps of pretraining, then" in text
     assert f"picks at most 60 tiles a caption from public pool {'b' * 16}" in text
-    assert "it costs no epsilon" in text
+    assert "trains on them alone: nothing is asked of this site, and it costs no epsilon" in text
+    aligned = with_retrieval(plan, lambda_align=0.1)
+    text = " ".join(plan_words(home, aligned, judged(home, coordinator, aligned)))
+    assert "each drawn nearer to what was told of its caption: nothing is asked" in text
