@@ -14,7 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from crafts_core.exchange import ExchangeError
-from crafts_server.errors import UpdateRefusedError
+from crafts_server.errors import AggregationError, SitesRefuseError, UpdateRefusedError
 from crafts_server.grid_calls import LOST_ON_THE_WAY, patiently
 from crafts_server.messages import error_sentence
 from crafts_server.receipts import Refusal
@@ -83,6 +83,12 @@ class Replies:
     num_accepted: int
     refused: tuple[Refusal, ...]
     missing: tuple[str, ...]
+
+    def too_few(self, min_sites: int, message: str) -> AggregationError:
+        """The error of a round that needs ``min_sites``, by what would help it."""
+        left = self.num_asked - len(self.refused)
+        kind = SitesRefuseError if self.refused and left < min_sites else AggregationError
+        return kind(message)
 
 
 class Phase(Protocol):

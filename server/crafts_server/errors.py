@@ -11,6 +11,7 @@ CraftsError
     ├── AuditLogError           the operator: the audit log was altered or cannot be written
     ├── RunStoppedError         nobody: the operator stopped the plan, or the coordinator ends
     ├── AggregationError        the operator: a round cannot be finished with the sites there are
+    │   └── SitesRefuseError    a site: it refuses the plan until a person there changes something
     ├── VoidSumsError           the operator: sites stay away from sums that they are charged for
     ├── DivergedError           the operator: another plan is needed, trying again does not help
     └── UpdateRefusedError      a site: its update is not what the plan says; the round goes on
@@ -61,6 +62,10 @@ class RunStoppedError(ServerError):
 
 class AggregationError(ServerError):
     """A round has no result: too few sites, or updates that give no step."""
+
+
+class SitesRefuseError(AggregationError):
+    """Of the sites that are there, so many refuse that too few are left: a person has to act."""
 
 
 class VoidSumsError(ServerError):

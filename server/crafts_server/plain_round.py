@@ -7,7 +7,6 @@ from flwr.app import Message
 
 from crafts_server.aggregation import Aggregate, SiteUpdate, aggregate
 from crafts_server.collection import Replies
-from crafts_server.errors import AggregationError
 from crafts_server.messages import read_reply
 from crafts_server.open_round import OpenRound, Outcome
 from crafts_server.receipts import SiteReceipt
@@ -21,6 +20,7 @@ def plain_round(opened: OpenRound) -> Outcome:
 
     Raises:
         AggregationError: too few good updates at the deadline.
+        SitesRefuseError: the same, as sites refuse.
     """
     study = opened.study
     config = study.plan.aggregation
@@ -28,7 +28,7 @@ def plain_round(opened: OpenRound) -> Outcome:
     phase = DeltaPhase(opened, spool)
     replies = opened.collect(phase, min_sites=config.min_sites, deadline_s=config.deadline_s)
     if replies.num_accepted < config.min_sites:
-        raise AggregationError(_too_few(opened, phase, replies))
+        raise replies.too_few(config.min_sites, _too_few(opened, phase, replies))
     probe = study.probe_of_round(opened.planned.round)
     result = aggregate(
         opened.rule,

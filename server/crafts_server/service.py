@@ -26,6 +26,7 @@ from crafts_server.errors import (
     AuditLogError,
     RegistryError,
     RunStoppedError,
+    SitesRefuseError,
     StorageError,
 )
 from crafts_server.home import CoordinatorHome
@@ -50,14 +51,17 @@ _TRY_AGAIN_S = 30.0
 _TELL_AGAIN_S = 3600.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Short:
-    """What a line says of rounds without a result."""
+@dataclass(slots=True, kw_only=True)
+class _Wait:
+    """A plan's newest line of a round without a result."""
 
-    plan: str
     queued_at: float
     """Handed over again, a plan waits anew."""
     why: str
+    told_at: float
+    untold: int = 0
+    """Such rounds since that line."""
+    is_over: bool = False
 
 
 class Service:
@@ -80,11 +84,8 @@ class Service:
         self._audit = home.audit_log
         self._contacts = home.contacts
         self.ports: dict[str, int] = {}
-        self._told_short: _Short | None = None
-        """The newest line of this wait."""
-        self._told_short_at = 0.0
-        self._num_short = 0
-        """Such rounds since that line."""
+        self._waits: dict[str, _Wait] = {}
+        """By plan."""
         self._stop = threading.Event()
         self._over = threading.Event()
         self._admitting = threading.Lock()
@@ -141,21 +142,41 @@ class Service:
         self.metrics.stop()
         self.superlink.stop()
         self._registry.close()
-        told = self._told_short
-        if told and self._num_short and (self._home.path / "queue" / told.plan).exists():
-            self._audit.write(Event.SHORT, plan=told.plan, why=told.why, times=self._num_short)
+        for plan, wait in self._waits.items():
+            if wait.untold and (self._home.path / "queue" / plan).exists():
+                self._audit.write(Event.SHORT, plan=plan, why=wait.why, times=wait.untold)
         self._audit.write(Event.ENDED)
 
     def work(self, stop: threading.Event) -> None:
-        """Train what is queued, oldest first, until ``stop`` is set."""
+        """Train what is queued, oldest first, until ``stop`` is set.
+
+        A plan that sites refuse lets the next one go before it: their people may take weeks to say
+        yes. One whose sites are away does not, as they come back by themselves.
+        """
         self._stop = stop
+        refused: set[str] = set()
         while not stop.is_set():
             waiting = queued_plans(self._home)
-            if not waiting or not self._train(waiting[0], stop):
+            entry = next((each for each in waiting if each.name not in refused), None)
+            if entry is None:
+                refused.clear()
                 stop.wait(_TRY_AGAIN_S if waiting else _LOOK_S)
+                continue
+            try:
+                is_over = self._train(entry, stop)
+            except SitesRefuseError:
+                refused.add(entry.name)
+                continue
+            refused.clear()
+            if not is_over:
+                stop.wait(_TRY_AGAIN_S)
 
     def _train(self, entry: Path, stop: threading.Event) -> bool:
-        """One plan; False if it is worth trying again later."""
+        """One plan; False if it is worth trying again later.
+
+        Raises:
+            SitesRefuseError: sites refuse it, which is noted.
+        """
         plan = entry.name
         try:
             with self.superlink.grid() as grid:
@@ -177,6 +198,8 @@ class Service:
         except AggregationError as error:
             log.warning("%s", error)
             self._note_short(entry, str(error))
+            if isinstance(error, SitesRefuseError):
+                raise
             return False
         except (RegistryError, StorageError, OperationalError, OSError) as error:
             # A busy database, a full disk: committed rounds are safe, and it may pass.
@@ -198,12 +221,20 @@ class Service:
         Each line has how often it happened since the one before.
         """
         self.metrics.short_rounds.inc()
-        self._num_short += 1
-        told, now = _Short(plan=entry.name, queued_at=_changed_at(entry), why=why), time.monotonic()
-        if told == self._told_short and now - self._told_short_at < _TELL_AGAIN_S:
+        plan, now = entry.name, time.monotonic()
+        new = _Wait(queued_at=_changed_at(entry), why=why, told_at=now)
+        wait = self._waits.get(plan)
+        if (
+            wait is not None
+            and not wait.is_over
+            and (wait.queued_at, wait.why) == (new.queued_at, why)
+            and now - wait.told_at < _TELL_AGAIN_S
+        ):
+            wait.untold += 1
             return
-        self._note(Event.SHORT, plan=told.plan, why=why, times=self._num_short)
-        self._told_short, self._told_short_at, self._num_short = told, now, 0
+        times = 1 if wait is None else wait.untold + 1
+        self._note(Event.SHORT, plan=plan, why=why, times=times)
+        self._waits[plan] = new
 
     def _committed(self, receipt: RoundReceipt) -> None:
         log.info(
@@ -222,7 +253,8 @@ class Service:
                 *(rise.site, receipt.round, rise.before, rise.now),
             )
         self.metrics.committed(receipt)
-        self._told_short = None  # what waits after this is another wait
+        for wait in self._waits.values():
+            wait.is_over = True  # what waits after this is another wait
         self._note_round(receipt)
 
     def _make_up(self, chain: Sequence[Checkpoint]) -> None:

@@ -125,10 +125,11 @@ class SumCollection:
         if len(phase.ready) < self._config.min_sites:
             if any(TOLD_OUT in each.reason for each in replies.refused):
                 raise _ToldOutError
-            raise AggregationError(
+            raise replies.too_few(
+                self._config.min_sites,
                 f"round {self._number}: {len(phase.ready)} sites are ready, expected at least "
                 f"{self._config.min_sites}. {self._who()}. Committed rounds are kept; run again "
-                "when the sites are back"
+                "when the sites are back",
             )
         parts = self._parts(set(phase.ready))
         return [announce([phase.ready[site] for site in members]) for members in parts]

@@ -21,7 +21,12 @@ from crafts_core.state import State
 from crafts_server.aggregation import PublicProbe, RoundState, ServerStep, Uniform
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.collection import Patience
-from crafts_server.errors import AggregationError, CheckpointError, DivergedError
+from crafts_server.errors import (
+    AggregationError,
+    CheckpointError,
+    DivergedError,
+    SitesRefuseError,
+)
 from crafts_server.receipts import RoundReceipt
 from crafts_server.registry import RunStatus
 from crafts_server.rounds import run_rounds
@@ -255,6 +260,14 @@ def test_too_few_sites_at_the_deadline_stop_the_run_and_name_who_is_missing(tmp_
     assert "Good: aachen" in message
     assert "Missing: node 22" in message
     assert "Refused: node 33 (code 101" in message
+    assert not isinstance(caught.value, SitesRefuseError), "node 22 may come back by itself"
+
+
+def test_too_many_that_refuse_are_told_apart_from_sites_that_are_away(tmp_path: Path) -> None:
+    plan = small_plan(min_sites=2)
+    sites = {11: honest_site("aachen", 2.0), 33: failing_in(1, "coimbra")}
+    with pytest.raises(SitesRefuseError, match="Refused: node 33"):
+        run(small_study(tmp_path / "home", plan=plan), FakeGrid(sites))
 
 
 class Counting(Uniform):

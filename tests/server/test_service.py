@@ -13,7 +13,13 @@ from flwr.serverapp import Grid
 from crafts_core.plan import Plan
 from crafts_server import service as module
 from crafts_server.audit_log import Event
-from crafts_server.errors import AggregationError, DivergedError, HomeError, StorageError
+from crafts_server.errors import (
+    AggregationError,
+    DivergedError,
+    HomeError,
+    SitesRefuseError,
+    StorageError,
+)
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.past_rounds import num_short
 from crafts_server.pki import Pki
@@ -118,6 +124,56 @@ def test_a_wait_of_weeks_is_a_line_for_each_reason_and_each_hour(service, monkey
         ("a", 1), ("b", 3), ("b", 2), ("b", 1),
     ]  # fmt: skip
     assert num_short(entries) == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "trained"),
+    [
+        (SitesRefuseError("bern (code 112: no person has said yes)"), ["first", "second"]),
+        (AggregationError("missing: bern"), ["first", "first", "first", "second"]),
+    ],
+)
+def test_only_what_sites_refuse_lets_the_next_plan_go_before(
+    service, monkeypatch, foundation, error: AggregationError, trained: list[str]
+) -> None:
+    """Days that a person at one hospital takes to say yes were days of every study in the queue."""
+    (first,) = queued_plans(service._home)
+    values = plan_values(foundation.manifest.hash)
+    queue_plan(service._home, Plan.parse(values | {"study": values["study"] | {"seed": 4}}))
+    tried: list[str] = []
+    stop = threading.Event()
+
+    def run_of(_home: Path, plan: str, **_: object) -> Run:
+        def does() -> None:
+            tried.append("first" if plan == first.name else "second")
+            if tried[-1] == "first" and tried.count("first") < 3:
+                raise error
+
+        return Run(does)
+
+    monkeypatch.setattr(module, "_TRY_AGAIN_S", 0.01)
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(module.Coordinator, "open", run_of)
+    worker = threading.Thread(target=service.work, args=(stop,))
+    worker.start()
+    while queued_plans(service._home):
+        time.sleep(0.01)
+    stop.set()
+    worker.join()
+    assert tried[: len(trained)] == trained
+    assert sorted(tried) == ["first"] * 3 + ["second"]
+
+
+def test_two_plans_that_are_refused_are_a_line_each(service, monkeypatch) -> None:
+    """Taking turns, each looked like news after the other."""
+    (entry,) = queued_plans(service._home)
+    other = entry.with_name("f" * 64)
+    other.touch()
+    for _ in range(3):
+        service._note_short(entry, "bern refuses")
+        service._note_short(other, "bern refuses")
+    told = [each.facts["plan"] for each in service._audit.verify() if each.event == Event.SHORT]
+    assert told == [entry.name, other.name]
 
 
 def test_a_plan_that_is_handed_over_again_waits_anew(service, monkeypatch, foundation) -> None:
