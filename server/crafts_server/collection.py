@@ -50,6 +50,8 @@ class SiteDirectory:
     names: dict[int, str] = field(default_factory=dict)
     holders: dict[int, str] = field(default_factory=dict)
     """Node -> hash of the stage's first adapter that it is known to hold."""
+    replaced: set[int] = field(default_factory=set)
+    """Nodes of sites that have enrolled again since, with another key and so as another node."""
 
     def name(self, node_id: int) -> str | None:
         """The node's site, if that was ever heard."""
@@ -63,15 +65,19 @@ class SiteDirectory:
 
         Raises:
             UpdateRefusedError: the node is enrolled under, or had, another name, or another node
-                has this one.
+                has this one and nobody enrolled this node under it.
         """
         enrolled = self.members.enrolled_as(node_id)
         if enrolled is not None and enrolled != site:
             raise UpdateRefusedError(f"this node is enrolled as {enrolled} and says {site}")
         if self.names.get(node_id, site) != site:
             raise UpdateRefusedError(f"this node was {self.names[node_id]} before, now {site}")
-        if site in self.names.values() and node_id not in self.names:
+        others = {node for node, name in self.names.items() if name == site} - {node_id}
+        if others and enrolled is None:
             raise UpdateRefusedError(f"another node is site {site}")
+        for other in others:
+            del self.names[other]
+        self.replaced |= others
         self.names[node_id] = site
 
 
@@ -159,7 +165,7 @@ class Collection:
             waits_for_joiners = now - last_news < self._patience.join_wait_s
             is_open = (
                 self._pending
-                or self._lost
+                or self._away
                 or (self._num_accepted < min_sites and waits_for_joiners)
                 or self._num_accepted + len(self._refused) < expected
             )
@@ -219,13 +225,18 @@ class Collection:
         self._sites.holders.pop(node_id, None)
         self._refused.append(Refusal(site=self._sites.label(node_id), reason=reason))
 
+    @property
+    def _away(self) -> set[int]:
+        """Nodes that were lost and may come back."""
+        return self._lost - self._sites.replaced
+
     def _replies(self) -> Replies:
         return Replies(
-            num_asked=len(self._asked | self._lost),
+            num_asked=len(self._asked | self._away),
             num_accepted=self._num_accepted,
             refused=tuple(self._refused),
             missing=tuple(
-                sorted(self._sites.label(node) for node in {*self._pending.values(), *self._lost})
+                sorted(self._sites.label(node) for node in {*self._pending.values(), *self._away})
             ),
         )
 

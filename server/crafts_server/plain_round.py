@@ -7,6 +7,7 @@ from flwr.app import Message
 
 from crafts_server.aggregation import Aggregate, SiteUpdate, aggregate
 from crafts_server.collection import Replies
+from crafts_server.errors import UpdateRefusedError
 from crafts_server.messages import read_reply
 from crafts_server.open_round import OpenRound, Outcome
 from crafts_server.receipts import SiteReceipt
@@ -77,6 +78,8 @@ class DeltaPhase:
             patients=study.agreed_patients(),
         )
         variance = verify_update(reply, delta, expected)
+        if reply.site in self.updates:
+            raise UpdateRefusedError(f"{reply.site} has delivered before")
         opened.take(node_id, reply.site)
         self.updates[reply.site] = SiteUpdate(
             reply=reply,

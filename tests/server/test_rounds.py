@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from crafts_core.exchange import RoundRequest, state_hash
 from crafts_core.state import State
 from crafts_server.aggregation import PublicProbe, RoundState, ServerStep, Uniform
 from crafts_server.checkpoints import Checkpoint
-from crafts_server.collection import Patience
+from crafts_server.collection import Members, Patience
 from crafts_server.errors import (
     AggregationError,
     CheckpointError,
@@ -46,10 +47,17 @@ from support.studies import (
 )
 
 
-def run(study: Study, grid: FakeGrid) -> tuple[Checkpoint, list[RoundReceipt]]:
+def run(
+    study: Study, grid: FakeGrid, after: Callable[[RoundReceipt], None] = lambda _: None
+) -> tuple[Checkpoint, list[RoundReceipt]]:
     receipts: list[RoundReceipt] = []
+
+    def on_round(receipt: RoundReceipt) -> None:
+        receipts.append(receipt)
+        after(receipt)
+
     try:
-        last = run_rounds(grid, study, initial_state=small_state, on_round=receipts.append)
+        last = run_rounds(grid, study, initial_state=small_state, on_round=on_round)
         return last, receipts
     finally:
         study.registry.close()
@@ -382,6 +390,38 @@ def test_an_impostor_that_answers_first_next_time_is_still_refused(tmp_path: Pat
     _, receipts = run(small_study(tmp_path / "home"), FakeGrid({**three_sites(), 5: impostor}))
     assert "another node is site aachen" in receipts[1].refused[0].reason
     assert len(receipts[1].sites) == 3
+
+
+def test_a_hospital_that_enrols_again_goes_on_under_its_new_node(tmp_path: Path) -> None:
+    """Every year, with a new key: it was refused, and had paid, until the coordinator restarted."""
+    grid = FakeGrid(three_sites())
+    enrolled = {11: "aachen", 22: "bern", 33: "coimbra", 44: "aachen"}
+
+    def enrol_again(receipt: RoundReceipt) -> None:
+        if receipt.round == 1:
+            grid.sites[44] = grid.sites.pop(11)
+
+    study = replace(
+        small_study(tmp_path / "home"), members=Members(enrolled_as=lambda node: enrolled.get(node))
+    )
+    _, receipts = run(study, grid, enrol_again)
+    assert [[site.site for site in receipt.sites] for receipt in receipts] == [
+        ["aachen", "bern", "coimbra"]
+    ] * 4
+    assert not any(receipt.refused or receipt.missing for receipt in receipts)
+
+
+def test_a_site_that_enrols_again_within_a_round_counts_once(tmp_path: Path) -> None:
+    """Its node before had answered already; two answers of one site are not two sites."""
+    sites = {**three_sites(), 44: honest_site("aachen", 2.0)}
+    enrolled = {11: "aachen", 22: "bern", 33: "coimbra", 44: "aachen"}
+    study = replace(
+        small_study(tmp_path / "home"), members=Members(enrolled_as=lambda node: enrolled.get(node))
+    )
+    last, receipts = run(study, FakeGrid(sites))
+    expected, _ = run(small_study(tmp_path / "without"), FakeGrid(three_sites()))
+    assert same(last.state(), expected.state())
+    assert [each.reason for each in receipts[0].refused] == ["aachen has delivered before"]
 
 
 def test_a_node_that_changes_its_name_is_refused(tmp_path: Path) -> None:
