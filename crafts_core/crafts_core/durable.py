@@ -1,6 +1,8 @@
 """Files and directories that are there completely or not at all, also after a power failure."""
 
+import errno
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -11,6 +13,8 @@ from pathlib import Path
 _POLL_S = 0.02
 _BINARY = getattr(os, "O_BINARY", 0)
 """Windows alone has it, and without it turns line ends into its own."""
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""From file systems that know no second name of a file."""
 _BLOCK_BYTES = 64 * 1024
 
 
@@ -61,12 +65,24 @@ def share_as_umask_says(directory: Path, like: Path) -> None:
 
 
 def create_secret(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner may read.
+    """Write a new file that only its owner may read, whole or not at all.
 
     Raises:
         FileExistsError: there is a file already; a secret is never replaced.
     """
-    _write_synced(path, content, 0o600)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
+    try:
+        _write_synced(temporary, content, 0o600)
+        os.link(temporary, path)  # unlike a rename it never replaces
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _write_synced(path, content, 0o600)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager

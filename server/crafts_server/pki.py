@@ -60,6 +60,7 @@ class Pki:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         pki = cls(folder)
         if not pki.ca_path.exists():
+            (folder / "ca.key").unlink(missing_ok=True)  # of a creation that was interrupted
             key = _new_key(folder / "ca.key")
             name = _name("crafts coordinator CA")
             certificate = (

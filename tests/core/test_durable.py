@@ -72,6 +72,35 @@ def test_a_secret_is_the_owners_and_is_never_replaced(tmp_path: Path) -> None:
     assert path.read_bytes() == b"a"
 
 
+def test_a_secret_that_could_not_be_written_whole_is_not_there(tmp_path: Path, monkeypatch) -> None:
+    """Half of a key was taken for the key ever after."""
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            durable.create_secret(tmp_path / "key", b"a")
+    assert list(tmp_path.iterdir()) == []
+    durable.create_secret(tmp_path / "key", b"b")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_secret_where_no_file_has_a_second_name(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(durable.os, "link", refuse)
+    path = tmp_path / "key"
+    durable.create_secret(path, b"a")
+    assert path.read_bytes() == b"a"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        durable.create_secret(path, b"b")
+    assert path.read_bytes() == b"a"
+
+
 def test_a_private_file_stays_private_when_replaced(tmp_path: Path) -> None:
     path = tmp_path / "report"
     path.write_text("open to all")

@@ -1,13 +1,16 @@
 """What other users of the coordinator's machine may read: nothing."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from crafts_core import durable
 from crafts_core.plan import Plan
 from crafts_server.cli import app
 from crafts_server.home import CoordinatorHome, HomeConfig
@@ -57,6 +60,37 @@ def test_a_home_of_an_older_version_is_closed_by_serve(home) -> None:
     assert open_to_others(home) == {"coordinator.toml", "registry.db", "coordinator"}
     Service(home)._registry.close()
     assert open_to_others(home) == set()
+
+
+def test_an_init_that_was_killed_anywhere_is_made_up_by_the_next(
+    tmp_path: Path, foundation, monkeypatch
+) -> None:
+    """Half a signing key was taken for the key; a CA key without its certificate was in the way."""
+
+    class KilledError(BaseException):
+        pass
+
+    config = HomeConfig(foundation=str(foundation.path))
+    for last in range(100):
+        path, left = tmp_path / str(last), iter(range(last))
+
+        def killed(descriptor: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    os.ftruncate(descriptor, 0)
+                raise KilledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(durable.os, "fsync", killed)
+            try:
+                CoordinatorHome.create(path, config)
+                break
+            except KilledError:
+                pass
+        home = CoordinatorHome.create(path, config)
+        assert home.public_key
+        assert home.pki.ca.not_valid_after_utc > datetime.now(UTC)
+    assert last > 10
 
 
 def test_the_password_of_the_registry_is_not_shown(tmp_path: Path) -> None:
