@@ -9,6 +9,7 @@ and calls the installed ClientApp: nothing that came over the network is ever im
 
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -61,7 +63,7 @@ _RETRY_S = 120.0
 """The SuperNode may be started again while a task is worked on."""
 _ANSWER_TOO_LATE = b"Failed to store object"
 """What a SuperNode says of an answer to a round that is over; it goes on."""
-_IGNORED = b"Ignoring message %s"
+_IGNORED = re.compile(rb"Ignoring message ([^\s.]+)")
 """What it says of a message whose run ended before all of it came."""
 _DIES_WITH_US = """
 import ctypes, os, signal, sys
@@ -74,6 +76,40 @@ if os.getppid() == int(sys.argv[1]):
 """
 """A SuperNode that outlived us would keep the node's place, and no new one could connect."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+class SuperNodeLog:
+    """What the process that runs has written, each line read once: it may run for years."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._read = 0
+        self.has_failed = False
+        """Whether it wrote of an error: its connection ends then, and the rest lives on."""
+        self.ignored: set[bytes] = set()
+
+    def begin(self) -> BinaryIO:
+        """The file for a new process to write to."""
+        file = self._path.open("ab")
+        with self._lock:
+            self._read, self.has_failed, self.ignored = file.tell(), False, set()
+        return file
+
+    def look(self) -> None:
+        """Read what is new."""
+        with self._lock, self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._read:
+                self._read = 0  # cut off, to save room
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._read += len(line)
+                self.has_failed |= b"Traceback" in line or (
+                    b"ERROR" in line and _ANSWER_TOO_LATE not in line
+                )
+                self.ignored.update(_IGNORED.findall(line))
 
 
 class SuperNode:
@@ -92,7 +128,7 @@ class SuperNode:
         self._process: subprocess.Popen[bytes] | None = None
         self._ended_at = -_BACK_OFF_S
         self._heard_at = 0.0
-        self._log_path, self._log_start = home.path / "supernode.log", 0
+        self._log = SuperNodeLog(home.path / "supernode.log")
         self.silence_s = _SILENCE_S
         self.num_ended = 0
         """How often a process has ended that was not told to."""
@@ -107,7 +143,8 @@ class SuperNode:
         if self._process is not None and self._process.poll() is None:
             if self._answers():
                 self._heard_at = now
-            if now - self._heard_at <= self.silence_s and not self._has_failed():
+            self._log.look()
+            if now - self._heard_at <= self.silence_s and not self._log.has_failed:
                 return
             log.warning("the SuperNode failed and did not end (supernode.log); it is killed")
             self._process.kill()
@@ -122,8 +159,7 @@ class SuperNode:
             self.num_ended += 1
         if now - self._ended_at < _BACK_OFF_S:
             return
-        with self._log_path.open("ab") as log_file:
-            self._log_start = log_file.tell()
+        with self._log.begin() as log_file:
             self._process = subprocess.Popen(  # noqa: S603  # our own words, no shell
                 self._command(),
                 env=self._environment(),
@@ -132,23 +168,10 @@ class SuperNode:
             )
         self._heard_at = now
 
-    def _has_failed(self) -> bool:
-        """Whether it wrote of an error: its connection ends then, and the rest lives on."""
-        return any(
-            (b"ERROR" in line and _ANSWER_TOO_LATE not in line) or b"Traceback" in line
-            for line in self._log()
-        )
-
     def ignores(self, message_id: str) -> bool:
         """Whether it will never have the whole of a message; its task is there all the same."""
-        ignored = _IGNORED % message_id.encode()
-        return any(ignored in line for line in self._log())
-
-    def _log(self) -> list[bytes]:
-        """Lines of the process that runs."""
-        with self._log_path.open("rb") as file:
-            file.seek(self._log_start)
-            return file.readlines()
+        self._log.look()
+        return message_id.encode() in self._log.ignored
 
     def _answers(self) -> bool:
         """Whether it speaks; one that hangs may keep its port open."""

@@ -33,7 +33,7 @@ def write_file(path: Path, content: bytes | str, *, mode: int = 0o644) -> None:
     sync(path.parent)
 
 
-def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+def write_directory(path: Path, files: Mapping[str, bytes | memoryview]) -> None:
     """Create ``path`` with ``files`` in it, atomically.
 
     A half-written predecessor of the same name is removed; a complete one is an error.
@@ -173,7 +173,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_synced(path: Path, content: bytes, mode: int) -> None:
+def _write_synced(path: Path, content: bytes | memoryview, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

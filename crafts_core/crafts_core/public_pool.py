@@ -85,7 +85,7 @@ class PublicPool:
         if not folder.exists():
             np.save(pixels, self.images_NHWC)
             what = self._facts().model_dump_json(indent=1) + "\n"
-            write_directory(folder, {_WHAT: what.encode(), _TILES: pixels.getvalue()})
+            write_directory(folder, {_WHAT: what.encode(), _TILES: pixels.getbuffer()})
         return folder
 
     def _facts(self) -> _Facts:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crafts_core.adapters import Adapter
-from crafts_core.evaluation.colour import ColourMap, colour_statistics
+from crafts_core.evaluation.colour import ColourMap, ColourMoments
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
@@ -108,10 +108,10 @@ def nearest(
 
 def colour_of_cases(images_NHWC: Images, case_N: npt.NDArray[np.str_]) -> Numbers:
     """What sites would tell of these tiles, a case as a patient: mean over cases, (Q,)."""
-    told = []
-    for case in sorted(set(case_N.tolist())):
-        images = np.asarray(images_NHWC[np.flatnonzero(case_N == case)])
-        told.append(colour_statistics(images.reshape(1, -1, images.shape[2], 3))[0])
+    told = [
+        ColourMoments.of(images_NHWC[np.flatnonzero(case_N == case)]).statistics
+        for case in sorted(set(case_N.tolist()))
+    ]
     mean_Q: Numbers = np.mean(told, axis=0)
     return mean_Q
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -145,7 +146,7 @@ class Coordinator:
             registry = self._home.registry()
             run_id = _open_run(registry, self.plan.hash)
             try:
-                return run_rounds(
+                last = run_rounds(
                     grid,
                     self._study(registry, run_id),
                     initial_state=self._initial_state,
@@ -157,6 +158,8 @@ class Coordinator:
                 raise
             finally:
                 registry.close()
+            shutil.rmtree(self._home.spool_path(run_id), ignore_errors=True)
+            return last
 
     def chain(self) -> list[Checkpoint]:
         """What was committed so far, by whichever process; empty before the run is opened."""

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, func, make_url, select
+from sqlalchemy import Connection, Select, create_engine, event, func, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -39,6 +39,15 @@ FORMAT_VERSION = 1
 SCHEMA = Schema(metadata=Base.metadata, folder=Path(__file__).parent / "registry_revisions")
 _PATIENCE_S = 20.0
 """How long a transaction waits for others."""
+_RUNS = select(
+    RunRow,
+    PlanRow.study,
+    select(func.count())
+    .where(RoundRow.run_id == RunRow.run_id)
+    .correlate(RunRow)
+    .scalar_subquery(),
+).join(PlanRow, PlanRow.hash == RunRow.plan_hash)
+"""Each run with its study and how many rounds it has."""
 _ADVICE = {
     "55P03": "; another program holds its tables: try again, or look who does in pg_locks",
     "25006": "; the database, or its server, takes no writes now: is it a standby?",
@@ -271,13 +280,7 @@ class Registry:
 
     def runs(self) -> list[RunSummary]:
         """All runs, newest first."""
-        query = (
-            select(RunRow, PlanRow.study)
-            .join(PlanRow, PlanRow.hash == RunRow.plan_hash)
-            .order_by(RunRow.started_at.desc())
-        )
-        with self.session() as session:
-            return [_summary(run, study) for run, study in session.execute(query)]
+        return self._summaries(_RUNS.order_by(RunRow.started_at.desc()))
 
     def run(self, run_id: str) -> RunSummary:
         """One run.
@@ -285,10 +288,25 @@ class Registry:
         Raises:
             UnknownRunError: there is none of this name.
         """
-        for summary in self.runs():
-            if summary.run_id == run_id:
-                return summary
-        raise UnknownRunError(f"no run {run_id}; see `crafts-server runs list`")
+        found = self._summaries(_RUNS.where(RunRow.run_id == run_id))
+        if not found:
+            raise UnknownRunError(f"no run {run_id}; see `crafts-server runs list`")
+        return found[0]
+
+    def _summaries(self, query: Select[RunRow, str, int]) -> list[RunSummary]:
+        with self.session() as session:
+            return [
+                RunSummary(
+                    run_id=run.run_id,
+                    study=study,
+                    plan_hash=run.plan_hash,
+                    status=RunStatus(run.status),
+                    rounds=num_rounds,
+                    started_at=run.started_at.replace(tzinfo=UTC),
+                    finished_at=run.finished_at and run.finished_at.replace(tzinfo=UTC),
+                )
+                for run, study, num_rounds in session.execute(query)
+            ]
 
     def sites(self) -> list[str]:
         """Names of all sites whose updates were ever used."""
@@ -341,18 +359,6 @@ def _run(session: Session, run_id: str) -> RunRow:
     if run is None:
         raise UnknownRunError(f"no run {run_id}; see `crafts-server runs list`")
     return run
-
-
-def _summary(run: RunRow, study: str) -> RunSummary:
-    return RunSummary(
-        run_id=run.run_id,
-        study=study,
-        plan_hash=run.plan_hash,
-        status=RunStatus(run.status),
-        rounds=len(run.rounds),
-        started_at=run.started_at.replace(tzinfo=UTC),
-        finished_at=run.finished_at and run.finished_at.replace(tzinfo=UTC),
-    )
 
 
 def _round_row(receipt: RoundReceipt) -> RoundRow:

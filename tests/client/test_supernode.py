@@ -316,6 +316,27 @@ def test_an_answer_that_comes_too_late_ends_neither_the_site_nor_its_supernode(
     node.stop()
 
 
+def test_a_supernodes_log_is_read_once_and_may_be_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "supernode.log"
+    path.write_bytes(b"Traceback of the process before\n")
+    node = supernode.SuperNodeLog(path)
+    with node.begin() as file:
+
+        def look_after(text: bytes) -> tuple[bool, set[bytes]]:
+            file.write(text)
+            file.flush()
+            node.look()
+            return node.has_failed, node.ignored
+
+        assert look_after(b"ERROR: Failed to store object 0\nRun ID 7 is gone. ") == (False, set())
+        assert look_after(b"Ignoring message abc1.\nERR") == (False, {b"abc1"})
+        file.truncate(0)  # as logrotate's copytruncate does
+        assert look_after(b"ERROR\n") == (True, {b"abc1"})
+    node.begin().close()
+    node.look()
+    assert (node.has_failed, node.ignored) == (False, set())
+
+
 def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatch) -> None:
     """As Flower's does when a link breaks within a TLS handshake."""
     (home.path / "keys").mkdir()

@@ -124,6 +124,12 @@ class ColourMoments:
         mean_C = total_C / count
         return cls(mean_C=mean_C, covariance_CC=squares_CC / count - np.outer(mean_C, mean_C))
 
+    @property
+    def statistics(self) -> Vector:
+        """What ``colour_statistics`` would tell of all tiles as one."""
+        spread_C = np.sqrt(np.maximum(np.diag(self.covariance_CC), _LEAST_STD**2))
+        return np.concatenate([self.mean_C, np.log(spread_C)])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColourMap:

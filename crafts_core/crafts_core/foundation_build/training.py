@@ -96,7 +96,6 @@ def _save(recipe: Recipe, parts: dict[str, Any], rng: np.random.Generator, done:
         "done": done,
         "torch": torch.get_rng_state(),
         "numpy": rng.bit_generator.state,
-        "steps": recipe.steps,
     }
     if recipe.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(recipe.device)

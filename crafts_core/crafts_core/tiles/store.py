@@ -207,9 +207,13 @@ class TileStore:
     ) -> Iterator[tuple[int, bytes]]:
         """Bytes of one member for each row, with the row's place in ``rows``; by shard."""
         row_N = np.asarray(rows, dtype=np.int64)
-        for shard in np.unique(self._shard_N[row_N]):
-            places = np.flatnonzero(self._shard_N[row_N] == shard)
-            with (self.path / shard_path(self._shards[shard])).open("rb", buffering=0) as file:
+        shard_N = self._shard_N[row_N]
+        order_N = np.argsort(shard_N, kind="stable")
+        for places in np.split(order_N, np.flatnonzero(np.diff(shard_N[order_N])) + 1):
+            if not len(places):
+                return
+            shard = self._shards[shard_N[places[0]]]
+            with (self.path / shard_path(shard)).open("rb", buffering=0) as file:
                 for place in places.tolist():
                     file.seek(offset_N[row_N[place]])
                     yield place, file.read(length_N[row_N[place]])
