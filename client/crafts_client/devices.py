@@ -123,7 +123,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
         if task.sum_grid_bits is None:
             made[1].train(task, before_draws)
         else:
-            made[1].hold(task, before_draws)  # the sum is the first device's to keep
+            made[1].hold(task, before_draws).forget()  # the sum is the first device's to keep
         counted = unusable.Unusable(
             gradients=made[1].num_unusable_patients, tiles=patients.take_num_unusable()
         )

@@ -138,15 +138,3 @@ class AlignmentProbe:
             foundation.aligner.embed_captions(list(foundation.probe.captions)), anchors_KD
         )
         return alignment_target(tiles_NK, captions_NK, foundation.manifest.alignment)
-
-
-def alignment_margin(
-    foundation: Foundation,
-    config: AdapterConfig,
-    state: Mapping[str, Tensor],
-    *,
-    seed: int,
-    num_draws: int = 2,
-) -> float:
-    """The margin of one adapter state. For many states keep an ``AlignmentProbe``."""
-    return AlignmentProbe(foundation, config, seed=seed, num_draws=num_draws).margin(state)

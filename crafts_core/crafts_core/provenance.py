@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Literal, Self
 from xml.sax.saxutils import escape
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -94,11 +92,6 @@ class Provenance(BaseModel):
         return f"Synthetic histology image, not a patient's: {'; '.join(self.prompts)}"
 
 
-def save_png(image_HWC: npt.NDArray[np.uint8], path: Path, provenance: Provenance) -> None:
-    """Write one image whose metadata says that it is synthetic, of what, and from where."""
-    path.write_bytes(encode_png(Image.fromarray(image_HWC), provenance))
-
-
 def encode_png(image: Image.Image, provenance: Provenance) -> bytes:
     """The bytes of a PNG that carries ``provenance``."""
     buffer = io.BytesIO()
@@ -107,7 +100,7 @@ def encode_png(image: Image.Image, provenance: Provenance) -> bytes:
 
 
 def read_provenance(path: str | Path) -> Provenance:
-    """What ``save_png`` wrote into a file; the pixels are not decoded.
+    """What ``encode_png`` wrote into a file; the pixels are not decoded.
 
     Raises:
         ProvenanceError: no such file, no image, or nothing of ours in it; what other tools declare

@@ -26,6 +26,7 @@ from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_build.training import Recipe, Rows, train
+from crafts_core.pixels import channels_first, to_pixels
 from crafts_core.plan import GENERATOR_ONLY, Plan
 from crafts_core.public_pool import PublicPool
 from crafts_core.releases import ANCHORS, COLOUR, class_anchors
@@ -63,7 +64,7 @@ def retrieve(
     embeddings = []
     for done, part in enumerate(_parts(pool.images_NHWC)):
         progress("looking at public tiles", done * _EMBED, len(pool))
-        embeddings.append(foundation.aligner.embed_images(_as_tensor(alike(part))).cpu())
+        embeddings.append(foundation.aligner.embed_images(channels_first(alike(part))).cpu())
     (stage,) = (each for each in plan.stage if each.is_retrieval)
     picked = nearest(torch.cat(embeddings), state[ANCHORS], is_public, most=stage.tiles_per_caption)
     rows_M = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in picked])
@@ -204,10 +205,7 @@ def _loss_of(
     text_KLD = foundation.generator.encode_captions(list(captions))
     caption_M = torch.tensor([captions.index(caption) for caption in picked.captions])
     latents_MCHW = torch.cat(
-        [
-            foundation.generator.encode_images(_as_tensor(part) / 127.5 - 1.0)
-            for part in _parts(picked.images_NHWC)
-        ]
+        [foundation.generator.encode_images(to_pixels(part)) for part in _parts(picked.images_NHWC)]
     )
 
     def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
@@ -242,10 +240,6 @@ def _along(values_R: Tensor, tensor: Tensor, *, dim: int) -> Tensor:
     shape = [1] * tensor.dim()
     shape[dim] = len(values_R)
     return values_R.reshape(shape)
-
-
-def _as_tensor(images_NHWC: Images) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)
 
 
 def _parts(images_NHWC: Images) -> Iterator[Images]:

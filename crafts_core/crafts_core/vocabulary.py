@@ -91,10 +91,6 @@ class CancerType:
     organ: str
     look: Look
 
-    @property
-    def project(self) -> str:
-        return f"TCGA-{self.code}"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:

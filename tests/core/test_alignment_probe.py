@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crafts_core.alignment_probe import AlignmentProbe, alignment_margin
+from crafts_core.alignment_probe import AlignmentProbe
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig
@@ -37,8 +37,8 @@ def test_margin_follows_from_seed_and_state(foundation: Foundation, probe: Align
     first = probe.margin(state)
     assert probe.margin(start) != first
     assert probe.margin(state) == first
-    assert alignment_margin(foundation, CONFIG, state, seed=5, num_draws=2) == first
-    assert alignment_margin(foundation, CONFIG, state, seed=6, num_draws=2) != first
+    assert AlignmentProbe(foundation, CONFIG, seed=5).margin(state) == first
+    assert AlignmentProbe(foundation, CONFIG, seed=6).margin(state) != first
 
 
 def test_denoiser_that_ignores_its_text_has_margin_zero(foundation: Foundation) -> None:

@@ -23,8 +23,9 @@ from crafts_core.foundation_build.measured import measure, steady_phrases
 from crafts_core.foundation_build.public_tiles import compose, drawn_types, probe_of, public_tiles
 from crafts_core.foundation_build.tiles_table import TableRow, read_open_tiles
 from crafts_core.foundation_build.training import Recipe, train
-from crafts_core.foundation_build.views import other_stains, to_pixels, to_uint8
+from crafts_core.foundation_build.views import other_stains
 from crafts_core.foundation_manifest import FoundationError
+from crafts_core.pixels import to_pixels, to_uint8
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.sampling import sample_images
 from crafts_core.vocabulary import (

@@ -13,8 +13,8 @@ from crafts_core.provenance import (
     Origin,
     Provenance,
     ProvenanceError,
+    encode_png,
     read_provenance,
-    save_png,
 )
 
 PROMPT = 'tissue, Gleason 3+4 <5 µm & "pale"'
@@ -30,7 +30,8 @@ DRAWN = Provenance(
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> Path:
-    save_png(np.full((8, 8, 3), 9, np.uint8), tmp_path / "x.png", DRAWN)
+    image = Image.fromarray(np.full((8, 8, 3), 9, np.uint8))
+    (tmp_path / "x.png").write_bytes(encode_png(image, DRAWN))
     return tmp_path / "x.png"
 
 

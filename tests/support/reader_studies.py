@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from crafts_core.provenance import Origin, Provenance, save_png
+from crafts_core.provenance import Origin, Provenance, encode_png
 from crafts_core.study.creation import StudyConfig, create_study
 from crafts_core.study.questions import Answer, Questions
 from crafts_core.study.records import Reader, Reading
@@ -30,9 +30,10 @@ def write_synthetic(folder: Path, num: int, *, px: int = 24) -> Path:
     for index in range(num):
         pixels = rng.integers(0, 256, (px, px, 3), dtype=np.uint8)
         prompt = f"{captions[index % 2]}, necrosis"
-        save_png(pixels, folder / f"tile-{index:04d}.png", said.of_image(prompt, index=index))
-    sheet = np.zeros((2 * px, 3 * px, 3), np.uint8)
-    save_png(sheet, folder / "sheet.png", said.of_sheet(captions))
+        png = encode_png(Image.fromarray(pixels), said.of_image(prompt, index=index))
+        (folder / f"tile-{index:04d}.png").write_bytes(png)
+    sheet = Image.fromarray(np.zeros((2 * px, 3 * px, 3), np.uint8))
+    (folder / "sheet.png").write_bytes(encode_png(sheet, said.of_sheet(captions)))
     return folder
 
 

@@ -22,10 +22,11 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from crafts_core.aligner import Aligner
-from crafts_core.evaluation.encoder import Features, Images
+from crafts_core.evaluation.encoder import Features, Images, unit_rows
 from crafts_core.evaluation.extras import NotMeasurableError
 from crafts_core.evaluation.resampling import Interval, Patients, Vector, mean_interval
 from crafts_core.foundation import Foundation
+from crafts_core.pixels import channels_first
 
 RANKS = (1, 5, 10)
 _BATCH = 64
@@ -72,7 +73,7 @@ class Matcher:
 
     def embed(self, images_NHWC: Images, captions: Sequence[str]) -> tuple[Features, Features]:
         """Unit embeddings of images (N, D) and captions (U, D)."""
-        images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)
+        images_NCHW = channels_first(images_NHWC)
         image_ND = torch.cat([self.aligner.embed_images(x) for x in images_NCHW.split(_BATCH)])
         starts = range(0, len(captions), _BATCH)
         text_UD = torch.cat(
@@ -185,6 +186,4 @@ def _numpy(tensor: torch.Tensor) -> Features:
 
 def _standard(rows: Features) -> Features:
     """Rows of mean 0 and length 1, so that products are correlations; a constant row is 0."""
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    standard: Features = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    return standard
+    return unit_rows(rows - rows.mean(axis=1, keepdims=True))

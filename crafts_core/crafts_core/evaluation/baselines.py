@@ -26,12 +26,12 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.generator import Generator
+from crafts_core.pixels import to_pixels, to_uint8
 from crafts_core.vocabulary import caption_class
 
 ArmName = Literal[
@@ -182,9 +182,6 @@ def reconstruct(generator: Generator, images_NHWC: Images) -> Images:
     """Each tile through the VAE and back."""
     found = []
     for start in range(0, len(images_NHWC), _BATCH):
-        pixels_BHWC = torch.from_numpy(images_NHWC[start : start + _BATCH])
-        latents_BCHW = generator.encode_images(pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1.0)
-        decoded_BCHW = generator.decode_latents(latents_BCHW)
-        back_BCHW = ((decoded_BCHW + 1.0) * 127.5).round().to(torch.uint8)
-        found.append(back_BCHW.permute(0, 2, 3, 1).cpu().numpy())
+        latents_BCHW = generator.encode_images(to_pixels(images_NHWC[start : start + _BATCH]))
+        found.append(to_uint8(generator.decode_latents(latents_BCHW)))
     return np.concatenate(found)

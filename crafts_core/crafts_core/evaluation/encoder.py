@@ -12,16 +12,22 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from crafts_core.errors import CraftsError
+from crafts_core.pixels import channels_first
 
 Images = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float64]
 
 SMALLEST_PX = 32
+
+
+def unit_rows(rows_ND: Features) -> Features:
+    """Each row at length 1; a row of nothing stays one."""
+    unit_ND: Features = rows_ND / np.maximum(np.linalg.norm(rows_ND, axis=1, keepdims=True), 1e-12)
+    return unit_ND
 
 
 class EncoderError(CraftsError):
@@ -133,7 +139,7 @@ def to_tensor(images_NHWC: Images) -> Tensor:
         raise ValueError(
             f"expected images of at least {SMALLEST_PX} px, got {images_NHWC.shape[1:3]}"
         )
-    return torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)
+    return channels_first(images_NHWC)
 
 
 def resized(images_NCHW: Tensor, height_px: int, width_px: int) -> Tensor:

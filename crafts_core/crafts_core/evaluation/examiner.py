@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from crafts_core.evaluation.encoder import Features
+from crafts_core.evaluation.encoder import Features, unit_rows
 from crafts_core.evaluation.extras import NotMeasurableError, scikit_learn
-from crafts_core.evaluation.resampling import Interval, interval_of, repeats
+from crafts_core.evaluation.resampling import Interval, half_of_patients, interval_of, repeats
 
 Vector = npt.NDArray[np.float64]
 _FEWEST_PATIENTS = 8
@@ -79,17 +79,12 @@ class _Reader:
         """Mark of every image under every caption."""
         expected_NW = np.asarray(self.regression.predict(features_ND)).reshape(len(features_ND), -1)
         said_UW = self.words.transform(captions).toarray() - self.centre_W
-        marks: Features = _unit(expected_NW) @ _unit(said_UW).T
+        marks: Features = unit_rows(expected_NW) @ unit_rows(said_UW).T
         return marks
 
 
 def _words(caption: str) -> list[str]:
     return re.findall(r"\w+", caption.lower()) or [caption]
-
-
-def _unit(rows: Features) -> Features:
-    unit: Features = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +131,7 @@ class Examiner:
                 f"drift: needs {_FEWEST_PATIENTS} held-out patients, got {len(names)}"
             )
         rng = np.random.default_rng(seed)
-        is_asked_P = np.zeros(len(names), dtype=np.bool_)
-        is_asked_P[rng.permutation(len(names))[: len(names) // 2]] = True
+        is_asked_P = half_of_patients(len(names), rng)
         taught_N, asked_N = (
             np.flatnonzero(rows_N).tolist()
             for rows_N in (~is_asked_P[patient_N], is_asked_P[patient_N])

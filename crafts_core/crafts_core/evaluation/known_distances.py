@@ -15,7 +15,7 @@ import numpy as np
 from scipy import linalg, stats
 from scipy.spatial.distance import cdist
 
-from crafts_core.evaluation.encoder import Features
+from crafts_core.evaluation.encoder import Features, unit_rows
 from crafts_core.evaluation.resampling import Interval, Patients
 
 _SHRINKAGE = 0.2
@@ -78,10 +78,6 @@ def kid_kernel(x_ND: Features, y_MD: Features) -> Features:
 
 def cmmd_kernel(x_ND: Features, y_MD: Features) -> Features:
     """Gaussian of width 10 between embeddings of unit length, times 1000."""
-    x_unit, y_unit = (
-        each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12)
-        for each in (x_ND, y_MD)
-    )
-    squares = cdist(x_unit, y_unit, "sqeuclidean")
+    squares = cdist(unit_rows(x_ND), unit_rows(y_MD), "sqeuclidean")
     kernel: Features = _CMMD_SCALE * np.exp(-squares / (2.0 * _CMMD_WIDTH**2))
     return kernel

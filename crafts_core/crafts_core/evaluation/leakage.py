@@ -42,6 +42,7 @@ from crafts_core.evaluation.memorisation import (
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
+from crafts_core.pixels import to_pixels
 from crafts_core.stages.schedule import NoiseSchedule
 
 Vector = npt.NDArray[np.float64]
@@ -150,7 +151,7 @@ def _scores(
     loss, before, pia = [], [], []
     for start in range(0, len(tiles.patients), config.batch_size):
         rows = slice(start, start + config.batch_size)
-        images = torch.from_numpy(tiles.images_NHWC[rows]).permute(0, 3, 1, 2) / 127.5 - 1.0
+        images = to_pixels(tiles.images_NHWC[rows])
         latents_BCHW = generator.encode_images(images)
         text_BLD = generator.encode_captions(list(tiles.captions[rows]))
         loss.append(denoising_error(generator, latents_BCHW, text_BLD, seed=config.seed + start))

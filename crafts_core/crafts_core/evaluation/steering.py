@@ -29,6 +29,7 @@ from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.nuclei_finder import Found, Mask, NucleiFinder, compared
 from crafts_core.evaluation.real_tiles import rows_in_order_of_content
 from crafts_core.generator import Generator
+from crafts_core.pixels import to_pixels
 from crafts_core.plan import Modality
 from crafts_core.sampling import Control, contact_sheet, sample_images
 from crafts_core.stages.batch import TileBatch, draw
@@ -243,7 +244,7 @@ def _share(loss_own_N: Tensor, loss_other_N: Tensor) -> float:
 def _batch(
     generator: Generator, images_NHWC: Images, captions: list[str], condition_NCHW: Tensor
 ) -> TileBatch:
-    pixels = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    pixels = to_pixels(images_NHWC)
     return TileBatch(
         latents_BCHW=torch.cat([generator.encode_images(part) for part in pixels.split(_CHUNK)]),
         text_BLD=generator.encode_captions(captions),

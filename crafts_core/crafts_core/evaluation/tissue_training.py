@@ -29,6 +29,7 @@ from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.tissue_encoder import WEIGHTS, TissueEncoder
 from crafts_core.evaluation.tissue_network import CHANNELS, TissueNetwork
 from crafts_core.foundation_build.tiles_table import read_open_tiles, read_table
+from crafts_core.pixels import channels_first
 
 Labels = npt.NDArray[np.str_]
 FEWEST_TILES = 20
@@ -163,7 +164,7 @@ def random_view(
     turned_NHWC = np.rot90(cut_NHWC, int(rng.integers(4)), axes=(1, 2))
     if rng.integers(2):
         turned_NHWC = turned_NHWC[:, :, ::-1]
-    batch_NCHW = torch.from_numpy(np.ascontiguousarray(turned_NHWC)).permute(0, 3, 1, 2)
+    batch_NCHW = channels_first(turned_NHWC)
     return recoloured(batch_NCHW, source).contiguous(memory_format=torch.channels_last)
 
 

@@ -19,7 +19,8 @@ from crafts_core.aligner import tokenize
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
 from crafts_core.foundation_build.training import Recipe, Rows, train
-from crafts_core.foundation_build.views import other_stains, to_pixels, turned
+from crafts_core.foundation_build.views import other_stains, turned
+from crafts_core.pixels import to_pixels
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

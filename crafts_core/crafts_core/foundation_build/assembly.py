@@ -43,6 +43,7 @@ from crafts_core.foundation_build.structure_net import StructureNet, train_struc
 from crafts_core.foundation_build.tiles_table import TableRow
 from crafts_core.foundation_build.training import Progress, Recipe
 from crafts_core.foundation_manifest import FoundationManifest, write_manifest
+from crafts_core.pixels import channels_first
 from crafts_core.probe import Probe, correlation_range, save_probe
 from crafts_core.vocabulary import corpus, prompt_bank
 
@@ -311,7 +312,7 @@ class _Workshop:
         tower = Aligner(
             model=self.aligner, tokenizer=self.tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3
         )
-        tiles_NCHW = torch.from_numpy(self.tiles.image_NHWC).permute(0, 3, 1, 2)
+        tiles_NCHW = channels_first(self.tiles.image_NHWC)
         embedding_ND = torch.cat([tower.embed_images(part) for part in tiles_NCHW.split(256)])
         return train_latent_aligner(
             self.unet, self.latents[0], self.tiles.caption_NV[:, 0], self.text[0],

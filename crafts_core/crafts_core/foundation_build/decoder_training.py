@@ -21,7 +21,8 @@ from crafts_core.foundation_build.diffusion_training import pixel_distance
 from crafts_core.foundation_build.public_tiles import PublicTiles
 from crafts_core.foundation_build.structure_net import StructureNet, perceptual_loss
 from crafts_core.foundation_build.training import Recipe, Rows, train
-from crafts_core.foundation_build.views import cropped, other_stains, to_pixels, turned
+from crafts_core.foundation_build.views import cropped, other_stains, turned
+from crafts_core.pixels import to_pixels
 
 CRITIC_SHARE = 0.35
 """Of the gradient that the distances have where the decoder ends."""

@@ -20,7 +20,8 @@ from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
 from crafts_core.foundation_build.structure_net import StructureNet, perceptual_loss
 from crafts_core.foundation_build.training import Recipe, Rows, train
-from crafts_core.foundation_build.views import cropped, other_stains, to_pixels, turned
+from crafts_core.foundation_build.views import cropped, other_stains, turned
+from crafts_core.pixels import to_pixels
 
 MIN_SNR_GAMMA = 5.0
 LATENT_ALIGNER_WIDTH = 64

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from scipy import ndimage
 
-from crafts_core.foundation_build.views import other_stains, to_pixels, to_uint8
+from crafts_core.foundation_build.views import other_stains
 from crafts_core.otsu import otsu_bin
+from crafts_core.pixels import to_pixels, to_uint8
 
 Mask = npt.NDArray[np.bool_]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.measured import steady_phrases
@@ -24,6 +23,7 @@ from crafts_core.foundation_build.tiles_table import (
     TableRow,
     read_open_tiles,
 )
+from crafts_core.pixels import channels_first
 from crafts_core.probe import Probe
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.vocabulary import CANCER_TYPES, CancerType, compose_caption, sample_attributes
@@ -213,7 +213,7 @@ def probe_of(rows: Sequence[TableRow], config: BuildConfig) -> Probe:
         images.append(tiles_THWC[0])
         captions.append(caption)
     return Probe(
-        tiles_NCHW=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        tiles_NCHW=channels_first(np.stack(images)).contiguous(),
         captions=tuple(captions),
     )
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crafts_core.foundation_build.training import Recipe, train
-from crafts_core.foundation_build.views import other_stains, to_pixels, turned
+from crafts_core.foundation_build.views import other_stains, turned
+from crafts_core.pixels import to_pixels
 
 WIDTHS = (24, 48, 96, 160)
 

@@ -4,20 +4,8 @@ Shape letters: B tiles, C H W channels and pixels.
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-
-
-def to_pixels(image_BHWC: np.ndarray) -> Tensor:
-    """uint8 tiles to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def to_uint8(pixels_BCHW: Tensor) -> npt.NDArray[np.uint8]:
-    """Back to (B, H, W, 3)."""
-    levels_BCHW = ((pixels_BCHW + 1.0) * 127.5).round().clamp(0, 255).byte()
-    return levels_BCHW.permute(0, 2, 3, 1).numpy()
 
 
 def cropped(pixels_BCHW: Tensor, side_px: int, rng: np.random.Generator) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from crafts_core.foundation import Foundation, FoundationError
+from crafts_core.pixels import to_pixels
 from crafts_core.tiles.augment import view_of
 from crafts_core.tiles.store import TileStore, readable
 
@@ -113,7 +114,6 @@ def _encoded(
 
 def _of_pixels(encode: Callable[[Tensor], Tensor]) -> Callable[[list[Pixels]], Tensor]:
     def of_pixels(images: list[Pixels]) -> Tensor:
-        pixels_MCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return encode(pixels_MCHW.to(torch.float32) / 127.5 - 1)
+        return encode(to_pixels(np.stack(images)))
 
     return of_pixels

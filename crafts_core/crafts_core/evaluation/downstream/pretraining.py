@@ -15,6 +15,7 @@ from crafts_core.evaluation.encoder import Features, Images
 from crafts_core.evaluation.resampling import Vector
 from crafts_core.evaluation.tissue_network import CHANNELS, TissueNetwork
 from crafts_core.evaluation.tissue_training import random_view
+from crafts_core.pixels import channels_first
 
 _BATCH, _EMBEDDING = 64, 64
 _TEMPERATURE, _LEARNING_RATE, _WEIGHT_DECAY = 0.2, 2e-3, 1e-4
@@ -67,6 +68,6 @@ def contrast(embedding_VE: Tensor, temperature: float = _TEMPERATURE) -> Tensor:
 @torch.no_grad()
 def features(network: TissueNetwork, images_NHWC: Images) -> Features:
     """What a network sees of whole images, (N, D)."""
-    images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)
+    images_NCHW = channels_first(images_NHWC)
     parts = [network(part.float()).double().numpy() for part in images_NCHW.split(_BATCH)]
     return np.concatenate(parts)

@@ -21,7 +21,7 @@ from crafts_core.evaluation.downstream.paired import Marks
 from crafts_core.evaluation.downstream.pool import REAL, Arm, Kind, Lesson, Pool, Split, lesson
 from crafts_core.evaluation.downstream.pretraining import features, pretrained
 from crafts_core.evaluation.downstream.questions import NO, UNKNOWN, YES, Answers
-from crafts_core.evaluation.encoder import Features
+from crafts_core.evaluation.encoder import Features, unit_rows
 from crafts_core.evaluation.extras import scikit_learn
 from crafts_core.evaluation.judges import Judge, Verdicts
 from crafts_core.evaluation.resampling import Rows, Vector
@@ -177,7 +177,7 @@ class Retrieval:
         _, first_U, place_T = np.unique(
             self.pool.caption_R[tested], return_index=True, return_inverse=True
         )
-        unit_TE = found_TE / np.maximum(np.linalg.norm(found_TE, axis=1, keepdims=True), 1e-12)
+        unit_TE = unit_rows(found_TE)
         cosine_TU = unit_TE @ self.text_RE[tested][first_U].T
         ways: tuple[tuple[str, Callable[[Features, Rows], tuple[Vector, Vector]], int], ...] = (
             ("caption of an image", caption_ranks, len(first_U)),
