@@ -219,7 +219,11 @@ class Site:
         return answer
 
     def _masked(self, message: AnnouncementMessage) -> Release:
-        """Seal the vector and commit it, or find the one that was sealed."""
+        """Seal the vector and commit it, or find the one that was sealed.
+
+        Whoever has withdrawn since the word is in it, as in a sealed answer that waits for its
+        time: not to answer would tell the coordinator, without noise, that somebody has.
+        """
         request, announcement = message.request, message.announcement
         plan, _ = self._allowed(message.plan, request)
         sealed = self._outbox.find(request)
@@ -227,8 +231,6 @@ class Site:
             check_answers(sealed, announcement)
             self._commit_sealed(sealed)
             return sealed
-        if (spent := self._sums.forget_withdrawn(self._register.withdrawn)) is not None:
-            self._close_round(spent)
         roster = self._roster(plan)
         release, reservation = self._sums.release(
             request, announcement, plan=plan, policy=self._home.policy, roster=roster
@@ -315,7 +317,6 @@ class Site:
             identity=site_key(self._home, self._ledger),
             site=self._home.config.name,
             declared_patients=self._home.config.declared_patients,
-            withdrawn=task.withdrawn,
             keep_s=plan.aggregation.deadline_s + plan.aggregation.masked_deadline_s,
         )
 

@@ -106,7 +106,6 @@ class _VirtualSite:
             trained={"values": torch.zeros(_NUM_VALUES)},
             identity=self.identity,
             site=self.name,
-            withdrawn=frozenset(),
             declared_patients=30,
             keep_s=3600.0,
         )

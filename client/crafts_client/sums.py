@@ -63,8 +63,6 @@ class _Held:
     ready: ReadyReply
     key: MaskKey
     result: HeldSum | HeldUpdate
-    withdrawn: frozenset[str]
-    """Who had withdrawn when it was computed."""
     timer: threading.Timer
     """Overwrites the result."""
 
@@ -107,7 +105,6 @@ class SiteSums:
         identity: Ed25519PrivateKey,
         site: str,
         declared_patients: int,
-        withdrawn: frozenset[str],
         keep_s: float,
     ) -> ReadyReply:
         """Keep a result, with a fresh key for its masks; the site's word that it is ready.
@@ -133,7 +130,6 @@ class SiteSums:
             ready=ready,
             key=key,
             result=result,
-            withdrawn=withdrawn,
             timer=timer,
         )
         with self._lock:
@@ -186,15 +182,6 @@ class SiteSums:
         if (charge.plan_hash, charge.run_id, charge.event) != wanted or is_of_release:
             return GivenUp(spent=charge)
         return GivenUp(unused=charge)
-
-    def forget_withdrawn(self, withdrawn: frozenset[str]) -> Reservation | None:
-        """Overwrite what was computed while others had withdrawn than now; its charge, to close."""
-        held = self._held
-        if held is None or held.withdrawn == withdrawn or self._take(held.ready) is None:
-            return None
-        held.result.forget()
-        self._open = None
-        return held.reservation
 
     def release(
         self,

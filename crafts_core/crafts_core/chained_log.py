@@ -58,15 +58,23 @@ class ChainedLog(Generic[Line]):
     def read(self) -> Chain[Line]:
         """All of it, whatever a crash tore left out; empty where there is no file.
 
-        What was checked is kept for the same bytes: a log of years is asked often, and changes
-        seldom.
+        What was checked is kept, and of a log that begins with the same bytes only the lines after
+        them are checked: one of years is asked often, and how long that takes tells nobody how
+        long it is.
         """
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
             data = b""
-        checked: Chain[Line] = _checked(data[: data.rfind(b"\n") + 1], self._parse)
-        return checked
+        whole = data[: data.rfind(b"\n") + 1]
+        known: _Known[Line] = _known(self._path, self._parse)
+        checked, chain = known.newest
+        if chain.broken_at is not None or not whole.startswith(checked):
+            checked, chain = b"", Chain((), None)
+        if len(whole) > len(checked):
+            chain = _go_on(chain.lines, whole[len(checked) :], self._parse)
+            known.newest = whole, chain
+        return chain
 
     def newest(self, most: int) -> Chain[Line]:
         """At most so many from the end, each checked against the one before it among them."""
@@ -87,10 +95,21 @@ class ChainedLog(Generic[Line]):
         append_line(self._path, "\n".join(texts), mode=mode)
 
 
+@dataclass(slots=True)
+class _Known(Generic[Line]):
+    """The bytes that were checked last, and the chain in them."""
+
+    newest: tuple[bytes, Chain[Line]]
+
+
 @lru_cache(maxsize=4)
-def _checked(whole: bytes, parse: Parse[Line]) -> Chain[Line]:
-    lines: list[Line] = []
-    for number, text in enumerate(whole.split(b"\n")[:-1], start=1):
+def _known(_path: Path, _parse: Parse[Line]) -> _Known[Line]:
+    return _Known((b"", Chain((), None)))
+
+
+def _go_on(known: tuple[Line, ...], new: bytes, parse: Parse[Line]) -> Chain[Line]:
+    lines = list(known)
+    for number, text in enumerate(new.split(b"\n")[:-1], start=len(known) + 1):
         line = parse(text)
         previous = lines[-1].hash if lines else START
         if line is None or (line.number, line.previous) != (number, previous):

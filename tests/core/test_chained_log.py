@@ -51,6 +51,14 @@ def test_what_was_written_is_read_and_checked_once(path: Path) -> None:
     assert [line.text for line in log.read().lines] == [f"entry{n}" for n in range(1, 6)]
     assert log.read().broken_at is None
     assert parse.read == 5, "the same bytes are not checked again"
+    new = written(6, log.read().lines[-1].hash, "entry6")
+    log.append([new], mode=0o600)
+    assert len(log.read().lines) == len(ChainedLog(path, parse).read().lines) == 6
+    assert parse.read == 6, "only the line that is new is checked"
+    path.write_text(path.read_text().replace("entry2", "entryX"))
+    assert (len(log.read().lines), log.read().broken_at) == (1, 2)
+    path.write_text(path.read_text().replace("entryX", "entry2"))
+    assert (len(log.read().lines), log.read().broken_at) == (6, None)
 
 
 @pytest.mark.parametrize(
