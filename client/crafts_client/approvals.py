@@ -81,11 +81,22 @@ class _ApprovalFile(Generic[Approved]):
                 f"cannot read {self._path}; remove it and approve everything again"
             ) from error
 
-    def take_back(self, approved_hash: str) -> None:
-        """From the next round on, no."""
+    def take_back(self, beginning: str) -> str:
+        """From the next round on, no; nobody else is asked. The hash.
+
+        Raises:
+            HomeError: none, or several, of what is approved begins so.
+        """
         known = self.all()
-        known.pop(approved_hash, None)
+        found = [each for each in known if each.startswith(beginning)]
+        if len(found) != 1:
+            raise HomeError(
+                f"{len(found)} that are approved here begin with {beginning!r}, expected one of "
+                f"{', '.join(known) or 'none at all'}"
+            )
+        del known[found[0]]
         self._write(known)
+        return found[0]
 
     def _write(self, approvals: dict[str, Approved]) -> None:
         write_file(self._path, self._file.dump_json(approvals, indent=1).decode() + "\n")
@@ -167,7 +178,7 @@ class RosterApprovals(_ApprovalFile[RosterApproval]):
             raise PolicyError(
                 Rule.ROSTER,
                 "nobody here approved who the other hospitals are; run crafts-client roster "
-                f"approve {plan_hash[:16]}",
+                f"approve {plan_hash}",
             )
         return approval.roster
 

@@ -35,7 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")
 REVOKED = 3
 """Exit code of ``join``: to start it again does not help."""
 PlanHash = Annotated[
-    str, typer.Argument(help="16 digits or more of its hash, as plan list has them.")
+    str,
+    typer.Argument(help="16 digits or more of its hash, as plan list has them; all 64 to approve."),
 ]
 
 
@@ -280,26 +281,23 @@ def plan_approve(
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        plan, offered = offered_plan(site, plan_hash, anew=not take_back)
-        runs = runs_so_far(site, plan)
         if take_back:
-            site.approvals.take_back(plan.hash)
-        elif offered.refused:
+            taken = site.approvals.take_back(plan_hash)
+            said = {"plan": taken, "approved": False}
+            say_done(f"plan {taken[:16]} is not approved any more", said, as_json=as_json)
+            return
+        plan, offered = offered_plan(site, plan_hash, to_approve=True)
+        runs = runs_so_far(site, plan)
+        if offered.refused:
             raise EnrolmentError(f"not approved: {'; '.join(offered.refused)}")
-        else:
-            site.approvals.approve(plan, runs_so_far=runs)
+        site.approvals.approve(plan, runs_so_far=runs)
     again = f" for one run more, after {runs}" if runs else ""
-    verdict = (
-        "is not approved any more"
-        if take_back
-        else f"is approved{again}; next: crafts-client join, if it does not run"
-    )
     say_done(
-        f"{plan.study.name} {verdict}",
-        {"plan": plan.hash, "approved": not take_back, "remark": offered.remark},
+        f"{plan.study.name} is approved{again}; next: crafts-client join, if it does not run",
+        {"plan": plan.hash, "approved": True, "remark": offered.remark},
         as_json=as_json,
     )
-    if offered.remark and not (as_json or take_back):
+    if offered.remark and not as_json:
         say(offered.remark)
 
 

@@ -25,6 +25,7 @@ from crafts_privacy.plan_check import noise_problems
 from crafts_privacy.plan_noise import release_events
 
 _PREFIX = re.compile(r"[0-9a-f]{16,64}")
+_WHOLE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,22 +101,43 @@ def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
         yield _told(site, signed)
 
 
-def offered_plan(site: SiteHome, plan_hash: str, *, anew: bool = False) -> tuple[Plan, OfferedPlan]:
-    """The one plan whose hash begins so; no other is judged. ``anew`` as for ``judge``.
+def offered_plan(
+    site: SiteHome, plan_hash: str, *, to_approve: bool = False
+) -> tuple[Plan, OfferedPlan]:
+    """The one plan whose hash begins so; no other is judged.
+
+    Args:
+        site: Who asks.
+        plan_hash: At least 16 digits, to look at it.
+        to_approve: All 64 are needed: whoever makes plans makes two that begin with the same 16 in
+            minutes, shows one, and offers the other next. No figure that was kept is believed.
 
     Raises:
-        EnrolmentError: fewer than 16 digits, which somebody could make another plan fit; or none.
+        EnrolmentError: too few digits; or no plan, or several, begin so.
     """
     if not _PREFIX.fullmatch(plan_hash):
         raise EnrolmentError(
             f"expected at least 16 hexadecimal digits of a plan's hash, got {plan_hash!r}; see "
             "crafts-client plan list"
         )
+    if to_approve and len(plan_hash) < _WHOLE:
+        raise EnrolmentError(
+            f"expected all {_WHOLE} digits of the plan's hash, as crafts-client plan show "
+            f"{plan_hash} says them: two plans can be made to begin alike"
+        )
+    found: dict[str, tuple[Plan, SignedPlan]] = {}
     for signed in _signed_plans(site):
         plan = _readable(signed.json)
         if plan is not None and plan.hash.startswith(plan_hash):
-            return plan, _told(site, signed, anew=anew)
-    raise EnrolmentError(f"no plan begins with {plan_hash!r}; see crafts-client plan list")
+            found[plan.hash] = plan, signed
+    if len(found) != 1:
+        advice = "; give more digits of one" if found else ""
+        raise EnrolmentError(
+            f"{', '.join(found) or 'no plan'} begins with {plan_hash!r}{advice}; see crafts-client "
+            "plan list"
+        )
+    ((plan, signed),) = found.values()
+    return plan, _told(site, signed, anew=to_approve)
 
 
 def runs_so_far(site: SiteHome, plan: Plan) -> int:

@@ -36,7 +36,7 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
     yield from (f"Refused: {line}." for line in offered.refused)
     if not offered.refused:
         approved = plan.hash in site.approvals.all()
-        yield "Approved here." if approved else f"Next: crafts-client plan approve {plan.hash[:16]}"
+        yield "Approved here." if approved else f"Next: crafts-client plan approve {plan.hash}"
     if offered.remark:
         yield f"Note: {offered.remark}."
 

@@ -188,7 +188,7 @@ class Policy(BaseModel):
         if self.require_approval and plan.hash not in approved:
             raise PolicyError(
                 Rule.APPROVAL,
-                f"nobody here approved the plan; run crafts-client plan approve {plan.hash[:16]}",
+                f"nobody here approved the plan; run crafts-client plan approve {plan.hash}",
             )
 
     def check_noise(self, plan: Plan, mechanism: "Mechanism") -> None:
@@ -441,7 +441,7 @@ def check_run(request: "RoundRequest", known_runs: Collection[str], allowed_runs
         raise PolicyError(
             Rule.RUN,
             f"the plan has had {len(known_runs)} runs; to let another spend what is left of it, "
-            f"run crafts-client plan approve {request.plan_hash[:16]} again",
+            f"run crafts-client plan approve {request.plan_hash} again",
         )
 
 

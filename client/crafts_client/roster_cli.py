@@ -46,16 +46,13 @@ def roster_approve(
 
     Asks nothing where policy.toml knows all their fingerprints.
     """
-    from crafts_client.offered_plans import offered_plan
-
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
         if take_back:
-            plan, _ = offered_plan(site, plan_hash)
-            site.roster_approvals.take_back(plan.hash)
+            site.roster_approvals.take_back(plan_hash)
             say("the roster is not approved any more")
             return
-        shown = _shown(site, plan_hash)
+        shown = _shown(site, plan_hash, to_approve=True)
     _print(shown)
     if shown.unpinned:
         confirm("Have all these hospitals, each known to you by voice, read this phrase?", yes=yes)
@@ -64,11 +61,11 @@ def roster_approve(
     say("the roster is approved")
 
 
-def _shown(site: SiteHome, plan_hash: str) -> "ShownRoster":
+def _shown(site: SiteHome, plan_hash: str, *, to_approve: bool = False) -> "ShownRoster":
     from crafts_client.offered_plans import offered_plan
     from crafts_client.rosters import shown_roster
 
-    plan, _ = offered_plan(site, plan_hash)
+    plan, _ = offered_plan(site, plan_hash, to_approve=to_approve)
     return shown_roster(site, plan)
 
 

@@ -245,7 +245,7 @@ def _waiting(site: SiteHome, offered: Offered) -> Iterator[str]:
     for each in offered.plans:
         if each.plan is None or each.refused:
             continue
-        shown = each.plan.hash[:16]
+        shown = each.plan.hash
         if site.policy.require_approval and each.plan.hash not in approved:
             yield f"crafts-client plan approve {shown}"
         if each.plan.aggregation.secure_aggregation and each.plan.hash not in rosters:

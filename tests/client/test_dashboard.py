@@ -70,7 +70,7 @@ def test_the_owner_sees_cohort_ledger_and_what_left(home: SiteHome, coordinator)
 
     state = home.policy.lifetime.state(Ledger(home.ledger_path).plans("main"))
     told = [str(state), "4 steps", RELEASE[:16], "1 withdrew", "never audited", "does not run"]
-    told += [f"crafts-client plan approve {plan.hash[:16]}", "12.50", "not enrolled"]
+    told += [f"crafts-client plan approve {plan.hash}", "12.50", "not enrolled"]
     assert [words for words in told if words not in page] == []
     assert RELEASE[:16] in client.get(f"{link}left").text
 

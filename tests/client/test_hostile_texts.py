@@ -103,7 +103,7 @@ def test_what_the_registrar_says_when_it_refuses(home, replies, monkeypatch, com
         raise enrolment.EnrolmentError(f"the coordinator says: {TEXT}")
 
     replies["ListPlans"] = refuses
-    assert_harmless(run(home, "plan", command, "a" * 16, code=1).stderr, num_lines=1)
+    assert_harmless(run(home, "plan", command, "a" * 64, code=1).stderr, num_lines=1)
     replies["DeclarePatients"] = lambda **_: refuses()
     assert_harmless(run(home, "declare", code=1).stderr, num_lines=1)
 

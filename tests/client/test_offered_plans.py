@@ -80,7 +80,9 @@ def test_a_plan_that_cannot_be_read_hides_no_other(home, coordinator, offer, tex
     assert listed[1]["epsilon_after"] == pytest.approx(8.0, abs=0.1)
 
 
-def test_a_plan_is_approved_by_sixteen_digits_of_its_hash(home, coordinator, offer) -> None:
+def test_a_plan_is_shown_by_sixteen_digits_of_its_hash_and_approved_by_all(
+    home, coordinator, offer
+) -> None:
     plan = coordinator.plan()
     offer(signed(coordinator, plan))
 
@@ -88,9 +90,41 @@ def test_a_plan_is_approved_by_sixteen_digits_of_its_hash(home, coordinator, off
         for command in ("show", "approve"):
             done = run("plan", command, short, "--home", home.path)
             assert (done.exit_code, "at least 16" in done.stderr) == (1, True), short
+    assert run("plan", "show", plan.hash[:16], "--home", home.path).exit_code == 0
+    refused = run("plan", "approve", plan.hash[:63], "--home", home.path)
+    assert (refused.exit_code, "expected all 64 digits" in refused.stderr) == (1, True)
     assert home.approvals.all() == {}
-    assert run("plan", "approve", plan.hash[:16], "--home", home.path).exit_code == 0
+    assert run("plan", "approve", plan.hash, "--home", home.path).exit_code == 0
     assert home.approvals.all().keys() == {plan.hash}
+
+
+def test_of_two_plans_that_begin_alike_neither_is_taken_for_the_other(
+    home, coordinator, offer, monkeypatch
+) -> None:
+    """Two that share 16 digits are made in minutes; the first that came was shown and approved."""
+    values = coordinator.plan().study.model_dump()
+    harmless, other = (coordinator.plan(study=values | {"seed": seed}) for seed in (1, 2))
+    offer(signed(coordinator, harmless), signed(coordinator, other))
+    own = Plan.hash.fget
+    monkeypatch.setattr(Plan, "hash", property(lambda plan: "ab" * 8 + own(plan)[:48]))
+    for command in ("show", "approve"):
+        assert run("plan", command, "ab" * 8, "--home", home.path).exit_code == 1
+    shown = run("plan", "show", "ab" * 8, "--home", home.path)
+    assert harmless.hash in shown.stderr
+    assert other.hash in shown.stderr
+    assert run("plan", "approve", harmless.hash, "--home", home.path).exit_code == 0
+    assert home.approvals.all().keys() == {harmless.hash}
+
+
+def test_what_was_approved_is_taken_back_whatever_is_offered(home, coordinator, offer) -> None:
+    plan = coordinator.plan()
+    offer(signed(coordinator, plan))
+    assert run("plan", "approve", plan.hash, "--home", home.path).exit_code == 0
+    offer()
+    unknown = run("plan", "approve", "0" * 64, "--take-back", "--home", home.path)
+    assert (unknown.exit_code, plan.hash in unknown.stderr) == (1, True)
+    assert run("plan", "approve", plan.hash[:16], "--take-back", "--home", home.path).exit_code == 0
+    assert home.approvals.all() == {}
 
 
 def test_the_noise_floor_is_told_before_anybody_approves(
@@ -210,7 +244,7 @@ def test_whatever_breaks_in_the_arithmetic_of_a_plan_refuses_it(
     first, second = json.loads(run("plan", "list", "--json", "--home", home.path).stdout)
     assert "cannot be computed" in first["refused"][0]
     assert second["hash"] is None
-    assert run("plan", "approve", plan.hash[:16], "--home", home.path).exit_code == 1
+    assert run("plan", "approve", plan.hash, "--home", home.path).exit_code == 1
 
 
 def test_what_a_budget_cannot_be_computed_for_is_refused(home, coordinator, offer, monkeypatch):
@@ -230,7 +264,7 @@ def test_targets_that_match_no_layer_are_refused_before_approval(home, coordinat
     text = plan.to_json()
     signature = signing.sign(coordinator._key, text.encode())
     offer(SignedPlan(json=text, signature=signature, public_key=coordinator.public_key))
-    refused = run("plan", "approve", plan.hash[:16], "--home", home.path)
+    refused = run("plan", "approve", plan.hash, "--home", home.path)
     assert (refused.exit_code, "'nowhere' matches no Linear" in refused.stderr) == (1, True)
 
 
@@ -247,7 +281,7 @@ def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> N
         "the cohort's life stands at epsilon ",
         f"adds noise of {mechanism_of(plan, declared_patients=1).noise_multiplier:.3g} times that",
         "How long a round takes here is known once a first one ran",
-        f"Next: crafts-client plan approve {plan.hash[:16]}",
+        f"Next: crafts-client plan approve {plan.hash}",
     ):
         assert said in words, said
 

@@ -104,7 +104,7 @@ def test_what_is_left_alone_counts_releases_as_often_as_they_may_be_asked_for(
 
 def test_a_person_approves_and_takes_back(home, study, far_side) -> None:
     far_side(study.roster())
-    plan = study.plan.hash[:16]
+    plan = study.plan.hash
     refused = run("roster", "approve", plan, "--home", home.path, answer="n\n")
     assert refused.exit_code == 1
     assert home.roster_approvals.all() == {}
@@ -126,7 +126,7 @@ def test_nobody_is_asked_where_the_policy_knows_them_all(home, study, far_side) 
     (home.path / POLICY_NAME).write_text(to_toml(policy))
     assert Policy.load(home.path / POLICY_NAME).peers == pins
     far_side(roster)
-    done = run("roster", "approve", study.plan.hash[:16], "--home", home.path)
+    done = run("roster", "approve", study.plan.hash, "--home", home.path)
     assert done.exit_code == 0, done.output
 
 
