@@ -37,7 +37,6 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from crafts_core.adapters import Adapter
-from crafts_core.aligner import profile
 from crafts_core.durable import append_line
 from crafts_core.exchange import global_norm, inner_product
 from crafts_core.foundation import Foundation, embedded_path, load
@@ -76,14 +75,13 @@ class Hospital:
         images = [Image.open(path).convert("RGB").resize((side, side)) for path, _ in tiles]
         pixels = torch.tensor(np.stack([np.asarray(image) for image in images])).movedim(3, 1)
         captions = [label_caption(LABELS[label]) for _, label in tiles]
-        anchors = foundation.anchors_KD
         return TileBatch(
             latents_BCHW=foundation.generator.encode_images(pixels / 127.5 - 1.0),
             text_BLD=foundation.generator.encode_captions(captions),
             null_text_LD=foundation.null_text_LD,
             weight_B=torch.full((len(tiles),), 1.0 / len(tiles)),
-            tile_profile_BK=profile(foundation.aligner.embed_images(pixels), anchors),
-            caption_profile_BK=profile(foundation.aligner.embed_captions(captions), anchors),
+            tile_embedding_BD=foundation.aligner.embed_images(pixels),
+            caption_embedding_BD=foundation.aligner.embed_captions(captions),
         )
 
 

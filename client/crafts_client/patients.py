@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crafts_core.aligner import profile
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Modality
 from crafts_core.stages.alignment import NO_CLASS
@@ -91,7 +90,7 @@ class PatientTiles:
 
         Each tile weighs the same and the weights sum to one, whatever the number of tiles; one that
         cannot be used is left out, and the others keep their weights. Where the cache has several
-        views of a tile, one is drawn. The profiles v and w are those of design section 6.
+        views of a tile, one is drawn.
 
         With a ``modality`` only tiles that have such a condition are drawn, and it comes along. A
         patient without any gives an empty batch: sampled like everybody, contributing nothing.
@@ -116,15 +115,14 @@ class PatientTiles:
         if captions:
             parts.append(self.classes_of(captions)[caption_ids])
         latents_BCHW, text_BLD, tile_BD, caption_BD, *more = self._usable(parts)
-        anchors_KD = self._foundation.anchors_KD
         weight_B = latents_BCHW.new_full((len(latents_BCHW),), 1.0 / max(len(rows), 1))
         return TileBatch(
             latents_BCHW=latents_BCHW,
             text_BLD=text_BLD,
             null_text_LD=self._foundation.null_text_LD,
             weight_B=weight_B,
-            tile_profile_BK=profile(tile_BD, anchors_KD),
-            caption_profile_BK=profile(caption_BD, anchors_KD),
+            tile_embedding_BD=tile_BD,
+            caption_embedding_BD=caption_BD,
             condition_BCHW=more.pop(0) if modality is not None else None,
             class_B=more.pop(0).squeeze(1) if captions else None,
         )

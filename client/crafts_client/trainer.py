@@ -395,14 +395,18 @@ class Trainer:
     def _public_step(self, task: TrainingTask, objective: Objective, speed: Speed) -> PublicStep:
         """A private step, noise and all, on public patients with as many tiles as ours may have.
 
-        All of the site's devices take it together, as they take patients' steps: it lasts as long
-        as the slowest one's, and no device is at its patients while another is timed.
+        Their tiles are drawn anew for each, as patients' are. All of the site's devices take it
+        together, as they take patients' steps: it lasts as long as the slowest one's, and no device
+        is at its patients while another is timed.
         """
-        rows = _rows_of(task)
-        batch = self._probe(1, task).select(torch.zeros(rows, dtype=torch.int64))
-        batch = replace(batch, weight_B=torch.full_like(batch.weight_B, 1.0 / rows))
-        drawn = (batch, _public_draws(objective, batch))
-        at_a_time = speed.at_a_time(rows)
+        num_tiles = task.privacy.tiles_per_patient
+        tiles = self._probe(1, task).select(torch.zeros(num_tiles, dtype=torch.int64))
+        tiles = replace(tiles, weight_B=torch.full_like(tiles.weight_B, 1.0 / num_tiles))
+        at_a_time = speed.at_a_time(_rows_of(task))
+
+        def drawn(_patient: int) -> Drawn:
+            batch = tiles.repeat(task.privacy.draws_per_tile)
+            return batch, _public_draws(objective, batch)
 
         def run(num_passes: int) -> None:
             self._take_steps(
@@ -412,7 +416,7 @@ class Trainer:
                 speed,
                 num_steps=1,
                 num_patients=num_passes * at_a_time,
-                drawn=lambda _: drawn,
+                drawn=drawn,
             )
             if self._foundation.device.type == "cuda":
                 torch.cuda.synchronize(self._foundation.device)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from crafts_client import trainer as trainer_module
 from crafts_client.answer_times import PublicStep
 from crafts_client.errors import TrainingError
 from crafts_client.home import SiteConfig
@@ -190,6 +191,32 @@ def test_a_round_is_the_same_to_the_last_bit_on_any_number_of_cores(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert [step.group_size for step in steps] == [1, 3]
     assert not caplog.records, "some passes were not believed in"
+
+
+def test_what_a_draw_costs_is_in_the_public_step_that_is_timed(
+    foundation, open_plan, patients, monkeypatch
+) -> None:
+    """A foundation with a long prompt bank made each patient's draw slow, and no public one."""
+    bankless = replace(foundation, anchors_KD=torch.empty(0))
+    drawn = PatientTiles(patients._store, patients._cache, bankless).batch(
+        0, max_tiles=2, generator=torch.Generator()
+    )
+    assert drawn.tile_embedding_BD.shape[1] == foundation.anchors_KD.shape[1]
+
+    steps: list[PublicStep] = []
+    trainer = trainer_of(foundation, open_plan, patients)
+    trainer.train(task_of(foundation, open_plan), steps.append)
+    draws: list[int] = []
+    public_draws = trainer_module._public_draws
+    monkeypatch.setattr(
+        trainer_module,
+        "_public_draws",
+        lambda *arguments: (draws.append(1), public_draws(*arguments))[1],
+    )
+    for num_passes in (0, 1, 3):
+        draws.clear()
+        steps[0].run(num_passes)
+        assert len(draws) == num_passes * steps[0].group_size
 
 
 def test_a_shortcut_that_threads_may_not_share_runs_one_pass_at_a_time() -> None:

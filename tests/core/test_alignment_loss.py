@@ -73,7 +73,8 @@ def slow_addition(
         embedding = wide.latent_aligner((signal * noisy - level * prediction)[None])[0]
     anchors = wide.anchors_KD.numpy()
     u = anchors @ embedding.numpy()
-    v, w = batch.tile_profile_BK[row].numpy(), batch.caption_profile_BK[row].numpy()
+    v = anchors @ batch.tile_embedding_BD[row].numpy()
+    w = anchors @ batch.caption_embedding_BD[row].numpy()
     r_lo, r_hi = wide.manifest.alignment.r_lo, wide.manifest.alignment.r_hi
     rho = min(max((np.corrcoef(v, w)[0, 1] - r_lo) / (r_hi - r_lo), 0.0), 1.0)
     q = rho * w + (1 - rho) * v
@@ -181,10 +182,10 @@ def test_stage_without_its_start_is_refused(foundation: Foundation) -> None:
         Objective(foundation, adapter, STAGE)
 
 
-def test_alignment_without_profiles_is_refused(foundation: Foundation) -> None:
+def test_alignment_without_embeddings_is_refused(foundation: Foundation) -> None:
     objective, _, batch, draws = prepared(foundation)
-    with pytest.raises(ValueError, match="needs tile and caption profiles"):
-        objective.loss_per_tile(replace(batch, caption_profile_BK=None), draws)
+    with pytest.raises(ValueError, match="needs tile and caption embeddings"):
+        objective.loss_per_tile(replace(batch, caption_embedding_BD=None), draws)
 
 
 def test_both_stages_are_per_tile(foundation: Foundation) -> None:
@@ -194,7 +195,7 @@ def test_both_stages_are_per_tile(foundation: Foundation) -> None:
 
 def info_nce(batch: TileBatch, draws: Draws) -> Tensor:
     """A tile against the captions of the other tiles in its batch."""
-    logits = batch.tile_profile_BK @ batch.caption_profile_BK.T
+    logits = batch.tile_embedding_BD @ batch.caption_embedding_BD.T
     return -logits.log_softmax(dim=1).diagonal()
 
 

@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import torch
 
-from crafts_core.aligner import profile
 from crafts_core.foundation import Foundation
 from crafts_core.stages.batch import TileBatch
 
 
 def random_batch(foundation: Foundation, num_tiles: int, *, seed: int = 0) -> TileBatch:
-    """Tiles with random latents, probe captions, and profiles of random embeddings."""
+    """Tiles with random latents, probe captions, and random embeddings."""
     generator = torch.Generator().manual_seed(seed)
     dtype = foundation.anchors_KD.dtype
     captions = [foundation.probe.captions[row % 8] for row in range(num_tiles)]
@@ -28,8 +27,8 @@ def random_batch(foundation: Foundation, num_tiles: int, *, seed: int = 0) -> Ti
         text_BLD=foundation.generator.encode_captions(captions).to(dtype),
         null_text_LD=foundation.null_text_LD,
         weight_B=torch.full((num_tiles,), 1.0 / num_tiles, dtype=dtype),
-        tile_profile_BK=profile(embeddings(), foundation.anchors_KD),
-        caption_profile_BK=profile(embeddings(), foundation.anchors_KD),
+        tile_embedding_BD=embeddings(),
+        caption_embedding_BD=embeddings(),
     )
 
 

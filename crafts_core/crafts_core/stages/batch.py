@@ -14,7 +14,7 @@ from torch import Tensor
 class TileBatch:
     """Tiles ready for a loss, everything that does not change in training computed once.
 
-    ``tile_profile_BK`` (v) and ``caption_profile_BK`` (w) are needed by stage alignment only,
+    ``tile_embedding_BD`` and ``caption_embedding_BD`` are needed by stage alignment only,
     ``condition_BCHW`` (m, at image resolution) by stage control, ``class_B`` (which of the study's
     captions, or ``alignment.NO_CLASS``) by the contrast of stage alignment.
     ``weight_B`` says how much each tile counts in its patient's mean: it sums to one over a
@@ -25,8 +25,8 @@ class TileBatch:
     text_BLD: Tensor
     null_text_LD: Tensor
     weight_B: Tensor
-    tile_profile_BK: Tensor | None = None
-    caption_profile_BK: Tensor | None = None
+    tile_embedding_BD: Tensor | None = None
+    caption_embedding_BD: Tensor | None = None
     condition_BCHW: Tensor | None = None
     class_B: Tensor | None = None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crafts_core.adapters import Adapter, Condition
+from crafts_core.aligner import profile
 from crafts_core.denoisers import predict
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
@@ -90,7 +91,7 @@ class Objective:
         In stage control it is L1 with the condition m: ``w(t) |y - d_theta(z_t, t, tau(c), m)|^2``.
 
         Raises:
-            ValueError: stage alignment was given a batch without profiles, or without classes for
+            ValueError: stage alignment was given a batch without embeddings, or without classes for
                 its contrast, or stage control one without conditions.
         """
         schedule, stage, timesteps_B = self._schedule, self._stage, draws.timesteps_B
@@ -141,12 +142,18 @@ class Objective:
         )
 
     def _correlation(self, denoised_BCHW: Tensor, batch: TileBatch) -> Tensor:
-        """r(u, q) of each tile."""
-        if batch.tile_profile_BK is None or batch.caption_profile_BK is None:
-            raise ValueError("stage alignment needs tile and caption profiles in the batch")
+        """r(u, q) of each tile.
+
+        Profiles are made here and not where tiles are drawn: a prompt bank may be long, and what a
+        pass costs is timed before anybody is drawn.
+        """
+        if batch.tile_embedding_BD is None or batch.caption_embedding_BD is None:
+            raise ValueError("stage alignment needs tile and caption embeddings in the batch")
         foundation = self._foundation
         target_BK = alignment_target(
-            batch.tile_profile_BK, batch.caption_profile_BK, foundation.manifest.alignment
+            profile(batch.tile_embedding_BD, foundation.anchors_KD),
+            profile(batch.caption_embedding_BD, foundation.anchors_KD),
+            foundation.manifest.alignment,
         )
         return denoised_correlation(
             denoised_BCHW,
@@ -160,7 +167,7 @@ class Objective:
 def assert_per_tile(loss_per_tile: LossPerTile, batch: TileBatch, draws: Draws) -> None:
     """Refuse a loss in which one tile's value depends on another tile.
 
-    Everything about the first tile is changed (latent, text, profiles, condition, noise); the
+    Everything about the first tile is changed (latent, text, embeddings, condition, noise); the
     losses of all other tiles must stay what they were. Run it once before training under privacy.
 
     Raises:
@@ -192,7 +199,7 @@ def _with_another_first_tile(batch: TileBatch, draws: Draws) -> tuple[TileBatch,
 
     optional = {
         name: change(tensor)
-        for name in ("tile_profile_BK", "caption_profile_BK", "condition_BCHW")
+        for name in ("tile_embedding_BD", "caption_embedding_BD", "condition_BCHW")
         if (tensor := getattr(batch, name)) is not None
     }
     if batch.class_B is not None:

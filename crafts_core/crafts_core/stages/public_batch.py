@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from crafts_core.aligner import profile
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Modality
 from crafts_core.stages.batch import TileBatch
@@ -25,14 +24,13 @@ def probe_batch(
     class_B = torch.arange(num_tiles, device=foundation.device) % max(len(captions), 1)
     tiles = foundation.probe.tiles_NCHW[:num_tiles]
     own_captions = list(foundation.probe.captions[:num_tiles])
-    anchors_KD = foundation.anchors_KD
     return TileBatch(
         latents_BCHW=foundation.generator.encode_images(tiles / 127.5 - 1.0),
         text_BLD=foundation.generator.encode_captions(own_captions),
         null_text_LD=foundation.null_text_LD,
         weight_B=torch.full((len(tiles),), 1.0 / len(tiles), device=foundation.device),
-        tile_profile_BK=profile(foundation.aligner.embed_images(tiles), anchors_KD),
-        caption_profile_BK=profile(foundation.aligner.embed_captions(own_captions), anchors_KD),
+        tile_embedding_BD=foundation.aligner.embed_images(tiles),
+        caption_embedding_BD=foundation.aligner.embed_captions(own_captions),
         condition_BCHW=None if modality is None else _made_up(foundation, len(tiles), modality),
         class_B=class_B[: len(tiles)] if captions else None,
     )
