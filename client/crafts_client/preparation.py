@@ -288,8 +288,18 @@ def _cut(
 def _with_unread(rows: Sequence[TableRow], foundation: Foundation) -> tuple[TableRow, ...]:
     """The rows, with what of their captions will not steer anything."""
     captions = list(dict.fromkeys(row.caption for row in rows))
-    tails = dict(zip(captions, foundation.generator.unread(captions), strict=True))
+    tails = dict(zip(captions, _unread(captions, foundation), strict=True))
     return tuple(replace(row, unread=tails[row.caption]) for row in rows)
+
+
+def _unread(captions: Sequence[str], foundation: Foundation) -> list[str]:
+    """The end of each that steers nothing: all of one that the tokenizer cannot read."""
+    try:
+        return foundation.generator.unread(captions)
+    except Exception:  # of some caption, by whatever a tokenizer may stumble over
+        if len(captions) > 1:
+            return [tail for each in captions for tail in _unread([each], foundation)]
+        return list(captions)
 
 
 def _of_other_cohorts(

@@ -505,6 +505,7 @@ class Site:
             kept = stage_start.recall(path, wanted)
             if kept is None:
                 raise StageStartMissingError("the adapter that began the stage is needed once more")
+            self._home.policy.check_adapter_norm(global_norm(kept))
             return kept
         stage_start.remember(path, found)
         return found

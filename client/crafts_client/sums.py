@@ -314,8 +314,8 @@ def check_answers(sealed: Release, announcement: Announcement) -> None:
 
 
 def fewest_members(plan: Plan, policy: Policy) -> int:
-    """Of a sum that this site adds to: the policy's, and two honest ones besides the colluding."""
-    return max(policy.min_members, 2 + (plan.privacy.colluding_sites or 0))
+    """Of a sum that this site adds to: the policy's, and the plan's, two honest ones among them."""
+    return max(policy.min_members, plan.aggregation.min_sites)
 
 
 def share_of(plan: Plan, policy: Policy, noise_multiplier: float, *, num_members: int) -> float:

@@ -42,6 +42,7 @@ from support.sites import (
     plan_values,
     without_privacy,
 )
+from support.sum_study import set_policy
 from support.wire import as_record, from_record
 
 pytestmark = pytest.mark.slow
@@ -592,6 +593,19 @@ class TestStageStart:
         ask(home, foundation, coordinator.content(plan, start))
 
         assert ask(home, foundation, coordinator.content(plan, later, request)).has_content()
+
+    def test_the_one_that_is_kept_is_of_a_size_that_the_policy_still_allows(
+        self, home, foundation, coordinator, aligned
+    ) -> None:
+        plan, start, later, request = aligned
+        huge = {name: 100.0 * value for name, value in start.items()}
+        asked = coordinator.request(plan, huge, number=1)
+        assert ask(home, foundation, coordinator.content(plan, huge, asked)).has_content()
+        set_policy(home, max_adapter_norm=2.0 * global_norm(later))
+        request = coordinator.request(plan, later, number=2, stage_start=huge)
+
+        content = coordinator.content(plan, later, request)
+        assert ask(home, foundation, content).error == error_of(Rule.ADAPTER_NORM)
 
     def test_another_one_is_refused(self, home, foundation, coordinator, aligned) -> None:
         plan, _, later, request = aligned

@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from crafts_client.ingest import IngestReport, Salt, ingest_slides, ingest_tiles
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_core.foundation import Foundation
+from crafts_core.generator import Generator
 from crafts_core.tiles import TileStore
 from crafts_simulations.slides import write_slide
 from support.sites import make_site_home
@@ -156,6 +158,23 @@ def test_patient_of_another_cohort_is_refused_before_work(home: SiteHome, tmp_pa
     assert done.exit_code == 1
     assert "belongs to cohort lung" in done.output
     assert not home.tile_store_path.exists()
+
+
+def test_a_caption_that_the_tokenizer_cannot_read_ends_no_ingest(
+    home: SiteHome, tmp_path: Path, monkeypatch
+) -> None:
+    """Whether a store came to be would say whether one patient has such a caption."""
+    unread = Generator.unread
+
+    def stumbles(generator: Generator, captions: Sequence[str]) -> list[str]:
+        if any("glands" in caption for caption in captions):
+            raise ValueError("Unk token <unk> not found")
+        return unread(generator, captions)
+
+    monkeypatch.setattr(Generator, "unread", stumbles)
+    done = run("ingest", write_hospital(tmp_path / "slides"), "--home", home.path)
+    assert done.exit_code == 0, done.output
+    assert TileStore.open(home.tile_store_path).num_tiles > 0
 
 
 def test_everything_wrong_is_told_at_once(home: SiteHome, tmp_path: Path) -> None:
