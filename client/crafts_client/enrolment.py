@@ -82,8 +82,9 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
     shown = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     if shown != wanted:
         raise EnrolmentError(
-            f"{name}:{port} shows another certificate ({shown[:16]}) than the invitation names "
-            f"({wanted[:16]}): a wrong host, or TLS inspection on the way; ask your network people"
+            f"{name}:{port} shows another certificate ({shown}) than the invitation names "
+            f"({wanted}): a token that was not copied whole, a wrong host, or TLS inspection on "
+            "the way; ask your network people"
         )
     identity = site_key(home, existing_ledger(home))
     tls_key, node_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))

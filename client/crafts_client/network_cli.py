@@ -200,8 +200,9 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
     if as_json:
         say(json.dumps(told))
         return
+    open_plan = "not approved yet" if site.policy.require_approval else "allowed"
     for each in told:
-        verdict = "; ".join(each["refused"]) or ("approved" if each["approved"] else "allowed")
+        verdict = "; ".join(each["refused"]) or ("approved" if each["approved"] else open_plan)
         if each["hash"] is None:
             say(f"{'unreadable':16}  {verdict}")
             continue

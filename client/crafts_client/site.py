@@ -80,7 +80,7 @@ from crafts_privacy.secure_aggregation.updates import HeldUpdate
 
 log = logging.getLogger(__name__)
 
-_PACE_COUNTS_S = 3600.0
+_PACE_COUNTS_S = 600.0
 """So long a stage that was too slow here is refused by the pace it had; then it is timed anew."""
 
 

@@ -227,7 +227,8 @@ def _plan_line(site: SiteHome, offered: OfferedPlan) -> PlanLine:
             is_refused=True,
         )
     is_approved = plan.hash in site.approvals.all()
-    verdict = refused or ("approved" if is_approved else "allowed")
+    open_plan = "not approved yet" if site.policy.require_approval else "allowed"
+    verdict = refused or ("approved" if is_approved else open_plan)
     return PlanLine(
         study=plan.study.name,
         hash=plan.hash,

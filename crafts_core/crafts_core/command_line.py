@@ -116,9 +116,14 @@ def agrees(question: str) -> bool:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a person, unless ``yes``; the program ends with 1 if the answer is no."""
-    if not yes:
+    """Ask a person, unless ``yes``; the program ends with 1 if the answer is no, or none comes."""
+    if yes:
+        return
+    try:
         typer.confirm(harmless(question), abort=True)
+    except typer.Abort:
+        say("nothing was done; without a terminal --yes answers", err=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -144,6 +144,7 @@ def model_card(
     sites: list[str],
     privacy: str,
     rounds: int,
+    planned_rounds: int | None = None,
     modalities: Sequence[Modality] = (),
     retrieval: Retrieval | None = None,
     has_told_colours: bool = False,
@@ -156,11 +157,15 @@ def model_card(
         sites: Sites that agreed to be named.
         privacy: One or two sentences on what was promised to patients.
         rounds: Rounds of training behind the weights.
+        planned_rounds: Of the whole plan; as many if absent.
         modalities: What it can be steered by beside text.
         retrieval: Public tiles that it was trained on before the sites trained it.
         has_told_colours: Whether its decoder was given the colours that sites told.
     """
     manifest = foundation.manifest
+    trained = f"{rounds} rounds"
+    if planned_rounds is not None and rounds < planned_rounds:
+        trained = f"{rounds} of its plan's {planned_rounds} rounds, which are not over"
     named = ", ".join(sites) if sites else "not named"
     call = (
         'image = pipeline("a histology prompt", num_inference_steps=30, guidance_scale=3.0'
@@ -173,7 +178,7 @@ def model_card(
     )
     text = f"""# {study}: a shared generator of synthetic histology tiles
 
-Trained across hospitals in {rounds} rounds; slides never left a site. Follows our reading of the
+Trained across hospitals in {trained}; slides never left a site. Follows our reading of the
 CRAFTS abstract (arXiv 2512.13164); it is not the authors' model.
 
 | | |

@@ -49,6 +49,8 @@ MAX_STEPS = 100_000
 """Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
 _MOST_SHOWN = 300
 """Letters of a key or a complaint."""
+_NO_DEFAULT = "default_factory_not_called"
+"""What pydantic says besides of a key whose default rests on one that is wrong."""
 
 
 class PlanError(CraftsError):
@@ -643,7 +645,7 @@ class Plan(_Section):
 
 def describe_first_error(error: ValidationError) -> str:
     """One line for the first thing that is wrong: where, what, and how many more."""
-    first, *rest = error.errors()
+    first, *rest = [each for each in error.errors() if each["type"] != _NO_DEFAULT]
     more = f" (and {len(rest)} more)" if rest else ""
     return f"{_described(first)}{more}"
 
@@ -651,5 +653,7 @@ def describe_first_error(error: ValidationError) -> str:
 def _described(error: ErrorDetails) -> str:
     """Where and what. Keys, and values in a message, may be somebody else's."""
     where = ".".join(str(part) for part in error["loc"]) or "whole file"
-    what = "unknown key; remove it" if error["type"] == "extra_forbidden" else error["msg"]
+    what = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        what = "unknown key; remove it"
     return f"{harmless(where, most=_MOST_SHOWN)}: {harmless(what, most=_MOST_SHOWN)}"

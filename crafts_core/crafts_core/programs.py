@@ -1,6 +1,7 @@
 """Where the four programs begin: a missing extra is one line that says what to install."""
 
 import importlib
+import os
 import sys
 from typing import NamedTuple, NoReturn
 
@@ -26,6 +27,7 @@ SIMULATIONS = Program("crafts-sim", "crafts_simulations.cli", "simulations")
 
 def run(program: Program) -> None:
     """Run a program with the process's arguments; exits as it does."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it tells of what nobody uses
     try:
         importlib.import_module(program.module).app(prog_name=program.name)
     except ModuleNotFoundError as error:

@@ -215,13 +215,18 @@ def sites_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """Who is enrolled, revoked, or invited."""
     with one_line_errors("crafts-server"), _enrolments(home) as (_, enrolments):
         sites, waiting = enrolments.sites(), enrolments.waiting()
+        invited = enrolments.sizes.invited()
     lines = [
         f"{site.name}  {'revoked' if site.revoked_at else 'enrolled'}  "
         f"{site.revoked_at or site.enrolled_at:%Y-%m-%d %H:%M}  {site.fingerprint[:16]}  "
         + _patients(site)
         for site in sites
     ]
-    lines += [f"{name}  invited until {until:%Y-%m-%d %H:%M}" for name, until in waiting.items()]
+    lines += [
+        f"{name}  invited until {until:%Y-%m-%d %H:%M}  "
+        f"{invited.get(name) or 'no number of'} patients"
+        for name, until in waiting.items()
+    ]
     values = {"sites": [asdict(site) for site in sites], "invited": waiting}
     _print(values, lines or ["no sites yet; see crafts-server sites invite"], as_json)
 
@@ -669,6 +674,8 @@ def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> 
         num_sites=len(sites),
         named_sites=named_sites,
     )
+    if chain[-1].round < plan.num_rounds:
+        say(f"round {chain[-1].round} of {plan.num_rounds}: the plan is not finished", err=True)
     home.audit_log.write(Event.EXPORTED, run=run_id, round=chain[-1].round, named=named_sites)
     return [generator] if lora is None else [generator, lora]
 

@@ -30,6 +30,14 @@ class CohortSizes:
         with self._registry.session() as session:
             return {site: agreed for site, agreed in session.execute(query) if agreed is not None}
 
+    def invited(self) -> dict[str, int]:
+        """How many patients the newest invitation of each site is for."""
+        query = select(CohortSizeRow.site, CohortSizeRow.invited).where(
+            CohortSizeRow.invited.is_not(None)
+        )
+        with self._registry.session() as session:
+            return {site: number for site, number in session.execute(query) if number is not None}
+
     def declare(self, site: str, patients: int) -> None:
         """Note what a site says; what was agreed stays.
 

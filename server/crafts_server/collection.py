@@ -91,10 +91,14 @@ class Replies:
     missing: tuple[str, ...]
 
     def too_few(self, min_sites: int, message: str) -> AggregationError:
-        """The error of a round that needs ``min_sites``, by what would help it."""
-        left = self.num_asked - len(self.refused)
-        kind = SitesRefuseError if self.refused and left < min_sites else AggregationError
-        return kind(message)
+        """The error of a round that needs ``min_sites``, with what would help it."""
+        kept = f"{message}. Committed rounds are kept; "
+        if self.refused and self.num_asked - len(self.refused) < min_sites:
+            return SitesRefuseError(
+                f"{kept}it is asked again, and goes on once a person at those sites has acted; "
+                "crafts-server stop takes the plan out, to hand over another"
+            )
+        return AggregationError(f"{kept}it goes on by itself when the sites are back")
 
 
 class Phase(Protocol):
@@ -234,7 +238,7 @@ class Collection:
         return Replies(
             num_asked=len(self._asked | self._away),
             num_accepted=self._num_accepted,
-            refused=tuple(self._refused),
+            refused=tuple(sorted(self._refused, key=lambda each: each.site)),
             missing=tuple(
                 sorted(self._sites.label(node) for node in {*self._pending.values(), *self._away})
             ),

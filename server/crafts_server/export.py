@@ -69,6 +69,7 @@ def export_generator(
         sites=list(named_sites),
         privacy=record.privacy,
         rounds=record.rounds,
+        planned_rounds=plan.num_rounds,
         modalities=modalities_in(state),
         retrieval=retrieval,
         has_told_colours=record.colours is not None,

@@ -18,6 +18,7 @@ Only its owner may enter it or read a file in it: the configuration may hold a p
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation_manifest import embedded_path
@@ -46,6 +47,7 @@ EMBEDDED = "embedded"
 SQLITE = "sqlite"
 LOOPBACK = "127.0.0.1"
 CONFIG_NAME, _KEY, _LOCK = "coordinator.toml", "signing.key", ".lock"
+_NAME = re.compile(r"[A-Za-z0-9.-]{1,253}")
 
 
 def _listened(hosts: Sequence[str]) -> str:
@@ -60,6 +62,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def _checked_host(host: str) -> str:
+    if not _NAME.fullmatch(host):
+        try:
+            ip_address(host)
+        except ValueError:
+            raise ValueError(
+                f"{host} is no name in ASCII letters and no address; ports are keys of their own"
+            ) from None
+    return host
+
+
 class HomeConfig(BaseModel):
     """``coordinator.toml``."""
 
@@ -69,7 +82,7 @@ class HomeConfig(BaseModel):
     """``embedded``, or a foundation directory (absolute, or relative to the home)."""
     registry: Annotated[str, Field(min_length=1, repr=False)] = SQLITE
     """``sqlite`` for registry.db in the home, or a SQLAlchemy URL, which may hold a password."""
-    hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")], ...] = ("localhost",)
+    hosts: tuple[Annotated[str, AfterValidator(_checked_host)], ...] = ("localhost",)
     """Names and addresses under which sites reach the coordinator; the first is told to them."""
     listen: Annotated[str, Field(min_length=1)] = Field(
         default_factory=lambda fields: _listened(fields.get("hosts", ()))

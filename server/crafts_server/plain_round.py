@@ -102,7 +102,7 @@ def _too_few(opened: OpenRound, phase: DeltaPhase, replies: Replies) -> str:
     return (
         f"round {opened.planned.round}: {replies.num_accepted} good updates, expected at least "
         f"{opened.study.plan.aggregation.min_sites}. Good: {good}. Missing: {missing}. "
-        f"Refused: {refused}. Committed rounds are kept; run again when the sites are back"
+        f"Refused: {refused}"
     )
 
 

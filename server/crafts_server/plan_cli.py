@@ -132,7 +132,7 @@ def plan_check(
     elif problems:
         say(*(f"crafts-server: {each}" for each in problems), err=True)
     elif loaded is not None:
-        say(*_sentences(loaded))
+        say(*_sentences(loaded), *_too_few_here(loaded, home))
         if forecast is not None:
             say(forecast.in_words)
     if problems:
@@ -217,6 +217,20 @@ def _forecast(plan: Any, home: Path, patients: Sequence[int]) -> "NoiseForecast 
     if not is_measurable(plan):
         return None
     return noise_forecast(plan, load(CoordinatorHome.open(home).foundation_path), sizes)
+
+
+def _too_few_here(plan: Any, home: Path) -> Iterator[str]:
+    """That no round can end yet, where fewer sites are enrolled than one needs."""
+    if not (home / "coordinator.toml").exists():
+        return
+    from crafts_server.enrolments import Enrolments
+    from crafts_server.home import CoordinatorHome
+
+    with closing(CoordinatorHome.open(home).registry()) as registry:
+        enrolled = [site for site in Enrolments(registry).sites() if site.revoked_at is None]
+    needed = plan.aggregation.min_sites
+    if len(enrolled) < needed:
+        yield f"A round needs {needed} sites, and {len(enrolled)} are enrolled: it waits till then."
 
 
 def _facts(plan: Any) -> dict[str, object]:

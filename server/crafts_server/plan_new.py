@@ -8,6 +8,8 @@ from crafts_core.delta_text import delta_text
 from crafts_core.foundation_manifest import read_manifest
 from crafts_core.plan import Plan
 from crafts_core.plan_targets import suggested_adapter
+from crafts_privacy.errors import CalibrationError
+from crafts_privacy.plan_check import noise_problems
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.errors import HomeError
@@ -93,6 +95,8 @@ def told(plan: Plan, patients: Sequence[int]) -> list[str]:
     Raises:
         CalibrationError: no noise keeps its epsilon.
     """
+    if problems := list(noise_problems(plan)):
+        raise CalibrationError(problems[0])
     privacy, noise = plan.privacy, plan_noise_multiplier(plan)
     smallest = min(patients)
     drawn = privacy.sample_rate * smallest

@@ -191,8 +191,9 @@ def _sites(home: CoordinatorHome, registry: Registry) -> Iterator[SiteStatus]:
             last_contact=max((at for at in seen if at >= site.enrolled_at), default=None),
             certificate_ends=None if site.revoked_at else site.certificate_ends,
         )
+    patients = enrolments.sizes.invited()
     for name in enrolments.waiting():
-        yield SiteStatus(name=name, state="invited", patients=None, last_contact=None)
+        yield SiteStatus(name=name, state="invited", patients=patients.get(name), last_contact=None)
 
 
 def _last_witnessed(registry: Registry) -> dict[str, datetime]:

@@ -128,8 +128,7 @@ class SumCollection:
             raise replies.too_few(
                 self._config.min_sites,
                 f"round {self._number}: {len(phase.ready)} sites are ready, expected at least "
-                f"{self._config.min_sites}. {self._who()}. Committed rounds are kept; run again "
-                "when the sites are back",
+                f"{self._config.min_sites}. {self._who()}",
             )
         parts = self._parts(set(phase.ready))
         return [announce([phase.ready[site] for site in members]) for members in parts]

@@ -299,13 +299,18 @@ def load_scenario(name: str) -> Scenario:
         ScenarioError: there is none, it is not TOML, or a key is wrong.
     """
     try:
-        text = _read(name)
-        return parse_scenario(tomllib.loads(text), name)
+        values = tomllib.loads(_read(name))
     except FileNotFoundError as error:
         known = ", ".join(shipped_scenarios())
         raise ScenarioError(f"no scenario {name}; shipped are {known}, or give a file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ScenarioError(f"cannot read scenario {name}: {error}") from error
+    if "scenario" not in values and "study" in values:
+        raise ScenarioError(
+            f"{name} is a plan; a scenario says who trains it, too: begin with one that is shipped "
+            f"({', '.join(shipped_scenarios())})"
+        )
+    return parse_scenario(values, name)
 
 
 def shipped_scenarios() -> list[str]:

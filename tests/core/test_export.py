@@ -261,3 +261,7 @@ def test_card_names_study_sites_and_promise(foundation: Foundation) -> None:
     )
     for part in ("lungs", "north", "epsilon 8.", "4 rounds", "synthetic", "our reading"):
         assert part in card
+    early = model_card(
+        *(), study="s", foundation=foundation, sites=[], privacy="p", rounds=3, planned_rounds=4
+    )  # fmt: skip
+    assert "3 of its plan's 4 rounds, which are not over" in early

@@ -115,6 +115,15 @@ def init(home: Path, *options: str, code: int = 0, **variables: str) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize("host", ["localhost:9000", "münchen.de", "", "a b"])
+def test_a_host_that_no_site_could_reach_is_refused(tmp_path: Path, host: str) -> None:
+    """A port in it made a coordinator whose invitations named two."""
+    told = init(tmp_path / "home", "--host", host, code=1)
+    assert "ports are keys of their own" in told
+    assert "more)" not in told
+    assert not (tmp_path / "home").exists()
+
+
 def test_init_again_refuses_what_it_would_not_apply(tmp_path: Path) -> None:
     """It printed success, and the coordinator went on to say localhost to sites."""
     home = tmp_path / "home"

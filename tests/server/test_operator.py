@@ -1,6 +1,7 @@
 """What an operator sees and is asked: status, reasons, plans that are checked before signing."""
 
 import json
+import re
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_an_invitation_says_that_it_voids_an_older_one(home) -> None:
 
 def test_stop_and_revoke_ask_first(home, plan) -> None:
     queue_plan(home, plan)
-    run(home, "stop", plan.hash[:16], code=1, answer="n\n")
+    assert "--yes" in run(home, "stop", plan.hash[:16], code=1, answer="n\n").stderr
     assert len(queued_plans(home)) == 1
     refused = run(home, "stop", "0123456789abcdef", "--yes", code=1)
     assert f"by its hash, not by its run ({plan.hash[:16]})" in refused.stderr
@@ -167,7 +168,8 @@ def test_stop_and_revoke_ask_first(home, plan) -> None:
     assert queued_plans(home) == []
     run(home, "sites", "invite", "north", "--patients", 7)
     run(home, "sites", "revoke", "north", code=1, answer="n\n")
-    assert "north  invited" in run(home, "sites", "list").stdout
+    for words in (["sites", "list"], ["status"]):
+        assert re.search("north +invited.*7 patients", run(home, *words).stdout)
     run(home, "sites", "revoke", "north", answer="y\n")
     assert "north  invited" not in run(home, "sites", "list").stdout
 
@@ -268,7 +270,10 @@ def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -
     for section in SECTIONS:
         for key, _, meaning in explained(section):
             assert f"\n{key} = " not in text or f"# {meaning[:40]}" in text
-    run(home, "plan", "check", path)
+    checked = run(home, "plan", "check", path)
+    assert "A round needs 2 sites, and 0 are enrolled" in checked.stdout
+    impossible = [*words[:6], 1e9, *words[7:], "--patients", 60]
+    assert "its noise cannot be computed" in run(home, *impossible, code=1).stderr
     assert "is there already" in run(home, *words, "--patients", 60, code=1).stderr
 
 

@@ -45,6 +45,7 @@ class TableColumns:
     """People that the row's texts may name: taken out of them, and not kept."""
 
 
+_SHOWN_COLUMNS, _SHOWN_LETTERS = 20, 40
 _MAY_SAY_MISSING = ("patient", "case", "label", "caption", "report", "cohort", "names", *MODALITIES)
 
 
@@ -254,7 +255,7 @@ def _find_columns(
         if present:
             found[key] = header.index(present[0])
     problems += [
-        f"no column {' or '.join(getattr(columns, key))} ({purpose}); it has: {', '.join(header)}"
+        f"no column {' or '.join(getattr(columns, key))} ({purpose}); it has: {_few(header)}"
         for key, purpose in (
             ("file", "the slide or tile"),
             ("patient", "whose tissue it is: privacy is promised to patients"),
@@ -265,6 +266,12 @@ def _find_columns(
         wanted = " or ".join((*columns.caption, *columns.label))
         problems.append(f"no column {wanted} (what is shown; a report will do)")
     return found, [(1, problem) for problem in problems]
+
+
+def _few(header: Sequence[str]) -> str:
+    """Enough to know it by: what is no table may be one line of a megabyte."""
+    more = ", ..." if len(header) > _SHOWN_COLUMNS else ""
+    return ", ".join(name[:_SHOWN_LETTERS] for name in header[:_SHOWN_COLUMNS]) + more
 
 
 def _odd_names(header: Sequence[str], columns: TableColumns) -> list[str]:
