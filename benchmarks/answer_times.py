@@ -26,7 +26,8 @@ from crafts_client.home import SiteConfig
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import Foundation, embedded_path, load
 from crafts_core.plan import Plan
 from crafts_core.starting_point import initial_state

@@ -56,7 +56,8 @@ from torch import Tensor
 from crafts_client.ingest import TableColumns
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.adapters import Adapter, merged_denoiser
 from crafts_core.durable import append_line
 from crafts_core.evaluation.encoder import load_encoder

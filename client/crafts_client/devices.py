@@ -21,7 +21,8 @@ from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
 from crafts_client.register import PatientRegister
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import load
 from crafts_core.plan import AdapterConfig, Part
 from crafts_core.tiles import TileStore

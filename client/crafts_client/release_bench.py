@@ -11,8 +11,8 @@ import numpy as np
 
 from crafts_client.public_patients import TILES_EACH, PublicPatients
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, TrainingTask
 from crafts_client.training_bench import DELTA, NOISE, Bench
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import Foundation
 from crafts_core.plan import GENERATOR_ONLY, Plan, ReleaseName
 from crafts_core.releases import release_schema

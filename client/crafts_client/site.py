@@ -53,7 +53,8 @@ from crafts_client.sums import (
     check_weight,
     least_share,
 )
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_client.witness_folders import show_to_folders
 from crafts_core.exchange import (
     ExchangeError,
@@ -80,7 +81,7 @@ from crafts_privacy.secure_aggregation.updates import HeldUpdate
 
 log = logging.getLogger(__name__)
 
-_PACE_COUNTS_S = 600.0
+_PACE_COUNTS_S = 3600.0
 """So long a stage that was too slow here is refused by the pace it had; then it is timed anew."""
 
 

@@ -26,7 +26,6 @@ from crafts_client.home import SiteConfig
 from crafts_client.public_patients import PublicPatients
 from crafts_client.release_bench import ReleaseBench
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness
 from crafts_client.training_bench import (
     DELTA,
     FACTORS,
@@ -35,6 +34,7 @@ from crafts_client.training_bench import (
     Bench,
     UnseenStepsError,
 )
+from crafts_client.training_task import Randomness
 from crafts_core.foundation import Foundation
 from crafts_core.plan import RELEASES, Part, StageName
 from crafts_privacy.accounting import calibrate_noise_multiplier

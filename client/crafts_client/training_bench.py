@@ -16,7 +16,8 @@ from torch import Tensor
 
 from crafts_client.public_patients import TILES_EACH, PublicPatients
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.plan import AdapterConfig, Factor, Part, PrivacyConfig, StageConfig, StageName

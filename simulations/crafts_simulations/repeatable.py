@@ -21,7 +21,7 @@ from crafts_client.ingest.deidentify import SALT_BYTES
 from crafts_client.messages import RoundMessage
 from crafts_client.outbox import Release
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_core.durable import create_secret
 from crafts_core.exchange import ReadyReply
 from crafts_core.foundation import Foundation

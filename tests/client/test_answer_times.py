@@ -37,7 +37,7 @@ from crafts_client.running import the_only_one
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
 from crafts_client.site_ledger import existing_ledger
-from crafts_client.trainer import Randomness, entropy_generator
+from crafts_client.training_task import Randomness, entropy_generator
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import Objective
 from crafts_privacy.charges import MAX_CARRIED

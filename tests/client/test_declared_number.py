@@ -7,7 +7,7 @@ import torch
 
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_core.stages.batch import TileBatch
 from support.noise import FixedSampler, NoNoise
 from support.sites import make_site_home

@@ -11,7 +11,8 @@ from crafts_client.errors import TrainingError
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Factor, Plan, StageConfig
 from crafts_core.starting_point import initial_state

@@ -27,7 +27,7 @@ from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
 from crafts_client.preparation import fill_cache
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation, load, write_manifest
 from crafts_core.plan import Modality, Plan

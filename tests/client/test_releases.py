@@ -29,7 +29,7 @@ from crafts_client.register import PatientRegister
 from crafts_client.signed_plan import SignedPlan
 from crafts_client.site import Site
 from crafts_client.site_ledger import open_ledger
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_core.exchange import RoundRequest
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan

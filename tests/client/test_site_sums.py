@@ -18,7 +18,8 @@ from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness, Trainer, entropy_generator
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, entropy_generator
 from crafts_client.witness_folders import begin_in_folder
 from crafts_core.array_bytes import PACKED, unpacked_vector
 from crafts_core.exchange import MaskedReply, ReadyReply

@@ -11,7 +11,8 @@ from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.privacy_report import privacy_report, write_privacy_report
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness, Trainer, entropy_generator
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, entropy_generator
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply
 from crafts_core.plan import Plan

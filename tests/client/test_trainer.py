@@ -17,8 +17,10 @@ from crafts_client.errors import TrainingError
 from crafts_client.home import SiteConfig
 from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
+from crafts_client.shortcuts import Shortcuts
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask, entropy_generator
 from crafts_core.adapters import Adapter
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation, load
@@ -207,10 +209,10 @@ def test_what_a_draw_costs_is_in_the_public_step_that_is_timed(
     trainer = trainer_of(foundation, open_plan, patients)
     trainer.train(task_of(foundation, open_plan), steps.append)
     draws: list[int] = []
-    public_draws = trainer_module._public_draws
+    public_draws = trainer_module.public_draws
     monkeypatch.setattr(
         trainer_module,
-        "_public_draws",
+        "public_draws",
         lambda *arguments: (draws.append(1), public_draws(*arguments))[1],
     )
     for num_passes in (0, 1, 3):
@@ -441,13 +443,13 @@ def test_shortcuts_are_compared_anew_where_a_pass_has_another_shape(
 ) -> None:
     """The next plan of the same stage and adapter may have other tiles and draws."""
     trainer, compared = trainer_of(foundation, plan, patients), []
-    honest = Trainer._believed
+    honest = Shortcuts._believed
 
-    def noted(self, task, objective, rows):
-        compared.append(rows)
-        return honest(self, task, objective, rows)
+    def noted(self, task, objective):
+        compared.append(task.rows)
+        return honest(self, task, objective)
 
-    monkeypatch.setattr(Trainer, "_believed", noted)
+    monkeypatch.setattr(Shortcuts, "_believed", noted)
     task = task_of(foundation, plan)
     wider = plan.privacy.model_copy(update={"draws_per_tile": 4})
     for each in (task, task, replace(task, privacy=wider)):
@@ -602,7 +604,7 @@ def test_a_gpu_trains_what_a_cpu_trains(
     found = trainer.train(task)
     difference = global_norm({name: found[name] - wanted[name] for name in wanted})
     assert difference <= tolerance * global_norm(wanted)
-    assert next(iter(trainer._trusted.values())) == speed, "the shortcut was not trusted"
+    assert next(iter(trainer._shortcuts._trusted.values())) == speed, "the shortcut was not trusted"
 
 
 def test_adam_trains_as_the_plan_says(foundation, open_plan, patients) -> None:

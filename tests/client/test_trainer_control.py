@@ -12,7 +12,8 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core import adapters
 from crafts_core.adapters import Adapter
 from crafts_core.exchange import schema_hash

@@ -16,7 +16,7 @@ from crafts_client.patients import PatientTiles
 from crafts_client.public_patients import PublicPatients
 from crafts_client.release_bench import ReleaseBench
 from crafts_client.speed import Speed
-from crafts_client.trainer import Randomness, Trainer, TrainingTask, entropy_generator
+from crafts_client.trainer import Trainer
 from crafts_client.training_audit import (
     TrainingCheck,
     answers,
@@ -30,6 +30,7 @@ from crafts_client.training_audit import (
     samples,
 )
 from crafts_client.training_bench import RATE, Bench
+from crafts_client.training_task import Randomness, TrainingTask, entropy_generator
 from crafts_core.foundation import Foundation
 from crafts_core.plan import RELEASES, ReleaseName, StageName
 from crafts_core.state import State

@@ -14,7 +14,7 @@ from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_client.update_attack import attack_updates
 from crafts_core.adapters import merged_denoiser
 from crafts_core.evaluation.leakage import Attack, LeakageConfig, measure_leakage

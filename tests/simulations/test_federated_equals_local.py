@@ -10,7 +10,7 @@ import torch
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_core.adapters import Adapter
 from crafts_core.plan import Plan
 from crafts_core.stages.objective import Objective

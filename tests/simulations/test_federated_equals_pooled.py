@@ -18,7 +18,9 @@ from crafts_client.messages import AnnouncementMessage, RoundMessage
 from crafts_client.outbox import Release
 from crafts_client.patients import PatientTiles
 from crafts_client.site import Site
-from crafts_client.trainer import Speed, Trainer, TrainingTask
+from crafts_client.speed import Speed
+from crafts_client.trainer import Trainer
+from crafts_client.training_task import TrainingTask
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.releases import Decoded, decoded, release_schema

@@ -14,7 +14,7 @@ import torch
 import crafts_client
 from crafts_client.home import SiteHome
 from crafts_client.privacy_report import privacy_report
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import GridNoise
 from crafts_privacy.sampling import PoissonSampler

@@ -9,7 +9,7 @@ from torch import Tensor
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.home import SiteHome
 from crafts_client.site import Site
-from crafts_client.trainer import Randomness
+from crafts_client.training_task import Randomness
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_privacy.noise import NoiseSource
