@@ -39,13 +39,14 @@ def fetch_foundation(home: SiteHome, progress: Progress) -> tuple[Path, Foundati
         embedded = embedded_path()
         if read_manifest(embedded).hash == manifest.hash:
             return embedded, manifest
-        folder = home.foundations_path / manifest.hash[:16]
+        folder, left = home.foundations_path / manifest.hash[:16], _MOST_BYTES
         for done, (name, digest) in enumerate(manifest.files.items()):
             progress("foundation", done, len(manifest.files))
             target = folder / name
             refuse_unsafe(target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _fetch_file(registrar, name, target)
+            _fetch_file(registrar, name, target, left)
+            left -= target.stat().st_size
             if sha256_of(target) != digest:
                 target.unlink()
                 raise EnrolmentError(
@@ -58,10 +59,12 @@ def fetch_foundation(home: SiteHome, progress: Progress) -> tuple[Path, Foundati
     return folder, manifest
 
 
-def _fetch_file(registrar: Registrar, name: str, target: Path) -> None:
-    """Append what is missing of one file."""
+def _fetch_file(registrar: Registrar, name: str, target: Path, most_bytes: int) -> None:
+    """Append what is missing of one file, which no coordinator fills a disk with."""
     with target.open("ab") as file:
         while piece := registrar.call("ReadFoundation", path=name, offset=file.tell()).data:
             file.write(piece)
-            if file.tell() > _MOST_BYTES:
-                raise EnrolmentError(f"{name} is longer than any weights are; tell the coordinator")
+            if file.tell() > most_bytes:
+                raise EnrolmentError(
+                    f"with {name} the foundation is larger than any is; tell the coordinator"
+                )

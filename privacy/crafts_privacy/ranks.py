@@ -4,6 +4,7 @@ Noise is added once, by rank 0, before the sums meet. The sums are integers in f
 them is exact and the result does not depend on how patients were dealt out.
 """
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -50,7 +51,11 @@ class Alone:
 
 
 class ProcessRanks:
-    """Processes of one machine, by torch.distributed (NCCL between GPUs, Gloo otherwise)."""
+    """Processes of one machine, by torch.distributed (NCCL between GPUs, Gloo otherwise).
+
+    On loopback alone: what they tell each other has no noise yet, and neither library asks who
+    connects. Left alone both listen where the machine's name leads.
+    """
 
     def __init__(self, meeting: Path, rank: int, count: int, *, timeout_s: float = 1800.0) -> None:
         """Wait until all are there.
@@ -65,6 +70,7 @@ class ProcessRanks:
             RankError: not all came.
         """
         self.rank, self.count = rank, count
+        os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
         try:
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if distributed.is_nccl_available() else "gloo",

@@ -4,6 +4,7 @@ Each place where text of others is shown has a case here. The far side is made u
 likes, as a hostile coordinator can.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -140,6 +141,17 @@ def test_a_fetched_foundation_with_a_licence_and_files_that_lie(home, replies) -
     refused = run(home, "foundation", "fetch", code=1).stderr
     assert refused.count("\n") == 1
     assert refused.removesuffix("\n").isprintable()
+
+
+def test_a_foundation_of_many_files_fills_no_disk(home, replies, monkeypatch) -> None:
+    monkeypatch.setattr(foundation_fetch, "_MOST_BYTES", 25)
+    piece = b"0123456789"
+    digest = hashlib.sha256(piece).hexdigest()
+    sent = json.dumps(manifest(files=dict.fromkeys(("a.txt", "b.txt", "c.txt"), digest))).encode()
+    replies["GetFoundation"] = lambda: SimpleNamespace(manifest=sent)
+    replies["ReadFoundation"] = lambda path, offset: SimpleNamespace(data=b"" if offset else piece)
+    refused = run(home, "foundation", "fetch", code=1).stderr
+    assert "with c.txt the foundation is larger than any is" in refused
 
 
 def test_doctor_shows_an_address_and_an_error_of_the_coordinator(

@@ -104,5 +104,15 @@ def test_a_rank_that_never_comes_is_an_error(tmp_path: Path) -> None:
     again.close()
 
 
+@pytest.mark.slow
+def test_devices_meet_on_loopback_whatever_the_machine_is_called(tmp_path: Path, monkeypatch):
+    """Sums without noise go between them, and Gloo listens where the machine's name leads."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth-of-the-hospital")
+    ranks = ProcessRanks(tmp_path / "meeting", 0, 1, timeout_s=5)
+    ranks.close()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]), int(sys.argv[2]), count=2)
