@@ -70,7 +70,11 @@ def _is_shared(plan: Plan) -> bool:
 
 def _retrieval(plan: Plan, stage: StageConfig) -> str:
     """What the coordinator does alone, and what a hospital should know of the pool."""
-    aligned = ", each drawn nearer to what was told of its caption" if stage.lambda_align else ""
+    aligned = (
+        ", each drawn nearer to what was told of its caption, with some more steps in later rounds"
+        if stage.lambda_align
+        else ""
+    )
     return (
         f"Then the coordinator picks at most {stage.tiles_per_caption} tiles a caption from public "
         f"pool {(plan.study.pool or '')[:16]} by what was told, and trains on them alone"

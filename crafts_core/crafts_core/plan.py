@@ -343,9 +343,10 @@ class AggregationConfig(_Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The exported generator is this moving average over rounds; 0 exports the last round."""
     trust_radius: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """rho: the probe's alignment steps may move at most rho * |Delta|."""
+    """rho: alignment steps may move at most rho * |Delta|."""
     trust_steps: Annotated[int, Field(ge=0, le=100)] = 2
-    """Alignment steps on public data after a round."""
+    """Alignment steps on public data after a round: on the tiles that were picked, where stage
+    retrieval has lambda_align, and else on the foundation's probe."""
     margin_tolerance: Annotated[float, Field(ge=0)] = 0.02
     """How much alignment margin a step may lose before it is halved."""
     max_halvings: Annotated[int, Field(ge=0, le=16)] = 3

@@ -27,7 +27,7 @@ from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_build.training import Recipe, Rows, train
 from crafts_core.pixels import channels_first, to_pixels
-from crafts_core.plan import GENERATOR_ONLY, Plan
+from crafts_core.plan import GENERATOR_ONLY, Factor, Plan
 from crafts_core.public_pool import PublicPool
 from crafts_core.releases import ANCHORS, COLOUR, class_anchors
 from crafts_core.retrieval_record import Retrieval
@@ -168,20 +168,11 @@ def trained_on(
     if not len(picked):
         return dict(state)
     (planned,) = (each for each in plan.rounds() if each.stage.is_retrieval)
-    unet = copy.deepcopy(foundation.generator.denoiser)
-    adapter = Adapter.attach(unet, plan.adapter, GENERATOR_ONLY)
-    adapter.load_state(generator_state(state))
-    parameters = adapter.trainable(planned.factor)
-    captions = plan.study.captions
-    objective = Objective(
-        foundation,
-        adapter,
-        planned.stage,
-        class_anchors_KD=class_anchors(foundation, captions, state),
-    )
+    loss = PublicLoss(picked, foundation, plan, state)
+    loss.adapter.load_state(generator_state(state))
     train(
-        nn.ParameterList(parameters.values()),
-        _loss_of(picked, foundation, captions, objective),
+        nn.ParameterList(loss.adapter.trainable(planned.factor).values()),
+        loss.of_rows,
         len(picked),
         Recipe(
             name="public tiles",
@@ -195,31 +186,80 @@ def trained_on(
             weight_decay=0.0,
         ),
     )
-    return dict(state) | with_rows_as_before(adapter.state(), state)
+    return dict(state) | with_rows_as_before(loss.adapter.state(), state)
 
 
-def _loss_of(
-    picked: RealTiles, foundation: Foundation, captions: Sequence[str], objective: Objective
-) -> Callable[[Rows, np.random.Generator], Tensor]:
-    """The stage's loss of some tiles of these captions, encoded once."""
-    text_KLD = foundation.generator.encode_captions(list(captions))
-    caption_M = torch.tensor([captions.index(caption) for caption in picked.captions])
-    latents_MCHW = torch.cat(
-        [foundation.generator.encode_images(to_pixels(part)) for part in _parts(picked.images_NHWC)]
-    )
+class PublicLoss:
+    """The loss of a plan's stage retrieval on what was picked, encoded once, for any adapter state.
 
-    def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
-        batch = TileBatch(
-            latents_BCHW=latents_MCHW[rows],
-            text_BLD=text_KLD[caption_M[rows]],
-            null_text_LD=foundation.null_text_LD,
-            weight_B=torch.full((len(rows),), 1 / len(rows), device=foundation.device),
-            class_B=caption_M[rows].to(foundation.device),
+    Its public steps go down it before sites train, and the rule's alignment steps in each round.
+    """
+
+    def __init__(
+        self, picked: RealTiles, foundation: Foundation, plan: Plan, told: Mapping[str, Tensor]
+    ) -> None:
+        """Encode.
+
+        Args:
+            picked: At least one tile, under captions of the study.
+            foundation: The plan's.
+            plan: With stage retrieval.
+            told: A state with what sites told.
+        """
+        (stage,) = (each for each in plan.stage if each.is_retrieval)
+        captions = plan.study.captions
+        self._foundation = foundation
+        self.adapter = Adapter.attach(
+            copy.deepcopy(foundation.generator.denoiser), plan.adapter, GENERATOR_ONLY
         )
-        source = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        return batch.mean(objective.loss_per_tile(batch, objective.draw(batch, source)))
+        """Holds the state that the loss is of."""
+        self._objective = Objective(
+            foundation,
+            self.adapter,
+            stage,
+            class_anchors_KD=class_anchors(foundation, captions, told),
+        )
+        self._text_KLD = foundation.generator.encode_captions(list(captions))
+        self._caption_M = torch.tensor([captions.index(caption) for caption in picked.captions])
+        encode, parts = foundation.generator.encode_images, _parts(picked.images_NHWC)
+        self._latents_MCHW = torch.cat([encode(to_pixels(part)) for part in parts])
 
-    return loss_of
+    def of_rows(self, rows: Rows, rng: np.random.Generator) -> Tensor:
+        """The mean over some of the tiles; noise and timesteps are drawn by ``rng``."""
+        device = self._foundation.device
+        batch = TileBatch(
+            latents_BCHW=self._latents_MCHW[rows],
+            text_BLD=self._text_KLD[self._caption_M[rows]],
+            null_text_LD=self._foundation.null_text_LD,
+            weight_B=torch.full((len(rows),), 1 / len(rows), device=device),
+            class_B=self._caption_M[rows].to(device),
+        )
+        draws = self._objective.draw(batch, torch.Generator().manual_seed(int(rng.integers(2**63))))
+        return batch.mean(self._objective.loss_per_tile(batch, draws))
+
+    def gradient(
+        self, state: Mapping[str, Tensor], factor: Factor, *, num_tiles: int, seed: int
+    ) -> State:
+        """Of the mean over some of the tiles, for each tensor of a factor (float32, CPU).
+
+        Args:
+            state: Where.
+            factor: What moves.
+            num_tiles: How many tiles, or all that there are.
+            seed: Public; decides tiles, noise and timesteps.
+        """
+        self.adapter.load_state(generator_state(state))
+        parameters = self.adapter.trainable(factor)
+        gradient = {name: torch.zeros(tensor.shape) for name, tensor in parameters.items()}
+        rng, there = np.random.default_rng(seed), len(self._latents_MCHW)
+        rows = rng.choice(there, min(num_tiles, there), replace=False)
+        for start in range(0, len(rows), _BATCH):
+            part = rows[start : start + _BATCH]
+            loss = self.of_rows(part, rng) * (len(part) / len(rows))
+            of_part = torch.autograd.grad(loss, tuple(parameters.values()))
+            for name, tensor in zip(parameters, of_part, strict=True):
+                gradient[name] += tensor.to("cpu", torch.float32)
+        return gradient
 
 
 def with_rows_as_before(trained: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> State:

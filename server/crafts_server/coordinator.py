@@ -4,7 +4,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,13 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from crafts_core.errors import CraftsError
+from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation, load
 from crafts_core.plan import Factor, Plan
-from crafts_core.public_pool import PoolError, open_pool
+from crafts_core.public_pool import PoolError, PublicPool, open_pool
 from crafts_core.releases import Decoded, decoded, release_schema
-from crafts_core.retrieval import picked_tiles, retrieve, trained_on
+from crafts_core.retrieval import PublicLoss, picked_tiles, retrieve, trained_on
+from crafts_core.retrieval_record import Retrieval
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State
 from crafts_privacy.plan_noise import plan_noise_multiplier
@@ -28,6 +30,7 @@ from crafts_server.checkpoints import Checkpoint
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.collection import Members, Patience
 from crafts_server.errors import HomeError, RegistryError
+from crafts_server.export import retrieval_of
 from crafts_server.home import CoordinatorHome
 from crafts_server.probe import FoundationProbe, ProbeOfRound, ProbeSize
 from crafts_server.receipts import RoundReceipt
@@ -90,6 +93,8 @@ class Coordinator:
         self._on_round = on_round
         self._members = members or Members()
         self._signed_plan = home.sign_plan(plan)
+        self._picked: RealTiles | None = None
+        self._loss: PublicLoss | None = None
 
     @classmethod
     def open(
@@ -174,11 +179,13 @@ class Coordinator:
             registry.close()
 
     def _study(self, registry: Registry, run_id: str) -> Study:
+        store = self._home.checkpoints(run_id)
+        self._pick(retrieval_of(store.chain()))
         return Study(
             plan=self.plan,
             signed_plan=self._signed_plan,
             run_id=run_id,
-            store=self._home.checkpoints(run_id),
+            store=store,
             registry=registry,
             rule=self._rule,
             probe_of_round=self._probe(),
@@ -202,8 +209,20 @@ class Coordinator:
             seed=plan.study.seed,
             size=self._probe_size,
             parts=plan.parts,
+            told_loss=self._told_loss,
         )
         return probe.for_round
+
+    def _told_loss(self, state: Mapping[str, Tensor]) -> PublicLoss | None:
+        if self._loss is None and self._picked is not None:
+            self._loss = PublicLoss(self._picked, self._foundation, self.plan, state)
+        return self._loss
+
+    def _pick(self, record: Retrieval | None) -> None:
+        """Have ready what the alignment steps of later rounds are on, of a plan that contrasts."""
+        contrasts = any(each.is_retrieval and each.lambda_align > 0 for each in self.plan.stage)
+        if record is not None and record.num_tiles and contrasts:
+            self._picked = picked_tiles(self._pool(), record)
 
     def _initial_state(self) -> State:
         log.info("computing the public starting point of study %s", self.plan.study.name)
@@ -215,15 +234,9 @@ class Coordinator:
         self, run_id: str, state: State, unknown: Sequence[bool], go_on: Callable[[], None]
     ) -> Retrieved:
         plan, foundation = self.plan, self._foundation
-        assert plan.study.pool is not None
         unfinished = self._home.spool_path(run_id) / "public-steps.pt"
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        pool = open_pool(self._home.pools, plan.study.pool)
-        if (pool.tile_px, pool.mpp) != (foundation.manifest.tile_px, foundation.manifest.mpp):
-            raise PoolError(
-                f"the pool has {pool.tile_px} px at {pool.mpp:g} microns per pixel, the foundation "
-                f"{foundation.manifest.tile_px} at {foundation.manifest.mpp:g}; add it again"
-            )
+        pool = self._pool()
         log.info("picking of %d public tiles for study %s", len(pool), plan.study.name)
 
         def look_up(_what: str, _done: int, _total: int) -> None:
@@ -233,7 +246,24 @@ class Coordinator:
         log.info("training on %s", record.in_words)
         picked = picked_tiles(pool, record)
         trained = trained_on(picked, foundation, plan, state, unfinished, look_up)
+        self._pick(record)
         return Retrieved(state=trained, record=record)
+
+    def _pool(self) -> PublicPool:
+        """The plan's.
+
+        Raises:
+            PoolError: it is not there, or of another scale than the foundation.
+        """
+        manifest = self._foundation.manifest
+        assert self.plan.study.pool is not None
+        pool = open_pool(self._home.pools, self.plan.study.pool)
+        if (pool.tile_px, pool.mpp) != (manifest.tile_px, manifest.mpp):
+            raise PoolError(
+                f"the pool has {pool.tile_px} px at {pool.mpp:g} microns per pixel, the foundation "
+                f"{manifest.tile_px} at {manifest.mpp:g}; add it again"
+            )
+        return pool
 
     def _decoded(self, factor: Factor, mean: Tensor, noise_std: float) -> Decoded:
         return decoded(factor, mean, noise_std, self._foundation, self.plan)

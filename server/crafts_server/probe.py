@@ -1,5 +1,8 @@
 """The public probe of a foundation, as aggregation uses it.
 
+Where sites told anchors and the plan contrasts public tiles with them, alignment steps go down that
+loss, on the tiles that were picked: it is about the tissue that the federation has.
+
 The probe's tiles are split: every third one is for the alignment steps, the others for the margin,
 so a step is accepted on tiles that it was not fitted to. The margin's noise and timesteps are fixed
 for the whole study, which makes the rounds of a receipt comparable; the steps draw anew each round,
@@ -18,10 +21,13 @@ from crafts_core.exchange import state_hash
 from crafts_core.foundation import Foundation
 from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Factor, Part
 from crafts_core.probe import Probe
+from crafts_core.retrieval import PublicLoss
 from crafts_core.state import State, generator_state
 from crafts_server.aggregation import PublicProbe
 
 ProbeOfRound = Callable[[int], PublicProbe]
+ToldLoss = Callable[[Mapping[str, Tensor]], PublicLoss | None]
+"""Of a state with what sites told; None where they told nothing that steps are for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,8 @@ class ProbeSize:
     margin_draws: int = 2
     step_tiles: int = 16
     step_draws: int = 1
+    picked_tiles: int = 48
+    """Of a step on picked tiles."""
 
 
 class FoundationProbe:
@@ -48,6 +56,7 @@ class FoundationProbe:
         seed: int,
         size: ProbeSize,
         parts: Sequence[Part] = GENERATOR_ONLY,
+        told_loss: ToldLoss = lambda _: None,
     ) -> None:
         """Prepare the margin.
 
@@ -57,6 +66,7 @@ class FoundationProbe:
             seed: The plan's public seed.
             size: What each evaluation may cost.
             parts: Of the plan. ControlNets are not measured: no probe tile has a condition.
+            told_loss: What alignment steps go down in place of the probe's own loss.
 
         Raises:
             ValueError: the split leaves a part with fewer than two different captions.
@@ -76,6 +86,7 @@ class FoundationProbe:
             num_draws=size.margin_draws,
             parts=self._parts,
         )
+        self._told_loss = told_loss
         self._last: tuple[str, float] | None = None
 
     def for_round(self, number: int) -> PublicProbe:
@@ -99,14 +110,29 @@ class FoundationProbe:
         return gradient
 
     def steps_of(self, number: int) -> AlignmentProbe:
-        """What one round's alignment steps are fitted to."""
+        """What one round's alignment steps are fitted to, where sites told nothing."""
         return AlignmentProbe(
             self._foundation_of_steps,
             self._adapter,
-            seed=_public_seed(self._seed, f"steps of round {number}"),
+            seed=self.seed_of(number),
             num_draws=self._size.step_draws,
             parts=self._parts,
         )
+
+    def told_gradient(
+        self, number: int, state: Mapping[str, Tensor], factor: Factor
+    ) -> State | None:
+        """The same where they told something."""
+        loss = self._told_loss(state)
+        if loss is None:
+            return None
+        return loss.gradient(
+            state, factor, num_tiles=self._size.picked_tiles, seed=self.seed_of(number)
+        )
+
+    def seed_of(self, number: int) -> int:
+        """Of a round's alignment steps: drawn anew, and the same for all steps of it."""
+        return _public_seed(self._seed, f"steps of round {number}")
 
 
 class _RoundProbe:
@@ -122,6 +148,9 @@ class _RoundProbe:
         return self._probe.margin_gradient(state, factor)
 
     def alignment_gradient(self, state: Mapping[str, Tensor], factor: Factor) -> State:
+        told = self._probe.told_gradient(self._number, state, factor)
+        if told is not None:
+            return told
         if self._steps is None:
             self._steps = self._probe.steps_of(self._number)
         _, gradient = self._steps.gradient(generator_state(state), factor)

@@ -15,11 +15,12 @@ from crafts_core.adapters import Adapter
 from crafts_core.evaluation.baselines import in_their_place
 from crafts_core.evaluation.colour import colour_statistics
 from crafts_core.evaluation.real_tiles import RealTiles
+from crafts_core.exchange import global_norm
 from crafts_core.plan import Plan, PlanError
 from crafts_core.public_pool import PoolError, PublicPool, open_pool, read_pool, table_fingerprint
 from crafts_core.releases import ANCHORS, COLOUR, release_schema
 from crafts_core.retrieval import (
-    _loss_of,
+    PublicLoss,
     colour_of_cases,
     nearest,
     picked_tiles,
@@ -28,10 +29,9 @@ from crafts_core.retrieval import (
     with_rows_as_before,
 )
 from crafts_core.retrieval_record import Retrieval
-from crafts_core.stages.objective import Objective
 from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.starting_point import initial_state
-from crafts_core.state import FIRST, SECOND, State, generator_state
+from crafts_core.state import FIRST, SECOND, State, add_delta, factor_names, generator_state
 from crafts_core.study.lookalikes import alike_to, thumbnails_of
 from support.open_tiles import open_table
 from support.sites import plan_values
@@ -241,13 +241,11 @@ def test_public_steps_lower_the_loss_on_what_was_picked(
     picked = some_tiles(pool)
 
     def loss(of: State) -> float:
-        adapter = Adapter.attach(copy.deepcopy(foundation.generator.denoiser), plan.adapter)
-        adapter.load_state(generator_state(of))
-        stage = next(each for each in plan.stage if each.is_retrieval)
-        loss_of = _loss_of(picked, foundation, CAPTIONS, Objective(foundation, adapter, stage))
+        public = PublicLoss(picked, foundation, plan, state)
+        public.adapter.load_state(generator_state(of))
         rng = np.random.default_rng(5)
         with torch.no_grad():
-            return float(np.mean([float(loss_of(np.arange(6), rng)) for _ in range(8)]))
+            return float(np.mean([float(public.of_rows(np.arange(6), rng)) for _ in range(8)]))
 
     assert loss(trained_on(picked, foundation, plan, state, tmp_path / "s")) < 0.97 * loss(state)
 
@@ -292,6 +290,39 @@ def test_with_alignment_picked_tiles_are_drawn_nearer_to_what_was_told_of_their_
     found = aligned(20.0, picked)
     assert (found < aligned(0.0, picked) - 0.02).all()
     assert (found < aligned(20.0, swapped) - 0.02).all(), "whose tile is whose decides"
+
+
+@pytest.mark.parametrize("factor", ["first", "second"])
+def test_the_gradient_of_the_public_loss_is_its_slope(
+    pool: PublicPool, foundation, state: State, factor: str
+) -> None:
+    """By a difference, over tiles of more than one pass; draws are the seed's."""
+    plan = Plan.parse(retrieval_values(foundation.manifest.hash, lambda_align=3.0))
+    six = some_tiles(pool)
+    twenty = RealTiles(
+        images_NHWC=np.concatenate([six.images_NHWC] * 4)[:20],
+        patients=np.concatenate([six.patients] * 4)[:20],
+        captions=(six.captions * 4)[:20],
+    )
+    public = PublicLoss(twenty, foundation, plan, state)
+    here = add_delta(state, {name: torch.full_like(state[name], 0.05) for name in state}, 1.0)
+    slope = public.gradient(here, factor, num_tiles=20, seed=4)
+    assert sorted(slope) == factor_names(generator_state(here), factor)
+
+    def loss(at: State) -> float:
+        public.adapter.load_state(generator_state(at))
+        rng = np.random.default_rng(4)
+        rows = rng.choice(20, 20, replace=False)
+        with torch.no_grad():
+            parts = [(part, public.of_rows(part, rng)) for part in (rows[:16], rows[16:])]
+        return sum(float(mean) * len(part) / 20 for part, mean in parts)
+
+    norm = global_norm(slope)
+    ahead, behind = (loss(add_delta(here, slope, way * 3e-3 / norm)) for way in (1, -1))
+    assert (ahead - behind) / 6e-3 == pytest.approx(norm, rel=3e-2)
+    again, other = (public.gradient(here, factor, num_tiles=20, seed=seed) for seed in (4, 5))
+    assert all(torch.equal(slope[name], again[name]) for name in slope)
+    assert not all(torch.equal(slope[name], other[name]) for name in slope)
 
 
 def test_retrieved_tiles_stand_where_their_caption_was_asked() -> None:

@@ -56,6 +56,22 @@ def test_the_gradient_covers_exactly_the_trained_factor(foundation: Foundation) 
     assert sorted(slope) == factor_names(state, "first")
 
 
+def test_what_sites_told_takes_the_place_of_the_probes_own_loss(foundation: Foundation) -> None:
+    """In alignment steps alone: the margin that accepts a step stays where it was."""
+    state, asked = moved_state(foundation), []
+
+    class Told:
+        def gradient(self, _state: State, factor: str, *, num_tiles: int, seed: int) -> State:
+            asked.append((num_tiles, seed))
+            return {name: torch.ones_like(state[name]) for name in factor_names(state, factor)}
+
+    told = FoundationProbe(foundation, CONFIG, seed=1, size=SIZE, told_loss=lambda _: Told())
+    slopes = [told.for_round(number).alignment_gradient(state, "second") for number in (1, 1, 2)]
+    assert all((tensor == 1).all() for slope in slopes for tensor in slope.values())
+    assert asked[0] == asked[1] != asked[2]
+    assert told.margin(state) == probe(foundation).margin(state)
+
+
 def test_a_step_against_the_gradient_lowers_the_loss(foundation: Foundation) -> None:
     state = moved_state(foundation)
     steps = probe(foundation).steps_of(1)

@@ -15,11 +15,13 @@ from crafts_core.evaluation.real_tiles import OverlapError
 from crafts_core.pages import page_environment
 from crafts_core.plan import Plan
 from crafts_core.releases import ANCHORS, COLOUR
+from crafts_core.retrieval import PublicLoss
 from crafts_core.state import weights_of
 from crafts_core.tiles import TileStore
 from crafts_core.vocabulary import cancer_type, compose_caption
 from crafts_privacy.accounting import epsilon
 from crafts_privacy.ledger import Ledger
+from crafts_server.aggregation import AlignmentRegularized
 from crafts_server.checkpoints import Checkpoint
 from crafts_server.cli import app
 from crafts_server.export import retrieval_of, shared_state
@@ -117,6 +119,42 @@ def test_what_was_picked_is_in_the_receipt_and_on_the_card(
     assert all(f"- {source}: {licence}" in card for licence, source in record.licences)
     assert "sites had told" in card
     assert (generator / "picked.tsv").read_text() == record.as_table()
+
+
+def test_later_rounds_go_on_with_what_was_told_also_after_a_kill(
+    foundation, table: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The same end, whether or not the process that picked is the one that aggregates."""
+    values = scenario_of(foundation.path).model_dump(mode="json")
+    values["scenario"]["repeatable"] = True
+    values["stage"][2]["lambda_align"] = 0.5
+    scenario = parse_scenario(values, "a test")
+    monkeypatch.setattr("crafts_simulations.results.attack", lambda _study: None)
+    monkeypatch.setattr("crafts_simulations.results.evaluate", killed)
+    used: list[int] = []
+    gradient = PublicLoss.gradient
+    monkeypatch.setattr(
+        PublicLoss,
+        "gradient",
+        lambda self, *a, seed, **k: (used.append(seed), gradient(self, *a, seed=seed, **k))[1],
+    )
+
+    def end_of(out: Path) -> Checkpoint:
+        with pytest.raises(KilledError):
+            run_scenario(scenario, out, pool=table, num_workers=0)
+        home = CoordinatorHome.open(out / "coordinator")
+        (run_id,) = [each.run_id for each in home.registry().runs()]
+        return home.checkpoints(run_id).chain()[-1]
+
+    whole = end_of(tmp_path / "whole")
+    assert len(used) == scenario.aggregation.trust_steps
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentRegularized, "move", killed)
+        assert end_of(tmp_path / "cut").round == 3
+    cut = end_of(tmp_path / "cut")
+    assert (whole.round, cut.round) == (4, 4)
+    assert used == used[:2] * 2
+    assert all(torch.equal(whole.state()[name], cut.state()[name]) for name in whole.state())
 
 
 def test_no_site_is_charged_for_it(run: tuple[Path, Report]) -> None:
