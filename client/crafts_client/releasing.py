@@ -43,14 +43,15 @@ def vector_of(
 def public_release(foundation: Foundation, told: Told) -> Callable[[], Tensor]:
     """Makes the vector of a patient with as many tiles as ours may have, from a public tile.
 
-    It decodes that many tiles for either release: reading an embedding takes less.
+    It decodes that many tiles for either release: reading an embedding takes less. They are of
+    noise, which no tissue takes longer than: a probe's tile may be of one colour, and is quick.
     """
-    rows = told.max_tiles
-    stored = encode_tile(foundation.probe.tiles_NCHW[0].permute(1, 2, 0).numpy())
+    rows, side = told.max_tiles, foundation.manifest.tile_px
+    stored = encode_tile(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     embedding_1D = foundation.aligner.embed_images(foundation.probe.tiles_NCHW[:1])
 
     def make() -> Tensor:
-        images = np.stack([decode_tile(stored, foundation.manifest.tile_px) for _ in range(rows)])
+        images = np.stack([decode_tile(stored, side) for _ in range(rows)])
         vector_V = colour_vector(images)
         if told.factor == "colour":
             return vector_V
