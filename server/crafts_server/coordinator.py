@@ -180,7 +180,8 @@ class Coordinator:
 
     def _study(self, registry: Registry, run_id: str) -> Study:
         store = self._home.checkpoints(run_id)
-        self._pick(retrieval_of(store.chain()))
+        if self._contrasts:
+            self._pick(retrieval_of(store.chain()))
         return Study(
             plan=self.plan,
             signed_plan=self._signed_plan,
@@ -218,10 +219,14 @@ class Coordinator:
             self._loss = PublicLoss(self._picked, self._foundation, self.plan, state)
         return self._loss
 
+    @property
+    def _contrasts(self) -> bool:
+        """Whether the plan contrasts what is picked with what sites told."""
+        return any(each.is_retrieval and each.lambda_align > 0 for each in self.plan.stage)
+
     def _pick(self, record: Retrieval | None) -> None:
-        """Have ready what the alignment steps of later rounds are on, of a plan that contrasts."""
-        contrasts = any(each.is_retrieval and each.lambda_align > 0 for each in self.plan.stage)
-        if record is not None and record.num_tiles and contrasts:
+        """Have ready what the alignment steps of later rounds are on."""
+        if record is not None and record.num_tiles:
             self._picked = picked_tiles(self._pool(), record)
 
     def _initial_state(self) -> State:
@@ -246,7 +251,8 @@ class Coordinator:
         log.info("training on %s", record.in_words)
         picked = picked_tiles(pool, record)
         trained = trained_on(picked, foundation, plan, state, unfinished, look_up)
-        self._pick(record)
+        if self._contrasts:
+            self._pick(record)
         return Retrieved(state=trained, record=record)
 
     def _pool(self) -> PublicPool:

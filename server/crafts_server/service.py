@@ -62,6 +62,7 @@ class _Wait:
     untold: int = 0
     """Such rounds since that line."""
     is_over: bool = False
+    """A round was committed since: what waits after that is another wait."""
 
 
 class Service:
@@ -254,7 +255,7 @@ class Service:
             )
         self.metrics.committed(receipt)
         for wait in self._waits.values():
-            wait.is_over = True  # what waits after this is another wait
+            wait.is_over = True
         self._note_round(receipt)
 
     def _make_up(self, chain: Sequence[Checkpoint]) -> None:
