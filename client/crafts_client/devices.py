@@ -25,8 +25,6 @@ from crafts_client.trainer import Trainer
 from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import load
 from crafts_core.plan import AdapterConfig, Part
-from crafts_core.tiles import TileStore
-from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.errors import RankError
 from crafts_privacy.ranks import ProcessRanks
 
@@ -95,12 +93,11 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
     flush_subnormals()
     home = SiteHome.open(path)
     foundation = load(home.foundation_path, device=device)
-    store = TileStore.open(home.tile_store_path, check_shards=False)
-    patients = PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation)
+    patients = PatientTiles.of(home, foundation)
     # An ingest may have gone on since the first device opened the store: nobody trains whom the
     # site has not enrolled in its cohort.
     known = PatientRegister(home.register_path).cohorts()
-    unknown = {name for name in store.patients if known.get(name) != home.config.cohort}
+    unknown = {name for name in patients.pseudonyms if known.get(name) != home.config.cohort}
     ranks = ProcessRanks(meeting, rank, count, timeout_s=_STEP_TIMEOUT_S)
     made: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
     while True:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crafts_client.errors import HomeError
+from crafts_client.home import SiteHome
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Modality
 from crafts_core.stages.alignment import NO_CLASS
@@ -42,6 +44,27 @@ class PatientTiles:
         self._keys = tile_keys(store) if cache.views > 1 else []
         self._num_unusable = 0
         self._classes: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def of(cls, home: SiteHome, foundation: Foundation) -> "PatientTiles":
+        """A home's own tiles. Shards are not read here: ``tiles check`` does that.
+
+        Raises:
+            TileStoreError: there is no finished tile store or latent cache.
+            HomeError: the tiles are another cohort's.
+        """
+        store = TileStore.open(home.tile_store_path, check_shards=False)
+        if store.cohort != home.config.cohort:
+            raise HomeError(
+                f"the tile store holds cohort {store.cohort}, site.toml says "
+                f"{home.config.cohort}; set cohort back, or ingest again"
+            )
+        return cls(store, LatentCache.open(store, foundation.manifest.hash), foundation)
+
+    @property
+    def pseudonyms(self) -> Sequence[str]:
+        """Of everybody in the store, whoever has withdrawn as well."""
+        return self._store.patients
 
     def leave_out(self, withdrawn: Collection[str]) -> None:
         """Train without these pseudonyms from now on."""

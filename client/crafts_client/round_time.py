@@ -20,8 +20,6 @@ from crafts_core.foundation import load
 from crafts_core.plan import Factor, Plan, StageConfig
 from crafts_core.starting_point import initial_state
 from crafts_core.threads import quickest_threads
-from crafts_core.tiles import TileStore
-from crafts_core.tiles.latents import LatentCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +47,10 @@ def time_rounds(
     foundation = load(home.foundation_path, device=home.config.device)
     if foundation.manifest.hash != plan.study.foundation:
         raise HomeError("the plan is for another foundation than this home's")
-    store = TileStore.open(home.tile_store_path, check_shards=False)
     trainer = Trainer(
         foundation,
         plan.adapter,
-        PatientTiles(store, LatentCache.open(store, foundation.manifest.hash), foundation),
+        PatientTiles.of(home, foundation),
         parts=plan.parts,
         randomness=Randomness.from_os(exact_noise=home.config.exact_noise),
         speed=Speed.of(home.config),

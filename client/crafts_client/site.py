@@ -31,7 +31,7 @@ import torch
 from crafts_client import stage_start, unusable
 from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longest_round_s
 from crafts_client.devices import DeviceWorkers, check_devices
-from crafts_client.errors import HomeError, LateAnswerError, OutboxError, TrainingError
+from crafts_client.errors import LateAnswerError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
 from crafts_client.mechanism import limit_of, mechanism_of, promised_releases
 from crafts_client.messages import AnnouncementMessage, RoundMessage, read_state
@@ -71,8 +71,6 @@ from crafts_core.releases import release_schema
 from crafts_core.roster import Roster
 from crafts_core.state import State, factor_names
 from crafts_core.threads import quickest_threads
-from crafts_core.tiles import TileStore
-from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import signing
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import LedgerEntry, Reservation
@@ -130,17 +128,10 @@ class Site:
         self._sums = SiteSums(self._outbox, type(self._randomness.noise).__name__)
         self._seen = SeenUpdates(home.seen_path)
         self._settle()
-        store = TileStore.open(home.tile_store_path, check_shards=False)
-        if store.cohort != home.config.cohort:
-            raise HomeError(
-                f"the tile store holds cohort {store.cohort}, site.toml says "
-                f"{home.config.cohort}; set cohort back, or ingest again"
-            )
+        self._patients = PatientTiles.of(home, foundation)
         self._register = PatientRegister(home.register_path)
-        self._register.enrol(store.patients, home.config.cohort)
+        self._register.enrol(self._patients.pseudonyms, home.config.cohort)
         take_place(home, self._ledger)
-        cache = LatentCache.open(store, foundation.manifest.hash)
-        self._patients = PatientTiles(store, cache, foundation)
         self._speed = Speed.of(home.config)  # before any round has changed the number of threads
         self._trainer: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
         self._workers: DeviceWorkers | None = None

@@ -426,7 +426,7 @@ def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         now = status_of(CoordinatorHome.open(home))
     why = now.why
     lines = [
-        f"{run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  {run.rounds} rounds  "
+        f"{run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  {run.progress}  "
         f"{run.started_at:%Y-%m-%d %H:%M}"
         + (f"  ({why[run.plan_hash]})" if run.plan_hash in why else "")
         for run in now.runs

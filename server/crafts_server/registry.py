@@ -42,12 +42,13 @@ _PATIENCE_S = 20.0
 _RUNS = select(
     RunRow,
     PlanRow.study,
+    PlanRow.json,
     select(func.count())
     .where(RoundRow.run_id == RunRow.run_id)
     .correlate(RunRow)
     .scalar_subquery(),
 ).join(PlanRow, PlanRow.hash == RunRow.plan_hash)
-"""Each run with its study and how many rounds it has."""
+"""Each run with its study, its plan and how many rounds it has."""
 _ADVICE = {
     "55P03": "; another program holds its tables: try again, or look who does in pg_locks",
     "25006": "; the database, or its server, takes no writes now: is it a standby?",
@@ -98,8 +99,14 @@ class RunSummary:
     plan_hash: str
     status: RunStatus
     rounds: int
+    planned_rounds: int
     started_at: datetime
     finished_at: datetime | None
+
+    @property
+    def progress(self) -> str:
+        """Rounds with a checkpoint, of those that the plan has."""
+        return f"{self.rounds} of {self.planned_rounds} rounds"
 
 
 class Registry:
@@ -293,7 +300,7 @@ class Registry:
             raise UnknownRunError(f"no run {run_id}; see `crafts-server runs list`")
         return found[0]
 
-    def _summaries(self, query: Select[RunRow, str, int]) -> list[RunSummary]:
+    def _summaries(self, query: Select[RunRow, str, str, int]) -> list[RunSummary]:
         with self.session() as session:
             return [
                 RunSummary(
@@ -302,10 +309,13 @@ class Registry:
                     plan_hash=run.plan_hash,
                     status=RunStatus(run.status),
                     rounds=num_rounds,
+                    planned_rounds=sum(
+                        stage["rounds"] for stage in json.loads(plan).get("stage", ())
+                    ),
                     started_at=run.started_at.replace(tzinfo=UTC),
                     finished_at=run.finished_at and run.finished_at.replace(tzinfo=UTC),
                 )
-                for run, study, num_rounds in session.execute(query)
+                for run, study, plan, num_rounds in session.execute(query)
             ]
 
     def sites(self) -> list[str]:

@@ -154,7 +154,7 @@ def sentences(status: Status) -> Iterator[str]:
         why = status.why.get(run.plan_hash)
         yield (
             f"run        {run.run_id}  {run.study}  plan {run.plan_hash[:16]}  {run.status}  "
-            f"{run.rounds} rounds" + (f"  ({why})" if why else "")
+            f"{run.progress}" + (f"  ({why})" if why else "")
         )
     started = {run.plan_hash for run in status.runs}
     for plan in (plan for plan in status.queued if plan not in started):

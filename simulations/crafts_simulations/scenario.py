@@ -310,6 +310,8 @@ def load_scenario(name: str) -> Scenario:
             f"{name} is a plan; a scenario says who trains it, too: begin with one that is shipped "
             f"({', '.join(shipped_scenarios())})"
         )
+    if "seeds" in values:
+        raise ScenarioError(f"{name} is a sweep, of several runs: crafts-sim sweep {name}")
     return parse_scenario(values, name)
 
 

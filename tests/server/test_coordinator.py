@@ -396,6 +396,7 @@ def test_a_run_is_listed_shown_and_exported_for_stock_diffusers(
     at_home = ["--home", str(finished.home.path)]
     (run,) = json.loads(RUNNER.invoke(app, ["runs", "list", "--json", *at_home]).stdout)
     assert (run["study"], run["status"], run["rounds"]) == ("tiny", "finished", 2)
+    assert "  finished  2 of 2 rounds  " in RUNNER.invoke(app, ["runs", "list", *at_home]).stdout
     shown = RUNNER.invoke(app, ["runs", "show", run["run_id"], *at_home])
     assert "round 2 pretraining: margin" in shown.stdout
     out = tmp_path / "out"
