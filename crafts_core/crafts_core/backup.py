@@ -224,6 +224,8 @@ def copy_database(path: Path, to: Path) -> None:
             closing(sqlite3.connect(to)) as target,
         ):
             source.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_S:.0f}")
+            source.execute("BEGIN")  # ``backup`` itself would wait for a lock without end
+            source.execute("SELECT 1 FROM sqlite_master").fetchone()
             source.backup(target)
     except sqlite3.Error as error:
         raise BackupError(

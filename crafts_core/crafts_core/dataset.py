@@ -36,7 +36,7 @@ from crafts_core.dataset_plan import (
     plan_images,
 )
 from crafts_core.foundation_manifest import sha256_of
-from crafts_core.image_folder import ImagePlan, draw_into, write_whole
+from crafts_core.image_folder import WRITING, ImagePlan, draw_into, write_whole
 from crafts_core.provenance import Provenance
 from crafts_core.sampler_config import SamplerConfig
 from crafts_core.studio import Studio
@@ -199,7 +199,9 @@ def draw_dataset(
 
 def _check_place(root: Path, masks: Sequence[Path]) -> None:
     """Only an earlier data set is written into, and only its own folders are made anew."""
-    if root.is_dir() and any(root.iterdir()) and _read_manifest(root) is None:
+    unfinished = {f".{MANIFEST_NAME}{WRITING}"}
+    there = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    if there - unfinished and _read_manifest(root) is None:
         raise DatasetError(f"{root} holds other files; name a new folder")
     if any(root.resolve() in mask.resolve().parents for mask in masks):
         raise DatasetError(f"the masks are inside {root}, which is written anew; move them out")

@@ -8,7 +8,7 @@ Hugging Face ``datasets`` reads it; image folders of torchvision read the same. 
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from crafts_core.dataset_plan import DatasetImage
 from crafts_core.image_folder import WRITING, write_whole
-from crafts_core.instance_masks import coco_annotations, encode_labels, instances_of, numbered
+from crafts_core.instance_masks import coco_text, encode_labels, instances_of, numbered
 from crafts_core.tiles.conditions import read_labels
 
 IMAGES, MASKS, ANNOTATIONS, METADATA = "imagefolder", "masks", "annotations", "metadata.jsonl"
@@ -65,22 +65,37 @@ class DatasetFiles:
 
 
 def write_metadata(files: DatasetFiles) -> None:
-    """``metadata.jsonl`` for each split, and where there are masks these and COCO's annotations."""
+    """``metadata.jsonl`` for each split, and where there are masks these and COCO's annotations.
+
+    One image at a time: run lengths of all nuclei of a large data set fill no memory.
+    """
     for split, images in files.of_split():
-        instances: dict[str, list[dict[str, Any]]] = {}
-        lines = []
-        for image in images:
-            row = {"file_name": image.file_name, **files.row(image)}
-            if image.request.mask is not None:
-                found = _write_mask(files, image)
-                instances[image.file_name] = found
-                row |= {"mask": f"{MASKS}/{split}/{image.file_name}", "instances": found}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_whole(files.root / IMAGES / split / METADATA, "".join(lines).encode())
-        if instances:
-            sizes = dict.fromkeys(instances, (files.tile_px, files.tile_px))
-            content = json.dumps(coco_annotations(sizes, instances))
-            write_whole(files.root / ANNOTATIONS / f"{split}.json", content.encode())
+        metadata = files.root / IMAGES / split / METADATA
+        _write_lines(metadata, (_metadata_line(files, image) for image in images))
+        masked = [image.file_name for image in images if image.request.mask is not None]
+        if masked:
+            sizes = dict.fromkeys(masked, (files.tile_px, files.tile_px))
+            with metadata.open(encoding="utf-8") as lines:
+                rows = (json.loads(line) for line in lines)
+                found = (row["instances"] for row in rows if "instances" in row)
+                text = coco_text(sizes, found)
+                _write_lines(files.root / ANNOTATIONS / f"{split}.json", text)
+
+
+def _metadata_line(files: DatasetFiles, image: DatasetImage) -> str:
+    row = {"file_name": image.file_name, **files.row(image)}
+    if image.request.mask is not None:
+        mask = f"{MASKS}/{image.split}/{image.file_name}"
+        row |= {"mask": mask, "instances": _write_mask(files, image)}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write_lines(path: Path, parts: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{WRITING}")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(parts)
+    temporary.replace(path)
 
 
 def _write_mask(files: DatasetFiles, image: DatasetImage) -> list[dict[str, Any]]:

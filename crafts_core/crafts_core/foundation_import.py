@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -91,7 +92,7 @@ def import_diffusers(
             licence=licence,
             mpp=mpp,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FoundationError(f"cannot import {directory}: {_first_line(error)}") from error
     finally:
         if staging.exists() and not (staging / "foundation.json").exists():

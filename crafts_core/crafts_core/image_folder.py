@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import sha256_of
 from crafts_core.image_requests import MAX_SEED, ImageRequest, num_images
@@ -29,6 +30,7 @@ from crafts_core.tiles.conditions import encode_condition
 
 SHEET = "sheet.png"
 WRITING = ".writing"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MAX_ON_SHEET, _MAX_SHEET_PX = 100, 4096
 
 
@@ -228,11 +230,9 @@ def check_space(folder: Path, count: int, tile_px: int) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A reader, or a run that goes on after a kill, sees all of the file or none."""
+    """A reader, or a run that goes on after a kill or a power cut, sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{WRITING}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_file(path, content)
 
 
 def _survey(folder: Path, plan: ImagePlan) -> tuple[list[int], list[Path]]:
@@ -241,6 +241,9 @@ def _survey(folder: Path, plan: ImagePlan) -> tuple[list[int], list[Path]]:
     strangers: list[Path] = []
     for path in sorted(folder.glob(plan.pattern)):
         place = plan.place_of_name.get(path.relative_to(folder).as_posix())
+        if place is not None and not _is_whole(path):
+            strangers.append(path)
+            continue
         try:
             said = read_provenance(path)
         except ProvenanceError as error:
@@ -256,6 +259,13 @@ def _survey(folder: Path, plan: ImagePlan) -> tuple[list[int], list[Path]]:
         raise ImageFolderError(f"a mask is in {folder}, which is written anew; move it out")
     strangers += folder.glob(f"{plan.pattern}{WRITING}")
     return [place for place in range(len(plan)) if place not in kept], strangers
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG has its end: an older program, or a copy, may have left a piece of one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_PNG_END)))
+        return file.read() == _PNG_END
 
 
 def batches(images: Iterable[PlannedImage], size: int) -> Iterator[list[PlannedImage]]:

@@ -4,12 +4,14 @@ Shape letters: H W pixels.
 """
 
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from scipy import ndimage
 
 Labels = npt.NDArray[np.uint16]
 CATEGORY = {"id": 1, "name": "nucleus"}
@@ -38,15 +40,19 @@ def encode_labels(labels_HW: Labels) -> bytes:
 def instances_of(labels_HW: Labels) -> list[dict[str, Any]]:
     """One COCO object each: ``id``, ``bbox`` (x, y, width, height), ``area``, ``segmentation``."""
     found = []
-    for number in range(1, int(labels_HW.max(initial=0)) + 1):
+    for number, place in enumerate(ndimage.find_objects(labels_HW), start=1):
         own = labels_HW == number
-        rows, columns = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
-        x, y = int(columns[0]), int(rows[0])
+        rows, columns = place
         found.append(
             {
                 "id": number,
-                "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
-                "area": int(own.sum()),
+                "bbox": [
+                    columns.start,
+                    rows.start,
+                    columns.stop - columns.start,
+                    rows.stop - rows.start,
+                ],
+                "area": int(np.count_nonzero(own)),
                 "segmentation": run_lengths(own),
             }
         )
@@ -61,22 +67,25 @@ def run_lengths(mask_HW: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
     return {"size": list(mask_HW.shape), "counts": np.diff(edges).tolist()}
 
 
-def coco_annotations(
-    images: Mapping[str, tuple[int, int]], instances: Mapping[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    """A COCO file's content.
+def coco_text(
+    images: Mapping[str, tuple[int, int]], instances: Iterable[list[dict[str, Any]]]
+) -> Iterator[str]:
+    """A COCO file piece by piece.
 
     Args:
         images: File name to (height, width).
-        instances: File name to what ``instances_of`` gave.
+        instances: Of each image in turn what ``instances_of`` gave.
     """
     listed = [
         {"id": place, "file_name": name, "height": height, "width": width}
         for place, (name, (height, width)) in enumerate(images.items(), start=1)
     ]
-    annotations: list[dict[str, Any]] = []
-    for image in listed:
-        for each in instances[str(image["file_name"])]:
-            own = {"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 1}
-            annotations.append({**each, **own, "category_id": CATEGORY["id"]})
-    return {"images": listed, "annotations": annotations, "categories": [CATEGORY]}
+    yield f'{{"images": {json.dumps(listed)}, "annotations": ['
+    number = 0
+    for image, own in zip(listed, instances, strict=True):
+        for each in own:
+            number += 1
+            told = {"id": number, "image_id": image["id"], "iscrowd": 0}
+            yield ", " if number > 1 else ""
+            yield json.dumps({**each, **told, "category_id": CATEGORY["id"]})
+    yield f'], "categories": {json.dumps([CATEGORY])}}}'

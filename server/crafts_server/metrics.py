@@ -13,6 +13,7 @@ from crafts_server.past_rounds import PastRun
 from crafts_server.receipts import RoundReceipt
 
 LOOPBACK = "127.0.0.1"
+_OUTCOMES = ("used", "refused", "missing")
 
 
 class Metrics:
@@ -72,6 +73,13 @@ class Metrics:
             )
         )
 
+    def began(self, run_id: str) -> None:
+        """A run's series from zero on: what a series is born with is no increase to Prometheus."""
+        self._rounds.labels(run_id)
+        self._rises.labels(run_id)
+        for outcome in _OUTCOMES:
+            self._updates.labels(run_id, outcome)
+
     def go_on(self, runs: Iterable[PastRun], *, num_short: int) -> None:
         """Take over what was counted before this start; once, before anything is counted."""
         for past in runs:
@@ -94,7 +102,7 @@ class Metrics:
         self._margin.labels(run).set(rounds.newest_margin)
         self._round_seconds.labels(run).set(rounds.newest_seconds)
         self._rounds.labels(run).inc(rounds.num_rounds)
-        for outcome in ("used", "refused", "missing"):
+        for outcome in _OUTCOMES:
             self._updates.labels(run, outcome).inc(rounds.outcomes[outcome])
         self._rises.labels(run).inc(rounds.num_rises)
         self._bytes.labels(run, "down").inc(rounds.bytes_down)

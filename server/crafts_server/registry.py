@@ -129,6 +129,11 @@ class Registry:
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise RegistryError(f"the registry's URL cannot be used: {reason}") from error
+        except ValueError:  # its text may hold a part of the password
+            raise RegistryError(
+                "the registry's URL cannot be used; in a password write @ as %40, : as %3A, "
+                "/ as %2F and % as %25"
+            ) from None
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
         try:

@@ -191,7 +191,9 @@ class Service:
                         connected_since=self.superlink.connected_since,
                     ),
                 )
-                self._make_up(coordinator.chain())
+                chain = coordinator.chain()
+                self.metrics.began(chain[0].manifest.run_id)
+                self._make_up(chain)
                 coordinator.run(grid)
         except RunStoppedError:
             log.info("plan %s was stopped", plan[:16])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from crafts_core import backup as backup_module
 from crafts_core import restore
 from crafts_core.backup import BackupError, Manifest, files_of, write_backup
 from crafts_core.restore import restoring
@@ -139,6 +140,18 @@ def test_a_database_that_is_damaged_is_one_line(home: Path, tmp_path: Path) -> N
     with pytest.raises(BackupError, match=r"cannot copy the database .*rows\.db"):
         save(home, tmp_path / "b.tar")
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_database_that_somebody_holds_ends_in_one_line(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup_module, "_BUSY_S", 0.1)
+    writer = sqlite3.connect(home / "rows.db", isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(BackupError, match="database is locked"):
+        save(home, tmp_path / "b.tar")
+    writer.close()
+    save(home, tmp_path / "b.tar")
 
 
 def test_what_is_not_wanted_stays_out(home: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from crafts_core.dataset_plan import (
 from crafts_core.evaluation.image_sets import ImageSetError, Scale, read_images
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_manifest import sha256_of
-from crafts_core.instance_masks import coco_annotations, instances_of, numbered, run_lengths
+from crafts_core.instance_masks import coco_text, instances_of, numbered, run_lengths
 from crafts_core.provenance import read_provenance
 from crafts_core.sampler_config import SamplerConfig
 from crafts_core.studio import Studio
@@ -444,9 +444,11 @@ def test_instances_are_numbered_from_one() -> None:
 
 def test_annotations_are_numbered_through() -> None:
     one = instances_of(numbered(np.array([[1, 2]])))
-    listed = coco_annotations({"a": (1, 2), "b": (1, 2)}, {"a": one, "b": one})
+    listed = json.loads("".join(coco_text({"a": (1, 2), "b": (1, 2)}, [one, one])))
     assert [each["id"] for each in listed["annotations"]] == [1, 2, 3, 4]
     assert [each["image_id"] for each in listed["annotations"]] == [1, 1, 2, 2]
+    assert [each["file_name"] for each in listed["images"]] == ["a", "b"]
+    assert {each["iscrowd"] for each in listed["annotations"]} == {0}, "a crowd is never scored"
 
 
 def test_the_program_draws_a_data_set(foundation: Foundation, tmp_path: Path) -> None:

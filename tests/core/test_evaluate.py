@@ -14,11 +14,12 @@ from crafts_core.evaluation.colour import ColourMoments, in_colours_of
 from crafts_core.evaluation.discrepancy import Discrepancy
 from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.evaluate import EvaluationConfig, Evaluator
+from crafts_core.evaluation.evaluation_page import headline
 from crafts_core.evaluation.figures import Evaluation
 from crafts_core.evaluation.neighbours import Coverage, measure_coverage
 from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles
-from crafts_core.evaluation.resampling import halves
+from crafts_core.evaluation.resampling import Interval, halves
 from crafts_core.evaluation.table import markdown, remarks
 from crafts_core.foundation import Foundation
 from support.foundations import tiny_foundation
@@ -265,3 +266,29 @@ def test_cmmd_is_told_of_a_clip_alone(foundation: Foundation, tmp_path: Path) ->
         found = Evaluator(foundation, tissue(0), SMALL, encoder).fidelity_of(tissue(5, prefix="x"))
         assert found.kid_interval is not None
         assert (found.cmmd is not None) == (found.cmmd_interval is not None) == is_told
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "floor", "told"),
+    [
+        (0.05, (-0.02, 0.06), (-0.10, 0.06), "are no farther from"),
+        (0.05, (-0.02, 0.40), (-0.10, 0.06), "are not seen to be farther from"),
+        (0.08, (-0.02, 0.40), (-0.10, 0.06), "are perhaps farther from"),
+        (0.20, (0.07, 0.40), (-0.10, 0.06), "are farther from"),
+    ],
+)
+def test_a_wide_interval_is_no_praise(
+    evaluation: Evaluation,
+    value: float,
+    interval: tuple[float, float],
+    floor: tuple[float, float],
+    told: str,
+) -> None:
+    real, *between, subject = evaluation.arms
+    arms = (
+        real.model_copy(update={"structure_interval": Interval(*floor)}),
+        *between,
+        subject.model_copy(update={"structure": value, "structure_interval": Interval(*interval)}),
+    )
+    found = headline(evaluation.model_copy(update={"arms": arms}))
+    assert f"In structure the images {told} the real tiles" in found

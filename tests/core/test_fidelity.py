@@ -239,3 +239,10 @@ def test_an_interval_of_a_mean_draws_whole_patients() -> None:
     error = values.std() / np.sqrt(30)
     assert once.high - once.low == pytest.approx(2 * 1.645 * error, rel=0.15)
     assert mean_interval(values, np.zeros(30, int), num_bootstrap=20, seed=0) is None
+
+
+def test_tiles_that_are_nearly_all_alike_have_no_distance() -> None:
+    features, names = _tiles(0, 12, 5)
+    features[:50] = 0.0
+    with pytest.raises(ValueError, match="look the same; take out blank ones"):
+        Reference.fit(features, names)

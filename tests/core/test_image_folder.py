@@ -88,6 +88,17 @@ def test_what_is_missing_is_drawn_as_it_would_have_been(studio: Studio, tmp_path
     assert bytes_in(tmp_path) == before
 
 
+@pytest.mark.parametrize("left", [0, 100, -1], ids=["nothing", "a piece", "all but a byte"])
+def test_a_torn_image_is_drawn_again(studio: Studio, tmp_path: Path, left: int) -> None:
+    asked = plan(studio, ImageRequest(prompt="lung", count=3))
+    draw_into(tmp_path, asked, studio, CONFIG, batch_size=1)
+    before = bytes_in(tmp_path)
+    torn = tmp_path / "tile-0002.png"
+    torn.write_bytes(torn.read_bytes()[:left])
+    draw_into(tmp_path, asked, studio, CONFIG, batch_size=1)
+    assert bytes_in(tmp_path) == before
+
+
 @pytest.mark.parametrize("changed", ["fewer", "prompt", "seed", "steps"])
 def test_another_run_leaves_nothing_of_the_first(
     studio: Studio, tmp_path: Path, changed: str

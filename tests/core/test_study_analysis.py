@@ -75,6 +75,19 @@ def test_readers_who_say_the_same_tell_no_more_than_one(name: str) -> None:
     assert one == pytest.approx(eight)
 
 
+@pytest.mark.parametrize(("real", "synthetic"), [(14, 8), (8, 14), (50, 8), (50, 50)])
+def test_readers_who_always_say_real_prove_nothing(real: int, synthetic: int) -> None:
+    """Neither how many there are of each kind nor answers without any spread are evidence."""
+    found = analyse("s", [
+        reading(reader, image, 2, is_synthetic=image >= real)
+        for reader in (1, 2) for image in range(real + synthetic)
+    ])  # fmt: skip
+    assert found.mean_reader["d_prime"].value == pytest.approx(0)
+    told = " ".join(verdict(found))
+    assert "nothing follows" in told
+    assert "95 %" not in told
+
+
 def test_one_reader_has_no_interval_over_readers_and_no_agreement() -> None:
     found = found_by(guesses, readers=1)
     assert found.mean_reader["d_prime"].by_image_and_reader is None

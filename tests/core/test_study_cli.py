@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import socket
@@ -213,3 +214,11 @@ def test_making_a_study_imports_nothing_heavy(tmp_path: Path, folders: list[obje
     environment = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program, *map(str, words)], env=environment)
     assert done.returncode == 0
+
+
+def test_a_name_that_is_no_text_is_one_line(tmp_path: Path, folders: list[object]) -> None:
+    for path in (tmp_path / "real").iterdir():
+        path.rename(path.with_name(os.fsdecode(path.stem.encode() + b"\xe9.png")))
+    result = run("create", tmp_path / "s.study", *folders, "--num", 8)
+    assert result.exit_code == 1, result.stderr
+    assert "is no UTF-8 text; rename it" in result.stderr

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import event
 
 from crafts_core.study import study_file
 from crafts_core.study.questions import StudyError
 from crafts_core.study.records import Reader
 from crafts_core.study.rows import TrialRow
 from crafts_core.study.study_file import NotCurrentError, StudyFile
-from support.reader_studies import ALL_QUESTIONS, make_study, read_on, some_answer
+from support.reader_studies import ALL_QUESTIONS, ONLY_SIDES, make_study, read_on, some_answer
 
 
 def trial_of(study: StudyFile, reader: Reader) -> str:
@@ -213,3 +214,24 @@ def test_types_are_not_asked_where_none_is_known(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
     with pytest.raises(StudyError, match="no image has a type that is known"):
         make_study(tmp_path, calibration=0, questions=ALL_QUESTIONS, per_kind=5)
+
+
+def test_a_full_disk_is_one_line_and_the_answers_stay(tmp_path: Path) -> None:
+    study = make_study(tmp_path, calibration=0)
+    pages = sqlite3.connect(tmp_path / "study.db").execute("PRAGMA page_count").fetchone()[0]
+
+    def fill(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    study.close()
+    event.listen(study._engine, "connect", fill)
+    reader = study.readers()[0]
+
+    def answer_on() -> None:
+        while True:
+            study.record(reader, some_answer(trial_of(study, reader), ONLY_SIDES))
+            study.undo(reader)
+
+    with pytest.raises(StudyError, match="full"):
+        answer_on()
+    study.position(reader)

@@ -38,11 +38,18 @@ def test_shares_are_counted_by_hand() -> None:
 
 
 def test_d_prime_has_the_log_linear_correction() -> None:
-    """Hautus 1995: (hits + 0.5) / (signals + 1), (alarms + 0.5) / (noise + 1)."""
-    table = counts([5, 5, 5, 3, 1, 1], [1, 0, 1, 2, 3, 3])
-    hit, alarm = norm.ppf(8.5 / 11), norm.ppf(5.5 / 21)
+    """Hautus 1995: (hits + 0.5) / (signals + 1), (alarms + 0.5) / (noise + 1), of as many each."""
+    table = counts([3, 2, 1, 2, 1, 1], [1, 0, 1, 2, 3, 3])
+    hit, alarm = norm.ppf(8.5 / 11), norm.ppf(4.5 / 11)
     assert d_prime(table) == pytest.approx(hit - alarm)
     assert criterion(table) == pytest.approx(-(hit + alarm) / 2)
+
+
+def test_the_correction_makes_nothing_of_unequal_numbers() -> None:
+    """Of twice as many real images twice as much is added: equal rates stay equal."""
+    same = counts([10, 0, 10, 0, 0, 0], [5, 0, 5, 0, 0, 0])
+    assert d_prime(same) == pytest.approx(0)
+    assert criterion(same) == pytest.approx(-norm.ppf((1 / 3) / (10 + 2 / 3)))
 
 
 def test_guessing_has_no_d_prime_and_half_the_area() -> None:

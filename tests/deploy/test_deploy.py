@@ -377,3 +377,54 @@ def test_prometheus_itself_accepts_its_files(tmp_path: Path) -> None:
     command = [promtool, "check", "config", "prometheus.yml"]
     done = subprocess.run(command, cwd=DEPLOY / "compose", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("series", "at", "alert"),
+    [
+        pytest.param(
+            {"plans_queued": "1x720", 'rounds_total{run="r"}': "5x720"},
+            "12h", "NoRoundForLong", id="rounds stopped",
+        ),
+        pytest.param({"plans_queued": "1x720"}, "12h", "NoRoundForLong", id="no round ever"),
+        pytest.param(
+            {"plans_queued": "1x720", 'rounds_total{run="r"}': "0+1x720"}, "12h", None,
+            id="rounds go on",
+        ),
+        pytest.param({"plans_queued": "0x700 1x20"}, "12h", None, id="just queued"),
+        pytest.param(
+            {'updates_total{run="r",outcome="refused"}': "0x10 1x50"}, "30m", "UpdatesRefused",
+            id="a first refusal",
+        ),
+    ],
+)  # fmt: skip
+def test_alerts_fire_when_they_should(
+    tmp_path: Path, series: dict[str, str], at: str, alert: str | None
+) -> None:
+    """By Prometheus' own tool. The labels of job and instance are on what is scraped."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    scraped = 'job="crafts",instance="127.0.0.1:9464"'
+    names = {
+        name: f"crafts_{name[:-1]},{scraped}}}" if "{" in name else f"crafts_{name}{{{scraped}}}"
+        for name in series
+    }
+    inputs = [{"series": names[name], "values": values} for name, values in series.items()]
+    expression = "count by (alertname) (ALERTS{alertname=~'NoRoundForLong|UpdatesRefused'})"
+    wanted = [] if alert is None else [{"labels": f'{{alertname="{alert}"}}', "value": 1}]
+    tests = {
+        "rule_files": [str(DEPLOY / "compose" / "alerts.yml")],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": inputs,
+                "promql_expr_test": [{"expr": expression, "eval_time": at, "exp_samples": wanted}],
+            }
+        ],
+    }
+    path = tmp_path / "alerts.test.yml"
+    path.write_text(yaml.safe_dump(tests))
+    done = subprocess.run([promtool, "test", "rules", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -84,6 +84,17 @@ def test_a_round_is_counted() -> None:
     assert 'site="bern"' not in text
 
 
+def test_the_first_refusal_of_a_run_is_an_increase() -> None:
+    """Prometheus sees a rise between two readings, and none in what a series is born with."""
+    metrics = Metrics()
+    metrics.began("r1")
+    before = numbers(metrics)
+    metrics.committed(receipt())
+    after = numbers(metrics)
+    risen = {name.split("[")[0] for name, value in after.items() if value > before.get(name, value)}
+    assert {"crafts_rounds_total", "crafts_updates_total", "crafts_weight_rises_total"} <= risen
+
+
 def test_a_port_that_is_taken_is_one_line() -> None:
     first, second = Metrics(), Metrics()
     port = first.start(0)

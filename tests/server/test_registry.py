@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -410,3 +411,9 @@ def test_a_registry_keeps_the_options_of_its_url(postgres_url: str) -> None:
     with registry.session() as session:
         assert session.execute(text("SHOW statement_timeout")).scalar() == "77s"
     registry.close()
+
+
+def test_a_password_that_breaks_the_url_is_not_printed() -> None:
+    with pytest.raises(RegistryError, match="write @ as %40") as caught:
+        Registry("postgresql+psycopg://crafts:p@ss:1@postgres/crafts")
+    assert "ss:1" not in "".join(traceback.format_exception(caught.value))

@@ -176,10 +176,12 @@ def _against_floor(what: str, subject: Arm, floor: Arm) -> str:
     value: float = getattr(subject, what)
     interval: Interval = getattr(subject, f"{what}_interval")
     real: Interval = getattr(floor, f"{what}_interval")
-    if value <= real.high:
+    if interval.high <= real.high:
         verdict = "no farther"
+    elif interval.low > real.high:
+        verdict = "farther"
     else:
-        verdict = "farther" if interval.low > real.high else "perhaps farther"
+        verdict = "perhaps farther" if value > real.high else "not seen to be farther"
     return (
         f"In {what} the images are {verdict} from the real tiles ({value:.3f}, {interval.low:.3f} "
         f"to {interval.high:.3f}) than real tiles of other patients are ({real.low:.3f} to "

@@ -51,7 +51,8 @@ class Reference:
         """Median and interquartile range as scale, median distance as kernel width.
 
         Raises:
-            ValueError: fewer than four patients; there is nothing to resample.
+            ValueError: fewer than four patients, so there is nothing to resample; or tiles that are
+                nearly all the same, so there is no distance to measure in.
         """
         names, patient_M = np.unique(patients, return_inverse=True)
         if len(names) < 4 or len(features_MD) != len(patient_M):
@@ -60,13 +61,16 @@ class Reference:
         spread = np.maximum((high - low) / 1.349, 1e-3)
         scaled = np.clip((features_MD - centre) / spread, -_CLIP, _CLIP)
         squares = cdist(scaled, scaled, "sqeuclidean")
+        median_square = float(np.median(squares[np.triu_indices(len(scaled), 1)]))
+        if median_square == 0.0:
+            raise ValueError("nearly all held-out tiles look the same; take out blank ones")
         return cls(
             features_MD=scaled,
             patient_M=patient_M.astype(np.int64),
             names=tuple(names.tolist()),
             centre_D=centre,
             spread_D=spread,
-            median_square=float(np.median(squares[np.triu_indices(len(scaled), 1)])),
+            median_square=median_square,
         )
 
     def scale(self, features_ND: Features) -> Features:

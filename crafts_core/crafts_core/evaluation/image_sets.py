@@ -235,7 +235,7 @@ def _as_they_lie(folder: Path, scale: Scale) -> Iterator[_Listed]:
         else:
             if provenance.kind != "image":
                 continue
-            caption = provenance.prompts[0]
+            caption = provenance.prompts[0] if provenance.prompts else ""
             if provenance.origin.mpp is not None:
                 told = provenance.origin.mpp
             elif provenance.origin.foundation_hash == scale.foundation_hash:

@@ -42,8 +42,10 @@ def balanced_accuracy(counts_KL: Array) -> Array:
 def d_prime(counts_KL: Array) -> Array:
     """z(hit rate) - z(false alarm rate), with the log-linear correction (Hautus 1995).
 
-    Half an answer is added to each of the four numbers, so that a reader who is never wrong has a
-    finite d' and one who guesses has 0. NaN where a kind was not read.
+    Answers are added in proportion to each kind's images, half a one to each of the four numbers
+    where there are as many real as synthetic: a reader who is never wrong has a finite d', and one
+    who says *real* as often of both kinds has 0, however many were read of each. NaN where a kind
+    was not read.
     """
     hits, alarms = _corrected_rates(counts_KL)
     result: Array = norm.ppf(hits) - norm.ppf(alarms)
@@ -145,7 +147,8 @@ def interval(values_B: Array) -> tuple[float, float] | None:
 def _corrected_rates(counts_KL: Array) -> tuple[Array, Array]:
     called = counts_KL[..., _CUT:].sum(-1)
     number = counts_KL.sum(-1)
-    rates = np.where(number > 0, (called + 0.5) / (number + 1), np.nan)
+    share = _share(number, np.broadcast_to(number.sum(-1, keepdims=True), number.shape))
+    rates = _share(called + share, number + 2 * share)
     return rates[..., 1], rates[..., 0]
 
 

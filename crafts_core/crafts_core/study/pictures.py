@@ -70,6 +70,10 @@ def choose_pictures(
         if len(chosen) == count:
             break
         path = files[place]
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            raise StudyError(f"{path.name!a} in {folder} is no UTF-8 text; rename it") from error
         said = _provenance(path)
         if said is not None and not is_synthetic:
             raise StudyError(f"{path} says that it is synthetic; expected real images in {folder}")

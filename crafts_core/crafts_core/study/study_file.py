@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import URL, Select, create_engine, event, func, select
-from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from crafts_core.study.presentation import Showing
@@ -58,7 +58,7 @@ class StudyFile:
         try:
             with study._session() as session:
                 version = session.scalars(select(StudyRow.format_version)).one_or_none()
-        except DatabaseError as error:
+        except (DatabaseError, StudyError) as error:
             study.close()
             raise StudyError(f"{path} is no study; `crafts study create` makes one") from error
         if version != FORMAT_VERSION:
@@ -231,8 +231,11 @@ class StudyFile:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        with Session(self._engine) as session, session.begin():
-            yield session
+        try:
+            with Session(self._engine) as session, session.begin():
+                yield session
+        except OperationalError as error:  # a full disk, or somebody else's lock
+            raise StudyError(f"{self._engine.url.database}: {error.orig}") from error
 
 
 def new_token() -> str:

@@ -1,6 +1,6 @@
 """What the figures of a study say in words, and the table that a terminal shows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from crafts_core.study.results import Figure, Interval, OneReader, Share, StudyAnalysis
 
@@ -22,21 +22,28 @@ MEANING = (
 )
 
 
+_NO_WIDTH = 1e-9
+"""Answers that are all alike have such an interval: they cannot tell how others would have been."""
+
+
 def verdict(analysis: StudyAnalysis) -> Iterator[str]:
     """What may be said of real against synthetic, and what may not."""
     found = analysis.mean_reader["d_prime"]
     widest = found.by_image_and_reader or found.by_image
+    if widest is not None and widest[1] - widest[0] < _NO_WIDTH:
+        widest = None
     who = "This reader" if len(analysis.readers) == 1 else "The mean reader"
     yield f"{who} has d' {found.value:.2f}{_within(widest)}."
-    if widest is None:
-        yield "There are too few answers for an interval, so nothing follows."
-    elif widest[0] > 0:
+    better, worse = _by_shares(analysis.readers) if widest is None else _by_interval(widest)
+    if better:
         yield "Synthetic images are told from real ones more often than guessing would."
-    elif widest[1] < 0:
+    elif worse:
         yield (
             "Synthetic images are taken for real more often than guessing would: readers see a "
             "difference, and read it the wrong way round."
         )
+    elif widest is None:
+        yield "The answers are too few, or too much alike, for an interval, so nothing follows."
     else:
         yield (
             "That is not distinguishable from guessing. It does not prove that the images cannot "
@@ -44,6 +51,24 @@ def verdict(analysis: StudyAnalysis) -> Iterator[str]:
         )
     if len(analysis.readers) == 1:
         yield "It is about this one reader; other readers may differ."
+
+
+def _by_interval(interval: Interval) -> tuple[bool, bool]:
+    return interval[0] > 0, interval[1] < 0
+
+
+def _by_shares(readers: Sequence[OneReader]) -> tuple[bool, bool]:
+    """Whether every reader is better, and whether everyone is worse, than guessing.
+
+    Answers that are all alike have no bootstrap; Wilson's intervals of the two shares stand in.
+    """
+    bounds = [
+        tuple(map(sum, zip(each.sensitivity.wilson, each.specificity.wilson, strict=True)))
+        for each in readers
+        if each.sensitivity.wilson and each.specificity.wilson
+    ]
+    is_whole = bool(bounds) and len(bounds) == len(readers)
+    return is_whole and all(b[0] > 1 for b in bounds), is_whole and all(b[1] < 1 for b in bounds)
 
 
 def table(analysis: StudyAnalysis) -> Iterator[str]:

@@ -206,7 +206,7 @@ def _scores(
     real_B = resamples.scores(of_arm[REAL])
     for arm, marks in of_arm.items():
         score_B = resamples.scores(marks)
-        value, interval = estimate(score_B)
+        value, interval = estimate(score_B.clip(0.0, 1.0))  # stretched weights can leave it
         difference, within = (None, None) if arm == REAL else estimate(score_B - real_B)
         yield Score(
             task=task.name,
