@@ -75,7 +75,7 @@ def examine(home: SiteHome) -> Iterator[Finding]:
         try:
             yield from check(home)
         except CraftsError as error:
-            yield _problem(subject, str(error), "see the text; it says what to do")
+            yield _problem(subject, str(error))
         except Exception as error:  # the rest is still worth knowing
             yield _problem(subject, f"the check failed: {type(error).__name__}", "report this")
 
@@ -459,5 +459,5 @@ def _warning(subject: str, found: str, advice: str) -> Finding:
     return Finding(subject=subject, verdict=Verdict.WARNING, found=found, advice=advice)
 
 
-def _problem(subject: str, found: str, advice: str) -> Finding:
+def _problem(subject: str, found: str, advice: str = "") -> Finding:
     return Finding(subject=subject, verdict=Verdict.PROBLEM, found=found, advice=advice)

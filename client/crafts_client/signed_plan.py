@@ -35,7 +35,11 @@ def open_signed_plan(signed: SignedPlan, policy: Policy) -> Plan:
         raise PlanError(f"expected a plan of at most {MAX_PLAN_BYTES} bytes, got {len(payload)}")
     signer = signed.public_key.encode()
     if not any(hmac.compare_digest(signer, key.encode()) for key in policy.allowed_signers):
-        raise PolicyError(Rule.SIGNER, "the plan's signer is not in allowed_signers")
+        raise PolicyError(
+            Rule.SIGNER,
+            "the plan's signer is not in allowed_signers; `crafts-client doctor` says what to "
+            "compare by telephone before it is let in",
+        )
     try:
         signing.verify(signed.public_key, payload, signed.signature)
     except signing.SignatureError as error:

@@ -313,14 +313,16 @@ class PrivacyConfig(_Section):
         return {key: value for key, value in values.items() if key not in unused}
 
 
+RULES_OF_SUMS = ("alignment_regularized", "uniform", "by_patients")
 _OF_SUMS = frozenset({"masked_deadline_s", "max_attempts", "diagnose_after"})
 
 
 class AggregationConfig(_Section):
     """How site updates become one global adapter. Constants of design section 6."""
 
-    rule: Literal["alignment_regularized", "uniform", "by_patients"]
-    """By noise and alignment, or a baseline."""
+    rule: Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,39}$")]
+    """``alignment_regularized`` (by noise and alignment), or a baseline: ``uniform``,
+    ``by_patients``. A coordinator's ``aggregation.py`` may know more."""
     min_sites: Annotated[int, Field(ge=1, le=1000)]
     """A round with fewer has no result, and is asked again."""
     deadline_s: Annotated[float, Field(gt=0)] = 3600.0
@@ -366,6 +368,11 @@ class AggregationConfig(_Section):
         unused = sorted(_OF_SUMS & self.model_fields_set)
         if unused and not self.secure_aggregation:
             raise ValueError(f"{', '.join(unused)}: belongs to secure_aggregation = true")
+        if self.secure_aggregation and self.rule not in RULES_OF_SUMS:
+            raise ValueError(
+                f"secure_aggregation = true needs a rule whose weights sites compute, too: "
+                f"{', '.join(RULES_OF_SUMS)}; got {self.rule}"
+            )
         return self
 
     @model_serializer(mode="wrap")

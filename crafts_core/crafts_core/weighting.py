@@ -50,6 +50,8 @@ def agreed_weights(
             weights = equal_weights(len(patients))
         case "by_patients":
             weights = weights_by_patients(patients)
+        case other:
+            raise ValueError(f"no site knows the weights of rule {other}")
     caps = share_caps(
         patients, max_weight=max_weight, max_weight_per_share=config.max_weight_per_share
     )

@@ -5,8 +5,9 @@ with the weighted sum. The sum itself is the same for every rule, linear in the 
 one delta at a time. That is also what secure aggregation needs: weights first, then only
 ``sum alpha_k delta_k`` is ever seen.
 
-To try another rule, write a class with the interface of ``AggregationRule`` and name it in
-``rule_of``. Everything here is post-processing of private outputs plus public data.
+To try another rule, write a class with the interface of ``AggregationRule`` and give it a name in
+``RULES``, both here: plans, scenarios and sweeps may name it then. Everything here is
+post-processing of private outputs plus public data.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from crafts_core.exchange import RoundReply, global_norm, inner_product
-from crafts_core.plan import MODALITIES, AggregationConfig, Factor
+from crafts_core.plan import MODALITIES, AggregationConfig, Factor, PlanError
 from crafts_core.state import State, add_delta
 from crafts_core.weighting import (
     capped,
@@ -149,17 +150,6 @@ class AggregationRule(Protocol):
     def begin_stage(self, server_state: State) -> State:
         """What of the last stage's state the next one starts with."""
         ...
-
-
-def rule_of(config: AggregationConfig) -> AggregationRule:
-    """The rule that a plan names."""
-    match config.rule:
-        case "alignment_regularized":
-            return AlignmentRegularized(config)
-        case "uniform":
-            return Uniform()
-        case "by_patients":
-            return ByPatients()
 
 
 def aggregate(
@@ -311,6 +301,25 @@ class ByPatients:
 
     def begin_stage(self, server_state: State) -> State:
         return server_state
+
+
+RULES: Mapping[str, Callable[[AggregationConfig], AggregationRule]] = {
+    "alignment_regularized": AlignmentRegularized,
+    "uniform": lambda _: Uniform(),
+    "by_patients": lambda _: ByPatients(),
+}
+"""By the name that a plan says."""
+
+
+def rule_of(config: AggregationConfig) -> AggregationRule:
+    """The rule that a plan names.
+
+    Raises:
+        PlanError: there is none of this name here.
+    """
+    if config.rule not in RULES:
+        raise PlanError(f"aggregation.rule: expected one of {', '.join(RULES)}, got {config.rule}")
+    return RULES[config.rule](config)
 
 
 def with_momentum(momentum: Mapping[str, Tensor], delta: State, beta: float) -> State:

@@ -573,12 +573,13 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Stop training a plan, within seconds. Committed rounds stay; `train` goes on with them."""
-    confirm(f"Stop plan {plan}?", yes=yes)
     with one_line_errors("crafts-server"):
         from crafts_server.home import CoordinatorHome
-        from crafts_server.plan_queue import stop_plan
+        from crafts_server.plan_queue import queued_plan, stop_plan
 
-        stopped = stop_plan(CoordinatorHome.open(home), plan)
+        opened = CoordinatorHome.open(home)
+        confirm(f"Stop plan {queued_plan(opened, plan).name[:16]}?", yes=yes)
+        stopped = stop_plan(opened, plan)
     say_done(f"plan {stopped[:16]} is stopped", {"stopped": stopped}, as_json=as_json)
 
 

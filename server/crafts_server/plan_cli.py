@@ -66,6 +66,12 @@ def plan_new(
             patients=sizes,
         )
         lines = told(plan, sizes)
+        waiting = () if patients else _still_invited(home)
+        if waiting:
+            lines.append(
+                f"Not counted, as they have not enrolled: {', '.join(waiting)}; wait for them, or "
+                "give --patients N for each site."
+            )
         forecast = _forecast(plan, home, sizes)
         lines += [] if forecast is None else [forecast.in_words]
         try:
@@ -115,7 +121,7 @@ def plan_check(
             if (home / "coordinator.toml").exists():
                 problems = list(_problems(loaded, CoordinatorHome.open(home)))
             else:
-                problems = list(noise_problems(loaded))
+                problems = [*noise_problems(loaded), *_rule_problems(loaded)]
                 say(
                     f"no coordinator's home at {home}: targets were not compared with a "
                     "foundation, nor the noise with a gradient",
@@ -186,6 +192,7 @@ def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
     from crafts_privacy.plan_check import plan_problems
 
     yield from plan_problems(plan, home.foundation_path)
+    yield from _rule_problems(plan)
     if plan.study.pool is not None and not (home.pools / plan.study.pool).is_dir():
         yield (
             f"study.pool: {plan.study.pool[:16]} is no pool in this home; make it of its table: "
@@ -196,6 +203,25 @@ def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
 
         with closing(home.registry()) as registry:
             yield from Rosters(registry).problems(plan)
+
+
+def _still_invited(home: Path) -> tuple[str, ...]:
+    """Sites that a plan is not sized for yet."""
+    from crafts_server.enrolments import Enrolments
+    from crafts_server.home import CoordinatorHome
+
+    with closing(CoordinatorHome.open(home).registry()) as registry:
+        return tuple(Enrolments(registry).waiting())
+
+
+def _rule_problems(plan: Any) -> Iterator[str]:
+    from crafts_core.plan import PlanError
+    from crafts_server.aggregation import rule_of
+
+    try:
+        rule_of(plan.aggregation)
+    except PlanError as error:
+        yield str(error)
 
 
 def _forecast(plan: Any, home: Path, patients: Sequence[int]) -> "NoiseForecast | None":

@@ -26,11 +26,11 @@ def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
     home.audit_log.write(Event.QUEUED, plan=plan.hash, study=plan.study.name)
 
 
-def stop_plan(home: CoordinatorHome, beginning: str) -> str:
-    """Take a plan out of the queue; who trains it stops within seconds. Its hash.
+def queued_plan(home: CoordinatorHome, beginning: str) -> Path:
+    """The one plan in the queue whose hash begins like this.
 
     Raises:
-        HomeError: none or several waiting plans begin like this.
+        HomeError: none or several do.
     """
     queued = queued_plans(home)
     found = [path for path in queued if path.name.startswith(beginning)]
@@ -40,9 +40,19 @@ def stop_plan(home: CoordinatorHome, beginning: str) -> str:
             f"{len(found)} queued plans begin with {beginning!r}, expected one: a plan is stopped "
             f"by its hash, not by its run ({waiting})"
         )
-    found[0].unlink(missing_ok=True)
-    home.audit_log.write(Event.STOPPED, plan=found[0].name)
-    return found[0].name
+    return found[0]
+
+
+def stop_plan(home: CoordinatorHome, beginning: str) -> str:
+    """Take a plan out of the queue; who trains it stops within seconds. Its hash.
+
+    Raises:
+        HomeError: none or several waiting plans begin like this.
+    """
+    entry = queued_plan(home, beginning)
+    entry.unlink(missing_ok=True)
+    home.audit_log.write(Event.STOPPED, plan=entry.name)
+    return entry.name
 
 
 def fail_plan(home: CoordinatorHome, plan: str, why: str) -> None:

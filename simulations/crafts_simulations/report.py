@@ -135,6 +135,8 @@ def weighed_by(plan: Plan) -> str:
         return "patients"
     if rule == "uniform":
         return "equal parts"
+    if rule != "alignment_regularized":
+        return f"rule {rule}"
     if plan.aggregation.secure_aggregation:
         return "declared noise"
     return "declared noise and alignment"

@@ -29,12 +29,14 @@ from crafts_core.plan import (
     AdapterConfig,
     AggregationConfig,
     Plan,
+    PlanError,
     PrivacyConfig,
     StageConfig,
     TransportConfig,
     describe_first_error,
 )
 from crafts_core.procedural import random_stain
+from crafts_server.aggregation import rule_of
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import Holdings, HospitalConfig
 from crafts_simulations.hospitals_draw import HospitalsDraw
@@ -287,9 +289,13 @@ def parse_scenario(values: Mapping[str, Any], source: str) -> Scenario:
         ScenarioError: with the first offending key.
     """
     try:
-        return Scenario.model_validate(values)
+        scenario = Scenario.model_validate(values)
+        rule_of(scenario.aggregation)
     except ValidationError as error:
         raise ScenarioError(f"scenario {source}: {describe_first_error(error)}") from error
+    except PlanError as error:
+        raise ScenarioError(f"scenario {source}: {error}") from error
+    return scenario
 
 
 def load_scenario(name: str) -> Scenario:

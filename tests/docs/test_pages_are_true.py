@@ -1,5 +1,6 @@
 """README and docs name commands, options and files that exist, and their examples run."""
 
+import importlib
 import re
 import shlex
 import tomllib
@@ -14,8 +15,11 @@ from typer.main import get_command
 
 from crafts_client.cli import app as client
 from crafts_core.cli import app as crafts
+from crafts_server import aggregation
 from crafts_server.cli import app as server
 from crafts_simulations.cli import app as simulations
+from crafts_simulations.report import weighed_by
+from crafts_simulations.scenario import load_scenario, parse_scenario
 from support.foundations import write_tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -97,13 +101,28 @@ def test_python_of_a_page_is_python(page: Path) -> None:
         compile(text, str(page), "exec")
 
 
-def test_the_researchers_rule_is_a_rule() -> None:
+def test_the_researchers_rule_is_all_that_another_rule_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pasted where the page says: a scenario and a plan name it, and a report calls it so."""
     page = ROOT / "docs" / "tutorials" / "researcher.md"
-    found: dict[str, Any] = {}
-    exec(blocks(page, "python")[0], found)
-    rule = found["SquaredPrecision"]()
+    text = (ROOT / "server" / "crafts_server" / "aggregation.py").read_text(encoding="utf-8")
+    head, registry = text.split("RULES: ")
+    rule, name = blocks(page, "python")[0], '"squared_precision": SquaredPrecision'
+    assert f"`{name}`" in " ".join(page.read_text(encoding="utf-8").replace("\n", " ").split())
+    changed = f"{head}\n{rule}\n\nRULES: " + registry.replace("= {", f"= {{\n    {name},", 1)
+    (tmp_path / "changed_aggregation.py").write_text(changed, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("changed_aggregation")
+    monkeypatch.setattr(aggregation, "RULES", module.RULES)
+    scenario = load_scenario("quickstart")
+    values = scenario.model_dump(mode="json")
+    values["aggregation"]["rule"] = "squared_precision"
+    plan = parse_scenario(values, "of the page").plan("0" * 64)
     sites: Any = [SimpleNamespace(noise_variance=variance) for variance in (1.0, 0.5)]
-    assert rule.weights(sites) == pytest.approx([0.2, 0.8])
+    found = aggregation.rule_of(plan.aggregation)
+    assert found.weights(sites) == pytest.approx([0.2, 0.8])
+    assert weighed_by(plan) == "rule squared_precision"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from crafts_privacy.signing import fingerprint
 from crafts_server import pki, status
 from crafts_server.audit_log import Event
 from crafts_server.cli import app
-from crafts_server.cohort_sizes import CohortSizes
+from crafts_server.cohort_sizes import CohortSizes, size_row
 from crafts_server.dashboard import make_app
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.plan_queue import fail_plan, queue_plan, queued_plans
@@ -161,7 +162,7 @@ def test_stop_and_revoke_ask_first(home, plan) -> None:
     queue_plan(home, plan)
     assert "--yes" in run(home, "stop", plan.hash[:16], code=1, answer="n\n").stderr
     assert len(queued_plans(home)) == 1
-    refused = run(home, "stop", "0123456789abcdef", "--yes", code=1)
+    refused = run(home, "stop", "0123456789abcdef", code=1)  # before anything is asked
     assert f"by its hash, not by its run ({plan.hash[:16]})" in refused.stderr
     stopped = run(home, "stop", plan.hash[:16], "--yes", "--json")
     assert json.loads(stopped.stdout) == {"stopped": plan.hash}
@@ -255,6 +256,28 @@ def test_a_plan_for_another_foundation_is_named(home, plan, foundation) -> None:
     assert problem.startswith("study.foundation: 0000000000000000 is not the foundation here")
 
 
+def test_a_rule_that_nobody_knows_is_named_before_a_plan_is_signed(home, plan, tmp_path) -> None:
+    values = plan.model_dump(mode="json")
+    values["aggregation"]["rule"] = "uniforn"
+    path = tmp_path / "plan.toml"
+    path.write_text(commented_toml(Plan.parse(values)))
+    told = "aggregation.rule: expected one of alignment_regularized, uniform, by_patients"
+    assert told in run(home, "plan", "check", path, code=1).stderr
+    assert told in run(home, "plan", "sign", path, code=1).stderr
+
+
+@pytest.mark.slow
+def test_a_plan_is_not_sized_for_who_was_only_invited(home, tmp_path: Path) -> None:
+    enrolled(home, "north", datetime.now(UTC))
+    with closing(home.registry()) as registry, registry.session() as session:
+        size_row(session, "north").agreed = 400
+    run(home, "sites", "invite", "south", "--patients", 300)
+    words = ["plan", "new", tmp_path / "p.toml", "--name", "lung", "--epsilon", 8, "--rounds", 2]
+    shown = run(home, *words).stdout
+    assert "Sized for 1 sites" in shown
+    assert "Not counted, as they have not enrolled: south;" in shown
+
+
 @pytest.mark.slow
 def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
@@ -262,6 +285,7 @@ def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -
     assert "no site has enrolled yet" in run(home, *words, code=1).stderr
     shown = run(home, *words, "--patients", 400, "--patients", 60).stdout
     assert "Noise by calibration: " in shown
+    assert "Not counted" not in shown
     text = path.read_text()
     plan = Plan.parse(tomllib.loads(text))
     assert plan.study.foundation == read_manifest(home.foundation_path).hash
