@@ -109,6 +109,12 @@ class RunSummary:
         return f"{self.rounds} of {self.planned_rounds} rounds"
 
 
+def _planned_rounds(plan_json: str) -> int:
+    """A stage that is one round by its nature does not say so."""
+    stages: list[dict[str, Any]] = json.loads(plan_json).get("stage", [])
+    return sum(stage.get("rounds", 1) for stage in stages)
+
+
 class Registry:
     """Short transactions on the tables above. The engine is this object's; ``close`` ends it."""
 
@@ -314,9 +320,7 @@ class Registry:
                     plan_hash=run.plan_hash,
                     status=RunStatus(run.status),
                     rounds=num_rounds,
-                    planned_rounds=sum(
-                        stage["rounds"] for stage in json.loads(plan).get("stage", ())
-                    ),
+                    planned_rounds=_planned_rounds(plan),
                     started_at=run.started_at.replace(tzinfo=UTC),
                     finished_at=run.finished_at and run.finished_at.replace(tzinfo=UTC),
                 )

@@ -414,6 +414,7 @@ def test_a_registry_keeps_the_options_of_its_url(postgres_url: str) -> None:
 
 
 def test_a_password_that_breaks_the_url_is_not_printed() -> None:
+    secret = "p@ss:1"
     with pytest.raises(RegistryError, match="write @ as %40") as caught:
-        Registry("postgresql+psycopg://crafts:p@ss:1@postgres/crafts")
-    assert "ss:1" not in "".join(traceback.format_exception(caught.value))
+        Registry(f"postgresql+psycopg://crafts:{secret}@postgres/crafts")
+    assert secret[2:] not in "".join(traceback.format_exception(caught.value))
