@@ -40,6 +40,7 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
+from crafts_server.registry import RunStatus
 from crafts_server.signed_heads import SignedHeads
 from crafts_server.superlink import SuperLink
 
@@ -191,9 +192,7 @@ class Service:
                         connected_since=self.superlink.connected_since,
                     ),
                 )
-                chain = coordinator.chain()
-                self.metrics.began(chain[0].manifest.run_id)
-                self._make_up(chain)
+                self._make_up(coordinator.chain())
                 coordinator.run(grid)
         except RunStoppedError:
             log.info("plan %s was stopped", plan[:16])
@@ -349,6 +348,9 @@ class Service:
                 self.metrics.connected({site: site in online for site in admitted})
                 self.metrics.plans_queued.set(len(queued_plans(self._home)))
                 self.metrics.audit_entries.set(self._audit.num_entries)
+                for run in self._registry.runs():
+                    if run.status is RunStatus.RUNNING:
+                        self.metrics.began(run.run_id)
             except (CraftsError, OperationalError, OSError) as error:  # the next look is soon
                 log.warning("%s", _first_line(error))
             except Exception:  # a thread that ended here would let revoked sites stay

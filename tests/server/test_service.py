@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from flwr.serverapp import Grid
+from prometheus_client import generate_latest
 
 from crafts_core.plan import Plan
 from crafts_server import service as module
@@ -225,6 +226,17 @@ def test_a_connected_node_is_a_contact_of_its_site(service, monkeypatch) -> None
     service._over.set()
     service._watch_sites()
     assert set(service._home.contacts.last()) == {"north"}
+
+
+def test_a_run_counts_from_zero_before_its_first_round(service) -> None:
+    """An alert needs a rise, and none is in what a series is born with."""
+    (entry,) = queued_plans(service._home)
+    service._registry.start_run("r1", entry.name)
+    service._over.set()
+    service._watch_sites()
+    shown = generate_latest(service.metrics._registry).decode().splitlines()
+    assert 'crafts_updates_total{outcome="refused",run="r1"} 0.0' in shown
+    assert 'crafts_rounds_total{run="r1"} 0.0' in shown
 
 
 def test_a_weight_that_rose_is_logged_and_in_the_audit_log(service, caplog) -> None:
