@@ -167,7 +167,7 @@ def test_doctor_shows_an_address_and_an_error_of_the_coordinator(
         raise enrolment.EnrolmentError(TEXT)
 
     replies["ListPlans"] = refuses
-    assert_harmless(run(home, "doctor", code=1).stdout, num_lines=2)
+    assert_harmless(run(home, "doctor", code=1).stdout, num_lines=1)
 
 
 def test_status_of_a_home_whose_files_were_written_by_somebody_else(home, monkeypatch) -> None:
