@@ -398,8 +398,12 @@ def test_the_attack_on_releases_finds_counts_in_a_closed_case() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_installed_trainer_passes(foundation) -> None:
-    """With the operating system's entropy, as a site audits itself."""
+    """With the operating system's entropy, as a site audits itself.
+
+    A minute; of stage pretraining ``crafts-client audit`` does the same in test_client_cli.
+    """
     stages: tuple[StageName, ...] = ("control",)
     seen: list[tuple[int, int]] = []
     result = audit_training(
