@@ -20,7 +20,8 @@ class Metrics:
     """The coordinator's numbers. All of them are in receipts or public anyway.
 
     Counters begin where ``go_on`` puts them: a restart must not look like a study without rounds,
-    and a first refusal after it must look like one more. Only refused calls begin at zero.
+    and a first refusal after it must look like one more. Refused calls begin at zero, and so do
+    the series of a run that has no round yet.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from httpx2 import Response
 
 from crafts_core.study.questions import ATTRIBUTES
 from crafts_core.study.reading_app import HEADERS, reading_app
-from crafts_core.study.study_file import StudyFile
+from crafts_core.study.study_file import FileBusyError, StudyFile
 from support.reader_studies import ALL_QUESTIONS, make_study, some_answer
 
 
@@ -192,6 +192,22 @@ def test_the_last_answer_is_taken_back(desk: Desk) -> None:
 def test_what_is_no_answer_is_refused(desk: Desk, wrong: dict[str, object]) -> None:
     assert desk.answer(**wrong).status_code == 422
     assert desk.study.position(desk.study.readers()[0]).done == 0
+
+
+def test_an_answer_that_the_disk_has_no_room_for_is_told_to_whoever_can_help(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = some_answer(desk.trial(), ALL_QUESTIONS).model_dump()
+
+    def full(*_: object) -> None:
+        raise FileBusyError("/srv/study.db: database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.study, "record", full)
+        refused = desk.client.post(f"{desk.of(1)}answer", json=body)
+    assert (refused.status_code, refused.json()) == (503, {"detail": "not saved"})
+    assert "/srv/study.db: database or disk is full" in caplog.text
+    assert desk.client.post(f"{desk.of(1)}answer", json=body).status_code == 200
 
 
 def test_an_answer_is_kept_with_time_and_duration(desk: Desk) -> None:

@@ -13,7 +13,7 @@ from crafts_core.study import study_file
 from crafts_core.study.questions import StudyError
 from crafts_core.study.records import Reader
 from crafts_core.study.rows import TrialRow
-from crafts_core.study.study_file import NotCurrentError, StudyFile
+from crafts_core.study.study_file import FileBusyError, NotCurrentError, StudyFile
 from support.reader_studies import ALL_QUESTIONS, ONLY_SIDES, make_study, read_on, some_answer
 
 
@@ -232,6 +232,6 @@ def test_a_full_disk_is_one_line_and_the_answers_stay(tmp_path: Path) -> None:
             study.record(reader, some_answer(trial_of(study, reader), ONLY_SIDES))
             study.undo(reader)
 
-    with pytest.raises(StudyError, match="full"):
+    with pytest.raises(FileBusyError, match="full"):
         answer_on()
     study.position(reader)

@@ -70,10 +70,11 @@ def choose_pictures(
         if len(chosen) == count:
             break
         path = files[place]
+        source = path.relative_to(folder).as_posix()
         try:
-            path.name.encode()
+            source.encode()
         except UnicodeEncodeError as error:
-            raise StudyError(f"{path.name!a} in {folder} is no UTF-8 text; rename it") from error
+            raise StudyError(f"{source!a} in {folder} is no UTF-8 text; rename it") from error
         said = _provenance(path)
         if said is not None and not is_synthetic:
             raise StudyError(f"{path} says that it is synthetic; expected real images in {folder}")
@@ -83,7 +84,6 @@ def choose_pictures(
         pixels = hashlib.sha256(image.tobytes()).digest()
         if pixels not in seen:
             seen.add(pixels)
-            source = path.relative_to(folder).as_posix()
             kind = _type_of(path.relative_to(folder), said)
             chosen.append(
                 Picture(

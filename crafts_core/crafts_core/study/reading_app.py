@@ -6,6 +6,7 @@ random, and how far the reader is; what an image is stays in the file.
 """
 
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated
@@ -24,7 +25,9 @@ from crafts_core.study.questions import (
     StudyError,
 )
 from crafts_core.study.records import Reader
-from crafts_core.study.study_file import NotCurrentError, StudyFile
+from crafts_core.study.study_file import FileBusyError, NotCurrentError, StudyFile
+
+log = logging.getLogger(__name__)
 
 HOSTS = ("127.0.0.1", "localhost")
 HEADERS = {
@@ -74,6 +77,9 @@ def reading_app(study: StudyFile) -> FastAPI:
 
     @app.exception_handler(StudyError)
     async def refuse(_request: Request, error: StudyError) -> JSONResponse:
+        if isinstance(error, FileBusyError):
+            log.error("%s", error)  # for the coordinator: a reader need not know where the file is
+            return JSONResponse({"detail": "not saved"}, HTTPStatus.SERVICE_UNAVAILABLE)
         is_late = isinstance(error, NotCurrentError)
         status = HTTPStatus.CONFLICT if is_late else HTTPStatus.UNPROCESSABLE_ENTITY
         return JSONResponse({"detail": str(error)}, status)

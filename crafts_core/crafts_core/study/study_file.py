@@ -34,6 +34,10 @@ _CODE_LETTERS = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"
 _CODE_LENGTH = 10
 
 
+class FileBusyError(StudyError):
+    """The file cannot be read or written now: a full disk, or somebody else's lock."""
+
+
 class NotCurrentError(StudyError):
     """The trial is not the one that the reader is at: answered already, or never theirs."""
 
@@ -234,8 +238,8 @@ class StudyFile:
         try:
             with Session(self._engine) as session, session.begin():
                 yield session
-        except OperationalError as error:  # a full disk, or somebody else's lock
-            raise StudyError(f"{self._engine.url.database}: {error.orig}") from error
+        except OperationalError as error:
+            raise FileBusyError(f"{self._engine.url.database}: {error.orig}") from error
 
 
 def new_token() -> str:

@@ -62,13 +62,10 @@ def _by_shares(readers: Sequence[OneReader]) -> tuple[bool, bool]:
 
     Answers that are all alike have no bootstrap; Wilson's intervals of the two shares stand in.
     """
-    bounds = [
-        tuple(map(sum, zip(each.sensitivity.wilson, each.specificity.wilson, strict=True)))
-        for each in readers
-        if each.sensitivity.wilson and each.specificity.wilson
-    ]
-    is_whole = bool(bounds) and len(bounds) == len(readers)
-    return is_whole and all(b[0] > 1 for b in bounds), is_whole and all(b[1] < 1 for b in bounds)
+    pairs = [(each.sensitivity.wilson, each.specificity.wilson) for each in readers]
+    better = all(hits[0] + passes[0] > 1 for hits, passes in pairs)
+    worse = all(hits[1] + passes[1] < 1 for hits, passes in pairs)
+    return bool(pairs) and better, bool(pairs) and worse
 
 
 def table(analysis: StudyAnalysis) -> Iterator[str]:
