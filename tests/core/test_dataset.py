@@ -147,17 +147,17 @@ def test_webdataset_reads_its_shards(drawn: Dataset) -> None:
 @pytest.mark.skipif(not TORCHVISION.exists(), reason="`make install` puts torchvision there")
 def test_torchvision_reads_image_folders_by_class(drawn: Dataset) -> None:
     """In a process of its own: tests/support/torchvision_folder.py says why."""
-    for split, count in drawn.manifest.num_images.items():
-        root = drawn.path / "imagefolder" / split
-        done = subprocess.run(
-            [sys.executable, READER, root],
-            env=os.environ | {"PYTHONPATH": str(TORCHVISION)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
+    num_images = drawn.manifest.num_images
+    done = subprocess.run(
+        [sys.executable, READER, *(drawn.path / "imagefolder" / split for split in num_images)],
+        env=os.environ | {"PYTHONPATH": str(TORCHVISION)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folders = json.loads(done.stdout)
+    for (split, count), found in zip(num_images.items(), folders, strict=True):
         assert found["classes"] == ["LUAD", "normal-colon"]
         assert len(found["images"]) == count
         by_file = {image["file"]: image for image in found["images"]}

@@ -247,7 +247,7 @@ def test_the_same_command_goes_on_after_any_end(
     def command(out: str) -> list[str]:
         return [
             sys.executable, "-c", "from crafts_core.cli import app; app()", "sample",
-            str(foundation.path), "-p", "lung", "--num", "200", "--steps", "2", "--batch-size", "1",
+            str(foundation.path), "-p", "lung", "--num", "100", "--steps", "2", "--batch-size", "1",
             "--out", str(tmp_path / out),
         ]  # fmt: skip
 
@@ -263,10 +263,10 @@ def test_the_same_command_goes_on_after_any_end(
         os.kill(first.pid, number)
         _, told = first.communicate(timeout=60)
     partial = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tile-*.png")}
-    assert 5 < len(partial) < 200
+    assert 5 < len(partial) < 100
     if number == signal.SIGINT:
         assert told.strip() == "crafts: interrupted; the same command goes on"
     subprocess.run(command("out"), check=True, timeout=120, stdout=subprocess.DEVNULL)
     done = bytes_in(tmp_path / "out")
-    assert len(done) == 201
+    assert len(done) == 101
     assert partial.items() <= done.items()

@@ -254,7 +254,7 @@ def _train_pooled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.exhaustive), "adam"])
 def test_three_sites_equal_pooled_training(tmp_path: Path, optimizer: str) -> None:
     check(
         tmp_path,

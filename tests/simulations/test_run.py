@@ -462,6 +462,7 @@ def _to_toml(values: dict) -> str:
 
 
 @pytest.mark.network
+@pytest.mark.exhaustive
 def test_the_same_scenario_with_the_real_programs(values: dict, source, tmp_path: Path) -> None:
     """Coordinator and sites as processes with TLS; from the result on, everything is the same."""
     out = tmp_path / "out"

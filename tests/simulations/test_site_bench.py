@@ -99,7 +99,7 @@ def test_of_sums_every_site_remembers_and_the_newest_few_have_models(
     assert opened.names == SITES
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_process_has_models_of_a_few_sites_and_ends_in_the_bytes_of_many(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

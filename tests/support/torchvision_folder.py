@@ -5,7 +5,7 @@ on the indexes needs CUDA's libraries, so beside the CPU build of torch its comp
 not load, and other libraries that find it would fail. Reading image folders needs none of them;
 they are declared here only so that the import goes through.
 
-    PYTHONPATH=.venv/torchvision python tests/support/torchvision_folder.py ROOT
+    PYTHONPATH=.venv/torchvision python tests/support/torchvision_folder.py ROOT...
 """
 
 import json
@@ -20,14 +20,14 @@ for operator in ("nms", "qnms"):
 from torchvision.datasets import ImageFolder  # noqa: E402
 
 
-def main(root: str) -> None:
+def read(root: str) -> dict[str, list[object]]:
     folder = ImageFolder(root)
     images = [
         {"file": path, "class": folder.classes[number], "size": folder[place][0].size}
         for place, (path, number) in enumerate(folder.samples)
     ]
-    json.dump({"classes": folder.classes, "images": images}, sys.stdout)
+    return {"classes": folder.classes, "images": images}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    json.dump([read(root) for root in sys.argv[1:]], sys.stdout)
