@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from crafts_core.command_line import one_line_errors, print_result, say
-from crafts_server.plan_cli import DEFAULT_HOME, AsJson, Home
+from crafts_server.commands import DEFAULT_HOME, AsJson, Home
 
 backup_app = typer.Typer()
 

@@ -1,4 +1,4 @@
-"""``crafts-server plan new``, ``keys``, ``check`` and ``sign``."""
+"""``crafts-server plan``: ``new``, ``keys``, ``check``, ``sign`` and ``roster``."""
 
 import json
 import sys
@@ -13,19 +13,20 @@ import typer
 from crafts_core.command_line import one_line_errors, say
 from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
+from crafts_server.commands import (
+    DEFAULT_HOME,
+    AsJson,
+    Home,
+    PlanFile,
+    opened_enrolments,
+    print_values,
+)
 
 if TYPE_CHECKING:
     from crafts_privacy.noise_forecast import NoiseForecast
     from crafts_server.home import CoordinatorHome
 
 plan_app = typer.Typer(no_args_is_help=True, help="Make, check or sign a plan.")
-
-Home = Annotated[
-    Path, typer.Option(envvar="CRAFTS_SERVER_HOME", help="The coordinator's home directory.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PlanFile = Annotated[Path, typer.Argument(help="A plan.toml.")]
-DEFAULT_HOME = Path("coordinator")
 
 
 @plan_app.command("new")
@@ -169,6 +170,29 @@ def plan_sign(
             write_file(out, json.dumps(asdict(signed), indent=1) + "\n")
     values = {"hash": loaded.hash, "signature": signed.signature, "public_key": signed.public_key}
     say(json.dumps(values) if as_json else f"signed {loaded.study.name} {loaded.hash}")
+
+
+@plan_app.command("roster")
+def plan_roster(
+    plan: PlanFile,
+    home: Home = DEFAULT_HOME,
+    renew: Annotated[
+        bool, typer.Option(help="Fix it anew, of who is enrolled now; all sites approve it again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show who takes part in the sums of a signed plan, and the phrase that sites read aloud."""
+    with one_line_errors("crafts-server"), opened_enrolments(home) as (opened, enrolments):
+        from crafts_core.plan import Plan
+
+        loaded = Plan.load(plan)
+        if renew:
+            roster = enrolments.rosters.renew(loaded)
+            opened.audit_log.write(Event.RENEWED, plan=loaded.hash, roster=roster.hash)
+        else:
+            roster = enrolments.rosters.fixed(loaded)
+    lines = [f"{entry.site}\t{entry.declared_patients}\t{entry.identity}" for entry in roster.sites]
+    print_values(roster.model_dump(mode="json"), [*lines, roster.phrase], as_json)
 
 
 def refuse_problems(plan: Any, home: "CoordinatorHome") -> None:

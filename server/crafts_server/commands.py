@@ -1,0 +1,53 @@
+"""What the commands of ``crafts-server`` have in common: options, open homes, printing."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crafts_core.command_line import say
+
+if TYPE_CHECKING:
+    from crafts_server.enrolments import Enrolments
+    from crafts_server.home import CoordinatorHome
+    from crafts_server.registry import Registry
+
+Home = Annotated[
+    Path, typer.Option(envvar="CRAFTS_SERVER_HOME", help="The coordinator's home directory.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan.toml.")]
+DEFAULT_HOME = Path("coordinator")
+
+
+@contextlib.contextmanager
+def opened_enrolments(home: Path) -> Iterator[tuple["CoordinatorHome", "Enrolments"]]:
+    """A coordinator's home and who is enrolled there."""
+    from crafts_server.enrolments import Enrolments
+    from crafts_server.home import CoordinatorHome
+
+    with opened_registry(home) as registry:
+        yield CoordinatorHome.open(home), Enrolments(registry)
+
+
+@contextlib.contextmanager
+def opened_registry(home: Path) -> Iterator["Registry"]:
+    """A home's registry, closed at the end."""
+    from crafts_server.home import CoordinatorHome
+
+    registry = CoordinatorHome.open(home).registry()
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
+def print_values(values: object, text: str | Sequence[str], as_json: bool) -> None:
+    """One JSON object for programs, or lines for people."""
+    if as_json:
+        say(json.dumps(values, default=str))
+    else:
+        say(*([text] if isinstance(text, str) else text))
