@@ -1,7 +1,6 @@
 """From a site's table to everything its trainer needs: tile store, report, latent cache."""
 
-import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -10,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 from pydantic import ValidationError
 
 from crafts_client.home import SiteHome
@@ -21,12 +19,9 @@ from crafts_client.ingest import (
     SourceOutcome,
     TableRow,
     TilingOptions,
-    content_key,
     examine_table,
     ingest_slides,
     ingest_tiles,
-    remove_patient,
-    remove_slides,
 )
 from crafts_client.ingest.choices import Artefact, TissueMethod
 from crafts_client.ingest.deidentify import plain_name
@@ -34,9 +29,7 @@ from crafts_client.ingest.errors import Problem
 from crafts_client.ingest.ingest_history import with_refusal, with_run
 from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
-from crafts_client.ingest.named_files import composed
 from crafts_client.ingest.patient_names import likeness
-from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.report import IngestRun, NothingUsedError
 from crafts_client.ingest.table_checks import look_alike
 from crafts_client.ingest.table_shards import (
@@ -51,11 +44,10 @@ from crafts_client.ingest.table_shards import (
 )
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
-from crafts_core.foundation import Foundation, read_manifest, verify
-from crafts_core.tiles import TileStore, TileStoreError, damaged_files
-from crafts_core.tiles.cache_files import cache_folder, check_cache
+from crafts_core.foundation import Foundation, read_manifest
+from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache
-from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
+from crafts_core.tiles.writer import MANIFEST_NAME
 
 _REGISTER_S = 600.0
 """Shards of a table begin together, and each reads the whole register."""
@@ -95,7 +87,7 @@ def prepare_site(
         PolicyError: nobody here approved the foundation; no file is read.
     """
     home.foundation_approvals.check(foundation.manifest)
-    with _one_at_a_time(home):
+    with one_at_a_time(home):
         check_nothing_waits(home.tile_store_path)
         return _ingest(home, foundation, table, root, options, progress)
 
@@ -127,10 +119,10 @@ def prepare_shard(
     home.foundation_approvals.check(foundation.manifest)
     settings = _settings(home, foundation, table, root, options)
     with (
-        _one_at_a_time(home, is_shared=True),
+        one_at_a_time(home, is_shared=True),
         noted_shard(home.tile_store_path, shard, settings),
     ):
-        former = _former_report(home)
+        former = former_report(home)
         return _cut(home, foundation, table, root, options, former, progress, shard)
 
 
@@ -151,7 +143,7 @@ def join_shards(
             salt or options than the others or this home has now; or as ``prepare_site``.
     """
     home.foundation_approvals.check(foundation.manifest)
-    with _one_at_a_time(home):
+    with one_at_a_time(home):
         notes = shard_notes(home.tile_store_path)
         if not notes:
             fill_cache(home, foundation, progress)
@@ -202,7 +194,7 @@ def _ingest(
     options: IngestOptions,
     progress: StepProgress,
 ) -> IngestReport:
-    former = _former_report(home)
+    former = former_report(home)
     try:
         report = _cut(home, foundation, table, root, options, former, progress)
     except NothingUsedError as error:
@@ -368,214 +360,11 @@ def num_unusable_tiles(home: SiteHome) -> int:
     return len(LatentCache.open(store, read_manifest(home.foundation_path).hash).unusable)
 
 
-def forget(
-    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: StepProgress
-) -> int:
-    """Withdraw a patient and remove every trace but the pseudonym in the register; tiles removed.
+def one_at_a_time(home: SiteHome, *, is_shared: bool = False) -> AbstractContextManager[None]:
+    """Nothing else changes what the home holds meanwhile.
 
-    The ledger keeps what was spent. Killed on the way, the same call goes on.
-
-    Args:
-        home: Whose patient.
-        patient: The name in the table of ingest.
-        load: Gives the home's foundation, if something is left that it must encode.
-        progress: Of the cache.
-
-    Raises:
-        HomeError: nobody of this name was ever here.
-        IngestError: an ingest is at work.
+    ``is_shared``: with others who cut another shard of a table.
     """
-    with _one_at_a_time(home):
-        return _forget(home, patient, load, progress)
-
-
-def _forget(
-    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: StepProgress
-) -> int:
-    pseudonym, path = Salt.load(home.salt_path).patient_id(patient), home.tile_store_path
-    register = PatientRegister(home.register_path)
-    if (path / MANIFEST_NAME).exists():
-        register.enrol(TileStore.open(path).patients, home.config.cohort)
-    register.withdraw(pseudonym)
-    num_tiles = remove_patient(path, pseudonym) if path.exists() else 0
-    report = _former_report(home)
-    _sweep(home, None if report is None else report.without_patient(patient), load, progress)
-    return num_tiles
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dropped:
-    """What went with a slide."""
-
-    num_tiles: int
-    others: tuple[str, ...]
-    """Ready tiles that lay in a shard with it: the next ingest brings them back."""
-
-
-def drop(
-    home: SiteHome, file: Path, load: Callable[[], Foundation], progress: StepProgress
-) -> Dropped:
-    """Remove one slide, or ready tile, with its latents, pictures and report lines.
-
-    The patient stays known, and a table that still lists the slide brings it back.
-
-    Args:
-        home: Whose slide.
-        file: The slide's file or folder, whatever it is called now; or its name in the table.
-        load: Gives the home's foundation, if something is left that it must encode.
-        progress: Of the cache.
-
-    Raises:
-        IngestError: the store has no such slide, or an ingest is at work.
-    """
-    with _one_at_a_time(home):
-        check_nothing_waits(home.tile_store_path)
-        path, salt, report = home.tile_store_path, Salt.load(home.salt_path), _former_report(home)
-        store = TileStore.open(path)
-        slide = _slide_of(file, store, salt, report)
-        gone = remove_slides(path, [slide])
-        names = _names(gone, report, salt)
-        if report is not None:
-            report = report.without(lambda s: salt.slide_id(s.patient, s.file) in gone)
-        _sweep(home, report, load, progress)
-        return Dropped(
-            num_tiles=store.num_tiles - _num_tiles(home),
-            others=tuple(sorted(names[name] for name in gone - {slide})),
-        )
-
-
-def _slide_of(file: Path, store: TileStore, salt: Salt, report: IngestReport | None) -> str:
-    """The slide that a file is, by its content, or that was listed under this name."""
-    sources = store.manifest.sources
-    if file.exists():
-        try:
-            content = content_key(file, salt)
-        except OSError as error:
-            raise IngestError(f"{file} cannot be read: {error.strerror}") from error
-        found = {slide for slide, known in sources.items() if known.content == content}
-    else:
-        told = report.sources if report is not None else ()
-        found = {
-            salt.slide_id(s.patient, s.file)
-            for s in told
-            if composed(s.file) == composed(str(file))
-        }
-        found &= sources.keys()
-    if len(found) != 1:
-        what = "several slides" if found else "no slide"
-        raise IngestError(
-            f"{file}: {what} in the store came from it; name the file itself, or, where it is "
-            "gone, its name in the table of ingest"
-        )
-    return found.pop()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repaired:
-    """What a repair took out, for the next ingest to make again."""
-
-    damaged: tuple[str, ...]
-    """Files of the store that were not what was written."""
-    num_tiles: int
-    slides: tuple[str, ...]
-    """What they were called when they were ingested."""
-    has_latents: bool
-    """Whether the latent cache was as it was written."""
-
-
-def repair(home: SiteHome) -> Repaired:
-    """Take out of the store what is damaged; the next ingest makes it again, the same to the byte.
-
-    Where the index itself is damaged, nothing is known of any tile, and all are made again.
-
-    Raises:
-        TileStoreError: there is no store.
-        IngestError: an ingest is at work, or the store was not made by one.
-    """
-    with _one_at_a_time(home):
-        check_nothing_waits(home.tile_store_path)
-        path, report, salt = home.tile_store_path, _former_report(home), Salt.load(home.salt_path)
-        damaged = damaged_files(path)
-        if any("/" not in name for name in damaged):  # index or captions
-            (path / MANIFEST_NAME).unlink()
-            return Repaired(damaged=damaged, num_tiles=0, slides=(), has_latents=True)
-        store = TileStore.open(path, without=damaged)
-        has_latents = _check_latents(home, store)
-        if not damaged:
-            return Repaired(damaged=(), num_tiles=0, slides=(), has_latents=has_latents)
-        is_hit = [shard_path(shard) in damaged for shard in store.index["shard"].to_pylist()]
-        slides = set(store.index.filter(pa.array(is_hit))["slide"].to_pylist())
-        gone = remove_slides(path, slides, damaged=damaged)
-        names = _names(gone, report, salt)
-        return Repaired(
-            damaged=damaged,
-            num_tiles=store.num_tiles - _num_tiles(home),
-            slides=tuple(sorted(names[slide] for slide in gone)),
-            has_latents=has_latents,
-        )
-
-
-def _check_latents(home: SiteHome, store: TileStore) -> bool:
-    """Whether the cache is whole; one that is not is removed, which costs time and nothing else."""
-    foundation = verify(home.foundation_path).hash
-    try:
-        check_cache(store, foundation)
-    except TileStoreError:
-        shutil.rmtree(cache_folder(store, foundation), ignore_errors=True)
-        return False
-    return True
-
-
-def _names(slides: Collection[str], report: IngestReport | None, salt: Salt) -> dict[str, str]:
-    """What slides were called in their table; the pseudonym of one that no report knows."""
-    told = report.sources if report is not None else ()
-    known = {salt.slide_id(source.patient, source.file): source.file for source in told}
-    return {slide: known.get(slide, slide) for slide in slides}
-
-
-def _num_tiles(home: SiteHome) -> int:
-    path = home.tile_store_path
-    return TileStore.open(path).num_tiles if path.exists() else 0
-
-
-def _sweep(
-    home: SiteHome,
-    report: IngestReport | None,
-    load: Callable[[], Foundation],
-    progress: StepProgress,
-) -> None:
-    """After tiles went: report, pictures and latents without whatever was theirs."""
-    path = home.tile_store_path
-    if report is not None:
-        _write_report(home, report)
-    else:  # what cannot be read any more may name whoever went
-        for told in (home.ingest_report_path, home.path / PAGE_NAME):
-            told.unlink(missing_ok=True)
-    store = TileStore.open(path) if path.exists() else None
-    _sweep_pictures(home, report, store)
-    if store is not None:
-        foundation = load()
-        fill_cache(home, foundation, progress)
-        current = cache_folder(store, foundation.manifest.hash)
-        for folder in (path / "latents").iterdir():
-            if folder != current:
-                shutil.rmtree(folder)
-
-
-def _sweep_pictures(home: SiteHome, report: IngestReport | None, store: TileStore | None) -> None:
-    """Remove the pictures of slides that neither the report nor the store names."""
-    kept = {source.picture for source in report.sources} if report is not None else set()
-    slides = store.manifest.sources if store is not None else ()
-    kept |= {picture_name(slide) for slide in slides}
-    for path in home.pictures_path.glob("*.jpg"):
-        if path.stem.removesuffix(OVERLAY_ENDING) not in kept:
-            path.unlink()
-    for path in home.pictures_path.glob(".*.jpg.writing"):  # a kill or a full disk left it
-        path.unlink()
-
-
-def _one_at_a_time(home: SiteHome, *, is_shared: bool = False) -> AbstractContextManager[None]:
-    """``is_shared``: with others who cut another shard of a table."""
     held = IngestError(f"another ingest or forget is at work in {home.path}; wait for it")
     return exclusive_lock(home.path / "ingest.lock", held=held, is_shared=is_shared)
 
@@ -583,7 +372,7 @@ def _one_at_a_time(home: SiteHome, *, is_shared: bool = False) -> AbstractContex
 def _note(home: SiteHome, former: IngestReport | None, report: IngestReport, table: Path) -> None:
     """Write what is known after a run; also where nothing of its table could be used."""
     now, known = datetime.now(UTC), _is_in_store(home)
-    _write_report(home, with_run(former, report, table=table, at=now, is_in_store=known))
+    write_report(home, with_run(former, report, table=table, at=now, is_in_store=known))
 
 
 def _note_refusal(
@@ -601,7 +390,7 @@ def _note_refusal(
         problems=error.problems,
     )
     with suppress(OSError, TileStoreError):  # a full disk, a damaged store: the error says so
-        _write_report(home, with_refusal(former, run, is_in_store=_is_in_store(home)))
+        write_report(home, with_refusal(former, run, is_in_store=_is_in_store(home)))
 
 
 def _is_in_store(home: SiteHome) -> Callable[[SourceOutcome], bool]:
@@ -610,7 +399,7 @@ def _is_in_store(home: SiteHome) -> Callable[[SourceOutcome], bool]:
     return lambda source: salt.slide_id(source.patient, source.file) in held
 
 
-def _former_report(home: SiteHome) -> IngestReport | None:
+def former_report(home: SiteHome) -> IngestReport | None:
     """What ingest said so far, if it is there and of this version."""
     try:
         return IngestReport.model_validate_json(home.ingest_report_path.read_bytes())
@@ -618,6 +407,7 @@ def _former_report(home: SiteHome) -> IngestReport | None:
         return None
 
 
-def _write_report(home: SiteHome, report: IngestReport) -> None:
+def write_report(home: SiteHome, report: IngestReport) -> None:
+    """The report, and the page of it that people read."""
     report.write(home.ingest_report_path)
     write_ingest_page(report, home.path)

@@ -175,7 +175,7 @@ def tiles_check(
 def _repair(home: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from crafts_client.preparation import repair
+    from crafts_client.removal import repair
 
     with one_line_errors("crafts-client"):
         done = repair(SiteHome.open(home))
@@ -209,7 +209,7 @@ def tiles_drop(
 
     A file is known by its content, whatever it is called now.
     """
-    from crafts_client.preparation import drop
+    from crafts_client.removal import drop
     from crafts_core.foundation import load
 
     confirm(f"Remove everything of {file}?", yes=yes)
@@ -282,7 +282,7 @@ def tiles_forget(
     patient's slides are never read again.
     """
     from crafts_client.ingest.table_shards import shard_notes
-    from crafts_client.preparation import forget
+    from crafts_client.removal import forget
     from crafts_core.foundation import load
 
     with one_line_errors("crafts-client"):

@@ -11,7 +11,8 @@ from crafts_client.ingest import IngestError, Salt, TableRow, read_table
 from crafts_client.ingest.choices import TissueMethod
 from crafts_client.ingest.deidentify import SALT_BYTES
 from crafts_client.ingest.patient_names import is_missing, likeness, participant
-from crafts_client.preparation import IngestOptions, forget, prepare_site
+from crafts_client.preparation import IngestOptions, prepare_site
+from crafts_client.removal import forget
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileStore
 from support.sites import make_site_home
