@@ -24,7 +24,8 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
         f"{each.rounds} rounds of {each.local_steps} steps of {each.modality or each.name}"
         for each in plan.trained
     )
-    yield f"Study {plan.study.name} (plan {plan.hash[:16]}) asks for {stages}."
+    yield f"Study {plan.study.name} asks for {stages}."
+    yield f"All digits of its hash, to compare: {plan.hash}."
     yield from (_release(plan, each) for each in plan.releases)
     yield from (_retrieval(plan, each) for each in plan.stage if each.is_retrieval)
     yield _ALL_LEAVES

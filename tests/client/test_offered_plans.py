@@ -276,6 +276,7 @@ def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> N
     assert Plan.parse(json.loads("{" + text)) == plan
     for said in (
         "asks for 2 rounds of 2 steps of pretraining, then 2 rounds of 2 steps of alignment",
+        f"All digits of its hash, to compare: {plan.hash}.",
         "What leaves: in each round one update of the adapter",
         "epsilon 8 at delta 0.001 for all rounds together",
         "the cohort's life stands at epsilon ",
