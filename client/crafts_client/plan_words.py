@@ -25,7 +25,7 @@ def plan_words(site: SiteHome, plan: Plan, offered: OfferedPlan) -> Iterator[str
         for each in plan.trained
     )
     yield f"Study {plan.study.name} asks for {stages}."
-    yield f"All digits of its hash, to compare: {plan.hash}."
+    yield f"All digits of its hash, to compare: {plan.hash}"
     yield from (_release(plan, each) for each in plan.releases)
     yield from (_retrieval(plan, each) for each in plan.stage if each.is_retrieval)
     yield _ALL_LEAVES

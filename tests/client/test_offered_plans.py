@@ -194,7 +194,9 @@ def test_a_kept_figure_approves_nothing(tmp_path, foundation, coordinator, offer
     other = coordinator.plan(study=plan.study.model_dump() | {"seed": 2})
     charge(home, plan)
     offer(signed(coordinator, other))
-    assert "not one more round fits" in run("plan", "show", other.hash, "--home", home.path).stdout
+    shown = run("plan", "show", other.hash[:16], "--home", home.path).stdout
+    assert "not one more round fits" in shown
+    assert f"to compare: {other.hash}\n" in shown, "of a refused plan, too"
     kept = home.path / "figures.json"
     forged = {question: {"refused": []} for question in json.loads(kept.read_text())}
     kept.write_text(json.dumps(forged))
@@ -276,7 +278,7 @@ def test_a_plan_is_shown_in_words_before_its_json(home, coordinator, offer) -> N
     assert Plan.parse(json.loads("{" + text)) == plan
     for said in (
         "asks for 2 rounds of 2 steps of pretraining, then 2 rounds of 2 steps of alignment",
-        f"All digits of its hash, to compare: {plan.hash}.",
+        f"All digits of its hash, to compare: {plan.hash}\n",
         "What leaves: in each round one update of the adapter",
         "epsilon 8 at delta 0.001 for all rounds together",
         "the cohort's life stands at epsilon ",
