@@ -28,7 +28,7 @@ from crafts_core.evaluation.leakage import (
 )
 from crafts_core.evaluation.memorisation import FEWEST_PATIENTS
 from crafts_core.evaluation.nuclei_finder import NucleiFinder
-from crafts_core.evaluation.real_tiles import RealTiles, rows_by_content
+from crafts_core.evaluation.real_tiles import RealTiles, read_by_content
 from crafts_core.evaluation.steering import (
     Steering,
     SteeringConfig,
@@ -77,7 +77,7 @@ def evaluate(study: LocalStudy, public: PublicPart | None = None) -> Evaluation:
             held_out,
             config,
             load_encoder(config.encoder),
-            training=_training_tiles(_training_stores(study), config.num_training_tiles),
+            training=_real_tiles(study),
         )
     except ValueError as error:
         raise ScenarioError(f"the test set cannot be measured: {error}") from error
@@ -167,21 +167,22 @@ def _all_tiles(store: TileStore) -> RealTiles:
 
 
 def _training_stores(study: LocalStudy) -> list[TileStore]:
-    homes = [SiteHome.open(study.workspace.site(name)) for name in study.scenario.participants]
+    return _stores(study, study.scenario.participants)
+
+
+def _real_tiles(study: LocalStudy) -> RealTiles:
+    """What judges learn from: tiles of all sites, which only a simulation may pool.
+
+    Also of sites that take no part, and the same however tiles are dealt: one hospital by itself,
+    all three and the pooled tiles are measured by one ruler.
+    """
+    stores = _stores(study, study.scenario.site_names)
+    return read_by_content(stores, study.scenario.evaluation.num_training_tiles, seed=0)
+
+
+def _stores(study: LocalStudy, names: Sequence[str]) -> list[TileStore]:
+    homes = [SiteHome.open(study.workspace.site(name)) for name in names]
     return [TileStore.open(home.tile_store_path) for home in homes]
-
-
-def _training_tiles(stores: Sequence[TileStore], count: int) -> RealTiles:
-    """Tiles of all sites, of each about its share; only a simulation may pool them."""
-    total = sum(store.num_tiles for store in stores)
-    return RealTiles.cat(
-        [
-            RealTiles.read(
-                store, rows_by_content(store, -(-count * store.num_tiles // total), seed=0)
-            )
-            for store in stores
-        ]
-    )
 
 
 def report(

@@ -58,6 +58,14 @@ def report(finished: Path) -> Report:
     return Report.model_validate_json((finished / "report.json").read_bytes())
 
 
+@pytest.fixture(scope="module")
+def dealt(tmp_path_factory: pytest.TempPathFactory, foundation: Foundation) -> Report:
+    """Tiles at three sites, and judges that learn from 16 of their 36."""
+    path = tmp_path_factory.mktemp("dealt")
+    scenario = parse_scenario(_few_to_learn_from(tiles_scenario_values(foundation.path)), "test")
+    return run_scenario(scenario, path / "out", source=tile_source(path))
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> TileSource:
     return tile_source(tmp_path)
@@ -273,36 +281,38 @@ def test_a_missing_foundation_is_named(tmp_path: Path) -> None:
 
 
 class TestRealTiles:
-    def test_a_folder_of_tiles_becomes_three_sites_and_a_test_set(
-        self, tmp_path: Path, source: TileSource, values: dict
+    def test_a_folder_of_tiles_becomes_three_sites_and_a_test_set(self, dealt: Report) -> None:
+        assert [site.name for site in dealt.sites] == ["site-1", "site-2", "site-3"]
+        assert sum(site.tiles for site in dealt.sites) == 36
+        assert (dealt.evaluation.n_heldout, dealt.evaluation.heldout_patients) == (12, 6)
+
+    def test_pooled_without_privacy_the_ruler_is_the_same_and_nothing_is_promised(
+        self, tmp_path: Path, source: TileSource, values: dict, dealt: Report
     ) -> None:
-        report = run_scenario(parse_scenario(values, "test"), tmp_path / "out", source=source)
+        scenario = parse_scenario(_few_to_learn_from(values), "test")
 
-        assert [site.name for site in report.sites] == ["site-1", "site-2", "site-3"]
-        assert sum(site.tiles for site in report.sites) == 36
-        assert (report.evaluation.n_heldout, report.evaluation.heldout_patients) == (12, 6)
-
-    def test_without_privacy_the_report_promises_nothing(
-        self, tmp_path: Path, source: TileSource, values: dict
-    ) -> None:
-        scenario = parse_scenario(values, "test").changed(private=False, num_sites=1)
-
-        report = run_scenario(scenario, tmp_path / "out", source=source)
+        report = run_scenario(
+            scenario.changed(private=False, num_sites=1), tmp_path / "out", source=source
+        )
 
         (site,) = report.sites
         assert (site.epsilon, site.delta, site.noise_multiplier) == (None, None, 0.0)
         assert ledger_of(tmp_path / "out", "site-1").epsilon("main", 1e-3) == float("inf")
+        _measured_alike(report, dealt)
 
-    def test_a_site_that_does_not_take_part_keeps_its_patients(
-        self, tmp_path: Path, source: TileSource, values: dict
+    def test_a_site_that_does_not_take_part_keeps_its_patients_and_the_ruler_its_tiles(
+        self, tmp_path: Path, source: TileSource, values: dict, dealt: Report
     ) -> None:
         values["scenario"]["participants"] = ["site-2"]
         values["aggregation"]["min_sites"] = 1
 
-        report = run_scenario(parse_scenario(values, "test"), tmp_path / "out", source=source)
+        scenario = parse_scenario(_few_to_learn_from(values), "test")
+
+        report = run_scenario(scenario, tmp_path / "out", source=source)
 
         assert [site.name for site in report.sites] == ["site-2"]
         assert not (tmp_path / "out" / "sites" / "site-1" / "ledger.db").exists()
+        _measured_alike(report, dealt)
 
     def test_tiles_and_scenario_must_fit(
         self, tmp_path: Path, source: TileSource, values: dict, foundation: Foundation
@@ -311,6 +321,17 @@ class TestRealTiles:
             run_scenario(parse_scenario(values, "test"), tmp_path / "a")
         with pytest.raises(ScenarioError, match="takes no --tiles"):
             run_scenario(tiny_scenario(foundation.path), tmp_path / "b", source=source)
+
+
+def _few_to_learn_from(values: dict) -> dict:
+    values["evaluation"]["num_training_tiles"] = 16
+    return values
+
+
+def _measured_alike(one: Report, other: Report) -> None:
+    """What nobody trained has the same figures, judges and colour map included."""
+    for name in ("real", "reconstruction", "foundation", "recoloured"):
+        assert one.evaluation.arm(name) == other.evaluation.arm(name), name
 
 
 class TestCommandLine:

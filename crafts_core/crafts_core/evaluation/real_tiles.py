@@ -134,9 +134,7 @@ def _digest(image_HWC: Images, caption: str) -> bytes:
 
 def rows_in_order_of_content(store: TileStore, *, seed: int) -> npt.NDArray[np.int64]:
     """All rows of a store in an order that seed and pixels decide and no pseudonym."""
-    drawn = [
-        hashlib.sha256(seed.to_bytes(8, "big") + digest).digest() for digest in store.digests()
-    ]
+    drawn = _drawn(store, seed)
     return np.asarray(sorted(range(len(drawn)), key=drawn.__getitem__), dtype=np.int64)
 
 
@@ -145,6 +143,27 @@ def rows_by_content(store: TileStore, count: int, *, seed: int) -> npt.NDArray[n
     if count >= store.num_tiles:
         return np.arange(store.num_tiles)
     return np.sort(rows_in_order_of_content(store, seed=seed)[:count])
+
+
+def read_by_content(stores: Sequence[TileStore], count: int, *, seed: int) -> RealTiles:
+    """``count`` tiles of several stores, or all: the same ones however they are dealt to stores."""
+    drawn = sorted(
+        (key, place, row)
+        for place, store in enumerate(stores)
+        for row, key in enumerate(_drawn(store, seed))
+    )[:count]
+    rows_of = [sorted(row for _, of, row in drawn if of == place) for place in range(len(stores))]
+    return RealTiles.cat(
+        [
+            RealTiles.read(store, np.asarray(rows, dtype=np.int64))
+            for store, rows in zip(stores, rows_of, strict=True)
+        ]
+    )
+
+
+def _drawn(store: TileStore, seed: int) -> list[bytes]:
+    """A number for each tile that seed and pixels decide."""
+    return [hashlib.sha256(seed.to_bytes(8, "big") + digest).digest() for digest in store.digests()]
 
 
 def require_others(training: TileStore, held_out: TileStore) -> None:
