@@ -4,6 +4,8 @@
 
     scenario = "real-tiles"           # a shipped one, or a file beside this one
     seeds = [5, 6, 7]
+    seeded = ["study"]                # and tiles and evaluation keep the scenario's; else all three
+    repeatable = true                 # private noise is drawn from the seed, too: NOT PRIVATE
     baseline = "epsilon 8"            # what the others are compared with, seed by seed
 
     [vary]                            # an arm for each combination, beside those below
@@ -26,17 +28,19 @@
     name = "one stage"
     stages = [{ name = "pretraining", rounds = 14, local_steps = 1, learning_rate = 0.1 }]
 
-A seed decides how tiles are dealt, the public draws of training, and the noise that samples start
-from; with ``repeatable`` the private noise, too. All arms of a seed therefore have the same
-patients, held out and not, and differences are paired. Hospitals that are drawn have patients of
-their own seeds, the same in every seed of a sweep: intervals then leave out that others might come.
+A seed decides how tiles are dealt (``tiles``), the public draws of training (``study``), and the
+noise that samples start from (``evaluation``); with ``repeatable`` the private noise, too. All arms
+of a seed therefore have the same patients, held out and not, and differences are paired. Where
+``seeded`` leaves out ``tiles``, and where hospitals are drawn, which have patients of their own
+seeds, every seed has the same patients: intervals then leave out that others might come.
 """
 
 import itertools
 import re
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,9 +48,12 @@ from crafts_core.plan import describe_first_error
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import Scenario, load_scenario, parse_scenario, shipped_scenarios
 
+Run = tuple[str, int]
+"""An arm's name and a seed."""
 Values = dict[str, Any]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-_SEEDED = ("tiles", "study", "evaluation")
+Seeded = Literal["tiles", "study", "evaluation"]
+"""A section that has a seed."""
 _LISTS = ("stage", "site")
 """Sections that a scenario has several of; an arm changes all of them alike."""
 
@@ -95,6 +102,10 @@ class Sweep(_Section):
 
     scenario: Annotated[str, Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    seeded: Annotated[tuple[Seeded, ...], Field(min_length=1)] = get_args(Seeded)
+    """Sections whose seed is the run's; the others keep the scenario's."""
+    repeatable: bool = False
+    """Whether a seed repeats the private noise, too, as ``crafts-sim run --repeatable`` does."""
     baseline: str | None = None
     """The arm that others are compared with; the first if absent."""
     arm: tuple[SweepArm, ...] = ()
@@ -117,11 +128,13 @@ class Sweep(_Section):
             if twice:
                 raise ValueError(f"the {what} {min(twice)!r} is there twice")
         for arm in self.arms:
-            fixed = [section for section in _SEEDED if "seed" in arm.changes.get(section, {})]
+            fixed = [
+                section for section in get_args(Seeded) if "seed" in arm.changes.get(section, {})
+            ]
             if fixed:
                 raise ValueError(
-                    f"arm {arm.name!r} changes {fixed[0]}.seed, which the list of seeds sets: "
-                    "its runs would be copies of one, and differences not paired"
+                    f"arm {arm.name!r} changes {fixed[0]}.seed: its runs would not be paired "
+                    "with those of other arms; leave it to seeds and the scenario"
                 )
         if self.baseline is not None and self.baseline not in {arm.name for arm in self.arms}:
             raise ValueError(f"baseline: no arm has the name {self.baseline!r}")
@@ -140,6 +153,20 @@ class Sweep(_Section):
         """The arm that differences are taken to."""
         return next((arm for arm in self.arms if arm.name == self.baseline), self.arms[0])
 
+    def chosen(self, arms: Collection[str], seeds: Collection[int]) -> set[Run]:
+        """The runs of these arms and seeds; of all where none is named.
+
+        Raises:
+            ScenarioError: it has no such arm or seed.
+        """
+        names = [arm.name for arm in self.arms]
+        for what, wanted, has in (("arm", arms, names), ("seed", seeds, self.seeds)):
+            unknown = [each for each in wanted if each not in has]
+            if unknown:
+                told = ", ".join(map(str, has))
+                raise ScenarioError(f"the sweep has no {what} {unknown[0]!r}; it has: {told}")
+        return set(itertools.product(arms or names, seeds or self.seeds))
+
     def _varied(self, values: tuple[Any, ...]) -> SweepArm:
         changes: dict[str, Values] = {}
         said = []
@@ -150,8 +177,8 @@ class Sweep(_Section):
         return SweepArm.model_validate({"name": ", ".join(said), **changes})
 
 
-def scenario_of(base: Scenario, arm: SweepArm, seed: int) -> Scenario:
-    """The scenario of one arm under one seed.
+def scenario_of(sweep: Sweep, base: Scenario, arm: SweepArm, seed: int) -> Scenario:
+    """The scenario of one arm of a sweep under one seed.
 
     Raises:
         ScenarioError: with the arm and the first key that is wrong.
@@ -159,9 +186,11 @@ def scenario_of(base: Scenario, arm: SweepArm, seed: int) -> Scenario:
     values = base.model_dump(mode="json")
     if arm.stages:
         values["stage"] = arm.stages
-    changed = parse_scenario(values, f"of arm {arm.name!r}").changed(private=arm.private)
+    changed = parse_scenario(values, f"of arm {arm.name!r}").changed(
+        private=arm.private, repeatable=sweep.repeatable
+    )
     values = changed.model_dump(mode="json")
-    seeds = {name: {"seed": seed} for name in _SEEDED if values.get(name) is not None}
+    seeds = {name: {"seed": seed} for name in sweep.seeded if values.get(name) is not None}
     for changes in (seeds, arm.changes):
         for section, entries in changes.items():
             if values.get(section) is None:
@@ -171,7 +200,7 @@ def scenario_of(base: Scenario, arm: SweepArm, seed: int) -> Scenario:
     return parse_scenario(values, f"of arm {arm.name!r}")
 
 
-def load_sweep(path: Path) -> tuple[Sweep, dict[tuple[str, int], Scenario]]:
+def load_sweep(path: Path) -> tuple[Sweep, dict[Run, Scenario]]:
     """A sweep, and the scenario of each arm's name and seed: all checked before anything runs.
 
     Raises:
@@ -186,6 +215,8 @@ def load_sweep(path: Path) -> tuple[Sweep, dict[tuple[str, int], Scenario]]:
     shipped = sweep.scenario in shipped_scenarios()
     base = load_scenario(sweep.scenario if shipped else str(path.parent / sweep.scenario))
     runs = {
-        (arm.name, seed): scenario_of(base, arm, seed) for seed in sweep.seeds for arm in sweep.arms
+        (arm.name, seed): scenario_of(sweep, base, arm, seed)
+        for seed in sweep.seeds
+        for arm in sweep.arms
     }
     return sweep, runs

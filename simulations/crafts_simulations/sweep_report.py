@@ -90,8 +90,10 @@ class SweepRow(_Record):
     name: str
     epsilon: float | None
     """The largest that any site spent in any run; None where nothing was private."""
+    seeds: tuple[int, ...]
+    """Those that finished."""
     values: dict[str, tuple[float, ...]]
-    """A figure's value in each seed that finished; figures that a run did not have are left out."""
+    """A figure's value in each of them; figures that a run did not have are left out."""
     differences: dict[str, Difference]
 
     def mean(self, field: str) -> float | None:
@@ -111,7 +113,7 @@ class SweepReport(_Record):
     where none of these finished of the first arm's."""
     remarks: tuple[str, ...]
     failures: tuple[Failure, ...] = ()
-    """An arm that has no run left is in no row."""
+    """Runs that failed. An arm of which no run finished is in no row."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -130,12 +132,11 @@ class SweepReport(_Record):
         return any(each.interval is not None for each in differences)
 
     def label(self, row: SweepRow) -> str:
-        """A row's name; where runs of it failed, with the seeds that it has."""
-        failed = {each.seed for each in self.failures if each.arm == row.name}
-        if not failed:
+        """A row's name; where runs of it are missing, with the seeds that it has."""
+        if row.seeds == self.seeds:
             return row.name
-        left = [str(seed) for seed in self.seeds if seed not in failed]
-        return f"{row.name} (only seed{'s' if left[1:] else ''} {', '.join(left)})"
+        told = ", ".join(map(str, row.seeds))
+        return f"{row.name} (only seed{'s' if row.seeds[1:] else ''} {told})"
 
 
 BySeed = Mapping[int, Evaluation]
@@ -151,7 +152,7 @@ def compare(
     Args:
         sweep: Arms and seeds.
         reports: Of runs that finished, one at least, by the arm's name and the seed.
-        failures: The other runs.
+        failures: Runs that failed.
 
     Raises:
         EncoderError: they were measured with several encoders.
@@ -171,6 +172,7 @@ def compare(
         SweepRow(
             name=name,
             epsilon=max(spent[name], default=None),
+            seeds=tuple(evaluations[name]),
             values=_without_seeds(found),
             differences={}
             if name == baseline
@@ -227,7 +229,7 @@ def _differences(arm: Values, baseline: Values, *, num_arms: int) -> dict[str, D
 def _beside(evaluations: BySeed) -> list[SweepRow]:
     rows = [(LABELS[name], _without_seeds(_values(evaluations, name))) for name in _BESIDE]
     return [
-        SweepRow(name=label, epsilon=None, values=values, differences={})
+        SweepRow(name=label, epsilon=None, seeds=tuple(evaluations), values=values, differences={})
         for label, values in rows
         if values
     ]

@@ -9,7 +9,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,12 +23,10 @@ from crafts_simulations.run import run_scenario
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource
 from crafts_simulations.study import StepProgress
-from crafts_simulations.sweep import Sweep
+from crafts_simulations.sweep import Run, Sweep
 from crafts_simulations.sweep_page import render
 from crafts_simulations.sweep_report import Failure, SweepReport, compare
 
-Run = tuple[str, int]
-"""An arm's name and a seed."""
 _KILLED = (
     "the process of a run was killed, perhaps for want of memory; run the same command again with "
     "a smaller --parallel"
@@ -45,6 +43,11 @@ class _Job:
     source: TileSource | None
     pool: Path | None
     device: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its report is there; running it again makes sure that it is this run's."""
+        return (self.out / "report.json").exists()
 
     def __call__(
         self, progress: StepProgress = lambda _what, _done, _total: None
@@ -70,6 +73,7 @@ def run_sweep(
     scenarios: Mapping[Run, Scenario],
     out: Path,
     *,
+    chosen: Collection[Run] | None = None,
     source: TileSource | None = None,
     pool: Path | None = None,
     device: str = "cpu",
@@ -82,6 +86,8 @@ def run_sweep(
         sweep: Arms, seeds and the baseline.
         scenarios: Of each run, from ``load_sweep``.
         out: Folder of this sweep. A run that was made from other values is refused.
+        chosen: Runs to run now, of ``Sweep.chosen``; others are compared if they are finished. None
+            is all.
         source: Real tiles, where the scenario deals some.
         pool: Table of open images, for the arms that have stage retrieval.
         device: Torch device of all runs.
@@ -106,6 +112,8 @@ def run_sweep(
         )
         for (name, seed), scenario in scenarios.items()
     ]
+    if chosen is not None:
+        jobs = [job for job in jobs if job.run in chosen or job.is_finished]
     reports: dict[Run, Report] = {}
     done = _one_by_one(jobs, progress) if num_parallel == 1 else _at_once(jobs, num_parallel)
     failures: list[Failure] = []

@@ -20,7 +20,7 @@ from crafts_simulations.errors import ScenarioError
 from crafts_simulations.report import Report
 from crafts_simulations.scenario import Scenario, load_scenario
 from crafts_simulations.sites import TileSource
-from crafts_simulations.sweep import Sweep, SweepArm, load_sweep, scenario_of
+from crafts_simulations.sweep import Run, Sweep, SweepArm, load_sweep, scenario_of
 from crafts_simulations.sweep_page import headline, render
 from crafts_simulations.sweep_report import (
     Difference,
@@ -124,22 +124,42 @@ class TestFile:
             load_sweep(path)
 
     def test_an_arm_changes_all_stages_and_a_seed_all_draws(self, base: Scenario) -> None:
-        arm = parse(TWO_ARMS).arms[1]
-        found = scenario_of(base, arm, 12)
+        sweep = parse(TWO_ARMS)
+        found = scenario_of(sweep, base, sweep.arms[1], 12)
         assert {stage.learning_rate for stage in found.stage} == {0.001}
         assert found.aggregation.rule == "by_patients"
         assert found.tiles is not None
         assert {found.tiles.seed, found.study.seed, found.evaluation.seed} == {12}
         assert found.privacy == base.privacy
+        assert not found.scenario.repeatable
+
+    def test_a_seed_may_leave_tiles_as_they_are_dealt_and_repeat_the_noise(
+        self, base: Scenario
+    ) -> None:
+        sweep = parse(TWO_ARMS.replace("seeds", 'seeded = ["study"]\nrepeatable = true\nseeds'))
+        found = scenario_of(sweep, base, sweep.arms[0], 12)
+        assert found.tiles == base.tiles
+        assert (found.evaluation, found.study.seed) == (base.evaluation, 12)
+        assert found.scenario.repeatable
+
+    def test_some_arms_and_seeds_are_chosen_by_name(self) -> None:
+        sweep = parse(TWO_ARMS)
+        assert len(sweep.chosen((), ())) == 4
+        assert sweep.chosen(["as it is"], ()) == {("as it is", 3), ("as it is", 4)}
+        assert sweep.chosen(["as it is"], [4]) == {("as it is", 4)}
+        with pytest.raises(ScenarioError, match="no arm 'as it was'; it has: as it is, Small"):
+            sweep.chosen(["as it was"], ())
+        with pytest.raises(ScenarioError, match="no seed 5; it has: 3, 4"):
+            sweep.chosen((), [5])
 
     def test_an_arm_may_have_stages_of_its_own(self, base: Scenario) -> None:
         one = {"name": "pretraining", "rounds": 3, "local_steps": 1, "learning_rate": 0.2}
         arm = SweepArm(name="one stage", stages=[one], stage={"learning_rate": 0.1})
-        (stage,) = scenario_of(base, arm, 12).stage
+        (stage,) = scenario_of(parse(TWO_ARMS), base, arm, 12).stage
         assert (stage.name, stage.rounds, stage.learning_rate) == ("pretraining", 3, 0.1)
         wrong = arm.model_copy(update={"stages": [one | {"rounds": 0}]})
         with pytest.raises(ScenarioError, match=r"one stage.*rounds"):
-            scenario_of(base, wrong, 12)
+            scenario_of(parse(TWO_ARMS), base, wrong, 12)
 
     def test_the_experiment_on_alignment_differs_in_its_stages_alone(self) -> None:
         sweep, runs = load_sweep(BENCHMARKS / "alignment.toml")
@@ -159,13 +179,13 @@ class TestFile:
 
     def test_without_privacy_there_is_no_epsilon(self, base: Scenario) -> None:
         arm = parse(TWO_ARMS + '[[arm]]\nname = "bare"\nprivate = false\n').arms[2]
-        assert scenario_of(base, arm, 1).privacy.mechanism == "none"
+        assert scenario_of(parse(TWO_ARMS), base, arm, 1).privacy.mechanism == "none"
 
     def test_a_section_that_the_scenario_lacks_is_refused(self) -> None:
         drawn = load_scenario("quickstart")
         arm = parse(TWO_ARMS + '[[arm]]\nname = "dealt"\ntiles = { alpha = 9.0 }\n').arms[2]
         with pytest.raises(ScenarioError, match="no section tiles"):
-            scenario_of(drawn, arm, 1)
+            scenario_of(parse(TWO_ARMS), drawn, arm, 1)
 
 
 class TestDifference:
@@ -205,7 +225,9 @@ class TestPage:
         if structure is not None:
             mean, low, high = structure
             told = {"structure": Difference(mean=mean, low=low, high=high)}
-        return SweepRow(name=name, epsilon=8.0, values={"structure": (0.1, 0.2)}, differences=told)
+        return SweepRow(
+            name=name, epsilon=8.0, seeds=(1, 2), values={"structure": (0.1, 0.2)}, differences=told
+        )
 
     def report(self, *rows: SweepRow) -> SweepReport:
         return SweepReport(
@@ -275,10 +297,14 @@ class Swept(NamedTuple):
     def out(self) -> Path:
         return self.folder / "out"
 
+    def loaded(self, text: str) -> tuple[Sweep, dict[Run, Scenario]]:
+        """Another file in the same folder."""
+        (self.folder / "sweep.toml").write_text(text)
+        return load_sweep(self.folder / "sweep.toml")
+
     def again(self, text: str = TWO_ARMS) -> SweepReport:
         """With perhaps another file."""
-        (self.folder / "sweep.toml").write_text(text)
-        sweep, scenarios = load_sweep(self.folder / "sweep.toml")
+        sweep, scenarios = self.loaded(text)
         return sweep_run.run_sweep(sweep, scenarios, self.out, source=self.source)
 
 
@@ -358,6 +384,20 @@ def test_an_arm_that_fails_leaves_a_page_of_the_others_with_its_reason(swept: Sw
     assert "2 runs failed" in text
     assert "too many local steps" in text
     assert "runs/nobody-agrees" not in text
+
+
+@pytest.mark.slow
+def test_what_is_chosen_runs_and_is_compared_with_what_is_finished(swept: Swept) -> None:
+    third = '[[arm]]\nname = "third"\naggregation = { rule = "uniform" }\n'
+    sweep, scenarios = swept.loaded(TWO_ARMS + third)
+    found = sweep_run.run_sweep(
+        sweep, scenarios, swept.out, chosen=sweep.chosen(["third"], [4]), source=swept.source
+    )
+    assert [row.name for row in found.arms] == ["as it is", "Small steps, by patients!", "third"]
+    assert found.arms[0] == swept.report.arms[0]
+    assert found.arms[2].seeds == (4,)
+    assert not (swept.out / "runs" / "third" / "3").exists()
+    assert "third (only seed 4)" in markdown(found)
 
 
 @pytest.mark.slow
