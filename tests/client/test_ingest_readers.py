@@ -1,6 +1,8 @@
 """Every format behind one seam: right pixels, right scale, and one sentence for what is wrong."""
 
+import logging
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from crafts_client.ingest import find_slides
 from crafts_client.ingest.errors import SlideError
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.scanners import known_scanner
-from crafts_client.ingest.readers.seam import Level, pyramid
+from crafts_client.ingest.readers.seam import Level, foreign, pyramid
 from crafts_client.ingest.slides import MissingScaleError, Slide
 from support.slide_files import (
     halved,
@@ -26,6 +28,20 @@ from support.slide_files import (
 from support.slides import damage_tile, tissue_image, write_tissue_slide
 
 SIDE = 512
+
+
+@pytest.mark.parametrize("name", ["tifffile", "pydicom.filereader", "PIL.TiffImagePlugin"])
+def test_what_a_library_says_of_a_file_goes_nowhere(
+    name: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger(name)
+    with foreign():
+        log.error("DOE^JANE")
+        warnings.warn("DOE^JANE", stacklevel=1)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    log.error("of somebody else's file")
+    assert [record.message for record in caplog.records] == ["of somebody else's file"]
 
 
 def _write_image(path: Path) -> Path:
