@@ -108,6 +108,17 @@ def epsilon(
     if any(event.noise_multiplier == 0 for event in merged):
         return math.inf
     discretization = max(discretization, _FINEST_RELATIVE * _rough_epsilon(merged, delta))
+    return _epsilon(merged, delta, discretization, neighboring_relation)
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(
+    merged: tuple[PrivacyEvent, ...],
+    delta: float,
+    discretization: float,
+    neighboring_relation: NeighboringRelation,
+) -> float:
+    """A round asks for it before and after, and every page and report again."""
     composed = _composed(merged, discretization, neighboring_relation)
     return float(composed.get_epsilon_for_delta(delta))
 
