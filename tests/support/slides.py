@@ -20,9 +20,11 @@ def tissue_image(side_px: int = 512, *, seed: int = 0, margin: int = 96) -> Pixe
     image = np.full((side_px, side_px, 3), GLASS, dtype=np.uint8)
     inside = slice(margin, side_px - margin)
     image[inside, inside] = (225, 160, 200)
-    y, x = np.mgrid[0:side_px, 0:side_px]
+    y, x = np.mgrid[-5:6, -5:6]
+    dot = y**2 + x**2 < 25
     for centre_y, centre_x in rng.integers(margin + 6, side_px - margin - 6, (150, 2)):
-        image[(y - centre_y) ** 2 + (x - centre_x) ** 2 < 25] = (90, 50, 130)
+        around = (slice(centre_y - 5, centre_y + 6), slice(centre_x - 5, centre_x + 6))
+        image[around][dot] = (90, 50, 130)
     return image
 
 
