@@ -18,9 +18,8 @@ from crafts_core.evaluation.figures import Comparison, Fidelity
 from crafts_core.evaluation.image_sets import Scale, is_image_folder, read_images
 from crafts_core.evaluation.memorisation import Progress
 from crafts_core.evaluation.real_tiles import (
-    OverlapError,
     RealTiles,
-    pixel_digests,
+    require_other_tiles,
     require_others,
     rows_by_content,
 )
@@ -104,9 +103,10 @@ class Bench:
         sets |= {path: reader.read_folder(path, settings.max_tiles) for path in folders}
         side_px = min(each.side_px for each in sets.values())
         sets = {path: each.in_the_middle(side_px) for path, each in sets.items()}
-        taught = None if training is None else sets[training]
-        if taught is not None:
-            _require_others(taught, sets[real], training, real)
+        taught = None
+        if training is not None:
+            taught = sets[training]
+            require_other_tiles(taught, sets[real], training, real)
         with _blaming(real):
             evaluator = Evaluator(foundation, sets[real], config, encoder, training=taught)
         return cls(
@@ -220,21 +220,6 @@ def _is_generator(path: Path) -> bool:
     if not is_image_folder(path):
         raise CraftsError(f"{path} is no generator and holds no images")
     return False
-
-
-def _require_others(
-    training: RealTiles, held_out: RealTiles, training_path: Path | None, real_path: Path
-) -> None:
-    """Refuse to measure on what was trained on, as far as it was read."""
-    tiles = len(pixel_digests(training.images_NHWC) & pixel_digests(held_out.images_NHWC))
-    patients = 0
-    if training.says_patients and held_out.says_patients:
-        patients = len(set(training.patients.tolist()) & set(held_out.patients.tolist()))
-    if tiles or patients:
-        raise OverlapError(
-            f"{training_path} and {real_path} have {tiles} tiles and {patients} patients in "
-            "common; measure on patients that nobody trained on"
-        )
 
 
 def _without(found: Comparison, reason: str) -> Comparison:

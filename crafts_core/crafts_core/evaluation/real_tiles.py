@@ -8,8 +8,9 @@ Letters: N tiles.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -172,10 +173,30 @@ def require_others(training: TileStore, held_out: TileStore) -> None:
     Raises:
         OverlapError: the two have a tile (by its pixels) or a patient (by its pseudonym) in common.
     """
-    tiles = len(set(training.digests()) & set(held_out.digests()))
-    patients = len(set(training.patients) & set(held_out.patients))
+    tiles = set(training.digests()) & set(held_out.digests())
+    patients = set(training.patients) & set(held_out.patients)
+    _refuse_common(tiles, patients, training.path, held_out.path)
+
+
+def require_other_tiles(
+    training: RealTiles, held_out: RealTiles, training_path: Path, held_out_path: Path
+) -> None:
+    """The same of tiles that were read; of patients where both say whose theirs are.
+
+    Raises:
+        OverlapError: the two have a tile or a patient in common; the paths name them.
+    """
+    tiles = pixel_digests(training.images_NHWC) & pixel_digests(held_out.images_NHWC)
+    says = training.says_patients and held_out.says_patients
+    patients = set(training.patients.tolist()) & set(held_out.patients.tolist()) if says else ()
+    _refuse_common(tiles, patients, training_path, held_out_path)
+
+
+def _refuse_common(
+    tiles: Collection[bytes], patients: Collection[str], training: Path, held_out: Path
+) -> None:
     if tiles or patients:
         raise OverlapError(
-            f"{training.path} and {held_out.path} have {tiles} tiles and {patients} patients in "
+            f"{training} and {held_out} have {len(tiles)} tiles and {len(patients)} patients in "
             "common; measure on patients that nobody trained on"
         )

@@ -21,9 +21,8 @@ Model = TypeVar("Model", bound=BaseModel)
 LATENTS = "latents.f16"
 TILE_EMBEDDINGS = "tile_embeddings.f16"
 TEXT = "captions.f16"
-NULL_TEXT = "null_text.f16"
 CAPTION_EMBEDDINGS = "caption_embeddings.f16"
-ARRAY_NAMES = (LATENTS, TILE_EMBEDDINGS, TEXT, NULL_TEXT, CAPTION_EMBEDDINGS)
+ARRAY_NAMES = (LATENTS, TILE_EMBEDDINGS, TEXT, CAPTION_EMBEDDINGS)
 META_NAME = "meta.json"
 KEYS_NAME = "keys.bin"
 
@@ -33,7 +32,7 @@ class CacheMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[3] = 3
+    format_version: Literal[4] = 4
     foundation: Sha256
     index: Sha256
     views: Annotated[int, Field(ge=1)]

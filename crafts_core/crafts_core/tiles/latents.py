@@ -36,7 +36,6 @@ from crafts_core.tiles.cache_files import (
     KEYS_NAME,
     LATENTS,
     META_NAME,
-    NULL_TEXT,
     TEXT,
     TILE_EMBEDDINGS,
     CacheMeta,
@@ -52,7 +51,6 @@ from crafts_core.tiles.encoding import (
     check_public_rows,
     encode_captions,
     encode_tiles,
-    half_rows,
     unusable_rows,
 )
 from crafts_core.tiles.records import TileStoreError
@@ -175,10 +173,6 @@ class LatentCache:
         """Text encoder states of captions, float32 (N, L, D)."""
         return self._rows(TEXT, caption_ids)
 
-    def null_text(self) -> Tensor:
-        """Text encoder states of the empty caption, float32 (L, D)."""
-        return self._rows(NULL_TEXT, [0])[0]
-
     def caption_embeddings(self, caption_ids: Rows) -> Tensor:
         """Aligner embeddings of captions, float32 (N, D)."""
         return self._rows(CAPTION_EMBEDDINGS, caption_ids)
@@ -227,8 +221,7 @@ def _build_captions(
         The files' shapes, and the captions that could not be encoded.
     """
     lost: list[int] = []
-    with _RowFiles(folder, (TEXT, CAPTION_EMBEDDINGS, NULL_TEXT)) as files:
-        files.append(NULL_TEXT, half_rows(foundation.generator.encode_captions([""])))
+    with _RowFiles(folder, (TEXT, CAPTION_EMBEDDINGS)) as files:
         for chunk in _chunks(0, len(store.captions), batch_size):
             captions = [store.captions[place] for place in chunk]
             text, embedded = encode_captions(foundation, captions, batch_size=batch_size)
