@@ -3,7 +3,11 @@
 A hash covers every word of a plan and every byte of a foundation, so an approval is for exactly
 what was shown. It is asked for before each round; taken back, the site answers no further one.
 
-A plan is approved for one run: approving it again once it ran allows one run more. A foundation
+A plan is approved for one run: approving it again once it ran allows one run more. Not of a plan
+that releases something before training: whoever saw what a first run told could choose by it
+between a second telling and further steps, and what the two cost together no limit of one covers.
+
+A foundation
 sees every tile, as it encodes them, and one that was made for that could behave otherwise where a
 certain tile is; so nothing private is encoded, and nothing trained, with one that nobody here
 approved. The embedded foundation is part of the installed package, and approved by installing it.
@@ -19,7 +23,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from crafts_client.errors import HomeError
-from crafts_client.policy import PolicyError, Rule
+from crafts_client.policy import ONE_RUN, PolicyError, Rule
 from crafts_core.durable import write_file
 from crafts_core.foundation_manifest import FoundationManifest, embedded_path, read_manifest
 from crafts_core.plan import Plan
@@ -108,14 +112,20 @@ class Approvals(_ApprovalFile[Approval]):
     def __init__(self, path: Path) -> None:
         super().__init__(path, Approval)
 
-    def runs_of(self, plan_hash: str) -> int:
+    def runs_of(self, plan: Plan) -> int:
         """How many runs of a plan are allowed; one without a word of anybody."""
-        approval = self.all().get(plan_hash)
-        return 1 if approval is None else approval.runs
+        approval = self.all().get(plan.hash)
+        return 1 if approval is None or plan.releases else approval.runs
 
     def approve(self, plan: Plan, *, runs_so_far: int = 0) -> None:
-        """Say yes to a plan, and to one run more than it has had. Again is fine."""
+        """Say yes to a plan, and to one run more than it has had. Again is fine.
+
+        Raises:
+            PolicyError: rule ``run``: it had the only one that it may have.
+        """
         runs = runs_so_far + 1
+        if plan.releases and runs_so_far:
+            raise PolicyError(Rule.RUN, ONE_RUN)
         known = self.all()
         if plan.hash not in known or known[plan.hash].runs < runs:
             known[plan.hash] = Approval(
@@ -152,7 +162,7 @@ class FoundationApprovals(_ApprovalFile[FoundationApproval]):
                 Rule.FOUNDATION_APPROVAL,
                 f"nobody here approved foundation {manifest.name}; compare its hash with the "
                 "study's, then run crafts-client foundation approve "
-                f"{manifest.hash[:16]}",
+                f"{manifest.hash}",
             )
 
 

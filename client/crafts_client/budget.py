@@ -128,22 +128,21 @@ def left_for(site: SiteHome, path: Path) -> dict[str, Any]:
     """What is left for a plan, and for further ones that declare and run as much."""
     plan, lifetime = Plan.load(path), site.policy.lifetime
     plans = charged_plans(site, existing_ledger(site))
-    runs = site.approvals.runs_of(plan.hash)
-    question = ("left", plan.hash, site.config.declared_patients, runs, lifetime, plans)
+    question = ("left", plan.hash, site.config.declared_patients, lifetime, plans)
     return site.figures.of(
-        dict[str, Any], question, lambda: _left_for(plan, plans, lifetime, site.config, runs)
+        dict[str, Any], question, lambda: _left_for(plan, plans, lifetime, site.config)
     )
 
 
 def _left_for(
-    plan: Plan, plans: Sequence[PlanCharges], lifetime: Lifetime, config: SiteConfig, runs: int
+    plan: Plan, plans: Sequence[PlanCharges], lifetime: Lifetime, config: SiteConfig
 ) -> dict[str, Any]:
     if problem := next(noise_problems(plan), None):
         raise PlanError(problem)
     mechanism = mechanism_of(plan, declared_patients=config.declared_patients)
     limit, whole = limit_of(plan, lifetime), mechanism.event(plan.total_steps)
     charged = [event for each in plans if each.plan_hash == plan.hash for event in each.events]
-    to_come = releases_to_come(plan, charged, runs=runs)
+    to_come = releases_to_come(plan, charged)
     if to_come:  # they come before any step of training, and are charged to the same target
         plans = with_charge(plans, plan.hash, limit, *to_come)
     wanted = PlanCharges(plan_hash=plan.hash, limit=limit, events=())

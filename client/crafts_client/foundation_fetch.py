@@ -39,7 +39,7 @@ def fetch_foundation(home: SiteHome, progress: Progress) -> tuple[Path, Foundati
         embedded = embedded_path()
         if read_manifest(embedded).hash == manifest.hash:
             return embedded, manifest
-        folder, left = home.foundations_path / manifest.hash[:16], _MOST_BYTES
+        folder, left = home.foundations_path / manifest.hash, _MOST_BYTES
         for done, (name, digest) in enumerate(manifest.files.items()):
             progress("foundation", done, len(manifest.files))
             target = folder / name

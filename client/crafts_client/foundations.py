@@ -15,7 +15,7 @@ from crafts_core.foundation_manifest import (
     verify,
 )
 
-_PREFIX = re.compile(r"[0-9a-f]{16,64}")
+_PREFIX, _WHOLE = re.compile(r"[0-9a-f]{16,64}"), 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +53,29 @@ def foundations_here(home: SiteHome) -> Iterator[FoundationHere]:
         )
 
 
-def foundation_here(home: SiteHome, foundation_hash: str) -> FoundationHere:
+def foundation_here(
+    home: SiteHome, foundation_hash: str, *, to_approve: bool = False
+) -> FoundationHere:
     """The one whose hash begins so, every byte checked.
 
+    Args:
+        home: Where to look.
+        foundation_hash: At least 16 digits.
+        to_approve: All 64 are needed: whoever makes foundations makes two that begin alike.
+
     Raises:
-        HomeError: fewer than 16 digits, which somebody could make another one fit; or none.
+        HomeError: too few digits, or none begins so.
         FoundationError: a file of it is not what its manifest says.
     """
     if not _PREFIX.fullmatch(foundation_hash):
         raise HomeError(
             "expected at least 16 hexadecimal digits of a foundation's hash, got "
             f"{foundation_hash!r}; see crafts-client foundation list"
+        )
+    if to_approve and len(foundation_hash) < _WHOLE:
+        raise HomeError(
+            f"expected all {_WHOLE} digits of the foundation's hash, as crafts-client foundation "
+            "list has them: two foundations can be made to begin alike"
         )
     for found in foundations_here(home):
         if found.manifest.hash.startswith(foundation_hash):

@@ -69,20 +69,9 @@ def mechanisms_of(plan: Plan, *, declared_patients: int) -> list[Mechanism]:
     ]
 
 
-def promised_releases(plan: Plan, runs: int) -> tuple[PrivacyEvent, ...]:
-    """What a plan releases before training, in each of the runs that a person here allowed.
-
-    Room is kept for all of it: a second run must not choose between a release and further steps by
-    what the first one told.
-    """
-    return runs * release_events(plan)
-
-
-def releases_to_come(
-    plan: Plan, charged: Sequence[PrivacyEvent], *, runs: int
-) -> list[PrivacyEvent]:
-    """Of these, what the plan was not charged for yet."""
-    return list((Counter(promised_releases(plan, runs)) - Counter(charged)).elements())
+def releases_to_come(plan: Plan, charged: Sequence[PrivacyEvent]) -> list[PrivacyEvent]:
+    """What a plan may still release before training: the ledger keeps room for it."""
+    return list((Counter(release_events(plan)) - Counter(charged)).elements())
 
 
 def limit_of(plan: Plan, lifetime: Lifetime) -> PlanLimit:

@@ -337,7 +337,7 @@ def foundation_fetch(home: Home = Path("site"), as_json: AsJson = False) -> None
     if not site.foundation_approvals.has(manifest.hash):
         say(
             "then see crafts-client foundation list, compare the hash with the study's, and run: "
-            f"crafts-client foundation approve {manifest.hash[:16]}"
+            f"crafts-client foundation approve {manifest.hash}"
         )
 
 
@@ -374,7 +374,7 @@ def foundation_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
 @foundation_app.command("approve")
 def foundation_approve(
     foundation_hash: Annotated[
-        str, typer.Argument(help="16 digits or more of its hash, as foundation list has them.")
+        str, typer.Argument(help="All 64 digits of its hash, as foundation list has them.")
     ],
     home: Home = Path("site"),
     take_back: Annotated[
@@ -388,7 +388,7 @@ def foundation_approve(
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        found = foundation_here(site, foundation_hash)
+        found = foundation_here(site, foundation_hash, to_approve=not take_back)
         manifest = found.manifest
         if take_back and is_embedded(manifest.hash):
             raise HomeError(

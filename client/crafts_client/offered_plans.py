@@ -172,14 +172,14 @@ def _with_budget(site: SiteHome, plan: Plan, *, anew: bool) -> _Counted:
         plans = charged_plans(site, existing_ledger(site))
     except FiltersChangedError as error:
         return _Counted(refused=(str(error),))
-    size, runs = site.config.declared_patients, site.approvals.runs_of(plan.hash)
     if anew:
-        return _counted(site, plan, plans, runs)
-    question = ("offered", plan.hash, size, runs, site.policy.model_dump_json(), plans)
-    return site.figures.of(_Counted, question, lambda: _counted(site, plan, plans, runs))
+        return _counted(site, plan, plans)
+    size = site.config.declared_patients
+    question = ("offered", plan.hash, size, site.policy.model_dump_json(), plans)
+    return site.figures.of(_Counted, question, lambda: _counted(site, plan, plans))
 
 
-def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...], runs: int) -> _Counted:
+def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...]) -> _Counted:
     problems = tuple(noise_problems(plan))
     if problems:
         return _Counted(refused=problems)
@@ -191,7 +191,7 @@ def _counted(site: SiteHome, plan: Plan, plans: tuple[PlanCharges, ...], runs: i
     except (PolicyError, CalibrationError) as error:
         return _Counted(refused=(str(error),))
     charged = [event for known in plans if known.plan_hash == plan.hash for event in known.events]
-    to_come = releases_to_come(plan, charged, runs=runs)
+    to_come = releases_to_come(plan, charged)
     released = set(release_events(plan))
     done = sum(event.steps for event in charged if event not in released)
     lifetime = policy.lifetime

@@ -7,6 +7,7 @@ that somebody delayed is older and contradicts nothing.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -20,8 +21,9 @@ from crafts_privacy.signing import SignatureError
 
 log = logging.getLogger(__name__)
 
-MAX_LEDGERS = 128
-"""Of all other sites together; a coordinator that names more is not believed."""
+MAX_LEDGERS, MAX_OF_A_SITE = 128, 4
+"""Of all other sites together, and of one: who names more is not believed, and keeps no room from
+the others."""
 _MOST_SKEW_S = 300
 """By which a site's clock may be set back without an alarm."""
 
@@ -77,6 +79,7 @@ class PeerHeads:
         """Look at heads that others signed, and keep what is news."""
         before = self.read()
         known = {(each.newest.site, each.newest.ledger): each for each in before}
+        of_a_site = Counter(site for site, _ in known)
         for head in seen:
             name = (head.site, head.ledger)
             try:
@@ -86,8 +89,11 @@ class PeerHeads:
                 continue
             if name in known:
                 known[name] = known[name].after(head)
-            elif len(known) < MAX_LEDGERS:
+            elif len(known) < MAX_LEDGERS and of_a_site[head.site] < MAX_OF_A_SITE:
                 known[name] = PeerHead(newest=head)
+                of_a_site[head.site] += 1
+            else:
+                log.warning("site=%s shows one ledger too many; its head is not kept", head.site)
         after = [known[name] for name in sorted(known)]
         if after != before:
             write_file(self._path, _FILE.dump_json(after, indent=1), mode=0o600)

@@ -426,10 +426,19 @@ def check_request(plan: Plan, request: "RoundRequest", *, foundation_hash: str) 
     return planned
 
 
-def check_run(request: "RoundRequest", known_runs: Collection[str], allowed_runs: int) -> None:
+ONE_RUN = (
+    "the plan has had its run, and one that tells something before training has no other; the "
+    "coordinator has to make a new plan, which is charged beside this one"
+)
+
+
+def check_run(
+    plan: Plan, request: "RoundRequest", known_runs: Collection[str], allowed_runs: int
+) -> None:
     """A plan runs once. The coordinator chooses the ids of runs, so another one asks a person.
 
     Args:
+        plan: What it runs.
         request: What the coordinator asks for.
         known_runs: Runs of this plan that the ledger has seen.
         allowed_runs: How many a person here has allowed.
@@ -438,6 +447,8 @@ def check_run(request: "RoundRequest", known_runs: Collection[str], allowed_runs
         PolicyError: rule ``run``.
     """
     if request.run_id not in known_runs and len(known_runs) >= allowed_runs:
+        if plan.releases:
+            raise PolicyError(Rule.RUN, ONE_RUN)
         raise PolicyError(
             Rule.RUN,
             f"the plan has had {len(known_runs)} runs; to let another spend what is left of it, "

@@ -10,6 +10,7 @@ import typer
 from crafts_client.home import SiteHome
 from crafts_client.network_cli import AsJson, Home, PlanHash
 from crafts_core.command_line import confirm, one_line_errors, say
+from crafts_core.roster import RosterError
 
 if TYPE_CHECKING:
     from crafts_client.rosters import ShownRoster
@@ -35,9 +36,13 @@ def roster_show(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson 
 def roster_approve(
     plan_hash: PlanHash,
     home: Home = Path("site"),
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask: the phrase was compared by telephone.")
-    ] = False,
+    phrase: Annotated[
+        str | None,
+        typer.Option(
+            help="What all hospitals have read to each other. Approves the roster of exactly this "
+            "phrase and does not ask."
+        ),
+    ] = None,
     take_back: Annotated[
         bool, typer.Option("--take-back", help="Add to no further sum of this plan.")
     ] = False,
@@ -53,9 +58,19 @@ def roster_approve(
             say("the roster is not approved any more")
             return
         shown = _shown(site, plan_hash, to_approve=True)
+        # The coordinator may have another one by now than was shown, and read aloud.
+        if phrase is not None and phrase.split() != shown.roster.phrase.split():
+            raise RosterError(
+                f"the roster is not the one of that phrase; its own is {shown.roster.phrase}: show "
+                "it and read it to each other again"
+            )
     _print(shown)
     if shown.unpinned:
-        confirm("Have all these hospitals, each known to you by voice, read this phrase?", yes=yes)
+        confirm(
+            "Have all these hospitals, each known to you by voice, read this phrase?",
+            yes=phrase is not None,
+            option="--phrase",
+        )
     with one_line_errors("crafts-client"):
         site.roster_approvals.approve(shown.roster)
     say("the roster is approved")

@@ -33,7 +33,7 @@ from crafts_client.answer_times import Clock, Departure, Pace, PublicStep, longe
 from crafts_client.devices import DeviceWorkers, check_devices
 from crafts_client.errors import LateAnswerError, OutboxError, TrainingError
 from crafts_client.home import POLICY_NAME, SiteHome
-from crafts_client.mechanism import limit_of, mechanism_of, promised_releases
+from crafts_client.mechanism import limit_of, mechanism_of
 from crafts_client.messages import AnnouncementMessage, RoundMessage, read_state
 from crafts_client.outbox import REFUSED_RELEASE, Outbox, Release
 from crafts_client.patients import PatientTiles
@@ -75,6 +75,7 @@ from crafts_privacy import signing
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import LedgerEntry, Reservation
 from crafts_privacy.mechanism import Mechanism
+from crafts_privacy.plan_noise import release_events
 from crafts_privacy.secure_aggregation.updates import HeldUpdate
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class Site:
         self._clock = clock or Clock()
         self._news = news or RoundNews()
         self._departure = Departure(self._clock)
+        self._to_close: list[Reservation] = []
         self._too_slow: dict[tuple[str, StageConfig], tuple[float, float]] = {}
         self._ledger = open_ledger(home)
         self._outbox = Outbox(home.outbox_path)
@@ -155,6 +157,7 @@ class Site:
         Raises:
             CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
         """
+        self._close_rounds()
         show_to_folders(self._home, self._ledger)
         release = self._answer(message)
         show_to_folders(self._home, self._ledger)  # where that fails it stays, sealed
@@ -166,6 +169,7 @@ class Site:
         Raises:
             CraftsError: what is wrong; ``refusals`` turns it into a public sentence.
         """
+        self._close_rounds()
         show_to_folders(self._home, self._ledger)
         release = self._masked(message)
         show_to_folders(self._home, self._ledger)  # as above
@@ -202,7 +206,7 @@ class Site:
                 return sealed
         self._settle()
         runs = {entry.run_id for entry in self._entries_of(plan.hash)}
-        check_run(request, runs, self._home.approvals.runs_of(plan.hash))
+        check_run(plan, request, runs, self._home.approvals.runs_of(plan))
         check_not_replayed(request, *self._ledger.last_released(plan.hash, request.run_id))
         with self._news.of(_words_of(plan, planned, request), planned.stage.local_steps):
             answer = self._train(plan, planned.stage, message)
@@ -314,7 +318,18 @@ class Site:
 
     def _close_round(self, reservation: Reservation) -> None:
         """Charged, and not trained again; the refusal tells something too, so folders see it."""
-        self._ledger.commit(reservation, REFUSED_RELEASE)
+        self._to_close.append(reservation)
+        self._close_rounds()
+
+    def _close_rounds(self) -> None:
+        """What a full disk kept open, too: before it is closed nothing else is answered."""
+        if not self._to_close:
+            return
+        still_open = self._ledger.open_reservations()
+        for reservation in self._to_close:
+            if reservation in still_open:
+                self._ledger.commit(reservation, REFUSED_RELEASE)
+        self._to_close.clear()
         show_to_folders(self._home, self._ledger)
 
     def _keep(self, plan: Plan, request: RoundRequest, state: State, release: Release) -> None:
@@ -395,15 +410,12 @@ class Site:
         limit = limit_of(plan, lifetime)
         if limit.max_epsilon == math.inf:  # without noise; the policy has allowed it by name
             lifetime = replace(lifetime, max_epsilon=math.inf)
-        share = unused = most_of_stage = None
-        runs = self._home.approvals.runs_of(plan.hash)
+        share = unused = None
         if plan.aggregation.secure_aggregation:
             roster = self._roster(plan)
             check_weight(plan, roster, self._home.config.name)
             if plan.privacy.trust == "distributed":
                 share = least_share(plan, self._home.policy, task.mechanism, roster)
-            if task.stage.is_release:
-                most_of_stage = runs * plan.release_attempts
             # First: from here on no announcement finds the sum whose charge is carried or closed.
             given_up = self._sums.give_up(request, task.charged, task.stage.name)
             if given_up.spent is not None:
@@ -423,14 +435,14 @@ class Site:
                 attempt=request.attempt,
                 alone=alone_limit(self._home.policy, share),
                 unused=unused,
-                promised=promised_releases(plan, runs),
-                most_of_stage=most_of_stage,
+                promised=release_events(plan),
+                most_of_stage=plan.release_attempts if task.stage.is_release else None,
             )
         finally:
             # Not carried: too often already, or what is asked for was refused, or is open itself.
             # Left open, two could be asked for by turns, each time trained and not counted.
-            if unused is not None and unused in self._ledger.open_reservations():
-                self._close_round(unused)
+            if unused is not None:
+                self._close_round(unused)  # unless it is not open any more
 
     def _commit_sealed(self, sealed: Release) -> None:
         """Make sure that the ledger knows exactly this release before it is sent (again).

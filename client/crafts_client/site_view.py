@@ -254,7 +254,7 @@ def _waiting(site: SiteHome, offered: Offered) -> Iterator[str]:
     with suppress(FoundationError):  # the store says that there is none
         for found in foundations_here(site):
             if not found.is_approved:
-                yield f"crafts-client foundation approve {found.manifest.hash[:16]}"
+                yield f"crafts-client foundation approve {found.manifest.hash}"
 
 
 class _Attack(BaseModel):

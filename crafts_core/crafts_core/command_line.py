@@ -115,14 +115,17 @@ def agrees(question: str) -> bool:
     return sys.stdin.isatty() and typer.confirm(harmless(question))
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Ask a person, unless ``yes``; the program ends with 1 if the answer is no, or none comes."""
+def confirm(question: str, *, yes: bool, option: str = "--yes") -> None:
+    """Ask a person, unless ``yes``, as ``option`` says.
+
+    The program ends with 1 if the answer is no, or none comes.
+    """
     if yes:
         return
     try:
         typer.confirm(harmless(question), abort=True)
     except typer.Abort:
-        say("nothing was done; without a terminal --yes answers", err=True)
+        say(f"nothing was done; without a terminal {option} answers", err=True)
         raise
 
 

@@ -5,6 +5,7 @@ The hash of the manifest is the identity of a foundation: plans name it, sites c
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ DENOISER_FOLDERS = ("unet", "transformer")
 ALLOWED_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".md"})
 """Weights travel as safetensors; everything else is text. Pickled weights can run code."""
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
+_PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f\\]+")
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
 
 Count = Annotated[int, Field(ge=1)]
@@ -79,8 +81,14 @@ class FoundationManifest(_Section):
     def _paths_stay_inside(self) -> Self:
         for name in self.files:
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or path.as_posix() != name:
-                raise ValueError(f"file path {name!r} must be relative, normal and without '..'")
+            is_inside = not (path.is_absolute() or ".." in path.parts)
+            if not (is_inside and path.as_posix() == name and _PLAIN_PATH.fullmatch(name)):
+                raise ValueError(
+                    f"file path {name!r} must be relative, normal, and without '..', "
+                    "backslashes or control characters"
+                )
+            if name == MANIFEST_NAME:
+                raise ValueError(f"{MANIFEST_NAME} cannot list itself")
         return self
 
     @property
@@ -146,7 +154,7 @@ def read_manifest(directory: Path) -> FoundationManifest:
             f"no foundation at {directory} ({MANIFEST_NAME} is missing); "
             "build one with `crafts-server foundation build` or import one"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FoundationError(f"cannot read {path}: {error}") from error
 
 
@@ -158,7 +166,7 @@ def parse_manifest(text: bytes) -> FoundationManifest:
     """
     try:
         return _validated(json.loads(text))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FoundationError(f"{MANIFEST_NAME} cannot be read: {error}") from error
 
 

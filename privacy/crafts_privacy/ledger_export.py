@@ -23,6 +23,8 @@ from crafts_privacy.signed_head import SignedHead
 from crafts_privacy.signing import SignatureError
 
 _COLUMNS = [field.name for field in fields(LedgerEntry)]
+_MOST_STEPS = 1_000_000
+"""In a round: what the accountant is asked for by another site's file."""
 _HEAD = "# crafts ledger export 2: "
 
 
@@ -78,9 +80,11 @@ def parse_export(content: bytes, *, name: str, trusted: Collection[str]) -> Ledg
     reserved = tuple(entry for entry in entries if entry.kind is EntryKind.RESERVED)
     try:
         of_sums = tuple(charges_of_sums(entries, reserved))
+        charged = tuple(entry.event for entry in reserved)
+        if any(event.steps > _MOST_STEPS for event in charged):
+            raise ValueError("no site takes so many steps in a round")
     except (ValueError, KeyError, TypeError, LedgerError) as error:
         raise _no_export(name) from error
-    charged = tuple(entry.event for entry in reserved)
     return LedgerExport(head=head, charged=charged, of_sums=of_sums)
 
 

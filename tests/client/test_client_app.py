@@ -537,6 +537,27 @@ class TestFailuresOnceDrawn:
             assert ask(home, foundation, again).error == error_of(Rule.REPLAY)
         assert len(Ledger(home.ledger_path).events("main")) == 1
 
+    def test_what_a_full_disk_kept_open_is_closed_before_anything_is_answered(
+        self, home, foundation, coordinator, plan, monkeypatch
+    ) -> None:
+        """Or the same request would be trained again, and one charge had two outcomes."""
+        site = Site(home, foundation)
+        message = coordinator.message(plan, coordinator.start(plan))
+        full = LedgerError("cannot use ledger: database or disk is full")
+        with monkeypatch.context() as patch:
+            patch.setattr(PatientSGD, "_add_patient", _raises(MemoryError()))
+            patch.setattr(PoissonSampler, "sample", lambda *_: [0])
+            patch.setattr(Ledger, "commit", _raises(full))
+            for _ in range(2):  # and nothing is trained as long as it is full
+                with pytest.raises(LedgerError, match="full"):
+                    site.answer(message)
+        with pytest.raises(PolicyError) as refused:
+            site.answer(message)
+        assert refused.value.rule is Rule.REPLAY
+        entries = Ledger(home.ledger_path).entries()
+        assert entries[-1].detail == REFUSED_RELEASE
+        assert len(Ledger(home.ledger_path).events("main")) == 1
+
     def test_before_the_first_draw_the_round_stays_open_for_the_same_request(
         self, home, foundation, coordinator, plan, monkeypatch
     ) -> None:

@@ -119,7 +119,7 @@ def test_init_then_ingest_of_ready_tiles_makes_a_site_that_can_train(
     )
     assert made.exit_code == 0, made.output
     assert "4 patients are fewer than min_patients of policy.toml (20)" in made.stderr
-    approved = run("foundation", "approve", foundation.manifest.hash[:16], "--home", home)
+    approved = run("foundation", "approve", foundation.manifest.hash, "--home", home)
     assert approved.exit_code == 0, approved.output
     rng = np.random.default_rng(0)
     lines = ["file,patient,label"]

@@ -21,7 +21,7 @@ from support.foundations import write_tiny_foundation
 from support.sites import make_site_home
 
 NOBODY = (
-    r"policy rule foundation_approval: nobody here approved foundation tiny; .* approve \w{16}$"
+    r"policy rule foundation_approval: nobody here approved foundation tiny; .* approve \w{64}$"
 )
 
 
@@ -93,12 +93,15 @@ def test_a_person_sees_what_it_is_and_approves_it_by_its_hash(home, foundation) 
     assert shown["bytes"] == sum(file.stat().st_size for file in files)
 
     assert "expected at least 16" in run(home, "approve", wanted[:15]).stderr
-    assert "foundation fetch" in run(home, "approve", "0" * 16).stderr
-    done = run(home, "approve", wanted[:16])
+    assert "foundation fetch" in run(home, "approve", "0" * 64).stderr
+    short = run(home, "approve", wanted[:63])
+    assert (short.exit_code, "all 64 digits" in short.stderr) == (1, True), "two may begin alike"
+    assert not home.foundation_approvals.has(wanted)
+    done = run(home, "approve", wanted)
     assert wanted in done.stdout, "all of it, to compare with the study's"
     assert home.foundation_approvals.has(wanted)
     assert f"{wanted}  tiny" in run(home, "list").stdout
-    assert "is not approved any more" in run(home, "approve", wanted, "--take-back").stdout
+    assert "is not approved any more" in run(home, "approve", wanted[:16], "--take-back").stdout
     assert not home.foundation_approvals.has(wanted)
     refused = run(home, "approve", embedded[:16], "--take-back")
     assert (refused.exit_code, "part of the installed package" in refused.stderr) == (1, True)
@@ -108,6 +111,6 @@ def test_one_that_is_not_what_its_manifest_says_is_not_approved(home, foundation
     folder = write_tiny_foundation(home.foundations_path / "fetched", seed=5)
     manifest = read_manifest(folder)
     (folder / "unet" / "config.json").write_text("{}")
-    refused = run(home, "approve", manifest.hash[:16])
+    refused = run(home, "approve", manifest.hash)
     assert (refused.exit_code, "does not match its SHA-256" in refused.stderr) == (1, True)
     assert not home.foundation_approvals.has(manifest.hash)

@@ -132,7 +132,7 @@ def test_a_fetched_foundation_with_a_licence_and_files_that_lie(home, replies) -
     assert_harmless(run(home, "foundation", "list").stdout)
     listed = json.loads(run(home, "foundation", "list", "--json").stdout)
     (found,) = [each for each in listed if each["licence"] == SENT]
-    done = run(home, "foundation", "approve", found["hash"][:16])
+    done = run(home, "foundation", "approve", found["hash"])
     assert_harmless(done.stdout, num_lines=1)
 
     sent = json.dumps(manifest(files={SENT: "0" * 64})).encode()

@@ -213,12 +213,12 @@ def test_approving_again_allows_one_run_more(home, foundation, coordinator, offe
     offer(signed(coordinator, plan))
     run("plan", "approve", plan.hash, "--home", home.path)
     Site(home, foundation).answer(coordinator.message(plan, coordinator.start(plan)))
-    assert home.approvals.runs_of(plan.hash) == 1
+    assert home.approvals.runs_of(plan) == 1
 
     done = run("plan", "approve", plan.hash, "--home", home.path)
 
     assert "for one run more, after 1" in done.stdout
-    assert home.approvals.runs_of(plan.hash) == 2
+    assert home.approvals.runs_of(plan) == 2
 
 
 def test_a_plan_whose_cost_nobody_can_compute_hides_no_other(home, coordinator, offer) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from crafts_client.errors import EnrolmentError, HomeError
 from crafts_client.ledger_witness import check_own_heads
-from crafts_client.peer_heads import MAX_LEDGERS, PeerHeads
+from crafts_client.peer_heads import MAX_LEDGERS, MAX_OF_A_SITE, PeerHeads
 from crafts_privacy import signing
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger
@@ -23,13 +23,19 @@ class Peer:
         self._key, self._name = signing.load_signing_key(path), name
 
     def head(
-        self, sequence: int, *, history: str = "a", ledger_id: str = "1" * 32, at: int = 0
+        self,
+        sequence: int,
+        *,
+        history: str = "a",
+        ledger_id: str = "1" * 32,
+        ledger: str = "3" * 32,
+        at: int = 0,
     ) -> SignedHead:
         """``at`` in seconds after or before 2026."""
         head = LedgerHead(ledger_id=ledger_id, sequence=sequence, hash=f"{history}{sequence:063x}")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("crafts_privacy.signed_head.datetime", _Clock(1_767_225_600 + at))
-            return SignedHead.sign(self._key, head, site=self._name, ledger="3" * 32)
+            return SignedHead.sign(self._key, head, site=self._name, ledger=ledger)
 
 
 class _Clock:
@@ -124,6 +130,20 @@ def test_only_what_its_own_key_signed_stops_a_site(peer, tmp_path, caplog) -> No
 def test_no_coordinator_fills_the_disk(heads, tmp_path, peer) -> None:
     heads.keep(Peer(tmp_path / "keys", f"s{number}").head(1) for number in range(MAX_LEDGERS + 9))
     assert len(heads.read()) == MAX_LEDGERS
+
+
+def test_no_hospital_takes_the_room_of_another(heads, tmp_path, peer, caplog) -> None:
+    """Its ledger's name is its own word, and a new one at each exchange costs it nothing."""
+    evil = Peer(tmp_path / "keys", "evil")
+    for number in range(MAX_LEDGERS + 2):
+        heads.keep([evil.head(1, ledger=f"{number:032x}")])
+    assert len(heads.read()) == MAX_OF_A_SITE
+    assert "site=evil shows one ledger too many" in caplog.text
+    heads.keep([peer.head(9)])
+    heads.keep([peer.head(4, at=1000)])
+    assert [each.against is not None for each in heads.read() if each.newest.site == "south"] == [
+        True
+    ]
 
 
 def test_the_file_is_the_owners_and_a_damaged_one_is_named(heads, peer, tmp_path) -> None:

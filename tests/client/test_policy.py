@@ -208,18 +208,18 @@ def test_the_next_round_is_not_a_replay() -> None:
 
 
 def test_a_run_that_goes_on_needs_no_new_word() -> None:
-    check_run(request(plan(), run_id="run-1"), known_runs={"run-1"}, allowed_runs=1)
+    check_run(plan(), request(plan(), run_id="run-1"), known_runs={"run-1"}, allowed_runs=1)
 
 
 @pytest.mark.parametrize(("known_runs", "allowed_runs"), [((), 1), (("run-1",), 2)])
 def test_a_run_that_somebody_allowed_may_begin(known_runs, allowed_runs: int) -> None:
-    check_run(request(plan(), run_id="run-2"), known_runs, allowed_runs)
+    check_run(plan(), request(plan(), run_id="run-2"), known_runs, allowed_runs)
 
 
 @pytest.mark.parametrize(("known_runs", "allowed_runs"), [(("1",), 1), (("1", "2"), 2)])
 def test_another_run_than_was_allowed_is_refused(known_runs, allowed_runs: int) -> None:
     with pytest.raises(PolicyError, match="plan approve") as caught:
-        check_run(request(plan(), run_id="run-3"), known_runs, allowed_runs)
+        check_run(plan(), request(plan(), run_id="run-3"), known_runs, allowed_runs)
     assert caught.value.rule is Rule.RUN
 
 

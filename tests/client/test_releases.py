@@ -3,6 +3,7 @@
 The last patient of the home has tiles of all three captions of the study.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from crafts_client.answer_times import Pace
 from crafts_client.budget import left_for
 from crafts_client.errors import TrainingError
 from crafts_client.home import SiteHome
-from crafts_client.mechanism import mechanisms_of, promised_releases
+from crafts_client.mechanism import mechanisms_of
 from crafts_client.offered_plans import OfferedPlan, judge
 from crafts_client.outbox import REFUSED_RELEASE
 from crafts_client.plan_words import plan_words, seconds_per_step
@@ -40,7 +41,7 @@ from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_til
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy import signing
 from crafts_privacy.accounting import PrivacyEvent, epsilon
-from crafts_privacy.errors import PlanBudgetExceededError
+from crafts_privacy.errors import PlanBudgetExceededError, StageSpentError
 from crafts_privacy.ledger import EntryKind
 from crafts_privacy.sampling import PoissonSampler
 from support.noise import NoNoise
@@ -220,30 +221,55 @@ def test_a_release_beyond_the_target_is_refused_before_anything_runs(
     assert Site(home, foundation)._ledger.events("main") == ()
 
 
-@pytest.mark.parametrize(("runs", "most"), [(3, 3), (9, 0)])
-def test_other_runs_are_charged_and_have_room_of_their_own(
-    home: SiteHome, foundation: Foundation, coordinator: Coordinator, runs: int, most: int
+def test_a_plan_with_releases_runs_once(
+    home: SiteHome, foundation: Foundation, coordinator: Coordinator
 ) -> None:
-    """The same release under new names of runs, as often as a person lets it.
+    """Or what a first run told decides between a second release and more steps of training.
 
-    Nine have no room within the target. The first would, yet then what comes after it, a release or
-    a step, could be chosen by what it told.
+    Each alone would keep the target; the choice does not (ADR 23).
     """
     plan = plan_with(foundation, anchors=1.0)
-    home.approvals.approve(plan, runs_so_far=runs - 1)
     site, state = Site(home, foundation, randomness=quiet()), coordinator.start(plan)
     state |= release_schema(plan, foundation)
 
-    def ask_in_runs() -> None:
-        for run in range(9):
-            request = coordinator.request(plan, state, run_id=f"run-{run}")
-            site.answer(coordinator.message(plan, state, request=request))
+    def ask_in(run: str, state: State) -> None:
+        request = coordinator.request(plan, state, run_id=run)
+        site.answer(coordinator.message(plan, state, request=request))
 
-    with pytest.raises((PlanBudgetExceededError, PolicyError)):
-        ask_in_runs()
-    events = site._ledger.events("main")
-    assert len(events) == most
-    assert epsilon(events, 1e-3) <= 8.0 < epsilon(9 * promised_releases(plan, 1), 1e-3)
+    home.approvals.approve(plan)
+    ask_in("run-1", state)
+    with pytest.raises(PolicyError, match="make a new plan"):
+        home.approvals.approve(plan, runs_so_far=1)
+    approval = home.approvals.all()[plan.hash].model_copy(update={"runs": 3})
+    (home.path / "approved.json").write_text(
+        json.dumps({plan.hash: approval.model_dump(mode="json")})
+    )
+    with pytest.raises(PolicyError, match="make a new plan") as refused:
+        ask_in("run-2", state)
+    assert refused.value.rule is Rule.RUN
+    assert len(site._ledger.events("main")) == 1
+
+
+def test_a_release_is_charged_once_whatever_became_of_it(
+    home: SiteHome, foundation: Foundation, coordinator: Coordinator, monkeypatch
+) -> None:
+    """A second charge of it, from another adapter after a crash, would have no room of its own."""
+
+    def killed(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    plan = plan_with(foundation, anchors=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "vector_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(home, coordinator, plan, 1, quiet())
+    state = start_of(coordinator, foundation, plan)
+    other = {name: value + 1 for name, value in state.items()}
+    request = coordinator.request(plan, other)
+    with pytest.raises(StageSpentError, match="stage anchors was charged 1 times"):
+        Site(home, foundation).answer(coordinator.message(plan, other, request=request))
+    assert ask(home, coordinator, plan, 1, quiet())
+    assert len(Site(home, foundation)._ledger.events("main")) == 1
 
 
 def test_a_release_that_fails_once_patients_were_drawn_is_charged_and_closed(

@@ -117,6 +117,20 @@ def test_a_person_approves_and_takes_back(home, study, far_side) -> None:
         home.roster_approvals.of_plan(study.plan.hash)
 
 
+def test_without_a_terminal_the_phrase_that_was_read_aloud_is_given(home, study, far_side) -> None:
+    """The coordinator may offer another roster by then, with the key of nobody."""
+    read_aloud = study.roster()
+    ghost = signing.public_key_of(SumSite("south", 70).identity)
+    far_side(study.roster(south=ghost))
+    approve = ("roster", "approve", study.plan.hash, "--home", home.path, "--phrase")
+    refused = run(*approve, read_aloud.phrase)
+    assert (refused.exit_code, "not the one of that phrase" in refused.stderr) == (1, True)
+    assert home.roster_approvals.all() == {}
+    far_side(read_aloud)
+    assert run(*approve, read_aloud.phrase).exit_code == 0
+    assert home.roster_approvals.of_plan(study.plan.hash) == read_aloud
+
+
 def test_nobody_is_asked_where_the_policy_knows_them_all(home, study, far_side) -> None:
     roster = study.roster()
     pins = {

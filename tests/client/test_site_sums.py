@@ -12,7 +12,7 @@ from flwr.app import Context, Error, RecordDict
 from crafts_client.client_app import HOME_KEY, make_client_app
 from crafts_client.errors import NotReadyError, TrainingError, WitnessError
 from crafts_client.home import SiteHome
-from crafts_client.mechanism import mechanism_of, promised_releases
+from crafts_client.mechanism import mechanism_of
 from crafts_client.outbox import Outbox, Release
 from crafts_client.patients import PatientTiles
 from crafts_client.policy import PolicyError, Rule
@@ -30,7 +30,7 @@ from crafts_privacy.errors import AloneBudgetExceededError, StageSpentError
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import Ledger, Share
 from crafts_privacy.noise import GridNoise
-from crafts_privacy.plan_noise import plan_noise_multiplier
+from crafts_privacy.plan_noise import plan_noise_multiplier, release_events
 from crafts_privacy.sampling import PoissonSampler
 from crafts_privacy.secure_aggregation.members import MembersError, announce, members_hash
 from crafts_privacy.signed_head import SignedHead
@@ -493,7 +493,7 @@ def test_a_release_is_told_twice_at_most_and_both_are_in_the_target(
     training = mechanism_of(plan, declared_patients=20).event(plan.charged_steps)
     spent = accounting.epsilon([*events, training], 1e-3)
     assert 0.98 * 1.0 < spent <= 1.0, "training's noise is made for what two of them leave"
-    assert promised_releases(plan, 1) == tuple(events)
+    assert release_events(plan) == tuple(events)
 
 
 def test_a_process_that_died_holds_no_sum_and_its_charge_is_for_its_request(

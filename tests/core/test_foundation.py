@@ -19,6 +19,7 @@ from crafts_core.foundation import (
     verify,
     write_manifest,
 )
+from crafts_core.foundation_manifest import parse_manifest
 from crafts_core.probe import correlation_range, load_probe
 
 
@@ -121,19 +122,35 @@ def test_missing_foundation_says_what_to_do(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 2}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format_version": 2}', "\xff", "[" * 200_000, "1" * 6000]
+)
 def test_broken_manifest_is_one_line(directory: Path, text: str) -> None:
     (directory / "foundation.json").write_text(text, encoding="latin-1")
-    with pytest.raises(FoundationError) as caught:
-        verify(directory)
-    assert "\n" not in str(caught.value)
+    for read in (verify, lambda path: parse_manifest((path / "foundation.json").read_bytes())):
+        with pytest.raises(FoundationError) as caught:
+            read(directory)
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["../secret.json", "/etc/passwd.json", "a/../b.json", "./a.json"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.json",
+        "/etc/passwd.json",
+        "a/../b.json",
+        "./a.json",
+        "a\\..\\b.json",
+        "a\0",
+        "a\n",
+    ],
+)
 def test_manifest_paths_stay_inside(foundation: Foundation, path: str) -> None:
     values = foundation.manifest.model_dump()
     with pytest.raises(ValidationError, match="must be relative"):
         FoundationManifest.model_validate({**values, "files": {path: "0" * 64}})
+    with pytest.raises(ValidationError, match="cannot list itself"):
+        FoundationManifest.model_validate({**values, "files": {"foundation.json": "0" * 64}})
 
 
 def test_unknown_manifest_key_is_refused(directory: Path) -> None:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,6 +155,25 @@ def test_a_key_that_nobody_vouched_for_is_refused_and_named(
 ) -> None:
     with pytest.raises(LedgerError, match=rf"south and is signed by key {trusted[0]}"):
         read_export(export, trusted=known)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": -1}, {"sample_rate": 2.0}, {"noise_multiplier": float("nan")}, {"steps": 10**18}],
+)
+def test_what_no_site_can_have_charged_is_refused_though_it_is_signed(
+    export: Path, ledger: Ledger, key, trusted, changes: dict[str, Any]
+) -> None:
+    head = ledger.verify()
+    values = asdict(ledger.entries()[1]) | {
+        "sequence": 1,
+        "reservation": 1,
+        "previous_hash": genesis_hash(head.ledger_id),
+    }
+    entry = LedgerEntry(**values | changes).sealed()
+    write_export([entry], sign(key, replace(head, sequence=1, hash=entry.hash)), export)
+    with pytest.raises(LedgerError):
+        read_export(export, trusted=trusted)
 
 
 def test_an_export_of_before_has_no_head_and_is_refused(
