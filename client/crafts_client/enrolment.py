@@ -35,7 +35,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
 from crafts_client.coordinator_record import CoordinatorRecord, checked_reply
-from crafts_client.errors import CoordinatorBusyError, EnrolmentError, RevokedError
+from crafts_client.errors import CoordinatorBusyError, EnrolmentError, LeftError, RevokedError
 from crafts_client.home import SiteHome
 from crafts_client.proxies import proxy_for, way
 from crafts_client.site_key import site_key
@@ -184,12 +184,31 @@ def coordinator_record(home: SiteHome) -> CoordinatorRecord:
         raise EnrolmentError(f"cannot read {home.coordinator_path}; enroll again") from error
 
 
-def end_if_revoked(home: SiteHome) -> None:
-    """Ask whether this site still takes part; a coordinator that is away has not said no.
+def certificate_of(home: SiteHome) -> bytes:
+    """What the site shows to the coordinator; another one once it has enrolled anew.
 
     Raises:
-        RevokedError: it does not.
+        LeftError: there is none any more.
     """
+    try:
+        return (home.path / "keys" / "tls.crt").read_bytes()
+    except FileNotFoundError as error:
+        raise LeftError("this site has left its coordinator") from error
+
+
+def end_if_revoked(home: SiteHome, certificate: bytes) -> None:
+    """Ask whether this site still takes part; a coordinator that is away has not said no.
+
+    Args:
+        home: Of the site.
+        certificate: ``certificate_of`` it when taking part began.
+
+    Raises:
+        LeftError: it left meanwhile, and perhaps enrolled anew.
+        RevokedError: it was revoked.
+    """
+    if certificate_of(home) != certificate:
+        raise LeftError("this site was enrolled anew; start crafts-client join again")
     try:
         with Registrar(home) as registrar:
             registrar.call("DeclarePatients")

@@ -5,6 +5,7 @@ CraftsError
 ├── HomeError        the site's operator: the home is missing, incomplete or says nonsense
 ├── EnrolmentError   the site's operator: the coordinator does not know this site, or is away
 │   ├── RevokedError           the coordinator: this site takes part no more; a new invitation helps
+│   │   └── LeftError          it left by itself, or enrolled anew
 │   ├── CoordinatorBusyError   the coordinator: it failed, and may be able to answer soon
 │   └── NotAgreedError         both: the site's number of patients is not the one that was agreed
 ├── WitnessError     the site's operator: a folder that keeps the ledger's head is away
@@ -28,6 +29,10 @@ class EnrolmentError(CraftsError):
 
 class RevokedError(EnrolmentError):
     """The coordinator knows this site's certificate and lets it take part no more."""
+
+
+class LeftError(RevokedError):
+    """The site itself ended it: it left, or was enrolled anew since."""
 
 
 class CoordinatorBusyError(EnrolmentError):

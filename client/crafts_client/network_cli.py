@@ -112,8 +112,8 @@ def join(
         from crafts_client.agreed_patients import check_agreed
         from crafts_client.answer_times import flush_subnormals
         from crafts_client.client_app import make_client_app
-        from crafts_client.enrolment import coordinator_record, end_if_revoked
-        from crafts_client.errors import RevokedError
+        from crafts_client.enrolment import certificate_of, coordinator_record, end_if_revoked
+        from crafts_client.errors import LeftError, RevokedError
         from crafts_client.ledger_witness import witness_at_start, witness_ledger
         from crafts_client.site import Site
         from crafts_client.supernode import join as take_part
@@ -121,6 +121,7 @@ def join(
         flush_subnormals()
         opened = SiteHome.open(home)
         record = coordinator_record(opened)
+        certificate = certificate_of(opened)
         site = Site.open(home, news)  # what is missing is said now, not in the first round
         stop = run_as_service(debug=debug)
 
@@ -129,12 +130,14 @@ def join(
             witness_ledger(opened)
 
         try:
-            end_if_revoked(opened)
+            end_if_revoked(opened, certificate)
             witness_at_start(opened)
             client_app = make_client_app(lambda _: site, witness=witness)
-            take_part(opened, record, client_app, stop, lambda: end_if_revoked(opened))
+            take_part(opened, record, client_app, stop, lambda: end_if_revoked(opened, certificate))
         except RevokedError as error:
-            say(f"crafts-client: {error}; ask for a new invitation, or run: leave", err=True)
+            is_over = isinstance(error, LeftError)
+            advice = "" if is_over else "; ask for a new invitation, or run: leave"
+            say(f"crafts-client: {error}{advice}", err=True)
             raise typer.Exit(REVOKED) from error
         finally:
             site.close()

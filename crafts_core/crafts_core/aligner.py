@@ -138,12 +138,18 @@ def pearson(p_BK: Tensor, q_BK: Tensor) -> Tensor:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Every token must have an embedding: else some captions, and no others, would be errors.
 
+    Of a folder without any file the library makes a tokenizer that knows no word.
+
     Raises:
-        ValueError: the tokenizer knows more tokens than the text tower.
+        ValueError: the tokenizer knows more tokens than the text tower, or tells no two captions
+            apart.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(f"the tokenizer has token {largest}, its text tower {vocab_size} tokens")
+    first, second = tokenizer(["normal colon", "lung adenocarcinoma"]).input_ids
+    if set(first) == set(second):
+        raise ValueError("the tokenizer knows no words")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_tokens: int) -> Tensor:

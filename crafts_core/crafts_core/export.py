@@ -22,6 +22,7 @@ from crafts_core.generator_record import (
     PROMPT_BANK_NAME,
     RECORD_NAME,
     GeneratorRecord,
+    parts_hash,
     prompt_bank_text,
 )
 from crafts_core.plan import AdapterConfig, Modality
@@ -91,7 +92,8 @@ def save_pipeline(
     bank = prompt_bank_text(foundation.prompt_bank)
     (staging / PROMPT_BANK_NAME).write_text(bank, encoding="utf-8")
     if record is not None:
-        (staging / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
+        whole = record.model_copy(update={"generator_hash": parts_hash(staging)})
+        (staging / RECORD_NAME).write_text(whole.model_dump_json(indent=1) + "\n", "utf-8")
     if retrieval is not None:
         (staging / PICKED).write_text(retrieval.as_table(), encoding="utf-8")
     share_as_umask_says(staging, like=staging / CARD)

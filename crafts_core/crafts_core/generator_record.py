@@ -52,6 +52,8 @@ class GeneratorRecord(BaseModel):
     privacy: str
     mpp: float | None = None
     """Microns per pixel; None in records of earlier versions."""
+    generator_hash: Hash | None = None
+    """``parts_hash`` as it was exported; None in records of earlier versions."""
     colours: ToldColours | None = None
     """That its decoder has beside the foundation's, where sites told their colour."""
     version: str = __version__
@@ -61,12 +63,20 @@ def read_origin(directory: Path) -> Origin:
     """What images of a generator say of it. Reads all its files once, for the hash.
 
     Raises:
-        CraftsError: ``generator.json`` or ``foundation.json`` is damaged.
+        CraftsError: ``generator.json`` or ``foundation.json`` is damaged, or the files are not
+            those that were exported.
     """
-    drawn_by = Origin(generator=directory.resolve().name, generator_hash=parts_hash(directory))
+    found = parts_hash(directory)
+    drawn_by = Origin(generator=directory.resolve().name, generator_hash=found)
     if (directory / RECORD_NAME).is_file():
         record = _read_record(directory / RECORD_NAME)
-        shared = record.model_dump(include=set(Origin.model_fields))
+        if record.generator_hash not in (None, found):
+            raise CraftsError(
+                f"{directory} is not as it was exported: a file is missing, added or altered; copy "
+                f"it again, or remove its {RECORD_NAME} if it was changed on purpose (its images "
+                "then name no study)"
+            )
+        shared = record.model_dump(include=set(Origin.model_fields) - {"generator_hash"})
         return drawn_by.model_copy(update=shared)
     if (directory / MANIFEST_NAME).is_file():
         manifest = read_manifest(directory)
@@ -89,8 +99,10 @@ def trained_prompts(directory: Path) -> tuple[Prompt, ...]:
     """The public captions that a generator was trained on; the package's where it names none.
 
     Raises:
-        CraftsError: its ``prompt_bank.json`` is damaged.
+        CraftsError: it is no generator, or its ``prompt_bank.json`` is damaged.
     """
+    if not any((directory / name).is_dir() for name in DENOISER_FOLDERS):
+        raise CraftsError(f"{directory} is no generator: it has no {' or '.join(DENOISER_FOLDERS)}")
     path = directory / PROMPT_BANK_NAME
     return read_prompt_bank(path) if path.is_file() else prompt_bank()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from crafts_core.adapters import merged_denoiser
 from crafts_core.errors import CraftsError
 from crafts_core.export import hub_licence, model_card, save_lora, save_pipeline
-from crafts_core.foundation import Foundation, embedded_path
+from crafts_core.foundation import Foundation, FoundationError, embedded_path
 from crafts_core.generator import Generator
 from crafts_core.generator_record import (
     GeneratorRecord,
@@ -228,6 +228,44 @@ def test_images_of_an_export_name_study_plan_and_promise(
     assert [p.text for p in trained_prompts(out)] == [p.text for p in foundation.prompt_bank]
     assert origin.generator_hash == parts_hash(out) != parts_hash(foundation.path)
     DiffusionPipeline.from_pretrained(out)  # stock diffusers passes over the record
+
+
+@pytest.mark.parametrize("damage", ["tokenizer", "scheduler/scheduler_config.json"])
+def test_a_copy_that_is_not_whole_draws_nothing(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path, damage: str
+) -> None:
+    """The libraries make a tokenizer that knows no word, and noise of their own defaults."""
+    record = GeneratorRecord(
+        study="lungs", plan_hash="ab" * 32, rounds=3, privacy="epsilon at most 3",
+        foundation=foundation.manifest.name, foundation_hash=foundation.manifest.hash,
+    )  # fmt: skip
+    out = tmp_path / "shared"
+    save_pipeline(out, foundation, adapter=CONFIG, state=state, card="", record=record)
+    (out / "README.md").write_text("Ours now.")
+    (out / "note.txt").write_text("Nor does this decide what it draws.")
+    assert read_origin(out).study == "lungs"
+    if damage == "tokenizer":
+        for path in (out / damage).iterdir():
+            path.unlink()
+    else:
+        (out / damage).write_text("{}")
+    with pytest.raises(CraftsError, match="not as it was exported"):
+        read_origin(out)
+
+
+def test_a_generator_whose_tokenizer_has_no_files_is_refused(
+    exported: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    for path in (copy / "tokenizer").iterdir():
+        path.unlink()
+    with pytest.raises(FoundationError, match=r"tokenizer cannot be read .*knows no words"):
+        Generator.from_directory(copy)
+
+
+def test_a_folder_that_is_no_generator_names_no_captions(tmp_path: Path) -> None:
+    with pytest.raises(CraftsError, match="is no generator"):
+        trained_prompts(tmp_path)
 
 
 def test_a_weight_that_changed_is_another_generator(exported: Path, tmp_path: Path) -> None:

@@ -33,12 +33,13 @@ from crafts_client.agreed_patients import check_agreed, fetch_roster
 from crafts_client.cli import app as client_app
 from crafts_client.enrolment import (
     Registrar,
+    certificate_of,
     coordinator_record,
     end_if_revoked,
     enrol,
     forget_coordinator,
 )
-from crafts_client.errors import EnrolmentError, NotAgreedError
+from crafts_client.errors import EnrolmentError, LeftError, NotAgreedError
 from crafts_client.home import SITE_NAME, SiteHome
 from crafts_client.home_backup import ask_witnesses, back_up, put_back
 from crafts_client.ledger_witness import witness_at_start, witness_ledger
@@ -199,10 +200,23 @@ def test_a_revoked_sites_join_says_so_and_ends(coordinator, site, monkeypatch) -
 
 def test_a_coordinator_that_is_away_has_revoked_nobody(coordinator, site) -> None:
     enrol(site, coordinator.host, coordinator.invite("north"))
-    end_if_revoked(site)
+    end_if_revoked(site, certificate_of(site))
     record = coordinator_record(site).model_copy(update={"registrar_address": "localhost:1"})
     site.coordinator_path.write_text(record.model_dump_json())
-    end_if_revoked(site)
+    end_if_revoked(site, certificate_of(site))
+
+
+def test_what_takes_part_ends_once_the_site_has_left_or_enrolled_anew(coordinator, site) -> None:
+    """Its keys are gone or others, so nobody could say that they are revoked."""
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    certificate = certificate_of(site)
+    forget_coordinator(site)
+    with pytest.raises(LeftError, match="has left its coordinator"):
+        end_if_revoked(site, certificate)
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    with pytest.raises(LeftError, match="enrolled anew; start crafts-client join again"):
+        end_if_revoked(site, certificate)
+    end_if_revoked(site, certificate_of(site))
 
 
 def test_an_absurd_offset_is_the_askers_error(coordinator, site, caplog) -> None:
