@@ -93,11 +93,11 @@ class _ApprovalFile(Generic[Approved]):
         """
         known = self.all()
         found = [each for each in known if each.startswith(beginning)]
-        if len(found) != 1:
-            raise HomeError(
-                f"{len(found)} that are approved here begin with {beginning!r}, expected one of "
-                f"{', '.join(known) or 'none at all'}"
-            )
+        if not found:
+            others = f"; approved are {', '.join(known)}" if known else ""
+            raise HomeError(f"nothing that begins with {beginning!r} is approved here{others}")
+        if len(found) > 1:
+            raise HomeError(f"{', '.join(found)} begin with {beginning!r}; give more digits of one")
         del known[found[0]]
         self._write(known)
         return found[0]

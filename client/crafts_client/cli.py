@@ -75,7 +75,11 @@ def init(
     ] = None,
 ) -> None:
     """Make a site home: site.toml, policy.toml with careful limits, and the salt."""
+    from crafts_privacy.signing import fingerprint
+
     with one_line_errors("crafts-client"):
+        for key in signer or ():
+            fingerprint(key)  # raises over what is no key
         config = _checked(
             SiteConfig,
             name=name,

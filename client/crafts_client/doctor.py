@@ -219,6 +219,14 @@ def home_folder(home: SiteHome) -> Iterator[Finding]:
         yield _problem("home", "others may enter it", f"chmod 700 {home.path}")
     else:
         yield _ok("home", "nobody else may enter it")
+    if not home.salt_path.is_file():
+        yield _problem(
+            "salt",
+            "it is not there: no patient's pseudonym can be found, so nobody can be withdrawn",
+            f"put {home.salt_path} back from a backup of this home",
+        )
+    elif home.salt_path.stat().st_mode & 0o077:
+        yield _problem("salt", "others may read it", f"chmod 600 {home.salt_path}")
 
 
 def delta(home: SiteHome) -> Iterator[Finding]:

@@ -81,7 +81,8 @@ def _show_to_coordinator(home: SiteHome, ledger: Ledger, registrar: Registrar) -
         raise LedgerTamperedError(
             f"the coordinator saw this cohort's ledger with {kept.entries} entries, and this "
             f"one ({len(hashes)} entries) does not continue it; restore the newest copy of "
-            f"{home.ledger_path} and of the witness beside it"
+            f"{home.ledger_path} and of the witness beside it, or give its newest export to "
+            "crafts-client restore FILE --ledger EXPORT"
         )
     shown = _lasting_head(ledger)
     if shown.sequence > kept.entries:

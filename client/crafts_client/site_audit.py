@@ -12,6 +12,7 @@ from crafts_client.sum_audit import SumCheck, audit_sums
 from crafts_client.training_audit import Progress, TrainingAudit, audit_training
 from crafts_client.training_task import Randomness
 from crafts_core import __version__
+from crafts_core.devices import open_device
 from crafts_core.foundation import load
 from crafts_privacy.audit import AuditResult, audit
 from crafts_privacy.audit_statistics import OneRun
@@ -78,9 +79,10 @@ def audit_site(site: SiteHome, progress: Progress | None = None) -> SiteAudit:
     """Run all. Takes a minute or two, reads no patient and spends nothing.
 
     Raises:
-        CraftsError: the foundation or a library that ``site.toml`` asks for is missing.
+        CraftsError: the foundation, the device or a library that ``site.toml`` asks for is missing.
     """
     config = site.config
+    open_device(config.device)
     return SiteAudit(
         engine=audit(
             make_noise=lambda: Randomness.from_os(exact_noise=config.exact_noise).noise,

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -39,6 +40,8 @@ Version = Annotated[
 ]
 """An option of every program."""
 
+_A_LINE_EVERY_S = 30.0
+"""In a log, of work that takes longer than that."""
 ShowProgress = Callable[[str, int, int], None]
 """Called with (what, done, total). What follows a comma in ``what`` is news of the same work."""
 
@@ -57,12 +60,17 @@ def bars_on_stderr() -> Progress:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[ShowProgress]:
-    """One bar on stderr for each kind of work; nothing where nobody watches."""
+    """One bar on stderr for each kind of work; where nobody watches, a line now and then."""
     with bars_on_stderr() as bars:
         tasks: dict[str, TaskID] = {}
+        told_s = time.monotonic()
 
         def show(what: str, done: int, total: int) -> None:
+            nonlocal told_s
             what = harmless(what, most=MOST_OF_A_SENTENCE)
+            if bars.disable and time.monotonic() - told_s > _A_LINE_EVERY_S:
+                told_s = time.monotonic()
+                say(f"{what}: {done} of {total}", err=True)
             kind = what.partition(",")[0]
             if kind not in tasks:
                 tasks[kind] = bars.add_task(what, total=total)

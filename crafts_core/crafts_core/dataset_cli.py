@@ -78,7 +78,10 @@ def dataset(
         raise typer.BadParameter("--control and --masks belong together")
     layouts = [each for each in PACKED if each in (layout or ())]
     if unknown := set(layout or ()) - set(PACKED):
-        raise typer.BadParameter(f"--layout must be {' or '.join(PACKED)}, got {unknown.pop()}")
+        raise typer.BadParameter(
+            f"--layout must be {' or '.join(PACKED)}, beside the image folder that always is "
+            f"there; got {unknown.pop()}"
+        )
     with one_line_errors("crafts", advice=GO_ON), progress_bars() as progress:
         from crafts_core.dataset import draw_dataset
         from crafts_core.dataset_plan import DatasetConfig, list_masks, read_splits

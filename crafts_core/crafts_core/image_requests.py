@@ -99,6 +99,9 @@ def _text_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 def _table_rows(text: str, delimiter: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names = [name.strip() for name in reader.fieldnames or ()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise _RowError(f"column {twice[0]!r} is there twice")
     for cells in reader:
         if None in cells or None in cells.values():
             raise _RowError(f"row {reader.line_num} has other columns than the header")

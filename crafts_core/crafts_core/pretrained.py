@@ -45,6 +45,10 @@ def read_part(
             read; the message names it.
     """
     variant = _variant_of(directory)
+    with readable(directory):
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        if not isinstance(config, dict):  # a library would ask the hub for another
+            raise ValueError("config.json holds no settings")
     # diffusers has its own word for it.
     named = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
     with readable(directory), quiet_transformers():

@@ -113,4 +113,4 @@ def check_patients(patients: int) -> None:
         EnrolmentError: it cannot.
     """
     if not 1 <= patients <= MAX_PATIENTS:
-        raise EnrolmentError(f"expected a number of patients from 1 up, got {patients}")
+        raise EnrolmentError(f"expected 1 to {MAX_PATIENTS} patients, got {patients}")

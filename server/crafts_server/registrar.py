@@ -314,7 +314,8 @@ def _start(
         port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise CraftsError(
-            f"cannot listen on {address} for {name.lower()}; is another coordinator running?"
+            f"cannot listen on {address} for {name.lower()}; is another coordinator running, or "
+            "listen in coordinator.toml no address of this machine?"
         ) from error
     server.start()
     return server, port

@@ -48,6 +48,7 @@ class Rosters:
         Raises:
             HomeError: there is none.
         """
+        _needs_one(plan)
         with self._registry.session() as session:
             row = session.get(RosterRow, plan.hash)
             if row is None:
@@ -92,10 +93,7 @@ class Rosters:
                 into 32 bits, or one site would be most of them.
             RegistryError: the plan was not signed here.
         """
-        if not plan.aggregation.secure_aggregation:
-            raise HomeError(
-                f"plan {plan.hash[:16]} has no secure_aggregation, so it needs no roster"
-            )
+        _needs_one(plan)
         roster = self._of_who_is_enrolled(plan)
         with self._registry.session() as session:
             session.merge(RosterRow(plan_hash=plan.hash, json=roster.to_json()))
@@ -181,3 +179,8 @@ def _weights(plan: Plan, roster: Roster) -> Iterator[str]:
             'max_weight 0.6 or less, or "uniform"'
             + (", and take stages anchors and colour out" if plan.releases else "")
         )
+
+
+def _needs_one(plan: Plan) -> None:
+    if not plan.aggregation.secure_aggregation:
+        raise HomeError(f"plan {plan.hash[:16]} has no secure_aggregation, so it needs no roster")

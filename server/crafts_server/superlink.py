@@ -146,7 +146,7 @@ class SuperLink:
                 config = self._server.config
                 raise ServerError(
                     f"cannot listen on {config.host}:{config.port} for sites; is another "
-                    "coordinator running?"
+                    "coordinator running, or listen in coordinator.toml no address of this machine?"
                 )
             time.sleep(0.05)
 

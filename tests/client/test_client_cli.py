@@ -24,7 +24,7 @@ from crafts_core.plan import AdapterConfig, Plan
 from crafts_core.plan_targets import suggested_adapter
 from crafts_core.public_update import PublicUpdateConfig
 from crafts_core.starting_point import initial_state
-from crafts_core.tiles import TileStore
+from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.ledger import Ledger
@@ -508,6 +508,38 @@ def test_a_bad_table_gives_one_line_per_problem(tmp_path, home) -> None:
     assert done.exit_code == 1
     assert "a.svs does not exist" in done.stderr
     assert "no patient" in done.stderr
+
+
+def test_a_key_that_is_none_is_one_line_and_makes_nothing(tmp_path) -> None:
+    done = run("init", "--name", "n", "--patients", 4, "--signer", "abc", "--home", tmp_path / "s")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_device_that_is_not_here_stops_the_audit_with_one_line(home) -> None:
+    site = home.path / "site.toml"
+    site.write_text(site.read_text().replace('device = "cpu"', 'device = "cuda:77"'))
+    done = run("audit", "--home", home.path)
+    assert (done.exit_code, "device cuda:77 cannot be used here" in done.stderr) == (1, True)
+
+
+def test_taking_back_what_was_not_approved_says_so(home) -> None:
+    done = run("plan", "approve", "0" * 64, "--take-back", "--home", home.path)
+    assert (done.exit_code, "is approved here" in done.stderr) == (1, True)
+
+
+def test_a_home_in_place_of_its_tiles_is_pointed_to_them(home) -> None:
+    with pytest.raises(TileStoreError, match=f"did you mean {home.path}/tiles"):
+        TileStore.open(home.path)
+
+
+def test_a_table_without_a_scale_is_not_added_to_tiles_that_have_one(
+    tmp_path: Path, home: SiteHome
+) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "t.png")
+    (tmp_path / "table.csv").write_text("file,patient,label\nt.png,p,LUAD\n")
+    done = run("ingest", tmp_path / "table.csv", "--ready-tiles", "--home", home.path)
+    assert (done.exit_code, "give it in column mpp" in done.stderr) == (1, True)
 
 
 def test_a_bad_name_is_one_line_and_makes_nothing(tmp_path) -> None:

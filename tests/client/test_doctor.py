@@ -44,6 +44,16 @@ def test_a_home_that_others_may_enter_is_a_problem(home) -> None:
     assert (finding.verdict, finding.advice) == (Verdict.PROBLEM, f"chmod 700 {home.path}")
 
 
+def test_a_salt_that_is_gone_or_open_is_told_before_somebody_withdraws(home) -> None:
+    home.salt_path.chmod(0o644)
+    _, finding = home_folder(home)
+    assert (finding.verdict, finding.advice) == (Verdict.PROBLEM, f"chmod 600 {home.salt_path}")
+    home.salt_path.unlink()
+    _, finding = home_folder(home)
+    assert finding.verdict is Verdict.PROBLEM
+    assert "nobody can be withdrawn" in finding.found
+
+
 @pytest.mark.parametrize(
     ("ends_in", "verdict", "told"),
     [

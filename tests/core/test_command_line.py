@@ -43,3 +43,15 @@ def test_news_of_the_same_work_shares_a_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert bars is not None
     tasks = next(cell.cell_contents for cell in bars if isinstance(cell.cell_contents, dict))
     assert list(tasks) == ["VAE", "UNet"]
+
+
+def test_long_work_without_a_terminal_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("crafts_core.command_line.time.monotonic", lambda: now[0])
+    with progress_bars() as show:
+        for seconds, done in ((1, 1), (31, 2), (40, 3), (62, 4)):
+            now[0] = float(seconds)
+            show("tiles", done, 9)
+    assert capsys.readouterr().err == "tiles: 2 of 9\ntiles: 4 of 9\n"

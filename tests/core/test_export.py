@@ -263,6 +263,14 @@ def test_a_generator_whose_tokenizer_has_no_files_is_refused(
         Generator.from_directory(copy)
 
 
+def test_settings_that_are_none_are_asked_of_nobody(exported: Path, tmp_path: Path) -> None:
+    """The library would look for others on the hub."""
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (copy / "unet" / "config.json").write_text("[]")
+    with pytest.raises(FoundationError, match=r"unet cannot be read \(config.json holds no sett"):
+        Generator.from_directory(copy)
+
+
 def test_a_folder_that_is_no_generator_names_no_captions(tmp_path: Path) -> None:
     with pytest.raises(CraftsError, match="is no generator"):
         trained_prompts(tmp_path)

@@ -73,6 +73,7 @@ def test_a_line_ends_where_the_file_says(tmp_path: Path, name: str) -> None:
         ("caption,control\nlung,nuclei\n", "control and mask belong together"),
         ("caption,control,mask\nlung,nuclei,no.png\n", "there is no mask"),
         ("caption,count\nlung\n", "other columns than the header"),
+        ("caption,count, count\nlung,1,2\n", "column 'count' is there twice"),
         ("caption\n", "asks for no image"),
         ("", "asks for no image"),
     ],

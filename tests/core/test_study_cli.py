@@ -59,6 +59,14 @@ def test_a_study_is_made_read_exported_and_analysed(tmp_path: Path, folders: lis
     assert "Colon: 8 real and 8 synthetic images, 2 readers" in run("analyse", path).stdout
 
 
+def test_one_folder_is_not_both_kinds(tmp_path: Path) -> None:
+    """Readers could then tell nothing apart, which would flatter any generator."""
+    real = write_real(tmp_path / "real", 12)
+    for synthetic in (real, real.parent):
+        made = run("create", tmp_path / "s.db", "--real", real, "--synthetic", synthetic)
+        assert (made.exit_code, "hold the same images" in made.stderr) == (1, True)
+
+
 def test_too_few_answers_end_with_one_line(tmp_path: Path) -> None:
     make_study(tmp_path).close()
     result = run("analyse", tmp_path / "study.db")

@@ -76,6 +76,9 @@ def test_who_has_published_no_key_is_named(registry: Registry) -> None:
         fix(registry, PLAN)
     with pytest.raises(HomeError, match="has no roster; sign it again"):
         Rosters(registry).fixed(PLAN)
+    aggregation = PLAN.aggregation.model_copy(update={"secure_aggregation": False})
+    with pytest.raises(HomeError, match="so it needs no roster"):
+        Rosters(registry).fixed(PLAN.model_copy(update={"aggregation": aggregation}))
 
 
 @pytest.mark.parametrize("key", ["", "short", key_of(7)[:-1], key_of(7) + "=", "*" * 43 + "="])

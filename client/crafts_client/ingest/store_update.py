@@ -385,6 +385,11 @@ def _open_old(target: Target) -> TileStore | None:
         return None
     old = TileStore.open(target.store)
     is_, wanted = ((about.cohort, about.tile_px, about.mpp) for about in (old.manifest, target))
+    if target.mpp is None and is_[:2] == wanted[:2] and is_ != wanted:
+        raise IngestError(
+            f"the tiles of {target.store} have {is_[2]} microns per pixel, and no row of the table "
+            "says a scale; give it in column mpp"
+        )
     if is_ != wanted:
         raise IngestError(
             f"{target.store} holds tiles of cohort {is_[0]}, {is_[1]} px at {is_[2]} microns per "

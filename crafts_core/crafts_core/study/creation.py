@@ -65,6 +65,9 @@ def create_study(
         StudyError: the folders do not hold what is wanted.
         FileExistsError: there is such a file.
     """
+    first, second = synthetic.resolve(), real.resolve()
+    if first.is_relative_to(second) or second.is_relative_to(first):
+        raise StudyError(f"{synthetic} and {real} hold the same images; name two folders")
     rng = np.random.default_rng(config.seed)
     chosen = _choose(synthetic, real, config, rng)
     by_kind = [

@@ -78,7 +78,9 @@ def check_cache(store: TileStore, foundation_hash: str) -> None:
     folder = cache_folder(store, foundation_hash)
     changed = first_changed(folder, meta)
     if changed is not None:
-        raise TileStoreError(f"{changed} was changed; remove {folder} and run ingest again")
+        raise TileStoreError(
+            f"{changed} was changed; run crafts-client tiles check --repair, then ingest"
+        )
 
 
 def is_whole(folder: Path, meta: CacheMeta, store: TileStore, foundation_hash: str) -> bool:

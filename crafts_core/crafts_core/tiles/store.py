@@ -265,6 +265,8 @@ def _read_manifest(path: Path) -> StoreManifest:
         return StoreManifest.model_validate(values)
     except FileNotFoundError as error:
         state = "an unfinished store" if path.is_dir() else "not a folder"
+        if (path / "tiles" / MANIFEST_NAME).is_file():
+            state = f"did you mean {path / 'tiles'}?"
         raise TileStoreError(
             f"no tile store at {path} ({state}); make one with crafts-client ingest"
         ) from error
