@@ -7,7 +7,7 @@ every rank ends with the same weights, and only the first one's leave.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,6 +84,15 @@ def check_devices(home: SiteHome) -> None:
         raise HomeError(f"site.toml: more_devices names {min(twice)} twice; name each GPU once")
 
 
+def _unknown(home: SiteHome, pseudonyms: Iterable[str]) -> frozenset[str]:
+    """Whom the site has not enrolled in its cohort.
+
+    An ingest may have gone on since the first device opened the store: nobody trains these.
+    """
+    known = PatientRegister(home.register_path).cohorts()
+    return frozenset(name for name in pseudonyms if known.get(name) != home.config.cohort)
+
+
 def _take_timed_steps(step: PublicStep) -> None:
     """As many as the first device takes, which reads the clock."""
     Pace.of(step, time.monotonic)
@@ -94,10 +103,7 @@ def _work(path: Path, device: str, meeting: Path, rank: int, count: int, pipe: C
     home = SiteHome.open(path)
     foundation = load(home.foundation_path, device=device)
     patients = PatientTiles.of(home, foundation)
-    # An ingest may have gone on since the first device opened the store: nobody trains whom the
-    # site has not enrolled in its cohort.
-    known = PatientRegister(home.register_path).cohorts()
-    unknown = {name for name in patients.pseudonyms if known.get(name) != home.config.cohort}
+    unknown = _unknown(home, patients.pseudonyms)
     ranks = ProcessRanks(meeting, rank, count, timeout_s=_STEP_TIMEOUT_S)
     made: tuple[tuple[AdapterConfig, tuple[Part, ...]], Trainer] | None = None
     while True:

@@ -551,6 +551,16 @@ def correlation_with_the_count(every_s: float) -> float:
     return float(np.corrcoef(counts, seen)[0, 1])
 
 
+def test_passes_of_patients_may_take_a_fifth_longer_than_public_ones() -> None:
+    """Their tiles come from disk; what is late tells how many were drawn."""
+    stage = Plan.parse(plan_values("ab" * 32)).stage[0].model_copy(update={"local_steps": STEPS})
+    pace = Pace(step_s=2.0, pass_s=10.0, group_size=1)
+    size = config().declared_patients
+    passes = most_passes(size, RATE, steps=STEPS, group_size=1, num_devices=1)
+    bound_s = longest_round_s(pace, config(), stage, sample_rate=RATE, num_bytes=0)
+    assert bound_s > 1.2 * (STEPS * pace.step_s + passes * pace.pass_s)
+
+
 def test_an_attacker_with_a_clock_reads_no_count() -> None:
     """Below five standard deviations of chance; without waiting the clock reads it."""
     stage = Plan.parse(plan_values("ab" * 32)).stage[0].model_copy(update={"local_steps": STEPS})
@@ -571,6 +581,7 @@ def test_a_site_that_takes_part_computes_no_subnormal_number(
         made.append(float(torch.tensor(smallest) * 0.5))
 
     monkeypatch.setattr("crafts_client.enrolment.coordinator_record", lambda _: None)
+    monkeypatch.setattr("crafts_client.enrolment.certificate_of", lambda _: b"")
     monkeypatch.setattr("crafts_client.network_cli.run_as_service", lambda **_: None)
     monkeypatch.setattr("crafts_client.supernode.join", take_part)
     joined = threading.Thread(target=join, args=(home.path,), kwargs={"debug": False})

@@ -326,6 +326,19 @@ def test_a_sealed_file_that_was_altered_is_never_sent(hospital, home, coordinato
         hospital.answer(message)
 
 
+def test_a_sealed_file_of_another_history_of_the_ledger_is_never_sent(
+    hospital, home, coordinator, monkeypatch
+) -> None:
+    """The number is there; what stands at it is not what paid."""
+    plan = coordinator.plan()
+    message = coordinator.message(plan, coordinator.start(plan))
+    find, sent = Outbox.find, hospital.answer(message)
+    elsewhere = (sent.payment[0], "f" * 64)
+    monkeypatch.setattr(Outbox, "find", lambda *which: replace(find(*which), payment=elsewhere))
+    with pytest.raises(OutboxError, match="that the ledger lacks"):
+        hospital.answer(message)
+
+
 def test_a_sealed_file_that_names_another_rounds_charge_is_never_sent(
     hospital, home, coordinator, monkeypatch
 ) -> None:

@@ -10,9 +10,11 @@ from zlib import crc32
 import pytest
 from torch import multiprocessing
 
+from crafts_client.devices import _unknown
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.patients import PatientTiles
+from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
@@ -90,6 +92,15 @@ def test_who_leaves_sends_nobody_to_another_device(tmp_path, foundation, coordin
     assert before.keys() == set(store.patients)
     patients.leave_out([store.patients[0]])
     assert dealt() == {name: rank for name, rank in before.items() if name != store.patients[0]}
+
+
+def test_no_device_trains_whom_the_site_has_not_enrolled(tmp_path, foundation, coordinator) -> None:
+    """As after an ingest that went on since; nor one of another cohort."""
+    home = make_site_home(tmp_path / "home", foundation, coordinator.public_key)
+    register = PatientRegister(home.register_path)
+    register.enrol(["known"], home.config.cohort)
+    register.enrol(["elsewhere"], "another cohort")
+    assert _unknown(home, ["known", "elsewhere", "new"]) == {"elsewhere", "new"}
 
 
 def test_a_gpu_named_twice_is_refused(tmp_path, foundation, coordinator) -> None:
