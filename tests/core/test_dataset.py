@@ -469,7 +469,7 @@ def test_the_program_draws_a_data_set(foundation: Foundation, tmp_path: Path) ->
         (["--types", "all", "--per-type", "900000"], 1, "more than one run draws"),
         (["--splits", "dev=1"], 1, "with a share each"),
         (["--control", "nuclei"], 2, "belong together"),
-        (["--layout", "zip"], 2, "must be webdataset or parquet, got zip"),
+        (["--layout", "zip"], 2, "must be webdataset or parquet, beside"),
     ],
 )
 def test_what_cannot_be_made_is_told_before_it_is_begun(
