@@ -211,46 +211,44 @@ def test_files_are_as_readable_as_the_umask_says(
     assert modes == {0o666 & ~umask}
 
 
-def test_images_of_an_export_name_study_plan_and_promise(
-    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path
-) -> None:
+@pytest.fixture
+def shared(foundation: Foundation, state: dict[str, Tensor], tmp_path: Path) -> Path:
+    """An export of a study, with its record."""
     record = GeneratorRecord(
         study="lungs", plan_hash="ab" * 32, rounds=3, privacy="epsilon at most 3",
         foundation=foundation.manifest.name, foundation_hash=foundation.manifest.hash,
     )  # fmt: skip
     out = tmp_path / "shared"
     save_pipeline(out, foundation, adapter=CONFIG, state=state, card="", record=record)
-    origin = read_origin(out)
+    return out
+
+
+def test_images_of_an_export_name_study_plan_and_promise(
+    shared: Path, foundation: Foundation
+) -> None:
+    origin = read_origin(shared)
     assert (origin.generator, origin.study, origin.plan_hash) == ("shared", "lungs", "ab" * 32)
     assert (origin.privacy, origin.foundation_hash) == (
         "epsilon at most 3", foundation.manifest.hash,
     )  # fmt: skip
-    assert [p.text for p in trained_prompts(out)] == [p.text for p in foundation.prompt_bank]
-    assert origin.generator_hash == parts_hash(out) != parts_hash(foundation.path)
-    DiffusionPipeline.from_pretrained(out)  # stock diffusers passes over the record
+    assert [p.text for p in trained_prompts(shared)] == [p.text for p in foundation.prompt_bank]
+    assert origin.generator_hash == parts_hash(shared) != parts_hash(foundation.path)
+    DiffusionPipeline.from_pretrained(shared)  # stock diffusers passes over the record
 
 
 @pytest.mark.parametrize("damage", ["tokenizer", "scheduler/scheduler_config.json"])
-def test_a_copy_that_is_not_whole_draws_nothing(
-    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path, damage: str
-) -> None:
+def test_a_copy_that_is_not_whole_draws_nothing(shared: Path, damage: str) -> None:
     """The libraries make a tokenizer that knows no word, and noise of their own defaults."""
-    record = GeneratorRecord(
-        study="lungs", plan_hash="ab" * 32, rounds=3, privacy="epsilon at most 3",
-        foundation=foundation.manifest.name, foundation_hash=foundation.manifest.hash,
-    )  # fmt: skip
-    out = tmp_path / "shared"
-    save_pipeline(out, foundation, adapter=CONFIG, state=state, card="", record=record)
-    (out / "README.md").write_text("Ours now.")
-    (out / "note.txt").write_text("Nor does this decide what it draws.")
-    assert read_origin(out).study == "lungs"
+    (shared / "README.md").write_text("Ours now.")
+    (shared / "note.txt").write_text("Nor does this decide what it draws.")
+    assert read_origin(shared).study == "lungs"
     if damage == "tokenizer":
-        for path in (out / damage).iterdir():
+        for path in (shared / damage).iterdir():
             path.unlink()
     else:
-        (out / damage).write_text("{}")
+        (shared / damage).write_text("{}")
     with pytest.raises(CraftsError, match="not as it was exported"):
-        read_origin(out)
+        read_origin(shared)
 
 
 def test_a_generator_whose_tokenizer_has_no_files_is_refused(
