@@ -96,13 +96,14 @@ def status_of(home: CoordinatorHome) -> Status:
     finally:
         registry.close()
     queued = tuple(path.name for path in queued_plans(home))
-    why = _reasons(home, runs, queued)
+    is_serving = _is_serving(home)
+    why = _waiting(runs, queued, is_serving=is_serving) | _reasons(home, runs, queued)
     settled = {*queued, *(run.plan_hash for run in runs)}
     return Status(
         authority=pki.fingerprint(home.pki.ca),
         signer=fingerprint(home.public_key),
         signer_key=home.public_key,
-        is_serving=_is_serving(home),
+        is_serving=is_serving,
         sites=sites,
         runs=runs,
         queued=queued,
@@ -136,6 +137,15 @@ def _reasons(
     return why | {plan: text for plan, text in failed_plans(home).items() if text}
 
 
+def _waiting(
+    runs: Sequence[RunSummary], queued: Sequence[str], *, is_serving: bool
+) -> dict[str, str]:
+    """What is told of plans that wait for nothing but the coordinator."""
+    running = {run.plan_hash for run in runs if run.status is RunStatus.RUNNING}
+    turn = "it waits for its turn" if is_serving else "nobody serves this home"
+    return {plan: turn for plan in queued if plan not in running or not is_serving}
+
+
 def sentences(status: Status) -> Iterator[str]:
     """For people, with the next step last."""
     yield f"authority  {status.authority}"
@@ -158,23 +168,21 @@ def sentences(status: Status) -> Iterator[str]:
         )
     started = {run.plan_hash for run in status.runs}
     for plan in (plan for plan in status.queued if plan not in started):
-        yield f"waiting    plan {plan[:16]}  ({status.why.get(plan) or _waits_for(status)})"
+        yield f"waiting    plan {plan[:16]}  ({status.why[plan]})"
     for failed in status.failed:
         yield f"failed     {failed.study}  plan {failed.plan_hash[:16]}  ({failed.why})"
     yield from _next_step(status)
 
 
-def _waits_for(status: Status) -> str:
-    return "another plan is trained first" if status.is_serving else "nobody serves this home"
-
-
 def _next_step(status: Status) -> Iterator[str]:
-    enrolled = [site for site in status.sites if site.state == "enrolled"]
+    states = {site.state for site in status.sites}
     if not status.is_serving:
         yield "next: crafts-server serve"
-    elif not status.sites:
+    elif not states:
         yield "next: crafts-server sites invite NAME --patients N"
-    elif enrolled and not status.runs and not status.queued:
+    elif "enrolled" in states and not status.runs and not status.queued:
+        if "invited" in states:
+            yield "next: wait for who is invited, or go on without them:"
         yield "next: crafts-server plan new plan.toml, plan check, and train"
 
 

@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
+from crafts_core.durable import exclusive_lock
 from crafts_core.foundation_manifest import read_manifest
 from crafts_core.plan import Plan, PlanError
 from crafts_core.plan_keys import SECTIONS, commented_toml, explained, keys_table
@@ -21,6 +22,7 @@ from crafts_server.audit_log import Event
 from crafts_server.cli import app
 from crafts_server.cohort_sizes import CohortSizes, size_row
 from crafts_server.dashboard import make_app
+from crafts_server.errors import HomeError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.plan_queue import fail_plan, queue_plan, queued_plans
 from crafts_server.registry import RunStatus
@@ -79,6 +81,34 @@ def test_why_a_plan_waits_or_has_stopped_is_told_until_it_goes_on(home, plan) ->
     assert "(it diverged)" in run(home, "status").stdout
     queue_plan(home, plan)
     assert "diverged" not in run(home, "status").stdout
+
+
+def test_a_run_that_was_interrupted_says_what_it_waits_for(home, plan) -> None:
+    """A restart leaves it stopped, a kill running; its plan stays in the queue."""
+    queue_plan(home, plan)
+    registry = home.registry()
+    registry.start_run("run-1", plan.hash)
+    for left_as in (RunStatus.STOPPED, RunStatus.RUNNING):
+        registry.set_status("run-1", left_as)
+        assert "(nobody serves this home)" in run(home, "status").stdout
+    with exclusive_lock(home.path / "serve.lock", held=HomeError("served")):
+        shown = run(home, "status").stdout
+        assert f"{RunStatus.RUNNING}  0 of " in shown
+        assert "(it waits" not in shown
+        registry.set_status("run-1", RunStatus.STOPPED)
+        assert "(it waits for its turn)" in run(home, "status").stdout
+    registry.close()
+
+
+def test_a_plan_is_not_the_next_step_while_somebody_is_still_invited(home) -> None:
+    with exclusive_lock(home.path / "serve.lock", held=HomeError("served")):
+        enrolled(home, "north", datetime.now(UTC))
+        assert "go on without" not in run(home, "status").stdout
+        run(home, "sites", "invite", "south", "--patients", 10)
+        assert run(home, "status").stdout.splitlines()[-2:] == [
+            "next: wait for who is invited, or go on without them:",
+            "next: crafts-server plan new plan.toml, plan check, and train",
+        ]
 
 
 def test_a_plan_without_a_run_is_listed_with_its_reason(home, plan, monkeypatch) -> None:
