@@ -78,6 +78,17 @@ class Dropped:
     """Ready tiles that lay in a shard with it: the next ingest brings them back."""
 
 
+def num_tiles_of(home: SiteHome, file: Path) -> int:
+    """How many tiles of one slide, or ready tile, are in the store.
+
+    Raises:
+        IngestError: the store has no such slide.
+    """
+    store = TileStore.open(home.tile_store_path)
+    slide = _slide_of(file, store, Salt.load(home.salt_path), former_report(home))
+    return store.index["slide"].to_pylist().count(slide)
+
+
 def drop(
     home: SiteHome, file: Path, load: Callable[[], Foundation], progress: StepProgress
 ) -> Dropped:

@@ -209,12 +209,14 @@ def tiles_drop(
 
     A file is known by its content, whatever it is called now.
     """
-    from crafts_client.removal import drop
+    from crafts_client.removal import drop, num_tiles_of
     from crafts_core.foundation import load
 
-    confirm(f"Remove everything of {file}?", yes=yes)
-    with one_line_errors("crafts-client"), progress_bars() as progress:
+    with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
+        found = num_tiles_of(site, file)
+    confirm(f"Remove {found} tiles of {file}, and all else of it?", yes=yes)
+    with one_line_errors("crafts-client"), progress_bars() as progress:
         done = drop(
             site, file, lambda: load(site.foundation_path, device=site.config.device), progress
         )
