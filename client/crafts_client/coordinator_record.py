@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crafts_client.errors import EnrolmentError
+from crafts_core.names import Name, Sha256
 from crafts_core.plan import describe_first_error
 from crafts_privacy import signing
 
@@ -48,11 +49,11 @@ class CoordinatorRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    site: Name
     signer: Annotated[str, AfterValidator(_public_key)]
     registrar_address: _Address
     fleet_address: _Address
-    ca_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    ca_fingerprint: Sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

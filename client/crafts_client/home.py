@@ -45,6 +45,7 @@ from crafts_client.ingest.deidentify import Salt
 from crafts_client.policy import Policy
 from crafts_core.durable import write_file
 from crafts_core.foundation_manifest import embedded_path
+from crafts_core.names import Name
 from crafts_core.plan import describe_first_error
 from crafts_core.roster import MAX_PATIENTS
 
@@ -57,8 +58,8 @@ class SiteConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-    cohort: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Name
+    cohort: Name
     """Under which name the ledger accounts for these patients. Public."""
     declared_patients: Annotated[int, Field(ge=1, le=MAX_PATIENTS)]
     """The cohort's size as the site tells it: rounded, public, and the fixed divisor of training.

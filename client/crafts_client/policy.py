@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crafts_client.errors import HomeError
 from crafts_core.delta_text import delta_text
 from crafts_core.errors import CraftsError
+from crafts_core.names import Name, Sha256
 from crafts_core.plan import Plan, RoundOfPlan, StageName, describe_first_error
 from crafts_privacy.filters import FILTER_PATTERN, check_filters
 from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE, NOISE_TOLERANCE
@@ -115,8 +116,8 @@ class Policy(BaseModel):
     min_own_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
     """Smallest share of noise that this site adds, whatever its part would be."""
     peers: dict[
-        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")],
-        Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")],
+        Name,
+        Sha256,
     ] = {}
     """Fingerprints of other hospitals' keys that somebody here has checked for good."""
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from crafts_core import __version__
 from crafts_core.durable import exclusive_lock, sync
 from crafts_core.errors import CraftsError
+from crafts_core.names import Sha256
 
 MANIFEST = "MANIFEST-"
 Whose = Literal["site", "coordinator"]
@@ -42,7 +43,7 @@ class SavedFile(BaseModel):
     name: str
     """Relative to the home."""
     size_bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
     @field_validator("name")
     @classmethod

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from crafts_core.errors import CraftsError
+from crafts_core.names import Name, Sha256
 from crafts_core.plan import Factor, describe_first_error
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 MAX_ANNOUNCEMENT_CHARS = 512 * 1024
 """More than a thousand members need."""
 Scalars = dict[str, str | int | float | bool]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 TOLD_OUT = "the site has told this release as often as it may"
@@ -90,7 +89,7 @@ class RoundReply(_Record):
     is configuration.
     """
 
-    site: SiteName
+    site: Name
     run_id: str
     plan_hash: Sha256
     round: Annotated[int, Field(ge=1)]
@@ -111,7 +110,7 @@ class ReadyReply(_Record):
     Signed with the key that the roster names for the site (``secure_aggregation.members``).
     """
 
-    site: SiteName
+    site: Name
     request_hash: Sha256
     declared_patients: Annotated[int, Field(ge=1, le=2**31 - 1)]
     """The site's public, rounded size: what it adds to the sum's divisor."""
@@ -152,7 +151,7 @@ class Announcement(_Record):
 class MaskedReply(_Record):
     """Site to coordinator: whose sum the masked vector that comes along belongs to."""
 
-    site: SiteName
+    site: Name
     run_id: str
     plan_hash: Sha256
     round: Annotated[int, Field(ge=1)]

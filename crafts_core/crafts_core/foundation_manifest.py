@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crafts_core import __version__
 from crafts_core.durable import share_as_umask_says
 from crafts_core.errors import CraftsError
+from crafts_core.names import Sha256
 from crafts_core.plan import describe_first_error
 
 MANIFEST_NAME = "foundation.json"
@@ -74,7 +75,7 @@ class FoundationManifest(_Section):
     """(C, H, W) of one tile's latent."""
     latent_aligner: LatentAlignerConfig
     alignment: AlignmentRange
-    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    files: dict[str, Sha256]
     """POSIX path relative to the directory -> SHA-256."""
 
     @model_validator(mode="after")

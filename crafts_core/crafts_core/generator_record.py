@@ -7,9 +7,9 @@ diffusers directory has neither, and its images then name its folder and the has
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
@@ -19,14 +19,13 @@ from crafts_core.foundation_manifest import (
     read_manifest,
     sha256_of,
 )
+from crafts_core.names import Sha256
 from crafts_core.plan import describe_first_error
 from crafts_core.provenance import Origin
 from crafts_core.vocabulary import Prompt, prompt_bank
 
 RECORD_NAME, PROMPT_BANK_NAME = "generator.json", "prompt_bank.json"
 _PARTS = (*DENOISER_FOLDERS, "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
-
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ToldColours(BaseModel):
@@ -45,14 +44,14 @@ class GeneratorRecord(BaseModel):
 
     format_version: Literal[1] = 1
     study: str
-    plan_hash: Hash
+    plan_hash: Sha256
     rounds: int
     foundation: str
-    foundation_hash: Hash
+    foundation_hash: Sha256
     privacy: str
     mpp: float | None = None
     """Microns per pixel; None in records of earlier versions."""
-    generator_hash: Hash | None = None
+    generator_hash: Sha256 | None = None
     """``parts_hash`` as it was exported; None in records of earlier versions."""
     colours: ToldColours | None = None
     """That its decoder has beside the foundation's, where sites told their colour."""

@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 
 from crafts_core.errors import CraftsError
 from crafts_core.harmless import harmless
+from crafts_core.names import IN_WORDS, Name, Sha256
 
 ReleaseName = Literal["anchors", "colour"]
 """What sites tell once, before training: a noised sum over their patients of few numbers each."""
@@ -71,13 +72,13 @@ class _Section(BaseModel):
 class StudyConfig(_Section):
     """Which study this is and which public foundation it starts from."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Name
     """Small letters, digits and dashes; sites see it."""
-    foundation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    foundation: Sha256
     """SHA-256 of the foundation's manifest."""
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     """Public randomness only (probe draws, samples). Never privacy noise or patient sampling."""
-    pool: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    pool: Sha256 | None = None
     """SHA-256 of the public pool that stage retrieval picks tiles from, and of no other plan."""
     captions: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=500)], ...], Field(max_length=100)
@@ -664,4 +665,6 @@ def _described(error: ErrorDetails) -> str:
     what = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         what = "unknown key; remove it"
+    elif words := IN_WORDS.get(error.get("ctx", {}).get("pattern", "")):
+        what = f"expected {words}"
     return f"{harmless(where, most=_MOST_SHOWN)}: {harmless(what, most=_MOST_SHOWN)}"

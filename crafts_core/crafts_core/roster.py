@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from crafts_core.errors import CraftsError
+from crafts_core.names import Name, Sha256
 from crafts_core.plan import describe_first_error
 
 MAX_PATIENTS = 2**31 - 1
@@ -42,7 +43,7 @@ class _Record(BaseModel):
 class RosterSite(_Record):
     """One site of a roster."""
 
-    site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    site: Name
     declared_patients: Annotated[int, Field(ge=1, le=MAX_PATIENTS)]
     identity: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")] | None = None
     """Ed25519, base64: the key that signs for the site in sums."""
@@ -60,7 +61,7 @@ class Roster(_Record):
     """``roster.json``, of one plan."""
 
     format: Literal["crafts-roster-v1"] = "crafts-roster-v1"
-    plan_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    plan_hash: Sha256
     sites: tuple[RosterSite, ...]
     """By name."""
 

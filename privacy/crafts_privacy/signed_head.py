@@ -12,6 +12,7 @@ from typing import Annotated, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_core.names import Name, Sha256
 from crafts_privacy import signing
 from crafts_privacy.witness import LedgerHead
 
@@ -24,12 +25,12 @@ class SignedHead(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    site: Name
     ledger: _Id
     """Hash of the cohort's name: what the coordinator calls this ledger, too."""
     ledger_id: _Id
     sequence: Annotated[int, Field(ge=0, lt=2**31)]
-    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    hash: Sha256
     signed_at: Annotated[int, Field(ge=0, lt=2**40)]
     """By the site's clock, in seconds since 1970."""
     public_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from crafts_core.durable import write_directory
-from crafts_core.exchange import Sha256, state_hash
+from crafts_core.exchange import state_hash
+from crafts_core.names import Sha256
 from crafts_core.plan import describe_first_error
 from crafts_privacy.signing import SignatureError, public_key_of, sign, verify
 from crafts_server.errors import CheckpointError, StorageError

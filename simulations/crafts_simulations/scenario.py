@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from crafts_core.evaluation.evaluate import EvaluationConfig
+from crafts_core.names import Name
 from crafts_core.plan import (
     AdapterConfig,
     AggregationConfig,
@@ -41,7 +42,6 @@ from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import Holdings, HospitalConfig
 from crafts_simulations.hospitals_draw import HospitalsDraw
 
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 _HELDOUT_SEED_SHIFT = 1_000_003
 
 
@@ -55,7 +55,7 @@ class ScenarioInfo(_Section):
     title: Annotated[str, Field(min_length=1, max_length=200)]
     foundation: Annotated[str, Field(min_length=1)] = "embedded"
     """``embedded``, or a folder, relative to where the command runs."""
-    participants: Annotated[tuple[SiteName, ...], Field(min_length=1)] | None = None
+    participants: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """The sites that train; all of them if absent. The others only exist."""
     max_tiles_per_slide: Annotated[int, Field(ge=1)] | None = None
     repeatable: bool = False
@@ -67,7 +67,7 @@ class ScenarioInfo(_Section):
 class SyntheticSite(_Section):
     """A hospital whose patients and slides are drawn."""
 
-    name: SiteName
+    name: Name
     num_patients: Annotated[int, Field(ge=1, le=100_000)]
     declared_patients: Annotated[int, Field(ge=1)]
     """What the hospital says about its size: rounded and public."""
@@ -148,7 +148,7 @@ class TilesSplit(_Section):
 class ScenarioStudy(_Section):
     """The plan's study, before the foundation is known."""
 
-    name: SiteName
+    name: Name
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     captions: tuple[str, ...] = ()
     """As in a plan."""

@@ -349,3 +349,13 @@ def test_a_plan_error_holds_every_problem(foundation) -> None:
     with pytest.raises(PlanError) as refused:
         Plan.parse(plan_values(foundation.manifest.hash) | {"a": 1, "b": 2})
     assert refused.value.problems == ("a: unknown key; remove it", "b: unknown key; remove it")
+
+
+def test_a_name_is_refused_in_words(foundation) -> None:
+    values = plan_values(foundation.manifest.hash)
+    with pytest.raises(PlanError) as refused:
+        Plan.parse(values | {"study": {**values["study"], "name": "North Wing", "pool": "ab"}})
+    assert refused.value.problems == (
+        "study.name: expected small letters, digits and dashes, 63 at most, and no dash in front",
+        "study.pool: expected 64 digits, each of 0 to 9 or a to f",
+    )

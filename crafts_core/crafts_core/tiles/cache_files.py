@@ -11,9 +11,10 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crafts_core.names import Sha256
 from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import TileStore
-from crafts_core.tiles.writer import Sha256, describe_file
+from crafts_core.tiles.writer import describe_file
 
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
 Model = TypeVar("Model", bound=BaseModel)

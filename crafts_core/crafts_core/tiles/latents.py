@@ -31,6 +31,7 @@ from torch import Tensor
 
 from crafts_core.durable import write_file
 from crafts_core.foundation import Foundation
+from crafts_core.names import Sha256
 from crafts_core.tiles.cache_files import (
     CAPTION_EMBEDDINGS,
     KEYS_NAME,
@@ -55,7 +56,7 @@ from crafts_core.tiles.encoding import (
 )
 from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import Rows, TileStore
-from crafts_core.tiles.writer import Sha256, describe_file
+from crafts_core.tiles.writer import describe_file
 
 Progress = Callable[[int, int], None]
 _PROGRESS_NAME = "progress.json"

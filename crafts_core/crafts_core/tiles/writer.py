@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.durable import sync, write_file
+from crafts_core.names import Sha256
 from crafts_core.plan import MODALITIES, Modality
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileRecord, TileStoreError
 
@@ -30,7 +31,6 @@ SHARDS = "shards"
 SHARD_BYTES = 256 * 2**20
 _TAR_BLOCK = 512
 _BUFFER_BYTES = 2**20
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class StoredFile(BaseModel):
