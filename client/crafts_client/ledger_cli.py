@@ -94,12 +94,14 @@ def ledger_move(
     if made_at is not None:
         say(
             f"This ledger was put back from a backup of {made_at}. {_who_saw(asked)} You vouch "
-            "that no round was answered since then but those that crafts-client ledger show lists; "
+            "that no round was answered since then but those that crafts-client ledger show lists "
+            "(one that it shows as reserved is spent, answered or not); "
             "if one was, restore again with the newest ledger (crafts-client restore --ledger "
             "FILE), or do not train with this cohort any more."
         )
     say(
-        "You vouch that every other copy of this home is gone or will never train again. If two "
+        "You vouch that every other copy of this home is gone or will never train again, and that "
+        "none answered anything that this ledger does not show. If two "
         "copies answer, each pays with the same budget and patients are promised more than is "
         "kept. This goes into the ledger, for good, and every witness of it will see it."
     )

@@ -1,6 +1,6 @@
 """``crafts-client attack``: on a finished generator, and on every update that left this site."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from crafts_client.attack_words import MEANING, verdict
 from crafts_client.home import SiteHome
 from crafts_client.outbox import REFUSED_RELEASE
 from crafts_client.patients import PatientTiles
+from crafts_client.register import PatientRegister
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site_ledger import existing_ledger
 from crafts_client.update_attack import attack_updates
@@ -56,26 +57,29 @@ def attack_site(
 ) -> SiteLeakage:
     """Attack what others have of this site, with its own patients and with ``others``.
 
+    Of patients who have withdrawn nothing is read.
+
     Raises:
         CraftsError: too few patients, or a store, a generator or a kept update cannot be read.
     """
     foundation = load(site.foundation_path, device=site.config.device)
-    stores = [TileStore.open(path) for path in (site.tile_store_path, others)]
+    own, foreign = (TileStore.open(path) for path in (site.tile_store_path, others))
+    withdrawn = PatientRegister(site.register_path).withdrawn
     left = _left(site)
     updates = tuple(SeenUpdates(site.seen_path).read(left))
     try:
-        members, strangers = (RealTiles.read(store, np.arange(store.num_tiles)) for store in stores)
         found = measure_leakage(
             Generator.from_directory(generator, device=site.config.device),
             foundation.generator,
-            members,
-            strangers,
+            _tiles(own, without=withdrawn),
+            _tiles(foreign),
             config,
             progress,
         )
         attacks = found.attacks
         if updates:
-            ours, theirs = (_patients(store, foundation) for store in stores)
+            ours, theirs = _patients(own, foundation), _patients(foreign, foundation)
+            ours.leave_out(withdrawn)
             attacks = (
                 *attacks,
                 attack_updates(foundation, updates, ours, theirs, config, progress),
@@ -98,6 +102,12 @@ def _left(site: SiteHome) -> set[str]:
         and entry.detail != REFUSED_RELEASE
         and entry.share is None  # a masked vector is no update: nobody can read it
     }
+
+
+def _tiles(store: TileStore, *, without: Collection[str] = ()) -> RealTiles:
+    rows = np.arange(store.num_tiles)
+    gone = [place for place, patient in enumerate(store.patients) if patient in without]
+    return RealTiles.read(store, rows[~np.isin(store.patient_indices(rows), gone)])
 
 
 def _patients(store: TileStore, foundation: Foundation) -> PatientTiles:

@@ -205,6 +205,19 @@ def open_charges(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
     ]
 
 
+def usable_charges(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """Open ones that may still pay for what is trained: made since the ledger lies where it lies.
+
+    A home that was put back or moved may have answered elsewhere under an earlier one, which stays
+    spent: the same request is charged anew.
+    """
+    places = [
+        entry.sequence for entry in entries if entry.kind in (EntryKind.PLACED, EntryKind.RESTORED)
+    ]
+    since = places[-1] if len(places) > 1 else 0  # the first binds it where it began
+    return [entry for entry in open_charges(entries) if entry.sequence > since]
+
+
 def what_followed(entries: Sequence[LedgerEntry], sequence: int) -> LedgerEntry | None:
     """What became of the charge that an entry holds: committed, or carried over."""
     for entry in entries[sequence:]:
@@ -219,9 +232,10 @@ def check_unused(entries: Sequence[LedgerEntry], unused: Reservation, wanted: Re
     Raises:
         LedgerError: it is not open in this ledger, or was made for something else.
     """
-    if unused not in [Reservation.of(entry) for entry in open_charges(entries)]:
+    if unused not in [Reservation.of(entry) for entry in usable_charges(entries)]:
         raise LedgerError(
-            f"reservation {unused.sequence} is not open in this ledger; its charge pays for nothing"
+            f"reservation {unused.sequence} is not open in this ledger, or is older than its last "
+            "move; its charge pays for nothing"
         )
     for name in ("cohort", "plan_hash", "run_id", "event"):
         if getattr(unused, name) != getattr(wanted, name):
@@ -317,7 +331,7 @@ def check_share(reservation: Reservation, share: Share) -> None:
 
 def held_for(entries: Sequence[LedgerEntry], wanted: Reservation) -> Reservation | None:
     """The open reservation of exactly the same request, mechanism and share, if there is one."""
-    for entry in open_charges(entries):
+    for entry in usable_charges(entries):
         held = Reservation.of(entry)
         if held == replace(wanted, sequence=held.sequence, entry_hash=held.entry_hash):
             return held

@@ -163,6 +163,31 @@ def test_tile_of_another_size_is_no_copy(path: Path) -> None:
         assert _copier(path, slide).copy(192, 192) is None
 
 
+def test_progressive_tile_is_no_copy(path: Path, slide: Slide) -> None:
+    """Its scans may be thousands: decoding a patient's tiles would take a time of their own."""
+
+    def refined(_: bytes) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (TILE_PX, TILE_PX), "pink").save(buffer, "JPEG", progressive=True)
+        return buffer.getvalue()
+
+    _copied(path, slide, 192, 192)
+    jpeg = _replace_tile(path, 27, refined)
+    assert len(_scans(jpeg)) > 3
+    with Slide.open(path) as changed:
+        assert _copier(path, changed).copy(192, 192) is None
+
+
+def test_more_scans_than_colours_are_no_copy(path: Path) -> None:
+    def repeated(jpeg: bytes) -> bytes:
+        scan = jpeg[jpeg.index(b"\xff\xda") : jpeg.rindex(b"\xff\xd9")]
+        return jpeg[:-2] + 3 * scan + jpeg[-2:]
+
+    assert len(_scans(_replace_tile(path, 27, repeated))) == 4
+    with Slide.open(path) as slide:
+        assert _copier(path, slide).copy(192, 192) is None
+
+
 def test_only_jpeg_in_tiff_is_copied(tmp_path: Path) -> None:
     lzw = write_tiled_tiff(
         tmp_path / "lzw.tif", tissue_image(), compression="lzw", compressionargs=None

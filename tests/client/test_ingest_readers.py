@@ -171,6 +171,32 @@ def test_one_file_of_a_dicom_series_stands_for_the_slide(tmp_path: Path) -> None
         assert slide.size_px == (SIDE, SIDE)
 
 
+def test_tiff_whose_pixels_lie_in_another_file_is_refused(tmp_path: Path) -> None:
+    """OME-XML may say so, and what is listed for one patient would show another's tissue."""
+    text = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'UUID="urn:uuid:{own}"><Image ID="Image:0"><Pixels DimensionOrder="XYCZT" ID="Pixels:0" '
+        f'SizeC="3" SizeT="1" SizeX="{SIDE}" SizeY="{SIDE}" SizeZ="1" Type="uint8" '
+        'PhysicalSizeX="0.5" PhysicalSizeY="0.5"><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
+        '<TiffData IFD="0" PlaneCount="1"><UUID FileName="theirs.tif">urn:uuid:{of}</UUID>'
+        "</TiffData></Pixels></Image></OME>"
+    )
+    ours, theirs = (f"{digit * 8}-1111-1111-1111-{digit * 12}" for digit in "12")
+    for name, own in (("theirs.tif", theirs), ("ours.tif", ours)):
+        description = text.format(own=own, of=theirs).encode()
+        write_tiled_tiff(
+            tmp_path / name,
+            tissue_image(seed=len(name)),
+            description=description,
+            compression="jpeg2000",
+            compressionargs=None,
+        )
+    with Slide.open(tmp_path / "theirs.tif") as slide:
+        assert slide.size_px == (SIDE, SIDE)
+    with pytest.raises(SlideError, match="pixels of it lie in other files"):
+        Slide.open(tmp_path / "ours.tif")
+
+
 def test_folder_of_two_dicom_slides_is_refused_and_found_by_files(tmp_path: Path) -> None:
     for series in (1, 2):
         write_dicom_slide(tmp_path / "two", tissue_image(), series=series)

@@ -35,6 +35,7 @@ from crafts_client.ingest import (
 from crafts_client.ingest.store_update import Source
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_simulations.slides import write_slide
+from support.slide_files import write_dicom_slide
 from support.slides import (
     REAL_DATA,
     damage_tile,
@@ -539,6 +540,40 @@ def test_image_of_two_patients_is_refused_and_of_one_it_stays_twice(tmp_path: Pa
     with pytest.raises(IngestError, match=r"line 9: other.png is the same image as 0.png on line"):
         run_tiles(read_table(table))
     assert not (tmp_path / "s" / "work").exists()
+
+
+def test_image_that_was_there_twice_leaves_its_former_patient_whole(tmp_path: Path) -> None:
+    """The table was wrong about the patient: not one copy stays under the name that it had."""
+    table, folder = make_tiles(tmp_path / "tiles"), tmp_path / "tiles"
+    run_tiles = partial(
+        ingest_tiles, out=tmp_path / "s", cohort="x", salt=SALT, tile_px=32, num_processes=0
+    )
+    shutil.copy(folder / "0.png", folder / "again.png")
+    rows = "0.png,lung_aca,{0}\nagain.png,lung_aca,{0}\n"
+    others = "2.png,lung_aca,g1\n"
+    table.write_text("file,class,source_tile_group\n" + rows.format("g0") + others)
+    run_tiles(read_table(table))
+    assert TileStore.open(tmp_path / "s").num_patients == 2
+    table.write_text("file,class,source_tile_group\n" + rows.format("g8") + others)
+    run_tiles(read_table(table))
+    store = TileStore.open(tmp_path / "s")
+    held = {name: store.tile_rows_of(place).size for place, name in enumerate(store.patients)}
+    assert held == {SALT.patient_id("g8"): 2, SALT.patient_id("g1"): 1}
+
+
+def test_files_of_one_dicom_slide_are_no_two_patients(tmp_path: Path) -> None:
+    """Each file of a series stands for all of it."""
+    folder = write_dicom_slide(tmp_path / "pacs", tissue_image())
+    names = sorted(path.name for path in folder.iterdir())
+    write_dicom_slide(tmp_path / "pacs", tissue_image(seed=2), series=2)
+    rows = [f"{name},p{number},COAD" for number, name in enumerate(names)]
+    table = write_table(folder / "t.csv", "file,patient,label", rows)
+    with pytest.raises(IngestError, match=f"{names[1]} is the same slide as {names[0]} on line 2"):
+        run(table, tmp_path / "s")
+    other = next(path.name for path in folder.iterdir() if path.name.startswith("series2"))
+    table = write_table(folder / "t.csv", "file,patient,label", [rows[0], f"{other},p1,COAD"])
+    run(table, tmp_path / "s")
+    assert TileStore.open(tmp_path / "s").num_patients == 2
 
 
 def test_ready_tile_that_is_not_square_is_cropped_not_squeezed(tmp_path: Path) -> None:

@@ -2,22 +2,28 @@
 
 import itertools
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from crafts_client import site_attack
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_client.patients import PatientTiles
+from crafts_client.register import PatientRegister
 from crafts_client.seen_updates import SeenUpdates
 from crafts_client.site import Site
+from crafts_client.site_attack import attack_site
 from crafts_client.training_task import Randomness
 from crafts_client.update_attack import attack_updates
 from crafts_core.adapters import merged_denoiser
-from crafts_core.evaluation.leakage import Attack, LeakageConfig, measure_leakage
+from crafts_core.errors import CraftsError
+from crafts_core.evaluation.leakage import Attack, Leakage, LeakageConfig, measure_leakage
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
@@ -160,6 +166,30 @@ def test_with_noise_the_updates_tell_nobody(kept, tmp_path, foundation) -> None:
     found = attacked(kept, foundation, others)
     assert 0.2 < found.auc < 0.8
     assert found.p_value > 0.01
+
+
+@pytest.mark.slow
+def test_nothing_is_read_of_who_has_withdrawn(kept, tmp_path, foundation, monkeypatch) -> None:
+    home = SiteHome.open(Path(shutil.copytree(kept.path, tmp_path / "site")))
+    gone, *others = TileStore.open(home.tile_store_path).patients
+    PatientRegister(home.register_path).withdraw(gone)
+    seen = []
+
+    def looked(*arguments: object, **_: object) -> Leakage:
+        seen.append(set(arguments[2].patients))
+        raise ValueError("seen")
+
+    def pulled(_: object, __: object, members: PatientTiles, *___: object) -> Attack:
+        seen.append({members.pseudonym(place) for place in range(members.num_patients)})
+        raise ValueError("seen")
+
+    monkeypatch.setattr(site_attack, "measure_leakage", looked)
+    for _ in range(2):
+        with pytest.raises(CraftsError, match="seen"):
+            attack_site(home, foundation.path, home.tile_store_path, CONFIG)
+        monkeypatch.setattr(site_attack, "measure_leakage", lambda *_: SimpleNamespace(attacks=()))
+        monkeypatch.setattr(site_attack, "attack_updates", pulled)
+    assert seen == [set(others)] * 2
 
 
 def test_every_round_is_kept_for_the_owner_alone_with_what_it_answered(kept) -> None:

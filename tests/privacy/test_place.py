@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def home(tmp_path: Path, machine: Path) -> Path:
     return folder
 
 
-def reserve(ledger: Ledger, round: int) -> Reservation:
+def reserve(ledger: Ledger, round: int, **more: object) -> Reservation:
     return ledger.reserve(
         cohort="breast",
         plan_hash="a" * 64,
@@ -55,6 +56,7 @@ def reserve(ledger: Ledger, round: int) -> Reservation:
         request_hash="0" * 64,
         lifetime=Lifetime(max_epsilon=8.0, delta=1e-4, filters=("sums",)),
         plan_limit=PlanLimit(max_epsilon=8.0, delta=1e-4),
+        **more,
     )
 
 
@@ -174,6 +176,25 @@ def test_a_move_is_an_entry_and_the_old_place_is_a_copy_then(home: Path) -> None
     back = Ledger((home.with_name("elsewhere").rename(home)) / "ledger.db")
     with pytest.raises(LedgerPlaceError):
         reserve(back, 3)
+
+
+@pytest.mark.parametrize("is_put_back", [False, True])
+def test_a_charge_that_was_open_before_a_move_pays_for_nothing_after_it(
+    home: Path, is_put_back: bool
+) -> None:
+    """The other copy may have answered under it, and its entries be hidden by who has seen them."""
+    assert reserve(Ledger(home / "ledger.db"), 1).sequence == 2, "open here, it pays once more"
+    moved = Ledger(renamed(home) / "ledger.db")
+    if is_put_back:
+        moved.mark_restored(datetime.now(UTC))
+    moved.move()
+    (before,) = moved.open_reservations()
+    with pytest.raises(LedgerError, match="older than its last move"):
+        reserve(moved, 2, unused=before)
+    again = reserve(moved, 1)
+    assert again.sequence > before.sequence
+    assert moved.events("breast") == (EVENT, EVENT)
+    assert reserve(moved, 1) == again, "from here on as before"
 
 
 def test_copies_that_both_moved_have_ledgers_that_went_different_ways(home: Path) -> None:

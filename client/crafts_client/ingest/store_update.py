@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from crafts_client.ingest.caption_notes import caption_report
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import IngestError, SlideError
 from crafts_client.ingest.housekeeping import is_housekeeping, is_unfinished
+from crafts_client.ingest.readers.dicom_instances import instances, is_dicom
 from crafts_client.ingest.report import (
     IngestReport,
     NothingUsedError,
@@ -100,7 +101,7 @@ class StoreUpdate:
         )
         self._shards: dict[str, StoredFile] = {} if self._old is None else self._old.shards
         self._replaced: set[str] = set()
-        self._moved: dict[str, str] = {}
+        self._moved: dict[str, list[str]] = {}
         self._rows: dict[str, TableRow] = {}
         self._tables: list[pa.Table] = []
         self._columns: dict[str, list[object]] = {name: [] for name in ROW_SCHEMA.names}
@@ -113,7 +114,9 @@ class StoreUpdate:
         A slide that is in the store under another name or patient is read again, and what it gave
         there goes: the table is right.
         """
-        owners = {known.content: slide_id for slide_id, known in self._sources.items()}
+        holders: dict[str, list[str]] = defaultdict(list)
+        for slide_id, known in self._sources.items():
+            holders[known.content].append(slide_id)
         listed = {source.slide_id for source in sources}
         wanted = []
         num_tiles = Counter(self._old_rows["slide"].to_pylist())
@@ -126,9 +129,10 @@ class StoreUpdate:
                 self._num_already += 1
                 self._say_again(source, num_tiles[source.slide_id])
             else:
-                owner = owners.get(source.content, source.slide_id)
-                if owner not in listed:
-                    self._moved[source.slide_id] = owner
+                # All of them: the former patient may have held a ready tile twice.
+                self._moved[source.slide_id] = [
+                    holder for holder in holders[source.content] if holder not in listed
+                ]
                 wanted.append(source)
         return wanted
 
@@ -156,8 +160,7 @@ class StoreUpdate:
     def _replace(self, source: Source) -> None:
         """What a slide gave before, wherever it was, goes."""
         self._replaced.add(source.slide_id)
-        former = self._moved.get(source.slide_id)
-        if former is not None:
+        for former in self._moved.get(source.slide_id, ()):
             self._replaced.add(former)
             self._sources.pop(former, None)
 
@@ -462,9 +465,16 @@ def _content_of(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """What a slide consists of: MIRAX keeps its pixels in a folder of the same name beside it."""
+    """What a slide consists of, the same whichever file of it is named.
+
+    MIRAX keeps its pixels in a folder of the same name beside it. Of a DICOM series each file
+    stands for all.
+    """
     if path.is_dir():
         return _files_in(path)
+    if is_dicom(path):
+        with contextlib.suppress(SlideError):  # it cannot be opened, and nothing comes of it
+            return instances(path)[0]
     if path.suffix.lower() == ".mrxs":
         companions = (named.with_suffix("") for named in (path, path.resolve()))
         return [path, *next((_files_in(folder) for folder in companions if folder.is_dir()), [])]

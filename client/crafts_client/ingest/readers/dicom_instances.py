@@ -7,6 +7,7 @@ read is no reason to take the next coarser one for the slide.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +143,16 @@ def _check_headers(levels: Sequence[_Header]) -> None:
 
 def _header(path: Path) -> _Header | None:
     """What a whole-slide instance says of itself; None for any other file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _header_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**16)
+def _header_of(path: Path, *_is_the_same: int) -> _Header | None:
+    """Read once: in a folder of many slides each asks what belongs to it."""
     if not is_dicom(path):
         return None
     try:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-SOI, EOI, SOS, DQT, DHT, DRI, COM = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
+EOI, SOS, DQT, DHT, DRI, COM = 0xD9, 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
 APP0, APP14, APP15 = 0xE0, 0xEE, 0xEF
 FRAMES = (0xC0, 0xC1, 0xC2)
 """Baseline, extended and progressive Huffman: what every decoder reads."""

@@ -31,6 +31,7 @@ MAX_TILE_PX = 2**20
 """Tiles of more pixels are left to the library: here a tile is decoded whole."""
 _JPEG = 7
 _RGB, _YCBCR = 2, 6
+_COMPONENTS = 3
 _MAX_BYTES_PER_PX = 6
 _MAX_HEADER_BYTES = 2**16
 _MAX_PAGES = 64
@@ -84,7 +85,7 @@ class StoredLevel:
         num_frames = num_scans = 0
         for segment in jpeg_stream.segments(data):
             if segment.marker in jpeg_stream.FRAMES:
-                if jpeg_stream.frame(segment.payload) != (*self.tile_px, 8, 3):
+                if jpeg_stream.frame(segment.payload) != (*self.tile_px, 8, _COMPONENTS):
                     return None
                 num_frames += 1
             elif segment.marker in _DROPPED:
@@ -93,7 +94,10 @@ class StoredLevel:
                 return None
             num_scans += segment.marker == jpeg_stream.SOS
             parts.append(_written(segment))
-        return b"".join([*parts, _END]) if num_frames == 1 and num_scans else None
+        # A progressive one may have thousands, each a pass over the tile: how long a stored tile
+        # takes to decode must not tell whose it is.
+        is_one = num_frames == 1 and 1 <= num_scans <= _COMPONENTS
+        return b"".join([*parts, _END]) if is_one else None
 
 
 class StoredTiles:

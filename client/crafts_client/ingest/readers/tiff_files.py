@@ -56,7 +56,9 @@ class TiffSlideFile:
             self._file = opened.enter_context(path.open("rb"))
             self._slide: Any = tiffslide.TiffSlide(self._file)
             opened.callback(self._slide.close)
-            self._pages: list[Any] = [_page(level) for level in _main_series(self._slide).levels]
+            levels = _main_series(self._slide).levels
+            _check_own_pages(self._slide.ts_tifffile, levels)
+            self._pages: list[Any] = [_page(level) for level in levels]
             self.levels = pyramid([(page.imagewidth, page.imagelength) for page in self._pages])
             if self._slide.level_dimensions != tuple(level[:2] for level in self.levels):
                 raise SlideError(_REFUSED)
@@ -119,6 +121,12 @@ class TiffSlideFile:
             _check_piece(page, self._file.read(min(num_bytes, _HEAD_BYTES)))
             self._checked.add((level, piece.number))
         return False
+
+
+def _check_own_pages(file: Any, levels: Sequence[Any]) -> None:
+    """OME-XML may name other files, which may be another patient's slide under its own name."""
+    if any(page is None or page.parent is not file for level in levels for page in level.pages):
+        raise SlideError("its OME-XML says that pixels of it lie in other files; list those")
 
 
 def _main_series(slide: Any) -> Any:
