@@ -291,6 +291,7 @@ def saying(text: str) -> bytes:
         (zipped(**OURS), True),
         (zipped(**OURS, **{"crafts_client__client_app.py": "import os"}), False),
         (zipped(**OURS, **{"torch.py": ""}), False),
+        (zipped(**OURS, **{"payload.py": ""}), False),
         (
             zipped(**OURS | {"pyproject.toml": bundle.TEXT.replace("crafts_client.", "evil.")}),
             False,

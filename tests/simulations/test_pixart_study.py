@@ -16,7 +16,12 @@ from support.scenarios import tiny_scenario_values
 pytestmark = pytest.mark.slow
 
 
-def test_hospitals_train_it_privately_and_anybody_draws_with_it(tmp_path: Path) -> None:
+def test_hospitals_train_it_privately_and_anybody_draws_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "crafts_simulations.results.attack", lambda _study: None
+    )  # tested elsewhere
     foundation = write_tiny_foundation(tmp_path / "foundation", pixart=True)
     values = tiny_scenario_values(foundation)
     values["adapter"]["targets"] = ["to_q", "to_v", "proj_out"]

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from crafts_simulations import cli, sweep_run
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.report import Report
+from crafts_simulations.run import run_scenario
 from crafts_simulations.scenario import Scenario, load_scenario
 from crafts_simulations.sites import TileSource
 from crafts_simulations.sweep import Run, Sweep, SweepArm, load_sweep, scenario_of
@@ -316,12 +317,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     (folder / "sweep.toml").write_text(TWO_ARMS)
     source = tile_source(folder)
     sweep, scenarios = load_sweep(folder / "sweep.toml")
-    report = sweep_run.run_sweep(sweep, scenarios, folder / "out", source=source, num_parallel=2)
+    report = sweep_run.run_sweep(sweep, scenarios, folder / "out", source=source)
     return Swept(folder, source, report)
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_in_processes_and_says_what_differs(swept: Swept) -> None:
+def test_a_sweep_says_what_differs(swept: Swept) -> None:
     out, report = swept.out, swept.report
     still, moved = report.arms
     assert len(still.values["structure"]) == len(moved.values["structure"]) == 2
@@ -366,8 +367,18 @@ def test_other_tiles_are_another_sweep(swept: Swept) -> None:
 
 
 @pytest.mark.slow
-def test_an_arm_that_fails_leaves_a_page_of_the_others_with_its_reason(swept: Swept) -> None:
+def test_an_arm_that_fails_leaves_a_page_of_the_others_with_its_reason(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That sites refuse: ``test_a_site_that_does_not_agree_is_named_and_the_others_go_on``."""
     refused = '[[arm]]\nname = "nobody agrees"\npolicy = { max_local_steps = 1 }\n'
+
+    def run(scenario: Scenario, out: Path, **options: Any) -> Report:
+        if "max_local_steps" in scenario.policy:
+            raise ScenarioError("too many local steps")
+        return run_scenario(scenario, out, **options)
+
+    monkeypatch.setattr(sweep_run, "run_scenario", run)
     page = swept.out / "sweep.html"
     with pytest.raises(ScenarioError) as raised:
         swept.again(TWO_ARMS + refused)
@@ -389,11 +400,13 @@ def test_an_arm_that_fails_leaves_a_page_of_the_others_with_its_reason(swept: Sw
 
 @pytest.mark.slow
 def test_what_is_chosen_runs_and_is_compared_with_what_is_finished(swept: Swept) -> None:
+    """In a process of its own, and compared with what ran in this one."""
     third = '[[arm]]\nname = "third"\naggregation = { rule = "uniform" }\n'
     sweep, scenarios = swept.loaded(TWO_ARMS + third)
     folder = swept.out / "runs" / "third"
+    chosen = sweep.chosen(["third"], [4])
     found = sweep_run.run_sweep(
-        sweep, scenarios, swept.out, chosen=sweep.chosen(["third"], [4]), source=swept.source
+        sweep, scenarios, swept.out, chosen=chosen, source=swept.source, num_parallel=2
     )
     assert [row.name for row in found.arms] == ["as it is", "Small steps, by patients!", "third"]
     assert found.arms[0] == swept.report.arms[0]
