@@ -17,7 +17,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from crafts_client.outbox import Release
-from crafts_client.signed_plan import SignedPlan
 from crafts_core.array_bytes import PACKED, packed, unpacked
 from crafts_core.exchange import (
     Announcement,
@@ -25,6 +24,7 @@ from crafts_core.exchange import (
     MaskedReply,
     ReadyReply,
     RoundRequest,
+    SignedPlan,
     check_tensors,
 )
 from crafts_core.state import State

@@ -14,8 +14,9 @@ from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_client.mechanism import limit_of, mechanisms_of, releases_to_come
 from crafts_client.policy import PolicyError
-from crafts_client.signed_plan import SignedPlan, open_signed_plan
+from crafts_client.signed_plan import open_signed_plan
 from crafts_client.site_ledger import existing_ledger
+from crafts_core.exchange import SignedPlan
 from crafts_core.foundation_manifest import read_manifest
 from crafts_core.plan import Plan, PlanError
 from crafts_core.plan_targets import target_problems

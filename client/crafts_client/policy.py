@@ -115,10 +115,7 @@ class Policy(BaseModel):
     all of it where ``trust`` is "site"."""
     min_own_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
     """Smallest share of noise that this site adds, whatever its part would be."""
-    peers: dict[
-        Name,
-        Sha256,
-    ] = {}
+    peers: dict[Name, Sha256] = {}
     """Fingerprints of other hospitals' keys that somebody here has checked for good."""
 
     @model_validator(mode="after")

@@ -5,22 +5,13 @@ Checked in this order: size, signer, signature, and only then is anything parsed
 
 import hmac
 import json
-from dataclasses import dataclass
 
 from crafts_client.policy import Policy, PolicyError, Rule
+from crafts_core.exchange import SignedPlan
 from crafts_core.plan import Plan, PlanError
 from crafts_privacy import signing
 
 MAX_PLAN_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignedPlan:
-    """Untrusted until ``open_signed_plan`` has looked at it."""
-
-    json: str
-    signature: str
-    public_key: str
 
 
 def open_signed_plan(signed: SignedPlan, policy: Policy) -> Plan:

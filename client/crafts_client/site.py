@@ -42,7 +42,7 @@ from crafts_client.register import PatientRegister
 from crafts_client.roster_rules import check_roster
 from crafts_client.round_news import RoundNews
 from crafts_client.seen_updates import SeenUpdates
-from crafts_client.signed_plan import SignedPlan, open_signed_plan
+from crafts_client.signed_plan import open_signed_plan
 from crafts_client.site_key import site_key
 from crafts_client.site_ledger import open_ledger, take_place
 from crafts_client.speed import Speed
@@ -61,6 +61,7 @@ from crafts_core.exchange import (
     ReadyReply,
     RoundReply,
     RoundRequest,
+    SignedPlan,
     global_norm,
     schema_hash,
     state_hash,

@@ -7,6 +7,7 @@ of the two closed records below. Both sides check what they get before they use 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import (
@@ -29,13 +30,21 @@ MAX_ANNOUNCEMENT_CHARS = 512 * 1024
 """More than a thousand members need."""
 Scalars = dict[str, str | int | float | bool]
 
-
 TOLD_OUT = "the site has told this release as often as it may"
 """A site's refusal of a release: its coordinator goes on with public data then."""
 
 
 class ExchangeError(CraftsError):
     """A peer sent something that is not what the plan says it should be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedPlan:
+    """A plan as it travels: exact bytes, and a signature of them (base64, Ed25519) to check."""
+
+    json: str
+    signature: str
+    public_key: str
 
 
 class _Record(BaseModel):

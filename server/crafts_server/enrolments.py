@@ -13,18 +13,19 @@ from sqlalchemy import ColumnElement, CursorResult, Update, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from crafts_core.names import NAME, SHA256
 from crafts_server.cohort_sizes import CohortSizes, agree_at_enrolment, check_patients, size_row
 from crafts_server.errors import EnrolmentError
 from crafts_server.pki import SITE_DAYS
 from crafts_server.registry import Registry
-from crafts_server.registry_rows import CohortSizeRow, EnrolmentRow, InvitationRow, WitnessRow
+from crafts_server.registry_rows import CohortSizeRow, EnrolmentRow, InvitationRow, WitnessRow, now
 from crafts_server.rosters import Rosters
 
-SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+SITE_NAME = re.compile(NAME)
 MAX_LEDGERS = 64
 """Of one site; it has one for each cohort."""
 _LEDGER_NAME = re.compile(r"[a-z0-9-]{1,64}")
-_HEAD = re.compile(r"[0-9a-f]{64}")
+_HEAD = re.compile(SHA256)
 _MAX_ENTRIES = 2**31 - 1
 _TOKEN_BYTES = 24
 _NO_TOKEN = "the token is unknown, used or expired; ask for a new invitation"  # noqa: S105
@@ -95,7 +96,7 @@ class Enrolments:
         with self._registry.session() as session:
             session.merge(
                 InvitationRow(
-                    site=name, token_hash=_hashed(token), expires_at=_now() + valid_for, used=False
+                    site=name, token_hash=_hashed(token), expires_at=now() + valid_for, used=False
                 )
             )
             size_row(session, name).invited = patients
@@ -138,7 +139,7 @@ class Enrolments:
                     site=site,
                     fingerprint=fingerprint,
                     node_public_key=node_public_key,
-                    enrolled_at=_now(),
+                    enrolled_at=now(),
                     revoked_at=None,
                 )
             )
@@ -155,7 +156,7 @@ class Enrolments:
             if row is None and invitation is None:
                 raise EnrolmentError(f"no site {name}; see crafts-server sites list")
             if row is not None and row.revoked_at is None:
-                row.revoked_at = _now()
+                row.revoked_at = now()
             if invitation is not None:
                 invitation.used = True
 
@@ -185,7 +186,7 @@ class Enrolments:
         with self._registry.session() as session:
             rows = session.scalars(
                 select(InvitationRow)
-                .where(InvitationRow.used.is_(False), InvitationRow.expires_at > _now())
+                .where(InvitationRow.used.is_(False), InvitationRow.expires_at > now())
                 .order_by(InvitationRow.site)
             )
             return {row.site: row.expires_at.replace(tzinfo=UTC) for row in rows}
@@ -238,7 +239,7 @@ def _kept(session: Session, site: str, ledger: str) -> Witness:
 
 def _keep(session: Session, site: str, ledger: str, *, kept: Witness, seen: Witness) -> bool:
     """Replace what was kept; False if it is not what is there any more."""
-    values = {"entries": seen.entries, "head": seen.head, "seen_at": _now()}
+    values = {"entries": seen.entries, "head": seen.head, "seen_at": now()}
     if kept.head:
         is_kept = (
             WitnessRow.site == site,
@@ -276,13 +277,9 @@ def _counts(token: str) -> tuple[ColumnElement[bool], ...]:
     return (
         InvitationRow.token_hash == _hashed(token),
         InvitationRow.used.is_(False),
-        InvitationRow.expires_at > _now(),
+        InvitationRow.expires_at > now(),
     )
 
 
 def _hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crafts_core.durable import exclusive_lock, write_file
+from crafts_core.exchange import SignedPlan
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.plan import Plan, describe_first_error
 from crafts_core.roster import Roster
@@ -41,7 +42,6 @@ from crafts_server.errors import HomeError
 from crafts_server.pki import Pki
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rosters import Rosters
-from crafts_server.signed_plan import SignedPlan
 
 EMBEDDED = "embedded"
 SQLITE = "sqlite"

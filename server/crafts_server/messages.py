@@ -21,11 +21,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from crafts_core.array_bytes import PACKED, packed, unpacked, unpacked_vector
-from crafts_core.exchange import ExchangeError, MaskedReply, ReadyReply, RoundReply, RoundRequest
+from crafts_core.exchange import (
+    ExchangeError,
+    MaskedReply,
+    ReadyReply,
+    RoundReply,
+    RoundRequest,
+    SignedPlan,
+)
 from crafts_core.harmless import harmless
 from crafts_core.state import State
 from crafts_privacy.secure_aggregation.masking import Group
-from crafts_server.signed_plan import SignedPlan
 
 TRAIN, MASKED = "train", "train.masked"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}

@@ -33,6 +33,7 @@ from crafts_server.registry_rows import (
     RoundRow,
     RunRow,
     SiteRow,
+    now,
 )
 
 FORMAT_VERSION = 1
@@ -240,7 +241,7 @@ class Registry:
                     run_id=run_id,
                     plan_hash=plan_hash,
                     status=RunStatus.RUNNING,
-                    started_at=_now(),
+                    started_at=now(),
                 )
             )
 
@@ -259,7 +260,7 @@ class Registry:
         with self.session() as session:
             run = _run(session, run_id)
             run.status = status
-            run.finished_at = _now() if status is RunStatus.FINISHED else None
+            run.finished_at = now() if status is RunStatus.FINISHED else None
 
     def checkpoints(self, run_id: str) -> list[CheckpointRecord]:
         """Committed checkpoints in order."""
@@ -288,7 +289,7 @@ class Registry:
                     round=checkpoint.round,
                     manifest_hash=checkpoint.manifest_hash,
                     state_hash=checkpoint.state_hash,
-                    created_at=_now(),
+                    created_at=now(),
                 )
             )
             if receipt is not None:
@@ -359,7 +360,7 @@ def plan_row(plan: PlanRecord) -> PlanRow:
         json=plan.json,
         signature=plan.signature,
         public_key=plan.public_key,
-        signed_at=_now(),
+        signed_at=now(),
     )
 
 
@@ -422,7 +423,7 @@ def _participations(receipt: RoundReceipt) -> Iterator[ParticipationRow]:
 def _remember_sites(session: Session, names: Sequence[str]) -> None:
     for name in names:
         if session.get(SiteRow, name) is None:
-            session.add(SiteRow(name=name, first_seen_at=_now()))
+            session.add(SiteRow(name=name, first_seen_at=now()))
 
 
 def _alone(connection: Connection) -> None:
@@ -456,7 +457,3 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     )  # first: the next line reads the file
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)

@@ -1,6 +1,6 @@
 """Tables of the registry (design 5.7). Times are UTC; columns hold them without a zone."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlalchemy import ForeignKey, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -214,3 +214,8 @@ class CheckpointRow(Base):
     manifest_hash: Mapped[str] = mapped_column(String(64))
     state_hash: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime]
+
+
+def now() -> datetime:
+    """As columns hold it."""
+    return datetime.now(UTC).replace(tzinfo=None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from crafts_core.exchange import SignedPlan
 from crafts_core.plan import Factor, Plan
 from crafts_core.releases import Decoded
 from crafts_core.retrieval_record import Retrieval
@@ -16,7 +17,6 @@ from crafts_server.checkpoints import CheckpointStore
 from crafts_server.collection import Members, Patience
 from crafts_server.probe import ProbeOfRound
 from crafts_server.registry import Registry
-from crafts_server.signed_plan import SignedPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

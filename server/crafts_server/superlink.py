@@ -316,7 +316,7 @@ class _StateGrid(HttpGrid):
 
 
 class _InProcess:
-    """The five calls that the Grid makes, answered by the handlers that HTTP would reach."""
+    """The calls that the Grid makes, answered by the handlers that HTTP would reach."""
 
     def __init__(self, state: SqlLinkState, task: Any) -> None:
         self._state, self._task = state, task

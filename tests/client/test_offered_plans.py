@@ -17,8 +17,8 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.offered_plans import judge
 from crafts_client.plan_words import seconds_per_step
 from crafts_client.round_time import RoundTime
-from crafts_client.signed_plan import SignedPlan
 from crafts_client.site import Site
+from crafts_core.exchange import SignedPlan
 from crafts_core.plan import Plan
 from crafts_privacy import signing
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry

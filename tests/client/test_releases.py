@@ -27,11 +27,10 @@ from crafts_client.plan_words import plan_words, seconds_per_step
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.preparation import fill_cache
 from crafts_client.register import PatientRegister
-from crafts_client.signed_plan import SignedPlan
 from crafts_client.site import Site
 from crafts_client.site_ledger import open_ledger
 from crafts_client.training_task import Randomness
-from crafts_core.exchange import RoundRequest
+from crafts_core.exchange import RoundRequest, SignedPlan
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
 from crafts_core.plan_keys import commented_toml

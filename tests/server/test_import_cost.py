@@ -11,7 +11,7 @@ import pytest
 from crafts_client import doctor
 from crafts_client.budget import budget_of, left_for
 from crafts_client.offered_plans import judge
-from crafts_client.signed_plan import SignedPlan
+from crafts_core.exchange import SignedPlan
 from crafts_core.plan import Plan
 from crafts_privacy import signing
 from crafts_server.home import CoordinatorHome, HomeConfig

@@ -4,9 +4,8 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from crafts_core.exchange import ExchangeError, RoundRequest, state_hash
+from crafts_core.exchange import ExchangeError, RoundRequest, SignedPlan, state_hash
 from crafts_server.messages import as_travelled, encode, error_sentence, read_reply, request_message
-from crafts_server.signed_plan import SignedPlan
 from support.fake_grid import FakeGrid
 from support.studies import received, reply_with, small_state
 

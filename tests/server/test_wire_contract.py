@@ -5,9 +5,15 @@ from flwr.app import Message
 
 from crafts_client.messages import read_message, read_state, write_reply
 from crafts_client.outbox import Payment, Release
-from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash, state_hash
+from crafts_core.exchange import (
+    RoundReply,
+    RoundRequest,
+    SignedPlan,
+    global_norm,
+    schema_hash,
+    state_hash,
+)
 from crafts_server.messages import as_travelled, encode, read_reply, request_message
-from crafts_server.signed_plan import SignedPlan
 from support.fake_grid import FakeGrid
 from support.studies import small_state
 

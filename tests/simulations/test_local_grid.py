@@ -99,15 +99,3 @@ def test_ctrl_c_at_a_site_stops_the_run() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(grid.pull_messages([ask(grid, 1)]))
-
-
-def test_send_and_receive_gives_every_reply() -> None:
-    grid = LocalGrid(TurnsHere({"a": node(echo), "b": node(echo)}))
-    messages = [
-        Message(RecordDict({"note": ConfigRecord({"text": str(each)})}), each, "train")
-        for each in (1, 2)
-    ]
-
-    replies = grid.send_and_receive(messages, timeout=60.0)
-
-    assert [reply.content["note"]["text"] for reply in replies] == ["1", "2"]

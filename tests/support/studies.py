@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
+from crafts_core.exchange import RoundReply, RoundRequest, SignedPlan, global_norm, schema_hash
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_core.state import State
@@ -19,7 +19,6 @@ from crafts_server.aggregation import AggregationRule, PublicProbe, rule_of
 from crafts_server.checkpoints import CheckpointStore
 from crafts_server.collection import Members, Patience
 from crafts_server.registry import PlanRecord, Registry
-from crafts_server.signed_plan import SignedPlan
 from crafts_server.study import Study
 from support.fake_grid import SiteFunction
 from support.wire import as_record, from_record

@@ -115,8 +115,8 @@ class StoreUpdate:
         there goes: the table is right.
         """
         holders: dict[str, list[str]] = defaultdict(list)
-        for slide_id, known in self._sources.items():
-            holders[known.content].append(slide_id)
+        for slide_id, stored in self._sources.items():
+            holders[stored.content].append(slide_id)
         listed = {source.slide_id for source in sources}
         wanted = []
         num_tiles = Counter(self._old_rows["slide"].to_pylist())
