@@ -535,7 +535,7 @@ def _checked(model: type[Any], **values: object) -> Any:
     from pydantic import ValidationError
 
     from crafts_client.errors import HomeError
-    from crafts_core.plan import describe_first_error
+    from crafts_core.fields import describe_first_error
 
     try:
         return model(**values)

@@ -16,8 +16,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from crafts_client.errors import EnrolmentError
-from crafts_core.names import Name, Sha256
-from crafts_core.plan import describe_first_error
+from crafts_core.fields import Name, Sha256, describe_first_error
 from crafts_privacy import signing
 
 _MOST_PEM_BYTES = 16 * 1024

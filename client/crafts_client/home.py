@@ -44,9 +44,8 @@ from crafts_client.figures import Figures
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.policy import Policy
 from crafts_core.durable import write_file
+from crafts_core.fields import Name, describe_first_error
 from crafts_core.foundation_manifest import embedded_path
-from crafts_core.names import Name
-from crafts_core.plan import describe_first_error
 from crafts_core.roster import MAX_PATIENTS
 
 SITE_NAME, POLICY_NAME, LEDGER_NAME = "site.toml", "policy.toml", "ledger.db"

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crafts_client.errors import HomeError
 from crafts_core.delta_text import delta_text
 from crafts_core.errors import CraftsError
-from crafts_core.names import Name, Sha256
-from crafts_core.plan import Plan, RoundOfPlan, StageName, describe_first_error
+from crafts_core.fields import Name, Sha256, describe_first_error
+from crafts_core.plan import Plan, RoundOfPlan, StageName
 from crafts_privacy.filters import FILTER_PATTERN, check_filters
 from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE, NOISE_TOLERANCE
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from crafts_core import __version__
 from crafts_core.durable import exclusive_lock, sync
 from crafts_core.errors import CraftsError
-from crafts_core.names import Sha256
+from crafts_core.fields import Sha256
 
 MANIFEST = "MANIFEST-"
 Whose = Literal["site", "coordinator"]

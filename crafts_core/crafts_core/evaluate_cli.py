@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from crafts_core.command_line import one_line_errors, progress_bars, say
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.show import Show
-from crafts_core.plan import describe_first_error
+from crafts_core.fields import describe_first_error
 from crafts_core.sample_cli import (
     AsJson,
     Device,

@@ -20,8 +20,8 @@ from pydantic import (
 )
 
 from crafts_core.errors import CraftsError
-from crafts_core.names import Name, Sha256
-from crafts_core.plan import Factor, describe_first_error
+from crafts_core.fields import Name, Sha256, describe_first_error
+from crafts_core.plan import Factor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crafts_core import __version__
 from crafts_core.durable import share_as_umask_says
 from crafts_core.errors import CraftsError
-from crafts_core.names import Sha256
-from crafts_core.plan import describe_first_error
+from crafts_core.fields import Sha256, describe_first_error
 
 MANIFEST_NAME = "foundation.json"
 DENOISER_FOLDERS = ("unet", "transformer")

@@ -13,14 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
+from crafts_core.fields import Sha256, describe_first_error
 from crafts_core.foundation_manifest import (
     DENOISER_FOLDERS,
     MANIFEST_NAME,
     read_manifest,
     sha256_of,
 )
-from crafts_core.names import Sha256
-from crafts_core.plan import describe_first_error
 from crafts_core.provenance import Origin
 from crafts_core.vocabulary import Prompt, prompt_bank
 

@@ -21,11 +21,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from crafts_core.errors import CraftsError
-from crafts_core.harmless import harmless
-from crafts_core.names import IN_WORDS, Name, Sha256
+from crafts_core.fields import Name, Sha256, describe, describe_first_error
 
 ReleaseName = Literal["anchors", "colour"]
 """What sites tell once, before training: a noised sum over their patients of few numbers each."""
@@ -48,10 +46,6 @@ _OF_RETRIEVAL = ("tiles_per_caption", "public_steps")
 _KEYS_OF_RETRIEVAL = ("learning_rate", *_OF_RETRIEVAL, "lambda_align")
 MAX_STEPS = 100_000
 """Of a plan; beyond, composing their privacy losses takes minutes and rounds too much up."""
-_MOST_SHOWN = 300
-"""Letters of a key or a complaint."""
-_NO_DEFAULT = "default_factory_not_called"
-"""What pydantic says besides of a key whose default rests on one that is wrong."""
 
 
 class PlanError(CraftsError):
@@ -534,7 +528,7 @@ class Plan(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = [_described(each) for each in error.errors()]
+            problems = [describe(each) for each in error.errors()]
             raise PlanError(f"plan: {describe_first_error(error)}", problems=problems) from error
 
     def to_json(self) -> str:
@@ -650,21 +644,3 @@ class Plan(_Section):
         if self.adapter.schedule == "second_only" or number % 2 == 1:
             return "second"
         return "first"
-
-
-def describe_first_error(error: ValidationError) -> str:
-    """One line for the first thing that is wrong: where, what, and how many more."""
-    first, *rest = [each for each in error.errors() if each["type"] != _NO_DEFAULT]
-    more = f" (and {len(rest)} more)" if rest else ""
-    return f"{_described(first)}{more}"
-
-
-def _described(error: ErrorDetails) -> str:
-    """Where and what. Keys, and values in a message, may be somebody else's."""
-    where = ".".join(str(part) for part in error["loc"]) or "whole file"
-    what = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        what = "unknown key; remove it"
-    elif words := IN_WORDS.get(error.get("ctx", {}).get("pattern", "")):
-        what = f"expected {words}"
-    return f"{harmless(where, most=_MOST_SHOWN)}: {harmless(what, most=_MOST_SHOWN)}"

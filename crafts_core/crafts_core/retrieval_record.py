@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from crafts_core.fields import Sha256
 from crafts_core.harmless import harmless
-from crafts_core.names import Sha256
 
 PICKED = "picked.tsv"
 _COLUMNS = ("caption", "tiles", "file", "sha256", "case", "licence", "source")

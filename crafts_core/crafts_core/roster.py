@@ -25,8 +25,7 @@ from pydantic import (
 )
 
 from crafts_core.errors import CraftsError
-from crafts_core.names import Name, Sha256
-from crafts_core.plan import describe_first_error
+from crafts_core.fields import Name, Sha256, describe_first_error
 
 MAX_PATIENTS = 2**31 - 1
 """What a registry's column holds."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from crafts_core import names
+from crafts_core import fields
 from crafts_privacy import accounting
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import (
@@ -26,7 +26,7 @@ MAX_CARRIED = 1000
 """How often one charge is carried over. Each is a training of which nothing should be told: that a
 word leaves late all the same has a chance (``answer_times.OVERRUN``), which must not add up."""
 HOLDS_A_CHARGE = frozenset({EntryKind.RESERVED, EntryKind.CARRIED})
-SHA256 = re.compile(names.SHA256)
+SHA256 = re.compile(fields.SHA256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

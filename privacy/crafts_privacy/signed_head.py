@@ -12,7 +12,7 @@ from typing import Annotated, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field
 
-from crafts_core.names import Name, Sha256
+from crafts_core.fields import Name, Sha256
 from crafts_privacy import signing
 from crafts_privacy.witness import LedgerHead
 

@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 
 from crafts_core.durable import write_directory
 from crafts_core.exchange import state_hash
-from crafts_core.names import Sha256
-from crafts_core.plan import describe_first_error
+from crafts_core.fields import Sha256, describe_first_error
 from crafts_privacy.signing import SignatureError, public_key_of, sign, verify
 from crafts_server.errors import CheckpointError, StorageError
 from crafts_server.receipts import RoundReceipt

@@ -122,7 +122,7 @@ def init(
 def _checked_config(told: Mapping[str, object]) -> "HomeConfig":
     from pydantic import ValidationError
 
-    from crafts_core.plan import describe_first_error
+    from crafts_core.fields import describe_first_error
     from crafts_server.errors import HomeError
     from crafts_server.home import HomeConfig
 

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, CursorResult, Update, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from crafts_core.names import NAME, SHA256
+from crafts_core.fields import NAME, SHA256
 from crafts_server.cohort_sizes import CohortSizes, agree_at_enrolment, check_patients, size_row
 from crafts_server.errors import EnrolmentError
 from crafts_server.pki import SITE_DAYS

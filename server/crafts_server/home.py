@@ -31,8 +31,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.exchange import SignedPlan
+from crafts_core.fields import describe_first_error
 from crafts_core.foundation_manifest import embedded_path
-from crafts_core.plan import Plan, describe_first_error
+from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
 from crafts_server.audit_log import AuditLog

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from crafts_core.names import Sha256
+from crafts_core.fields import Sha256
 from crafts_core.plan import Factor, StageName
 from crafts_core.retrieval_record import Retrieval
 

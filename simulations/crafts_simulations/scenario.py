@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from crafts_core.evaluation.evaluate import EvaluationConfig
-from crafts_core.names import Name
+from crafts_core.fields import Name, describe_first_error
 from crafts_core.plan import (
     AdapterConfig,
     AggregationConfig,
@@ -34,7 +34,6 @@ from crafts_core.plan import (
     PrivacyConfig,
     StageConfig,
     TransportConfig,
-    describe_first_error,
 )
 from crafts_core.procedural import random_stain
 from crafts_server.aggregation import rule_of

@@ -27,7 +27,8 @@ from crafts_client.ingest import (
 )
 from crafts_client.policy import Policy
 from crafts_client.preparation import fill_cache
-from crafts_core.plan import Plan, describe_first_error
+from crafts_core.fields import describe_first_error
+from crafts_core.plan import Plan
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 from crafts_simulations.errors import ScenarioError

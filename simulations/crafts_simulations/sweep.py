@@ -44,7 +44,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from crafts_core.plan import describe_first_error
+from crafts_core.fields import describe_first_error
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import Scenario, load_scenario, parse_scenario, shipped_scenarios
 

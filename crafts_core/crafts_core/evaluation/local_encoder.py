@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from crafts_core.evaluation.encoder import EncoderError
 from crafts_core.evaluation.network_encoder import NetworkEncoder, Preparation, identity
+from crafts_core.fields import describe_first_error
 from crafts_core.foundation_manifest import FoundationError
-from crafts_core.plan import describe_first_error
 from crafts_core.pretrained import fill, read_part, read_weights, readable
 
 _CLIP = "clip"

@@ -26,8 +26,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from crafts_core.fields import describe_first_error
 from crafts_core.foundation_manifest import FoundationError
-from crafts_core.plan import describe_first_error
 from crafts_core.vocabulary import CANCER_TYPES, cancer_type
 
 Pixels = npt.NDArray[np.uint8]

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from crafts_core.names import Sha256
+from crafts_core.fields import Sha256
 from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import describe_file

@@ -30,8 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from crafts_core.durable import write_file
+from crafts_core.fields import Sha256
 from crafts_core.foundation import Foundation
-from crafts_core.names import Sha256
 from crafts_core.tiles.cache_files import (
     CAPTION_EMBEDDINGS,
     KEYS_NAME,

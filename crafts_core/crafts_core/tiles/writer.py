@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.durable import sync, write_file
-from crafts_core.names import Sha256
+from crafts_core.fields import Sha256
 from crafts_core.plan import MODALITIES, Modality
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileRecord, TileStoreError
 
