@@ -3,6 +3,7 @@ import itertools
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from crafts_core.starting_point import initial_state
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.accounting import PrivacyEvent, epsilon
+from crafts_privacy.audit import audit
 from crafts_privacy.ledger import Ledger
 from crafts_privacy.noise import ExactNoise, GridNoise
 from crafts_simulations.small_study import write_random_store
@@ -456,16 +458,19 @@ def test_the_audit_draws_its_noise_where_training_does(home, monkeypatch) -> Non
 
 
 def test_an_audit_whose_trainer_fails_exits_one(home, monkeypatch) -> None:
+    """Though the engine passes, which it does with fewer canaries too."""
     broken = TrainingCheck(
         stage="alignment", name="noise is fresh", question="is it?", passed=False, found="p = 0"
     )
     found = TrainingAudit(stages=("alignment",), checks=(broken,), one_runs=())
     monkeypatch.setattr(site_audit, "audit_training", lambda *_, **__: found)
+    monkeypatch.setattr(site_audit, "audit", partial(audit, num_canaries=300, seed=0))
 
     done = run("audit", "--home", home.path)
 
     assert done.exit_code == 1
     assert "FAILED  alignment, noise is fresh: is it? (p = 0)" in done.stdout
+    assert done.stdout.count("FAILED") == 1
     assert not json.loads(home.audit_path.read_text())["passed"]
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def audit_record(tmp_path_factory: pytest.TempPathFactory, one_round: Path) -> d
         stage="alignment", name="fresh", question="is it fresh?", passed=True, found="p = 0.42"
     )
     trained_as = TrainingAudit(stages=("pretraining", "alignment"), checks=(check,), one_runs=())
-    with pytest.MonkeyPatch.context() as patched:  # its own tests run it
+    with pytest.MonkeyPatch.context() as patched:  # their own tests run them whole
         patched.setattr(site_audit, "audit_training", lambda *_, **__: trained_as)
+        patched.setattr(site_audit, "audit", partial(audit_engine, num_canaries=300))
         done = run("audit", "--home", path)
     assert done.exit_code == 0, done.output
     return json.loads(SiteHome.open(path).audit_path.read_text())
