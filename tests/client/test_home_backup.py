@@ -333,85 +333,99 @@ def test_a_home_with_a_damaged_ledger_is_not_backed_up(home: Path) -> None:
     assert not home.with_name("b.tar").exists()
 
 
-KILLED = """
-import os, pathlib, signal, sys
-real, count = os.fsync, 0
-def dies(descriptor):
-    global count
-    count += 1
-    if count == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(descriptor)
-os.fsync = dies
-rename = pathlib.Path.rename
-def renames(self, target):
-    global count
-    count += 1
-    if count == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-pathlib.Path.rename = renames
+DRIVER = """
+import contextlib, io, json, os, pathlib, signal, sys
+from crafts_client import home_backup  # what a command imports late, once for all forks
 from crafts_client.cli import app
-app(sys.argv[2:])
+
+count = last = 0
+
+def dying(call):
+    def counted(*arguments):
+        global count
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+    return counted
+
+def forked(point, words):
+    global last
+    said, saying = os.pipe()
+    child = os.fork()
+    if child == 0:
+        last = point
+        os.fsync, pathlib.Path.rename = dying(os.fsync), dying(pathlib.Path.rename)
+        with contextlib.redirect_stdout(io.StringIO()):
+            failed = app(words, standalone_mode=False)
+        os.write(saying, str(count).encode())
+        os._exit(1 if failed else 0)
+    os.close(saying)
+    with os.fdopen(said) as file:
+        told = file.read()
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return -os.WTERMSIG(status)
+    assert status == 0, "the command failed by itself"
+    return int(told)
+
+print(json.dumps([forked(*command) for command in json.loads(sys.argv[1])]))
 """
+"""Runs commands in forks of one process that has imported everything; each dies at a point."""
 
 
-def killed_at(point: int, *words: object) -> bool:
-    """Whether the command came so far; it was killed there."""
-    command = [sys.executable, "-c", KILLED, str(point), *map(str, words)]
+def run_until(*commands: tuple[int, list[object]]) -> list[int]:
+    """Run each command until so many syncs and renames have begun; 0 is never.
+
+    Returns:
+        For each the signal that ended it, negative, or how many a whole run has.
+    """
+    asked = json.dumps([(point, [str(word) for word in words]) for point, words in commands])
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True
+        [sys.executable, "-c", DRIVER, asked],
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode != 0
+    assert done.returncode == 0, done.stderr
+    ends: list[int] = json.loads(done.stdout)
+    return ends
 
 
 def test_a_backup_that_was_killed_is_not_there(home: Path) -> None:
-    out = home.with_name("b.tar")
-    for point in (1, 2):
-        assert killed_at(point, "backup", out, "--home", home)
+    outs = [home.with_name(f"b{point}.tar") for point in (1, 2)]
+    killed = [(point + 1, ["backup", out, "--home", home]) for point, out in enumerate(outs)]
+    assert run_until(*killed) == [-signal.SIGKILL] * 2
+    for out in outs:
         assert not out.exists()
-    assert run("backup", out, "--home", home).exit_code == 0
-    left = {path.name for path in home.parent.iterdir() if path.name.startswith(".b.tar")}
+        assert run("backup", out, "--home", home).exit_code == 0
+    left = {path.name for path in home.parent.iterdir() if path.name.startswith(".b")}
     assert left == set()
 
 
-@pytest.mark.parametrize("from_end", [0, 1, 3])
-def test_a_restore_that_was_killed_is_no_home(home: Path, from_end: int) -> None:
+def test_a_restore_that_was_killed_is_no_home(home: Path) -> None:
     """At the first sync, or with some files moved: never a home that pays."""
-    out, new = home.with_name("b.tar"), home.with_name("new")
+    out = home.with_name("b.tar")
     assert run("backup", out, "--home", home).exit_code == 0
-    last = 1
-    if from_end:
-        last = steps_of_restore(out, home.with_name("probe")) - from_end
-    assert killed_at(last, "restore", out, "--home", new)
-    with pytest.raises(HomeError, match="no site home"):
-        SiteHome.open(new)
-    again = run("restore", out, "--home", new)
-    if from_end:
-        assert "is not empty" in again.stderr
-        shutil.rmtree(new)
+    (steps,) = run_until((0, ["restore", out, "--home", home.with_name("whole")]))
+    points = {f"new-{point}": point for point in (1, steps - 3, steps - 1)}
+    assert len(points) == 3
+    killed = [
+        (point, ["restore", out, "--home", home.with_name(name)]) for name, point in points.items()
+    ]
+    assert run_until(*killed) == [-signal.SIGKILL] * 3
+    for name, point in points.items():
+        new = home.with_name(name)
+        with pytest.raises(HomeError, match="no site home"):
+            SiteHome.open(new)
         again = run("restore", out, "--home", new)
-    assert again.exit_code == 0
-    assert Ledger(new / "ledger.db").restored_from() is not None
-
-
-def steps_of_restore(out: Path, home: Path) -> int:
-    """How many renames and syncs a whole one has."""
-    words = KILLED.replace(
-        "app(sys.argv[2:])",
-        "import atexit; atexit.register(lambda: print(count)); app(sys.argv[2:])",
-    )
-    command = [sys.executable, "-c", words, "0", "restore", str(out), "--json", "--home", str(home)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    json.loads(done.stdout.splitlines()[0])
-    return int(done.stdout.splitlines()[-1])
+        if point > 1:
+            assert "is not empty" in again.stderr
+            shutil.rmtree(new)
+            again = run("restore", out, "--home", new)
+        assert again.exit_code == 0
+        assert Ledger(new / "ledger.db").restored_from() is not None
 
 
 def test_a_backup_of_something_else_is_refused(home: Path) -> None:

@@ -554,8 +554,9 @@ run_rounds(FakeGrid(sites), small_study(Path(sys.argv[1])), initial_state=small_
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kill_9_in_a_round_loses_no_committed_round(tmp_path: Path, undisturbed: State) -> None:
+    """As at any durable write, in a process of its own, where no ``finally`` runs either."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "home")],
