@@ -124,6 +124,18 @@ def test_new_patients_of_the_same_kind_lie_at_zero_on_average() -> None:
     assert abs(np.mean(values)) < 0.01
 
 
+@pytest.mark.parametrize("patients", [4, 5])
+@pytest.mark.parametrize("drawn_of", [2, 4])
+def test_few_patients_of_one_tile_have_an_interval(patients: int, drawn_of: int) -> None:
+    """Some bootstrap samples hold one patient alone, on one side at least: no pair to measure."""
+    reference = _reference(patients=patients, tiles=1)
+    images = np.random.default_rng(1).standard_normal((16, 6))
+    names = _dealt(reference, 16)[np.arange(16) % drawn_of]
+    for seed in range(5):
+        _, interval = mmd_to_reference(images, names, reference, num_bootstrap=200, seed=seed)
+        assert np.isfinite(interval).all()
+
+
 @pytest.mark.parametrize("tiles", [1, 4, 20])
 def test_the_bootstrap_lies_around_the_estimate(tiles: int) -> None:
     """Paired with its own repeats, a patient would shift it upwards, more with more tiles."""
