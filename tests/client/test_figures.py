@@ -50,8 +50,11 @@ def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     assert Figures(tmp_path / "missing" / "figures.json").of(float, (), lambda: 0.25) == 0.25
 
 
-@pytest.mark.slow
-def test_the_file_is_the_owners_and_stays_small(kept: Figures, tmp_path: Path) -> None:
+def test_the_file_is_the_owners_and_stays_small(
+    kept: Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert figures._MOST_KEPT <= 256, "answers, each of some hundred bytes"
+    monkeypatch.setattr(figures, "_MOST_KEPT", 8)
     for number in range(figures._MOST_KEPT + 9):
         kept.of(int, (number,), lambda number=number: number)
     file = tmp_path / "figures.json"

@@ -364,10 +364,6 @@ def test_a_record_is_a_table_of_harmless_lines(pool: PublicPool) -> None:
     assert Retrieval.model_validate_json(record.model_dump_json()) == record
 
 
-def changed(**changes: object) -> dict:
-    return retrieval_values("a" * 64) | changes
-
-
 @pytest.mark.parametrize(
     ("stages", "complaint"),
     [

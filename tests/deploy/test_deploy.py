@@ -131,9 +131,12 @@ def test_the_container_recipe_copies_what_the_package_is_made_of() -> None:
 
 
 def site_in_compose(
-    folder: Path, ends: str, *words: str, begins: str = "", stop: bool = False
+    folder: Path, ends: str, *words: str, begins: str = "", stop: bool = False, last: str = ""
 ) -> tuple[int | None, str]:
-    """site.sh with a ``crafts-client`` that a test plays: exit status, None while it waits."""
+    """site.sh with a ``crafts-client`` that a test plays: exit status, None while it waits.
+
+    ``last`` is of what it says before it waits, from when on an end would come at once.
+    """
     program = folder / "crafts-client"
     program.write_text(f'#!/bin/sh\n{begins}\necho began "$@"\n{ends}\n')
     program.chmod(0o755)
@@ -144,16 +147,22 @@ def site_in_compose(
         stderr=subprocess.STDOUT,
         text=True,
     )
+    assert site.stdout is not None
+    said = ""
     try:
         if stop:
-            assert site.stdout is not None
-            assert site.stdout.readline() == "began join\n"
+            said = site.stdout.readline()
+            assert said == "began join\n"
             site.terminate()
-        return site.wait(3), site.communicate()[0]
+        while last not in said:
+            line = site.stdout.readline()
+            assert line, f"it ended without a word of {last!r}: {said}"
+            said += line
+        return site.wait(0.5 if last else 3), said + site.communicate()[0]
     except subprocess.TimeoutExpired:
         site.terminate()
         assert site.wait(10) == 0, "docker stop need not kill it"
-        return None, site.communicate()[0]
+        return None, said + site.communicate()[0]
 
 
 @pytest.mark.parametrize(
@@ -172,9 +181,8 @@ def test_a_site_in_compose_ends_as_its_program_does(
     assert not (tmp_path / "revoked").exists()
 
 
-@pytest.mark.slow
 def test_a_revoked_site_in_compose_waits_and_is_unhealthy(tmp_path: Path) -> None:
-    status, said = site_in_compose(tmp_path, "exit 3", "join")
+    status, said = site_in_compose(tmp_path, "exit 3", "join", last="revoked this site")
     assert status is None, "an end would be a new start"
     assert said.count("began join") == 1
     assert "revoked this site" in said

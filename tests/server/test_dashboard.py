@@ -1,5 +1,6 @@
 """Who has the link sees the study as it is; others see nothing, and nobody can do anything."""
 
+import itertools
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -350,9 +351,8 @@ def test_a_plan_without_a_run_shows_why_it_failed(
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize("page", ["", "runs/run"])
 def test_a_phone_shows_it_by_day_and_by_night(
-    home: CoordinatorHome, token: str, tmp_path: Path, page: str
+    home: CoordinatorHome, token: str, tmp_path: Path
 ) -> None:
     """Nothing is wider than the screen, and the policy lets the style in."""
     papers = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 29)"}
@@ -362,7 +362,7 @@ def test_a_phone_shows_it_by_day_and_by_night(
         served(make_app(home.path, token)) as address,
     ):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        for scheme, paper in papers.items():
+        for page, (scheme, paper) in itertools.product(("", "runs/run"), papers.items()):
             wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
             browser.get(f"{address}{token}/{page}")
@@ -370,4 +370,4 @@ def test_a_phone_shows_it_by_day_and_by_night(
                 "return [getComputedStyle(document.body).backgroundColor,"
                 " document.documentElement.scrollWidth]"
             )
-            assert shown == [paper, screen["width"]]
+            assert shown == [paper, screen["width"]], page

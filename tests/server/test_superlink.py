@@ -281,10 +281,6 @@ def zipped(**files: str) -> bytes:
 OURS = {"pyproject.toml": bundle.TEXT, ".info__CONTENT": ""}
 
 
-def saying(text: str) -> bytes:
-    return zipped(**OURS | {"pyproject.toml": text})
-
-
 @pytest.mark.parametrize(
     ("content", "accepted"),
     [
