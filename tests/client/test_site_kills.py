@@ -46,6 +46,7 @@ from crafts_privacy import ledger_store
 from crafts_privacy.held_sum import HeldSum
 from crafts_privacy.ledger import EntryKind, Ledger, LedgerError, Reservation
 from crafts_privacy.patient_sgd import PatientSum
+from crafts_privacy.place import Place
 from crafts_privacy.secure_aggregation.masking import MaskKey
 from crafts_privacy.secure_aggregation.members import announce
 from crafts_privacy.secure_aggregation.updates import HeldUpdate
@@ -352,6 +353,8 @@ def drive(folder: Path, kills: int, seed: int, broken: str, kind: str) -> dict[s
     home, kept = folder / "site", os.environ.get("DISK_KEPT")
     if kept:
         power_cut.settle(home, Path(kept))
+        # A disk that comes back has the files that it had; here they are written anew.
+        Place.of = lambda *_: Place(folder="0", files="0", machine="-")  # type: ignore[assignment]
     reached: list[str] = []
     for kill in itertools.islice(kills_of(random.Random(seed), study.points), kills):
         while not run_and_kill(study, len(reached), kill, broken):
@@ -361,8 +364,6 @@ def drive(folder: Path, kills: int, seed: int, broken: str, kind: str) -> dict[s
             power_cut.cut(home, Path(kept))
         if found := violations(folder):
             break
-        if kept:  # the disk has new files now; whoever put it back says that it is the only one
-            Ledger(home / "ledger.db").move()
     else:
         run_site(study, len(rounds_released(folder)) + 1, kills)
         found = violations(folder)
