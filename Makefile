@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Three hospitals train one generator (about ten minutes on two cores)
 	$(BIN)/crafts-sim run quickstart --out $(RUNS)/quickstart
 
-test: $(STAMP)  ## The whole suite (about thirteen minutes on two cores)
+test: $(STAMP)  ## The whole suite (about a quarter of an hour on two cores)
 	$(PYTEST) -m "not exhaustive"
 
 test-fast: $(STAMP)  ## Without the slow tests (two minutes)

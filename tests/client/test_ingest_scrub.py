@@ -282,7 +282,7 @@ def test_hostile_text_takes_linear_time(piece: str) -> None:
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(30_000) < 30 * max(seconds(3000), 0.02)
+    assert seconds(30_000) < 30 * max(seconds(3000), 0.05)
 
 
 def test_text_that_does_not_settle_is_dropped() -> None:

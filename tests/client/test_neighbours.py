@@ -131,7 +131,7 @@ def hostile(start: State, *, seed: int) -> State:
     "adapters",
     [
         # With the last two 1.06 C and 1.36 C were measured where a last pass was smaller.
-        pytest.param([*range(7), 42, 56], id="few"),
+        pytest.param([0, 2, 4, 6, 42, 56], id="few"),
         pytest.param(range(200), id="200", marks=pytest.mark.exhaustive),
     ],
 )

@@ -400,7 +400,7 @@ def assert_nothing_was_lost(result: dict[str, Any], kills: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
-        pytest.param("plain", 20, id="20"),
+        pytest.param("plain", 16, id="16"),
         pytest.param("plain", 200, id="200", marks=pytest.mark.exhaustive),
         pytest.param("sums", 24, id="sums-24"),
         pytest.param("sums", 200, id="sums-200", marks=pytest.mark.exhaustive),

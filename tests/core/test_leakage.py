@@ -84,7 +84,7 @@ def test_an_untrained_generator_leaks_nothing(foundation: Foundation) -> None:
 @pytest.mark.slow
 def test_an_overfitted_generator_is_found_out(foundation: Foundation) -> None:
     members, others = (tissue(seed, foundation.manifest.tile_px) for seed in (1, 2))
-    leaky = overfitted(foundation.generator, members, steps=200)
+    leaky = overfitted(foundation.generator, members, steps=150)
     found = measure_leakage(leaky, foundation.generator, members, others, SMALL)
     attacks = {attack.name: attack for attack in found.attacks}
     assert attacks["loss against the foundation"].auc > 0.9

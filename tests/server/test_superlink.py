@@ -63,7 +63,11 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
     with Programs(home, paths, tmp_path / "logs") as programs:
         programs.start_coordinator()
         ports = config.fleet_port, config.enrolment_port, config.registrar_port
-        assert listening(programs.pid("coordinator")) == {*ports, config.metrics_port}
+        programs.wait(
+            lambda: listening(programs.pid("coordinator")) == {*ports, config.metrics_port},
+            "other ports than those that it names",
+            within_s=60,
+        )
         run(crafts_server, "plan", "sign", file, *server)
         for name, site in sites.items():
             invited = run(

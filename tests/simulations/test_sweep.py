@@ -399,14 +399,22 @@ def test_an_arm_that_fails_leaves_a_page_of_the_others_with_its_reason(
 
 
 @pytest.mark.slow
-def test_what_is_chosen_runs_and_is_compared_with_what_is_finished(swept: Swept) -> None:
-    """In a process of its own, and compared with what ran in this one."""
+@pytest.mark.parametrize(
+    "num_parallel", [1, pytest.param(2, marks=pytest.mark.exhaustive)], ids=["here", "elsewhere"]
+)
+def test_what_is_chosen_runs_and_is_compared_with_what_is_finished(
+    swept: Swept, num_parallel: int
+) -> None:
+    """Here or in a process of its own, and compared with what ran before."""
     third = '[[arm]]\nname = "third"\naggregation = { rule = "uniform" }\n'
     sweep, scenarios = swept.loaded(TWO_ARMS + third)
     folder = swept.out / "runs" / "third"
     chosen = sweep.chosen(["third"], [4])
     found = sweep_run.run_sweep(
-        sweep, scenarios, swept.out, chosen=chosen, source=swept.source, num_parallel=2
+        *(sweep, scenarios, swept.out),
+        chosen=chosen,
+        source=swept.source,
+        num_parallel=num_parallel,
     )
     assert [row.name for row in found.arms] == ["as it is", "Small steps, by patients!", "third"]
     assert found.arms[0] == swept.report.arms[0]
