@@ -272,7 +272,8 @@ HOSTILE = [
 def test_hostile_text_takes_linear_time(piece: str) -> None:
     """Ten times the text, ten times the time, within a factor; quadratic would be a hundred.
 
-    A pattern that looks at every pair of letters takes seconds for the longer text.
+    A pattern that looks at every pair of letters takes seconds for the longer text, each time; a
+    collection of garbage or a busy neighbour takes one of three.
     """
 
     def seconds(length: int) -> float:
@@ -282,7 +283,7 @@ def test_hostile_text_takes_linear_time(piece: str) -> None:
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(30_000) < 30 * max(seconds(3000), 0.05)
+    assert any(seconds(30_000) < 30 * max(seconds(3000), 0.05) for _ in range(3))
 
 
 def test_text_that_does_not_settle_is_dropped() -> None:
