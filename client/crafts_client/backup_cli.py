@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from crafts_client.commands import AsJson, Home
 from crafts_client.home import SiteHome
-from crafts_client.network_cli import AsJson, Home
 from crafts_core.command_line import one_line_errors, print_result, say
 
 backup_app = typer.Typer()

@@ -4,18 +4,22 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from crafts_client.backup_cli import backup_app
+from crafts_client.commands import AsJson, Home
+from crafts_client.foundation_cli import foundation_app
 from crafts_client.home import SiteConfig, SiteHome
-from crafts_client.ingest.choices import Artefact, TissueMethod
+from crafts_client.ingest_cli import ingest_app
 from crafts_client.ledger_cli import ledger_app
-from crafts_client.network_cli import AsJson, Home, network_app
+from crafts_client.network_cli import network_app
+from crafts_client.plan_cli import plan_app
 from crafts_client.policy import Policy
+from crafts_client.policy_cli import policy_app
 from crafts_client.roster_cli import roster_app
-from crafts_client.tiles_cli import NUM_CORES, say_ingested, say_skipped, tiles_app
+from crafts_client.tiles_cli import tiles_app
 from crafts_core.command_line import (
     Version,
     confirm,
@@ -27,20 +31,19 @@ from crafts_core.command_line import (
 )
 from crafts_core.durable import write_file
 
-if TYPE_CHECKING:
-    from crafts_client.preparation import IngestOptions
-
 app = typer.Typer(
     no_args_is_help=True,
     help=__doc__,
     # A traceback with local variables would show what must not be shown.
     pretty_exceptions_enable=False,
 )
-policy_app = typer.Typer(no_args_is_help=True, help="What this site allows.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(roster_app, name="roster")
+app.add_typer(plan_app, name="plan")
+app.add_typer(foundation_app, name="foundation")
 app.add_typer(network_app)
+app.add_typer(ingest_app)
 app.add_typer(backup_app)
 app.add_typer(tiles_app, name="tiles")
 
@@ -122,183 +125,6 @@ def init(
 
 
 @app.command()
-def ingest(
-    table: Annotated[
-        Path, typer.Argument(dir_okay=False, help="CSV or TSV: file, patient, label.")
-    ],
-    home: Home = Path("site"),
-    ready_tiles: Annotated[
-        bool, typer.Option("--ready-tiles", help="The files are tiles already, not slides.")
-    ] = False,
-    root: Annotated[
-        Path | None, typer.Option(exists=True, help="Folder that file names start from.")
-    ] = None,
-    max_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Most tiles of one slide; all if absent.")
-    ] = None,
-    tissue: Annotated[
-        TissueMethod, typer.Option(help="How tissue is told from glass.")
-    ] = TissueMethod.OTSU,
-    keep: Annotated[
-        list[Artefact] | None,
-        typer.Option(help="Do not leave this out, such as a stain in colours of ink; repeat."),
-    ] = None,
-    names: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Names to take out of all captions, one a line; kept in the home from now on.",
-        ),
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes that read; all cores if absent.")
-    ] = NUM_CORES,
-    plan_table: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            help="Only write TABLE: a line for each slide below this folder, to fill in.",
-        ),
-    ] = None,
-    images: Annotated[
-        bool,
-        typer.Option("--images", help="With --plan-table: list plain images (PNG, JPEG) as well."),
-    ] = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Only cut the I-th of N parts of the table, beside other machines; tiles join "
-            "makes them count.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Cut slides (or take ready tiles) into the tile store and fill the latent cache.
-
-    Interrupted, the same command goes on. What is in the store already is not read again; slides
-    that are new in the table are added.
-    """
-    if plan_table is not None:
-        _plan_table(table, plan_table, processes, images=images or ready_tiles)
-        return
-    if images:
-        raise typer.BadParameter("--images has no effect without --plan-table")
-    if ready_tiles and (keep or max_tiles is not None or tissue is not TissueMethod.OTSU):
-        raise typer.BadParameter(
-            "--keep, --max-tiles and --tissue are for slides: every ready tile is taken"
-        )
-    # Torch and diffusers take seconds to import; `crafts-client --help` should not.
-    from crafts_client.preparation import (
-        IngestOptions,
-        keep_names,
-        num_unusable_tiles,
-        prepare_site,
-    )
-    from crafts_core.foundation import load
-
-    options = IngestOptions(
-        ready_tiles=ready_tiles,
-        max_tiles_per_slide=max_tiles,
-        tissue=tissue,
-        keep=tuple(sorted(set(keep or ()))),
-        num_processes=processes,
-    )
-    if shard is not None:
-        if names is not None:
-            raise typer.BadParameter(f"--names is of all shards: copy it to {home}/names.txt first")
-        _ingest_shard(home, shard, table, root, options, as_json=as_json)
-        return
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        foundation = load(site.foundation_path, device=site.config.device)
-        if names is not None:
-            keep_names(site, names)
-        with progress_bars() as progress:
-            report = prepare_site(
-                site,
-                foundation,
-                table=table,
-                root=root,
-                options=options,
-                progress=progress,
-            )
-        num_unusable = num_unusable_tiles(site)
-    say_ingested(site, report, num_unusable, as_json=as_json)
-    if not as_json:
-        is_enrolled = site.coordinator_path.exists()
-        say(f"next: crafts-client {'doctor' if is_enrolled else 'enroll HOST --token TOKEN'}")
-
-
-def _ingest_shard(
-    home: Path,
-    shard: str,
-    table: Path,
-    root: Path | None,
-    options: "IngestOptions",
-    *,
-    as_json: bool,
-) -> None:
-    from crafts_client.ingest.table_shards import TableShard
-    from crafts_client.preparation import prepare_shard
-    from crafts_core.foundation import load
-
-    try:
-        wanted = TableShard.parse(shard)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--shard") from error
-    with one_line_errors("crafts-client"), progress_bars() as progress:
-        site = SiteHome.open(home)
-        report = prepare_shard(
-            site,
-            load(site.foundation_path, device=site.config.device),
-            wanted,
-            table=table,
-            root=root,
-            options=options,
-            progress=progress,
-        )
-    result = {
-        "shard": str(wanted),
-        "tiles": report.num_tiles,
-        "already_in_the_store": report.already,
-        "skipped": len(report.skipped),
-    }
-    print_result(result, as_json)
-    if not as_json:
-        say_skipped(report)
-        say(f"when all {wanted.count} shards are cut: crafts-client tiles join")
-
-
-def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
-    from crafts_client.ingest import find_slides, write_template
-
-    with one_line_errors("crafts-client"):
-        with progress_bars() as progress:
-            found = find_slides(folder, images=images, num_processes=processes, progress=progress)
-        for path, why in found.left_out:
-            say(f"left out {path}: {why}", err=True)
-        if found.num_images:
-            say(f"left out {found.num_images} plain images; --images lists them, too", err=True)
-        if found.num_housekeeping:
-            say(
-                f"left out {found.num_housekeeping} hidden files, recycle bins and the like, and "
-                "what is in them",
-                err=True,
-            )
-        write_template(table, found.paths)
-    what = "slides and images" if images else "slides"
-    if found.left_out:
-        say(f"{len(found.left_out)} files or folders were left out, see above", err=True)
-    say(
-        f"{table}: {len(found.paths)} {what}; fill in patient, and label or caption (mpp only "
-        f"where a slide does not know its scale), then run: crafts-client ingest {table}"
-    )
-
-
-@app.command()
 def withdraw(
     patient: Annotated[str, typer.Argument(help="The patient's name in the table of ingest.")],
     home: Home = Path("site"),
@@ -353,72 +179,6 @@ def report(
             say(f"NOT SUBSTANTIATED  {line}")
         say(*map(str, files))
     if result.unsubstantiated:
-        raise typer.Exit(1)
-
-
-@policy_app.command("show")
-def policy_show(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Print every limit of this site."""
-    with one_line_errors("crafts-client"):
-        policy = SiteHome.open(home).policy
-    print_result(policy.model_dump(mode="json"), as_json)
-
-
-@policy_app.command("trust")
-def policy_trust(
-    key: Annotated[str, typer.Argument(help="The coordinator's, as you heard it by telephone.")],
-    home: Home = Path("site"),
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Let plans signed by a coordinator's key be approved here; its fingerprint is shown first."""
-    from crafts_client.policy_trust import trust_signer
-    from crafts_privacy.signing import fingerprint
-
-    with one_line_errors("crafts-client"):
-        site, told = SiteHome.open(home), fingerprint(key)
-        confirm(f"Does the coordinator read you {told} as its signer?", yes=yes)
-        trust_signer(site, key)
-    say_done(
-        f"plans signed by {told[:16]} may be approved here; next: crafts-client doctor",
-        {"trusted": told},
-        as_json=as_json,
-    )
-
-
-@policy_app.command("check")
-def policy_check(
-    plan: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A plan.toml.")],
-    home: Home = Path("site"),
-    as_json: AsJson = False,
-) -> None:
-    """Say whether this site would take part in a plan; exit 1 if not."""
-    from crafts_client.mechanism import mechanisms_of
-    from crafts_client.policy import PolicyError
-    from crafts_core.plan import Plan, PlanError
-    from crafts_privacy.plan_check import noise_problems
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        wanted = Plan.load(plan)
-        if problem := next(noise_problems(wanted), None):
-            raise PlanError(problem)
-        size = site.config.declared_patients
-        refused = list(site.policy.violations(wanted, declared_patients=size))
-        mechanisms = mechanisms_of(wanted, declared_patients=size)
-        for mechanism in mechanisms:
-            try:
-                site.policy.check_noise(wanted, mechanism)
-            except PolicyError as error:
-                refused.append(error)
-    result = {
-        "allowed": not refused,
-        "noise_multiplier": mechanisms[0].noise_multiplier,
-        "plan_hash": wanted.hash,
-        "refused": [str(error) for error in refused],
-    }
-    print_result(result, as_json)
-    if refused:
         raise typer.Exit(1)
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crafts_client.commands import AsJson, Home
 from crafts_client.home import SiteHome
-from crafts_client.network_cli import AsJson, Home
 from crafts_core.command_line import (
     confirm,
     one_line_errors,

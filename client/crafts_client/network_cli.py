@@ -1,43 +1,27 @@
 """The commands of ``crafts-client`` that talk to the coordinator, or get ready for it."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from crafts_client.errors import EnrolmentError, HomeError
+from crafts_client.commands import AsJson, Home
+from crafts_client.errors import EnrolmentError
 from crafts_client.home import SiteHome
 from crafts_core.command_line import (
     agrees,
     confirm,
     one_line_errors,
-    progress_bars,
     run_as_service,
     say,
     say_done,
 )
-from crafts_core.errors import CraftsError
-from crafts_core.plan import Plan
 
 network_app = typer.Typer()
-plan_app = typer.Typer(no_args_is_help=True, help="What the coordinator asks for.")
-foundation_app = typer.Typer(no_args_is_help=True, help="The public starting point of a study.")
-network_app.add_typer(plan_app, name="plan")
-network_app.add_typer(foundation_app, name="foundation")
-
-Home = Annotated[
-    Path, typer.Option("--home", envvar="CRAFTS_SITE_HOME", help="Folder of the site home.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 REVOKED = 3
 """Exit code of ``join``: to start it again does not help."""
-PlanHash = Annotated[
-    str,
-    typer.Argument(help="16 digits or more of its hash, as plan list has them; all 64 to approve."),
-]
 
 
 @network_app.command()
@@ -177,237 +161,6 @@ def identity(home: Home = Path("site"), as_json: AsJson = False) -> None:
     with one_line_errors("crafts-client"):
         fingerprint = publish_identity(SiteHome.open(home))
     say(json.dumps({"fingerprint": fingerprint}) if as_json else fingerprint)
-
-
-@plan_app.command("list")
-def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """The plans that the coordinator signed, and what this site would say to each."""
-    from crafts_client.offered_plans import offered_plans
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        approved = site.approvals.all()
-        told: list[dict[str, Any]] = [
-            {
-                "hash": each.plan and each.plan.hash,
-                "study": each.plan and each.plan.study.name,
-                "rounds": each.plan and each.plan.num_rounds,
-                "target_epsilon": each.plan and each.plan.privacy.target_epsilon,
-                "epsilon_after": each.epsilon_after,
-                "refused": each.refused,
-                "remark": each.remark,
-                "approved": each.plan is not None and each.plan.hash in approved,
-            }
-            for each in offered_plans(site)
-        ]
-    if as_json:
-        say(json.dumps(told))
-        return
-    open_plan = "not approved yet" if site.policy.require_approval else "allowed"
-    for each in told:
-        verdict = "; ".join(each["refused"]) or ("approved" if each["approved"] else open_plan)
-        if each["hash"] is None:
-            say(f"{'unreadable':16}  {verdict}")
-            continue
-        verdict += f"; {each['remark']}" if each["remark"] else ""
-        say(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
-    say(_next_step(told))
-
-
-def _next_step(offered: list[dict[str, Any]]) -> str:
-    """After a look at the plans: the first that a person here may still say yes to."""
-    open_to_us = [each for each in offered if each["hash"] is not None and not each["refused"]]
-    for each in open_to_us:
-        if not each["approved"]:
-            return f"next: crafts-client plan show {each['hash'][:16]}"
-    if open_to_us:
-        return "next: crafts-client join, if it does not run"
-    if offered:
-        return "this site takes part in none of them"
-    return "the coordinator has no plan yet; ask again with: crafts-client plan list"
-
-
-@plan_app.command("show")
-def plan_show(
-    plan_hash: PlanHash,
-    home: Home = Path("site"),
-    is_timed: Annotated[
-        bool,
-        typer.Option("--time", help="Say how long rounds take here, by steps on public tiles."),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """What a plan asks of this site's patients, in words, and then all of it as JSON.
-
-    With --json stdout is the plan and nothing else; the words are on stderr.
-    """
-    from crafts_client.offered_plans import offered_plan
-    from crafts_client.plan_words import plan_words
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        plan, offered = offered_plan(site, plan_hash)
-        words = list(plan_words(site, plan, offered))
-        if is_timed and not offered.refused:
-            words += _time_here(site, plan)
-    say(*words, err=as_json)
-    say(*json.dumps(plan.model_dump(mode="json"), indent=1).split("\n"))
-
-
-def _time_here(site: SiteHome, plan: Plan) -> Iterator[str]:
-    """In words; that it could not be timed hides nothing else of the plan."""
-    from crafts_client.plan_words import timed_words
-    from crafts_client.round_time import time_rounds
-
-    try:
-        rounds = time_rounds(site, plan)
-    except CraftsError as error:
-        yield f"How long a round takes here was not timed: {error}."
-        return
-    named = [(each.stage.modality or each.stage.name, each.seconds) for each in rounds]
-    yield from timed_words(plan, named, site.config.answer_every_s)
-
-
-@plan_app.command("approve")
-def plan_approve(
-    plan_hash: PlanHash,
-    home: Home = Path("site"),
-    take_back: Annotated[
-        bool, typer.Option("--take-back", help="Answer no further round of it.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Let this site train a plan once, exactly as `plan show` prints it.
-
-    Approved again once it ran, it may have one run more, within the same target epsilon.
-    """
-    from crafts_client.offered_plans import offered_plan, runs_so_far
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        if take_back:
-            taken = site.approvals.take_back(plan_hash)
-            said = {"plan": taken, "approved": False}
-            say_done(f"plan {taken[:16]} is not approved any more", said, as_json=as_json)
-            return
-        plan, offered = offered_plan(site, plan_hash, to_approve=True)
-        runs = runs_so_far(site, plan)
-        if offered.refused:
-            raise EnrolmentError(f"not approved: {'; '.join(offered.refused)}")
-        site.approvals.approve(plan, runs_so_far=runs)
-    again = f" for one run more, after {runs}" if runs else ""
-    say_done(
-        f"{plan.study.name} is approved{again}; next: crafts-client join, if it does not run",
-        {"plan": plan.hash, "approved": True, "remark": offered.remark},
-        as_json=as_json,
-    )
-    if offered.remark and not as_json:
-        say(offered.remark)
-
-
-@plan_app.command("roster")
-def plan_roster(plan_hash: PlanHash, home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Which sites take part, and with how many patients each counts; signed."""
-    from crafts_client.agreed_patients import fetch_roster
-    from crafts_client.offered_plans import offered_plan
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        plan, _ = offered_plan(site, plan_hash)
-        roster = fetch_roster(site, plan.hash)
-    if as_json:
-        say(roster.to_json())
-        return
-    total = sum(roster.patients.values())
-    for name, patients in roster.patients.items():
-        say(f"{name:24} {patients:8} patients  {patients / total:6.1%}")
-    say(f"roster {roster.hash}")
-
-
-@foundation_app.command("fetch")
-def foundation_fetch(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """Get the coordinator's foundation, file by file, checked; goes on where it stopped."""
-    from crafts_client.foundation_fetch import fetch_foundation
-
-    with one_line_errors("crafts-client"), progress_bars() as progress:
-        site = SiteHome.open(home)
-        path, manifest = fetch_foundation(site, progress)
-    values = {"foundation": str(path), "hash": manifest.hash}
-    if as_json:
-        say(json.dumps(values))
-        return
-    say(f'in site.toml, set: foundation = "{path}"')
-    if not site.foundation_approvals.has(manifest.hash):
-        say(
-            "then see crafts-client foundation list, compare the hash with the study's, and run: "
-            f"crafts-client foundation approve {manifest.hash}"
-        )
-
-
-@foundation_app.command("list")
-def foundation_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
-    """The foundations that lie here, and which of them may see this site's tiles."""
-    from crafts_client.foundations import foundations_here
-
-    with one_line_errors("crafts-client"):
-        told: list[dict[str, Any]] = [
-            {
-                "hash": each.manifest.hash,
-                "name": each.manifest.name,
-                "licence": each.manifest.licence,
-                "bytes": each.num_bytes,
-                "path": str(each.path),
-                "approved": each.is_approved,
-                "used": each.is_used,
-            }
-            for each in foundations_here(SiteHome.open(home))
-        ]
-    if as_json:
-        say(json.dumps(told))
-        return
-    for each in told:
-        verdict = "approved" if each["approved"] else "not approved"
-        use = ", in site.toml" if each["used"] else ""
-        say(
-            f"{each['hash']}  {each['name']}  {each['bytes'] / 2**20:.0f} MiB  {verdict}{use}",
-            f"{'':4}{each['licence']}; {each['path']}",
-        )
-
-
-@foundation_app.command("approve")
-def foundation_approve(
-    foundation_hash: Annotated[
-        str, typer.Argument(help="All 64 digits of its hash, as foundation list has them.")
-    ],
-    home: Home = Path("site"),
-    take_back: Annotated[
-        bool, typer.Option("--take-back", help="Encode and train nothing with it any more.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Let a foundation encode this site's tiles and train, exactly as it lies here."""
-    from crafts_client.approvals import is_embedded
-    from crafts_client.foundations import foundation_here
-
-    with one_line_errors("crafts-client"):
-        site = SiteHome.open(home)
-        found = foundation_here(site, foundation_hash, to_approve=not take_back)
-        manifest = found.manifest
-        if take_back and is_embedded(manifest.hash):
-            raise HomeError(
-                f"{manifest.name} is part of the installed package; name another foundation in "
-                "site.toml instead"
-            )
-        if take_back:
-            site.foundation_approvals.take_back(manifest.hash)
-        else:
-            site.foundation_approvals.approve(manifest)
-    verdict = "is not approved any more" if take_back else "is approved"
-    say_done(
-        f"{manifest.name} ({manifest.licence}), {manifest.hash}, {verdict}",
-        {"foundation": manifest.hash, "approved": not take_back},
-        as_json=as_json,
-    )
 
 
 @network_app.command()
