@@ -14,7 +14,7 @@ from crafts_core.devices import open_device
 from crafts_core.errors import CraftsError
 from crafts_core.export import CONTROLS
 from crafts_core.generator import Generator
-from crafts_core.generator_record import read_origin, trained_prompts
+from crafts_core.generator_record import RECORD_NAME, read_origin, trained_prompts
 from crafts_core.known_words import strange_prompts
 from crafts_core.picture_facts import opened, upright_size
 from crafts_core.plan import Modality
@@ -141,7 +141,13 @@ class Studio:
     def warnings(self, prompts: Sequence[str], masks: Sequence[Path] = ()) -> list[str]:
         """What will not be drawn as asked, one line each: nothing is left out in silence."""
         texts = list(dict.fromkeys(prompts))
-        told = [
+        told = []
+        if not self.origin.foundation:
+            told.append(
+                f"{self.directory} has no {RECORD_NAME}, so its images name no study and no promise "
+                "to patients; if it was exported by one, copy it again"
+            )
+        told += [
             f"a prompt is longer than the generator reads; left out: {rest!r}"
             for rest in self.generator.unread(texts)
             if rest

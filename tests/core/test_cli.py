@@ -149,6 +149,19 @@ def test_a_prompt_of_unknown_words_is_named(foundation: Foundation, tmp_path: Pa
     assert told.startswith("crafts: no word of 'a dog' is one that this generator")
 
 
+def test_images_that_will_name_no_study_are_told(foundation: Foundation, tmp_path: Path) -> None:
+    """A copy without its record drew as somebody's stock model, and nobody was told."""
+    copy = Path(shutil.copytree(foundation.path, tmp_path / "copy"))
+    (copy / "foundation.json").unlink()
+    result = draw(copy, tmp_path / "out")
+    assert result.exit_code == 0
+    (told,) = result.stderr.strip().splitlines()
+    assert told.endswith(
+        "copy has no generator.json, so its images name no study and no promise "
+        "to patients; if it was exported by one, copy it again"
+    )
+
+
 def test_a_table_draws_one_kind_of_image_a_row(foundation: Foundation, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("type,features,count,seed\nLUAD,necrosis,2,5\nCOAD,,,\n")
     result = CliRunner().invoke(
