@@ -144,8 +144,8 @@ class Studio:
         told = []
         if not self.origin.foundation:
             told.append(
-                f"{self.directory} has no {RECORD_NAME}, so its images name no study and no promise "
-                "to patients; if it was exported by one, copy it again"
+                f"{self.directory} has no {RECORD_NAME}, so its images name no study and no "
+                "promise to patients; if it was exported by one, copy it again"
             )
         told += [
             f"a prompt is longer than the generator reads; left out: {rest!r}"

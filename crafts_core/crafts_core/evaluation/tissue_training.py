@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crafts_core.command_line import say
+from crafts_core.devices import autocast_where_faster
 from crafts_core.durable import write_file
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.tissue_encoder import WEIGHTS, TissueEncoder
@@ -98,7 +99,7 @@ def train(
         batch_NCHW = random_view(images_NHWC[rows], config.crop_px, rng, source)
         is_mixed_N = torch.rand(len(rows), generator=source) < config.disarranged
         batch_NCHW[is_mixed_N] = disarranged(batch_NCHW, source)[is_mixed_N]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast_where_faster(torch.device("cpu")):
             features_ND = network(batch_NCHW).float()
         asked = [torch.from_numpy(target_N[rows]) for target_N, _ in targets]
         loss = config.disarranged_weight * functional.binary_cross_entropy_with_logits(

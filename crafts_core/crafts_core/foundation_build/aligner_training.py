@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from crafts_core.aligner import tokenize
+from crafts_core.devices import autocast_where_faster
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
 from crafts_core.foundation_build.training import Recipe, Rows, train
@@ -105,7 +106,7 @@ def train_aligner(
     def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
         pixels_BCHW = other_stains(to_pixels(tiles.image_NHWC[rows]), strength=1.5, grey=0.1)
         caption_B = tiles.caption_NV[rows, rng.integers(config.captions_per_tile, size=len(rows))]
-        with torch.autocast(recipe.device.type, torch.bfloat16):
+        with autocast_where_faster(recipe.device):
             output = model(
                 input_ids=ids_UT[torch.from_numpy(caption_B)],
                 pixel_values=turned(pixels_BCHW, rng).to(recipe.device),

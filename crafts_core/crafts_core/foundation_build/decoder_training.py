@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
+from crafts_core.devices import autocast_where_faster
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.diffusion_training import pixel_distance
 from crafts_core.foundation_build.public_tiles import PublicTiles
@@ -53,7 +54,7 @@ def train_decoder(
     def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
         cut_BCHW = cropped(to_pixels(tiles.image_NHWC[rows]), config.vae_crop_px, rng)
         pixels_BCHW = turned(other_stains(cut_BCHW), rng).to(recipe.device)
-        with torch.autocast(recipe.device.type, torch.bfloat16):
+        with autocast_where_faster(recipe.device):
             with torch.no_grad():
                 latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mean
             decoded_BCHW = vae.decode(latents_BCHW).sample

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crafts_core.aligner import LatentAligner
+from crafts_core.devices import autocast_where_faster
 from crafts_core.foundation_build.config import BuildConfig
 from crafts_core.foundation_build.public_tiles import PublicTiles
 from crafts_core.foundation_build.structure_net import StructureNet, perceptual_loss
@@ -64,7 +65,7 @@ def train_vae(
     def loss_of(rows: Rows, rng: np.random.Generator) -> Tensor:
         cut_BCHW = cropped(to_pixels(tiles.image_NHWC[rows]), config.vae_crop_px, rng)
         pixels_BCHW = turned(other_stains(cut_BCHW), rng).to(recipe.device)
-        with torch.autocast(recipe.device.type, torch.bfloat16):
+        with autocast_where_faster(recipe.device):
             posterior = vae.encode(pixels_BCHW).latent_dist
             decoded_BCHW = vae.decode(posterior.sample()).sample
             structure = seen(decoded_BCHW, pixels_BCHW).float()
@@ -129,7 +130,7 @@ def _encode(
     parts = []
     for start in range(0, len(image_NHWC), 64):
         pixels_BCHW = look(image_NHWC[start : start + 64]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast_where_faster(device):
             parts.append(vae.encode(pixels_BCHW).latent_dist.mean.float().cpu())
     return torch.cat(parts)
 
@@ -212,7 +213,7 @@ def train_unet(
         t_B = torch.from_numpy(spread_timesteps(share_T, len(rows), rng)).to(recipe.device)
         noisy_BCHW = scheduler.add_noise(clean_BCHW, noise_BCHW, t_B)
         target_BCHW = scheduler.get_velocity(clean_BCHW, noise_BCHW, t_B)
-        with torch.autocast(recipe.device.type, torch.bfloat16):
+        with autocast_where_faster(recipe.device):
             velocity_BCHW = unet(noisy_BCHW, t_B, text_BLD).sample
         loss: Tensor = (velocity_BCHW.float() - target_BCHW).square().mean()
         return loss

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crafts_core.devices import autocast_where_faster
 from crafts_core.foundation_build.training import Recipe, train
 from crafts_core.foundation_build.views import other_stains, turned
 from crafts_core.pixels import to_pixels
@@ -70,7 +71,7 @@ def train_structure_net(
         pixels_BCHW = turned(to_pixels(image_NHWC[rows]), rng)
         pixels_BCHW = other_stains(pixels_BCHW, strength=2.0, grey=0.25).to(recipe.device)
         target_B = torch.from_numpy(class_N[rows]).to(recipe.device)
-        with torch.autocast(recipe.device.type, torch.bfloat16):
+        with autocast_where_faster(recipe.device):
             logits_BK = net(pixels_BCHW)
         return functional.cross_entropy(logits_BK.float(), target_B, label_smoothing=0.1)
 
