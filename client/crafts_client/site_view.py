@@ -181,12 +181,11 @@ def _bars_after(budget: Budget, plans: tuple[PlanLine, ...]) -> Markup:
     counted = [each.epsilon for each in budget.filters if each.holds and each.epsilon is not None]
     if not wanted or not counted:
         return Markup()
-    drawing = charts.bars(
+    return charts.bars(
         [("now", min(counted), None), *wanted],
         unit=f"epsilon counted, of {budget.epsilon_allowed:g} for life",
         mark=budget.epsilon_allowed,
     )
-    return Markup(drawing)  # noqa: S704 - charts escape their labels
 
 
 def _store(site: SiteHome) -> tuple[StoreLine | None, str]:

@@ -1,7 +1,6 @@
-"""Small charts as SVG text: bars, dots or curves with intervals, lines, stacked columns.
+"""Small charts as SVG: bars, dots or curves with intervals, lines, stacked columns.
 
-Colours are CSS variables of the page, so the charts follow its light and dark theme; every mark
-carries its number as a title for reading on hover and by screen readers.
+Every mark carries its number as a title for reading on hover and by screen readers.
 """
 
 from collections.abc import Sequence
@@ -9,9 +8,11 @@ from datetime import datetime
 from html import escape
 from typing import NamedTuple
 
+from markupsafe import Markup
+
+from crafts_core.svg import PALETTE, Anchor, svg, text
+
 _WIDTH = 640
-_PALETTE = 8
-"""``--c0`` to ``--c7`` are defined by the page."""
 _NAMES_A_ROW = 4
 MOST_NAMED = 24
 """Sites in a legend: more colours nobody tells apart, and a table has to say what each has."""
@@ -20,7 +21,7 @@ Bar = tuple[str, float, tuple[float, float] | None]
 Moment = tuple[datetime, float]
 
 
-def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
+def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> Markup:
     """Horizontal bars with their intervals; ``mark`` draws a dashed line at a target.
 
     Each has its name beside it: where there are more than colours, all have one. Many are low.
@@ -33,12 +34,12 @@ def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
     def x(value: float) -> float:
         return left + (_WIDTH - left - 70) * max(value, 0.0) / top
 
-    parts = []
+    parts: list[str] = []
     for index, (label, value, interval) in enumerate(values):
         y = 8 + row * index
         middle = y + thick // 2
-        colour = index if len(values) <= _PALETTE else 0
-        parts.append(_text(left - 8, middle + 4, label, anchor="end"))
+        colour = index if len(values) <= PALETTE else 0
+        parts.append(text(left - 8, middle + 4, label, anchor="end"))
         parts.append(
             f'<rect x="{left}" y="{y}" width="{x(value) - left:.1f}" height="{thick}" rx="3" '
             f'fill="var(--c{colour})"><title>{escape(label)}: {value:.4g}</title></rect>'
@@ -51,14 +52,14 @@ def bars(values: Sequence[Bar], *, unit: str, mark: float | None = None) -> str:
                 f'M{x(interval[0]):.1f} {middle - 5}v10M{x(interval[1]):.1f} {middle - 5}v10" '
                 'stroke="var(--ink)" stroke-width="1.5" fill="none"/>'
             )
-        parts.append(_text(x(end) + 8, middle + 4, f"{value:.3g}"))
+        parts.append(text(x(end) + 8, middle + 4, f"{value:.3g}"))
     if mark is not None:
         parts.append(
             f'<path d="M{x(mark):.1f} 2V{height - 26}" stroke="var(--ink)" stroke-dasharray="4 4">'
             f"<title>target {mark:g}</title></path>"
         )
-    parts.append(_text(left, height - 6, unit, muted=True))
-    return _svg(height, unit, parts)
+    parts.append(text(left, height - 6, unit, muted=True))
+    return svg(_WIDTH, height, unit, parts)
 
 
 def dots(
@@ -68,7 +69,7 @@ def dots(
     unit: str,
     band: tuple[float, float] | None,
     told: str = "",
-) -> str:
+) -> Markup:
     """A dot for each value with its interval, below 0 too.
 
     Args:
@@ -99,9 +100,9 @@ def dots(
         f'<path d="M{x(0.0):.1f} 2V{height - 26}" stroke="var(--muted)" stroke-width="1"/>'
     )
     for index, ((label, value, interval), number) in enumerate(zip(values, colours, strict=True)):
-        middle, colour = 18 + row * index, f"var(--c{number % _PALETTE})"
+        middle, colour = 18 + row * index, f"var(--c{number % PALETTE})"
         within = "" if interval is None else f" ({interval[0]:.4g} to {interval[1]:.4g})"
-        parts.append(_text(left - 12, middle + 4, label, anchor="end"))
+        parts.append(text(left - 12, middle + 4, label, anchor="end"))
         if interval is not None:
             parts.append(
                 f'<path d="M{x(interval[0]):.1f} {middle}H{x(interval[1]):.1f}" '
@@ -112,12 +113,12 @@ def dots(
             f'stroke="var(--paper)" stroke-width="1.5"><title>{escape(label)}: {value:.4g}'
             f"{within}</title></circle>"
         )
-        parts.append(_text(width - 4, middle + 4, f"{value:.3g}", anchor="end"))
-    parts.append(_text(width - 4, height - 6, unit, anchor="end", muted=True))
-    return _svg(height, unit, parts, width=width)
+        parts.append(text(width - 4, middle + 4, f"{value:.3g}", anchor="end"))
+    parts.append(text(width - 4, height - 6, unit, anchor="end", muted=True))
+    return svg(width, height, unit, parts)
 
 
-def line(points: Sequence[tuple[int, float]], *, unit: str) -> str:
+def line(points: Sequence[tuple[int, float]], *, unit: str) -> Markup:
     """A line over rounds."""
     left, bottom, height = 60, 34, 200
     values = [value for _, value in points]
@@ -141,9 +142,9 @@ def line(points: Sequence[tuple[int, float]], *, unit: str) -> str:
             f"<title>round {point[0]}: {point[1]:.4f}</title></circle>"
         )
     for value in (min(values), max(values)):
-        parts.append(_text(left - 8, place((first, value))[1] + 4, f"{value:.3f}", anchor="end"))
-    parts.append(_text(left, height - 8, unit, muted=True))
-    return _svg(height, unit, parts)
+        parts.append(text(left - 8, place((first, value))[1] + 4, f"{value:.3f}", anchor="end"))
+    parts.append(text(left, height - 8, unit, muted=True))
+    return svg(_WIDTH, height, unit, parts)
 
 
 def timeline(
@@ -153,7 +154,7 @@ def timeline(
     unit: str,
     mark: float | None = None,
     told: str = "",
-) -> str:
+) -> Markup:
     """Steps over time from 0: each line keeps a value until its next point, the last to ``until``.
 
     Args:
@@ -194,13 +195,16 @@ def timeline(
             )
         parts += _legend(number, name, left, top + plot + 34 + row * number)
     for value in {0.0, highest}:
-        parts.append(_text(left - 8, y(value) + 4, f"{value:.3g}", anchor="end"))
-    days = [(left, "start", first), (_WIDTH - 20, "end", until)]
+        parts.append(text(left - 8, y(value) + 4, f"{value:.3g}", anchor="end"))
+    days: list[tuple[float, Anchor, datetime]] = [
+        (left, "start", first),
+        (_WIDTH - 20, "end", until),
+    ]
     for at_x, anchor, day in days:
-        parts.append(_text(at_x, y(0.0) + 18, day.strftime("%Y-%m-%d"), anchor=anchor, muted=True))
+        parts.append(text(at_x, y(0.0) + 18, day.strftime("%Y-%m-%d"), anchor=anchor, muted=True))
     height = top + plot + 34 + row * len(lines) + 22
-    parts.append(_text(left, height - 6, unit, muted=True))
-    return _svg(height, unit, parts)
+    parts.append(text(left, height - 6, unit, muted=True))
+    return svg(_WIDTH, height, unit, parts)
 
 
 class Curve(NamedTuple):
@@ -215,7 +219,7 @@ class Curve(NamedTuple):
 
 def curves(
     drawn: Sequence[Curve], *, ticks: Sequence[str], unit: str, mark: float, told: str
-) -> str:
+) -> Markup:
     """Curves over the same few ticks, side by side so that intervals can be told apart.
 
     Args:
@@ -240,14 +244,14 @@ def curves(
         f'stroke-dasharray="2 4"><title>{escape(told)}: {mark:.4g}</title></path>'
     ]
     parts += [
-        _text(left - 6, y(value) + 4, f"{value:.2f}", anchor="end", muted=True)
+        text(left - 6, y(value) + 4, f"{value:.2f}", anchor="end", muted=True)
         for value in (low + room, high - room)
     ]
     for place, tick in enumerate(ticks):
         middle = left + step * (place + 0.5)
-        parts.append(_text(middle, plot + 28, tick, anchor="middle", muted=True))
+        parts.append(text(middle, plot + 28, tick, anchor="middle", muted=True))
     for number, each in enumerate(drawn):
-        colour = f"var(--c{each.colour % _PALETTE})"
+        colour = f"var(--c{each.colour % PALETTE})"
         dashes = ' stroke-dasharray="5 4"' if each.is_dashed else ""
         aside = step * 0.6 * ((number + 0.5) / len(drawn) - 0.5)
         xs = [left + step * (place + 0.5) + aside for place in range(len(ticks))]
@@ -264,14 +268,14 @@ def curves(
         parts.append(
             f'<path d="M{left} {line_y - 4}h22" stroke="{colour}" stroke-width="2"{dashes}/>'
         )
-        parts.append(_text(left + 30, line_y, each.label))
-    parts.append(_text(width - 10, plot + 44, unit, anchor="end", muted=True))
-    return _svg(plot + 62 + row * len(drawn), unit, parts, width=width)
+        parts.append(text(left + 30, line_y, each.label))
+    parts.append(text(width - 10, plot + 44, unit, anchor="end", muted=True))
+    return svg(width, plot + 62 + row * len(drawn), unit, parts)
 
 
 def stacked(
     columns: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], *, unit: str
-) -> str:
+) -> Markup:
     """One column per round, cut into the sites' shares; every part says whose it is on hover.
 
     Few sites have a legend; many lie in the order of ``names``, the first at the bottom.
@@ -296,33 +300,18 @@ def stacked(
         parts += _legend(index, name, x, y)
     height = 10 + plot + legend + 34
     told = unit if named else f"{unit}; {len(names)} sites in their order, from the bottom up"
-    parts.append(_text(left, height - 6, told, muted=True))
-    return _svg(height, unit, parts)
+    parts.append(text(left, height - 6, told, muted=True))
+    return svg(_WIDTH, height, unit, parts)
 
 
 def _legend(index: int, name: str, x: float, y: float) -> tuple[str, str]:
     """What a colour means."""
     square = f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{_colour(index)}"/>'
-    return square, _text(x + 18, y + 11, name)
+    return square, text(x + 18, y + 11, name)
 
 
 def _colour(index: int) -> str:
     """The palette's, then hues that are far from their neighbours'."""
-    if index < _PALETTE:
+    if index < PALETTE:
         return f"var(--c{index})"
     return f"hsl({(index * 137.5) % 360:.0f} 45% 52%)"
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", muted: bool = False) -> str:
-    colour = "var(--muted)" if muted else "var(--ink)"
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="13" '
-        f'fill="{colour}">{escape(text)}</text>'
-    )
-
-
-def _svg(height: float, title: str, parts: Sequence[str], *, width: int = _WIDTH) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" '
-        f'aria-label="{escape(title)}">' + "".join(parts) + "</svg>"
-    )

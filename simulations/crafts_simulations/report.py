@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core import charts
@@ -251,7 +252,7 @@ def mean_weights(report: Report) -> Mapping[str, float]:
     }
 
 
-def charts_of(report: Report) -> Mapping[str, str]:
+def charts_of(report: Report) -> Mapping[str, Markup]:
     """The page's pictures as SVG."""
     arms = sorted(report.evaluation.arms, key=lambda arm: _BARS.index(arm.name))
     names = [site.name for site in report.sites]
@@ -284,5 +285,5 @@ def charts_of(report: Report) -> Mapping[str, str]:
             mark=report.study.target_epsilon,
         )
         if spent
-        else "",
+        else Markup(),
     }

@@ -1,7 +1,7 @@
 """The charts of the ingest page, as SVG text.
 
-Colours are CSS variables of the page. ``Markup.format`` escapes every text; every mark carries its
-numbers as a title, for reading on hover and by screen readers.
+``Markup.format`` escapes every text; every mark carries its numbers as a title, for reading on
+hover and by screen readers.
 """
 
 import math
@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from crafts_client.ingest.report import MAX_DENSITY
+from crafts_core.svg import PALETTE, svg, text
 
 _WIDTH, _HEIGHT = 560, 260
 _LEFT, _BOTTOM, _TOP = 46, 44, 12
-_PALETTE = 8
-"""``--c0`` to ``--c7`` are defined by the page."""
 _MAX_BINS = 16
 
 Dot = tuple[float, float, int, str]
@@ -45,11 +44,11 @@ def histogram(counts: Sequence[int], *, unit: str, of: str) -> Markup:
             ).format(x + 2, y, max(room - 4, 1), height, colour, number, of, label, unit)
         )
         if number:
-            parts.append(_text(x + room / 2, y - 4, f"{number:,}", anchor="middle"))
+            parts.append(text(x + room / 2, y - 4, f"{number:,}", anchor="middle"))
         if len(bars) <= 9 or place % 3 == 0:
-            parts.append(_text(x + room / 2, _HEIGHT - _BOTTOM + 16, label, anchor="middle"))
-    parts.append(_text(_WIDTH - 8, _HEIGHT - 6, unit, anchor="end", muted=True))
-    return _svg(f"{of} by number of {unit}", parts)
+            parts.append(text(x + room / 2, _HEIGHT - _BOTTOM + 16, label, anchor="middle"))
+    parts.append(text(_WIDTH - 8, _HEIGHT - 6, unit, anchor="end", muted=True))
+    return svg(_WIDTH, _HEIGHT, f"{of} by number of {unit}", parts)
 
 
 def scatter(dots: Sequence[Dot]) -> Markup:
@@ -60,8 +59,8 @@ def scatter(dots: Sequence[Dot]) -> Markup:
     parts = [_axes()]
     for part in (0.0, 0.5, 1.0):
         x, y = _LEFT + part * width, _HEIGHT - _BOTTOM - part * height
-        parts.append(_text(x, _HEIGHT - _BOTTOM + 16, f"{part * extent_x:.3g}", anchor="middle"))
-        parts.append(_text(_LEFT - 6, y + 4, f"{part * extent_y:.3g}", anchor="end"))
+        parts.append(text(x, _HEIGHT - _BOTTOM + 16, f"{part * extent_x:.3g}", anchor="middle"))
+        parts.append(text(_LEFT - 6, y + 4, f"{part * extent_y:.3g}", anchor="end"))
     for hematoxylin, eosin, series, title in dots:
         parts.append(
             Markup(
@@ -74,9 +73,9 @@ def scatter(dots: Sequence[Dot]) -> Markup:
                 title,
             )
         )
-    parts.append(_text(_WIDTH - 8, _HEIGHT - 6, "hematoxylin density", anchor="end", muted=True))
-    parts.append(_text(_LEFT + 8, _TOP + 6, "eosin density", muted=True))
-    return _svg("Stain of each slide", parts)
+    parts.append(text(_WIDTH - 8, _HEIGHT - 6, "hematoxylin density", anchor="end", muted=True))
+    parts.append(text(_LEFT + 8, _TOP + 6, "eosin density", muted=True))
+    return svg(_WIDTH, _HEIGHT, "Stain of each slide", parts)
 
 
 def profile(shares: Sequence[float], *, colour: str, title: str) -> Markup:
@@ -119,7 +118,7 @@ def segments(counts: Sequence[tuple[str, int, str]]) -> Markup:
 
 def series_colour(number: int) -> str:
     """The CSS colour of a series; beyond the palette all are the same grey."""
-    return f"var(--c{number})" if number < _PALETTE else "var(--other)"
+    return f"var(--c{number})" if number < PALETTE else "var(--other)"
 
 
 def _range(first: int, step: int) -> str:
@@ -135,17 +134,4 @@ def _axes() -> Markup:
     bottom = _HEIGHT - _BOTTOM
     return Markup('<path d="M{} {}V{}H{}" stroke="var(--line)" fill="none"/>').format(
         _LEFT, _TOP, bottom, _WIDTH - 8
-    )
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", muted: bool = False) -> Markup:
-    colour = "var(--muted)" if muted else "var(--ink)"
-    return Markup(
-        '<text x="{:.1f}" y="{:.1f}" text-anchor="{}" font-size="12" fill="{}">{}</text>'
-    ).format(x, y, anchor, colour, text)
-
-
-def _svg(title: str, parts: Sequence[Markup]) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        _WIDTH, _HEIGHT, title, Markup("").join(parts)
     )

@@ -1,7 +1,6 @@
 """The plots of the analysis as SVG: intervals beside a reference, an ROC curve, shares.
 
-Colours are CSS variables of the page, so plots follow its light and dark theme; every mark carries
-its number as a title for reading on hover and by screen readers.
+Every mark carries its number as a title for reading on hover and by screen readers.
 """
 
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from crafts_core.study.results import Interval
+from crafts_core.svg import svg, text
 
 _WIDTH = 500
 _LEGEND_COLUMNS, _LEGEND_ROW = 5, 22
@@ -40,12 +40,12 @@ def intervals(dots: Sequence[Dot], *, reference: float, limits: Interval, title:
 
     parts = [
         f'<path d="M{x(reference):.1f} 4V{bottom}" stroke="var(--muted)" stroke-dasharray="4 4"/>',
-        _text(x(reference), bottom + 16, f"guessing: {reference:g}", anchor="middle", muted=True),
+        text(x(reference), bottom + 16, f"guessing: {reference:g}", anchor="middle", muted=True),
     ]
     for index, dot in enumerate(dots):
         y = 22 + row * index
         colour = "var(--strong)" if dot.is_mean else "var(--c2)"
-        parts.append(_text(left - 12, y + 5, dot.label, anchor="end", bold=dot.is_mean))
+        parts.append(text(left - 12, y + 5, dot.label, anchor="end", bold=dot.is_mean))
         if dot.interval is not None:
             parts.append(
                 f'<path d="M{x(dot.interval[0]):.1f} {y}H{x(dot.interval[1]):.1f}" '
@@ -55,8 +55,8 @@ def intervals(dots: Sequence[Dot], *, reference: float, limits: Interval, title:
             f'<circle cx="{x(dot.value):.1f}" cy="{y}" r="6" fill="{colour}">'
             f"<title>{escape(dot.label)}: {dot.value:.3f}</title></circle>"
         )
-        parts.append(_text(_WIDTH - 4, y + 5, f"{dot.value:.2f}", anchor="end", bold=dot.is_mean))
-    return _svg(_WIDTH, bottom + 24, title, parts)
+        parts.append(text(_WIDTH - 4, y + 5, f"{dot.value:.2f}", anchor="end", bold=dot.is_mean))
+    return svg(_WIDTH, bottom + 24, title, parts)
 
 
 def roc(curves: Sequence[tuple[str, Sequence[int], Sequence[int]]], *, title: str) -> Markup:
@@ -69,15 +69,15 @@ def roc(curves: Sequence[tuple[str, Sequence[int], Sequence[int]]], *, title: st
     parts = [
         f'<path d="M{left} 10h{side}v{side}h-{side}z" fill="none" stroke="var(--line)"/>',
         f'<path d="M{left} {base}L{left + side} 10" stroke="var(--muted)" stroke-dasharray="4 4"/>',
-        _text(left, base + 32, "share of real images called synthetic", muted=True),
+        text(left, base + 32, "share of real images called synthetic", muted=True),
         f'<g transform="rotate(-90 14 {base})">'
-        f"{_text(14, base + 4, 'share of synthetic called synthetic', muted=True)}</g>",
+        f"{text(14, base + 4, 'share of synthetic called synthetic', muted=True)}</g>",
     ]
     for value in (0.0, 0.5, 1.0):
         at = left + side * value
-        parts.append(_text(at, base + 15, f"{value:g}", anchor="middle", muted=True))
+        parts.append(text(at, base + 15, f"{value:g}", anchor="middle", muted=True))
         parts.append(
-            _text(left - 6, base + 4 - side * value, f"{value:g}", anchor="end", muted=True)
+            text(left - 6, base + 4 - side * value, f"{value:g}", anchor="end", muted=True)
         )
     for index, (label, real, synthetic) in enumerate(curves):
         places = [
@@ -93,9 +93,9 @@ def roc(curves: Sequence[tuple[str, Sequence[int], Sequence[int]]], *, title: st
         row, column = divmod(index, _LEGEND_COLUMNS)
         x, y = 4 + column * _WIDTH / _LEGEND_COLUMNS, base + 62 + row * _LEGEND_ROW
         parts.append(f'<path d="M{x:.1f} {y - 5}h18" {line}/>')
-        parts.append(_text(x + 24, y, label))
+        parts.append(text(x + 24, y, label))
     rows = -(-len(curves) // _LEGEND_COLUMNS)
-    return _svg(_WIDTH, base + 50 + rows * _LEGEND_ROW, title, parts)
+    return svg(_WIDTH, base + 50 + rows * _LEGEND_ROW, title, parts)
 
 
 def paired_columns(
@@ -119,31 +119,13 @@ def paired_columns(
                 f"{escape(name)}: {shares[index]:.0%}</title></rect>"
             )
             parts.append(
-                _text(x + step * 0.2, base - tall - 5, f"{shares[index]:.0%}", anchor="middle")
+                text(x + step * 0.2, base - tall - 5, f"{shares[index]:.0%}", anchor="middle")
             )
-        parts.append(_text(left + step * (index + 0.5), base + 18, name, anchor="middle"))
+        parts.append(text(left + step * (index + 0.5), base + 18, name, anchor="middle"))
     parts.append(f'<path d="M{left} {base}H{_WIDTH - left}" stroke="var(--line)"/>')
-    return _svg(_WIDTH, base + 28, title, parts)
+    return svg(_WIDTH, base + 28, title, parts)
 
 
 def _above(counts: Sequence[int], cut: int) -> float:
     """Share of scores above ``cut``."""
     return sum(counts[cut:]) / max(sum(counts), 1)
-
-
-def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", muted: bool = False, bold: bool = False
-) -> str:
-    colour = "var(--muted)" if muted else "var(--ink)"
-    weight = ' font-weight="600"' if bold else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="13" fill="{colour}"'
-        f"{weight}>{escape(text)}</text>"
-    )
-
-
-def _svg(width: int, height: float, title: str, parts: Sequence[str]) -> Markup:
-    return Markup(  # noqa: S704  # every text in it went through escape
-        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(title)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
-    )
