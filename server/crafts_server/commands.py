@@ -29,20 +29,16 @@ def opened_enrolments(home: Path) -> Iterator[tuple["CoordinatorHome", "Enrolmen
     from crafts_server.enrolments import Enrolments
     from crafts_server.home import CoordinatorHome
 
-    with opened_registry(home) as registry:
-        yield CoordinatorHome.open(home), Enrolments(registry)
+    opened = CoordinatorHome.open(home)
+    with opened.registry() as registry:
+        yield opened, Enrolments(registry)
 
 
-@contextlib.contextmanager
-def opened_registry(home: Path) -> Iterator["Registry"]:
-    """A home's registry, closed at the end."""
+def opened_registry(home: Path) -> "Registry":
+    """A home's registry, for ``with``."""
     from crafts_server.home import CoordinatorHome
 
-    registry = CoordinatorHome.open(home).registry()
-    try:
-        yield registry
-    finally:
-        registry.close()
+    return CoordinatorHome.open(home).registry()
 
 
 def print_values(values: object, text: str | Sequence[str], as_json: bool) -> None:

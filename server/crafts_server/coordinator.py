@@ -113,11 +113,8 @@ class Coordinator:
                 plan was signed by a version that reads it otherwise.
         """
         home = CoordinatorHome.open(home_path)
-        registry = home.registry()
-        try:
+        with home.registry() as registry:
             record = registry.plan(plan_hash)
-        finally:
-            registry.close()
         verify(home.public_key, record.json.encode(), record.signature)
         plan = Plan.parse(json.loads(record.json))
         if plan.hash != record.hash:
@@ -148,35 +145,30 @@ class Coordinator:
             HomeError: another coordinator runs in this home.
         """
         with self._home.exclusive():
-            registry = self._home.registry()
-            run_id = _open_run(registry, self.plan.hash)
-            try:
-                last = run_rounds(
-                    grid,
-                    self._study(registry, run_id),
-                    initial_state=self._initial_state,
-                    on_round=self._on_round,
-                )
-            except (CraftsError, KeyboardInterrupt):
-                with suppress(RegistryError):
-                    registry.set_status(run_id, RunStatus.STOPPED)
-                raise
-            finally:
-                registry.close()
+            with self._home.registry() as registry:
+                run_id = _open_run(registry, self.plan.hash)
+                try:
+                    last = run_rounds(
+                        grid,
+                        self._study(registry, run_id),
+                        initial_state=self._initial_state,
+                        on_round=self._on_round,
+                    )
+                except (CraftsError, KeyboardInterrupt):
+                    with suppress(RegistryError):
+                        registry.set_status(run_id, RunStatus.STOPPED)
+                    raise
             shutil.rmtree(self._home.spool_path(run_id), ignore_errors=True)
             return last
 
     def chain(self) -> list[Checkpoint]:
         """What was committed so far, by whichever process; empty before the run is opened."""
-        registry = self._home.registry()
-        try:
+        with self._home.registry() as registry:
             run_id = registry.newest_run(self.plan.hash)
             if run_id is None:
                 return []
             store = self._home.checkpoints(run_id)
             return recover(store, registry, run_id=run_id, plan_hash=self.plan.hash)
-        finally:
-            registry.close()
 
     def _study(self, registry: Registry, run_id: str) -> Study:
         store = self._home.checkpoints(run_id)

@@ -227,14 +227,11 @@ class CoordinatorHome:
             signature=signed.signature,
             public_key=signed.public_key,
         )
-        registry = self.registry()
-        try:
+        with self.registry() as registry:
             if plan.aggregation.secure_aggregation:
                 Rosters(registry).fix(plan, record)
             else:
                 registry.add_plan(record)
-        finally:
-            registry.close()
         return signed
 
     def sign_roster(self, roster: Roster) -> str:

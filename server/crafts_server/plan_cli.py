@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -225,7 +224,7 @@ def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
     if plan.aggregation.secure_aggregation:
         from crafts_server.rosters import Rosters
 
-        with closing(home.registry()) as registry:
+        with home.registry() as registry:
             yield from Rosters(registry).problems(plan)
 
 
@@ -234,7 +233,7 @@ def _still_invited(home: Path) -> tuple[str, ...]:
     from crafts_server.enrolments import Enrolments
     from crafts_server.home import CoordinatorHome
 
-    with closing(CoordinatorHome.open(home).registry()) as registry:
+    with CoordinatorHome.open(home).registry() as registry:
         return tuple(Enrolments(registry).waiting())
 
 
@@ -276,7 +275,7 @@ def _too_few_here(plan: Any, home: Path) -> Iterator[str]:
     from crafts_server.enrolments import Enrolments
     from crafts_server.home import CoordinatorHome
 
-    with closing(CoordinatorHome.open(home).registry()) as registry:
+    with CoordinatorHome.open(home).registry() as registry:
         enrolled = [site for site in Enrolments(registry).sites() if site.revoked_at is None]
     needed = plan.aggregation.min_sites
     if len(enrolled) < needed:

@@ -27,11 +27,8 @@ def sizes_of(home: Path) -> tuple[int, ...]:
     Raises:
         HomeError: nobody is.
     """
-    registry = CoordinatorHome.open(home).registry()
-    try:
+    with CoordinatorHome.open(home).registry() as registry:
         agreed = CohortSizes(registry).agreed()
-    finally:
-        registry.close()
     if not agreed:
         raise HomeError("no site has enrolled yet; give --patients N for each that will")
     return tuple(agreed.values())

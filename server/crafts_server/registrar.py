@@ -128,11 +128,8 @@ class RegistrarService:
     def ListPlans(self, _request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         """Every signed plan; of sums, once its roster is fixed."""
         self._site(context)
-        registry = self._home.registry()
-        try:
+        with self._home.registry() as registry:
             plans = registry.offered_plans()
-        finally:
-            registry.close()
         return messages.ListPlansReply(
             plans=[
                 messages.SignedPlan(
@@ -228,19 +225,17 @@ class RegistrarService:
         As of now, or of sums as it was fixed with the plan.
         """
         self._site(context)
-        registry = self._home.registry()
         try:
-            signed = registry.plan(request.plan_hash)
-            plan = Plan.parse(json.loads(signed.json))
-            roster = (
-                Rosters(registry).fixed(plan)
-                if plan.aggregation.secure_aggregation
-                else Roster.of(signed.hash, self._enrolments.sizes.agreed())
-            )
+            with self._home.registry() as registry:
+                signed = registry.plan(request.plan_hash)
+                plan = Plan.parse(json.loads(signed.json))
+                roster = (
+                    Rosters(registry).fixed(plan)
+                    if plan.aggregation.secure_aggregation
+                    else Roster.of(signed.hash, self._enrolments.sizes.agreed())
+                )
         except RegistryError as error:
             raise RefusedError(grpc.StatusCode.NOT_FOUND, "no such plan was signed") from error
-        finally:
-            registry.close()
         return messages.GetRosterReply(
             json=roster.to_json(), signature=self._home.sign_roster(roster)
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import Connection, Select, create_engine, event, func, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -191,6 +191,12 @@ class Registry:
                 f"the tables of the registry are not what any version made ({error}); nothing was "
                 "changed; put back its newest intact copy"
             ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give up all connections."""

@@ -89,12 +89,9 @@ def status_of(home: CoordinatorHome) -> Status:
         RegistryError: the database cannot be read.
         AuditLogError: the log was altered.
     """
-    registry = home.registry()
-    try:
+    with home.registry() as registry:
         sites, runs = tuple(_sites(home, registry)), tuple(registry.runs())
         studies = {plan.hash: plan.study for plan in registry.plans()}
-    finally:
-        registry.close()
     queued = tuple(path.name for path in queued_plans(home))
     is_serving = _is_serving(home)
     why = _waiting(runs, queued, is_serving=is_serving) | _reasons(home, runs, queued)

@@ -102,12 +102,9 @@ def run_view(home: CoordinatorHome, run_id: str, *, whole: bool = False) -> RunV
         UnknownRunError: there is none.
         CraftsError: its plan or its checkpoints are not what was signed.
     """
-    registry = home.registry()
-    try:
+    with home.registry() as registry:
         run = registry.run(run_id)
         signed = registry.plan(run.plan_hash)
-    finally:
-        registry.close()
     verify(home.public_key, signed.json.encode(), signed.signature)
     plan = Plan.parse(json.loads(signed.json))
     chain = home.checkpoints(run.run_id).chain()

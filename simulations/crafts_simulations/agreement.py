@@ -18,16 +18,13 @@ def agree_on_patients(coordinator: CoordinatorHome, sites: Iterable[Path]) -> No
 
     Each says, too, which key signs for it in sums.
     """
-    registry = coordinator.registry()
-    try:
+    with coordinator.registry() as registry:
         for path in sites:
             home = SiteHome.open(path)
             name = home.config.name
             CohortSizes(registry).agree(name, home.config.declared_patients)
             key = site_key(home, existing_ledger(home))
             Rosters(registry).publish(name, public_key_of(key))
-    finally:
-        registry.close()
 
 
 def approve_roster(coordinator: CoordinatorHome, plan: Plan, sites: Iterable[Path]) -> None:
@@ -35,10 +32,7 @@ def approve_roster(coordinator: CoordinatorHome, plan: Plan, sites: Iterable[Pat
     if not plan.aggregation.secure_aggregation:
         return
     coordinator.sign_plan(plan)
-    registry = coordinator.registry()
-    try:
+    with coordinator.registry() as registry:
         roster = Rosters(registry).fixed(plan)
-    finally:
-        registry.close()
     for path in sites:
         SiteHome.open(path).roster_approvals.approve(roster)

@@ -97,15 +97,12 @@ class Programs:
         site = SiteHome.open(self.sites[name])
         if site.coordinator_path.exists():
             return
-        registry = self.home.registry()
-        try:
+        with self.home.registry() as registry:
             token = Enrolments(registry).invite(
                 name,
                 patients=site.config.declared_patients,
                 valid_for=timedelta(minutes=10),
             )
-        finally:
-            registry.close()
         token += f".{self.home.pki.enrolment_fingerprint}"
         enrol(site, f"localhost:{self.home.config.enrolment_port}", token)
 
@@ -169,11 +166,8 @@ class Programs:
 
     def chain(self, plan: Plan) -> list[Checkpoint]:
         """The verified checkpoints of a plan, as they are on disk now. Nothing is changed."""
-        registry = self.home.registry()
-        try:
+        with self.home.registry() as registry:
             run_id = registry.newest_run(plan.hash)
-        finally:
-            registry.close()
         return [] if run_id is None else self.home.checkpoints(run_id).chain()
 
     def train(self, plan: Plan) -> None:

@@ -3,7 +3,6 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -184,7 +183,7 @@ def test_a_cluster_without_an_encoding_will_do(tmp_path: Path, postgres) -> None
     bare = "TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
     config = HomeConfig(foundation="embedded", registry=postgres.new_database(bare))
     home = CoordinatorHome.create(tmp_path / "home", config)
-    with closing(home.registry()) as registry:
+    with home.registry() as registry:
         assert registry.runs() == []
 
 

@@ -318,9 +318,8 @@ def registry_locked(programs: Programs, study: SmallStudy) -> str:
 def revoked(programs: Programs, study: SmallStudy) -> str:
     """The coordinator takes a site's certificate back while the study runs."""
     has_committed(programs, study, 1)
-    registry = study.coordinator.registry()
-    Enrolments(registry).revoke(SECOND)
-    registry.close()
+    with study.coordinator.registry() as registry:
+        Enrolments(registry).revoke(SECOND)
     finish(programs, study)
     last = programs.chain(study.plan)[-1].receipt()
     expect([site.site for site in last.sites] == [FIRST], "a revoked site took part")

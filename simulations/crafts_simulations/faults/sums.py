@@ -5,7 +5,6 @@ that must hold of plain rounds is looked up at the sites (``sealed_sums``).
 """
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 from crafts_core.foundation import Foundation
@@ -148,7 +147,7 @@ def ghost(programs: Programs, study: SmallStudy) -> str:
     programs.kill(COORDINATOR)
     key = study.coordinator.path.parent / "ghost.key"
     signing.create_signing_key(key)
-    with closing(study.coordinator.registry()) as registry:
+    with study.coordinator.registry() as registry:
         CohortSizes(registry).agree(GHOST, DECLARED_PATIENTS)
         Rosters(registry).publish(GHOST, signing.public_key_of(signing.load_signing_key(key)))
         Rosters(registry).renew(study.plan)
