@@ -1,6 +1,5 @@
 """The study's foundation from the registrar: public files, resumable, every one checked."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from crafts_client.enrolment import Registrar
@@ -17,8 +16,8 @@ from crafts_core.foundation_manifest import (
     sha256_of,
     verify,
 )
+from crafts_core.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 _MOST_BYTES = 32 << 30
 
 

@@ -45,14 +45,13 @@ from crafts_client.ingest.table_shards import (
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation import Foundation, read_manifest
+from crafts_core.progress import Progress
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache
 from crafts_core.tiles.writer import MANIFEST_NAME
 
 _REGISTER_S = 600.0
 """Shards of a table begin together, and each reads the whole register."""
-StepProgress = Callable[[str, int, int], None]
-"""Name of the step, done, in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +72,7 @@ def prepare_site(
     table: Path,
     root: Path | None,
     options: IngestOptions,
-    progress: StepProgress,
+    progress: Progress,
 ) -> IngestReport:
     """Ingest what is new in a table, and encode what is new in the store.
 
@@ -100,7 +99,7 @@ def prepare_shard(
     table: Path,
     root: Path | None,
     options: IngestOptions,
-    progress: StepProgress,
+    progress: Progress,
 ) -> IngestReport:
     """Cut the slides of one part of a table. They count, and are encoded, with ``join_shards``.
 
@@ -127,7 +126,7 @@ def prepare_shard(
 
 
 def join_shards(
-    home: SiteHome, foundation: Foundation, *, num_processes: int, progress: StepProgress
+    home: SiteHome, foundation: Foundation, *, num_processes: int, progress: Progress
 ) -> IngestReport | None:
     """Make what all shards of a table have cut the store's content, and encode it.
 
@@ -192,7 +191,7 @@ def _ingest(
     table: Path,
     root: Path | None,
     options: IngestOptions,
-    progress: StepProgress,
+    progress: Progress,
 ) -> IngestReport:
     former = former_report(home)
     try:
@@ -217,7 +216,7 @@ def _cut(
     root: Path | None,
     options: IngestOptions,
     former: IngestReport | None,
-    progress: StepProgress,
+    progress: Progress,
     shard: TableShard | None = None,
 ) -> IngestReport:
     config, manifest, salt = home.config, foundation.manifest, Salt.load(home.salt_path)
@@ -338,7 +337,7 @@ def keep_names(home: SiteHome, names: Path) -> None:
     write_file(home.names_path, names.read_bytes(), mode=0o600)
 
 
-def fill_cache(home: SiteHome, foundation: Foundation, progress: StepProgress) -> None:
+def fill_cache(home: SiteHome, foundation: Foundation, progress: Progress) -> None:
     """Compute latents and embeddings once; goes on where it was interrupted.
 
     What cannot be read or encoded is passed over (``num_unusable_tiles``) and tried again by the

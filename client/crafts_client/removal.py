@@ -20,23 +20,16 @@ from crafts_client.ingest.ingest_page import PAGE_NAME
 from crafts_client.ingest.named_files import composed
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
 from crafts_client.ingest.table_shards import check_nothing_waits
-from crafts_client.preparation import (
-    StepProgress,
-    fill_cache,
-    former_report,
-    one_at_a_time,
-    write_report,
-)
+from crafts_client.preparation import fill_cache, former_report, one_at_a_time, write_report
 from crafts_client.register import PatientRegister
 from crafts_core.foundation import Foundation, verify
+from crafts_core.progress import Progress
 from crafts_core.tiles import TileStore, TileStoreError, damaged_files
 from crafts_core.tiles.cache_files import cache_folder, check_cache
 from crafts_core.tiles.writer import MANIFEST_NAME, shard_path
 
 
-def forget(
-    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: StepProgress
-) -> int:
+def forget(home: SiteHome, patient: str, load: Callable[[], Foundation], progress: Progress) -> int:
     """Withdraw a patient and remove every trace but the pseudonym in the register; tiles removed.
 
     The ledger keeps what was spent. Killed on the way, the same call goes on.
@@ -56,7 +49,7 @@ def forget(
 
 
 def _forget(
-    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: StepProgress
+    home: SiteHome, patient: str, load: Callable[[], Foundation], progress: Progress
 ) -> int:
     pseudonym, path = Salt.load(home.salt_path).patient_id(patient), home.tile_store_path
     register = PatientRegister(home.register_path)
@@ -89,9 +82,7 @@ def num_tiles_of(home: SiteHome, file: Path) -> int:
     return sum(each == slide for each in store.index["slide"].to_pylist())
 
 
-def drop(
-    home: SiteHome, file: Path, load: Callable[[], Foundation], progress: StepProgress
-) -> Dropped:
+def drop(home: SiteHome, file: Path, load: Callable[[], Foundation], progress: Progress) -> Dropped:
     """Remove one slide, or ready tile, with its latents, pictures and report lines.
 
     The patient stays known, and a table that still lists the slide brings it back.
@@ -219,7 +210,7 @@ def _sweep(
     home: SiteHome,
     report: IngestReport | None,
     load: Callable[[], Foundation],
-    progress: StepProgress,
+    progress: Progress,
 ) -> None:
     """After tiles went: report, pictures and latents without whatever was theirs."""
     path = home.tile_store_path

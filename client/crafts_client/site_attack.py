@@ -1,6 +1,6 @@
 """``crafts-client attack``: on a finished generator, and on every update that left this site."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,10 @@ from crafts_core.evaluation.leakage import Leakage, LeakageConfig, measure_leaka
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation, load
 from crafts_core.generator import Generator
+from crafts_core.progress import Progress
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache
 from crafts_privacy.ledger import EntryKind
-
-Progress = Callable[[str, int, int], None]
 
 
 class SiteLeakage(Leakage):

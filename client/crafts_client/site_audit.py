@@ -9,11 +9,12 @@ from crafts_client.audit_record import audited_settings, library_versions
 from crafts_client.code_hash import code_sha256
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.sum_audit import SumCheck, audit_sums
-from crafts_client.training_audit import Progress, TrainingAudit, audit_training
+from crafts_client.training_audit import TrainingAudit, audit_training
 from crafts_client.training_task import Randomness
 from crafts_core import __version__
 from crafts_core.devices import open_device
 from crafts_core.foundation import load
+from crafts_core.progress import Progress
 from crafts_privacy.audit import AuditResult, audit
 from crafts_privacy.audit_statistics import OneRun
 

@@ -37,6 +37,7 @@ from crafts_client.training_bench import (
 from crafts_client.training_task import Randomness
 from crafts_core.foundation import Foundation
 from crafts_core.plan import RELEASES, Part, StageName
+from crafts_core.progress import Progress
 from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.audit_statistics import (
     FALSE_ALARM,
@@ -52,7 +53,6 @@ from crafts_privacy.audit_statistics import (
 )
 
 _Bench = TypeVar("_Bench", bound=Bench)
-Progress = Callable[[str, int, int], None]
 Integers = NDArray[Any]
 """Python's own integers (D,): nothing rounds."""
 

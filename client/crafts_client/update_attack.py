@@ -13,7 +13,7 @@ from patients without noise and stays in the home. Letters: P patients of both s
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from crafts_core.evaluation.leakage import (
 )
 from crafts_core.evaluation.memorisation import FEWEST_PATIENTS
 from crafts_core.foundation import Foundation
+from crafts_core.progress import Progress
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective
 from crafts_privacy.gradients import FlatGradient
@@ -39,7 +40,6 @@ _DRAWS = 4
 """Of noise and timesteps for each tile and round."""
 _RIDGE = 0.1
 """Of a gradient's squared length: what the attacker's own draws leave uncertain of it."""
-Progress = Callable[[str, int, int], None]
 
 
 def attack_updates(

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress import Progress as Bars
 
 from crafts_core import __version__
 from crafts_core.errors import CraftsError
 from crafts_core.harmless import MOST_OF_A_SENTENCE, harmless
+from crafts_core.progress import Progress
 
 
 def _print_version(is_asked: bool) -> None:
@@ -42,11 +43,9 @@ Version = Annotated[
 
 _A_LINE_EVERY_S = 30.0
 """In a log, of work that takes longer than that."""
-ShowProgress = Callable[[str, int, int], None]
-"""Called with (what, done, total). What follows a comma in ``what`` is news of the same work."""
 
 
-def bars_on_stderr() -> Progress:
+def bars_on_stderr() -> Bars:
     """Bars that are drawn where stderr is a terminal."""
     console = Console(stderr=True)
     columns = (
@@ -55,11 +54,11 @@ def bars_on_stderr() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    return Bars(*columns, console=console, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[ShowProgress]:
+def progress_bars() -> Iterator[Progress]:
     """One bar on stderr for each kind of work; where nobody watches, a line now and then."""
     with bars_on_stderr() as bars:
         tasks: dict[str, TaskID] = {}

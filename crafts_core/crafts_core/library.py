@@ -25,6 +25,7 @@ from crafts_core.foundation_manifest import embedded_path
 from crafts_core.image_folder import ImagePlan, batches, write_whole
 from crafts_core.image_requests import ImageRequest
 from crafts_core.plan import Modality
+from crafts_core.progress import Progress
 from crafts_core.provenance import Origin, Provenance, encode_png
 from crafts_core.sampler_config import DtypeName, SamplerConfig, SchedulerName
 from crafts_core.studio import Studio
@@ -243,7 +244,7 @@ def evaluate(
     device: str = "cpu",
     page: str | Path | None = None,
     show: Show = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """How near images are to real ones, as ``crafts evaluate`` measures it.
 

@@ -13,7 +13,6 @@ Shape letters: N tiles, H W C pixels.
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +26,10 @@ from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import Images
 from crafts_core.exchange import canonical_json
 from crafts_core.foundation_manifest import FoundationError, sha256_of
+from crafts_core.progress import Progress
 from crafts_core.retrieval_record import PoolSource
 
 _WHAT, _TILES = "pool.json", "tiles.npy"
-Progress = Callable[[str, int, int], None]
 
 
 class PoolError(CraftsError):

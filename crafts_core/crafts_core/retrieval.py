@@ -12,7 +12,7 @@ Shape letters: N tiles, M picked ones, K captions, D embedding, Q numbers of col
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from crafts_core.foundation import Foundation
 from crafts_core.foundation_build.training import Recipe, Rows, train
 from crafts_core.pixels import channels_first, to_pixels
 from crafts_core.plan import GENERATOR_ONLY, Factor, Plan
+from crafts_core.progress import Progress
 from crafts_core.public_pool import PublicPool
 from crafts_core.releases import ANCHORS, COLOUR, class_anchors
 from crafts_core.retrieval_record import Retrieval
@@ -35,7 +36,6 @@ from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective
 from crafts_core.state import FIRST, SECOND, State, generator_state
 
-Progress = Callable[[str, int, int], None]
 _BATCH, _EMBED = 16, 64
 Numbers = npt.NDArray[np.float64]
 

@@ -33,7 +33,7 @@ from crafts_core.vocabulary import (
 )
 from crafts_simulations.slides import write_slide
 
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 
 Holdings = Literal["slides", "tiles"]
 TABLE_NAME = "slides.csv"
@@ -105,7 +105,7 @@ def make_hospital(
     config: HospitalConfig,
     *,
     num_processes: int = 2,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> Path:
     """Draw the slides that are missing and write the table; returns the table's path.
 

@@ -16,6 +16,7 @@ from crafts_core.evaluation.baselines import PublicPart
 from crafts_core.evaluation.encoder import Images
 from crafts_core.evaluation.real_tiles import OverlapError
 from crafts_core.foundation_manifest import FoundationManifest
+from crafts_core.progress import Progress
 from crafts_core.public_pool import PublicPool, open_pool, read_pool
 from crafts_core.retrieval import picked_tiles
 from crafts_core.study.lookalikes import alike_to, thumbnails_of
@@ -24,11 +25,11 @@ from crafts_server.checkpoints import Checkpoint
 from crafts_server.export import retrieval_of
 from crafts_server.home import CoordinatorHome
 from crafts_simulations.sites import heldout_store
-from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.study import LocalStudy
 
 
 def kept_pool(
-    home: CoordinatorHome, table: Path, manifest: FoundationManifest, progress: StepProgress
+    home: CoordinatorHome, table: Path, manifest: FoundationManifest, progress: Progress
 ) -> PublicPool:
     """The pool in a run's home, made of its table at first. A run is of one table.
 

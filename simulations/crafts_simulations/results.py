@@ -41,6 +41,7 @@ from crafts_core.export import CONTROLS, add_measurement
 from crafts_core.generator import Generator
 from crafts_core.plan import Modality
 from crafts_core.pretrained import read_part
+from crafts_core.progress import Progress
 from crafts_core.provenance import Origin, Provenance, encode_png
 from crafts_core.sampling import contact_sheet, sample_images
 from crafts_core.tiles import TileStore
@@ -57,7 +58,7 @@ from crafts_simulations.report import (
     write_report,
 )
 from crafts_simulations.sites import COHORT, heldout_store
-from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.study import LocalStudy
 
 MAX_SAMPLE_LABELS, NUM_STEERED_SHOWN = 10, 8
 _STEERINGS = TypeAdapter(tuple[Steering, ...])
@@ -322,5 +323,5 @@ def _versions() -> dict[str, str]:
     return {"crafts-federated": __version__, **libraries}
 
 
-def _measuring(progress: StepProgress, what: str, done: int, total: int) -> None:
+def _measuring(progress: Progress, what: str, done: int, total: int) -> None:
     progress(f"measuring {what}", done, total)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from crafts_client.home import EMBEDDED
 from crafts_core.foundation import embedded_path, load
+from crafts_core.progress import Progress
 from crafts_core.public_pool import table_fingerprint
 from crafts_core.state import weights_of
 from crafts_server.home import CoordinatorHome
@@ -20,7 +21,7 @@ from crafts_simulations.public_tiles import kept_pool, public_part, refuse_known
 from crafts_simulations.report import Report
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource, make_sites
-from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.study import LocalStudy
 from crafts_simulations.workspace import Workspace
 
 
@@ -35,7 +36,7 @@ def run_scenario(
     num_trainers: int | None = 1,
     ray: str | None = None,
     real_processes: bool = False,
-    progress: StepProgress = lambda _what, _done, _total: None,
+    progress: Progress = lambda _what, _done, _total: None,
 ) -> Report:
     """Run a scenario in ``out``, or what is left of it.
 

@@ -29,12 +29,13 @@ from crafts_client.policy import Policy
 from crafts_client.preparation import fill_cache
 from crafts_core.fields import describe_first_error
 from crafts_core.plan import Plan
+from crafts_core.progress import Progress
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import make_hospital, round_size
 from crafts_simulations.repeatable import write_salt
-from crafts_simulations.study import LocalStudy, StepProgress
+from crafts_simulations.study import LocalStudy
 from crafts_simulations.tile_split import deal
 from crafts_simulations.workspace import Workspace
 
@@ -268,5 +269,5 @@ def _heldout_path(workspace: Workspace) -> Path:
     return workspace.heldout / "tiles"
 
 
-def _named(progress: StepProgress, who: str) -> StepProgress:
+def _named(progress: Progress, who: str) -> Progress:
     return lambda what, done, total: progress(f"{who}: {what}", done, total)

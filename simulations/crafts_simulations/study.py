@@ -1,17 +1,14 @@
 """What every step of a simulated study needs to know."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from crafts_client.home import EMBEDDED
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan
+from crafts_core.progress import Progress
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.workspace import Workspace
-
-StepProgress = Callable[[str, int, int], None]
-"""What is being done, how much is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +32,7 @@ class LocalStudy:
     """Address of the Ray whose processes these are; None is this machine without Ray."""
     real_processes: bool
     """Whether the sites are programs of their own, and hold answers back like a hospital's."""
-    progress: StepProgress
+    progress: Progress
 
     @property
     def foundation_name(self) -> str:

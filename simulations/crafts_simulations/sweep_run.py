@@ -17,12 +17,12 @@ from pathlib import Path
 
 from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
+from crafts_core.progress import Progress
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.report import Report
 from crafts_simulations.run import run_scenario
 from crafts_simulations.scenario import Scenario
 from crafts_simulations.sites import TileSource
-from crafts_simulations.study import StepProgress
 from crafts_simulations.sweep import Run, Sweep
 from crafts_simulations.sweep_page import render
 from crafts_simulations.sweep_report import Failure, SweepReport, compare
@@ -49,9 +49,7 @@ class _Job:
         """Whether its report is there; running it again makes sure that it is this run's."""
         return (self.out / "report.json").exists()
 
-    def __call__(
-        self, progress: StepProgress = lambda _what, _done, _total: None
-    ) -> Report | Failure:
+    def __call__(self, progress: Progress = lambda _what, _done, _total: None) -> Report | Failure:
         """The report, or why there is none: other runs go on."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,7 +76,7 @@ def run_sweep(
     pool: Path | None = None,
     device: str = "cpu",
     num_parallel: int = 1,
-    progress: StepProgress = lambda _what, _done, _total: None,
+    progress: Progress = lambda _what, _done, _total: None,
 ) -> SweepReport:
     """Run what is missing of a sweep, and compare its arms, as far as they finish.
 
@@ -152,7 +150,7 @@ def _first_of(failures: list[Failure]) -> str:
     return f"{failures[0].text}{others}"
 
 
-def _one_by_one(jobs: list[_Job], progress: StepProgress) -> Iterator[tuple[Run, Report | Failure]]:
+def _one_by_one(jobs: list[_Job], progress: Progress) -> Iterator[tuple[Run, Report | Failure]]:
     for job in jobs:
         yield job.run, job(progress)
 

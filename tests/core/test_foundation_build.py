@@ -1,6 +1,5 @@
 """The foundation's build, small enough to run: whole, resumable, and refused when mixed."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from crafts_core.foundation_build.views import other_stains
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.pixels import to_pixels, to_uint8
 from crafts_core.procedural import phenotype, random_stain, render_region
+from crafts_core.progress import Progress
 from crafts_core.sampling import sample_images
 from crafts_core.vocabulary import (
     CANCER_TYPES,
@@ -193,7 +193,7 @@ class KilledError(Exception):
     """Stands for a power cut between two steps."""
 
 
-def run_line(folder: Path, progress: Callable[[str, int, int], None]) -> torch.Tensor:
+def run_line(folder: Path, progress: Progress) -> torch.Tensor:
     """A line fitted to noise, with every kind of state that a part has."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)

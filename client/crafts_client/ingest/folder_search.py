@@ -1,7 +1,6 @@
 """What a folder holds that can be ingested, and what looks like it and cannot."""
 
 import os
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from crafts_client.ingest.pool import Beat, Pool
 from crafts_client.ingest.readers.dicom_instances import is_dicom, slide_series
 from crafts_client.ingest.readers.opening import open_reader
 from crafts_client.ingest.readers.tiff_header import is_tiff
+from crafts_core.progress import Progress
 
 SLIDE_ENDINGS = frozenset({
     ".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi",
@@ -41,7 +41,7 @@ def find_slides(
     *,
     images: bool = False,
     num_processes: int = 0,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> FoundSlides:
     """Every slide below a folder that can be opened.
 

@@ -30,9 +30,7 @@ from crafts_client.ingest.survey import SlideJob, Survey, draw_slide, missing_sc
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.table_shards import TableShard
 from crafts_client.ingest.tiling import TilingOptions
-
-Progress = Callable[[str, int, int], None]
-"""Name of the step, done, in all."""
+from crafts_core.progress import Progress
 
 
 def ingest_slides(

@@ -16,7 +16,6 @@ from crafts_core.evaluation.encoder import Encoder, load_encoder
 from crafts_core.evaluation.evaluate import FEWEST_IMAGES, EvaluationConfig, Evaluator
 from crafts_core.evaluation.figures import Comparison, Fidelity
 from crafts_core.evaluation.image_sets import Scale, is_image_folder, read_images
-from crafts_core.evaluation.memorisation import Progress
 from crafts_core.evaluation.real_tiles import (
     RealTiles,
     require_other_tiles,
@@ -26,6 +25,7 @@ from crafts_core.evaluation.real_tiles import (
 from crafts_core.foundation import Foundation, embedded_path, load
 from crafts_core.foundation_manifest import DENOISER_FOLDERS
 from crafts_core.generator import Generator
+from crafts_core.progress import Progress
 from crafts_core.tiles.store import TileStore
 from crafts_core.tiles.writer import MANIFEST_NAME
 

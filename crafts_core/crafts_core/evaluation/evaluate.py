@@ -28,7 +28,6 @@ from crafts_core.evaluation.memorisation import (
     SAMPLING,
     Memorisation,
     MemorisationConfig,
-    Progress,
     measure_memorisation,
     sides_of_one_size,
 )
@@ -38,6 +37,7 @@ from crafts_core.evaluation.real_tiles import OverlapError, RealTiles, middle, p
 from crafts_core.evaluation.yardstick import Yardstick
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
+from crafts_core.progress import Progress
 from crafts_core.sampler_config import SchedulerName
 from crafts_core.sampling import sample_images
 

@@ -16,7 +16,6 @@ from crafts_core.durable import write_file
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.bench import Bench
 from crafts_core.evaluation.figures import Arm, Comparison
-from crafts_core.evaluation.memorisation import Progress
 from crafts_core.evaluation.pictures import Pictures, pictures_of
 from crafts_core.evaluation.resampling import Interval
 from crafts_core.evaluation.show import Show
@@ -31,6 +30,7 @@ from crafts_core.evaluation.table import (
     shown_matches,
 )
 from crafts_core.pages import page_environment, png_uri, uri_of_png
+from crafts_core.progress import Progress
 from crafts_core.provenance import encode_png
 
 Value = tuple[ArmName, float, Interval | None]

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import SMALLEST_PX, Images
 from crafts_core.evaluation.real_tiles import RealTiles, pixel_digest
 from crafts_core.picture_facts import bits_per_sample, opened, upright
+from crafts_core.progress import Progress
 from crafts_core.provenance import ProvenanceError, read_provenance
 
 PATIENT = ("patient", "case", "source_tile_group")
@@ -79,7 +80,7 @@ def read_images(
     *,
     most: int,
     seed: int,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> RealTiles:
     """The images of a folder, or of a table, or a random choice of ``most`` of them.
 

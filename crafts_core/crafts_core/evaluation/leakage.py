@@ -35,7 +35,6 @@ from crafts_core.evaluation.memorisation import (
     FEWEST_PATIENTS,
     Memorisation,
     MemorisationConfig,
-    Progress,
     measure_memorisation,
     sides_of_one_size,
 )
@@ -43,6 +42,7 @@ from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
 from crafts_core.pixels import to_pixels
+from crafts_core.progress import Progress
 from crafts_core.stages.schedule import NoiseSchedule
 
 Vector = npt.NDArray[np.float64]

@@ -7,8 +7,6 @@ is computed from patients without noise: it belongs to whoever holds both sides,
 Letters: N tiles, G patients, M images, D features.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,10 +17,10 @@ from crafts_core.evaluation.orthogonal_encoder import OrthogonalEncoder
 from crafts_core.evaluation.real_tiles import RealTiles, middle
 from crafts_core.evaluation.resampling import Interval, interval_of
 from crafts_core.generator import Generator
+from crafts_core.progress import Progress
 from crafts_core.sampler_config import SchedulerName
 from crafts_core.sampling import sample_images
 
-Progress = Callable[[str, int, int], None]
 Vector = npt.NDArray[np.float64]
 FEWEST_PATIENTS = 8
 

@@ -54,7 +54,7 @@ class TissueTrainingConfig:
     seed: int = 0
 
 
-Progress = Callable[[int, float], None]
+LossProgress = Callable[[int, float], None]
 """Called after each step with its number and loss."""
 
 
@@ -63,7 +63,7 @@ def train(
     groups: Labels,
     labels: Sequence[Labels],
     config: TissueTrainingConfig,
-    progress: Progress | None = None,
+    progress: LossProgress | None = None,
 ) -> TissueNetwork:
     """A network, its normalisation folded, that tells structure.
 

@@ -23,6 +23,7 @@ from crafts_core.evaluation.encoder import Encoder, Features, Images
 from crafts_core.evaluation.fidelity import Reference, between_patients
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.evaluation.resampling import Interval, Patients, Rows, halves
+from crafts_core.progress import Progress
 
 LEAST_SHARE = 0.02
 """Shuffled patches of 32 px must stand so far from real tiles, in distances of two patients."""
@@ -98,7 +99,7 @@ def validate(
     *,
     mpp: float,
     reconstruct: Callable[[Images], Images] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Validation:
     """Measure how an encoder answers.
 
@@ -205,7 +206,7 @@ def _embedded(
     tiles: RealTiles,
     changed: dict[str, Images],
     mpp: float,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[dict[str, Features], dict[str, Features]]:
     """Features of each change as it is, and with its colours brought to the real ones."""
     target = ColourMoments.of(tiles.images_NHWC)

@@ -1,6 +1,5 @@
 """``crafts evaluate --validate``: an encoder's answers as a table that a person reads."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from crafts_core.errors import CraftsError
@@ -9,6 +8,7 @@ from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.validation import Answer, Validation, ValidationConfig, validate
 from crafts_core.evaluation.validation_tiles import read_tiles
 from crafts_core.foundation import embedded_path, load
+from crafts_core.progress import Progress
 
 
 def validate_on(
@@ -18,7 +18,7 @@ def validate_on(
     foundation: Path | None,
     mpp: float | None,
     config: ValidationConfig,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Validation:
     """The table of one encoder on tiles of a store or folder, and of a foundation's VAE.
 

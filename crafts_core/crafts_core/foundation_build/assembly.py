@@ -41,10 +41,11 @@ from crafts_core.foundation_build.public_tiles import (
 )
 from crafts_core.foundation_build.structure_net import StructureNet, train_structure_net
 from crafts_core.foundation_build.tiles_table import TableRow
-from crafts_core.foundation_build.training import Progress, Recipe
+from crafts_core.foundation_build.training import Recipe
 from crafts_core.foundation_manifest import FoundationManifest, write_manifest
 from crafts_core.pixels import channels_first
 from crafts_core.probe import Probe, correlation_range, save_probe
+from crafts_core.progress import Progress
 from crafts_core.vocabulary import corpus, prompt_bank
 
 _RENDERERS = ("procedural.py", "vocabulary.py", "otsu.py", "aligner.py", "probe.py")

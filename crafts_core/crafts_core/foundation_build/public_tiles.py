@@ -7,7 +7,7 @@ fits every tile whose statements include its own, whoever's tile it was composed
 Shape letters: N tiles, V captions of a tile, U different captions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,9 +26,9 @@ from crafts_core.foundation_build.tiles_table import (
 from crafts_core.pixels import channels_first
 from crafts_core.probe import Probe
 from crafts_core.procedural import phenotype, random_stain, render_region
+from crafts_core.progress import Progress
 from crafts_core.vocabulary import CANCER_TYPES, CancerType, compose_caption, sample_attributes
 
-Progress = Callable[[str, int, int], None]
 Pixels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 Statements = tuple[str, ...]

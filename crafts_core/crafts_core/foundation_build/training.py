@@ -18,9 +18,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from crafts_core.durable import write_file
+from crafts_core.progress import Progress
 
 Rows = npt.NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,7 @@ from crafts_core.tiles.records import TileStoreError
 from crafts_core.tiles.store import Rows, TileStore
 from crafts_core.tiles.writer import describe_file
 
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 _PROGRESS_NAME = "progress.json"
 _KEY_BYTES = 16
 _BATCHES_PER_COMMIT = 64
@@ -96,7 +96,7 @@ class LatentCache:
         *,
         views: int = 1,
         batch_size: int = 16,
-        progress: Progress | None = None,
+        progress: CountProgress | None = None,
     ) -> Self:
         """Compute what is missing and open the cache.
 
@@ -241,7 +241,7 @@ def _build_tiles(
     keys: Keys,
     old: "_Former",
     batch_size: int,
-    progress: Progress | None,
+    progress: CountProgress | None,
 ) -> BuildProgress:
     """Rows in store order, committing every few batches. Returns what was reached."""
     unusable = list(begun.unusable)

@@ -42,10 +42,10 @@ from crafts_core.evaluation.downstream.tasks import (
 )
 from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.extras import scikit_learn
-from crafts_core.evaluation.memorisation import Progress
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation, embedded_path, load
 from crafts_core.generator_record import parts_hash
+from crafts_core.progress import Progress
 from crafts_core.studio import Studio
 from crafts_core.tiles.augment import view_of
 
