@@ -7,7 +7,6 @@ MEANING = (
     "stays in this hospital."
 )
 _SHOWS = 0.01
-"""As ``Leakage.smallest_p_value`` has it: below it somebody's training shows."""
 
 
 def verdict(p_values: Sequence[float]) -> str:

@@ -45,11 +45,10 @@ from crafts_client.ingest.deidentify import Salt
 from crafts_client.policy import Policy
 from crafts_core.durable import write_file
 from crafts_core.fields import Name, describe_first_error
-from crafts_core.foundation_manifest import embedded_path
+from crafts_core.foundation_manifest import named_path
 from crafts_core.roster import MAX_PATIENTS
 
 SITE_NAME, POLICY_NAME, LEDGER_NAME = "site.toml", "policy.toml", "ledger.db"
-EMBEDDED = "embedded"
 
 
 class SiteConfig(BaseModel):
@@ -162,9 +161,7 @@ class SiteHome:
     @property
     def foundation_path(self) -> Path:
         """Where the public foundation lies."""
-        if self.config.foundation == EMBEDDED:
-            return embedded_path()
-        return self.path / self.config.foundation
+        return named_path(self.config.foundation, base=self.path)
 
     @property
     def ingest_report_path(self) -> Path:

@@ -18,6 +18,7 @@ from crafts_core.durable import share_as_umask_says
 from crafts_core.errors import CraftsError
 from crafts_core.fields import Sha256, describe_first_error
 
+EMBEDDED = "embedded"
 MANIFEST_NAME = "foundation.json"
 DENOISER_FOLDERS = ("unet", "transformer")
 """Of a diffusers directory, one for each kind in ``denoisers``; to ask needs no torch."""
@@ -192,7 +193,12 @@ def verify(directory: Path) -> FoundationManifest:
 
 def embedded_path() -> Path:
     """Where the foundation that ships with the package lies."""
-    return Path(str(resources.files("crafts_core"))) / "assets" / "embedded"
+    return Path(str(resources.files("crafts_core"))) / "assets" / EMBEDDED
+
+
+def named_path(name: str, *, base: Path = Path()) -> Path:
+    """Where a foundation lies: ``embedded``, or a folder from ``base`` on."""
+    return embedded_path() if name == EMBEDDED else base / name
 
 
 def refuse_unsafe(path: Path) -> None:

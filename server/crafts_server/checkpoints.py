@@ -184,14 +184,6 @@ class CheckpointStore:
             chain.append(checkpoint)
         return chain
 
-    def latest(self) -> Checkpoint | None:
-        """The end of the verified chain, its files checked; None before round 0."""
-        chain = self.chain()
-        if not chain:
-            return None
-        chain[-1].check_files()
-        return chain[-1]
-
     def _paths(self) -> list[Path]:
         if not self._directory.is_dir():
             return []

@@ -84,7 +84,8 @@ def init(
 
     Again is harmless: a home that is there keeps its configuration, and another one is refused.
     """
-    from crafts_server.home import EMBEDDED, CoordinatorHome
+    from crafts_core.foundation_manifest import EMBEDDED
+    from crafts_server.home import CoordinatorHome
 
     with one_line_errors("crafts-server"):
         if foundation != EMBEDDED:

@@ -32,7 +32,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.exchange import SignedPlan
 from crafts_core.fields import describe_first_error
-from crafts_core.foundation_manifest import embedded_path
+from crafts_core.foundation_manifest import EMBEDDED, named_path
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
 from crafts_privacy.signing import create_signing_key, load_signing_key, public_key_of, sign
@@ -44,7 +44,6 @@ from crafts_server.pki import Pki
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rosters import Rosters
 
-EMBEDDED = "embedded"
 SQLITE = "sqlite"
 LOOPBACK = "127.0.0.1"
 CONFIG_NAME, _KEY, _LOCK = "coordinator.toml", "signing.key", ".lock"
@@ -162,9 +161,7 @@ class CoordinatorHome:
 
     @property
     def foundation_path(self) -> Path:
-        if self.config.foundation == EMBEDDED:
-            return embedded_path()
-        return self.path / self.config.foundation
+        return named_path(self.config.foundation, base=self.path)
 
     @property
     def pools(self) -> Path:

@@ -1,9 +1,9 @@
 """``crafts-sim plan``: what a scenario's noise will be, before anything is trained."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from crafts_core.foundation import embedded_path, load
+from crafts_core.foundation import load
+from crafts_core.foundation_manifest import named_path
 from crafts_privacy.noise_forecast import NoiseForecast, is_measurable, noise_forecast
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import load_scenario
@@ -26,7 +26,7 @@ def scenario_forecast(
     if not sizes:
         raise ScenarioError(f"the sites of {name} come of tiles; give --patients N for each")
     where = scenario.scenario.foundation
-    foundation = load(embedded_path() if where == "embedded" else Path(where), device=device)
+    foundation = load(named_path(where), device=device)
     any_pool = "0" * 64 if scenario.needs_pool else None  # which one, no noise depends on
     plan = scenario.plan(foundation.manifest.hash, any_pool)
     if plan.privacy.target_epsilon is None or not is_measurable(plan):

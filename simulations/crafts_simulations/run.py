@@ -8,8 +8,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from crafts_client.home import EMBEDDED
-from crafts_core.foundation import embedded_path, load
+from crafts_core.foundation import load
+from crafts_core.foundation_manifest import named_path
 from crafts_core.progress import Progress
 from crafts_core.public_pool import table_fingerprint
 from crafts_core.state import weights_of
@@ -71,7 +71,7 @@ def run_scenario(
     earlier = workspace.seconds()
     try:
         progress("loading the foundation", 0, 1)
-        foundation = load(_foundation_path(scenario), device=device)
+        foundation = load(named_path(scenario.scenario.foundation), device=device)
         progress("loading the foundation", 1, 1)
         home = CoordinatorHome.create(workspace.coordinator, loopback_config(foundation.path))
         tiles = None if pool is None else kept_pool(home, pool, foundation.manifest, progress)
@@ -125,11 +125,6 @@ def _check_pool(scenario: Scenario, pool: Path | None) -> None:
         raise ScenarioError("this scenario picks public tiles; give --pool, a table of open images")
     if pool is not None and not scenario.needs_pool:
         raise ScenarioError("this scenario has no stage retrieval; leave out --pool")
-
-
-def _foundation_path(scenario: Scenario) -> Path:
-    name = scenario.scenario.foundation
-    return embedded_path() if name == EMBEDDED else Path(name)
 
 
 def _request(scenario: Scenario, source: TileSource | None, pool: Path | None) -> dict[str, object]:

@@ -13,9 +13,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from crafts_client.client_app import HOME_KEY, make_client_app
-from crafts_client.home import EMBEDDED, SiteHome
+from crafts_client.home import SiteHome
 from crafts_client.site import Site
-from crafts_core.foundation import Foundation, embedded_path, load
+from crafts_core.foundation import Foundation, load
+from crafts_core.foundation_manifest import named_path
 from crafts_simulations.local_grid import LocalNode, answer, context_of
 from crafts_simulations.logs import show_what_goes_wrong
 from crafts_simulations.repeatable import RepeatableSite
@@ -46,9 +47,7 @@ class SiteWork:
         """
         if self.is_verbose:
             show_what_goes_wrong()
-        named = self.foundation
-        path = embedded_path() if named == EMBEDDED else Path(named)
-        return SiteBench(self, load(path, device=self.device))
+        return SiteBench(self, load(named_path(self.foundation), device=self.device))
 
 
 class SiteBench:

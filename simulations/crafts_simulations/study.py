@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from crafts_client.home import EMBEDDED
 from crafts_core.foundation import Foundation
+from crafts_core.foundation_manifest import EMBEDDED
 from crafts_core.plan import Plan
 from crafts_core.progress import Progress
 from crafts_simulations.scenario import Scenario

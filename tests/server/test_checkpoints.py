@@ -49,8 +49,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def test_what_is_written_is_read(store: CheckpointStore) -> None:
-    latest = store.latest()
-    assert latest is not None
+    latest = store.chain()[-1]
     assert latest.round == 2
     assert torch.equal(latest.state()["layer.second"], state(2.0)["layer.second"])
     assert torch.equal(latest.server_state()["layer.second"], state(-2.0)["layer.second"])
@@ -61,8 +60,8 @@ def test_each_checkpoint_names_its_parent(store: CheckpointStore) -> None:
     assert [link.manifest.parent for link in chain] == [None, chain[0].hash, chain[1].hash]
 
 
-def test_an_empty_store_has_no_latest(tmp_path: Path) -> None:
-    assert key_of(tmp_path).latest() is None
+def test_an_empty_store_has_no_chain(tmp_path: Path) -> None:
+    assert key_of(tmp_path).chain() == []
 
 
 def test_a_round_is_committed_once(store: CheckpointStore) -> None:
@@ -82,7 +81,7 @@ def test_one_flipped_byte_anywhere_is_refused(
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="restore"):
-        store.latest()
+        store.chain()[-1].check_files()
 
 
 def test_an_older_adapter_is_refused_when_it_is_read(
@@ -151,10 +150,10 @@ def test_a_full_disk_leaves_the_last_round_and_says_so(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    parent = store.latest()
+    parent = store.chain()[-1]
     monkeypatch.setattr(durable.os, "fsync", full)
     with pytest.raises(StorageError, match=r"No space left.*nothing is lost"):
         write(store, parent, 3.0)
     monkeypatch.undo()
-    assert store.latest() == parent
+    assert store.chain()[-1] == parent
     assert write(store, parent, 3.0).round == 3

@@ -88,12 +88,6 @@ class Leakage(_Record):
     attacks: tuple[Attack, ...]
     memorisation: Memorisation
 
-    @property
-    def smallest_p_value(self) -> float:
-        """Bonferroni over all tests: below 0.01 somebody's training shows."""
-        tests = [attack.p_value for attack in self.attacks] + [self.memorisation.p_value]
-        return min(1.0, len(tests) * min(tests))
-
 
 def measure_leakage(
     generator: Generator,
