@@ -150,7 +150,7 @@ class Registrar:
 
         Raises:
             EnrolmentError: the coordinator refuses, or cannot be reached.
-        CoordinatorBusyError: it failed; ask again.
+            CoordinatorBusyError: it failed; ask again.
         """
         request = calls_of(REGISTRAR)[name].request(**fields)
         return _call(self._channel, REGISTRAR, name, request, at=self.record.registrar_address)

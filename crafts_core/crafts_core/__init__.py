@@ -1,4 +1,4 @@
-"""The generator: what a tile becomes. No network, no database, no Flower."""
+"""What all sides share: the generator, plan and messages, pages and command lines. No Flower."""
 
 import os
 
