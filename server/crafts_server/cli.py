@@ -26,7 +26,7 @@ from crafts_server.commands import (
     print_values,
 )
 from crafts_server.foundation_cli import foundation_app, pool_app
-from crafts_server.plan_cli import plan_app, refuse_problems
+from crafts_server.plan_cli import plan_app
 from crafts_server.runs_cli import export, runs_app
 from crafts_server.sites_cli import sites_app
 
@@ -218,6 +218,7 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
     with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan
         from crafts_server.home import CoordinatorHome
+        from crafts_server.plan_problems import refuse_problems
         from crafts_server.plan_queue import queue_plan
 
         loaded = Plan.load(plan)

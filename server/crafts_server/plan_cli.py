@@ -22,8 +22,8 @@ from crafts_server.commands import (
 )
 
 if TYPE_CHECKING:
+    from crafts_core.plan import Plan
     from crafts_privacy.noise_forecast import NoiseForecast
-    from crafts_server.home import CoordinatorHome
 
 plan_app = typer.Typer(no_args_is_help=True, help="Make, check or sign a plan.")
 
@@ -111,17 +111,17 @@ def plan_check(
     """
     with one_line_errors("crafts-server"):
         from crafts_core.plan import Plan, PlanError
-        from crafts_privacy.plan_check import noise_problems
         from crafts_server.home import CoordinatorHome
+        from crafts_server.plan_problems import problems_of, problems_without_home
 
         loaded: Plan | None = None
         forecast: NoiseForecast | None = None
         try:
             loaded = Plan.load(plan)
             if (home / "coordinator.toml").exists():
-                problems = list(_problems(loaded, CoordinatorHome.open(home)))
+                problems = list(problems_of(loaded, CoordinatorHome.open(home)))
             else:
-                problems = [*noise_problems(loaded), *_rule_problems(loaded)]
+                problems = list(problems_without_home(loaded))
                 say(
                     f"no coordinator's home at {home}: targets were not compared with a "
                     "foundation, nor the noise with a gradient",
@@ -159,6 +159,7 @@ def plan_sign(
         from crafts_core.durable import write_file
         from crafts_core.plan import Plan
         from crafts_server.home import CoordinatorHome
+        from crafts_server.plan_problems import refuse_problems
 
         loaded = Plan.load(plan)
         opened = CoordinatorHome.open(home)
@@ -194,40 +195,6 @@ def plan_roster(
     print_values(roster.model_dump(mode="json"), [*lines, roster.phrase], as_json)
 
 
-def refuse_problems(plan: Any, home: "CoordinatorHome") -> None:
-    """Sign nothing that every site would fail at.
-
-    Raises:
-        PlanError: names the first thing that is wrong.
-    """
-    from crafts_core.plan import PlanError
-
-    problems = list(_problems(plan, home))
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise PlanError(
-            f"not signed: {problems[0]}{more}; see crafts-server plan check", problems=problems
-        )
-
-
-def _problems(plan: Any, home: "CoordinatorHome") -> Iterator[str]:
-    """What sites would say, what is not in this home, and who lacks for its sums."""
-    from crafts_privacy.plan_check import plan_problems
-
-    yield from plan_problems(plan, home.foundation_path)
-    yield from _rule_problems(plan)
-    if plan.study.pool is not None and not (home.pools / plan.study.pool).is_dir():
-        yield (
-            f"study.pool: {plan.study.pool[:16]} is no pool in this home; make it of its table: "
-            "crafts-server pool add TABLE"
-        )
-    if plan.aggregation.secure_aggregation:
-        from crafts_server.rosters import Rosters
-
-        with home.registry() as registry:
-            yield from Rosters(registry).problems(plan)
-
-
 def _still_invited(home: Path) -> tuple[str, ...]:
     """Sites that a plan is not sized for yet."""
     from crafts_server.enrolments import Enrolments
@@ -237,17 +204,7 @@ def _still_invited(home: Path) -> tuple[str, ...]:
         return tuple(Enrolments(registry).waiting())
 
 
-def _rule_problems(plan: Any) -> Iterator[str]:
-    from crafts_core.plan import PlanError
-    from crafts_server.aggregation import rule_of
-
-    try:
-        rule_of(plan.aggregation)
-    except PlanError as error:
-        yield str(error)
-
-
-def _forecast(plan: Any, home: Path, patients: Sequence[int]) -> "NoiseForecast | None":
+def _forecast(plan: "Plan", home: Path, patients: Sequence[int]) -> "NoiseForecast | None":
     """How large the noise will be; None where nothing can be said, as there is no site yet."""
     if not (home / "coordinator.toml").exists() or plan.privacy.target_epsilon is None:
         return None
@@ -268,7 +225,7 @@ def _forecast(plan: Any, home: Path, patients: Sequence[int]) -> "NoiseForecast 
     return noise_forecast(plan, load(CoordinatorHome.open(home).foundation_path), sizes)
 
 
-def _too_few_here(plan: Any, home: Path) -> Iterator[str]:
+def _too_few_here(plan: "Plan", home: Path) -> Iterator[str]:
     """That no round can end yet, where fewer sites are enrolled than one needs."""
     if not (home / "coordinator.toml").exists():
         return
@@ -282,7 +239,7 @@ def _too_few_here(plan: Any, home: Path) -> Iterator[str]:
         yield f"A round needs {needed} sites, and {len(enrolled)} are enrolled: it waits till then."
 
 
-def _facts(plan: Any) -> dict[str, object]:
+def _facts(plan: "Plan") -> dict[str, object]:
     return {
         "study": plan.study.name,
         "hash": plan.hash,
@@ -293,7 +250,7 @@ def _facts(plan: Any) -> dict[str, object]:
     }
 
 
-def _sentences(plan: Any) -> tuple[str, str]:
+def _sentences(plan: "Plan") -> tuple[str, str]:
     privacy = plan.privacy
     promise = (
         "no differential privacy"
