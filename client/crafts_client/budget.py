@@ -43,6 +43,7 @@ class FilterCount(_Told):
 
     @classmethod
     def of(cls, state: FilterState) -> "FilterCount":
+        """What a filter has counted, in numbers that JSON has."""
         return cls(
             name=state.name,
             epsilon=state.epsilon if math.isfinite(state.epsilon) else None,
@@ -66,6 +67,7 @@ class PlanLeft(_Told):
 
     @classmethod
     def of(cls, lifetime: Lifetime, plans: Sequence[PlanCharges], plan: PlanCharges) -> "PlanLeft":
+        """What a plan was charged for, and how much more of its last event fits."""
         return cls(
             plan=plan.plan_hash,
             steps_charged=sum(event.steps for event in plan.events),

@@ -19,7 +19,7 @@ from crafts_core.pages import page_environment
 log = logging.getLogger(__name__)
 
 REFRESH_S = 15
-_HEADERS = {
+CLOSED_HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -64,7 +64,7 @@ class ClosedPages:
         ) -> Response:
             request.state.nonce = secrets.token_urlsafe(16)
             response = await call_next(request)
-            response.headers.update(_HEADERS)
+            response.headers.update(CLOSED_HEADERS)
             response.headers["Content-Security-Policy"] = _POLICY.format(nonce=request.state.nonce)
             return response
 

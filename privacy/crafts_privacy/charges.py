@@ -59,6 +59,7 @@ class Reservation:
 
     @classmethod
     def of(cls, entry: LedgerEntry) -> "Reservation":
+        """As a ledger's entry says it."""
         terms = terms_of(entry)
         return cls(
             sequence=entry.sequence,

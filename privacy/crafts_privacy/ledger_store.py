@@ -47,6 +47,7 @@ class LedgerTransaction:
 
     @property
     def head(self) -> LedgerHead:
+        """The last entry's place and hash; of an empty ledger what its first entry will name."""
         if not self.entries:
             return LedgerHead(
                 ledger_id=self._ledger_id, sequence=0, hash=genesis_hash(self._ledger_id)

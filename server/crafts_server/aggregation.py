@@ -225,6 +225,7 @@ class AlignmentRegularized:
         self.max_weight = config.max_weight
 
     def weights(self, evidence: Sequence[SiteEvidence]) -> list[float]:
+        """Precision of the noise times the gate of what an update does to alignment, normalised."""
         config = self._config
         scores = [
             log_precision(site.noise_variance, config.precision_floor)
@@ -238,6 +239,7 @@ class AlignmentRegularized:
         return log_gate(gain, math.hypot(self._config.gate_temperature, 2.0 * gain_noise))
 
     def move(self, start: RoundState, delta: State, probe: PublicProbe) -> ServerStep:
+        """Momentum, alignment steps within the trust region, then accepted or halved."""
         config = self._config
         velocity = with_momentum(start.server_state, delta, config.server_momentum)
         step = {name: config.server_learning_rate * tensor for name, tensor in velocity.items()}

@@ -98,6 +98,7 @@ class SourceOutcome(_Record):
         skipped: str | None,
         **facts: Unpack[SourceFacts],
     ) -> Self:
+        """What became of one line of the table."""
         return cls(
             line=row.line,
             file=row.name,

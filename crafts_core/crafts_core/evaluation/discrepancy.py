@@ -24,6 +24,7 @@ class Pairs:
 
     @classmethod
     def of(cls, kernel_NM: Features, patient_N: Patients, patient_M: Patients, count: int) -> Self:
+        """Sums of a kernel matrix over the tiles of each pair of patients."""
         is_of_PN, is_of_PM = (
             sparse.csr_array(
                 (np.ones(len(patient)), (patient, np.arange(len(patient)))),

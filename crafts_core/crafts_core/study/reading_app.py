@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from crafts_core.pages import page_environment
+from crafts_core.served_pages import CLOSED_HEADERS
 from crafts_core.study.questions import (
     ATTRIBUTES,
     MAX_RATING,
@@ -30,17 +31,11 @@ from crafts_core.study.study_file import FileBusyError, NotCurrentError, StudyFi
 log = logging.getLogger(__name__)
 
 HOSTS = ("127.0.0.1", "localhost")
-HEADERS = {
+HEADERS = CLOSED_HEADERS | {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
 }
 _ASSETS = {"reading.css": "text/css", "reading.js": "text/javascript"}
 _Next = Callable[[Request], Awaitable[Response]]

@@ -44,6 +44,7 @@ class ReadingsTable:
         return self.filled([(each, getattr(each, name)) for each in self.readings])
 
     def filled(self, answers: Sequence[tuple[Reading, float | None]]) -> npt.NDArray[np.float64]:
+        """Numbers by reader and image, (R, I); NaN where there is none."""
         columns = {image: column for column, image in enumerate(self.images)}
         values_RI = np.full((len(self.readers), len(columns)), np.nan)
         for reading, value in answers:

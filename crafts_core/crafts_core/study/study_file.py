@@ -122,6 +122,7 @@ class StudyFile:
 
     @property
     def info(self) -> StudyInfo:
+        """What was fixed when the study was made."""
         with self._session() as session:
             row = session.scalars(select(StudyRow)).one()
             return StudyInfo(
