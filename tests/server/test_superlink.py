@@ -34,6 +34,7 @@ from crafts_simulations.small_study import DECLARED_PATIENTS
 from support.disk import fill_disk, full_disk
 from support.sites import make_site_home, plan_values
 from support.superlinks import admitted_nodes, connected, link, new_key, openssh
+from support.toml_text import toml_text
 
 __all__ = ["link"]
 
@@ -58,7 +59,7 @@ def test_a_study_over_the_network_survives_kills(tmp_path, foundation, database)
     values["stage"] = [values["stage"][0] | {"rounds": 2}]
     values["aggregation"] |= {"min_sites": 2, "deadline_s": 300.0}
     plan, file = Plan.parse(values), tmp_path / "plan.toml"
-    file.write_text(_toml(values))
+    file.write_text(toml_text(values))
     paths = {name: site.path for name, site in sites.items()}
     with Programs(home, paths, tmp_path / "logs") as programs:
         programs.start_coordinator()
@@ -159,17 +160,6 @@ def run(program: Typer, *words: object) -> str:
 
 def at(site: SiteHome) -> tuple[str, str]:
     return "--home", str(site.path)
-
-
-def _toml(values: dict) -> str:
-    """Enough TOML for a plan."""
-    lines = []
-    for section, content in values.items():
-        for table in content if isinstance(content, list) else [content]:
-            head = f"[[{section}]]" if isinstance(content, list) else f"[{section}]"
-            lines.append(head)
-            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    return "\n".join(lines)
 
 
 def status(link, path: str, *, method: str = "POST", data: bytes = b"", **headers: str) -> int:

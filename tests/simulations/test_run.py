@@ -33,6 +33,7 @@ from support.scenarios import (
     tiny_scenario_values,
     tiny_site,
 )
+from support.toml_text import toml_text
 
 pytestmark = pytest.mark.slow
 run_scenario = partial(simulation.run_scenario, num_workers=0)
@@ -307,7 +308,7 @@ class TestCommandLine:
     @pytest.fixture
     def file(self, tmp_path: Path, foundation: Foundation) -> Path:
         path = tmp_path / "tiny.toml"
-        path.write_text(_to_toml(tiny_scenario_values(foundation.path)))
+        path.write_text(toml_text(tiny_scenario_values(foundation.path)))
         assert tomllib.loads(path.read_text()) == tiny_scenario_values(foundation.path)
         return path
 
@@ -429,23 +430,6 @@ def _no_evaluation(*_: object) -> Evaluation:
         gate=None,
         not_measured=(),
     )
-
-
-def _to_toml(values: dict) -> str:
-    """Sections of scalars, one list of tables for ``site`` and ``stage``."""
-    lines = []
-    for section, content in values.items():
-        for table in content if isinstance(content, list) else [content]:
-            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
-            for key, value in table.items():
-                text = json.dumps(value)
-                if isinstance(value, dict):
-                    inner = ", ".join(
-                        f"{name} = {json.dumps(each)}" for name, each in value.items()
-                    )
-                    text = f"{{ {inner} }}"
-                lines.append(f"{key} = {text}")
-    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.network

@@ -1,7 +1,6 @@
 """Site homes with a few random patients, and coordinators (honest or not) that write to them."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from crafts_core.starting_point import initial_state
 from crafts_core.state import State
 from crafts_privacy import signing
 from crafts_simulations.small_study import DECLARED_PATIENTS, NUM_PATIENTS, write_random_store
+from support.toml_text import toml_text
 from support.wire import as_record
 
 
@@ -114,13 +114,8 @@ def plan_values(foundation_hash: str) -> dict[str, object]:
 
 def write_plan(folder: Path, values: Mapping[str, Any]) -> Path:
     """Such values as the file that people write."""
-    lines = []
-    for section, content in values.items():
-        for table in content if isinstance(content, list) else [content]:
-            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
-            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     path = folder / "plan.toml"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(toml_text(values))
     return path
 
 
