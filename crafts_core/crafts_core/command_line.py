@@ -168,9 +168,12 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         say(f"{key.replace('_', ' ')}: {shown}")
 
 
-def say_done(sentence: str, values: dict[str, Any], *, as_json: bool) -> None:
-    """What a command has done: a sentence for people, its values for programs."""
-    say(json.dumps(values) if as_json else sentence)
+def say_done(told: str | Sequence[str], values: object, *, as_json: bool) -> None:
+    """What a command has done or found: a sentence or lines for people, values for programs."""
+    if as_json:
+        say(json.dumps(values, default=str))
+    else:
+        say(*([told] if isinstance(told, str) else told))
 
 
 def _fail(program: str, sentences: Sequence[str], cause: BaseException) -> None:

@@ -23,7 +23,6 @@ from crafts_server.commands import (
     AsJson,
     Home,
     PlanFile,
-    print_values,
 )
 from crafts_server.foundation_cli import foundation_app, pool_app
 from crafts_server.plan_cli import plan_app
@@ -109,14 +108,14 @@ def init(
             "change it, and give the URL by CRAFTS_REGISTRY",
             err=True,
         )
-    print_values(
-        {"home": str(home), "public_key": public_key},
+    say_done(
         (
             f"Coordinator home {home}. Sites trust it by this key in allowed_signers:",
             public_key,
             "next: crafts-server serve, then crafts-server sites invite NAME --patients N",
         ),
-        as_json,
+        {"home": str(home), "public_key": public_key},
+        as_json=as_json,
     )
 
 
@@ -225,10 +224,10 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
         opened = CoordinatorHome.open(home)
         refuse_problems(loaded, opened)
         queue_plan(opened, loaded)
-    print_values(
-        {"hash": loaded.hash},
+    say_done(
         f"{loaded.study.name} waits to be trained; see crafts-server runs list",
-        as_json,
+        {"hash": loaded.hash},
+        as_json=as_json,
     )
 
 
@@ -258,7 +257,7 @@ def status(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         from crafts_server.status import sentences, status_of
 
         now = status_of(CoordinatorHome.open(home))
-    print_values(now.as_json(), list(sentences(now)), as_json)
+    say_done(list(sentences(now)), now.as_json(), as_json=as_json)
 
 
 @log_app.command("verify")
@@ -269,10 +268,10 @@ def log_verify(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
 
         entries = CoordinatorHome.open(home).audit_log.verify()
     head = entries[-1].hash if entries else ""
-    print_values(
-        {"entries": len(entries), "head": head},
+    say_done(
         f"{len(entries)} lines as they were written; head {head[:16] or '-'}",
-        as_json,
+        {"entries": len(entries), "head": head},
+        as_json=as_json,
     )
 
 
@@ -292,7 +291,7 @@ def log_show(
         + "  ".join(f"{key}={value}" for key, value in entry.facts.items())
         for entry in entries
     ]
-    print_values([asdict(entry) for entry in entries], lines or ["nothing yet"], as_json)
+    say_done(lines or ["nothing yet"], [asdict(entry) for entry in entries], as_json=as_json)
 
 
 app.command()(export)

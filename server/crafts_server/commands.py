@@ -1,14 +1,11 @@
 """What the commands of ``crafts-server`` have in common: options, open homes, printing."""
 
 import contextlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from crafts_core.command_line import say
 
 if TYPE_CHECKING:
     from crafts_server.enrolments import Enrolments
@@ -39,11 +36,3 @@ def opened_registry(home: Path) -> "Registry":
     from crafts_server.home import CoordinatorHome
 
     return CoordinatorHome.open(home).registry()
-
-
-def print_values(values: object, text: str | Sequence[str], as_json: bool) -> None:
-    """One JSON object for programs, or lines for people."""
-    if as_json:
-        say(json.dumps(values, default=str))
-    else:
-        say(*([text] if isinstance(text, str) else text))

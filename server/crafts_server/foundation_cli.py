@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from crafts_core.command_line import one_line_errors, progress_bars
+from crafts_core.command_line import one_line_errors, progress_bars, say_done
 from crafts_server.audit_log import Event
-from crafts_server.commands import DEFAULT_HOME, AsJson, Home, print_values
+from crafts_server.commands import DEFAULT_HOME, AsJson, Home
 
 foundation_app = typer.Typer(no_args_is_help=True, help="Build, import or verify a foundation.")
 pool_app = typer.Typer(no_args_is_help=True, help="Open tiles that plans may pick from.")
@@ -55,8 +55,8 @@ def foundation_build(
                 device=device,
                 progress=report,
             )
-    print_values(
-        {"foundation": str(out), "hash": manifest.hash}, f"{out}: {manifest.hash}", as_json
+    say_done(
+        f"{out}: {manifest.hash}", {"foundation": str(out), "hash": manifest.hash}, as_json=as_json
     )
 
 
@@ -81,8 +81,8 @@ def foundation_import(
         manifest = import_diffusers(
             diffusers, aligner=aligner, out=out, name=name, licence=licence, mpp=mpp
         )
-    print_values(
-        {"foundation": str(out), "hash": manifest.hash}, f"{out}: {manifest.hash}", as_json
+    say_done(
+        f"{out}: {manifest.hash}", {"foundation": str(out), "hash": manifest.hash}, as_json=as_json
     )
 
 
@@ -98,10 +98,10 @@ def foundation_verify(
 
     with one_line_errors("crafts-server"):
         manifest = verify(directory or embedded_path())
-    print_values(
-        {"name": manifest.name, "hash": manifest.hash, "num_files": len(manifest.files)},
+    say_done(
         f"{manifest.name}: {len(manifest.files)} files as signed off; hash {manifest.hash}",
-        as_json,
+        {"name": manifest.name, "hash": manifest.hash, "num_files": len(manifest.files)},
+        as_json=as_json,
     )
 
 
@@ -128,11 +128,11 @@ def pool_add(
         num_cases = len({each.case for each in pool.sources})
         facts = {"pool": pool.hash, "tiles": len(pool), "cases": num_cases, "licences": licences}
         opened.audit_log.write(Event.POOLED, **facts)
-    print_values(
-        facts,
+    say_done(
         (
             f"{len(pool)} tiles of {num_cases} cases, under {'; '.join(licences)}",
             f'for [study] of a plan with stage retrieval: pool = "{pool.hash}"',
         ),
-        as_json,
+        facts,
+        as_json=as_json,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crafts_core.command_line import one_line_errors, say
+from crafts_core.command_line import one_line_errors, say, say_done
 from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
 from crafts_server.commands import (
@@ -18,7 +18,6 @@ from crafts_server.commands import (
     Home,
     PlanFile,
     opened_enrolments,
-    print_values,
 )
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ def plan_roster(
         else:
             roster = enrolments.rosters.fixed(loaded)
     lines = [f"{entry.site}\t{entry.declared_patients}\t{entry.identity}" for entry in roster.sites]
-    print_values(roster.model_dump(mode="json"), [*lines, roster.phrase], as_json)
+    say_done([*lines, roster.phrase], roster.model_dump(mode="json"), as_json=as_json)
 
 
 def _still_invited(home: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import typer
 
 from crafts_core.command_line import one_line_errors, say, say_done
 from crafts_server.audit_log import Event
-from crafts_server.commands import DEFAULT_HOME, AsJson, Home, opened_registry, print_values
+from crafts_server.commands import DEFAULT_HOME, AsJson, Home, opened_registry
 
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs.")
 
@@ -37,7 +37,7 @@ def runs_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     values += [
         asdict(failed) | {"run_id": None, "status": "failed", "rounds": 0} for failed in now.failed
     ]
-    print_values(values, lines or ["no runs yet"], as_json)
+    say_done(lines or ["no runs yet"], values, as_json=as_json)
 
 
 @runs_app.command("draw")
@@ -102,7 +102,7 @@ def runs_show(
         **asdict(summary),
         "receipts": [receipt.model_dump(mode="json") for receipt in receipts],
     }
-    print_values(values, lines, as_json)
+    say_done(lines, values, as_json=as_json)
 
 
 def export(
@@ -117,7 +117,9 @@ def export(
     """Export a run's newest generator as stock diffusers files."""
     with one_line_errors("crafts-server"):
         files = _export(home, run_id, out, name_site or [])
-    print_values({"files": [str(path) for path in files]}, [str(path) for path in files], as_json)
+    say_done(
+        [str(path) for path in files], {"files": [str(path) for path in files]}, as_json=as_json
+    )
 
 
 def _export(home_path: Path, run_id: str, out: Path, named_sites: list[str]) -> list[Path]:

@@ -7,7 +7,7 @@ import typer
 
 from crafts_core.command_line import confirm, one_line_errors, say_done
 from crafts_server.audit_log import Event
-from crafts_server.commands import DEFAULT_HOME, AsJson, Home, opened_enrolments, print_values
+from crafts_server.commands import DEFAULT_HOME, AsJson, Home, opened_enrolments
 
 if TYPE_CHECKING:
     from crafts_server.enrolments import EnrolledSite
@@ -36,14 +36,14 @@ def sites_invite(
         token += f".{opened.pki.enrolment_fingerprint}"
         config = opened.config
     command = f"crafts-client enroll {config.hosts[0]}:{config.enrolment_port} --token {token}"
-    print_values(
-        {"site": name, "token": token, "command": command},
+    say_done(
         (
             *(["an older token of this site counts no more"] if replaces else []),
             f"{name} enrols with {patients} patients within {days} days by:",
             command,
         ),
-        as_json,
+        {"site": name, "token": token, "command": command},
+        as_json=as_json,
     )
 
 
@@ -65,7 +65,7 @@ def sites_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         for name, until in waiting.items()
     ]
     values = {"sites": [asdict(site) for site in sites], "invited": waiting}
-    print_values(values, lines or ["no sites yet; see crafts-server sites invite"], as_json)
+    say_done(lines or ["no sites yet; see crafts-server sites invite"], values, as_json=as_json)
 
 
 def _patients(site: "EnrolledSite") -> str:
