@@ -43,6 +43,7 @@ from crafts_client.site_ledger import existing_ledger
 from crafts_core.durable import write_file
 from crafts_core.harmless import harmless
 from crafts_core.registrar import ENROLMENT, REGISTRAR, calls_of, messages
+from crafts_core.roster import identity_words
 from crafts_privacy import signing
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def enrol(home: SiteHome, host: str, token: str) -> CoordinatorRecord:
         node_public_key=_public_text(node_key),
         declared_patients=home.config.declared_patients,
         identity_public_key=signing.public_key_of(identity),
+        identity_signature=signing.sign(identity, identity_words(home.config.name)),
     )
     credentials = grpc.ssl_channel_credentials(root_certificates=pem.encode())
     with _channel(f"{name}:{port}", credentials) as channel:
@@ -162,9 +164,14 @@ def publish_identity(home: SiteHome) -> str:
     Raises:
         EnrolmentError: the coordinator cannot be reached or refuses.
     """
-    public_key = signing.public_key_of(site_key(home, existing_ledger(home)))
+    key = site_key(home, existing_ledger(home))
+    public_key = signing.public_key_of(key)
     with Registrar(home) as registrar:
-        registrar.call("PublishIdentity", identity_public_key=public_key)
+        registrar.call(
+            "PublishIdentity",
+            identity_public_key=public_key,
+            identity_signature=signing.sign(key, identity_words(home.config.name)),
+        )
     return signing.fingerprint(public_key)
 
 

@@ -31,6 +31,11 @@ MAX_PATIENTS = 2**31 - 1
 """What a registry's column holds."""
 
 
+def identity_words(site: str) -> bytes:
+    """What a key signs to show that it is the site's own; no ledger's head or roster reads so."""
+    return f"crafts-federated: this key signs for {site}".encode()
+
+
 class RosterError(CraftsError):
     """A roster that is none."""
 

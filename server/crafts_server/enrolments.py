@@ -19,7 +19,7 @@ from crafts_server.errors import EnrolmentError
 from crafts_server.pki import SITE_DAYS
 from crafts_server.registry import Registry
 from crafts_server.registry_rows import CohortSizeRow, EnrolmentRow, InvitationRow, WitnessRow, now
-from crafts_server.rosters import Rosters
+from crafts_server.rosters import Rosters, publish_key
 
 SITE_NAME = re.compile(NAME)
 MAX_LEDGERS = 64
@@ -112,13 +112,19 @@ class Enrolments:
             return _invited(session, token)
 
     def enrol(
-        self, token: str, *, fingerprint: str, node_public_key: str, declared_patients: int
+        self,
+        token: str,
+        *,
+        fingerprint: str,
+        node_public_key: str,
+        identity_public_key: str,
+        declared_patients: int,
     ) -> str:
-        """Use up a token: from now on the certificate speaks for the site, an older one does not.
+        """Use up a token: from now on certificate and keys speak for the site, older ones do not.
 
         Raises:
-            EnrolmentError: as above, another site has the same node key, or the invitation is for
-                another number of patients; the token then stays unused.
+            EnrolmentError: as above, another site has one of the keys, or the invitation is for
+                another number of patients; then nothing has changed, and the token is unused.
         """
         with self._registry.session() as session:
             site = _invited(session, token)
@@ -132,8 +138,9 @@ class Enrolments:
                 )
             ).first()
             if other is not None:
-                raise EnrolmentError("this node key belongs to another site; make a new home")
+                raise EnrolmentError("this node key belongs to another site; run enroll again")
             agree_at_enrolment(session, site, declared_patients)
+            publish_key(session, site, identity_public_key)
             session.merge(
                 EnrolmentRow(
                     site=site,

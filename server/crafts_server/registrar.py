@@ -33,7 +33,7 @@ from crafts_server.errors import EnrolmentError, PkiError, RegistryError
 from crafts_server.home import CoordinatorHome
 from crafts_server.node_keys import check_node_key
 from crafts_server.pki import Pki, common_name, fingerprint
-from crafts_server.rosters import Rosters
+from crafts_server.rosters import Rosters, check_own_key
 from crafts_server.signed_heads import SignedHeads
 
 log = logging.getLogger(__name__)
@@ -94,12 +94,12 @@ class EnrolmentService:
             site = self._enrolments.invited_site(request.token)
             check_node_key(request.node_public_key)
             certificate = self._pki.sign_site(request.signing_request_pem, site)
-            if request.identity_public_key:  # before the token is used up: it may be refused
-                self._enrolments.rosters.publish(site, request.identity_public_key)
+            check_own_key(site, request.identity_public_key, request.identity_signature)
             self._enrolments.enrol(
                 request.token,
                 fingerprint=fingerprint(certificate),
                 node_public_key=request.node_public_key,
+                identity_public_key=request.identity_public_key,
                 declared_patients=request.declared_patients,
             )
         except (EnrolmentError, PkiError) as error:
@@ -213,6 +213,7 @@ class RegistrarService:
         """Note the key that signs for the site in rosters to come."""
         site = self._site(context)
         try:
+            check_own_key(site, request.identity_public_key, request.identity_signature)
             self._enrolments.rosters.publish(site, request.identity_public_key)
         except EnrolmentError as error:
             raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error

@@ -9,15 +9,54 @@ import re
 from collections.abc import Iterator
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from crafts_core.plan import Plan
-from crafts_core.roster import Roster, RosterError
+from crafts_core.roster import Roster, RosterError, identity_words
+from crafts_privacy.signing import SignatureError, verify
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.errors import EnrolmentError, HomeError
 from crafts_server.registry import PlanRecord, Registry, plan_row
-from crafts_server.registry_rows import IdentityRow, RosterRow
+from crafts_server.registry_rows import EnrolmentRow, IdentityRow, RosterRow
 
 _KEY = re.compile(r"[A-Za-z0-9+/]{43}=")
+
+
+def check_own_key(site: str, public_key: str, signature: str) -> None:
+    """Public keys are in every roster: whoever publishes one must have the private one.
+
+    Raises:
+        EnrolmentError: the key did not sign the site's name; the sentence is public.
+    """
+    try:
+        verify(public_key, identity_words(site), signature)
+    except SignatureError as error:
+        raise EnrolmentError("the identity key has not signed this site's name") from error
+
+
+def publish_key(session: Session, site: str, public_key: str) -> None:
+    """As ``Rosters.publish``, in a transaction that does more. A site that is gone frees its key.
+
+    Raises:
+        EnrolmentError: as there.
+    """
+    if not _KEY.fullmatch(public_key):
+        raise EnrolmentError("the identity key must be an Ed25519 public key in base64")
+    query = select(IdentityRow).where(
+        IdentityRow.public_key == public_key, IdentityRow.site != site
+    )
+    other = session.scalars(query).first()
+    if other is not None:
+        enrolment = session.get(EnrolmentRow, other.site)
+        if enrolment is None or enrolment.revoked_at is None:
+            raise EnrolmentError(
+                "another site signs with this identity key: if it is this site under an older "
+                "name, it must leave or be revoked first; if this home is a copy of its home, make "
+                "a new one"
+            )
+        session.delete(other)
+        session.flush()
+    session.merge(IdentityRow(site=site, public_key=public_key))
 
 
 class Rosters:
@@ -32,15 +71,8 @@ class Rosters:
         Raises:
             EnrolmentError: it is no Ed25519 key, or another site's; the sentence is public.
         """
-        if not _KEY.fullmatch(public_key):
-            raise EnrolmentError("the identity key must be an Ed25519 public key in base64")
         with self._registry.session() as session:
-            query = select(IdentityRow.site).where(
-                IdentityRow.public_key == public_key, IdentityRow.site != site
-            )
-            if session.scalars(query).first() is not None:
-                raise EnrolmentError("this identity key is another site's; make a new home")
-            session.merge(IdentityRow(site=site, public_key=public_key))
+            publish_key(session, site, public_key)
 
     def fixed(self, plan: Plan) -> Roster:
         """The roster that a plan was signed with.

@@ -15,7 +15,7 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Policy, PolicyError
 from crafts_client.rosters import shown_roster
 from crafts_core.plan import Plan
-from crafts_core.roster import Roster
+from crafts_core.roster import Roster, identity_words
 from crafts_privacy import accounting, signing
 from support.sites import Coordinator
 from support.sum_study import STAGES, SumStudy, summing_home, telling_plan, values_of_updates
@@ -164,7 +164,10 @@ def test_the_key_that_signs_for_a_site_is_told(home, study, far_side) -> None:
     done = run("identity", "--home", home.path, "--json")
     assert done.exit_code == 0, done.output
     own = signing.public_key_of(study.identity)
-    assert told[-1] == ("PublishIdentity", {"identity_public_key": own})
+    call, claim = told[-1]
+    assert (call, claim["identity_public_key"]) == ("PublishIdentity", own)
+    name = home.config.name
+    signing.verify(own, identity_words(name), claim["identity_signature"])
     assert json.loads(done.stdout) == {"fingerprint": signing.fingerprint(own)}
 
 

@@ -24,6 +24,7 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 from sqlalchemy import delete
 from typer.testing import CliRunner
@@ -51,11 +52,11 @@ from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import verify
 from crafts_core.plan import Plan
 from crafts_core.registrar import REGISTRAR, calls_of, messages
-from crafts_core.roster import Roster, RosterError
+from crafts_core.roster import Roster, RosterError, identity_words
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.errors import LedgerTamperedError
 from crafts_privacy.ledger import Ledger, Lifetime, PlanLimit
-from crafts_privacy.signing import public_key_of
+from crafts_privacy.signing import public_key_of, sign
 from crafts_server import pki
 from crafts_server import registrar as registrar_module
 from crafts_server.audit_log import Event
@@ -388,22 +389,43 @@ def test_everybody_sees_the_roster_that_the_coordinator_signed(
 def test_a_plan_of_sums_has_a_roster_of_keys_that_stays(coordinator, site) -> None:
     plan = summed_plan()
     enrol(site, coordinator.host, coordinator.invite("north"))
-    keys = {name: b64encode(bytes([place]) * 32).decode() for place, name in enumerate("nsw")}
+    keys = {name: Ed25519PrivateKey.generate() for name in ("north", "south", "west")}
     own = public_key_of(site_key(site, existing_ledger(site)))
-    for name, key in (("south", keys["s"]), ("west", keys["w"])):
+    for name in ("south", "west"):
         coordinator.enrolments.sizes.agree(name, 28)
-        coordinator.enrolments.rosters.publish(name, key)
+        coordinator.enrolments.rosters.publish(name, public_key_of(keys[name]))
     coordinator.home.sign_plan(plan)
     with Registrar(site) as registrar:
-        with pytest.raises(EnrolmentError, match="another site's"):
-            registrar.call("PublishIdentity", identity_public_key=keys["s"])
-        registrar.call("PublishIdentity", identity_public_key=keys["n"])
+        with pytest.raises(EnrolmentError, match="another site signs"):
+            registrar.call("PublishIdentity", **shown(keys["south"], "north"))
+        registrar.call("PublishIdentity", **shown(keys["north"], "north"))
         reply = registrar.call("GetRoster", plan_hash=plan.hash)
     roster = Roster.parse(reply.json)
-    assert roster.identities == {"north": own, "south": keys["s"], "west": keys["w"]}
+    of_others = {name: public_key_of(keys[name]) for name in ("south", "west")}
+    assert roster.identities == {"north": own} | of_others
     assert reply.signature == coordinator.home.sign_roster(roster)
     renewed = coordinator.enrolments.rosters.renew(plan)
-    assert renewed.identities["north"] == keys["n"]
+    assert renewed.identities["north"] == public_key_of(keys["north"])
+
+
+def shown(key: Ed25519PrivateKey, site: str) -> dict[str, str]:
+    """A key, and that it signs for a site."""
+    return {
+        "identity_public_key": public_key_of(key),
+        "identity_signature": sign(key, identity_words(site)),
+    }
+
+
+def test_nobody_publishes_a_key_that_is_not_theirs(coordinator, site) -> None:
+    """Public keys are in every roster; its owner could not have enrolled any more."""
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    victim = Ed25519PrivateKey.generate()
+    of_another = shown(victim, "south")
+    with Registrar(site) as registrar:
+        for signature in ("", of_another["identity_signature"], sign(victim, b"north")):
+            claim = of_another | {"identity_signature": signature}
+            with pytest.raises(EnrolmentError, match="has not signed this site's name"):
+                registrar.call("PublishIdentity", **claim)
 
 
 def test_a_site_with_another_sites_key_is_not_let_in(coordinator, site) -> None:
@@ -411,7 +433,7 @@ def test_a_site_with_another_sites_key_is_not_let_in(coordinator, site) -> None:
     own = public_key_of(site_key(site, existing_ledger(site)))
     coordinator.enrolments.rosters.publish("south", own)
     token = coordinator.invite("north")
-    with pytest.raises(EnrolmentError, match="another site's; make a new home"):
+    with pytest.raises(EnrolmentError, match="copy of its home, make a new one"):
         enrol(site, coordinator.host, token)
     assert coordinator.joined == []
     coordinator.enrolments.rosters.publish("south", b64encode(bytes([3]) * 32).decode())

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
@@ -20,6 +21,8 @@ from crafts_server.errors import EnrolmentError, RegistryError
 from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.receipts import Refusal, RoundReceipt, SiteReceipt
 from crafts_server.registry import CheckpointRecord, PlanRecord, Registry, RunStatus
+from crafts_server.registry_rows import IdentityRow
+from support.certificates import identity_of
 from support.postgres import Postgres
 
 HASH = "a" * 64
@@ -145,17 +148,22 @@ def test_another_format_is_refused(registry: Registry, database_url: str) -> Non
         Registry(database_url)
 
 
+def enrol(enrolments: Enrolments, token: str, **changes: object) -> str:
+    values: dict[str, Any] = {
+        "fingerprint": HASH,
+        "node_public_key": "key",
+        "identity_public_key": identity_of(1),
+        "declared_patients": 120,
+    }
+    return enrolments.enrol(token, **values | changes)
+
+
 def test_sites_are_invited_enrolled_witnessed_and_revoked(registry: Registry) -> None:
     enrolments = Enrolments(registry)
     token = enrolments.invite("aachen", patients=120, valid_for=timedelta(hours=1))
-    assert (
-        enrolments.enrol(token, fingerprint=HASH, node_public_key="key", declared_patients=120)
-        == "aachen"
-    )
+    assert enrol(enrolments, token) == "aachen"
     with pytest.raises(EnrolmentError, match="unknown, used or expired"):
-        enrolments.enrol(
-            token, fingerprint="b" * 64, node_public_key="other", declared_patients=120
-        )
+        enrol(enrolments, token, fingerprint="b" * 64, node_public_key="other")
     assert enrolments.is_enrolled("aachen", HASH)
     head = Witness(entries=2, head=HASH)
     assert enrolments.witness("aachen", "ledger", head, "").entries == 0
@@ -169,20 +177,18 @@ def test_sites_are_invited_enrolled_witnessed_and_revoked(registry: Registry) ->
 def enrolled(registry: Registry, patients: int = 120) -> Enrolments:
     enrolments = Enrolments(registry)
     token = enrolments.invite("north", patients=patients, valid_for=timedelta(hours=1))
-    values = {"fingerprint": HASH, "node_public_key": "key"}
-    enrolments.enrol(token, declared_patients=patients, **values)
+    enrol(enrolments, token, declared_patients=patients)
     return enrolments
 
 
 def test_who_comes_with_another_number_of_patients_is_not_enrolled(registry: Registry) -> None:
     enrolments = Enrolments(registry)
     token = enrolments.invite("north", patients=120, valid_for=timedelta(hours=1))
-    values = {"fingerprint": HASH, "node_public_key": "key"}
     for declared in (4000, 119, 0):
         with pytest.raises(EnrolmentError, match="invitation is for 120 patients"):
-            enrolments.enrol(token, declared_patients=declared, **values)
+            enrol(enrolments, token, declared_patients=declared)
     assert enrolments.sizes.agreed() == {}
-    enrolments.enrol(token, declared_patients=120, **values)
+    enrol(enrolments, token)
     assert enrolments.sizes.agreed() == {"north": 120}
 
 
@@ -263,11 +269,12 @@ def test_of_many_who_come_with_one_token_one_is_enrolled(registry: Registry) -> 
         token = enrolments.invite(f"site-{turn}", patients=120, valid_for=timedelta(hours=1))
         answers = at_once(
             6,
-            lambda number, turn=turn, token=token: enrolments.enrol(
+            lambda number, turn=turn, token=token: enrol(
+                enrolments,
                 token,
                 fingerprint=f"{number:064x}",
                 node_public_key=f"key {turn} {number}",
-                declared_patients=120,
+                identity_public_key=identity_of(10 * turn + number),
             ),
         )
         (winner,) = [n for n, answer in enumerate(answers) if answer == f"site-{turn}"]
@@ -301,11 +308,24 @@ def test_a_node_key_speaks_for_one_site(registry: Registry) -> None:
         enrolments.invite(name, patients=120, valid_for=timedelta(hours=1))
         for name in ("north", "south")
     )
-    enrolments.enrol(north, fingerprint=HASH, node_public_key="key", declared_patients=120)
+    enrol(enrolments, north)
     with pytest.raises(EnrolmentError, match="belongs to another site"):
-        enrolments.enrol(south, fingerprint="b" * 64, node_public_key="key", declared_patients=120)
+        enrol(enrolments, south, fingerprint="b" * 64, identity_public_key=identity_of(2))
     assert [site.name for site in enrolments.sites()] == ["north"]
-    enrolments.enrol(south, fingerprint="b" * 64, node_public_key="another", declared_patients=120)
+    others = {"node_public_key": "another", "identity_public_key": identity_of(2)}
+    enrol(enrolments, south, fingerprint="b" * 64, **others)
+
+
+def test_who_is_not_enrolled_changes_no_key(registry: Registry) -> None:
+    """The key of a second home was published, and the next roster named it for the first."""
+    enrolments = enrolled(registry)
+    token = enrolments.invite("north", patients=50, valid_for=timedelta(hours=1))
+    with pytest.raises(EnrolmentError, match="invitation is for 50 patients"):
+        enrol(enrolments, token, node_public_key="other", identity_public_key=identity_of(2))
+    with registry.session() as session:
+        row = session.get(IdentityRow, "north")
+        assert row is not None
+        assert row.public_key == identity_of(1)
 
 
 def test_what_is_no_ledger_is_not_kept(registry: Registry) -> None:

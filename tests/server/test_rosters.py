@@ -1,7 +1,8 @@
 """Which key signs for which site, fixed for each plan of sums."""
 
-import base64
 import math
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from crafts_core.roster import RosterError
 from crafts_privacy.plan_noise import plan_noise_multiplier
 from crafts_privacy.secure_aggregation.fixed_point import sum_fits
 from crafts_server.cohort_sizes import CohortSizes
+from crafts_server.enrolments import Enrolments
 from crafts_server.errors import EnrolmentError, HomeError
 from crafts_server.registry import PlanRecord, Registry
 from crafts_server.rosters import Rosters
+from support.certificates import identity_of
 from support.studies import small_plan
 from support.summing_sites import plan_of_updates, summed_plan
 
@@ -23,16 +26,12 @@ SITES = {"aachen": 40, "bern": 60, "coimbra": 80}
 PLAN = summed_plan()
 
 
-def key_of(number: int) -> str:
-    return base64.b64encode(bytes([number]) * 32).decode()
-
-
 @pytest.fixture
 def registry(tmp_path: Path):  # type: ignore[no-untyped-def]
     registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
     for number, (site, patients) in enumerate(SITES.items(), start=1):
         CohortSizes(registry).agree(site, patients)
-        Rosters(registry).publish(site, key_of(number))
+        Rosters(registry).publish(site, identity_of(number))
     yield registry
     registry.close()
 
@@ -48,7 +47,11 @@ def test_the_roster_names_every_site_its_number_and_its_key(registry: Registry) 
     fix(registry, PLAN)
     roster = Rosters(registry).fixed(PLAN)
     assert roster.patients == SITES
-    assert roster.identities == {"aachen": key_of(1), "bern": key_of(2), "coimbra": key_of(3)}
+    assert roster.identities == {
+        "aachen": identity_of(1),
+        "bern": identity_of(2),
+        "coimbra": identity_of(3),
+    }
     assert roster.plan_hash == PLAN.hash
 
 
@@ -58,14 +61,14 @@ def test_a_fixed_roster_stays_whatever_is_published_until_it_is_renewed(
     rosters = Rosters(registry)
     fix(registry, PLAN)
     before = rosters.fixed(PLAN)
-    rosters.publish("aachen", key_of(9))
+    rosters.publish("aachen", identity_of(9))
     CohortSizes(registry).agree("dresden", 20)
-    rosters.publish("dresden", key_of(4))
+    rosters.publish("dresden", identity_of(4))
     fix(registry, PLAN)
     assert rosters.fixed(PLAN) == before
     renewed = rosters.renew(PLAN)
     assert rosters.fixed(PLAN) == renewed
-    assert renewed.identities["aachen"] == key_of(9)
+    assert renewed.identities["aachen"] == identity_of(9)
     assert "dresden" in renewed.patients
     assert renewed.phrase != before.phrase
 
@@ -81,16 +84,40 @@ def test_who_has_published_no_key_is_named(registry: Registry) -> None:
         Rosters(registry).fixed(PLAN.model_copy(update={"aggregation": aggregation}))
 
 
-@pytest.mark.parametrize("key", ["", "short", key_of(7)[:-1], key_of(7) + "=", "*" * 43 + "="])
+@pytest.mark.parametrize(
+    "key", ["", "short", identity_of(7)[:-1], identity_of(7) + "=", "*" * 43 + "="]
+)
 def test_what_is_no_key_is_refused(registry: Registry, key: str) -> None:
     with pytest.raises(EnrolmentError, match="must be an Ed25519 public key"):
         Rosters(registry).publish("aachen", key)
 
 
 def test_nobody_takes_another_sites_key(registry: Registry) -> None:
-    with pytest.raises(EnrolmentError, match="another site's"):
-        Rosters(registry).publish("bern", key_of(1))
-    Rosters(registry).publish("aachen", key_of(1))
+    with pytest.raises(EnrolmentError, match="another site signs with this identity key"):
+        Rosters(registry).publish("bern", identity_of(1))
+    Rosters(registry).publish("aachen", identity_of(1))
+
+
+def test_a_site_that_was_renamed_keeps_its_key_and_so_its_ledger(registry: Registry) -> None:
+    """It was told to make a new home: a new salt and an empty ledger for the same patients."""
+    enrolments = Enrolments(registry)
+    for name, node in (("dresdn", "one"), ("dresden", "two")):
+        token = enrolments.invite(name, patients=7, valid_for=timedelta(hours=1))
+        enrol = partial(
+            enrolments.enrol,
+            token,
+            fingerprint=node * 20,
+            node_public_key=node,
+            identity_public_key=identity_of(4),
+            declared_patients=7,
+        )
+        if name == "dresden":
+            with pytest.raises(EnrolmentError, match="under an older name, it must leave or be"):
+                enrol()
+            enrolments.revoke("dresdn")
+        assert enrol() == name
+    with pytest.raises(EnrolmentError, match="another site signs"):
+        enrolments.rosters.publish("bern", identity_of(4))
 
 
 def test_a_plan_whose_sums_could_wrap_is_refused_with_the_grid_that_fits(
@@ -109,7 +136,7 @@ def test_a_plan_whose_sums_could_wrap_is_refused_with_the_grid_that_fits(
 
 def test_everybody_is_in_a_release_and_its_sum_must_fit_too(registry: Registry) -> None:
     CohortSizes(registry).agree("dresden", 900)
-    Rosters(registry).publish("dresden", key_of(4))
+    Rosters(registry).publish("dresden", identity_of(4))
     values = PLAN.model_dump(mode="json")
     values["privacy"] |= {"sum_grid_bits": 20, "sample_rate": 0.1}
     fix(registry, Plan.parse(values))
@@ -128,7 +155,7 @@ def test_a_plan_of_updates_in_whose_sums_one_site_is_most_is_not_signed(
 ) -> None:
     """By patients 0.69 of a sum; with the caps that plans have 0.6, which every site takes."""
     CohortSizes(registry).agree("dresden", 400)
-    Rosters(registry).publish("dresden", key_of(4))
+    Rosters(registry).publish("dresden", identity_of(4))
     heavy, capped = (plan_of_updates(rule=r) for r in ("by_patients", "alignment_regularized"))
     with pytest.raises(HomeError, match=r"dresden would be 0\.69 .* max_weight 0\.6"):
         fix(registry, heavy)

@@ -27,6 +27,7 @@ from crafts_server.pki import Pki
 from crafts_server.plan_queue import failed_plans, queue_plan, queued_plans
 from crafts_server.receipts import Refusal, RoundReceipt, WeightRise
 from crafts_server.service import Service
+from support.certificates import identity_of
 from support.disk import fill_disk
 from support.receipts import receipt
 from support.sites import plan_values
@@ -219,7 +220,11 @@ def test_a_plan_that_comes_to_no_run_keeps_its_reason(service, monkeypatch) -> N
 def test_a_connected_node_is_a_contact_of_its_site(service, monkeypatch) -> None:
     token = service._enrolments.invite("north", patients=7, valid_for=timedelta(hours=1))
     service._enrolments.enrol(
-        token, fingerprint="f" * 64, node_public_key=openssh(new_key()), declared_patients=7
+        token,
+        fingerprint="f" * 64,
+        node_public_key=openssh(new_key()),
+        identity_public_key=identity_of(1),
+        declared_patients=7,
     )
     online = property(lambda _: frozenset({"north", "revoked"}))
     monkeypatch.setattr(type(service.superlink), "online", online)

@@ -1,5 +1,6 @@
 """Certificates of enrolled sites that end when a test wants them to."""
 
+import base64
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,3 +25,8 @@ def write_certificate(home: Path, *, ends_in: timedelta) -> None:
     )
     (home / "keys").mkdir(exist_ok=True)
     (home / "keys" / "tls.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+
+
+def identity_of(number: int) -> str:
+    """Where nothing is signed: what looks like a site's public key."""
+    return base64.b64encode(bytes([number]) * 32).decode()

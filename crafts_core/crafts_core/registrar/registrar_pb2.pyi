@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EnrolRequest(_message.Message):
-    __slots__ = ("token", "signing_request_pem", "node_public_key", "identity_public_key", "declared_patients")
+    __slots__ = ("token", "signing_request_pem", "node_public_key", "identity_public_key", "identity_signature", "declared_patients")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SIGNING_REQUEST_PEM_FIELD_NUMBER: _ClassVar[int]
     NODE_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     DECLARED_PATIENTS_FIELD_NUMBER: _ClassVar[int]
     token: str
     signing_request_pem: bytes
     node_public_key: str
     identity_public_key: str
+    identity_signature: str
     declared_patients: int
-    def __init__(self, token: _Optional[str] = ..., signing_request_pem: _Optional[bytes] = ..., node_public_key: _Optional[str] = ..., identity_public_key: _Optional[str] = ..., declared_patients: _Optional[int] = ...) -> None: ...
+    def __init__(self, token: _Optional[str] = ..., signing_request_pem: _Optional[bytes] = ..., node_public_key: _Optional[str] = ..., identity_public_key: _Optional[str] = ..., identity_signature: _Optional[str] = ..., declared_patients: _Optional[int] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
     __slots__ = ("site", "ca_pem", "certificate_pem", "signer", "registrar_address", "fleet_address")
@@ -135,10 +137,12 @@ class GetRosterReply(_message.Message):
     def __init__(self, json: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class PublishIdentityRequest(_message.Message):
-    __slots__ = ("identity_public_key",)
+    __slots__ = ("identity_public_key", "identity_signature")
     IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     identity_public_key: str
-    def __init__(self, identity_public_key: _Optional[str] = ...) -> None: ...
+    identity_signature: str
+    def __init__(self, identity_public_key: _Optional[str] = ..., identity_signature: _Optional[str] = ...) -> None: ...
 
 class PublishIdentityReply(_message.Message):
     __slots__ = ()
