@@ -22,6 +22,10 @@ from crafts_core.command_line import (
 network_app = typer.Typer()
 REVOKED = 3
 """Exit code of ``join``: to start it again does not help."""
+_ONCE_MORE = (
+    "ends when the round that has begun is answered; Ctrl-C once more ends now, and the next join "
+    "goes on with it"
+)
 
 
 @network_app.command()
@@ -88,7 +92,8 @@ def join(
     """Take part in the coordinator's studies, as the policy allows, until Ctrl-C.
 
     Says when a round begins, when its answer leaves and what the cohort has spent then; at a
-    terminal also how far the round is.
+    terminal also how far the round is. A round that has begun is answered first; Ctrl-C once more
+    ends at once, and so does SIGTERM: the next join goes on with it, and it is charged once.
     """
     from crafts_client.round_news import news_at_terminal
 
@@ -107,7 +112,7 @@ def join(
         record = coordinator_record(opened)
         certificate = certificate_of(opened)
         site = Site.open(home, news)  # what is missing is said now, not in the first round
-        stop = run_as_service(debug=debug)
+        stop = run_as_service(debug=debug, once_more=_ONCE_MORE)
 
         def witness() -> None:
             check_agreed(opened)
@@ -241,6 +246,7 @@ def leave(
     """
     confirm("Leave for good? To come back takes a new invitation", yes=yes)
     from crafts_client.enrolment import Registrar, forget_coordinator
+    from crafts_client.running import is_running
 
     with one_line_errors("crafts-client", advice="with --offline it is not asked"):
         site = SiteHome.open(home)
@@ -248,9 +254,10 @@ def leave(
             with Registrar(site) as registrar:
                 registrar.call("Leave")
         forget_coordinator(site)
-    say_done(
-        "left; tiles and ledger stay here", {"left": True, "told": not offline}, as_json=as_json
-    )
+    told = "left; tiles and ledger stay here"
+    if is_running(site):
+        told += "; join ends with its round, or at once if it is ended"
+    say_done(told, {"left": True, "told": not offline}, as_json=as_json)
 
 
 @network_app.command()

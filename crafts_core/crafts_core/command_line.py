@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -78,8 +79,15 @@ def progress_bars() -> Iterator[Progress]:
         yield show
 
 
-def run_as_service(*, debug: bool = False) -> threading.Event:
-    """Log to stderr from now on; the event is set when a person or the system ends the program."""
+def run_as_service(*, debug: bool = False, once_more: str | None = None) -> threading.Event:
+    """Log to stderr from now on; the event is set when a person or the system ends the program.
+
+    Args:
+        debug: Log details, too.
+        once_more: For a program that looks at the event only between long pieces of work which a
+            kill cannot harm: what a person is told who asks once. Asked again, or by the system
+            (SIGTERM), it ends where it is.
+    """
     log_to_stderr("%(asctime)s %(levelname)s %(name)s %(message)s")
     for package in ("crafts_core", "crafts_client", "crafts_server", "crafts_privacy"):
         logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
@@ -87,8 +95,18 @@ def run_as_service(*, debug: bool = False) -> threading.Event:
     flower.handlers.clear()
     flower.setLevel(logging.WARNING)
     stop = threading.Event()
+
+    def end(number: int, _frame: object) -> None:
+        if once_more is not None:
+            if stop.is_set() or number == signal.SIGTERM:
+                raise SystemExit(0)
+            os.write(
+                2, f"{harmless(once_more)}\n".encode()
+            )  # a handler must not take logging's lock
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     return stop
 
 

@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 
 from crafts_core.adapters import merged_control_net, merged_denoiser
 from crafts_core.durable import share_as_umask_says, write_file
+from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
 from crafts_core.generator_record import (
     PROMPT_BANK_NAME,
@@ -55,7 +56,7 @@ def save_pipeline(
 
     ``DiffusionPipeline.from_pretrained(directory)`` loads it, and
     ``ControlNetModel.from_pretrained(directory / "controlnet" / modality)`` each ControlNet of the
-    state. An existing directory is replaced.
+    state. An earlier export in the directory is replaced.
 
     Args:
         directory: Where to.
@@ -69,11 +70,13 @@ def save_pipeline(
 
     Raises:
         AdapterError: the state does not fit.
+        CraftsError: something else lies in the directory.
     """
     generator = foundation.generator
     denoiser = merged_denoiser(generator.denoiser, adapter, state)
     colours = None if record is None else record.colours
-    staging = directory.with_name(directory.name + ".writing")
+    staging = directory.with_name(f".{directory.name}.writing")
+    _check_is_export(directory)
     shutil.rmtree(staging, ignore_errors=True)
     with quiet_transformers():
         # Importing the pipeline class makes transformers talk about image processors.
@@ -97,8 +100,16 @@ def save_pipeline(
     if retrieval is not None:
         (staging / PICKED).write_text(retrieval.as_table(), encoding="utf-8")
     share_as_umask_says(staging, like=staging / CARD)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        shutil.rmtree(directory)
     staging.rename(directory)
+
+
+def _check_is_export(directory: Path) -> None:
+    """Raises CraftsError over anything that no earlier export has written."""
+    is_export = (directory / PROMPT_BANK_NAME).is_file() and (directory / CARD).is_file()
+    if directory.exists() and not is_export and (directory.is_file() or any(directory.iterdir())):
+        raise CraftsError(f"{directory} is there and is no earlier export; name another folder")
 
 
 def _also_for_transformers_4(directory: Path) -> None:

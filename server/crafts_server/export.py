@@ -40,7 +40,7 @@ def export_generator(
         chain: The run's checkpoints from round 0.
         plan: What they were trained by.
         foundation: What it was trained on.
-        directory: Stock diffusers directory; replaced if there.
+        directory: Stock diffusers directory; an earlier export in it is replaced.
         lora: Stock LoRA file; None where the plan trains full weights or nobody wants it.
         num_sites: Sites that took part.
         named_sites: Those that agreed to be named.

@@ -3,6 +3,9 @@
 import itertools
 import logging
 import math
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -589,6 +592,37 @@ def test_a_site_that_takes_part_computes_no_subnormal_number(
     joined.join()
     assert made == [0.0]
     assert float(torch.tensor(smallest) * 0.5) > 0
+
+
+ROUND = """
+from crafts_client.answer_times import Clock, Departure
+from crafts_core.command_line import run_as_service
+run_as_service(once_more="once more ends it")
+with Departure(Clock()) as departure:
+    departure.begin(600.0)
+    print("trained", flush=True)
+print("left")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "told"),
+    [((signal.SIGINT, signal.SIGINT), "once more ends it\n"), ((signal.SIGTERM,), "")],
+)
+def test_a_round_whose_answer_waits_can_be_ended(signals: tuple[int, ...], told: str) -> None:
+    """Neither Ctrl-C nor SIGTERM ended it before its time, and nobody was told; nothing leaves."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ROUND], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "trained\n"
+        for place, number in enumerate(signals):
+            if place:
+                assert process.stderr.readline() == told
+            process.send_signal(number)
+        assert process.wait(timeout=60) == 0
+        assert process.stdout.read() == ""
 
 
 @pytest.mark.parametrize(("patients", "steps", "epsilon"), [(28, 12, 1.65), (100, 300, 4.95)])

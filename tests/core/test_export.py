@@ -159,11 +159,26 @@ def test_export_holds_no_pickle_and_no_code(exported: Path) -> None:
     assert suffixes <= {".json", ".safetensors", ".txt", ".md"}
 
 
+def test_what_no_export_wrote_is_not_deleted(
+    foundation: Foundation, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """A folder called ``generator`` was, with what was in it, and one called ``.writing`` too."""
+    theirs = (tmp_path / "generator" / "thesis.txt", tmp_path / "generator.writing" / "x.txt")
+    for path in theirs:
+        path.parent.mkdir()
+        path.write_text("precious")
+    with pytest.raises(CraftsError, match="generator is there and is no earlier export"):
+        save_pipeline(theirs[0].parent, foundation, adapter=CONFIG, state=state, card="# card\n")
+    theirs[0].unlink()
+    save_pipeline(theirs[0].parent, foundation, adapter=CONFIG, state=state, card="# card\n")
+    assert theirs[1].read_text() == "precious"
+
+
 def test_export_replaces_an_older_one_whole(
     foundation: Foundation, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     directory = tmp_path / "generator"
-    directory.mkdir()
+    save_pipeline(directory, foundation, adapter=CONFIG, state=state, card="# old\n")
     (directory / "stale.txt").write_text("old")
     save_pipeline(directory, foundation, adapter=CONFIG, state=state, card="# new\n")
     assert (directory / "README.md").read_text() == "# new\n"
