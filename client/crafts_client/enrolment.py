@@ -280,8 +280,8 @@ def _call(channel: grpc.Channel, service: str, name: str, request: Any, *, at: s
 
 def _host_and_port(text: str) -> tuple[str, int]:
     name, _, port = text.rpartition(":") if ":" in text else (text, "", "")
-    if port and not port.isdigit():
-        raise EnrolmentError(f"expected HOST or HOST:PORT, got {text!r}")
+    if (port and not port.isdigit()) or ":" in name or not name:
+        raise EnrolmentError(f"expected HOST or HOST:PORT, a name or IPv4 address, got {text!r}")
     return name, int(port) if port else DEFAULT_PORT
 
 

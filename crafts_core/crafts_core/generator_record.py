@@ -117,7 +117,7 @@ def read_prompt_bank(path: Path) -> tuple[Prompt, ...]:
             Prompt(text=str(record["text"]), cancer_code=str(record["cancer_code"]))
             for record in records
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CraftsError(f"cannot read {path}: {error}") from error
 
 

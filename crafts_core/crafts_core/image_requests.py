@@ -114,7 +114,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
             continue
         try:
             values: Any = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _RowError(f"row {place} is no JSON: {error}") from error
         if not isinstance(values, dict):
             raise _RowError(f"row {place} is no JSON object")

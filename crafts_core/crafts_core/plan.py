@@ -519,7 +519,7 @@ class Plan(_Section):
             return cls.parse(
                 json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
             )
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"cannot read plan {path}: {error}") from error
 
     @classmethod

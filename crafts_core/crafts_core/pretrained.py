@@ -123,7 +123,7 @@ def pipeline_kind(directory: Path) -> str | None:
     """The pipeline class that a diffusers directory names, if it names one."""
     try:
         kind = json.loads((directory / "model_index.json").read_text("utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return kind if isinstance(kind, str) else None
 

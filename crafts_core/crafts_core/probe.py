@@ -62,7 +62,7 @@ def load_probe(directory: Path) -> Probe:
     try:
         captions = tuple(json.loads((directory / _CAPTIONS).read_text(encoding="utf-8")))
         return Probe(tiles_NCHW=load_file(directory / _TILES)["tiles"], captions=captions)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         raise FoundationError(f"cannot read the probe in {directory}: {error}") from error
 
 

@@ -63,13 +63,17 @@ def _is_loopback(host: str) -> bool:
 
 
 def _checked_host(host: str) -> str:
+    """A name or an IPv4 address: one of IPv6 could not be told from its port in what sites type."""
+    try:
+        is_ipv6 = ip_address(host.strip("[]")).version == 6
+    except ValueError:
+        is_ipv6 = False
+    if is_ipv6:
+        raise ValueError(f"{host} is an IPv6 address; give a name that leads to it, or IPv4")
     if not _NAME.fullmatch(host):
-        try:
-            ip_address(host)
-        except ValueError:
-            raise ValueError(
-                f"{host} is no name in ASCII letters and no address; ports are keys of their own"
-            ) from None
+        raise ValueError(
+            f"{host} is no name in ASCII letters and no address; ports are keys of their own"
+        )
     return host
 
 
@@ -84,7 +88,7 @@ class HomeConfig(BaseModel):
     """``sqlite`` for registry.db in the home, or a SQLAlchemy URL, which may hold a password."""
     hosts: tuple[Annotated[str, AfterValidator(_checked_host)], ...] = ("localhost",)
     """Names and addresses under which sites reach the coordinator; the first is told to them."""
-    listen: Annotated[str, Field(min_length=1)] = Field(
+    listen: Annotated[str, AfterValidator(_checked_host)] = Field(
         default_factory=lambda fields: _listened(fields.get("hosts", ()))
     )
     """Address that the three public ports are bound to; loopback if all hosts are."""

@@ -190,7 +190,10 @@ def plan_roster(
             opened.audit_log.write(Event.RENEWED, plan=loaded.hash, roster=roster.hash)
         else:
             roster = enrolments.rosters.fixed(loaded)
-    lines = [f"{entry.site}\t{entry.declared_patients}\t{entry.identity}" for entry in roster.sites]
+    lines = [
+        f"{entry.site:24} {entry.declared_patients:8} patients  {entry.identity}"
+        for entry in roster.sites
+    ]
     say_done([*lines, roster.phrase], roster.model_dump(mode="json"), as_json=as_json)
 
 

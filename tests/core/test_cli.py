@@ -149,6 +149,24 @@ def test_a_prompt_of_unknown_words_is_named(foundation: Foundation, tmp_path: Pa
     assert told.startswith("crafts: no word of 'a dog' is one that this generator")
 
 
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "words", [["prompts"], ["sample", "-p", "lung", "--out", "OUT"]], ids=lambda words: words[0]
+)
+def test_brackets_in_brackets_are_one_line(
+    foundation: Foundation, tmp_path: Path, words: list[str]
+) -> None:
+    """In files of a generator that came from somebody: they were tracebacks."""
+    copy = Path(shutil.copytree(foundation.path, tmp_path / "copy"))
+    for name in ("prompt_bank.json", "model_index.json"):
+        (copy / name).write_text(NESTED)
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
+    result = CliRunner().invoke(app, [words[0], str(copy), *words[1:]])
+    assert "cannot" in one_line(result)
+
+
 def test_images_that_will_name_no_study_are_told(foundation: Foundation, tmp_path: Path) -> None:
     """A copy without its record drew as somebody's stock model, and nobody was told."""
     copy = Path(shutil.copytree(foundation.path, tmp_path / "copy"))

@@ -164,7 +164,7 @@ def test_a_registry_that_cannot_be_opened_is_not_kept(tmp_path: Path) -> None:
     ("options", "listen"),
     [
         ([], "127.0.0.1"),
-        (["--host", "127.0.0.1", "--host", "::1"], "127.0.0.1"),
+        (["--host", "127.0.0.1", "--host", "localhost"], "127.0.0.1"),
         (["--host", "localhost", "--host", "10.0.0.5"], "0.0.0.0"),
         (["--host", "coordinator"], "0.0.0.0"),
         (["--listen", "0.0.0.0"], "0.0.0.0"),
@@ -176,6 +176,16 @@ def test_only_who_is_reached_from_elsewhere_listens_there(
 ) -> None:
     init(tmp_path / "home", *options)
     assert CoordinatorHome.open(tmp_path / "home").config.listen == listen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--host", "::1"], ["--host", "[::1]"], ["--listen", "::"], ["--listen", "bogus host"]],
+)
+def test_an_address_that_cannot_be_served_makes_no_home(tmp_path: Path, options: list[str]) -> None:
+    """It made one that listened elsewhere, or could not be served, and stayed."""
+    init(tmp_path / "home", *options, code=1)
+    assert not (tmp_path / "home" / "coordinator.toml").exists()
 
 
 def test_a_cluster_without_an_encoding_will_do(tmp_path: Path, postgres) -> None:

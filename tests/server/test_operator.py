@@ -27,6 +27,8 @@ from crafts_server.home import CoordinatorHome, HomeConfig
 from crafts_server.plan_queue import fail_plan, queue_plan, queued_plans
 from crafts_server.registry import RunStatus
 from crafts_server.registry_rows import EnrolmentRow
+from crafts_server.rosters import Rosters
+from support.certificates import identity_of
 from support.open_tiles import open_table
 from support.sites import plan_values, write_plan
 from support.summing_sites import summed_plan
@@ -208,6 +210,24 @@ def test_stop_and_revoke_ask_first(home, plan) -> None:
 def written(path: Path, plan: Plan, **changes: object) -> Path:
     path.write_text(commented_toml(plan.model_copy(update=changes)))
     return path
+
+
+def test_a_plan_of_brackets_in_brackets_is_one_line(home, tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    assert "cannot read plan" in run(home, "plan", "check", tmp_path / "deep.json", code=1).stderr
+
+
+def test_the_roster_of_a_plan_is_shown_in_columns(home) -> None:
+    """Tabs were shown as backslashes."""
+    plan, key = summed_plan(), identity_of(1)
+    with home.registry() as registry:
+        for place, name in enumerate(("north", "south", "west"), start=1):
+            CohortSizes(registry).agree(name, 40)
+            Rosters(registry).publish(name, identity_of(place))
+    home.sign_plan(plan)
+    path = written(home.path / "plan.toml", plan)
+    shown = run(home, "plan", "roster", path).stdout
+    assert re.search(rf"^north +40 patients +{re.escape(key)}$", shown, re.M)
 
 
 def test_a_plan_that_no_site_could_train_is_not_signed(home, plan, tmp_path: Path) -> None:

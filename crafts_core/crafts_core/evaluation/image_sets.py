@@ -135,7 +135,7 @@ def table_rows(table: Path) -> list[Row]:
         delimiter = "\t" if kind_of_table(table) == _TAB else ","
         lines = io.StringIO(text, newline="")
         return [_cells(row) for row in csv.DictReader(lines, delimiter=delimiter)]
-    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ImageSetError(f"{table} is no UTF-8 table: {error}") from error
 
 

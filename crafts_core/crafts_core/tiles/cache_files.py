@@ -64,7 +64,8 @@ def finished_cache(store: TileStore, foundation_hash: str) -> CacheMeta:
         )
     if not is_whole(folder, meta, store, foundation_hash):
         raise TileStoreError(
-            f"{folder} is torn, or was made from other tiles or another foundation; build it again"
+            f"{folder} is torn, or was made from other tiles or another foundation; build it "
+            "again, or wait for an ingest or removal that is at work"
         )
     return meta
 

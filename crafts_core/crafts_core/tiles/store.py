@@ -273,7 +273,7 @@ def _read_manifest(path: Path) -> StoreManifest:
         ) from error
     except ValidationError as error:
         raise TileStoreError(f"{path}/{MANIFEST_NAME}: {describe_first_error(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TileStoreError(
             f"cannot read {path}/{MANIFEST_NAME}: {error}; move {path} away and ingest again"
         ) from error
