@@ -7,3 +7,7 @@ Progress = Callable[[str, int, int], None]
 
 What follows a comma in the first is news of the same work.
 """
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Where nobody is told."""

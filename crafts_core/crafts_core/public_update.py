@@ -21,6 +21,7 @@ from torch import Tensor
 
 from crafts_core.denoisers import predict
 from crafts_core.foundation import Foundation
+from crafts_core.progress import Progress, silent
 from crafts_core.stages.batch import TileBatch, draw
 from crafts_core.stages.pretraining import pretraining_loss
 from crafts_core.stages.schedule import NoiseSchedule
@@ -46,6 +47,7 @@ def public_update(
     *,
     seed: int,
     config: PublicUpdateConfig | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Stacked weight updates (S * O, I) of some of the denoiser's modules under L1 on the probe.
 
@@ -54,6 +56,7 @@ def public_update(
         modules: Names of Linear or Conv2d modules; a kernel is flattened into the inputs.
         seed: Public randomness (shifts, noise, timesteps): same seed, same update.
         config: Amount of work.
+        progress: Told of each colour shift.
     """
     config = config or PublicUpdateConfig()
     generator = torch.Generator().manual_seed(seed)
@@ -62,6 +65,7 @@ def public_update(
     schedule = NoiseSchedule.of(foundation.generator)
     updates: dict[str, list[Tensor]] = {name: [] for name in modules}
     for shift in range(config.num_shifts):
+        progress("public directions", shift, config.num_shifts)
         totals = [torch.zeros_like(weight) for weight in weights.values()]
         for batch in _probe_batches(foundation, config, shifted=shift > 0, generator=generator):
             draws = draw(
@@ -80,6 +84,7 @@ def public_update(
                 total -= gradient
         for name, total in zip(weights, totals, strict=True):
             updates[name].append(total.flatten(1))
+    progress("public directions", config.num_shifts, config.num_shifts)
     return {name: torch.cat(parts) for name, parts in updates.items()}
 
 

@@ -14,6 +14,7 @@ from crafts_core.control_net import (
 )
 from crafts_core.foundation import Foundation
 from crafts_core.plan import GENERATOR_ONLY, MODALITIES, AdapterConfig, Part
+from crafts_core.progress import Progress, silent
 from crafts_core.public_update import (
     PublicUpdateConfig,
     influence,
@@ -33,6 +34,7 @@ def initial_state(
     parts: Sequence[Part] = GENERATOR_ONLY,
     *,
     public_work: PublicUpdateConfig | None = None,
+    progress: Progress = silent,
 ) -> State:
     """Where a study starts: an adapter that changes nothing yet.
 
@@ -61,7 +63,7 @@ def initial_state(
         }
     elif "generator" in parts:
         layers = target_layers(denoiser, config)
-        first = _directions(foundation, config, layers, seed, public_work)
+        first = _directions(foundation, config, layers, seed, public_work, progress)
         if config.first_factor == "public":
             first = _with_equal_influence(foundation, first, seed, public_work)
         for name, rows_RI in first.items():
@@ -71,7 +73,7 @@ def initial_state(
             state[name + SECOND] = torch.zeros(shape[0], config.rank, *ones)
     for modality, network in controls.items():
         layers = control_layers(network, config)
-        first = _directions(foundation, config, layers, seed, public_work)
+        first = _directions(foundation, config, layers, seed, public_work, progress)
         state |= initial_control_state(network, modality, first, seed=seed)
     return state
 
@@ -82,10 +84,13 @@ def _directions(
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     seed: int,
     public_work: PublicUpdateConfig | None,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Rows of unit length for A of every layer, shape (R, I)."""
     if config.first_factor == "public":
-        updates = public_update(foundation, list(layers), seed=seed, config=public_work)
+        updates = public_update(
+            foundation, list(layers), seed=seed, config=public_work, progress=progress
+        )
         return {
             name: leading_right_directions(update, config.rank, seed=seed)
             for name, update in updates.items()

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from crafts_core.adapters import Adapter
 from crafts_core.foundation import Foundation
 from crafts_core.plan import Plan, RoundOfPlan, StageConfig
+from crafts_core.progress import Progress, silent
 from crafts_core.releases import class_anchors
 from crafts_core.stages.objective import Objective
 from crafts_core.stages.public_batch import probe_batch
@@ -106,13 +107,16 @@ def is_measurable(plan: Plan) -> bool:
     return any(stage.modality is None for stage in plan.trained)
 
 
-def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) -> NoiseForecast:
+def noise_forecast(
+    plan: Plan, foundation: Foundation, patients: Sequence[int], progress: Progress = silent
+) -> NoiseForecast:
     """What the first stage's steps will be made of, with sites of these declared sizes.
 
     Args:
         plan: Of the foundation. Steps in stage control are counted and not measured.
         foundation: Public.
         patients: One number for each site, at least one.
+        progress: Told of a minute's work on a CPU.
 
     Raises:
         ValueError: there is no site, or the plan trains nothing but ControlNets.
@@ -126,14 +130,17 @@ def noise_forecast(plan: Plan, foundation: Foundation, patients: Sequence[int]) 
         each for each in plan.rounds() if each.stage in plan.trained and not each.stage.modality
     )
     stained = _paler(foundation)
-    start = initial_state(foundation, plan.adapter, plan.study.seed, ("generator",))
-    rows = _clipped_gradients(plan, planned, stained, start)
-    first_D = next(rows)
-    num_coordinates = len(first_D)
-    sketches = torch.stack([_sketch(grad_D) for grad_D in chain([first_D], rows)])
+    start = initial_state(
+        foundation, plan.adapter, plan.study.seed, ("generator",), progress=progress
+    )
+    num_coordinates, sketches = 0, []
+    for grad_D in _clipped_gradients(plan, planned, stained, start):
+        num_coordinates = len(grad_D)
+        sketches.append(_sketch(grad_D))
+        progress("gradients of public tiles", len(sketches), _PATIENTS)
     return NoiseForecast(
         num_coordinates=num_coordinates,
-        gradient_norm=_agreed_norm(sketches),
+        gradient_norm=_agreed_norm(torch.stack(sketches)),
         noise_norm=noise_std(plan, patients) * math.sqrt(num_coordinates),
         steps=plan.total_steps,
         alignment_share=_alignment_share(plan, planned, stained, start),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crafts_core.command_line import one_line_errors, say, say_done
+from crafts_core.command_line import one_line_errors, progress_bars, say, say_done
 from crafts_core.delta_text import delta_text
 from crafts_server.audit_log import Event
 from crafts_server.commands import (
@@ -224,7 +224,9 @@ def _forecast(plan: "Plan", home: Path, patients: Sequence[int]) -> "NoiseForeca
 
     if not is_measurable(plan):
         return None
-    return noise_forecast(plan, load(CoordinatorHome.open(home).foundation_path), sizes)
+    foundation = load(CoordinatorHome.open(home).foundation_path)
+    with progress_bars() as progress:
+        return noise_forecast(plan, foundation, sizes, progress)
 
 
 def _too_few_here(plan: "Plan", home: Path) -> Iterator[str]:

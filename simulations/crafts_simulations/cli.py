@@ -168,7 +168,10 @@ def plan(
     with one_line_errors("crafts-sim"):
         from crafts_simulations.forecast import scenario_forecast
 
-        found = scenario_forecast(scenario, patients or (), epsilon=epsilon, device=device)
+        with progress_bars() as progress:
+            found = scenario_forecast(
+                scenario, patients or (), epsilon=epsilon, device=device, progress=progress
+            )
     say(json.dumps(found.as_json()) if as_json else found.in_words)
 
 

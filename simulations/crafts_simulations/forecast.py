@@ -4,13 +4,19 @@ from collections.abc import Sequence
 
 from crafts_core.foundation import load
 from crafts_core.foundation_manifest import named_path
+from crafts_core.progress import Progress, silent
 from crafts_privacy.noise_forecast import NoiseForecast, is_measurable, noise_forecast
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import load_scenario
 
 
 def scenario_forecast(
-    name: str, patients: Sequence[int], *, epsilon: float | None, device: str
+    name: str,
+    patients: Sequence[int],
+    *,
+    epsilon: float | None,
+    device: str,
+    progress: Progress = silent,
 ) -> NoiseForecast:
     """Of the sites that train, by what they declare.
 
@@ -31,4 +37,4 @@ def scenario_forecast(
     plan = scenario.plan(foundation.manifest.hash, any_pool)
     if plan.privacy.target_epsilon is None or not is_measurable(plan):
         raise ScenarioError(f"{name} trains without privacy, or ControlNets alone: nothing to say")
-    return noise_forecast(plan, foundation, sizes)
+    return noise_forecast(plan, foundation, sizes, progress)

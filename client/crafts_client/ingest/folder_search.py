@@ -12,7 +12,7 @@ from crafts_client.ingest.pool import Beat, Pool
 from crafts_client.ingest.readers.dicom_instances import is_dicom, slide_series
 from crafts_client.ingest.readers.opening import open_reader
 from crafts_client.ingest.readers.tiff_header import is_tiff
-from crafts_core.progress import Progress
+from crafts_core.progress import Progress, silent
 
 SLIDE_ENDINGS = frozenset({
     ".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi",
@@ -41,7 +41,7 @@ def find_slides(
     *,
     images: bool = False,
     num_processes: int = 0,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> FoundSlides:
     """Every slide below a folder that can be opened.
 

@@ -30,7 +30,7 @@ from crafts_client.ingest.survey import SlideJob, Survey, draw_slide, missing_sc
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.table_shards import TableShard
 from crafts_client.ingest.tiling import TilingOptions
-from crafts_core.progress import Progress
+from crafts_core.progress import Progress, silent
 
 
 def ingest_slides(
@@ -45,7 +45,7 @@ def ingest_slides(
     pictures: Path | None = None,
     former: IngestReport | None = None,
     problems: Sequence[Problem] = (),
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     silence_s: float = SILENCE_S,
     shard: TableShard | None = None,
 ) -> IngestReport:
@@ -116,7 +116,7 @@ def ingest_tiles(
     withdrawn: Collection[str] = (),
     former: IngestReport | None = None,
     problems: Sequence[Problem] = (),
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     shard: TableShard | None = None,
 ) -> IngestReport:
     """Take ready tiles, one image file each, as the store at ``out`` or into it.

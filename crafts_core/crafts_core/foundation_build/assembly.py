@@ -45,14 +45,10 @@ from crafts_core.foundation_build.training import Recipe
 from crafts_core.foundation_manifest import FoundationManifest, write_manifest
 from crafts_core.pixels import channels_first
 from crafts_core.probe import Probe, correlation_range, save_probe
-from crafts_core.progress import Progress
+from crafts_core.progress import Progress, silent
 from crafts_core.vocabulary import corpus, prompt_bank
 
 _RENDERERS = ("procedural.py", "vocabulary.py", "otsu.py", "aligner.py", "probe.py")
-
-
-def _silent(_text: str, _done: int, _total: int) -> None:
-    pass
 
 
 def build(
@@ -63,7 +59,7 @@ def build(
     config: BuildConfig | None = None,
     name: str = "embedded",
     device: torch.device | str = "cpu",
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> FoundationManifest:
     """Build a public foundation into ``out``.
 
