@@ -1,6 +1,8 @@
 """Programs that die, links that break, disks that are full: with the real programs on loopback."""
 
+import os
 import resource
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +163,23 @@ def site_killed(phase: str, *, restarted: bool) -> Act:
         if restarted:
             programs.start_site(SECOND)
         return "restarted" if restarted else "not restarted"
+
+    return act
+
+
+def site_ended(*signals: int) -> Act:
+    """While it trains, by a person or the system, and started again: it goes on with the round."""
+
+    def act(programs: Programs, study: SmallStudy) -> str:
+        has_reserved(programs, study, SECOND)
+        for number in signals:
+            os.kill(programs.pid(SECOND), number)
+            time.sleep(1)
+        status = programs.wait_end(SECOND)
+        expect(status == 0, f"it ended with status {status}")
+        answered = "answered round=1" in programs.log(SECOND)
+        programs.start_site(SECOND)
+        return f"ended {'after its answer' if answered else 'in its round'}, status 0, restarted"
 
     return act
 
@@ -399,6 +418,18 @@ CASES: tuple[Case, ...] = (
             ),
         )
         for phase in ("training", "after its answer")
+    ),
+    *(
+        Case(
+            group="ended",
+            fault=f"site that trains, by {how}; restarted",
+            must_hold=COMPLETES,
+            experiment=federation(site_ended(*signals)),
+        )
+        for how, signals in (
+            ("SIGTERM", (signal.SIGTERM,)),
+            ("Ctrl-C twice", (signal.SIGINT, signal.SIGINT)),
+        )
     ),
     Case(
         group="kill -9",
