@@ -33,7 +33,6 @@ Real = Annotated[
     Path,
     typer.Option(
         "--real",
-        "--tiles",
         exists=True,
         file_okay=False,
         help="Store, or folder of images, of patients that nobody trained on.",

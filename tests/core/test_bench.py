@@ -257,7 +257,7 @@ def test_real_images_are_not_measured_against_themselves(
 def test_compare_ranks_folders_beside_generators(
     foundation: Foundation, at: SimpleNamespace
 ) -> None:
-    words = [foundation.path, at.images, "--tiles", at.real, "--device", "cpu"]
+    words = [foundation.path, at.images, "--real", at.real, "--device", "cpu"]
     found = invoke(foundation, "compare", *words)
     assert found.exit_code == 0, found.output
     header, floor, *ranked = found.stdout.splitlines()

@@ -244,7 +244,7 @@ def test_four_patients_of_one_tile_are_enough(foundation: Foundation, tmp_path: 
     write_store(tmp_path / "few", num_tiles=4, tiles_per_patient=1)
     result = CliRunner().invoke(
         app,
-        ["compare", str(foundation.path), "--tiles", str(tmp_path / "few"), "--num", "16",
+        ["compare", str(foundation.path), "--real", str(tmp_path / "few"), "--num", "16",
          "--foundation", str(foundation.path), "--json"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -262,7 +262,7 @@ def test_evaluate_command_measures_foundation_and_generator(
     foundation: Foundation, held_out: Path, tmp_path: Path
 ) -> None:
     directory = str(foundation.path)
-    arguments = ["evaluate", directory, "--tiles", str(held_out), "--foundation", directory]
+    arguments = ["evaluate", directory, "--real", str(held_out), "--foundation", directory]
     arguments += ["--num", "16"]
     rng = np.random.default_rng(1)
     write_store(tmp_path / "training", num_tiles=24, tiles_per_patient=4, rng=rng, prefix="t")
@@ -296,7 +296,7 @@ def test_evaluate_command_refuses_to_measure_on_what_was_trained_on(
         rng=np.random.default_rng(rng), prefix=prefix,
     )  # fmt: skip
     directory = str(foundation.path)
-    arguments = ["evaluate", directory, "--tiles", str(held_out), "--foundation", directory]
+    arguments = ["evaluate", directory, "--real", str(held_out), "--foundation", directory]
     result = CliRunner().invoke(app, [*arguments, "--training", str(tmp_path / "training")])
     assert f"have {words} in common" in one_line(result)
 
@@ -306,7 +306,7 @@ def test_evaluate_command_judges_no_encoder_on_tiles_too_small(
 ) -> None:
     small = tmp_path / "small"
     write_store(small, num_tiles=40, tiles_per_patient=2)
-    arguments = ["evaluate", "--validate", "--tiles", str(small), "--encoder", "orthogonal"]
+    arguments = ["evaluate", "--validate", "--real", str(small), "--encoder", "orthogonal"]
     result = CliRunner().invoke(app, [*arguments, "--foundation", str(foundation.path)])
     assert result.exit_code == 1
     assert "at least two patches of 32 px, got 32 px" in result.stderr
@@ -314,7 +314,7 @@ def test_evaluate_command_judges_no_encoder_on_tiles_too_small(
 
 
 def test_evaluate_command_wants_a_generator_or_an_encoder_to_judge(held_out: Path) -> None:
-    result = CliRunner().invoke(app, ["evaluate", "--tiles", str(held_out)])
+    result = CliRunner().invoke(app, ["evaluate", "--real", str(held_out)])
     assert result.exit_code == 2
     assert "--validate" in result.stderr
 
@@ -325,7 +325,7 @@ def test_compare_command_measures_every_generator(
 ) -> None:
     first = str(foundation.path)
     second = str(write_tiny_pipeline(tmp_path / "other", seed=9))
-    arguments = ["compare", first, second, "--tiles", str(held_out), "--foundation", first]
+    arguments = ["compare", first, second, "--real", str(held_out), "--foundation", first]
     arguments += ["--encoder", "orthogonal"]
     result = CliRunner().invoke(app, [*arguments, "--num", "16", "--json"])
     assert result.exit_code == 0, result.output
@@ -362,7 +362,7 @@ def test_evaluate_command_refuses_tiles_of_another_size(
         )  # fmt: skip
         writer.add(tile, encode_tile(np.zeros((16, 16, 3), np.uint8)))
     directory = str(foundation.path)
-    arguments = ["evaluate", directory, "--tiles", str(tmp_path / "store")]
+    arguments = ["evaluate", directory, "--real", str(tmp_path / "store")]
     result = CliRunner().invoke(app, [*arguments, "--foundation", directory])
     assert result.exit_code == 1
     assert "expected tiles of 32 px, got 16" in result.stderr

@@ -278,7 +278,7 @@ def test_the_command_tells_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Image.fromarray(image).save(tmp_path / f"{place}.png")
         rows.append(f"{place}.png\t{tiles.patients[place]}\t{tiles.captions[place]}")
     (tmp_path / "tiles.tsv").write_text("\n".join(rows))
-    arguments = ["evaluate", "--validate", "--tiles", str(tmp_path), "--mpp", "1.0"]
+    arguments = ["evaluate", "--validate", "--real", str(tmp_path), "--mpp", "1.0"]
     as_json = CliRunner().invoke(app, [*arguments, "--encoder", "orthogonal", "--json"])
     found = Validation.model_validate_json(as_json.stdout)
     assert found.faults
