@@ -16,6 +16,8 @@ A roster says who the other hospitals of a plan's sums are, by their keys. It is
 have read its phrase to each other, or their fingerprints are in the policy.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from crafts_client.errors import HomeError
 from crafts_client.policy import ONE_RUN, PolicyError, Rule
-from crafts_core.durable import write_file
+from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation_manifest import FoundationManifest, embedded_path, read_manifest
 from crafts_core.plan import Plan
 from crafts_core.roster import Roster
@@ -61,6 +63,7 @@ class RosterApproval(BaseModel):
 
 
 Approved = TypeVar("Approved", bound=BaseModel)
+_PATIENCE_S = 10.0
 
 
 class _ApprovalFile(Generic[Approved]):
@@ -91,19 +94,27 @@ class _ApprovalFile(Generic[Approved]):
         Raises:
             HomeError: none, or several, of what is approved begins so.
         """
-        known = self.all()
-        found = [each for each in known if each.startswith(beginning)]
-        if not found:
-            others = f"; approved are {', '.join(known)}" if known else ""
-            raise HomeError(f"nothing that begins with {beginning!r} is approved here{others}")
-        if len(found) > 1:
-            raise HomeError(f"{', '.join(found)} begin with {beginning!r}; give more digits of one")
-        del known[found[0]]
-        self._write(known)
+        with self._changing() as known:
+            found = [each for each in known if each.startswith(beginning)]
+            if not found:
+                others = f"; approved are {', '.join(known)}" if known else ""
+                raise HomeError(f"nothing that begins with {beginning!r} is approved here{others}")
+            if len(found) > 1:
+                raise HomeError(
+                    f"{', '.join(found)} begin with {beginning!r}; give more digits of one"
+                )
+            del known[found[0]]
         return found[0]
 
-    def _write(self, approvals: dict[str, Approved]) -> None:
-        write_file(self._path, self._file.dump_json(approvals, indent=1).decode() + "\n")
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Approved]]:
+        """What is approved, to be changed in place: of two commands at once both count."""
+        busy = HomeError(f"another command changes {self._path}; run it again")
+        lock = self._path.with_name(f"{self._path.name}.lock")
+        with exclusive_lock(lock, held=busy, timeout_s=_PATIENCE_S):
+            known = self.all()
+            yield known
+            write_file(self._path, self._file.dump_json(known, indent=1).decode() + "\n")
 
 
 class Approvals(_ApprovalFile[Approval]):
@@ -126,12 +137,11 @@ class Approvals(_ApprovalFile[Approval]):
         runs = runs_so_far + 1
         if plan.releases and runs_so_far:
             raise PolicyError(Rule.RUN, ONE_RUN)
-        known = self.all()
-        if plan.hash not in known or known[plan.hash].runs < runs:
-            known[plan.hash] = Approval(
-                study=plan.study.name, approved_at=datetime.now(UTC), runs=runs
-            )
-        self._write(known)
+        with self._changing() as known:
+            if plan.hash not in known or known[plan.hash].runs < runs:
+                known[plan.hash] = Approval(
+                    study=plan.study.name, approved_at=datetime.now(UTC), runs=runs
+                )
 
 
 class FoundationApprovals(_ApprovalFile[FoundationApproval]):
@@ -145,7 +155,8 @@ class FoundationApprovals(_ApprovalFile[FoundationApproval]):
         approval = FoundationApproval(
             name=manifest.name, licence=manifest.licence, approved_at=datetime.now(UTC)
         )
-        self._write({manifest.hash: approval} | self.all())
+        with self._changing() as known:
+            known.setdefault(manifest.hash, approval)
 
     def has(self, foundation_hash: str) -> bool:
         """Whether it may see private tiles."""
@@ -175,7 +186,8 @@ class RosterApprovals(_ApprovalFile[RosterApproval]):
     def approve(self, roster: Roster) -> None:
         """Say yes to a roster, in place of the one of the same plan."""
         approval = RosterApproval(roster=roster, approved_at=datetime.now(UTC))
-        self._write(self.all() | {roster.plan_hash: approval})
+        with self._changing() as known:
+            known[roster.plan_hash] = approval
 
     def of_plan(self, plan_hash: str) -> Roster:
         """The roster that was approved for a plan.

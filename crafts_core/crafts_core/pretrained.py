@@ -49,6 +49,7 @@ def read_part(
         config = json.loads((directory / "config.json").read_text("utf-8"))
         if not isinstance(config, dict):  # a library would ask the hub for another
             raise ValueError("config.json holds no settings")
+        _refuse_fetched_kernels(config)
     # diffusers has its own word for it.
     named = "dtype" if model_class.__module__.startswith("transformers") else "torch_dtype"
     with readable(directory), quiet_transformers():
@@ -65,6 +66,18 @@ def read_part(
         raise FoundationError(f"{directory}: weight {name} is missing or has another shape")
     _check_finite(model, directory)
     return model
+
+
+def _refuse_fetched_kernels(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where settings name an attention of a repository.
+
+    Transformers downloads it and runs its code, where the package ``kernels`` is installed.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_fetched_kernels(value)
+        elif key.endswith("attn_implementation") and "/" in str(value):
+            raise ValueError(f"config.json names code to be downloaded, {value}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,14 @@
 """A foundation sees private tiles once a person here approved its hash, and not before."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from crafts_client.approvals import FoundationApprovals
 from crafts_client.cli import app
 from crafts_client.doctor import examine
 from crafts_client.doctor import foundation as foundation_check
@@ -15,7 +18,7 @@ from crafts_client.ingest.choices import TissueMethod
 from crafts_client.policy import PolicyError, Rule
 from crafts_client.preparation import IngestOptions, fill_cache, prepare_site
 from crafts_client.site import Site
-from crafts_core.foundation_manifest import embedded_path, read_manifest
+from crafts_core.foundation_manifest import FoundationManifest, embedded_path, read_manifest
 from crafts_core.tiles import TileStore
 from support.foundations import write_tiny_foundation
 from support.sites import make_site_home
@@ -114,3 +117,21 @@ def test_one_that_is_not_what_its_manifest_says_is_not_approved(home, foundation
     refused = run(home, "approve", manifest.hash)
     assert (refused.exit_code, "does not match its SHA-256" in refused.stderr) == (1, True)
     assert not home.foundation_approvals.has(manifest.hash)
+
+
+def test_of_approvals_at_once_every_one_counts(tmp_path: Path, foundation) -> None:
+    """Read, changed and written back: the later one took the earlier one's word."""
+    path, start = tmp_path / "approved.json", threading.Barrier(4)
+    manifests = [
+        foundation.manifest.model_copy(update={"name": f"foundation-{number}"})
+        for number in range(40)
+    ]
+
+    def approve(some: list[FoundationManifest]) -> None:
+        start.wait()
+        for manifest in some:
+            FoundationApprovals(path).approve(manifest)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(approve, [manifests[number::4] for number in range(4)]))
+    assert set(FoundationApprovals(path).all()) == {each.hash for each in manifests}

@@ -284,6 +284,20 @@ def test_settings_that_are_none_are_asked_of_nobody(exported: Path, tmp_path: Pa
         Generator.from_directory(copy)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_that_a_config_names_is_not_fetched(
+    exported: Path, tmp_path: Path, nested: bool
+) -> None:
+    """Transformers would, from a repository, where the package ``kernels`` is installed."""
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    path = copy / "text_encoder" / "config.json"
+    asked = {"_attn_implementation": "evil/kernel@main"}
+    asked = {"vision_config": asked} if nested else asked
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    with pytest.raises(FoundationError, match="names code to be downloaded, evil/kernel@main"):
+        Generator.from_directory(copy)
+
+
 def test_a_folder_that_is_no_generator_names_no_captions(tmp_path: Path) -> None:
     with pytest.raises(CraftsError, match="is no generator"):
         trained_prompts(tmp_path)
