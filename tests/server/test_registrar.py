@@ -440,6 +440,24 @@ def test_a_site_with_another_sites_key_is_not_let_in(coordinator, site) -> None:
     enrol(SiteHome.open(site.path), coordinator.host, token)
 
 
+def test_a_site_that_leaves_may_come_back_under_another_name(coordinator, site) -> None:
+    """With its home, and so with its salt and ledger: it was told to make a new one."""
+    own = public_key_of(site_key(site, existing_ledger(site)))
+    enrol(site, coordinator.host, coordinator.invite("north"))
+    with Registrar(site) as registrar:
+        registrar.call("Leave")
+    text = (site.path / "site.toml").read_text()
+    (site.path / "site.toml").write_text(text.replace('name = "north"', 'name = "north-clinic"'))
+    renamed = SiteHome.open(site.path)
+    assert renamed.config.name == "north-clinic"
+    assert (
+        enrol(renamed, coordinator.host, coordinator.invite("north-clinic")).site == "north-clinic"
+    )
+    assert public_key_of(site_key(renamed, existing_ledger(renamed))) == own
+    with Registrar(renamed) as registrar:
+        registrar.call("ListPlans")
+
+
 def test_a_call_is_a_contact_and_enrolment_is_none(coordinator, site) -> None:
     enrol(site, coordinator.host, coordinator.invite("north"))
     (before,) = status_of(coordinator.home).sites
