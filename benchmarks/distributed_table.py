@@ -53,7 +53,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crafts_client.ingest import TableColumns
+from crafts_client.ingest.table import TableColumns
 from crafts_client.patients import PatientTiles
 from crafts_client.speed import Speed
 from crafts_client.trainer import Trainer

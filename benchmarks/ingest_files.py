@@ -18,14 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from crafts_client.ingest import (
-    IngestError,
-    Salt,
-    SourceOutcome,
-    TableRow,
-    TilingOptions,
-    ingest_slides,
-)
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.ingest import ingest_slides
+from crafts_client.ingest.report import SourceOutcome
+from crafts_client.ingest.table import TableRow
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_simulations.slides import write_slide
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}

@@ -40,8 +40,11 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from crafts_client.ingest import Salt, TilingOptions, ingest_slides, read_table
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.ingest import ingest_slides
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
+from crafts_client.ingest.table import read_table
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.tiles import TileStore
 from crafts_core.tiles.records import JPEG_QUALITY

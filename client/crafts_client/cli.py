@@ -133,7 +133,7 @@ def withdraw(
 ) -> None:
     """Leave a patient out from the next round on. What was spent stays in the ledger."""
     confirm(f"Withdraw {patient}? No command takes it back", yes=yes)
-    from crafts_client.ingest import Salt
+    from crafts_client.ingest.deidentify import Salt
     from crafts_client.register import PatientRegister
 
     with one_line_errors("crafts-client"):

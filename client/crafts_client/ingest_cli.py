@@ -169,7 +169,8 @@ def _ingest_shard(
 
 
 def _plan_table(table: Path, folder: Path, processes: int, *, images: bool) -> None:
-    from crafts_client.ingest import find_slides, write_template
+    from crafts_client.ingest.folder_search import find_slides
+    from crafts_client.ingest.table import write_template
 
     with one_line_errors("crafts-client"):
         with progress_bars() as progress:

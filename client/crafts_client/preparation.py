@@ -12,25 +12,16 @@ from typing import Literal
 from pydantic import ValidationError
 
 from crafts_client.home import SiteHome
-from crafts_client.ingest import (
-    IngestError,
-    IngestReport,
-    Salt,
-    SourceOutcome,
-    TableRow,
-    TilingOptions,
-    examine_table,
-    ingest_slides,
-    ingest_tiles,
-)
 from crafts_client.ingest.choices import Artefact, TissueMethod
-from crafts_client.ingest.deidentify import plain_name
-from crafts_client.ingest.errors import Problem
+from crafts_client.ingest.deidentify import Salt, plain_name
+from crafts_client.ingest.errors import IngestError, Problem
+from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.ingest_history import with_refusal, with_run
 from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.patient_names import likeness
-from crafts_client.ingest.report import IngestRun, NothingUsedError
+from crafts_client.ingest.report import IngestReport, IngestRun, NothingUsedError, SourceOutcome
+from crafts_client.ingest.table import TableRow, examine_table
 from crafts_client.ingest.table_checks import look_alike
 from crafts_client.ingest.table_shards import (
     ShardSettings,
@@ -42,6 +33,7 @@ from crafts_client.ingest.table_shards import (
     settings_hash,
     shard_notes,
 )
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_client.register import PatientRegister
 from crafts_core.durable import exclusive_lock, write_file
 from crafts_core.foundation import Foundation, read_manifest

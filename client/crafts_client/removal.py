@@ -8,17 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from crafts_client.home import SiteHome
-from crafts_client.ingest import (
-    IngestError,
-    IngestReport,
-    Salt,
-    content_key,
-    remove_patient,
-    remove_slides,
-)
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.ingest_page import PAGE_NAME
 from crafts_client.ingest.named_files import composed
 from crafts_client.ingest.pictures import OVERLAY_ENDING, picture_name
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.store_update import content_key, remove_patient, remove_slides
 from crafts_client.ingest.table_shards import check_nothing_waits
 from crafts_client.preparation import fill_cache, former_report, one_at_a_time, write_report
 from crafts_client.register import PatientRegister

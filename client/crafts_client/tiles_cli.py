@@ -20,7 +20,7 @@ from crafts_core.command_line import (
 )
 
 if TYPE_CHECKING:
-    from crafts_client.ingest import IngestReport
+    from crafts_client.ingest.report import IngestReport
 
 NUM_CORES = (
     len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -250,7 +250,7 @@ def tiles_show(
 
     import numpy as np
 
-    from crafts_client.ingest import Salt
+    from crafts_client.ingest.deidentify import Salt
     from crafts_core.sampling import contact_sheet
     from crafts_core.tiles import TileStore, TileStoreError
 

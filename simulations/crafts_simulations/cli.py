@@ -110,7 +110,7 @@ def run(
     advice = f"what is finished in {out} is kept: run the same command again to go on"
     with one_line_errors("crafts-sim", advice=advice):
         # Torch and diffusers take seconds to import; `crafts-sim --help` should not.
-        from crafts_client.ingest import TableColumns
+        from crafts_client.ingest.table import TableColumns
         from crafts_simulations.report import headline
         from crafts_simulations.run import run_scenario
         from crafts_simulations.scenario import load_scenario
@@ -197,7 +197,7 @@ def sweep(
     _check_tiles(tiles, labels)
     advice = f"what is finished in {out} is kept: run the same command again to go on"
     with one_line_errors("crafts-sim", advice=advice):
-        from crafts_client.ingest import TableColumns
+        from crafts_client.ingest.table import TableColumns
         from crafts_simulations.sites import TileSource
         from crafts_simulations.sweep import load_sweep
         from crafts_simulations.sweep_report import markdown

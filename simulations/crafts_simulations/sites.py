@@ -14,17 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from crafts_client.home import SITE_NAME, SiteConfig, SiteHome
-from crafts_client.ingest import (
-    IngestError,
-    IngestReport,
-    Salt,
-    TableColumns,
-    TableRow,
-    TilingOptions,
-    ingest_slides,
-    ingest_tiles,
-    read_table,
-)
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.table import TableColumns, TableRow, read_table
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_client.policy import Policy
 from crafts_client.preparation import fill_cache
 from crafts_core.fields import describe_first_error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crafts_client.ingest import TableRow
+from crafts_client.ingest.table import TableRow
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.scenario import TilesSplit
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from crafts_client import site_audit
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
-from crafts_client.ingest import Salt
+from crafts_client.ingest.deidentify import Salt
 from crafts_client.site import Site
 from crafts_client.training_audit import TrainingAudit, TrainingCheck
 from crafts_core.exchange import global_norm

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from crafts_client import preparation
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
-from crafts_client.ingest import IngestReport, Salt, ingest_slides, ingest_tiles
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
+from crafts_client.ingest.report import IngestReport
 from crafts_client.register import PatientRegister
 from crafts_client.site import Site
 from crafts_core.foundation import Foundation

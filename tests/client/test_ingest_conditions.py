@@ -8,18 +8,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from crafts_client.ingest import (
-    IngestError,
-    IngestReport,
-    Salt,
-    TilingOptions,
-    ingest_slides,
-    ingest_tiles,
-    read_table,
-    remove_patient,
-    shard_cut,
-)
+from crafts_client.ingest import shard_cut
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.ingest_page import write_ingest_page
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.store_update import remove_patient
+from crafts_client.ingest.table import read_table
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.conditions import (
     fluorescence_condition,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crafts_client.ingest import IngestError, Salt
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
 
 
 def test_ids_are_stable_under_one_salt(tmp_path: Path) -> None:

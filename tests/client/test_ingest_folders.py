@@ -10,14 +10,14 @@ import pydicom
 import pytest
 from PIL import Image
 
-from crafts_client.ingest import IngestError, Salt, find_slides, read_table, write_template
-from crafts_client.ingest.deidentify import SALT_BYTES
-from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.deidentify import SALT_BYTES, Salt
+from crafts_client.ingest.errors import IngestError, SlideError
+from crafts_client.ingest.folder_search import find_slides
 from crafts_client.ingest.readers.image_files import ImageFile
 from crafts_client.ingest.readers.tiff_header import TiffPage
 from crafts_client.ingest.slides import Slide
 from crafts_client.ingest.store_update import Source
-from crafts_client.ingest.table import TableRow
+from crafts_client.ingest.table import TableRow, read_table, write_template
 from support.slide_files import write_dicom_slide
 from support.slides import tissue_image, write_table, write_tissue_slide
 

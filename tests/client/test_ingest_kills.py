@@ -17,7 +17,11 @@ from support.slides import write_table, write_tissue_slide
 _RUN = """
 import sys
 from pathlib import Path
-from crafts_client.ingest import Salt, TilingOptions, cutting, ingest_slides, read_table, shard_cut
+from crafts_client.ingest import cutting, shard_cut
+from crafts_client.ingest.deidentify import (Salt)
+from crafts_client.ingest.ingest import (ingest_slides)
+from crafts_client.ingest.table import (read_table)
+from crafts_client.ingest.tiling import (TilingOptions)
 cutting.PLACES_PER_SHARD, shard_cut._COMMIT_EVERY_S = 20, 0.01
 
 def go(table, out, processes):

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from crafts_client.home import SiteHome
-from crafts_client.ingest import IngestError, Salt, TableRow, read_table
 from crafts_client.ingest.choices import TissueMethod
-from crafts_client.ingest.deidentify import SALT_BYTES
+from crafts_client.ingest.deidentify import SALT_BYTES, Salt
+from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.patient_names import is_missing, likeness, participant
+from crafts_client.ingest.table import TableRow, read_table
 from crafts_client.preparation import IngestOptions, prepare_site
 from crafts_client.removal import forget
 from crafts_core.foundation import Foundation

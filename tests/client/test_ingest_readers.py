@@ -13,8 +13,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from crafts_client.ingest import find_slides
 from crafts_client.ingest.errors import SlideError
+from crafts_client.ingest.folder_search import find_slides
 from crafts_client.ingest.readers.openslide_files import OpenSlideFile
 from crafts_client.ingest.readers.scanners import known_scanner
 from crafts_client.ingest.readers.seam import Level, foreign, pyramid

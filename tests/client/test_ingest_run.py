@@ -16,23 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crafts_client.ingest import (
-    IngestError,
-    IngestReport,
-    Salt,
-    TableColumns,
-    TableRow,
-    TilingOptions,
-    content_key,
-    cutting,
-    ingest_slides,
-    ingest_tiles,
-    read_table,
-    remove_patient,
-    shard_cut,
-    survey,
-)
-from crafts_client.ingest.store_update import Source
+from crafts_client.ingest import cutting, shard_cut, survey
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.store_update import Source, content_key, remove_patient
+from crafts_client.ingest.table import TableColumns, TableRow, read_table
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_simulations.slides import write_slide
 from support.slide_files import write_dicom_slide

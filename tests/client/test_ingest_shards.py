@@ -17,15 +17,13 @@ from typer.testing import CliRunner
 from crafts_client import preparation
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
-from crafts_client.ingest import (
-    IngestError,
-    IngestReport,
-    Salt,
-    TilingOptions,
-    ingest_slides,
-    read_table,
-)
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.ingest import ingest_slides
+from crafts_client.ingest.report import IngestReport
+from crafts_client.ingest.table import read_table
 from crafts_client.ingest.table_shards import TableShard
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_core.durable import exclusive_lock
 from crafts_core.foundation import Foundation
 from crafts_core.tiles import TileStore

@@ -4,17 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from crafts_client.ingest import (
-    IngestError,
-    TableColumns,
-    find_slides,
-    read_table,
-    write_template,
-)
 from crafts_client.ingest.caption_notes import caption_report
-from crafts_client.ingest.errors import MAX_LINES, grouped
+from crafts_client.ingest.errors import MAX_LINES, IngestError, grouped
+from crafts_client.ingest.folder_search import find_slides
 from crafts_client.ingest.identifiers import Kind
 from crafts_client.ingest.scrub import scrub
+from crafts_client.ingest.table import TableColumns, read_table, write_template
 from support.slides import write_table, write_tissue_slide
 
 

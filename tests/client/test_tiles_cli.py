@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from crafts_client.cli import app
 from crafts_client.home import SiteHome
-from crafts_client.ingest import Salt
+from crafts_client.ingest.deidentify import Salt
 from crafts_core.foundation import Foundation
 from support.sites import make_site_home
 

@@ -8,7 +8,10 @@ import numpy as np
 import openslide
 import pytest
 
-from crafts_client.ingest import Salt, TilingOptions, ingest_slides, read_table
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.ingest import ingest_slides
+from crafts_client.ingest.table import read_table
+from crafts_client.ingest.tiling import TilingOptions
 from crafts_core.procedural import random_stain
 from crafts_core.tiles import TileStore
 from crafts_core.vocabulary import VocabularyError

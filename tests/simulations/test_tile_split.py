@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crafts_client.ingest import TableRow
+from crafts_client.ingest.table import TableRow
 from crafts_simulations.errors import ScenarioError
 from crafts_simulations.hospital import round_size
 from crafts_simulations.scenario import TilesSplit

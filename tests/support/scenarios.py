@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from crafts_client.ingest import TableColumns
+from crafts_client.ingest.table import TableColumns
 from crafts_simulations.scenario import Scenario, parse_scenario
 from crafts_simulations.sites import TileSource
 

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
-from crafts_client.ingest import Salt, TilingOptions, cutting, ingest_slides, read_table, shard_cut
+from crafts_client.ingest import cutting, shard_cut
+from crafts_client.ingest.deidentify import Salt
+from crafts_client.ingest.ingest import ingest_slides
+from crafts_client.ingest.table import read_table
 from crafts_client.ingest.table_shards import TableShard
+from crafts_client.ingest.tiling import TilingOptions
 
 SALT = Salt(bytes(32))
 
