@@ -97,13 +97,11 @@ def run_as_service(*, debug: bool = False, once_more: str | None = None) -> thre
     stop = threading.Event()
 
     def end(number: int, _frame: object) -> None:
-        if once_more is not None:
-            if stop.is_set() or number == signal.SIGTERM:
-                raise SystemExit(0)
-            os.write(
-                2, f"{harmless(once_more)}\n".encode()
-            )  # a handler must not take logging's lock
-        stop.set()
+        if once_more is not None and (stop.is_set() or number == signal.SIGTERM):
+            raise SystemExit(0)
+        stop.set()  # before anything is said: who reads it may ask again at once
+        if once_more is not None:  # not by logging, whose lock may be held where this interrupts
+            os.write(2, f"{harmless(once_more)}\n".encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
