@@ -74,10 +74,11 @@ def _refuse_fetched_kernels(config: Mapping[str, Any]) -> None:
     Transformers downloads it and runs its code, where the package ``kernels`` is installed.
     """
     for key, value in config.items():
+        # A name, or a name for each part of the model.
+        if key.endswith("attn_implementation") and "/" in str(value):
+            raise ValueError(f"config.json names code to be downloaded, {value}")
         if isinstance(value, dict):
             _refuse_fetched_kernels(value)
-        elif key.endswith("attn_implementation") and "/" in str(value):
-            raise ValueError(f"config.json names code to be downloaded, {value}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
