@@ -299,7 +299,7 @@ def test_code_that_a_config_names_is_not_fetched(
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     path = copy / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | asked))
-    with pytest.raises(FoundationError, match="names code to be downloaded, .*evil/kernel@main"):
+    with pytest.raises(FoundationError, match=r"names code to be downloaded, .*evil/kernel@main"):
         Generator.from_directory(copy)
 
 
