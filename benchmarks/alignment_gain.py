@@ -40,7 +40,8 @@ from crafts_core.adapters import Adapter
 from crafts_core.durable import append_line
 from crafts_core.exchange import global_norm, inner_product
 from crafts_core.foundation import Foundation, embedded_path, load
-from crafts_core.plan import Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import StageConfig
 from crafts_core.public_update import PublicUpdateConfig
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective

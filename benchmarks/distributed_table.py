@@ -64,7 +64,8 @@ from crafts_core.evaluation.encoder import load_encoder
 from crafts_core.evaluation.evaluate import Evaluator, RealTiles
 from crafts_core.exchange import RoundReply, global_norm, schema_hash
 from crafts_core.foundation import Foundation, embedded_path, load
-from crafts_core.plan import AggregationConfig, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import AggregationConfig
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective
 from crafts_core.starting_point import initial_state

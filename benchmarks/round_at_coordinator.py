@@ -26,7 +26,7 @@ from torch import Tensor
 
 from crafts_core.exchange import RoundReply, global_norm
 from crafts_core.foundation import embedded_path, load
-from crafts_core.plan import AdapterConfig, AggregationConfig, Factor
+from crafts_core.plan_sections import AdapterConfig, AggregationConfig, Factor
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State, add_delta, factor_names
 from crafts_server.aggregation import (

@@ -29,7 +29,7 @@ from typing import Self
 import numpy as np
 
 from crafts_client.home import SiteConfig
-from crafts_core.plan import StageConfig
+from crafts_core.plan_sections import StageConfig
 
 log = logging.getLogger(__name__)
 

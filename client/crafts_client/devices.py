@@ -24,7 +24,7 @@ from crafts_client.speed import Speed
 from crafts_client.trainer import Trainer
 from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import load
-from crafts_core.plan import AdapterConfig, Part
+from crafts_core.plan_sections import AdapterConfig, Part
 from crafts_privacy.errors import RankError
 from crafts_privacy.ranks import ProcessRanks
 

@@ -12,7 +12,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from crafts_core.plan import Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import StageConfig
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.lifetime import Lifetime, PlanLimit
 from crafts_privacy.mechanism import Mechanism

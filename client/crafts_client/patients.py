@@ -19,7 +19,7 @@ from torch import Tensor
 from crafts_client.errors import HomeError
 from crafts_client.home import SiteHome
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.stages.alignment import NO_CLASS
 from crafts_core.stages.batch import TileBatch
 from crafts_core.tiles.augment import turned_as_view

@@ -8,7 +8,8 @@ from crafts_client.home import SiteHome
 from crafts_client.offered_plans import OfferedPlan
 from crafts_client.site_ledger import existing_ledger
 from crafts_core.delta_text import delta_text
-from crafts_core.plan import RELEASES, Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import RELEASES, StageConfig
 from crafts_privacy.accounting import PrivacyEvent, epsilon
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 

@@ -17,7 +17,8 @@ from crafts_client.errors import HomeError
 from crafts_core.delta_text import delta_text
 from crafts_core.errors import CraftsError
 from crafts_core.fields import Name, Sha256, describe_first_error
-from crafts_core.plan import Plan, RoundOfPlan, StageName
+from crafts_core.plan import Plan, RoundOfPlan
+from crafts_core.plan_sections import StageName
 from crafts_privacy.filters import FILTER_PATTERN, check_filters
 from crafts_privacy.secure_aggregation.shares import MOST_OWN_NOISE, NOISE_TOLERANCE
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crafts_client.patients import PatientTiles
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.stages.batch import TileBatch
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
 from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes

@@ -14,7 +14,8 @@ from crafts_client.speed import Speed
 from crafts_client.training_bench import DELTA, NOISE, Bench
 from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import Foundation
-from crafts_core.plan import GENERATOR_ONLY, Plan, ReleaseName
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import GENERATOR_ONLY, ReleaseName
 from crafts_core.releases import release_schema
 from crafts_privacy.audit_statistics import Vector
 from crafts_privacy.mechanism import Mechanism

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crafts_client.patients import PatientTiles
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Factor
+from crafts_core.plan_sections import Factor
 from crafts_core.releases import anchor_vector, colour_vector
 from crafts_core.tiles.records import decode_tile, encode_tile
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from crafts_client.errors import HomeError
 from crafts_core.durable import write_file
 from crafts_core.exchange import RoundRequest
-from crafts_core.plan import Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import StageConfig
 from crafts_core.state import State
 
 MOST_BYTES = 1 << 30

@@ -18,7 +18,7 @@ from crafts_client.speed import Speed
 from crafts_client.training_task import TrainingTask
 from crafts_core.adapters import Adapter
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Factor, Modality, StageConfig
+from crafts_core.plan_sections import Factor, Modality, StageConfig
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective
 from crafts_core.stages.public_batch import probe_batch

@@ -67,7 +67,8 @@ from crafts_core.exchange import (
     state_hash,
 )
 from crafts_core.foundation import Foundation, load
-from crafts_core.plan import AdapterConfig, Part, Plan, RoundOfPlan, StageConfig
+from crafts_core.plan import Plan, RoundOfPlan
+from crafts_core.plan_sections import AdapterConfig, Part, StageConfig
 from crafts_core.releases import release_schema
 from crafts_core.roster import Roster
 from crafts_core.state import State, factor_names

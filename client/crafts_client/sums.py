@@ -31,7 +31,8 @@ from crafts_client.outbox import Outbox, Release
 from crafts_client.policy import Policy, PolicyError, Rule
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
-from crafts_core.plan import RELEASES, Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import RELEASES, StageConfig
 from crafts_core.roster import Roster
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.held_sum import HeldSum

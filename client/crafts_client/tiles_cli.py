@@ -101,7 +101,7 @@ def say_skipped(report: "IngestReport") -> None:
 @tiles_app.command("stats")
 def tiles_stats(home: Home = Path("site"), as_json: AsJson = False) -> None:
     """Count tiles by patient and by label."""
-    from crafts_core.plan import MODALITIES
+    from crafts_core.plan_sections import MODALITIES
     from crafts_core.tiles import TileStore
 
     with one_line_errors("crafts-client"):

@@ -27,7 +27,7 @@ from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
-from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Part
+from crafts_core.plan_sections import GENERATOR_ONLY, AdapterConfig, Part
 from crafts_core.releases import class_anchors
 from crafts_core.stages.objective import Objective, assert_per_tile
 from crafts_core.state import State, factor_names

@@ -36,7 +36,7 @@ from crafts_client.training_bench import (
 )
 from crafts_client.training_task import Randomness
 from crafts_core.foundation import Foundation
-from crafts_core.plan import RELEASES, Part, StageName
+from crafts_core.plan_sections import RELEASES, Part, StageName
 from crafts_core.progress import Progress
 from crafts_privacy.accounting import calibrate_noise_multiplier
 from crafts_privacy.audit_statistics import (

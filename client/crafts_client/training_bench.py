@@ -20,7 +20,14 @@ from crafts_client.trainer import Trainer
 from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, Factor, Part, PrivacyConfig, StageConfig, StageName
+from crafts_core.plan_sections import (
+    AdapterConfig,
+    Factor,
+    Part,
+    PrivacyConfig,
+    StageConfig,
+    StageName,
+)
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State, add_delta
 from crafts_privacy.audit_statistics import Vector

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from crafts_client.errors import TrainingError
 from crafts_core.installing import how_to_install
-from crafts_core.plan import Factor, Plan, PrivacyConfig, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import Factor, PrivacyConfig, StageConfig
 from crafts_core.state import factor_names
 from crafts_privacy.accounting import PrivacyEvent
 from crafts_privacy.mechanism import Mechanism

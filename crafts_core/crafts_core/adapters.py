@@ -31,7 +31,7 @@ from crafts_core.lora_layers import (
     with_factors_merged,
     without_factors,
 )
-from crafts_core.plan import (
+from crafts_core.plan_sections import (
     GENERATOR_ONLY,
     MODALITIES,
     AdapterConfig,

@@ -18,7 +18,7 @@ from torch import Tensor
 from crafts_core.adapters import Adapter
 from crafts_core.aligner import profile
 from crafts_core.foundation import Foundation
-from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Factor, Part
+from crafts_core.plan_sections import GENERATOR_ONLY, AdapterConfig, Factor, Part
 from crafts_core.stages.alignment import alignment_target, alignment_term, denoised_correlation
 from crafts_core.stages.schedule import NoiseSchedule
 from crafts_core.state import State

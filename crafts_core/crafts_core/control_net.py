@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from crafts_core.denoisers import kind_of
 from crafts_core.generator import Generator
 from crafts_core.lora_layers import matching_layers
-from crafts_core.plan import MODALITIES, AdapterConfig, Modality
+from crafts_core.plan_sections import MODALITIES, AdapterConfig, Modality
 from crafts_core.state import FIRST, SECOND, AdapterError, control_prefix
 from crafts_core.tiles.conditions import NUM_CHANNELS
 

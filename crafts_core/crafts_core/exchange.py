@@ -21,7 +21,7 @@ from pydantic import (
 
 from crafts_core.errors import CraftsError
 from crafts_core.fields import Name, Sha256, describe_first_error
-from crafts_core.plan import Factor
+from crafts_core.plan_sections import Factor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ from crafts_core.generator_record import (
     parts_hash,
     prompt_bank_text,
 )
-from crafts_core.plan import AdapterConfig, Modality
+from crafts_core.plan_sections import AdapterConfig, Modality
 from crafts_core.quiet import quiet_transformers
 from crafts_core.retrieval_record import PICKED, Retrieval
 from crafts_core.state import lora_tensors, modalities_in

@@ -21,7 +21,7 @@ from crafts_core.durable import write_file
 from crafts_core.errors import CraftsError
 from crafts_core.foundation_manifest import sha256_of
 from crafts_core.image_requests import MAX_SEED, ImageRequest, num_images
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.provenance import Provenance, ProvenanceError, encode_png, read_provenance
 from crafts_core.sampler_config import SamplerConfig
 from crafts_core.sampling import Drawing, Images, contact_sheet

@@ -14,7 +14,7 @@ from typing import Any
 
 from crafts_core.attribute_words import ATTRIBUTE_COLUMNS, read_attributes
 from crafts_core.errors import CraftsError
-from crafts_core.plan import MODALITIES, Modality
+from crafts_core.plan_sections import MODALITIES, Modality
 from crafts_core.vocabulary import PartialAttributes, VocabularyError, label_caption
 
 COLUMNS = (

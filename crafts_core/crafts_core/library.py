@@ -24,7 +24,7 @@ from crafts_core.evaluation.validation import warning_of
 from crafts_core.foundation_manifest import embedded_path
 from crafts_core.image_folder import ImagePlan, batches, write_whole
 from crafts_core.image_requests import ImageRequest
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.progress import Progress
 from crafts_core.provenance import Origin, Provenance, encode_png
 from crafts_core.sampler_config import DtypeName, SamplerConfig, SchedulerName

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from crafts_core.plan import (
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import (
     AdapterConfig,
     AggregationConfig,
-    Plan,
     PrivacyConfig,
     StageConfig,
     StudyConfig,

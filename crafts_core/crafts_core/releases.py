@@ -27,7 +27,8 @@ from torch.nn import functional
 from crafts_core.evaluation.colour import colour_statistics
 from crafts_core.evaluation.encoder import Images
 from crafts_core.foundation import Foundation
-from crafts_core.plan import RELEASES, Factor, Plan, ReleaseName
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import RELEASES, Factor, ReleaseName
 from crafts_core.state import State, release_name
 
 ANCHORS, COLOUR = release_name("anchors"), release_name("colour")

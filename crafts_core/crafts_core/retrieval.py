@@ -27,7 +27,8 @@ from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation
 from crafts_core.foundation_build.training import Recipe, Rows, train
 from crafts_core.pixels import channels_first, to_pixels
-from crafts_core.plan import GENERATOR_ONLY, Factor, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import GENERATOR_ONLY, Factor
 from crafts_core.progress import Progress
 from crafts_core.public_pool import PublicPool
 from crafts_core.releases import ANCHORS, COLOUR, class_anchors

@@ -16,7 +16,7 @@ from crafts_core.image_requests import (
     num_images,
     read_requests,
 )
-from crafts_core.plan import MODALITIES, Modality
+from crafts_core.plan_sections import MODALITIES, Modality
 from crafts_core.sampler_config import MAX_STEPS, DtypeName, SamplerConfig, SchedulerName
 from crafts_core.vocabulary import (
     CANCER_TYPES,

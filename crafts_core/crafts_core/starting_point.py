@@ -13,7 +13,7 @@ from crafts_core.control_net import (
     num_halvings_of,
 )
 from crafts_core.foundation import Foundation
-from crafts_core.plan import GENERATOR_ONLY, MODALITIES, AdapterConfig, Part
+from crafts_core.plan_sections import GENERATOR_ONLY, MODALITIES, AdapterConfig, Part
 from crafts_core.progress import Progress, silent
 from crafts_core.public_update import (
     PublicUpdateConfig,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crafts_core.errors import CraftsError
-from crafts_core.plan import MODALITIES, RELEASES, Factor, Modality
+from crafts_core.plan_sections import MODALITIES, RELEASES, Factor, Modality
 
 FIRST, SECOND = ".first", ".second"
 _PREFIX, _RELEASE = "control.", "release."

@@ -17,7 +17,7 @@ from crafts_core.generator import Generator
 from crafts_core.generator_record import RECORD_NAME, read_origin, trained_prompts
 from crafts_core.known_words import strange_prompts
 from crafts_core.picture_facts import opened, upright_size
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.pretrained import read_part
 from crafts_core.provenance import Origin, Provenance
 from crafts_core.sampler_config import DTYPES, DtypeName, SamplerConfig

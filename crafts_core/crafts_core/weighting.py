@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crafts_core.plan import AggregationConfig
+from crafts_core.plan_sections import AggregationConfig
 
 
 @dataclass(frozen=True, slots=True)

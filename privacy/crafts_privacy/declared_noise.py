@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from crafts_core.plan import StageConfig
+from crafts_core.plan_sections import StageConfig
 from crafts_privacy.secure_aggregation.fixed_point import most_patients
 
 TAIL_Z = 6.0

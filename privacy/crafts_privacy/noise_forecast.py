@@ -20,7 +20,8 @@ from torch import Tensor
 
 from crafts_core.adapters import Adapter
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Plan, RoundOfPlan, StageConfig
+from crafts_core.plan import Plan, RoundOfPlan
+from crafts_core.plan_sections import StageConfig
 from crafts_core.progress import Progress, silent
 from crafts_core.releases import class_anchors
 from crafts_core.stages.objective import Objective

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from crafts_core.plan import StageConfig
+from crafts_core.plan_sections import StageConfig
 
 
 class Optimizer(Protocol):

@@ -4,7 +4,8 @@ A site calibrates it to train, the coordinator to know below which declared nois
 of this plan's. Both get it from here.
 """
 
-from crafts_core.plan import Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import StageConfig
 from crafts_privacy.accounting import PrivacyEvent, calibrate_noise_multiplier
 
 

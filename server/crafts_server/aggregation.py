@@ -18,7 +18,8 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from crafts_core.exchange import RoundReply, global_norm, inner_product
-from crafts_core.plan import MODALITIES, AggregationConfig, Factor, PlanError
+from crafts_core.plan import PlanError
+from crafts_core.plan_sections import MODALITIES, AggregationConfig, Factor
 from crafts_core.state import State, add_delta
 from crafts_core.weighting import (
     capped,

@@ -16,7 +16,8 @@ from torch import Tensor
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.real_tiles import RealTiles
 from crafts_core.foundation import Foundation, load
-from crafts_core.plan import Factor, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import Factor
 from crafts_core.public_pool import PoolError, PublicPool, open_pool
 from crafts_core.releases import Decoded, decoded, release_schema
 from crafts_core.retrieval import PublicLoss, picked_tiles, retrieve, trained_on

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from crafts_core.exchange import RoundRequest, state_hash
-from crafts_core.plan import PrivacyConfig, RoundOfPlan
+from crafts_core.plan import RoundOfPlan
+from crafts_core.plan_sections import PrivacyConfig
 from crafts_core.retrieval_record import Retrieval
 from crafts_core.state import State, factor_names
 from crafts_server.aggregation import (

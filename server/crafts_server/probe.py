@@ -19,7 +19,7 @@ from torch import Tensor
 from crafts_core.alignment_probe import AlignmentProbe
 from crafts_core.exchange import state_hash
 from crafts_core.foundation import Foundation
-from crafts_core.plan import GENERATOR_ONLY, AdapterConfig, Factor, Part
+from crafts_core.plan_sections import GENERATOR_ONLY, AdapterConfig, Factor, Part
 from crafts_core.probe import Probe
 from crafts_core.retrieval import PublicLoss
 from crafts_core.state import State, generator_state

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from crafts_core.fields import Sha256
-from crafts_core.plan import Factor, StageName
+from crafts_core.plan_sections import Factor, StageName
 from crafts_core.retrieval_record import Retrieval
 
 _UNSAID = frozenset({"sums", "left_out", "release", "retrieval"})

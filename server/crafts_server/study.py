@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from crafts_core.exchange import SignedPlan
-from crafts_core.plan import Factor, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import Factor
 from crafts_core.releases import Decoded
 from crafts_core.retrieval_record import Retrieval
 from crafts_core.roster import Roster

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_core.plan_sections import PrivacyConfig, StageConfig
 from crafts_core.state import State
 from crafts_privacy.clipping import grid_step
 from crafts_privacy.declared_noise import TAIL_Z, NormBounds

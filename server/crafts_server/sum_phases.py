@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import Message
 
 from crafts_core.exchange import Announcement, MaskedReply, ReadyReply, RoundRequest, schema_hash
-from crafts_core.plan import PrivacyConfig
+from crafts_core.plan_sections import PrivacyConfig
 from crafts_core.roster import Roster
 from crafts_privacy.secure_aggregation.fixed_point import from_group
 from crafts_privacy.secure_aggregation.masking import Group, add_up_

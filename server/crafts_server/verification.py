@@ -18,7 +18,7 @@ from crafts_core.exchange import (
     global_norm,
     schema_hash,
 )
-from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_core.plan_sections import PrivacyConfig, StageConfig
 from crafts_privacy.declared_noise import ROUNDING, noise_variance, norm_bounds
 from crafts_server.errors import UpdateRefusedError
 

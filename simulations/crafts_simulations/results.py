@@ -39,7 +39,7 @@ from crafts_core.evaluation.steering import (
 from crafts_core.evaluation.table import markdown, remarks
 from crafts_core.export import CONTROLS, add_measurement
 from crafts_core.generator import Generator
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.pretrained import read_part
 from crafts_core.progress import Progress
 from crafts_core.provenance import Origin, Provenance, encode_png

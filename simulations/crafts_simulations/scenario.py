@@ -26,11 +26,10 @@ from pydantic import (
 
 from crafts_core.evaluation.evaluate import EvaluationConfig
 from crafts_core.fields import Name, describe_first_error
-from crafts_core.plan import (
+from crafts_core.plan import Plan, PlanError
+from crafts_core.plan_sections import (
     AdapterConfig,
     AggregationConfig,
-    Plan,
-    PlanError,
     PrivacyConfig,
     StageConfig,
     TransportConfig,

@@ -12,7 +12,8 @@ import numpy as np
 from crafts_client.home import SiteConfig, SiteHome
 from crafts_client.policy import Policy
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Modality, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import Modality
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile
 from crafts_core.tiles.conditions import encode_condition, nuclei_condition, to_bytes
 from crafts_core.tiles.latents import LatentCache

@@ -21,7 +21,8 @@ from crafts_client.site import Site
 from crafts_client.training_audit import TrainingAudit, TrainingCheck
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import embedded_path, load
-from crafts_core.plan import AdapterConfig, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.plan_targets import suggested_adapter
 from crafts_core.public_update import PublicUpdateConfig
 from crafts_core.starting_point import initial_state

@@ -14,7 +14,8 @@ from crafts_client.speed import Speed
 from crafts_client.trainer import Trainer
 from crafts_client.training_task import Randomness, TrainingTask
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Factor, Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import Factor, StageConfig
 from crafts_core.starting_point import initial_state
 from crafts_core.state import factor_names
 from crafts_core.tiles.latents import LatentCache

@@ -30,7 +30,8 @@ from crafts_client.site import Site
 from crafts_client.training_task import Randomness
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation, load, write_manifest
-from crafts_core.plan import Modality, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import Modality
 from crafts_core.stages.batch import TileBatch
 from crafts_core.state import State
 from crafts_core.tiles import TileRecord, TileStore, TileStoreWriter, encode_tile

@@ -32,7 +32,7 @@ from crafts_client.training_audit import (
 from crafts_client.training_bench import RATE, Bench
 from crafts_client.training_task import Randomness, TrainingTask, entropy_generator
 from crafts_core.foundation import Foundation
-from crafts_core.plan import RELEASES, ReleaseName, StageName
+from crafts_core.plan_sections import RELEASES, ReleaseName, StageName
 from crafts_core.state import State
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.patient_sgd import PatientSGD

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crafts_core.adapters import Adapter, merged_denoiser, target_layers
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.public_update import (
     PublicUpdateConfig,
     influence,

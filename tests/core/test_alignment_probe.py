@@ -10,7 +10,7 @@ from torch import Tensor
 from crafts_core.alignment_probe import AlignmentProbe
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.starting_point import initial_state
 from crafts_core.state import add_delta, factor_names
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.tiles.conditions import (
     ConditionError,
     check_condition_file,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crafts_core.adapters import Adapter
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, StageConfig
+from crafts_core.plan_sections import AdapterConfig, StageConfig
 from crafts_core.stages.alignment import NO_CLASS, contrast_term
 from crafts_core.stages.batch import Draws, TileBatch
 from crafts_core.stages.objective import Objective, assert_per_tile

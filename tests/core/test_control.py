@@ -16,7 +16,8 @@ from crafts_core.cli import app
 from crafts_core.export import model_card, save_pipeline
 from crafts_core.foundation import Foundation
 from crafts_core.generator import Generator
-from crafts_core.plan import AdapterConfig, Plan, PlanError
+from crafts_core.plan import Plan, PlanError
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.sampler_config import SamplerConfig
 from crafts_core.sampling import Control, Sampler, sample_images
 from crafts_core.stages.batch import TileBatch

@@ -10,7 +10,7 @@ import torch
 from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
 from crafts_core.foundation import Foundation, embedded_path, load
-from crafts_core.plan import AdapterConfig, StageConfig
+from crafts_core.plan_sections import AdapterConfig, StageConfig
 from crafts_core.procedural import phenotype, random_stain, render_region
 from crafts_core.stages.batch import TileBatch
 from crafts_core.stages.objective import Objective

@@ -27,7 +27,7 @@ from crafts_core.generator_record import (
     read_origin,
     trained_prompts,
 )
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.starting_point import initial_state
 from crafts_core.state import AdapterError
 

@@ -13,7 +13,8 @@ from crafts_core.denoisers import KINDS, PixArtKind, kind_in, kind_of, predict
 from crafts_core.foundation import Foundation, FoundationError, import_diffusers, load
 from crafts_core.foundation_manifest import DENOISER_FOLDERS
 from crafts_core.generator import Generator, check_parts_fit
-from crafts_core.plan import AdapterConfig, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.plan_targets import target_problems
 from crafts_core.public_update import PublicUpdateConfig
 from crafts_core.sampling import SamplingError, initial_noise, sample_images

@@ -8,7 +8,8 @@ from crafts_core.adapters import Adapter
 from crafts_core.control_net import num_halvings_of
 from crafts_core.foundation import Foundation, embedded_path
 from crafts_core.foundation_manifest import FoundationError
-from crafts_core.plan import AdapterConfig, Plan
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.plan_targets import SUGGESTED, suggested_adapter, target_problems
 from crafts_core.state import AdapterError
 from crafts_simulations.scenario import load_scenario

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crafts_core.adapters import Adapter
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig, StageConfig
+from crafts_core.plan_sections import AdapterConfig, StageConfig
 from crafts_core.stages.batch import Draws, draw
 from crafts_core.stages.objective import Objective
 from crafts_core.stages.schedule import NoiseSchedule

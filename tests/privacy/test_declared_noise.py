@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crafts_core.exchange import RoundReply
-from crafts_core.plan import StageConfig
+from crafts_core.plan_sections import StageConfig
 from crafts_privacy.declared_noise import (
     declared_delta,
     momentum_sums,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crafts_core.exchange import RoundReply, global_norm
-from crafts_core.plan import AggregationConfig
+from crafts_core.plan_sections import AggregationConfig
 from crafts_core.state import State, add_delta
 from crafts_core.weighting import agreed_weights
 from crafts_server import aggregation

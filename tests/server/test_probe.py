@@ -5,7 +5,7 @@ import torch
 
 from crafts_core.exchange import global_norm
 from crafts_core.foundation import Foundation
-from crafts_core.plan import AdapterConfig
+from crafts_core.plan_sections import AdapterConfig
 from crafts_core.starting_point import initial_state
 from crafts_core.state import State, add_delta, factor_names
 from crafts_server.probe import FoundationProbe, ProbeSize

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_core.plan_sections import PrivacyConfig, StageConfig
 from crafts_core.state import State, add_delta
 from crafts_privacy.mechanism import Mechanism
 from crafts_privacy.optimizers import optimizer_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crafts_core.exchange import RoundReply, RoundRequest, global_norm, schema_hash
-from crafts_core.plan import PrivacyConfig, StageConfig
+from crafts_core.plan_sections import PrivacyConfig, StageConfig
 from crafts_core.state import State
 from crafts_privacy.declared_noise import noise_variance
 from crafts_server.errors import UpdateRefusedError

@@ -17,7 +17,7 @@ from crafts_client.ingest.source_audit import UNSEEN, audit_image
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
 from crafts_core.picture_facts import opened, upright_size
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.tiles.conditions import (
     ConditionError,
     check_condition_file,

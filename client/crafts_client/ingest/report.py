@@ -13,7 +13,7 @@ from crafts_client.ingest.deidentify import plain_name
 from crafts_client.ingest.errors import IngestError
 from crafts_client.ingest.table import TableRow
 from crafts_core.durable import write_file
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 
 MAX_DENSITY = 0.8
 """Where the histograms of ``Stain`` end."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from crafts_client.ingest.errors import IngestError
 from crafts_core.durable import exclusive_lock
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.tiles import TileStoreError
 from crafts_core.tiles.writer import SHARDS, ShardWriter, StoredFile, shard_path
 

@@ -20,7 +20,7 @@ from crafts_client.ingest.row_captions import read_caption
 from crafts_client.ingest.scrub import Scrubbed
 from crafts_client.ingest.slides import MAX_MPP, MIN_MPP
 from crafts_client.ingest.table_checks import problems_between
-from crafts_core.plan import MODALITIES, Modality
+from crafts_core.plan_sections import MODALITIES, Modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

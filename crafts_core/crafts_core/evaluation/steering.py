@@ -30,7 +30,7 @@ from crafts_core.evaluation.nuclei_finder import Found, Mask, NucleiFinder, comp
 from crafts_core.evaluation.real_tiles import rows_in_order_of_content
 from crafts_core.generator import Generator
 from crafts_core.pixels import to_pixels
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.sampling import Control, contact_sheet, sample_images
 from crafts_core.stages.batch import TileBatch, draw
 from crafts_core.stages.pretraining import pretraining_loss

@@ -15,7 +15,7 @@ from crafts_core.aligner import profile
 from crafts_core.denoisers import predict
 from crafts_core.errors import CraftsError
 from crafts_core.foundation import Foundation
-from crafts_core.plan import StageConfig
+from crafts_core.plan_sections import StageConfig
 from crafts_core.stages.alignment import (
     NO_CLASS,
     alignment_target,

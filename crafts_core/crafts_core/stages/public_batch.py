@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from crafts_core.foundation import Foundation
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 from crafts_core.stages.batch import TileBatch
 from crafts_core.tiles.conditions import NUM_CHANNELS
 

@@ -31,7 +31,7 @@ from crafts_core.picture_facts import (
     upright,
     upright_size,
 )
-from crafts_core.plan import Modality
+from crafts_core.plan_sections import Modality
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

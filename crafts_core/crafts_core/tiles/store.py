@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from crafts_core.fields import describe_first_error
-from crafts_core.plan import MODALITIES, Modality
+from crafts_core.plan_sections import MODALITIES, Modality
 from crafts_core.tiles.conditions import STORED_CHANNELS, ConditionError, decode_condition
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileStoreError, decode_tile
 from crafts_core.tiles.writer import (

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from crafts_core.durable import sync, write_file
 from crafts_core.fields import Sha256
-from crafts_core.plan import MODALITIES, Modality
+from crafts_core.plan_sections import MODALITIES, Modality
 from crafts_core.tiles.records import INDEX_SCHEMA, ROW_SCHEMA, TileRecord, TileStoreError
 
 MANIFEST_NAME = "store.json"

@@ -18,7 +18,8 @@ from typing import NoReturn, Self
 import torch
 from torch import Tensor
 
-from crafts_core.plan import Plan, StageConfig
+from crafts_core.plan import Plan
+from crafts_core.plan_sections import StageConfig
 from crafts_core.weighting import agreed_weights
 from crafts_privacy.declared_noise import (
     DeclaredDelta,

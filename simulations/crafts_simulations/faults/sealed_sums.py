@@ -17,7 +17,7 @@ from safetensors.numpy import load as load_tensors
 from crafts_client.home import SiteHome
 from crafts_core.array_bytes import PACKED
 from crafts_core.exchange import RoundRequest
-from crafts_core.plan import PrivacyConfig
+from crafts_core.plan_sections import PrivacyConfig
 from crafts_privacy.clipping import grid_step
 from crafts_privacy.ledger import EntryKind, Ledger
 from crafts_privacy.secure_aggregation.masking import Group
