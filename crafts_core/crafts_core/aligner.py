@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
+from crafts_core.panics import panics_as_errors
 from crafts_core.pretrained import read_part, readable
 from crafts_core.quiet import quiet_transformers
 
@@ -147,19 +148,21 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(f"the tokenizer has token {largest}, its text tower {vocab_size} tokens")
-    first, second = tokenizer(["normal colon", "lung adenocarcinoma"]).input_ids
+    with panics_as_errors():
+        first, second = tokenizer(["normal colon", "lung adenocarcinoma"]).input_ids
     if set(first) == set(second):
         raise ValueError("the tokenizer knows no words")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_tokens: int) -> Tensor:
     """Token ids (B, L), padded and cut to what both tokenizer and text tower can take."""
-    encoded = tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=min(max_tokens, int(tokenizer.model_max_length)),
-        return_tensors="pt",
-    )
+    with panics_as_errors():  # files of a foundation can make a tokenizer panic over one caption
+        encoded = tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=min(max_tokens, int(tokenizer.model_max_length)),
+            return_tensors="pt",
+        )
     ids_BL: Tensor = encoded.input_ids
     return ids_BL

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from crafts_core.panics import panics_as_errors
 from crafts_core.quiet import quiet_transformers
 
 
@@ -16,7 +17,7 @@ def unread_tails(
     most = (
         min(max_tokens, int(tokenizer.model_max_length)) - tokenizer.num_special_tokens_to_add()
     )  # what begins and ends
-    with quiet_transformers():
+    with quiet_transformers(), panics_as_errors():
         places = tokenizer(
             list(texts), add_special_tokens=False, truncation=False, return_offsets_mapping=True
         )["offset_mapping"]

@@ -1,10 +1,15 @@
 """The end of a text that a text tower does not read is just what its tokens do not hold."""
 
+import struct
+
 import pytest
+from tokenizers import normalizers
+from transformers import T5Tokenizer
 
 from crafts_core.aligner import tokenize
 from crafts_core.foundation import Foundation
 from crafts_core.unread_text import unread_tails
+from support.foundations import tiny_t5_tokenizer
 
 LONG = "H&E,  colon " + "Glands with moderate atypia, " * 12 + "Necrosis"
 
@@ -26,3 +31,26 @@ def test_a_short_text_is_read_whole(foundation: Foundation) -> None:
     texts = ["", "H&E, colon adenocarcinoma, colon"]
     assert unread_tails(foundation.generator.tokenizer, texts, 32) == ["", ""]
     assert unread_tails(foundation.generator.tokenizer, [], 32) == []
+
+
+def test_a_tokenizer_that_panics_over_one_text_is_an_error() -> None:
+    """One that passes every ``except Exception`` would end an ingest for one patient's caption."""
+    tokenizer = _panics_over("7")
+    assert len(tokenize(tokenizer, ["lung, grade 6"], 20)) == 1
+    for text in ("lung, grade 7", "7"):
+        with pytest.raises(RuntimeError, match="panicked"):
+            tokenize(tokenizer, [text], 20)
+        with pytest.raises(RuntimeError, match="panicked"):
+            unread_tails(tokenizer, [text], 20)
+
+
+def _panics_over(letter: str) -> T5Tokenizer:
+    """Its table of characters, which comes with a foundation, leads beyond its end from one."""
+    first = 256
+    units = [0] * 1024
+    units[0] = first << 10
+    units[first ^ ord(letter)] = (2**21 - 1) << 10 | 1 << 8 | ord(letter)
+    table = struct.pack(f"<{1 + len(units)}I", 4 * len(units), *units)
+    tokenizer = tiny_t5_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Precompiled(table + b"x\0")
+    return tokenizer
