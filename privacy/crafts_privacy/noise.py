@@ -71,7 +71,8 @@ class ExactNoise:
         """See :class:`NoiseSource`."""
         _check_noise(grid_sum_D, std)
         opendp = self._opendp
-        integers = opendp.vector_domain(opendp.atom_domain(T=int))
+        # 64 bits: a number beyond what the type holds ends at its edge, and an edge is no noise.
+        integers = opendp.vector_domain(opendp.atom_domain(T=opendp.i64))
         draw = opendp.m.make_gaussian(integers, opendp.l2_distance(T=float), scale=std)
         for chunk in chunks_of(grid_sum_D):
             noise = torch.tensor(draw([0] * chunk.numel()), dtype=torch.float64)

@@ -4,7 +4,13 @@ import torch
 from scipy import stats
 
 from crafts_privacy.keystream import Stream, key_stream
-from crafts_privacy.noise import ExactNoise, GridNoise, add_gaussian_integers_, standard_normals
+from crafts_privacy.noise import (
+    MAX_STD,
+    ExactNoise,
+    GridNoise,
+    add_gaussian_integers_,
+    standard_normals,
+)
 
 N = 200_000
 
@@ -40,11 +46,13 @@ def test_noise_is_gaussian_with_the_declared_std(std: float) -> None:
     assert looks_gaussian(noise_of(std).numpy(), std)
 
 
-def test_exact_noise_is_whole_gaussian_and_around_what_is_there() -> None:
+@pytest.mark.parametrize("std", [2.0**24, 2.0**31, MAX_STD])
+def test_exact_noise_is_whole_gaussian_and_around_what_is_there(std: float) -> None:
+    """Also where the noise is longer than 32 bits: what is cut off there is the sum without it."""
     values = torch.full((20_000,), 7.0, dtype=torch.float64)
-    ExactNoise().add_(values, 2.0**24)
+    ExactNoise().add_(values, std)
     assert torch.equal(values, values.round())
-    assert looks_gaussian(values.numpy() - 7.0, 2.0**24)
+    assert looks_gaussian(values.numpy() - 7.0, std)
 
 
 def test_small_exact_noise_is_the_discrete_gaussian() -> None:
