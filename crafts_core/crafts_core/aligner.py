@@ -7,12 +7,14 @@ correlation over the anchors.
 Shape letters: B batch, C H W channels and pixels, D embedding, K anchors, L tokens.
 """
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
+from tokenizers import normalizers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
@@ -25,6 +27,8 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 """What CLIP weights expect when their directory does not say otherwise."""
 _PREPARATION = "preprocessor_config.json"
+_MOST_REPLACEMENT_BYTES = 256
+"""Of a letter; Unicode's longest takes 33."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +146,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     Of a folder without any file the library makes a tokenizer that knows no word.
 
     Raises:
-        ValueError: the tokenizer knows more tokens than the text tower, or tells no two captions
-            apart.
+        ValueError: the tokenizer knows more tokens than the text tower, tells no two captions
+            apart, or makes a long text of one letter.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
@@ -152,6 +156,22 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         first, second = tokenizer(["normal colon", "lung adenocarcinoma"]).input_ids
     if set(first) == set(second):
         raise ValueError("the tokenizer knows no words")
+    longest = _longest_replacement(tokenizer)
+    if longest > _MOST_REPLACEMENT_BYTES:
+        raise ValueError(f"the tokenizer puts {longest} bytes in place of one letter")
+
+
+def _longest_replacement(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of what T5's table of characters puts in place of a letter; 0 without such a table.
+
+    It comes with a foundation. Of a few megabytes for one letter a caption with it takes gigabytes.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if not isinstance(normalizer, normalizers.Precompiled):
+        return 0
+    table = base64.b64decode(json.loads(normalizer.__getstate__())["precompiled_charsmap"])
+    num_bytes = int.from_bytes(table[:4], "little")  # of the letters; what they become follows
+    return max(map(len, table[4 + num_bytes :].split(b"\0")))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_tokens: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import T5Tokenizer
 
-from crafts_core.aligner import tokenize
+from crafts_core.aligner import check_vocabulary, tokenize
 from crafts_core.foundation import Foundation
 from crafts_core.unread_text import unread_tails
 from support.foundations import tiny_t5_tokenizer
@@ -44,13 +44,34 @@ def test_a_tokenizer_that_panics_over_one_text_is_an_error() -> None:
             unread_tails(tokenizer, [text], 20)
 
 
+@pytest.mark.parametrize("length", [33, 100_000])
+def test_a_tokenizer_that_makes_a_book_of_one_letter_is_refused(length: int) -> None:
+    """A caption with that letter, and no other, would take all memory."""
+    tokenizer = _with_table("7", end=1 << 31, becomes=b"x" * length)
+    assert len(tokenize(tokenizer, ["7"], 20)) == 1
+    if length < 256:
+        check_vocabulary(tokenizer, len(tokenizer))
+        return
+    with pytest.raises(ValueError, match="one letter"):
+        check_vocabulary(tokenizer, len(tokenizer))
+
+
 def _panics_over(letter: str) -> T5Tokenizer:
     """Its table of characters, which comes with a foundation, leads beyond its end from one."""
-    first = 256
+    return _with_table(letter, leads_to=2**21 - 1)
+
+
+def _with_table(
+    letter: str, *, leads_to: int = 0, end: int = 0, becomes: bytes = b"x"
+) -> T5Tokenizer:
+    """A table in which one letter has an entry (the double array of SentencePiece)."""
+    first, last = 256, 512
+    place = first ^ ord(letter)
     units = [0] * 1024
     units[0] = first << 10
-    units[first ^ ord(letter)] = (2**21 - 1) << 10 | 1 << 8 | ord(letter)
+    units[place] = (leads_to or last ^ place) << 10 | 1 << 8 | ord(letter)
+    units[last] = end
     table = struct.pack(f"<{1 + len(units)}I", 4 * len(units), *units)
     tokenizer = tiny_t5_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Precompiled(table + b"x\0")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Precompiled(table + becomes + b"\0")
     return tokenizer
