@@ -234,9 +234,9 @@ class PrivacyConfig(Section):
     """Who is protected: a patient with all tiles."""
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
     """What all rounds together may cost a patient; noise is calibrated to it."""
-    delta: Annotated[float, Field(ge=1e-12, lt=1e-2)] | None = None
+    delta: Annotated[float, Field(ge=1e-10, lt=1e-2)] | None = None
     """Chance that the promise says nothing, well below one in a site's patients. The accountants
-    resolve none below 1e-12."""
+    resolve none below 1e-10."""
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)]
     """The length that what one patient adds to a step is cut to."""
     clipping: Literal["flat", "automatic"] = "flat"

@@ -93,7 +93,9 @@ def epsilon(
     discretization: float = FINE,
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
 ) -> float:
-    """Epsilon of all events together, never understated.
+    """Epsilon of all events together, never understated where ``delta`` is 1e-10 or more.
+
+    Below, what the library's transform rounds off shows: at 1e-11 and 1e5 steps 0.05 %.
 
     Returns:
         Zero when nothing ran, infinity when anything ran without noise.

@@ -178,7 +178,7 @@ def test_policy_check_says_yes_to_an_allowed_plan(tmp_path, home, foundation) ->
 
 def test_noise_that_nobody_can_compute_is_one_line(tmp_path, home, foundation) -> None:
     values = plan_values(foundation.manifest.hash)
-    values["privacy"] |= {"target_epsilon": 1e-9, "delta": 1e-12}
+    values["privacy"] |= {"target_epsilon": 1e-9, "delta": 1e-10}
     plan = write_plan(tmp_path, values)
     for words in (("policy", "check", plan), ("budget", "--plan", plan)):
         done = run(*words, "--home", home.path)

@@ -295,7 +295,7 @@ def test_a_noise_that_nobody_can_compute_is_a_sentence(home, plan, foundation) -
     rare = plan.privacy.model_copy(update={"sample_rate": 1e-9})
     problems = list(plan_problems(plan.model_copy(update={"privacy": rare}), foundation.path))
     assert all("privacy: " in problem for problem in problems)
-    impossible = plan.privacy.model_copy(update={"target_epsilon": 1e-9, "delta": 1e-12})
+    impossible = plan.privacy.model_copy(update={"target_epsilon": 1e-9, "delta": 1e-10})
     (problem,) = plan_problems(plan.model_copy(update={"privacy": impossible}), foundation.path)
     assert problem.startswith("privacy: ")
 
