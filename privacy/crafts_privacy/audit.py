@@ -44,7 +44,7 @@ from crafts_privacy.audit_statistics import (
 )
 from crafts_privacy.gradients import GroupGradients
 from crafts_privacy.mechanism import Mechanism
-from crafts_privacy.noise import GridNoise, NoiseSource
+from crafts_privacy.noise import MAX_STD, GridNoise, NoiseSource
 from crafts_privacy.optimizers import Momentum
 from crafts_privacy.patient_sgd import GroupLoss, PatientLoss, PatientSGD
 from crafts_privacy.sampling import PatientSampler, PoissonSampler
@@ -63,6 +63,7 @@ _STABILITY = 0.01
 """gamma of automatic clipping."""
 _TILES = 2
 _GROUP = 5
+_LONG_DRAWS = 2048
 
 
 class Engine(Protocol):
@@ -171,6 +172,7 @@ def audit(
     if in_groups:
         checks += _named("in groups", direct_checks(_observe(make, in_groups=True)))
     checks += _named("automatic clipping", direct_checks(_observe(make, stability=_STABILITY)))
+    checks += (long_noise(make_noise(), device),)
     return AuditResult(
         subject=Subject(
             noise=type(make_noise()).__name__,
@@ -346,6 +348,22 @@ def direct_checks(seen: Observation) -> tuple[Check, ...]:
             question="is the step independent of how many were drawn?",
             p_value=_divisor(seen),
         ),
+    )
+
+
+def long_noise(noise: NoiseSource, device: str = "cpu") -> Check:
+    """Whether the longest noise that an engine may ask for is whole.
+
+    The canary study adds little noise. What a source cuts off elsewhere, say at the edge of the
+    type that it counts in, would be the sum without noise.
+    """
+    drawn_D = torch.zeros(_LONG_DRAWS, dtype=torch.float64, device=device)
+    noise.add_(drawn_D, MAX_STD)
+    standardised = drawn_D.cpu().numpy() / MAX_STD
+    return Check(
+        name="long noise",
+        question="is noise Gaussian and as wide as claimed where it is longest?",
+        p_value=min(1.0, 2 * min(p_scale(standardised), p_shape(standardised))),
     )
 
 

@@ -101,6 +101,18 @@ class HalvedNoise:
         self.noise.add_(grid_sum_D, std / 2)
 
 
+@dataclass
+class ShortNoise:
+    """As numbers of 32 bits hold it."""
+
+    noise: NoiseSource
+
+    def add_(self, grid_sum_D: Tensor, std: float) -> None:
+        drawn_D = torch.zeros_like(grid_sum_D)
+        self.noise.add_(drawn_D, std)
+        grid_sum_D.add_(drawn_D.clamp(-(2.0**31), 2.0**31 - 1))
+
+
 class FrozenNoise:
     """The same vector in every step."""
 
@@ -169,6 +181,8 @@ def run(fault: str, seed: int, **options: object) -> AuditResult:
         engine = faulty(engines[fault])
     elif fault == "noise halved":
         make_noise = lambda: HalvedNoise(SeededNoise(fresh()))  # noqa: E731
+    elif fault == "noise cut off where it is long":
+        make_noise = lambda: ShortNoise(SeededNoise(fresh()))  # noqa: E731
     elif fault == "no noise":
         make_noise = NoNoise
     elif fault == "noise reused in every step":
@@ -208,6 +222,7 @@ FAULTS = {
     "noise halved": "noise scale",
     "noise divided by the batch": "noise scale",
     "no noise": "noise scale",
+    "noise cut off where it is long": "long noise",
     "noise reused in every step": "noise is fresh",
     "noise reused after a restart": "noise is fresh",
     "full batch": "sampling rate",
