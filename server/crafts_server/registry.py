@@ -205,7 +205,7 @@ class Registry:
     def add_plan(self, plan: PlanRecord) -> None:
         """Remember a signed plan; the newest signature counts."""
         with self.session() as session:
-            session.merge(plan_row(plan))
+            keep_plan(session, plan)
 
     def plan(self, plan_hash: str) -> PlanRecord:
         """A signed plan by its hash, or by an unambiguous beginning of it.
@@ -358,15 +358,18 @@ class Registry:
             ) from error
 
 
-def plan_row(plan: PlanRecord) -> PlanRow:
-    """A plan that is signed now."""
-    return PlanRow(
-        hash=plan.hash,
-        study=plan.study,
-        json=plan.json,
-        signature=plan.signature,
-        public_key=plan.public_key,
-        signed_at=now(),
+def keep_plan(session: Session, plan: PlanRecord) -> None:
+    """A plan that is signed now; one that was before is no younger, each attempt signs it anew."""
+    known = session.get(PlanRow, plan.hash)
+    session.merge(
+        PlanRow(
+            hash=plan.hash,
+            study=plan.study,
+            json=plan.json,
+            signature=plan.signature,
+            public_key=plan.public_key,
+            signed_at=now() if known is None else known.signed_at,
+        )
     )
 
 

@@ -16,7 +16,7 @@ from crafts_core.roster import Roster, RosterError, identity_words
 from crafts_privacy.signing import SignatureError, verify
 from crafts_server.cohort_sizes import CohortSizes
 from crafts_server.errors import EnrolmentError, HomeError
-from crafts_server.registry import PlanRecord, Registry, plan_row
+from crafts_server.registry import PlanRecord, Registry, keep_plan
 from crafts_server.registry_rows import EnrolmentRow, IdentityRow, RosterRow
 
 _KEY = re.compile(r"[A-Za-z0-9+/]{43}=")
@@ -99,7 +99,7 @@ class Rosters:
         """
         roster = None if self._is_fixed(plan) else self._of_who_is_enrolled(plan)
         with self._registry.session() as session:
-            session.merge(plan_row(record))
+            keep_plan(session, record)
             session.flush()  # the roster's row refers to it
             if roster is not None:
                 session.add(RosterRow(plan_hash=plan.hash, json=roster.to_json()))

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def test_plans_are_found_by_the_beginning_of_their_hash(registry: Registry) -> N
     for unknown in ("b", "%"):
         with pytest.raises(RegistryError, match="0 signed plans"):
             registry.plan(unknown)
+
+
+def test_a_plan_that_is_signed_again_keeps_its_place(registry: Registry) -> None:
+    """Each attempt at a round signs its plan anew, and sites read their list from the oldest on."""
+    first = registry.plan("aaaa")
+    registry.add_plan(replace(first, hash="b" * 64))
+    registry.add_plan(replace(first, signature="newer"))
+    assert [plan.hash[0] for plan in registry.plans()] == ["a", "b"]
+    assert registry.plan("aaaa").signature == "newer"
 
 
 def test_unknown_runs_are_refused(registry: Registry) -> None:
