@@ -131,13 +131,16 @@ class Approvals(_ApprovalFile[Approval]):
     def approve(self, plan: Plan, *, runs_so_far: int = 0) -> None:
         """Say yes to a plan, and to one run more than it has had. Again is fine.
 
+        One that releases something has one run: it is approved again only where that was taken
+        back, and goes on with it.
+
         Raises:
             PolicyError: rule ``run``: it had the only one that it may have.
         """
-        runs = runs_so_far + 1
-        if plan.releases and runs_so_far:
-            raise PolicyError(Rule.RUN, ONE_RUN)
+        runs = 1 if plan.releases else runs_so_far + 1
         with self._changing() as known:
+            if plan.releases and runs_so_far and plan.hash in known:
+                raise PolicyError(Rule.RUN, ONE_RUN)
             if plan.hash not in known or known[plan.hash].runs < runs:
                 known[plan.hash] = Approval(
                     study=plan.study.name, approved_at=datetime.now(UTC), runs=runs

@@ -134,6 +134,8 @@ def plan_approve(
             raise EnrolmentError(f"not approved: {'; '.join(offered.refused)}")
         site.approvals.approve(plan, runs_so_far=runs)
     again = f" for one run more, after {runs}" if runs else ""
+    if runs and plan.releases:
+        again = " again, to go on with its one run"
     say_done(
         f"{plan.study.name} is approved{again}; next: crafts-client join, if it does not run",
         {"plan": plan.hash, "approved": True, "remark": offered.remark},

@@ -249,6 +249,19 @@ def test_a_plan_with_releases_runs_once(
     assert len(site._ledger.events("main")) == 1
 
 
+def test_a_plan_with_releases_goes_on_after_its_approval_was_taken_back(
+    home: SiteHome, foundation: Foundation, coordinator: Coordinator
+) -> None:
+    """With the run that it has begun, and no other."""
+    plan = plan_with(foundation, anchors=1.0)
+    home.approvals.approve(plan)
+    ask(home, coordinator, plan, 1, quiet())
+    home.approvals.take_back(plan.hash)
+    home.approvals.approve(plan, runs_so_far=1)
+    assert home.approvals.runs_of(plan) == 1
+    ask(home, coordinator, plan, 1, quiet())  # what was sealed
+
+
 def test_a_release_is_charged_once_whatever_became_of_it(
     home: SiteHome, foundation: Foundation, coordinator: Coordinator, monkeypatch
 ) -> None:
