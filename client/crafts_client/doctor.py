@@ -26,6 +26,7 @@ from crafts_client.enrolment import Registrar, coordinator_record
 from crafts_client.home import SiteHome
 from crafts_client.memory_limit import memory_limit
 from crafts_client.peer_heads import PeerHeads
+from crafts_client.policy import PolicyError
 from crafts_client.proxies import Proxy, proxy_for, way
 from crafts_client.roster_rules import check_roster
 from crafts_client.site_certificate import EXPIRES_SOON_DAYS, RENEW, days_left
@@ -406,15 +407,24 @@ def witnesses(home: SiteHome) -> Iterator[Finding]:
 def sums(home: SiteHome) -> Iterator[Finding]:
     """Of the plans that are approved: are the other hospitals, too?"""
     for plan_hash, approval in home.roster_approvals.all().items():
-        roster = approval.roster
-        check_roster(
-            roster,
-            home.policy,
-            site=home.config.name,
-            declared_patients=home.config.declared_patients,
-            identity=signing.public_key_of(signing.load_signing_key(home.site_key_path)),
-        )
-        yield _ok("sums", f"plan {plan_hash[:16]}: {len(roster.sites)} hospitals are approved")
+        roster, of_plan = approval.roster, f"plan {plan_hash[:16]}:"
+        try:
+            check_roster(
+                roster,
+                home.policy,
+                site=home.config.name,
+                declared_patients=home.config.declared_patients,
+                identity=signing.public_key_of(signing.load_signing_key(home.site_key_path)),
+            )
+        except PolicyError as error:  # of a plan that is over, too: cohorts grow, keys change
+            yield _problem(
+                "sums",
+                f"{of_plan} {error}",
+                f"if it is over: crafts-client roster approve {plan_hash[:16]} --take-back; else "
+                "ask the coordinator for: crafts-server plan roster --renew",
+            )
+        else:
+            yield _ok("sums", f"{of_plan} {len(roster.sites)} hospitals are approved")
     if "distributed" not in home.policy.allowed_trust:
         return
     kept, most = existing_ledger(home), home.policy.max_epsilon_alone

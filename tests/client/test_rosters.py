@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from crafts_client import agreed_patients, enrolment
 from crafts_client.cli import app
+from crafts_client.doctor import Verdict, sums
 from crafts_client.home import POLICY_NAME, SiteHome, to_toml
 from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Policy, PolicyError
@@ -188,3 +189,15 @@ def test_a_roster_in_which_this_site_is_most_of_a_sum_is_not_shown(
     far_side(Roster.of(study.plan.hash, sizes, roster.identities))
     with pytest.raises(PolicyError, match=r"this site would be 0\.77"):
         shown_roster(home, study.plan)
+
+
+def test_a_roster_that_fits_no_more_is_told_with_the_way_out(home, study) -> None:
+    """Also of a plan that is over, once the cohort has grown: else no later one finds it ready."""
+    home.roster_approvals.approve(study.roster())
+    assert [each.verdict for each in sums(home)][:1] == [Verdict.OK]
+    patients = home.config.declared_patients + 1
+    grown = replace(home, config=home.config.model_copy(update={"declared_patients": patients}))
+    finding, *_ = sums(grown)
+    assert finding.verdict is Verdict.PROBLEM
+    assert finding.found.startswith(f"plan {study.plan.hash[:16]}: ")
+    assert f"roster approve {study.plan.hash[:16]} --take-back" in finding.advice
