@@ -218,17 +218,21 @@ def train(plan: PlanFile, home: Home = DEFAULT_HOME, as_json: AsJson = False) ->
         from crafts_core.plan import Plan
         from crafts_server.home import CoordinatorHome
         from crafts_server.plan_problems import refuse_problems
-        from crafts_server.plan_queue import queue_plan
+        from crafts_server.plan_queue import finished_run, queue_plan
 
         loaded = Plan.load(plan)
         opened = CoordinatorHome.open(home)
         refuse_problems(loaded, opened)
-        queue_plan(opened, loaded)
-    say_done(
-        f"{loaded.study.name} waits to be trained; see crafts-server runs list",
-        {"hash": loaded.hash},
-        as_json=as_json,
+        finished = finished_run(opened, loaded)
+        if finished is None:
+            queue_plan(opened, loaded)
+    told = (
+        f"{loaded.study.name} waits to be trained; see crafts-server runs list"
+        if finished is None
+        else f"{loaded.study.name} has finished as run {finished}, and a plan runs once; to train "
+        "once more give the plan another seed"
     )
+    say_done(told, {"hash": loaded.hash, "finished_run": finished}, as_json=as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from crafts_core.plan import Plan
 from crafts_server.audit_log import Event
 from crafts_server.errors import HomeError
 from crafts_server.home import CoordinatorHome
+from crafts_server.registry import RunStatus
 
 _FAILED = ".failed"
 
@@ -24,6 +25,15 @@ def queue_plan(home: CoordinatorHome, plan: Plan) -> None:
     (folder / plan.hash).touch()
     (folder / f"{plan.hash}{_FAILED}").unlink(missing_ok=True)
     home.audit_log.write(Event.QUEUED, plan=plan.hash, study=plan.study.name)
+
+
+def finished_run(home: CoordinatorHome, plan: Plan) -> str | None:
+    """The run that a plan has had to its end: handed over again, nothing would be trained."""
+    with home.registry() as registry:
+        run_id = registry.newest_run(plan.hash)
+        if run_id is None or registry.run(run_id).status is not RunStatus.FINISHED:
+            return None
+    return run_id
 
 
 def queued_plan(home: CoordinatorHome, beginning: str) -> Path:

@@ -85,6 +85,21 @@ def test_why_a_plan_waits_or_has_stopped_is_told_until_it_goes_on(home, plan) ->
     assert "diverged" not in run(home, "status").stdout
 
 
+def test_a_plan_that_has_finished_is_not_said_to_wait(home, plan, tmp_path: Path) -> None:
+    """Handed over again it would leave the queue at once, and nothing would be trained."""
+    path = written(tmp_path / "plan.toml", plan)
+    assert "waits to be trained" in run(home, "train", path).stdout
+    (queued,) = queued_plans(home)
+    queued.unlink()
+    registry = home.registry()
+    registry.start_run("run-1", plan.hash)
+    registry.set_status("run-1", RunStatus.FINISHED)
+    registry.close()
+    assert "has finished as run run-1" in run(home, "train", path).stdout
+    assert json.loads(run(home, "train", path, "--json").stdout)["finished_run"] == "run-1"
+    assert queued_plans(home) == []
+
+
 def test_a_run_that_was_interrupted_says_what_it_waits_for(home, plan) -> None:
     """A restart leaves it stopped, a kill running; its plan stays in the queue."""
     queue_plan(home, plan)
