@@ -167,9 +167,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the privacy officer's report; exit 1 if a claim in it is not substantiated."""
-    from crafts_client.privacy_report import privacy_report, write_privacy_report
-
     with one_line_errors("crafts-client"):
+        from crafts_client.privacy_report import privacy_report, write_privacy_report
+
         result = privacy_report(SiteHome.open(home), with_attack=with_attack)
         files = write_privacy_report(result, out or (home if with_attack else Path()))
     if as_json:

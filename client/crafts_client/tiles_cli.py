@@ -283,11 +283,12 @@ def tiles_forget(
     What was spent for the patient stays in the ledger; only the pseudonym is kept, so that the
     patient's slides are never read again.
     """
-    from crafts_client.ingest.table_shards import shard_notes
-    from crafts_client.removal import forget
-    from crafts_core.foundation import load
-
     with one_line_errors("crafts-client"):
+        # Torch is not imported where no disk has room; whoever must forget hears of it in a line.
+        from crafts_client.ingest.table_shards import shard_notes
+        from crafts_client.removal import forget
+        from crafts_core.foundation import load
+
         site = SiteHome.open(home)
         num_shards = len(shard_notes(site.tile_store_path))
     lost = f", and {num_shards} shards that wait for tiles join are lost" if num_shards else ""
