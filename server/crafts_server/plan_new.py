@@ -1,7 +1,7 @@
 """A first plan for the sites of a home: careful defaults, and what follows from them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crafts_core.delta_text import delta_text
@@ -17,6 +17,7 @@ from crafts_server.home import CoordinatorHome
 
 _STEP_PATIENTS = 16
 """Drawn on average at the smallest site: fewer give a step that is mostly noise."""
+_FEW_PLANS = 5
 _MOST_RATE = 0.5
 _LEAST_RATE = 0.01
 
@@ -104,4 +105,16 @@ def told(plan: Plan, patients: Sequence[int]) -> list[str]:
         f"{plan.aggregation.min_sites} of them.",
         f"Noise by calibration: {noise:.3g} times max_grad_norm in each sum of a step; at the "
         f"smallest site, with {drawn:.3g} patients drawn, {noise / drawn:.2g} times it in a mean.",
+        *_how_often(privacy.delta or 0, max(patients)),
     ]
+
+
+def _how_often(delta: float, largest: int) -> Iterator[str]:
+    """That deltas add up, too: by what ``crafts-client init`` writes few such plans fit."""
+    number = math.floor(min(1e-3, 1 / (10 * largest)) / delta + 1e-9)
+    if number < _FEW_PLANS:
+        yield (
+            f"Deltas add up: the life of a cohort of {largest} has room for {number} of such "
+            "plans, whatever their epsilon, under a policy as crafts-client init writes it. If "
+            "more are to come, write a smaller delta (a tenth, say) before the first is trained."
+        )

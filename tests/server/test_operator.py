@@ -351,6 +351,7 @@ def test_a_new_plan_explains_each_key_and_fits_the_sites(home, tmp_path: Path) -
     shown = run(home, *words, "--patients", 400, "--patients", 60).stdout
     assert "Noise by calibration: " in shown
     assert "Not counted" not in shown
+    assert "the life of a cohort of 400 has room for 2 of such plans" in shown
     text = path.read_text()
     plan = Plan.parse(tomllib.loads(text))
     assert plan.study.foundation == read_manifest(home.foundation_path).hash
