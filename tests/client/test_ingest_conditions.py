@@ -323,3 +323,31 @@ def test_a_tile_that_pillow_cannot_make_sense_of_is_skipped_by_name(
         ("t1.png", "I;16 pix"),
         ("t3.tif", "not a re"),
     ]
+
+
+def test_what_changed_in_the_middle_of_a_large_image_is_seen(tmp_path: Path) -> None:
+    """Uncompressed, as most programs write labels: both ends stay what they were."""
+    labels_HW = np.zeros((1024, 1024), dtype=np.int32)
+    Image.fromarray(np.full((1024, 1024, 3), 120, np.uint8)).save(tmp_path / "t.png")
+    row = "file,patient,caption,nuclei\nt.png,p,glands 0,n.tif\n"
+    (tmp_path / "tiles.csv").write_text(row)
+    seen = []
+    for top in (400, 500):
+        labels_HW[:] = 0
+        labels_HW[top : top + 100, 300:400] = 1
+        Image.fromarray(labels_HW).save(tmp_path / "n.tif")
+        run(tmp_path / "tiles.csv", tmp_path / "store")
+        seen.append(TileStore.open(tmp_path / "store").read_conditions([0], "nuclei")[0, 0])
+    assert np.flatnonzero(seen[0].any(axis=1)).max() < np.flatnonzero(seen[1].any(axis=1)).max()
+
+
+def test_two_large_tiles_that_begin_and_end_alike_are_two(tmp_path: Path) -> None:
+    """Cores of a microarray on white, uncompressed, of two patients and in two tables."""
+    for number in range(2):
+        pixels = np.full((1024, 1024, 3), 255, dtype=np.uint8)
+        pixels[400:600, 400:600] = (150 + number, 60, 120)
+        Image.fromarray(pixels).save(tmp_path / f"t{number}.tif")
+        table = tmp_path / f"{number}.csv"
+        table.write_text(f"file,patient,caption\nt{number}.tif,p{number},glands {number}\n")
+        run(table, tmp_path / "store")
+    assert TileStore.open(tmp_path / "store").num_patients == 2

@@ -43,6 +43,8 @@ from crafts_core.tiles.writer import (
 _ROWS_PER_TABLE = 5_000
 _LOCK = "ingest.lock"
 _CONTENT_BYTES = 2**20
+_WHOLE_BYTES = 64 * 2**20
+"""Uncompressed, two images of one size can begin and end alike, as white ones do."""
 _ORDER = [(column, "ascending") for column in ("patient", "slide", "y", "x", "tile_id")]
 
 
@@ -452,13 +454,15 @@ def content_key(path: Path, salt: Salt) -> str:
 
 
 def _content_of(path: Path) -> str:
-    """Hash of the length, the beginning and the end of each file of a slide."""
+    """Hash of the length and of all of each file of a slide; of a large one, of both ends."""
     digest = hashlib.sha256()
     for file in _files(path):
         with file.open("rb") as opened:
             length = opened.seek(0, os.SEEK_END)
             digest.update(length.to_bytes(8, "big"))
-            for start in (0, max(0, length - _CONTENT_BYTES)):
+            ends = (0, max(0, length - _CONTENT_BYTES))
+            is_whole = 2 * _CONTENT_BYTES < length <= _WHOLE_BYTES
+            for start in range(0, length, _CONTENT_BYTES) if is_whole else ends:
                 opened.seek(start)
                 digest.update(opened.read(_CONTENT_BYTES))
     return digest.hexdigest()
