@@ -1,6 +1,7 @@
 """From a site's table to everything its trainer needs: tile store, report, latent cache."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from crafts_client.ingest.ingest_page import PAGE_NAME, write_ingest_page
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.patient_names import likeness
 from crafts_client.ingest.report import IngestReport, IngestRun, NothingUsedError, SourceOutcome
+from crafts_client.ingest.store_update import content_key
 from crafts_client.ingest.table import TableRow, examine_table
 from crafts_client.ingest.table_checks import look_alike
 from crafts_client.ingest.table_shards import (
@@ -40,7 +42,7 @@ from crafts_core.foundation import Foundation, read_manifest
 from crafts_core.progress import Progress
 from crafts_core.tiles import TileStore, TileStoreError
 from crafts_core.tiles.latents import LatentCache
-from crafts_core.tiles.writer import MANIFEST_NAME
+from crafts_core.tiles.writer import MANIFEST_NAME, StoredSource
 
 _REGISTER_S = 600.0
 """Shards of a table begin together, and each reads the whole register."""
@@ -219,7 +221,7 @@ def _cut(
     problems = [
         *reading.problems,
         *_of_other_cohorts(rows, register, salt, config.cohort),
-        *_look_like_others(rows, former),
+        *_look_like_others(home, rows, former, salt),
     ]
     has_scale = options.ready_tiles and any(row.mpp is not None for row in rows)
     if has_scale:
@@ -300,23 +302,43 @@ def _of_other_cohorts(
             yield row.line, told
 
 
-def _look_like_others(rows: Sequence[TableRow], former: IngestReport | None) -> Iterator[Problem]:
+def _look_like_others(
+    home: SiteHome, rows: Sequence[TableRow], former: IngestReport | None, salt: Salt
+) -> Iterator[Problem]:
     """Patients of this table who may be those of another under a name that is written otherwise.
 
     A slide that this table lists, too, is no reason: it is this table's patient's from now on.
     """
-    files = {row.name for row in rows}
-    others = {
-        likeness(source.patient): source.patient
-        for source in (former.sources if former is not None else ())
-        if source.num_tiles and source.file not in files
-    }
-    told: set[str] = set()
-    for row in rows:
-        other = others.get(likeness(row.patient), row.patient)
-        if plain_name(other) != plain_name(row.patient) and row.patient not in told:
-            told.add(row.patient)
-            yield row.line, look_alike(row.patient, f"{other}, who is in the store")
+    if former is None:
+        return
+    alike = defaultdict[str, list[SourceOutcome]](list)
+    for source in former.sources:
+        alike[likeness(source.patient)].append(source)
+    stored, row_of = _stored(home), {row.name: row for row in rows}
+    line_of = {row.patient: row.line for row in reversed(rows)}
+    for patient, line in line_of.items():
+        for source in alike[likeness(patient)]:
+            if plain_name(source.patient) != plain_name(patient) and _stays(
+                source, stored, row_of.get(source.file), salt
+            ):
+                yield line, look_alike(patient, f"{source.patient}, who is in the store")
+                break
+
+
+def _stays(
+    source: SourceOutcome, stored: Mapping[str, StoredSource], row: TableRow | None, salt: Salt
+) -> bool:
+    """Whether an earlier source's tiles stay, whatever a row of that name lists.
+
+    Another folder has other files of the same names.
+    """
+    known = stored.get(salt.slide_id(source.patient, source.file))
+    if known is None or row is None:
+        return known is not None
+    try:
+        return content_key(row.path, salt) != known.content
+    except OSError:  # told where the row is read
+        return False
 
 
 def keep_names(home: SiteHome, names: Path) -> None:
@@ -385,9 +407,14 @@ def _note_refusal(
 
 
 def _is_in_store(home: SiteHome) -> Callable[[SourceOutcome], bool]:
-    salt, path = Salt.load(home.salt_path), home.tile_store_path
-    held = TileStore.open(path).manifest.sources if (path / MANIFEST_NAME).exists() else {}
+    salt, held = Salt.load(home.salt_path), _stored(home)
     return lambda source: salt.slide_id(source.patient, source.file) in held
+
+
+def _stored(home: SiteHome) -> Mapping[str, StoredSource]:
+    """The sources whose tiles are in the store, by pseudonym."""
+    path = home.tile_store_path
+    return TileStore.open(path).manifest.sources if (path / MANIFEST_NAME).exists() else {}
 
 
 def former_report(home: SiteHome) -> IngestReport | None:

@@ -168,6 +168,31 @@ def test_a_name_that_another_table_writes_otherwise_is_told(
     assert len(TileStore.open(home.tile_store_path).patients) == 2
 
 
+def test_a_file_of_the_same_name_in_another_folder_hides_nobody(
+    tmp_path: Path, foundation: Foundation
+) -> None:
+    home = empty_home(tmp_path, foundation)
+    ingest(home, foundation, write_patients(tmp_path, "007"))
+    (other := tmp_path / "other").mkdir()
+    table = write_patients(other, "7", start=1)
+    (other / "t1.png").rename(other / "t0.png")
+    table.write_text(table.read_text().replace("t1", "t0"))
+    with pytest.raises(IngestError, match="line 2: patient 7 looks like 007, who is in the store;"):
+        ingest(home, foundation, table)
+
+
+def test_a_patient_whose_file_broke_is_still_in_the_store(
+    tmp_path: Path, foundation: Foundation
+) -> None:
+    home = empty_home(tmp_path, foundation)
+    table = write_patients(tmp_path, "007", "8")
+    ingest(home, foundation, table)
+    (tmp_path / "t0.png").write_bytes(b"broken")
+    ingest(home, foundation, table)
+    with pytest.raises(IngestError, match="line 2: patient 7 looks like 007, who is in the store;"):
+        ingest(home, foundation, write_patients(tmp_path, "7", name="u.csv", start=2))
+
+
 # ---- missing values -------------------------------------------------------------------------
 
 MISSING = [
