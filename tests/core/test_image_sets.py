@@ -156,6 +156,22 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, rows: list, told: str) ->
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("a.png,large, dark nuclei,p1", "line 2 has other columns than the header"),
+        ("a.png,large", "line 2 has other columns than the header"),
+        ('a.png,"large,p1\nb.png,small,p2', "unexpected end of data"),
+    ],
+)
+def test_a_line_of_other_cells_gives_no_other_patient(tmp_path: Path, line: str, told: str) -> None:
+    for name in ("a.png", "b.png"):
+        image(tmp_path / name)
+    (tmp_path / "t.csv").write_text(f"file,caption,patient\n{line}\n")
+    with pytest.raises(ImageSetError, match=told):
+        read(tmp_path)
+
+
 def test_two_tables_are_one_too_many(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.csv"):
         table(tmp_path, {"file": "x.png"}, name=name)

@@ -133,8 +133,8 @@ def table_rows(table: Path) -> list[Row]:
         if kind_of_table(table) == _JSON:  # values may hold what splitlines() takes for line ends
             return [_cells(json.loads(line)) for line in text.split("\n") if line.strip()]
         delimiter = "\t" if kind_of_table(table) == _TAB else ","
-        lines = io.StringIO(text, newline="")
-        return [_cells(row) for row in csv.DictReader(lines, delimiter=delimiter)]
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        return [_cells(_whole(row, lines.line_num)) for row in lines]
     except (ValueError, RecursionError, csv.Error) as error:
         raise ImageSetError(f"{table} is no UTF-8 table: {error}") from error
 
@@ -272,11 +272,13 @@ def _first(row: Row, names: tuple[str, ...]) -> str:
     return next((row[name] for name in names if row.get(name)), "")
 
 
+def _whole(row: dict[Any, Any], line: int) -> dict[Any, Any]:
+    if None in row or None in row.values():  # a comma too many moves a caption to the patient
+        raise ValueError(f"line {line} has other columns than the header")
+    return row
+
+
 def _cells(row: Any) -> Row:
     if not isinstance(row, dict):
         raise ValueError("a row is no object")
-    return {
-        str(key).strip(): str(value).strip()
-        for key, value in row.items()
-        if key is not None and value is not None
-    }
+    return {str(key).strip(): str(value).strip() for key, value in row.items() if value is not None}
