@@ -269,6 +269,10 @@ def test_the_first_caption_says_all_and_others_less() -> None:
         ("a.png,,colon,COAD,,1.0,CC0,,build", "line 2: case"),
         ("a.png,c,colon,COAD,,1.0,,,build", "line 2: licence"),
         ("a.png,c,colon,COAD,,1.0,CC0,,test", "line 2: split"),
+        ("a.png,c,colon,COAD,a, b,1.0,CC0,,build", "line 2: other columns than the header"),
+        ("a.png,c,colon", "line 2: other columns than the header"),
+        ('a.png,c,colon,COAD,"a,1.0,CC0,,build\nb.png,d,colon,,,1.0,CC0,,build', "unexpected end"),
+        (f'a.png,c,colon,COAD,"{"a" * 140_000}",1.0,CC0,,build', "field larger"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, says: str) -> None:
@@ -314,6 +318,16 @@ def test_a_case_on_both_sides_of_the_split_is_refused(tmp_path: Path) -> None:
     lines = [f"a.png,case-7,colon,COAD,,1.0,CC0,,{split}" for split in ("build", "held-out")]
     with pytest.raises(FoundationError, match="case-7"):
         read_table(write_table(tmp_path, *lines))
+    for other in ("a.png,CASE-7", "./b.png,case-8"):
+        lines = [f"b.png,case-7{lines[0][12:]}", f"{other}{lines[1][12:]}"]
+        with pytest.raises(FoundationError, match="in build and in held-out"):
+            read_table(write_table(tmp_path, *lines))
+
+
+def test_a_caption_of_several_lines_is_one_caption(tmp_path: Path) -> None:
+    lines = ['a.png,c,colon,,"melanosis\ncoli\u2028mild",1.0,CC0,,build']
+    [row] = read_table(write_table(tmp_path, *lines))
+    assert row.description == "H&E, melanosis coli mild, colon"
 
 
 def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ split    ``build`` (default) or ``held-out``: nothing is trained on the latter; 
 """
 
 import csv
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -109,13 +111,19 @@ def read_table(path: Path) -> tuple[TableRow, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise FoundationError(f"cannot read the table of tiles {path}: {error}") from error
     header = text.partition("\n")[0]
-    lines = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in header else ",")
+    delimiter = "\t" if "\t" in header else ","
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, wrong = [], []
-    for number, line in enumerate(lines, start=2):
-        try:
-            rows.append(_row(line, path.parent))
-        except ValidationError as error:
-            wrong.append(f"line {number}: {describe_first_error(error)}")
+    try:
+        for line in lines:
+            try:
+                rows.append(_row(line, path.parent))
+            except ValidationError as error:
+                wrong.append(f"line {lines.line_num}: {describe_first_error(error)}")
+            except ValueError as error:
+                wrong.append(f"line {lines.line_num}: {error}")
+    except csv.Error as error:
+        raise FoundationError(f"{path}: line {lines.line_num}: {error}") from error
     if wrong:
         raise FoundationError(f"{path}: {wrong[0]}; {len(wrong)} lines are wrong")
     if not rows:
@@ -124,19 +132,29 @@ def read_table(path: Path) -> tuple[TableRow, ...]:
     return tuple(rows)
 
 
-def _row(line: dict[str, str | None], folder: Path) -> TableRow:
-    values = {key: value.strip() for key, value in line.items() if key and value}
+def _row(line: dict[Any, Any], folder: Path) -> TableRow:
+    if None in line or None in line.values():  # a comma too many moves a caption to the scale
+        raise ValueError("other columns than the header")
+    values = {
+        key: value.strip() if key == "file" else " ".join(value.split())
+        for key, value in line.items()
+        if value.strip()
+    }
     row = TableRow.model_validate(values)
     return row.model_copy(update={"file": folder / row.file})
 
 
 def _check_splits(rows: Sequence[TableRow], path: Path) -> None:
     """A case on both sides would make every figure about held-out cases worthless."""
-    both = {row.case for row in rows if row.split == "build"} & {
-        row.case for row in rows if row.split == "held-out"
-    }
-    if both:
-        raise FoundationError(f"{path}: case {min(both)!r} is in build and in held-out")
+    for row_name, names in (
+        ("case", [row.case.casefold() for row in rows]),
+        ("image", [os.path.realpath(row.file) for row in rows]),
+    ):
+        held_out = {name for name, row in zip(names, rows, strict=True) if row.split != "build"}
+        for name, row in zip(names, rows, strict=True):
+            if row.split == "build" and name in held_out:
+                told = row.case if row_name == "case" else row.file.name
+                raise FoundationError(f"{path}: {row_name} {told!r} is in build and in held-out")
 
 
 def cut_tiles(rows: Sequence[TableRow], *, tile_px: int, mpp: float) -> Iterator[list[Pixels]]:
