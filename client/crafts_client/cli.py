@@ -138,8 +138,9 @@ def withdraw(
 
     with one_line_errors("crafts-client"):
         site = SiteHome.open(home)
-        pseudonym = Salt.load(site.salt_path).patient_id(patient)
-        PatientRegister(site.register_path).withdraw(pseudonym)
+        salt = Salt.load(site.salt_path)
+        pseudonym = salt.patient_id(patient)
+        PatientRegister(site.register_path).withdraw(pseudonym, alike=salt.alike_id(patient))
     say_done(
         "withdrawn: no tile of this patient is read from the next round on",
         {"withdrawn": pseudonym},

@@ -1,7 +1,7 @@
 """From a site's table to everything its trainer needs: tile store, report, latent cache."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -222,6 +222,7 @@ def _cut(
         *reading.problems,
         *_of_other_cohorts(rows, register, salt, config.cohort),
         *_look_like_others(home, rows, former, salt),
+        *_look_withdrawn(rows, register.withdrawn, salt),
     ]
     has_scale = options.ready_tiles and any(row.mpp is not None for row in rows)
     if has_scale:
@@ -323,6 +324,15 @@ def _look_like_others(
             ):
                 yield line, look_alike(patient, f"{source.patient}, who is in the store")
                 break
+
+
+def _look_withdrawn(
+    rows: Sequence[TableRow], withdrawn: Collection[str], salt: Salt
+) -> Iterator[Problem]:
+    """Patients who may have withdrawn under a name that is written otherwise."""
+    for patient, line in {row.patient: row.line for row in reversed(rows)}.items():
+        if salt.patient_id(patient) not in withdrawn and salt.alike_id(patient) in withdrawn:
+            yield line, look_alike(patient, "one who withdrew, whose lines belong in no table")
 
 
 def _stays(

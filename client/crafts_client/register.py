@@ -85,8 +85,13 @@ class PatientRegister:
         """
         return {patient: line.cohort for patient, line in _newest(self._lines()).items()}
 
-    def withdraw(self, patient: str) -> None:
+    def withdraw(self, patient: str, *, alike: str | None = None) -> None:
         """From the next round on, no tile of this patient is read. Again is fine.
+
+        Args:
+            patient: The pseudonym.
+            alike: What all spellings of the name have in common (``Salt.alike_id``), so that the
+                patient does not come back under another one.
 
         Raises:
             HomeError: the patient was never here, or the register is not what was written.
@@ -96,8 +101,9 @@ class PatientRegister:
             known = _newest(lines).get(patient)
             if known is None:
                 raise HomeError("no such patient here; name the patient as in the table of ingest")
-            if not known.withdrawn:
-                self._append(lines, [(patient, known.cohort, True)])
+            gone = {name for name, line in _newest(lines).items() if line.withdrawn}
+            names = [name for name in (patient, alike) if name is not None and name not in gone]
+            self._append(lines, [(name, known.cohort, True) for name in names])
 
     @property
     def withdrawn(self) -> frozenset[str]:

@@ -47,11 +47,12 @@ def forget(home: SiteHome, patient: str, load: Callable[[], Foundation], progres
 def _forget(
     home: SiteHome, patient: str, load: Callable[[], Foundation], progress: Progress
 ) -> int:
-    pseudonym, path = Salt.load(home.salt_path).patient_id(patient), home.tile_store_path
+    salt, path = Salt.load(home.salt_path), home.tile_store_path
+    pseudonym = salt.patient_id(patient)
     register = PatientRegister(home.register_path)
     if (path / MANIFEST_NAME).exists():
         register.enrol(TileStore.open(path).patients, home.config.cohort)
-    register.withdraw(pseudonym)
+    register.withdraw(pseudonym, alike=salt.alike_id(patient))
     num_tiles = remove_patient(path, pseudonym) if path.exists() else 0
     report = former_report(home)
     _sweep(home, None if report is None else report.without_patient(patient), load, progress)

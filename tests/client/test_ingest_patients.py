@@ -193,6 +193,18 @@ def test_a_patient_whose_file_broke_is_still_in_the_store(
         ingest(home, foundation, write_patients(tmp_path, "7", name="u.csv", start=2))
 
 
+def test_who_withdrew_does_not_come_back_under_another_spelling(
+    tmp_path: Path, foundation: Foundation
+) -> None:
+    home = empty_home(tmp_path, foundation)
+    ingest(home, foundation, write_patients(tmp_path, "007", "8"))
+    forget(home, "007", lambda: foundation, lambda *_: None)
+    with pytest.raises(IngestError, match="line 2: patient 7 looks like one who withdrew"):
+        ingest(home, foundation, write_patients(tmp_path, "7", "8"))
+    ingest(home, foundation, write_patients(tmp_path, "007", "8"))  # known, and left out
+    assert TileStore.open(home.tile_store_path).num_patients == 1
+
+
 # ---- missing values -------------------------------------------------------------------------
 
 MISSING = [

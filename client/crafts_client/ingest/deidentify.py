@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 from crafts_client.ingest.errors import IngestError
-from crafts_client.ingest.patient_names import participant
+from crafts_client.ingest.patient_names import likeness, participant
 from crafts_core.durable import create_secret
 
 SALT_BYTES = 32
@@ -62,6 +62,10 @@ class Salt:
     def patient_id(self, patient: str) -> str:
         """The same however a name is spaced, capitalised or composed in Unicode."""
         return self._pseudonym("patient", plain_name(patient))
+
+    def alike_id(self, patient: str) -> str:
+        """The same for all names that may be one patient's, as ``likeness`` tells."""
+        return self._pseudonym("alike", likeness(participant(patient)))
 
     def case_id(self, patient: str, case: str) -> str:
         return self._pseudonym("case", plain_name(patient), case)
