@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 Size = tuple[int, int]
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277
 _ON_ITS_SIDE = (5, 6, 7, 8)
+_WHITE = (255, 255, 255)
 
 
 @contextmanager
@@ -39,6 +40,17 @@ def upright_size(image: Image.Image) -> Size:
 def upright(image: Image.Image) -> Image.Image:
     """The picture as every viewer shows it: decoded, and turned as its EXIF says."""
     return ImageOps.exif_transpose(image)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it on white: upright, and without transparency."""
+    shown = upright(image)
+    if "A" not in shown.getbands() and "transparency" not in shown.info:
+        return shown.convert("RGB")
+    layered = shown.convert("RGBA")
+    backdrop = Image.new("RGB", layered.size, _WHITE)
+    backdrop.paste(layered, mask=layered.getchannel("A"))
+    return backdrop
 
 
 def bits_per_sample(image: Image.Image) -> int:

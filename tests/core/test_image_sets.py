@@ -137,6 +137,10 @@ def test_a_choice_follows_the_seed(tmp_path: Path) -> None:
         ([{"file": "a.png", "patient": "p"}, {"file": "b.png"}], "b.png has no patient"),
         ([{"file": "a.png", "caption": "p"}, {"file": "b.png"}], "b.png has no caption"),
         ([{"file": "none.png"}], "none.png cannot be read"),
+        (
+            [{"file": "a.png", "patient": "p"}, {"file": "./a.png", "patient": "q"}],
+            "./a.png is listed for p and for q",
+        ),
         ([{"file": "text.png"}], "text.png cannot be read"),
         ([{"file": "deep.png"}], "expected 8 bits"),
         ([{"file": "a.png", "mpp": "wide"}], "microns per pixel from"),
@@ -170,6 +174,13 @@ def test_a_line_of_other_cells_gives_no_other_patient(tmp_path: Path, line: str,
     (tmp_path / "t.csv").write_text(f"file,caption,patient\n{line}\n")
     with pytest.raises(ImageSetError, match=told):
         read(tmp_path)
+
+
+def test_what_is_transparent_is_white_as_a_viewer_shows_it(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 40, 4), dtype=np.uint8)
+    pixels[10:30, 10:30] = (190, 110, 170, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert read(tmp_path).images_NHWC[0, 0, 0].tolist() == [255, 255, 255]
 
 
 def test_two_tables_are_one_too_many(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from PIL import Image
 from crafts_client.ingest.deidentify import Salt
 from crafts_client.ingest.errors import Problem, SlideError
 from crafts_client.ingest.pool import Beat
-from crafts_client.ingest.readers.image_files import FORMATS, opaque, opened_picture
+from crafts_client.ingest.readers.image_files import FORMATS, opened_picture
 from crafts_client.ingest.shard_cut import CutTile, Shard, cut_shard
 from crafts_client.ingest.source_audit import UNSEEN, audit_image
 from crafts_client.ingest.table import TableRow
 from crafts_client.ingest.tissue import sharpness, tissue_fraction
-from crafts_core.picture_facts import opened, upright_size
+from crafts_core.picture_facts import opaque, opened, upright_size
 from crafts_core.plan_sections import Modality
 from crafts_core.tiles.conditions import (
     ConditionError,

@@ -22,7 +22,7 @@ from PIL import Image
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.encoder import SMALLEST_PX, Images
 from crafts_core.evaluation.real_tiles import RealTiles, pixel_digest
-from crafts_core.picture_facts import bits_per_sample, opened, upright
+from crafts_core.picture_facts import bits_per_sample, opaque, opened
 from crafts_core.progress import Progress
 from crafts_core.provenance import ProvenanceError, read_provenance
 
@@ -166,7 +166,7 @@ def scaled_image(path: Path, scale: float) -> Image.Image:
         with opened(path, _FORMATS) as image:
             if bits_per_sample(image) > 8:
                 raise ImageSetError(f"{path}: expected 8 bits a sample, got more")
-            rgb = upright(image).convert("RGB")
+            rgb = opaque(image)
             width, height = (max(1, round(side * scale)) for side in rgb.size)
             if scale > 1 and width * height > _MOST_PIXELS:
                 raise ImageSetError(
@@ -205,6 +205,7 @@ def _listed(folder: Path, tables: Sequence[Path], scale: Scale) -> Iterator[_Lis
     says_patient, says_caption = (
         any(_first(row, names) for _, row in rows) for names in (PATIENT, _CAPTION)
     )
+    whose: dict[str, str] = {}
     for table, row in rows:
         name = _first(row, _FILE)
         if not name:
@@ -217,6 +218,8 @@ def _listed(folder: Path, tables: Sequence[Path], scale: Scale) -> Iterator[_Lis
             if is_asked and not said:
                 raise ImageSetError(f"{table}: {name} has no {what}, and other images have")
         path = named_image(folder, table, name)
+        if (other := whose.setdefault(os.path.realpath(path), patient)) != patient:
+            raise ImageSetError(f"{table}: {name} is listed for {other} and for {patient}")
         yield _Listed(
             path=path,
             patient=patient,

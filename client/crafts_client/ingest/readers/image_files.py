@@ -12,7 +12,6 @@ from crafts_client.ingest.readers.scales import tiff_scales
 from crafts_client.ingest.readers.scanners import UNKNOWN
 from crafts_client.ingest.readers.seam import (
     DAMAGED,
-    WHITE,
     Level,
     Pixels,
     ReaderName,
@@ -22,7 +21,7 @@ from crafts_client.ingest.readers.seam import (
 )
 from crafts_client.ingest.readers.tiff_header import TiffPage, is_tiff, read_tiff_header
 from crafts_client.ingest.readers.tiff_meaning import check_bits, check_picture, check_stored_colour
-from crafts_core.picture_facts import bits_per_sample, opened, upright, upright_size
+from crafts_core.picture_facts import bits_per_sample, opaque, opened, upright_size
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 MAX_IMAGE_PX = 100_000_000
@@ -57,17 +56,6 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
                 "write them so, from the range that the camera filled"
             )
         yield image
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it on white: upright, and without transparency."""
-    shown = upright(image)
-    if "A" not in shown.getbands() and "transparency" not in shown.info:
-        return shown.convert("RGB")
-    layered = shown.convert("RGBA")
-    backdrop = Image.new("RGB", layered.size, WHITE)
-    backdrop.paste(layered, mask=layered.getchannel("A"))
-    return backdrop
 
 
 class ImageFile:
