@@ -146,7 +146,11 @@ def list_masks(directory: Path) -> list[Path]:
     Raises:
         DatasetError: it holds none.
     """
-    masks = sorted(path for path in directory.iterdir() if path.suffix.lower() in MASK_SUFFIXES)
+    masks = sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix.lower() in MASK_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
     if not masks:
         raise DatasetError(f"{directory} holds no mask ({', '.join(MASK_SUFFIXES)})")
     return masks

@@ -482,3 +482,10 @@ def test_what_cannot_be_made_is_told_before_it_is_begun(
     assert result.exit_code == code, result.output
     assert told in " ".join(result.stderr.replace("│", "").split())
     assert not (tmp_path / "set").exists()
+
+
+def test_what_a_mac_or_a_person_puts_beside_masks_is_none(tmp_path: Path) -> None:
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "b.tif").mkdir()
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
+    assert list_masks(tmp_path) == [tmp_path / "a.png"]
