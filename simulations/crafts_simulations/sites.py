@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from crafts_client.home import SITE_NAME, SiteConfig, SiteHome
 from crafts_client.ingest.deidentify import Salt
-from crafts_client.ingest.errors import IngestError
+from crafts_client.ingest.errors import IngestError, Problem
 from crafts_client.ingest.ingest import ingest_slides, ingest_tiles
 from crafts_client.ingest.report import IngestReport
 from crafts_client.ingest.table import TableColumns, TableRow, read_table
@@ -23,6 +23,7 @@ from crafts_client.ingest.tiling import TilingOptions
 from crafts_client.policy import Policy
 from crafts_client.preparation import fill_cache
 from crafts_core.fields import describe_first_error
+from crafts_core.foundation_manifest import sha256_of
 from crafts_core.plan import Plan
 from crafts_core.progress import Progress
 from crafts_core.tiles import TileStore
@@ -54,10 +55,15 @@ class TileSource:
         """
         try:
             return read_table(self.labels, root=self.folder, columns=self.columns)
-        except IngestError:
+        except IngestError as error:
             if self.labels.parent.resolve() == self.folder.resolve():
                 raise
-        return read_table(self.labels, columns=self.columns)
+            from_folder = error
+        try:
+            return read_table(self.labels, columns=self.columns)
+        except IngestError as error:
+            # Where names do not start, every file is missing, and hides what is wrong.
+            raise min(from_folder, error, key=lambda each: len(each.problems)) from None
 
     def fingerprint(self) -> str:
         """Changes with the table, and with the size or date of any file under the folder.
@@ -114,7 +120,10 @@ def _make_synthetic(study: LocalStudy) -> None:
 def _make_from_tiles(study: LocalStudy, source: TileSource) -> None:
     split = study.scenario.tiles
     assert split is not None
-    dealt = deal(source.rows(), study.scenario.site_names, split)
+    rows = source.rows()
+    if not (_heldout_path(study.workspace) / MANIFEST_NAME).exists():
+        refuse_shared_tiles(rows)
+    dealt = deal(rows, study.scenario.site_names, split)
     for name, rows in dealt.sites.items():
         num_patients = len({row.patient for row in rows})
         home = _home(study, name, round_size(num_patients), {})
@@ -122,6 +131,23 @@ def _make_from_tiles(study: LocalStudy, source: TileSource) -> None:
         fill_cache(home, study.foundation, _named(study.progress, name))
     store, salt = _new_heldout_paths(study)
     _ingest_tiles(study, dealt.heldout, store, salt, "held-out")
+
+
+def refuse_shared_tiles(rows: Sequence[TableRow]) -> None:
+    """No image is two patients': they may come to two sites, or one of them to the test set.
+
+    Raises:
+        IngestError: names all that are.
+    """
+    first: dict[str, TableRow] = {}
+    problems: list[Problem] = []
+    for row in rows:
+        before = first.setdefault(sha256_of(row.path), row)
+        if before.patient != row.patient:
+            told = f"{row.name} is the same image as {before.name} on line {before.line}"
+            problems.append((row.line, f"{told}, of another patient"))
+    if problems:
+        raise IngestError.at_lines(problems)
 
 
 def heldout_store(workspace: Workspace) -> TileStore:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from crafts_client.home import SiteHome
+from crafts_client.ingest.errors import IngestError
 from crafts_core.errors import CraftsError
 from crafts_core.evaluation.baselines import ArmName
 from crafts_core.evaluation.figures import Arm, Evaluation
@@ -245,6 +247,21 @@ def test_a_policy_key_that_does_not_exist_is_named(
 def test_a_missing_foundation_is_named(tmp_path: Path) -> None:
     with pytest.raises(CraftsError, match="nowhere"):
         run_scenario(tiny_scenario(tmp_path / "nowhere"), tmp_path / "out")
+
+
+def test_a_tile_of_two_patients_comes_to_no_two_sites(
+    tmp_path: Path, source: TileSource, values: dict
+) -> None:
+    shutil.copy(source.folder / "0-0.png", source.folder / "1-0.png")
+    with pytest.raises(IngestError, match=r"line 4: 1-0\.png is the same image as 0-0\.png"):
+        run_scenario(parse_scenario(values, "test"), tmp_path / "out", source=source)
+
+
+def test_what_is_wrong_with_a_table_is_not_hidden_by_where_it_lies(source: TileSource) -> None:
+    source.labels.write_text(source.labels.read_text().replace("\t7\t", "\t\t", 1))
+    with pytest.raises(IngestError) as error:
+        source.rows()
+    assert error.value.problems == ("line 16: no patient",)
 
 
 class TestRealTiles:
