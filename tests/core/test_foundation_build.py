@@ -337,6 +337,19 @@ def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
         read_open_tiles(rows, tile_px=64, mpp=1.0)
 
 
+def test_an_image_that_would_be_black_or_huge_is_named(tmp_path: Path) -> None:
+    """Twelve bits in sixteen have no tissue in their upper eight, and were left out in silence."""
+    deep = np.full((96, 96), 4000, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    write_tile(tmp_path / "b.png", side_px=96)
+    for line, told in (
+        ("a.png,c,colon,COAD,,1.0,CC0,,build", "expected 8 bits"),
+        ("b.png,c,colon,COAD,,20,CC0,,build", "is its mpp right"),
+    ):
+        with pytest.raises(FoundationError, match=told):
+            read_open_tiles(read_table(write_table(tmp_path, line)), tile_px=64, mpp=0.05)
+
+
 @pytest.mark.parametrize(
     ("side_px", "mpp", "count"), [(256, 1.0, 4), (256, 0.5, 1), (224, 0.5, 1), (100, 1.0, 0)]
 )

@@ -25,19 +25,23 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crafts_core.fields import describe_first_error
 from crafts_core.foundation_manifest import FoundationError
+from crafts_core.picture_facts import bits_per_sample, opaque, opened
 from crafts_core.vocabulary import CANCER_TYPES, cancer_type
 
 Pixels = npt.NDArray[np.uint8]
 Words = Annotated[str, Field(max_length=300)]
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 _SMALLEST = 0.875
 """An image that is a little too small is enlarged to one tile; a smaller one has none."""
+_MOST_PIXELS = 400_000_000
+"""Of an image that is enlarged: more is a wrong scale, and may be more than there is memory."""
 _CODES = frozenset(cancer.code for cancer in CANCER_TYPES)
 
 
@@ -165,11 +169,19 @@ def cut_tiles(rows: Sequence[TableRow], *, tile_px: int, mpp: float) -> Iterator
     """
     for row in rows:
         try:
-            with Image.open(row.file) as opened:
-                image = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            with opened(row.file, FORMATS) as file:
+                if bits_per_sample(file) > 8:  # Pillow would make them all black or white
+                    raise FoundationError(f"{row.file}: expected 8 bits a sample, got more")
+                image = opaque(file)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise FoundationError(f"cannot read {row.file}: {error}") from error
-        yield _cut(image, row.mpp / mpp, tile_px)
+        scale = row.mpp / mpp
+        if scale > 1 and image.width * image.height * scale**2 > _MOST_PIXELS:
+            raise FoundationError(
+                f"{row.file}: {image.width} x {image.height} px at {row.mpp:g} microns per pixel "
+                f"would become {scale:.3g} times as large; is its mpp right?"
+            )
+        yield _cut(image, scale, tile_px)
 
 
 def _cut(image: Image.Image, scale: float, tile_px: int) -> list[Pixels]:
