@@ -318,6 +318,14 @@ def test_report_is_a_caption_cut_at_a_sentence(folder: Path) -> None:
     assert row.scrubbed.found == {Kind.NAME: 1}
 
 
+def test_a_synoptic_report_is_more_than_its_first_sentence(folder: Path) -> None:
+    """Lines without a stop: what is diagnosed stands after the only one."""
+    report = "Resection of the colon. " + "type: adenocarcinoma; grade: moderate; " * 40
+    table = write_table(folder / "t.csv", "file,patient,report", [f"a.svs,p1,{report}"])
+    (row,) = read_table(table)
+    assert 950 < len(row.caption) <= 1000
+
+
 def test_report_of_one_endless_sentence_is_cut_at_a_word(folder: Path) -> None:
     rows = [f"a.svs,p1,{'glands ' * 200}", f"b.svs,p2,{'g' * 1200}"]
     words, letters = read_table(write_table(folder / "t.csv", "file,patient,report", rows))

@@ -92,9 +92,9 @@ def _read_label(label: str, row: RowCaption, clean: _Clean) -> None:
 
 
 def _cut(text: str) -> str:
-    """As many whole sentences as a caption may hold; of a longer one, whole words."""
+    """As many whole sentences as a caption may hold; whole words where that is less than half."""
     head = text[: MAX_CAPTION_CHARACTERS + 1]
     ends = [match.end() for match in _SENTENCE_END.finditer(head)]
-    if ends:
+    if ends and 2 * ends[-1] > MAX_CAPTION_CHARACTERS:
         return head[: ends[-1]]
     return head.rsplit(" ", 1)[0][:MAX_CAPTION_CHARACTERS]
