@@ -179,6 +179,13 @@ def test_pages_and_bands_are_channels(tmp_path: Path) -> None:
     assert not found[3].any()
 
 
+def test_counts_of_32_bits_are_not_negative(tmp_path: Path) -> None:
+    counts = np.arange(64, dtype=np.uint32).reshape(8, 8) << 26
+    tifffile.imwrite(tmp_path / "f.tif", counts, photometric="minisblack")
+    found = read_condition(tmp_path / "f.tif", "fluorescence", tile_px=8)
+    assert np.array_equal(found, to_bytes(fluorescence_condition([counts]), "fluorescence"))
+
+
 @pytest.mark.parametrize("num_bands", [1, 3])
 def test_opaque_alpha_is_no_channel(tmp_path: Path, num_bands: int) -> None:
     """Most programs write it; a picture of what fluoresces has none."""

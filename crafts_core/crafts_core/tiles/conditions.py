@@ -45,6 +45,8 @@ _OPAQUE = 255
 _BINARY_PIECES = 4
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 """Tag of TIFF. Pillow turns such 8-bit numbers round, so that the background becomes a nucleus."""
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1
+"""Tag of TIFF, and what it is where it is missing."""
 _STORED_MODES: dict[Modality, str] = {"nuclei": "RGB", "fluorescence": "RGBA"}
 STORED_CHANNELS: dict[Modality, int] = {"nuclei": 3, "fluorescence": MAX_FLUORESCENCE_CHANNELS}
 """Of the image that is stored."""
@@ -340,13 +342,17 @@ def _channels(image: Image.Image, path: Path) -> list[npt.NDArray[np.float32]]:
     channels = []
     for page in range(getattr(image, "n_frames", 1)):
         image.seek(page)
+        tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
         shown = upright(image)
         if "A" in shown.getbands() and np.asarray(shown.getchannel("A")).min() < _OPAQUE:
             raise ConditionError(
                 f"fluorescence image {path.name} is transparent in places; save what is measured "
                 "as channels without alpha, or each channel as a page of a TIFF"
             )
-        pixels = np.atleast_3d(np.asarray(shown, dtype=np.float32))
+        counts = np.asarray(shown)
+        if counts.dtype == np.int32 and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
+            counts = counts.view(np.uint32)  # Pillow knows no other: what is bright came out dark
+        pixels = np.atleast_3d(counts.astype(np.float32))
         channels += [pixels[..., band] for band in range(len(_measured(shown)))]
     return channels
 
