@@ -318,6 +318,12 @@ def test_report_is_a_caption_cut_at_a_sentence(folder: Path) -> None:
     assert row.scrubbed.found == {Kind.NAME: 1}
 
 
+def test_a_second_mark_of_utf8_is_no_part_of_a_name(folder: Path) -> None:
+    table = folder / "t.csv"
+    table.write_text("\ufeff\ufefffile,patient\u200b,label\na.svs,p1,COAD\n", encoding="utf-8")
+    assert [row.patient for row in read_table(table)] == ["p1"]
+
+
 def test_a_synoptic_report_is_more_than_its_first_sentence(folder: Path) -> None:
     """Lines without a stop: what is diagnosed stands after the only one."""
     report = "Resection of the colon. " + "type: adenocarcinoma; grade: moderate; " * 40

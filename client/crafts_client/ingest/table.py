@@ -46,6 +46,7 @@ class TableColumns:
 
 
 _SHOWN_COLUMNS, _SHOWN_LETTERS = 20, 40
+_UNSEEN = "\ufeff\u200b"
 _MAY_SAY_MISSING = ("patient", "case", "label", "caption", "report", "cohort", "names", *MODALITIES)
 
 
@@ -215,7 +216,8 @@ def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise IngestError(f"cannot read table {path}: {error}") from error
     if not table:
         raise IngestError(f"{path} is empty; its first line must name the columns")
-    header = [cell.strip() for cell in table[0][1]]
+    # A program that adds a mark of UTF-8 to a file that has one makes it a part of the name.
+    header = [cell.strip().strip(_UNSEEN) for cell in table[0][1]]
     return header, table[1:]
 
 
