@@ -53,6 +53,13 @@ LOOK_ALIKE = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("राम", "रामा"), ("कि", "कु"), ("สมชาย", "สุมชาย"), ("1-11", "11-1")]
+)
+def test_vowels_that_a_letter_carries_tell_two_people_apart(one: str, other: str) -> None:
+    assert likeness(one) != likeness(other)
+
+
 @pytest.mark.parametrize(("one", "other"), LOOK_ALIKE)
 def test_names_that_look_like_one_patient_are_told(tmp_path: Path, one: str, other: str) -> None:
     for names in ((one, other, other), (other, one)):

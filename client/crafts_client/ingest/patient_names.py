@@ -7,6 +7,7 @@ with the participant); what only looks alike is told, for a person to decide.
 
 import re
 import unicodedata
+from itertools import groupby
 
 _BARCODES = tuple(
     re.compile(pattern + r"(?:-.*)?", re.IGNORECASE | re.DOTALL)
@@ -23,6 +24,9 @@ _WHOLE_FLOAT = re.compile(r"(\d+)[.,]0+")
 _GROUPED = re.compile(r"\d{1,3}(?:[ .,'’]\d{3})+")
 _ACCENTS = re.compile("[\u0300-\u036f]")
 _RUNS = re.compile(r"[^\W\d_]+|\d+")
+_NUKTA = 7
+"""The class of the dot below Indian letters, which some write and some do not."""
+_DIGITS = re.compile(r"(\d+)")
 _SHORTENED = re.compile(r"[+-]?\d(?:[.,]\d+)?[eE]\+\d{2,3}")
 _DAY = re.compile(r"\d{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)")
 EXACT_DIGITS = 15
@@ -65,8 +69,16 @@ def likeness(name: str) -> str:
     elif _GROUPED.fullmatch(text):
         text = "".join(_RUNS.findall(text))
     # Letters and digits part themselves; between two numbers the gap is what tells 1-11 from 11-1.
-    runs = [f"-{_number(run)}" if run.isdecimal() else run for run in _RUNS.findall(text)]
+    parts = ["".join(part) for is_part, part in groupby(text, _is_of_a_name) if is_part]
+    runs = [run for part in parts for run in _DIGITS.split(part) if run]
+    runs = [f"-{_number(run)}" if run.isdecimal() else run for run in runs]
     return "".join(runs) or text
+
+
+def _is_of_a_name(letter: str) -> bool:
+    """Letters, digits, and the vowels that Indian and Thai letters carry, which are no accents."""
+    is_vowel = "\u0900" <= letter <= "\u109f" and unicodedata.category(letter) in ("Mc", "Mn")
+    return letter.isalnum() or (is_vowel and unicodedata.combining(letter) != _NUKTA)
 
 
 def _number(digits: str) -> str:
