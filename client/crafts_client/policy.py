@@ -82,7 +82,7 @@ class Policy(BaseModel):
     max_epsilon: Annotated[float, Field(gt=0)]
     """Lifetime epsilon of the cohort over all studies together, at ``max_delta``."""
     max_delta: Annotated[float, Field(ge=1e-9, lt=1e-2)]
-    """Its parts, where several filters share it, are what the accountants resolve: from 1e-10 on."""
+    """Where several filters share it, a share is what accountants resolve: 1e-10 or more."""
     lifetime_filters: Annotated[
         tuple[Annotated[str, Field(pattern=FILTER_PATTERN)], ...], Field(min_length=1)
     ]
