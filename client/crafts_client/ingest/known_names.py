@@ -49,6 +49,15 @@ def known_pattern(names: Collection[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(sorted(expressions, key=lambda text: (-len(text), text))))
 
 
+def may_be_in(name: str, folded: str) -> bool:
+    """Whether a name could be found in text that went through ``fold``: all its numbers are there.
+
+    Most names have one that is not, and need no expression of their own.
+    """
+    runs = _RUNS.findall(unicodedata.normalize("NFC", name).lower())
+    return all(fold(run) in folded for run in runs if run.isdecimal())
+
+
 def fold(text: str) -> str:
     """Small letters without accents, one for each character of ``text``."""
     if text.isascii():

@@ -11,9 +11,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from crafts_client.ingest.identifiers import Kind, Span, find_identifiers
-from crafts_client.ingest.known_names import fold, known_pattern
+from crafts_client.ingest.known_names import fold, known_pattern, may_be_in
 from crafts_client.ingest.listed_names import NOBODY, ListedNames
 from crafts_client.ingest.names import find_names
 from crafts_client.ingest.names_beside import find_names_beside
@@ -22,6 +23,7 @@ from crafts_client.ingest.plain_words import is_acronym, is_eponym, is_plain
 MAX_PASSES = 8
 """Text that is not settled by then was made to defeat scrubbing; nothing of it is kept."""
 
+_KEPT_TEXTS = 1024
 _HOLE = "\ue000"
 """Stands where something was taken out, until the text is tidied. No input holds it."""
 _HOLES = re.compile(rf"{_HOLE}(?:[\s,;:/&.!?]*{_HOLE})+")
@@ -106,10 +108,9 @@ def scrub(text: str, *, known: Collection[str] = (), listed: ListedNames = NOBOD
         in the length of ``text``.
     """
     original = _visible(text)
-    names = known_pattern(known)
     draft = _Draft(original, list(range(len(original))))
     removed: list[Span] = []
-    spans = _find(draft.text, names, listed)
+    spans = _find(draft.text, known, listed)
     flat = original == " ".join(original.split())
     for _ in range(MAX_PASSES):
         if flat and not spans:
@@ -118,7 +119,7 @@ def scrub(text: str, *, known: Collection[str] = (), listed: ListedNames = NOBOD
         draft.cut(spans)
         _tidy(draft)
         flat = True
-        spans = _find(draft.text, names, listed)
+        spans = _find(draft.text, known, listed)
     else:
         draft = _Draft("", [])
     return Scrubbed(
@@ -140,14 +141,21 @@ def _visible(text: str) -> str:
     return composed if len(composed) <= len(seen) else seen
 
 
-def _find(text: str, names: re.Pattern[str] | None, listed: ListedNames) -> list[Span]:
+def _find(text: str, known: Collection[str], listed: ListedNames) -> list[Span]:
     """What to remove, in order and without overlap."""
-    found = list(find_identifiers(text))
-    dates = [span for span in found if span.kind is Kind.DATE]
-    found += [*find_names(text), *find_names_beside(text, dates), *listed.find(text)]
+    found, folded = [*_by_shape(text), *listed.find(text)], fold(text)
+    names = known_pattern([name for name in known if may_be_in(name, folded)])
     if names is not None:
-        found += [Span(*match.span(), Kind.KNOWN) for match in names.finditer(fold(text))]
+        found += [Span(*match.span(), Kind.KNOWN) for match in names.finditer(folded)]
     return _merged(found)
+
+
+@lru_cache(maxsize=_KEPT_TEXTS)
+def _by_shape(text: str) -> tuple[Span, ...]:
+    """Identifiers and names that follow from the text alone: many rows share a caption."""
+    found = tuple(find_identifiers(text))
+    dates = [span for span in found if span.kind is Kind.DATE]
+    return (*found, *find_names(text), *find_names_beside(text, dates))
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:
