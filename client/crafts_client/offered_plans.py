@@ -7,7 +7,7 @@ is not valid, is told of and hides no other.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crafts_client.budget import charged_plans
 from crafts_client.errors import EnrolmentError
@@ -43,6 +43,8 @@ class OfferedPlan:
     """Where the site would take part, and not to the end."""
     noise_multiplier: float | None = None
     """Of every step; None where the plan is refused, or trains without noise."""
+    has_finished: bool = False
+    """Whether the coordinator says that its run is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +100,8 @@ def offered_plans(site: SiteHome) -> Iterator[OfferedPlan]:
     Raises:
         EnrolmentError: the coordinator cannot be asked.
     """
-    for signed in _signed_plans(site):
-        yield _told(site, signed)
+    for signed, has_finished in _signed_plans(site):
+        yield replace(_told(site, signed), has_finished=has_finished)
 
 
 def offered_plan(
@@ -127,7 +129,7 @@ def offered_plan(
             f"{plan_hash} says them: two plans can be made to begin alike"
         )
     found: dict[str, tuple[Plan, SignedPlan]] = {}
-    for signed in _signed_plans(site):
+    for signed, _ in _signed_plans(site):
         plan = _readable(signed.json)
         if plan is not None and plan.hash.startswith(plan_hash):
             found[plan.hash] = plan, signed
@@ -148,12 +150,16 @@ def runs_so_far(site: SiteHome, plan: Plan) -> int:
     return len({entry.run_id for entry in entries if entry.plan_hash == plan.hash})
 
 
-def _signed_plans(site: SiteHome) -> tuple[SignedPlan, ...]:
+def _signed_plans(site: SiteHome) -> tuple[tuple[SignedPlan, bool], ...]:
+    """As they were sent, each with whether it has finished."""
     from crafts_client.enrolment import Registrar  # grpc takes its time to import
 
     with Registrar(site) as registrar:
         return tuple(
-            SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key)
+            (
+                SignedPlan(json=each.json, signature=each.signature, public_key=each.public_key),
+                each.has_finished,
+            )
             for each in registrar.call("ListPlans").plans
         )
 

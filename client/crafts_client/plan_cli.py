@@ -35,6 +35,7 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
                 "refused": each.refused,
                 "remark": each.remark,
                 "approved": each.plan is not None and each.plan.hash in approved,
+                "finished": each.has_finished,
             }
             for each in offered_plans(site)
         ]
@@ -48,20 +49,24 @@ def plan_list(home: Home = Path("site"), as_json: AsJson = False) -> None:
             say(f"{'unreadable':16}  {verdict}")
             continue
         verdict += f"; {each['remark']}" if each["remark"] else ""
+        verdict = "has finished" if each["finished"] else verdict
         say(f"{each['hash'][:16]}  {each['study']}  {each['rounds']} rounds  {verdict}")
     say(_next_step(told))
 
 
 def _next_step(offered: list[dict[str, Any]]) -> str:
     """After a look at the plans: the first that a person here may still say yes to."""
-    open_to_us = [each for each in offered if each["hash"] is not None and not each["refused"]]
+    to_come = [each for each in offered if not each["finished"]]
+    open_to_us = [each for each in to_come if each["hash"] is not None and not each["refused"]]
     for each in open_to_us:
         if not each["approved"]:
             return f"next: crafts-client plan show {each['hash'][:16]}"
     if open_to_us:
         return "next: crafts-client join, if it does not run"
-    if offered:
+    if to_come:
         return "this site takes part in none of them"
+    if offered:
+        return "all of them have finished"
     return "the coordinator has no plan yet; ask again with: crafts-client plan list"
 
 

@@ -129,11 +129,14 @@ class RegistrarService:
         """Every signed plan; of sums, once its roster is fixed."""
         self._site(context)
         with self._home.registry() as registry:
-            plans = registry.offered_plans()
+            plans, finished = registry.offered_plans(), registry.finished_plans()
         return messages.ListPlansReply(
             plans=[
                 messages.SignedPlan(
-                    json=plan.json, signature=plan.signature, public_key=plan.public_key
+                    json=plan.json,
+                    signature=plan.signature,
+                    public_key=plan.public_key,
+                    has_finished=plan.hash in finished,
                 )
                 for plan in plans
             ]

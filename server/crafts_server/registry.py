@@ -239,6 +239,12 @@ class Registry:
             fixed = set(session.scalars(select(RosterRow.plan_hash)))
         return [plan for plan in self.plans() if plan.hash in fixed or not plan.is_of_sums]
 
+    def finished_plans(self) -> frozenset[str]:
+        """Hashes of the plans whose run has come to its end."""
+        query = select(RunRow.plan_hash).where(RunRow.status == RunStatus.FINISHED)
+        with self.session() as session:
+            return frozenset(session.scalars(query))
+
     def start_run(self, run_id: str, plan_hash: str) -> None:
         """Remember a new run."""
         with self.session() as session:

@@ -1,7 +1,8 @@
 """What a coordinator offers is shown with what this site would say to it, all of it."""
 
 import json
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from crafts_client.round_time import RoundTime
 from crafts_client.site import Site
 from crafts_core.exchange import SignedPlan
 from crafts_core.plan import Plan
+from crafts_core.registrar import registrar_pb2 as messages
 from crafts_privacy import signing
 from crafts_privacy.ledger_rows import EntryKind, LedgerEntry
 from support.charges import charge
@@ -47,12 +49,16 @@ def by_nobody(text: str) -> SignedPlan:
 def offer(monkeypatch):
     """Puts plans on the far side of the wire."""
 
-    def offered(*plans: SignedPlan) -> None:
+    def offered(*plans: SignedPlan, finished: Collection[SignedPlan] = ()) -> None:
+        sent = [
+            messages.SignedPlan(**asdict(each), has_finished=each in finished) for each in plans
+        ]
+
         class Registrar:
             def __init__(self, home: SiteHome) -> None: ...
 
             def __enter__(self):
-                return SimpleNamespace(call=lambda _: SimpleNamespace(plans=plans))
+                return SimpleNamespace(call=lambda _: SimpleNamespace(plans=sent))
 
             def __exit__(self, *_: object) -> None: ...
 
@@ -350,6 +356,20 @@ def test_a_list_of_plans_ends_with_what_to_do_next(home, coordinator, offer) -> 
     assert last_line(first, second) == f"next: crafts-client plan show {second.hash[:16]}"
     assert last_line(first) == "next: crafts-client join, if it does not run"
     assert last_line(control) == "this site takes part in none of them"
+
+
+def test_a_plan_that_has_finished_is_no_next_step(home, coordinator, offer) -> None:
+    study = coordinator.plan().study.model_dump()
+    plans = [coordinator.plan(study=study | {"seed": seed}) for seed in (1, 2)]
+    first, second = (signed(coordinator, plan) for plan in plans)
+    offer(first, second, finished=[first])
+    *told, last = run("plan", "list", "--home", home.path).stdout.splitlines()
+    assert told[0].endswith("has finished")
+    assert last == f"next: crafts-client plan show {plans[1].hash[:16]}"
+    listed = json.loads(run("plan", "list", "--json", "--home", home.path).stdout)
+    assert [each["finished"] for each in listed] == [True, False]
+    offer(first, finished=[first])
+    assert "all of them have finished" in run("plan", "list", "--home", home.path).stdout
 
 
 def test_how_long_a_round_takes_is_taken_from_the_newest_one_that_ran() -> None:

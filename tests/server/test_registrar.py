@@ -71,6 +71,7 @@ from crafts_server.registrar import (
     enrolment_server,
     registrar_server,
 )
+from crafts_server.registry import RunStatus
 from crafts_server.registry_rows import CohortSizeRow, WitnessRow
 from crafts_server.signed_heads import SignedHeads
 from crafts_server.status import status_of
@@ -156,6 +157,11 @@ def test_an_invited_site_enrols_and_reads_plans(coordinator, site, foundation) -
     assert coordinator.joined[0][1].startswith("ecdsa-sha2-nistp256 ")
     with Registrar(site) as registrar:
         (plan,) = registrar.call("ListPlans").plans
+        assert not plan.has_finished
+        with coordinator.home.registry() as registry:
+            registry.start_run("run-1", Plan.parse(json.loads(plan.json)).hash)
+            registry.set_status("run-1", RunStatus.FINISHED)
+        assert registrar.call("ListPlans").plans[0].has_finished
     assert (plan.json, plan.signature) == (signed.json, signed.signature)
     keys = site.path / "keys"
     assert {p.stat().st_mode & 0o777 for p in keys.glob("*.key")} == {0o600}

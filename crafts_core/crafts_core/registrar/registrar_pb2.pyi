@@ -43,14 +43,16 @@ class ListPlansRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SignedPlan(_message.Message):
-    __slots__ = ("json", "signature", "public_key")
+    __slots__ = ("json", "signature", "public_key", "has_finished")
     JSON_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    HAS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     json: str
     signature: str
     public_key: str
-    def __init__(self, json: _Optional[str] = ..., signature: _Optional[str] = ..., public_key: _Optional[str] = ...) -> None: ...
+    has_finished: bool
+    def __init__(self, json: _Optional[str] = ..., signature: _Optional[str] = ..., public_key: _Optional[str] = ..., has_finished: bool = ...) -> None: ...
 
 class ListPlansReply(_message.Message):
     __slots__ = ("plans",)
