@@ -7,6 +7,8 @@ columns ``COLUMNS``; everything that is wrong with it is told at once, before an
 import csv
 import io
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ COLUMNS = (
 MAX_IMAGES = 1_000_000
 """Of one run: more are drawn in several, each into a folder of its own."""
 MAX_SEED = 2**63 - 1
-_MAX_TOLD = 5
+_MAX_TOLD, _MOST_SHOWN = 5, 40
 
 
 class RequestError(CraftsError):
@@ -118,11 +120,23 @@ def _json_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
             raise _RowError(f"row {place} is no JSON: {error}") from error
         if not isinstance(values, dict):
             raise _RowError(f"row {place} is no JSON object")
+        if wrong := [key for key, value in values.items() if not _is_cell(value)]:
+            raise _RowError(f"row {place}: {wrong[0]!r} is neither text nor a number nor a list")
         yield place, {key: _cell(value) for key, value in values.items() if value is not None}
 
 
+def _is_cell(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return (
+        value is None
+        or isinstance(value, str)
+        or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+    )
+
+
 def _cell(value: Any) -> str:
-    return ";".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    return ";".join(value) if isinstance(value, list) else str(value).strip()
 
 
 def _request(
@@ -173,7 +187,7 @@ def _steering(
     if modality is None:
         problems.append(f"control must be {' or '.join(MODALITIES)}, got {control!r}")
     path = folder / mask
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  # also False of a name that is too long for one
         problems.append(f"there is no mask {path}")
     return modality, path
 
@@ -190,8 +204,10 @@ def _whole_number(
     written = cells.get(column, "")
     if not written:
         return otherwise
-    if not written.isascii() or not written.isdigit() or not least <= int(written) <= most:
-        problems.append(f"{column} must be a whole number from {least} to {most}, got {written!r}")
+    is_number = written.isascii() and written.isdigit() and len(written) <= _MOST_SHOWN
+    if not is_number or not least <= int(written) <= most:
+        told = written[:_MOST_SHOWN]
+        problems.append(f"{column} must be a whole number from {least} to {most}, got {told!r}")
         return otherwise
     return int(written)
 

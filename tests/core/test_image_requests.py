@@ -68,10 +68,12 @@ def test_a_line_ends_where_the_file_says(tmp_path: Path, name: str) -> None:
         ("type\nXXXX\n", "unknown cancer type 'XXXX'"),
         ("caption,count\nlung,0\n", "count must be a whole number from 1"),
         ("caption,count\nlung,1e8\n", "got '1e8'"),
+        (f"caption,count\nlung,{'9' * 5000}\n", "count must be a whole number from 1"),
         ("caption,seed\nlung,-1\n", "seed must be a whole number from 0"),
         ("type,stroma\nLUAD,lots\n", "stroma 'lots' is none of"),
         ("caption,control\nlung,nuclei\n", "control and mask belong together"),
         ("caption,control,mask\nlung,nuclei,no.png\n", "there is no mask"),
+        (f"caption,control,mask\nlung,nuclei,{'m' * 300}.png\n", "there is no mask"),
         ("caption,count\nlung\n", "other columns than the header"),
         ("caption,count, count\nlung,1,2\n", "column 'count' is there twice"),
         ("caption\n", "asks for no image"),
@@ -83,6 +85,12 @@ def test_what_is_wrong_is_named_with_its_row(tmp_path: Path, text: str, problem:
         read_requests(table(tmp_path, text), count=1)
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "true", '{"a": 1}', "[1]", "[[]]"])
+def test_json_that_is_no_words_and_no_number_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RequestError, match="row 1: 'caption' is neither text nor a number"):
+        read_requests(table(tmp_path, f'{{"caption": {value}}}\n', "a.jsonl"), count=1)
 
 
 def test_all_wrong_rows_are_told_together(tmp_path: Path) -> None:
