@@ -9,7 +9,7 @@ import typer
 
 from crafts_client.commands import AsJson, Home, PlanHash
 from crafts_client.home import SiteHome
-from crafts_core.command_line import confirm, one_line_errors, say
+from crafts_core.command_line import confirm, one_line_errors, say, say_done
 from crafts_core.roster import RosterError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def roster_approve(
     take_back: Annotated[
         bool, typer.Option("--take-back", help="Add to no further sum of this plan.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let this site's patients be added up with those of exactly these hospitals.
 
@@ -55,7 +56,7 @@ def roster_approve(
         site = SiteHome.open(home)
         if take_back:
             site.roster_approvals.take_back(plan_hash)
-            say("the roster is not approved any more")
+            _say_approved("the roster is not approved any more", plan_hash, False, as_json)
             return
         shown = _shown(site, plan_hash, to_approve=True)
         # The coordinator may have another one by now than was shown, and read aloud.
@@ -64,7 +65,8 @@ def roster_approve(
                 f"the roster is not the one of that phrase; its own is {shown.roster.phrase}: show "
                 "it and read it to each other again"
             )
-    _print(shown)
+    if not as_json:
+        _print(shown)
     if shown.unpinned:
         confirm(
             "Have all these hospitals, each known to you by voice, read this phrase?",
@@ -73,7 +75,11 @@ def roster_approve(
         )
     with one_line_errors("crafts-client"):
         site.roster_approvals.approve(shown.roster)
-    say("the roster is approved")
+    _say_approved("the roster is approved", plan_hash, True, as_json)
+
+
+def _say_approved(told: str, plan_hash: str, is_approved: bool, as_json: bool) -> None:
+    say_done(told, {"plan": plan_hash, "approved": is_approved}, as_json=as_json)
 
 
 def _shown(site: SiteHome, plan_hash: str, *, to_approve: bool = False) -> "ShownRoster":

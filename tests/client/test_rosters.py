@@ -1,7 +1,7 @@
 """Who the other hospitals are is decided here, by ear: shown with its phrase, approved, held."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from crafts_client.mechanism import mechanism_of
 from crafts_client.policy import Policy, PolicyError
 from crafts_client.rosters import shown_roster
 from crafts_core.plan import Plan
+from crafts_core.registrar import registrar_pb2 as messages
 from crafts_core.roster import Roster, identity_words
 from crafts_privacy import accounting, signing
 from support.sites import Coordinator
@@ -42,7 +43,7 @@ def far_side(study: SumStudy, coordinator: Coordinator, monkeypatch):
 
     def offer(roster: Roster, key: object | None = None):
         text = roster.to_json()
-        plan = coordinator.message(study.plan, study.state).plan
+        plan = messages.SignedPlan(**asdict(coordinator.message(study.plan, study.state).plan))
 
         class Registrar:
             def __init__(self, home: SiteHome) -> None:
@@ -128,7 +129,8 @@ def test_without_a_terminal_the_phrase_that_was_read_aloud_is_given(home, study,
     assert (refused.exit_code, "not the one of that phrase" in refused.stderr) == (1, True)
     assert home.roster_approvals.all() == {}
     far_side(read_aloud)
-    assert run(*approve, read_aloud.phrase).exit_code == 0
+    done = run(*approve, read_aloud.phrase, "--json")
+    assert json.loads(done.stdout) == {"plan": study.plan.hash, "approved": True}
     assert home.roster_approvals.of_plan(study.plan.hash) == read_aloud
 
 

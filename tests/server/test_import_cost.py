@@ -99,7 +99,7 @@ class Registrar:
     def __init__(self, home): ...
     __enter__ = lambda self: self
     __exit__ = lambda *_: None
-    call = lambda self, name: SimpleNamespace(plans=[SimpleNamespace(**PLAN)])
+    call = lambda self, name: SimpleNamespace(plans=[SimpleNamespace(**PLAN, has_finished=False)])
 enrolment.Registrar = Registrar
 """
 
