@@ -172,7 +172,7 @@ def audit(
     if in_groups:
         checks += _named("in groups", direct_checks(_observe(make, in_groups=True)))
     checks += _named("automatic clipping", direct_checks(_observe(make, stability=_STABILITY)))
-    checks += (long_noise(make_noise(), device),)
+    checks += _named("the noise source by itself", [long_noise(make_noise(), device)])
     return AuditResult(
         subject=Subject(
             noise=type(make_noise()).__name__,

@@ -369,6 +369,7 @@ def test_what_is_refused_before_anybody_is_drawn_is_refused_at_once(
     assert not clock.slept
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_waiting_loses_nothing_and_then_answers_at_once(
     make_home, foundation, coordinator
 ) -> None:

@@ -412,7 +412,7 @@ def test_the_audit_passes_engine_and_trainer_and_leaves_its_record(
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     middle = lines.index("the trainer, on public patients, as site.toml says:")
-    assert len([line for line in lines[:middle] if line.startswith("passed")]) == 28
+    assert len([line for line in lines[:middle] if line.startswith("passed")]) == 29
     assert len([line for line in lines[middle:] if line.startswith("passed  pretraining")]) == 8
     assert "audited: GridNoise, flat and automatic clipping" in done.stdout
     record = json.loads(home.audit_path.read_text())

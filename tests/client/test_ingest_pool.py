@@ -48,6 +48,7 @@ def test_in_this_process_a_refusal_is_a_result_too() -> None:
     assert told[1] == "fine a"
 
 
+@pytest.mark.slow
 def test_beats_of_all_processes_arrive() -> None:
     beats: list[int] = []
     with Pool(2, silence_s=60) as pool:

@@ -237,6 +237,7 @@ def test_scrubbing_twice_is_scrubbing_once(text: str) -> None:
     assert (twice.text, twice.found) == (once.text, {})
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(texts)
 def test_nothing_grows_and_no_long_number_is_left(text: str) -> None:
@@ -268,6 +269,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_text_takes_linear_time(piece: str) -> None:
     """Ten times the text, ten times the time, within a factor; quadratic would be a hundred.

@@ -200,6 +200,7 @@ def test_passes_that_mind_each_other_are_found_and_not_used(
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [0.0, 5.0])
 def test_who_else_is_drawn_moves_nobodys_draws(foundation, store, std: float) -> None:
     """Tiles, noise and timesteps belong to a step and a patient: sums simply add up."""

@@ -291,9 +291,10 @@ def test_every_group_of_the_audits_checks_is_named(home, tmp_path) -> None:
         "patients one by one, clipping to a fixed bound",
         "several patients to a pass, clipping to a fixed bound",
         "patients one by one, automatic clipping",
+        "the noise source by itself",
     ]
     groups = page.partition(heads[0])[2].partition("</table>")[0].split("<th colspan")
-    assert [group.count("is the noise Gaussian around zero?") for group in groups] == [1, 1, 1]
+    assert [group.count("is the noise Gaussian around zero?") for group in groups] == [1, 1, 1, 0]
 
 
 def test_an_update_without_a_record_is_named(trained) -> None:

@@ -211,6 +211,7 @@ def test_a_second_release_of_one_run_is_refused(
     assert len(site._ledger.events("main")) == 1
 
 
+@pytest.mark.slow
 def test_a_release_beyond_the_target_is_refused_before_anything_runs(
     home: SiteHome, foundation: Foundation, coordinator: Coordinator
 ) -> None:
@@ -400,6 +401,7 @@ def test_a_person_reads_who_adds_the_noise(
     assert "its share of noise: all members of a sum but 1 add" in text
 
 
+@pytest.mark.slow
 def test_what_is_left_counts_releases_that_are_still_to_come(
     home: SiteHome, coordinator: Coordinator, plan: Plan, tmp_path: Path
 ) -> None:

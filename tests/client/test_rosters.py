@@ -87,6 +87,7 @@ def test_a_roster_is_shown_with_keys_phrase_and_what_is_left_alone(home, study, 
     assert "not approved here yet" in text
 
 
+@pytest.mark.slow
 def test_what_is_left_alone_counts_releases_as_often_as_they_may_be_asked_for(
     tmp_path, foundation, coordinator, study, far_side
 ) -> None:

@@ -93,6 +93,7 @@ def step_of(study: SumStudy, announcement: Announcement) -> float:
     return UpdateGrid.of(study.plan, study.plan.stage[0], patients, noise_multiplier=noise).step
 
 
+@pytest.mark.slow
 def test_it_is_charged_and_recorded_as_the_update_of_a_plain_round(home, site, study) -> None:
     """One guarantee: whole noise, every local step, no share that others' noise must fill up."""
     release = study.add(site)
@@ -176,6 +177,7 @@ def words(release: Release) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_site_that_was_left_out_pays_once(
     tmp_path: Path, foundation, coordinator: Coordinator
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_site_that_was_left_out_pays_once(
     assert kinds(home) == ["reserved", *["carried"] * 3, "committed"]
 
 
+@pytest.mark.slow
 def test_a_stage_with_other_steps_is_charged_anew(
     tmp_path: Path, foundation, coordinator: Coordinator
 ) -> None:
@@ -269,6 +272,7 @@ def test_an_update_that_is_too_long_is_charged_and_closed(home, site, study) -> 
     assert Outbox(home.outbox_path).records() == {}
 
 
+@pytest.mark.slow
 def test_what_a_crash_left_sealed_is_committed(home, foundation, site, study, monkeypatch) -> None:
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -55,6 +55,7 @@ def test_each_point_is_what_was_counted_then() -> None:
         assert exact <= curves[STEPS][at] == pytest.approx(exact, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_long_life_is_drawn_to_its_last_charge() -> None:
     entries = charges(3 * MOST_POINTS + 1)
     for curve in spending_curves(entries, replace(LIFE, filters=("sums",))):

@@ -363,6 +363,7 @@ def test_a_supernode_that_lives_and_does_not_answer_is_replaced(home, monkeypatc
     listener.close()
 
 
+@pytest.mark.slow
 def test_a_site_that_is_revoked_while_it_takes_part_ends(home, monkeypatch) -> None:
     """Its SuperNode ends, as a revoked one does; whether it was for that, the registrar says."""
     (home.path / "keys").mkdir()

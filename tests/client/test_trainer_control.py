@@ -90,6 +90,7 @@ def train(foundation, plan, patients, *, rows: int = 1, **changes) -> State:
     return trainer.train(replace(task, **changes))
 
 
+@pytest.mark.slow
 def test_without_noise_it_equals_a_plain_torch_loop(foundation, open_plan, patients) -> None:
     state, stage = moved(foundation, open_plan), open_plan.stage[0]
     delta = train(foundation, open_plan, patients, state=state)
@@ -147,6 +148,7 @@ def test_the_sampler_draws_from_the_whole_cohort_at_the_plans_rate(
     assert asked == [(PATIENTS, plan.privacy.sample_rate)] * plan.stage[0].local_steps
 
 
+@pytest.mark.slow
 def test_several_patients_in_one_pass_are_the_loop(
     foundation, open_plan, patients, monkeypatch
 ) -> None:
@@ -229,6 +231,7 @@ def test_a_wrong_shortcut_is_found_before_the_first_round(
     assert "training without them" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_site_answers_a_control_round_and_pays_for_it(tmp_path, foundation, coordinator) -> None:
     home = make_site_home(
         tmp_path / "site", foundation, coordinator.public_key, num_steered=3,

@@ -192,6 +192,7 @@ def test_nothing_is_read_of_who_has_withdrawn(kept, tmp_path, foundation, monkey
     assert seen == [set(others)] * 2
 
 
+@pytest.mark.slow
 def test_every_round_is_kept_for_the_owner_alone_with_what_it_answered(kept) -> None:
     """Also those that the outbox forgot; a file that the ledger did not commit is not read."""
     files = list(kept.seen_path.iterdir())

@@ -65,6 +65,7 @@ def test_merged_weights_are_base_plus_product(foundation: Foundation) -> None:
         torch.testing.assert_close(merged.get_submodule(name).weight, layer.weight + product)
 
 
+@pytest.mark.slow
 def test_merged_denoiser_predicts_what_the_adapter_predicts(foundation: Foundation) -> None:
     adapter = attached(foundation, random_state(foundation))
     expected = adapter.predict(*inputs(foundation))

@@ -62,6 +62,7 @@ def test_figures_are_what_loops_say() -> None:
         assert recall.share == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.slow
 def test_chance_is_what_unrelated_images_score() -> None:
     """Captions of one image, and of many: drawing k of N without putting back."""
     place = np.array([0] * 12 + [1] * 6 + [2, 3, 4, 5, 6, 7])

@@ -254,6 +254,7 @@ def test_real_images_are_not_measured_against_themselves(
     assert "have 30 tiles and 10 patients in common" in one_line(invoke(foundation, *words))
 
 
+@pytest.mark.slow
 def test_compare_ranks_folders_beside_generators(
     foundation: Foundation, at: SimpleNamespace
 ) -> None:

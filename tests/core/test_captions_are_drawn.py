@@ -50,6 +50,7 @@ def _plain(pattern: GrowthPattern, seed: int) -> np.ndarray:
     return _pixels(pattern, "moderate", seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "feature"), STATED)
 def test_a_stated_feature_is_drawn(pattern: GrowthPattern, feature: Feature) -> None:
     moved = [
@@ -59,6 +60,7 @@ def test_a_stated_feature_is_drawn(pattern: GrowthPattern, feature: Feature) -> 
     assert np.mean(moved) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", GROWTH_PATTERNS)
 def test_the_stated_amount_of_stroma_is_drawn(pattern: GrowthPattern) -> None:
     scant, moderate, abundant = (

@@ -88,6 +88,7 @@ def test_what_is_no_rgb_image_is_refused(images: np.ndarray) -> None:
         OrthogonalEncoder().embed(images)
 
 
+@pytest.mark.slow
 def test_same_tissue_is_nearer_than_other_tissue_than_another_stain_than_noise() -> None:
     encoder = OrthogonalEncoder()
     real = _tiles("COAD", 48, seed=0)

@@ -142,6 +142,7 @@ def names_called(path: Path) -> set[str]:
     return called
 
 
+@pytest.mark.slow
 def test_nothing_is_shown_by_another_way() -> None:
     """No program prints, asks, logs or renders but through the functions above."""
     theirs = {"print", "typer.echo", "typer.secho", "typer.confirm", "click.echo"}

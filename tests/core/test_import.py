@@ -53,6 +53,7 @@ def test_imported_directory_loads_as_a_foundation(
     assert loaded.latent_aligner(latents).shape == (8, loaded.anchors_KD.shape[1])
 
 
+@pytest.mark.slow
 def test_imported_weights_are_the_sources(
     foundation: Foundation, source: Path, clip: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_missing_safetensors_is_named(
         run(foundation, source, clip, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_missing_part_is_named(
     foundation: Foundation, source: Path, clip: Path, tmp_path: Path, part: str
@@ -202,6 +204,7 @@ def test_inpainting_weights_are_refused_by_their_channels(
         run(foundation, source, clip, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_half_precision_file_names_are_read(

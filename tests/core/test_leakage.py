@@ -77,6 +77,7 @@ def smallest_p_value(found: Leakage) -> float:
     return min(1.0, len(tests) * min(tests))
 
 
+@pytest.mark.slow
 def test_an_untrained_generator_leaks_nothing(foundation: Foundation) -> None:
     side = foundation.manifest.tile_px
     found = measure_leakage(

@@ -111,6 +111,7 @@ def test_long_and_tiny_nuclei_are_one_each() -> None:
     assert len(centres_of_condition(nuclei_condition(labels_HW))) == 3
 
 
+@pytest.mark.slow
 def test_the_mask_itself_is_all_but_found(finder: NucleiFinder) -> None:
     """The most that anybody can have: its nuclei are told apart by their shape alone."""
     _, condition_NCHW = _many(range(100, 106))

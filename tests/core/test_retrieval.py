@@ -232,6 +232,7 @@ def test_rows_as_before_change_no_product() -> None:
     assert lengths[0][1] == 0, "a row of nothing stays so"
 
 
+@pytest.mark.slow
 def test_public_steps_lower_the_loss_on_what_was_picked(
     pool: PublicPool, foundation, state: State, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_public_steps_lower_the_loss_on_what_was_picked(
     assert loss(trained_on(picked, foundation, plan, state, tmp_path / "s")) < 0.97 * loss(state)
 
 
+@pytest.mark.slow
 def test_with_alignment_picked_tiles_are_drawn_nearer_to_what_was_told_of_their_caption(
     pool: PublicPool, foundation, state: State, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_the_decoder_gives_the_mapped_values_exactly(foundation: Foundation) -> 
         assert after[:, colour] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_generator_draws_in_the_colours_told(foundation: Foundation) -> None:
     captions = ["tissue with glands", "tissue with sheets"]
     pale = ToldColours(gain=(0.3, 0.3, 0.3), offset=(0.2, 0.2, 0.2))  # random weights draw extremes

@@ -127,6 +127,7 @@ def test_colours_are_matched_beforehand_in_a_column_of_their_own(by_colour: Vali
     ]
 
 
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_how_many_patients_there_are(
     by_structure: Validation,
 ) -> None:
@@ -146,6 +147,7 @@ def test_too_few_patients_get_no_verdict() -> None:
         validate(Ruler(sees="colour"), _tiles(patients=60, each=1), CONFIG, mpp=0.9)
 
 
+@pytest.mark.slow
 def test_a_verdict_does_not_depend_on_the_sites_salt() -> None:
     """Another salt: other pseudonyms, hence another order of patients and rows."""
     tiles = _tiles(patients=30, each=3)

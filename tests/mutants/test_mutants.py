@@ -25,6 +25,7 @@ def functions_of(file: str) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=NAMES)
 def test_a_mutant_still_applies_and_its_test_is_there(mutant: CodeMutant) -> None:
     """Where this fails, code or a test moved: move the mutant with it, or write it anew."""

@@ -45,6 +45,7 @@ def gaussian_epsilon(noise_multiplier: float, steps: int, delta: float) -> float
     return float(optimize.brentq(excess, 0.0, 200.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise_multiplier", "q", "steps", "delta", "pld", "prv"), GOLDENS)
 def test_epsilon_goldens(
     noise_multiplier: float, q: float, steps: int, delta: float, pld: float, prv: float
@@ -56,6 +57,7 @@ def test_epsilon_goldens(
     assert second.accountant == "opacus-prv"
 
 
+@pytest.mark.slow
 def test_replace_one_golden() -> None:
     """q=0.1, noise multiplier 1, 100 steps, delta 1e-4 (facts: 5.97 against 9.22)."""
     events = [event(1.0, 0.1, 100)]
@@ -64,6 +66,7 @@ def test_replace_one_golden() -> None:
     assert replaced == pytest.approx(9.221, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_epsilon_equals_dp_accounting_for_the_same_events() -> None:
     events = [event(1.1, 0.05, 40), event(2.0, 0.2, 30)]
     theirs = pld.PLDAccountant(value_discretization_interval=1e-4)
@@ -133,6 +136,7 @@ def test_merging_keeps_every_step_and_forgets_order(events: list[PrivacyEvent]) 
     assert len({(one.noise_multiplier, one.sample_rate) for one in merged}) == len(merged)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=5)
 @given(
     noise_multiplier=st.floats(0.7, 4.0),
@@ -173,6 +177,7 @@ def test_calibrated_noise_meets_the_target_closely_and_never_passes_it(
     assert 0.99 * target < reached <= target
 
 
+@pytest.mark.slow
 def test_calibration_leaves_room_for_what_was_spent() -> None:
     spent = [event(2.0, 0.1, 50)]
     asked = {"target_epsilon": 4.0, "delta": 1e-3, "sample_rate": 1.0, "steps": 5}
@@ -187,6 +192,7 @@ def test_calibrated_noise_survives_being_written_with_four_digits() -> None:
     assert float(f"{value:.4g}") == value
 
 
+@pytest.mark.slow
 def test_calibration_refuses_when_nothing_is_left() -> None:
     with pytest.raises(CalibrationError, match="spent already"):
         calibrate_noise_multiplier(
@@ -222,6 +228,7 @@ def test_an_impossible_target_is_refused(bad: dict[str, float]) -> None:
         calibrate_noise_multiplier(**asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spent_steps", [0, 10])
 def test_steps_left_is_the_largest_number_that_fits(spent_steps: int) -> None:
     """The slow obvious loop: one step more until it is too many."""
@@ -268,6 +275,7 @@ def test_a_second_opinion_is_compared_in_both_directions(
     assert SecondOpinion(opinion, accountant).agrees_with(value) is agree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "rate", "steps", "delta"),
     [(0.5, 0.5, 4, 1e-3), (2.0, 0.5, 100, 1e-3), (8.0, 0.1, 10, 1e-4), (1.0, 1.0, 5, 1e-3)],
@@ -292,6 +300,7 @@ def test_a_patient_at_two_members_of_one_sum_pays_more_than_at_two_studies(
     assert found > epsilon([steps, steps], 1e-3)
 
 
+@pytest.mark.slow
 def test_two_hospitals_without_a_sum_in_common_compose() -> None:
     one = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.2, steps=20)
     other = PrivacyEvent(noise_multiplier=3.0, sample_rate=0.1, steps=40)

@@ -222,7 +222,7 @@ FAULTS = {
     "noise halved": "noise scale",
     "noise divided by the batch": "noise scale",
     "no noise": "noise scale",
-    "noise cut off where it is long": "long noise",
+    "noise cut off where it is long": "long noise, the noise source by itself",
     "noise reused in every step": "noise is fresh",
     "noise reused after a restart": "noise is fresh",
     "full batch": "sampling rate",
@@ -260,6 +260,7 @@ GROUP_FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_seeds", [pytest.param(1, id="1"), pytest.param(20, id="20", marks=pytest.mark.exhaustive)]
 )
@@ -310,6 +311,7 @@ class AutomaticWithoutNorm(PatientSGD):
             self._sum_D += to_grid_(grad_D, self._step)
 
 
+@pytest.mark.slow
 def test_a_fault_of_automatic_clipping_is_caught() -> None:
     result = audit(faulty(AutomaticWithoutNorm), seed=1, num_canaries=10)
     assert caught(result, "clip, automatic clipping")
@@ -336,6 +338,7 @@ def test_the_engine_that_trains_passes_with_its_own_entropy() -> None:
     assert result.one_run.claimed_epsilon < result.one_run.control
 
 
+@pytest.mark.slow
 def test_an_audit_that_could_not_fail_does_not_pass() -> None:
     """Ten canaries all guessed right bound epsilon by 1.05 at best: no evidence for epsilon 2."""
     result = audit(num_canaries=10, claimed_epsilon=2.0, seed=0)

@@ -139,6 +139,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [folded, one_by_one])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

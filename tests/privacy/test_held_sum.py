@@ -138,6 +138,7 @@ def distributed_weights(
     return flat_D
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_sites", [3, 10, 30])
 @pytest.mark.parametrize("make_optimizer", [lambda: Momentum(0.6), lambda: AdamBC(0.8, 0.95)])
 def test_a_federation_is_one_cohort_to_the_last_bit(

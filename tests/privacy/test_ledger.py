@@ -170,6 +170,7 @@ def test_a_budget_is_refused_before_it_is_passed_and_nothing_is_recorded(ledger:
     assert len(ledger.entries()) == 2
 
 
+@pytest.mark.slow
 def test_a_calibrated_study_fits_its_budget_to_the_last_round(ledger: Ledger) -> None:
     noise_multiplier = accounting.calibrate_noise_multiplier(
         target_epsilon=2.0, delta=DELTA, sample_rate=0.1, steps=40

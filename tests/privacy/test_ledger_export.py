@@ -87,6 +87,7 @@ def test_no_beginning_of_it_is_accepted(export: Path, trusted) -> None:
             parse_export(whole[:length], name="cut", trusted=trusted)
 
 
+@pytest.mark.slow
 def test_no_byte_of_it_can_be_changed(export: Path, trusted) -> None:
     """One bit of each, and the one that tells capitals from small letters."""
     check_flips(export, trusted, lambda index: (1 << index % 8, 0x20))

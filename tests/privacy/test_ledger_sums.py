@@ -152,6 +152,7 @@ def test_carrying_keeps_the_plan_within_its_target(ledger: Ledger) -> None:
         reserve(ledger, 3, plan_limit=limit)
 
 
+@pytest.mark.slow
 def test_alone_a_site_counts_what_it_added_itself(ledger: Ledger) -> None:
     """Reserved by the smallest share, committed by the one that was added, closed by the first."""
     reserve(ledger, 1)
@@ -184,6 +185,7 @@ def test_the_limit_alone_is_kept_and_nothing_is_recorded(ledger: Ledger) -> None
     assert kinds(ledger) == ["reserved", "reserved", "carried"]
 
 
+@pytest.mark.slow
 def test_a_charge_that_is_carried_counts_with_the_share_that_it_may_now_pay_for(
     ledger: Ledger,
 ) -> None:

@@ -111,6 +111,7 @@ def true_delta(first: PrivacyEvent, branches: Sequence[PrivacyEvent]) -> float:
     return max(float(weights @ delta) for delta in worst)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", [step(0.8), step(0.5, 0.217), step(2.0, 0.4)])
 def test_the_closed_forms_are_the_accountants_figures(event: PrivacyEvent) -> None:
     epsilon = np.array(accounting.epsilon([event], DELTA))

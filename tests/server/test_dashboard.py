@@ -169,6 +169,7 @@ def test_ten_prompts_are_drawn_once_beside_the_foundation(
     assert browser.get(page).text.count('src="data:image/png;base64,') == 20
 
 
+@pytest.mark.slow
 def test_a_round_costs_what_its_sites_declared(foundation) -> None:
     """Another noise and rate than the plan's: what was declared counts, round after round."""
     values = plan_values(foundation.manifest.hash)

@@ -115,6 +115,7 @@ def test_chunks_are_bound_by_the_announced_length(link) -> None:
         assert status(node) == 413
 
 
+@pytest.mark.slow
 def test_a_body_that_stops_is_given_up_and_asked_for_again(link, monkeypatch) -> None:
     monkeypatch.setattr(fleet_gate, "_GRACE_S", 0.3)
     key = admitted_key(link[0], "north")
@@ -190,6 +191,7 @@ def test_connections_are_limited(link, monkeypatch) -> None:
         assert status(first) == 503
 
 
+@pytest.mark.slow
 def test_the_largest_piece_that_flower_sends_passes(link) -> None:
     """Flower's own node sends an answer that is cut into pieces."""
     server, _ = link

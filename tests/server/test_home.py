@@ -160,6 +160,7 @@ def test_a_registry_that_cannot_be_opened_is_not_kept(tmp_path: Path) -> None:
     assert CoordinatorHome.open(tmp_path / "home").config.registry == "sqlite"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "listen"),
     [

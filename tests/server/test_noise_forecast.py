@@ -166,6 +166,7 @@ def test_alignment_that_moves_little_is_told(share: float | None, warns: bool) -
     assert ("changes little" in told.in_words) is warns
 
 
+@pytest.mark.slow
 def test_more_epsilon_patients_and_sites_help(foundation) -> None:
     few = noise_forecast(plan_of(foundation, target_epsilon=0.5), foundation, [12])
     more = noise_forecast(plan_of(foundation), foundation, [12] * 4)

@@ -232,6 +232,7 @@ def test_a_plan_of_brackets_in_brackets_is_one_line(home, tmp_path: Path) -> Non
     assert "cannot read plan" in run(home, "plan", "check", tmp_path / "deep.json", code=1).stderr
 
 
+@pytest.mark.slow
 def test_the_roster_of_a_plan_is_shown_in_columns(home) -> None:
     """Tabs were shown as backslashes."""
     plan, key = summed_plan(), identity_of(1)
@@ -276,6 +277,7 @@ def test_check_names_what_signing_a_plan_of_sums_would_refuse(home, plan, tmp_pa
     assert home.registry().plans() == []
 
 
+@pytest.mark.slow
 def test_a_plan_picks_from_a_pool_of_this_home(home, foundation, tmp_path: Path) -> None:
     made = json.loads(run(home, "pool", "add", open_table(tmp_path / "open"), "--json").stdout)
     again = json.loads(run(home, "pool", "add", tmp_path / "open" / "open.tsv", "--json").stdout)
@@ -321,6 +323,7 @@ def test_a_plan_for_another_foundation_is_named(home, plan, foundation) -> None:
     assert problem.startswith("study.foundation: 0000000000000000 is not the foundation here")
 
 
+@pytest.mark.slow
 def test_a_rule_that_nobody_knows_is_named_before_a_plan_is_signed(home, plan, tmp_path) -> None:
     values = plan.model_dump(mode="json")
     values["aggregation"]["rule"] = "uniforn"

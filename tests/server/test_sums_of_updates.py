@@ -109,6 +109,7 @@ class Sharing(UpdatingSite):
         return super().reply(*args, **{"own_noise_multiplier": share, **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_share_of_the_noise_is_not_enough(tmp_path: Path) -> None:
     sites = updating_sites(kinds={1: Sharing}, rounds=1, max_attempts=1)
     with pytest.raises(VoidSumsError, match="at least this member's share"):

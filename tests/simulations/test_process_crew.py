@@ -41,6 +41,7 @@ def test_each_process_answers_for_many_sites_in_an_environment_of_its_own() -> N
     assert len({each["pid"] for each in told}) == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_started_anew_and_its_turn_run_again(tmp_path: Path) -> None:
     ends = Ends(tmp_path / "tries", times=1)
     told = told_by(ends, ["a", "b"], num_places=1)
@@ -48,6 +49,7 @@ def test_a_process_that_is_killed_is_started_anew_and_its_turn_run_again(tmp_pat
     assert (tmp_path / "tries").read_text().split() == ["a", "a", "b", "b"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_always_killed_is_one_line_that_says_how(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match=r"works for a ended 3 times in one turn \(SIGKILL\)"):
         told_by(Ends(tmp_path / "tries", times=9), ["a"], num_places=1)

@@ -107,13 +107,12 @@ def test_real_programs_are_not_asked_to_repeat_themselves(
 def test_two_runs_leave_the_same_bytes_though_one_was_interrupted(
     scenario: Scenario, tmp_path: Path
 ) -> None:
-    """And went on with two processes for the sites."""
     source = tile_source(tmp_path)
     first, second = tmp_path / "first", tmp_path / "second"
     report = run_scenario(scenario, first, source=source)
     with pytest.raises(KeyboardInterrupt):
         run_scenario(scenario, second, source=source, progress=_interrupted_after_round_1)
-    run_scenario(scenario, second, source=source, num_trainers=2)
+    run_scenario(scenario, second, source=source)
     for name in (
         "adapter.safetensors",
         "evaluation.json",

@@ -74,6 +74,7 @@ def turn(serves: SiteBench, name: str) -> Message:
     return serves(name, Message(RecordDict({"no": ConfigRecord({})}), 1, "train"))
 
 
+@pytest.mark.slow
 def test_the_newest_few_sites_are_open_and_others_open_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -87,6 +88,7 @@ def test_the_newest_few_sites_are_open_and_others_open_again(
     assert [site.name for site in opened.alive] == [SITES[0], SITES[-4], *SITES[-2:]]
 
 
+@pytest.mark.slow
 def test_of_sums_every_site_remembers_and_the_newest_few_have_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
