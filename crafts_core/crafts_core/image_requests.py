@@ -5,7 +5,6 @@ columns ``COLUMNS``; everything that is wrong with it is told at once, before an
 """
 
 import csv
-import io
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 from crafts_core.attribute_words import ATTRIBUTE_COLUMNS, read_attributes
 from crafts_core.errors import CraftsError
 from crafts_core.plan_sections import MODALITIES, Modality
+from crafts_core.table_lines import table_reader, whole_lines
 from crafts_core.vocabulary import PartialAttributes, VocabularyError, label_caption
 
 COLUMNS = (
@@ -100,14 +100,12 @@ def _text_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:
 
 
 def _table_rows(text: str, delimiter: str) -> Iterator[tuple[int, Mapping[str, str]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = table_reader(text, delimiter)
     names = [name.strip() for name in reader.fieldnames or ()]
     if twice := [name for name in names if names.count(name) > 1]:
         raise _RowError(f"column {twice[0]!r} is there twice")
-    for cells in reader:
-        if None in cells or None in cells.values():
-            raise _RowError(f"row {reader.line_num} has other columns than the header")
-        yield reader.line_num, {key.strip(): value.strip() for key, value in cells.items()}
+    for place, cells in whole_lines(reader):
+        yield place, {key.strip(): value.strip() for key, value in cells.items()}
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Mapping[str, str]]]:

@@ -163,8 +163,8 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, rows: list, told: str) ->
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("a.png,large, dark nuclei,p1", "line 2 has other columns than the header"),
-        ("a.png,large", "line 2 has other columns than the header"),
+        ("a.png,large, dark nuclei,p1", "line 2: other columns than the header"),
+        ("a.png,large", "line 2: other columns than the header"),
         ('a.png,"large,p1\nb.png,small,p2', "unexpected end of data"),
     ],
 )

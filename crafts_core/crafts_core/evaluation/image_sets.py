@@ -8,7 +8,6 @@ with those that have the same pixels.
 """
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from crafts_core.evaluation.real_tiles import RealTiles, pixel_digest
 from crafts_core.picture_facts import bits_per_sample, opaque, opened
 from crafts_core.progress import Progress
 from crafts_core.provenance import ProvenanceError, read_provenance
+from crafts_core.table_lines import table_reader, whole_lines
 
 PATIENT = ("patient", "case", "source_tile_group")
 LABEL = ("label", "cancer_type", "class", "organ")
@@ -133,8 +133,7 @@ def table_rows(table: Path) -> list[Row]:
         if kind_of_table(table) == _JSON:  # values may hold what splitlines() takes for line ends
             return [_cells(json.loads(line)) for line in text.split("\n") if line.strip()]
         delimiter = "\t" if kind_of_table(table) == _TAB else ","
-        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        return [_cells(_whole(row, lines.line_num)) for row in lines]
+        return [_cells(row) for _, row in whole_lines(table_reader(text, delimiter))]
     except (ValueError, RecursionError, csv.Error) as error:
         raise ImageSetError(f"{table} is no UTF-8 table: {error}") from error
 
@@ -273,12 +272,6 @@ def _middle(square_HWC: Images, side_px: int) -> Images:
 
 def _first(row: Row, names: tuple[str, ...]) -> str:
     return next((row[name] for name in names if row.get(name)), "")
-
-
-def _whole(row: dict[Any, Any], line: int) -> dict[Any, Any]:
-    if None in row or None in row.values():  # a comma too many moves a caption to the patient
-        raise ValueError(f"line {line} has other columns than the header")
-    return row
 
 
 def _cells(row: Any) -> Row:

@@ -16,12 +16,11 @@ split    ``build`` (default) or ``held-out``: nothing is trained on the latter; 
 """
 
 import csv
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +30,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from crafts_core.fields import describe_first_error
 from crafts_core.foundation_manifest import FoundationError
 from crafts_core.picture_facts import bits_per_sample, opaque, opened
+from crafts_core.table_lines import table_reader, whole_lines
 from crafts_core.vocabulary import CANCER_TYPES, cancer_type
 
 Pixels = npt.NDArray[np.uint8]
 Words = Annotated[str, Field(max_length=300)]
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "JPEG2000")
 _SMALLEST = 0.875
 """An image that is a little too small is enlarged to one tile; a smaller one has none."""
 _MOST_PIXELS = 400_000_000
@@ -116,18 +116,15 @@ def read_table(path: Path) -> tuple[TableRow, ...]:
         raise FoundationError(f"cannot read the table of tiles {path}: {error}") from error
     header = text.partition("\n")[0]
     delimiter = "\t" if "\t" in header else ","
-    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, wrong = [], []
     try:
-        for line in lines:
+        for number, line in whole_lines(table_reader(text, delimiter)):
             try:
                 rows.append(_row(line, path.parent))
             except ValidationError as error:
-                wrong.append(f"line {lines.line_num}: {describe_first_error(error)}")
-            except ValueError as error:
-                wrong.append(f"line {lines.line_num}: {error}")
+                wrong.append(f"line {number}: {describe_first_error(error)}")
     except csv.Error as error:
-        raise FoundationError(f"{path}: line {lines.line_num}: {error}") from error
+        raise FoundationError(f"{path}: {error}") from error
     if wrong:
         raise FoundationError(f"{path}: {wrong[0]}; {len(wrong)} lines are wrong")
     if not rows:
@@ -136,9 +133,7 @@ def read_table(path: Path) -> tuple[TableRow, ...]:
     return tuple(rows)
 
 
-def _row(line: dict[Any, Any], folder: Path) -> TableRow:
-    if None in line or None in line.values():  # a comma too many moves a caption to the scale
-        raise ValueError("other columns than the header")
+def _row(line: dict[str, str], folder: Path) -> TableRow:
     values = {
         key: value.strip() if key == "file" else " ".join(value.split())
         for key, value in line.items()
@@ -150,15 +145,15 @@ def _row(line: dict[Any, Any], folder: Path) -> TableRow:
 
 def _check_splits(rows: Sequence[TableRow], path: Path) -> None:
     """A case on both sides would make every figure about held-out cases worthless."""
-    for row_name, names in (
+    for what, names in (
         ("case", [row.case.casefold() for row in rows]),
         ("image", [os.path.realpath(row.file) for row in rows]),
     ):
         held_out = {name for name, row in zip(names, rows, strict=True) if row.split != "build"}
         for name, row in zip(names, rows, strict=True):
             if row.split == "build" and name in held_out:
-                told = row.case if row_name == "case" else row.file.name
-                raise FoundationError(f"{path}: {row_name} {told!r} is in build and in held-out")
+                told = row.case if what == "case" else row.file.name
+                raise FoundationError(f"{path}: {what} {told!r} is in build and in held-out")
 
 
 def cut_tiles(rows: Sequence[TableRow], *, tile_px: int, mpp: float) -> Iterator[list[Pixels]]:
@@ -169,7 +164,7 @@ def cut_tiles(rows: Sequence[TableRow], *, tile_px: int, mpp: float) -> Iterator
     """
     for row in rows:
         try:
-            with opened(row.file, FORMATS) as file:
+            with opened(row.file, _FORMATS) as file:
                 if bits_per_sample(file) > 8:  # Pillow would make them all black or white
                     raise FoundationError(f"{row.file}: expected 8 bits a sample, got more")
                 image = opaque(file)
